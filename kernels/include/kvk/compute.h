@@ -1,0 +1,325 @@
+/*
+ * compute.h: the op table of the compute layer, plain C11.
+ *
+ * A backend ("reference", "cpu", later "cuda") fills one kvk_ops. An op runs on the caller's stream
+ * (NULL and synchronous on CPU backends), allocates nothing that outlives the call, validates its
+ * arguments and returns KVC_INVALID before it touches an output. All pointers are borrowed until
+ * the op has completed on its stream. Ops are thread-safe: one backend may be used from several
+ * threads at once; the backend's own threads share out the work of one call.
+ *
+ * Shapes are in brackets, row-major unless a stride is given; units come last in names. Query head
+ * h meets kv head h / (n_q_heads / n_kv_heads) everywhere (never h mod n_kv_heads). Order of every
+ * top-k: score descending, then position ascending; a NaN score sorts last. Determinism: for given
+ * inputs and backend an op's output bits do not depend on the number of threads, on how a batch is
+ * split into calls, or on earlier calls.
+ */
+#ifndef KVK_COMPUTE_H
+#define KVK_COMPUTE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kvc/status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum kvk_dtype { KVK_F32 = 1, KVK_F16 = 2, KVK_BF16 = 3, KVK_I8 = 4 } kvk_dtype;
+
+typedef struct kvk_backend kvk_backend;
+typedef struct kvk_stream kvk_stream; /* opaque; NULL on CPU backends */
+
+/* n rows of `width` elements each, row i at data + i * stride_bytes. */
+typedef struct kvk_rows {
+    const void *data;
+    size_t stride_bytes;
+    kvk_dtype dtype;
+} kvk_rows;
+
+/* out [n, width] f32 = in [n, width] in its dtype. */
+typedef struct kvk_convert_args {
+    kvk_rows in;
+    uint32_t n, width;
+    float *out;
+} kvk_convert_args;
+
+/* out[j] = mean over n rows of in[i][j] (prefill chunk query of TokenSelect; 2411.02886 sec 4). */
+typedef struct kvk_mean_args {
+    kvk_rows in;
+    uint32_t n, width;
+    float *out; /* [width] */
+} kvk_mean_args;
+
+/*
+ * The GQA collapse of ESA (2502.14477 eq. 3): out [n, n_kv_heads, head_dim] = sum of the query
+ * heads of each group; in rows are [n_q_heads, head_dim].
+ */
+typedef struct kvk_group_sum_args {
+    kvk_rows in;
+    uint32_t n, n_q_heads, n_kv_heads, head_dim;
+    float *out;
+} kvk_group_sum_args;
+
+/*
+ * Rotary embedding, pairs (i, i + head_dim/2): out [n, n_heads, head_dim] f32. Row i is rotated by
+ * position positions[i], or by const_position where positions is NULL. inv_freq [head_dim/2] comes
+ * from kvk_rope_inv_freq; NULL inv_freq copies (position 0). In f32; angles computed in double.
+ */
+typedef struct kvk_rope_args {
+    kvk_rows in;
+    uint32_t n, n_heads, head_dim;
+    const double *inv_freq;
+    const int32_t *positions;
+    int32_t const_position;
+    float *out;
+} kvk_rope_args;
+
+/* out [n, n_heads, dim_out] f32 = in [n, n_heads, dim_in] x proj [n_heads, dim_in, dim_out] f32. */
+typedef struct kvk_project_args {
+    kvk_rows in;
+    uint32_t n, n_heads, dim_in, dim_out;
+    const float *proj;
+    float *out;
+} kvk_project_args;
+
+/*
+ * Index rows: in [n, n_heads, dims] f32 -> n rows of n_heads * (dims + 2) bytes:
+ * int8 v [n_heads, dims], then bf16 scale [n_heads]; x ~= v * scale. The scale is max|x| / 127
+ * rounded UP to bf16, v = round-half-even(x / scale); a zero row has scale 0. A non-finite input is
+ * KVC_INVALID.
+ */
+typedef struct kvk_quantize_args {
+    const float *in;
+    uint32_t n, n_heads, dims;
+    void *out;
+    size_t out_stride_bytes;
+} kvk_quantize_args;
+
+static inline size_t kvk_index_row_bytes(uint32_t n_heads, uint32_t dims)
+{
+    return (size_t)n_heads * (dims + 2u);
+}
+
+/*
+ * Scores of int8 index rows: out[i][h][j] for query row i, query head h, index row j.
+ * q [m, n_q_heads, dims] f32 is quantised inside, per (row, head), to int16 with an f32 scale
+ * (max|q| / 32767); the dot is exact in int32 (int64 where dims > 256), and
+ *   out = ((float)dot * k_scale) * q_scale
+ * in f32 in this order, so every backend gives the same bits. ESA: n_q_heads = n_kv_heads = 1.
+ */
+typedef struct kvk_score_index_args {
+    const float *q;
+    uint32_t m, n_q_heads, n_kv_heads, dims;
+    const void *index;
+    size_t index_stride_bytes;
+    uint32_t n;
+    float *out;        /* out[(i * n_q_heads + h) * out_stride + j] */
+    size_t out_stride; /* elements, >= n */
+} kvk_score_index_args;
+
+/*
+ * Scores of exact keys: out[i][h][j] = q[i][h] . k[j][h / g], q f32, keys [n, n_kv_heads, head_dim]
+ * in their dtype, accumulated in f32 (double in the reference). No 1/sqrt(d).
+ * Bound: |error| <= head_dim * 2^-23 * sum|q_i k_i|.
+ */
+typedef struct kvk_score_keys_args {
+    const float *q; /* [m, n_q_heads, head_dim] */
+    uint32_t m, n_q_heads, n_kv_heads, head_dim;
+    kvk_rows keys;
+    uint32_t n;
+    float *out;
+    size_t out_stride;
+} kvk_score_keys_args;
+
+/*
+ * Like score_keys, for chosen rows: row j is at rows[j] (K starts there). Used to re-rank
+ * candidates whose keys are resident.
+ */
+typedef struct kvk_score_rows_args {
+    const float *q; /* [m, n_q_heads, head_dim] */
+    uint32_t m, n_q_heads, n_kv_heads, head_dim;
+    const void *const *rows; /* [n] */
+    kvk_dtype dtype;
+    uint32_t n;
+    float *out;
+    size_t out_stride;
+} kvk_score_rows_args;
+
+/*
+ * Streaming softmax statistics per head over logits [n_heads, n] (stride elements): updates
+ * max[h], sumexp[h] in place (start: -INFINITY, 0), sumexp relative to max.
+ */
+typedef struct kvk_softmax_stats_args {
+    const float *logits;
+    size_t stride;
+    uint32_t n_heads, n;
+    float *max, *sumexp; /* [n_heads] in/out */
+} kvk_softmax_stats_args;
+
+/* Soft vote (2411.02886 eq. 7): out[j] = sum_h exp(logits[h][j] - max[h]) / sumexp[h]. */
+typedef struct kvk_vote_args {
+    const float *logits;
+    size_t stride;
+    uint32_t n_heads, n;
+    const float *max, *sumexp;
+    float *out; /* [n] */
+} kvk_vote_args;
+
+/* row_max[i] = max(row_max[i], max_j scores[i][j]): the inner maximum of ESA's eq. 4. */
+typedef struct kvk_row_max_args {
+    const float *scores;
+    size_t stride;
+    uint32_t m, n;
+    float *row_max; /* [m] in/out */
+} kvk_row_max_args;
+
+/* ESA eq. 4: out[j] = max(out[j], max_i (scores[i][j] - row_max[i])); start out at -INFINITY. */
+typedef struct kvk_chunk_fold_args {
+    const float *scores;
+    size_t stride;
+    uint32_t m, n;
+    const float *row_max;
+    float *out; /* [n] in/out */
+} kvk_chunk_fold_args;
+
+/* ESA eq. 8: out[j] = max of in[max(j-eps,0) .. min(j+eps,n-1)]. out and in must not overlap. */
+typedef struct kvk_window_max_args {
+    const float *in;
+    uint32_t n, eps;
+    float *out;
+} kvk_window_max_args;
+
+/*
+ * The k best of n scores, in order (score desc, position asc). ids and out_scores [k]; *n_out_p =
+ * min(k, n). Position = base + j. out_scores may be NULL. workspace: kvk_topk_workspace_bytes(n,
+ * k).
+ */
+typedef struct kvk_topk_args {
+    const float *scores;
+    uint32_t n, k, base;
+    uint32_t *ids;
+    float *out_scores;
+    uint32_t *n_out_p;
+    void *workspace;
+    size_t workspace_bytes;
+} kvk_topk_args;
+
+/* Which picks are resident: slot_of [n_positions], -1 = not resident. Both output lists keep order.
+ */
+typedef struct kvk_resolve_args {
+    const uint32_t *picks;
+    uint32_t n;
+    const int32_t *slot_of;
+    uint32_t n_positions;
+    uint32_t *hits;   /* [n] indexes into picks */
+    uint32_t *misses; /* [n] indexes into picks */
+    uint32_t *n_hits_p, *n_misses_p;
+} kvk_resolve_args;
+
+/* out row i (row_bytes, dense) = *rows[i]. */
+typedef struct kvk_gather_args {
+    const void *const *rows;
+    uint32_t n;
+    size_t row_bytes;
+    void *out;
+} kvk_gather_args;
+
+/*
+ * Attention of n_q queries over n_kv rows, a partial: o normalised over these rows, lse natural log
+ * of the sum of exp(scale * q.k (softcapped)). rows[j] points at a token row: K [n_kv_heads,
+ * head_dim] at k_off_bytes, V likewise at v_off_bytes, in dtype. Where inv_freq is not NULL, K of
+ * row j is rotated by k_positions[j] on the fly (NULL k_positions: not rotated); q arrives rotated.
+ * visible [n_q]: query i sees rows 0 .. visible[i]-1 (NULL: all). A query that sees nothing gets
+ * o = 0, lse = -INFINITY. Rows are taken in the order given, so equal lists give equal bits.
+ * Bound against the double reference: |o error| <= 2^-20 * max|v| * (1 + log2(n_kv + 1)) + the
+ * rounding of f32 logits (stated in kernels/README.md).
+ */
+typedef struct kvk_attend_args {
+    const float *q; /* [n_q, n_q_heads, head_dim] */
+    uint32_t n_q, n_q_heads, n_kv_heads, head_dim;
+    const void *const *rows; /* [n_kv] */
+    uint32_t n_kv;
+    size_t k_off_bytes, v_off_bytes;
+    kvk_dtype dtype;
+    const int32_t *k_positions; /* [n_kv] or NULL */
+    const double *inv_freq;     /* [head_dim/2] or NULL */
+    const uint32_t *visible;    /* [n_q], non-decreasing, or NULL */
+    float scale;                /* e.g. 1/sqrt(head_dim) */
+    float softcap;              /* 0: none; else c * tanh(x / c) */
+    float *o;                   /* [n_q, n_q_heads, head_dim] */
+    float *lse;                 /* [n_q, n_q_heads] */
+} kvk_attend_args;
+
+/* Merges partial b into a by log-sum-exp, in place: o [n, dim], lse [n]; -INFINITY means empty. */
+typedef struct kvk_merge_args {
+    float *o_a, *lse_a;
+    const float *o_b, *lse_b;
+    uint32_t n, dim;
+} kvk_merge_args;
+
+/* cos_p = a.b / (|a| |b|) in double; 0 where either norm is 0 (Selection Cache test). */
+typedef struct kvk_cosine_args {
+    const float *a, *b;
+    uint32_t n;
+    double *cos_p;
+} kvk_cosine_args;
+
+/* Every op of the table: name, its args struct is kvk_<name>_args. One row adds an op everywhere.
+ */
+/* clang-format off */
+#define KVK_OPS(X) \
+    X(convert) X(mean) X(group_sum) X(rope) X(project) X(quantize) X(score_index) X(score_keys) \
+    X(score_rows) X(softmax_stats) X(vote) X(row_max) X(chunk_fold) X(window_max) X(topk) \
+    X(resolve) X(gather) X(attend) X(merge) X(cosine)
+/* clang-format on */
+
+/* The table. Every slot is REQ. */
+typedef struct kvk_ops {
+    const char *name; /* "reference", "cpu" */
+#define KVK_OP_SLOT(op)                                                                            \
+    kvc_status (*op)(kvk_backend * be, const kvk_##op##_args *args, kvk_stream *stream);
+    KVK_OPS(KVK_OP_SLOT)
+#undef KVK_OP_SLOT
+} kvk_ops;
+
+typedef struct kvk_backend_opts {
+    size_t size_bytes;  /* sizeof(kvk_backend_opts) */
+    uint32_t n_threads; /* 0: one per online core */
+    const char *isa;    /* NULL: best; "portable", "avx2", "avx512" to force (cpu only) */
+} kvk_backend_opts;
+
+/*
+ * Opens a backend by name ("cpu" fast forms with run-time dispatch, "reference" accumulates in
+ * double). opts may be NULL. Starts the backend's threads. INVALID: unknown name or isa;
+ * UNSUPPORTED: this CPU lacks the isa; NO_MEMORY. Any thread. *be_p is NULL on error.
+ */
+kvc_status kvk_backend_open(const char *name, const kvk_backend_opts *opts,
+                            kvk_backend **be_p) KVC_MUST_CHECK;
+/* Stops the threads and frees; NULL is fine. No op may be running. */
+void kvk_backend_close(kvk_backend *be);
+/* The table of an open backend; lives as long as the backend. */
+const kvk_ops *kvk_backend_ops(const kvk_backend *be);
+/* The isa in use: "double", "portable", "avx2" or "avx512". */
+const char *kvk_backend_isa(const kvk_backend *be);
+/* Name of the i-th registered backend, NULL past the end: conformance tests loop over it. */
+const char *kvk_backend_name(uint32_t i);
+
+size_t kvk_topk_workspace_bytes(uint32_t n, uint32_t k);
+size_t kvk_dtype_bytes(kvk_dtype dtype);
+
+/* Scaling of rotary frequencies; type 0: plain theta; 1: Llama-3 (uses the four factors). */
+typedef struct kvk_rope_params {
+    uint32_t type;
+    double theta, factor, low_freq_factor, high_freq_factor;
+    uint32_t original_max_position;
+} kvk_rope_params;
+
+/* inv_freq [head_dim/2]. INVALID: head_dim odd or 0, theta <= 0, or factors out of range. */
+kvc_status kvk_rope_inv_freq(const kvk_rope_params *params, uint32_t head_dim,
+                             double *inv_freq) KVC_MUST_CHECK;
+
+#ifdef __cplusplus
+}
+#endif
+#endif
