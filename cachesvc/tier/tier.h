@@ -1,0 +1,132 @@
+/*
+ * tier.h: the table that every place for values fills, and its contract.
+ *
+ * A tier stores bytes under slots that it hands out; the server's index is the only lookup and the
+ * only reference count. A slot is reserved, filled, committed, read, and released. Nothing is
+ * visible before commit. A tier never evicts by itself: it answers AGAIN and the server releases
+ * something. Its byte cap is never exceeded.
+ *
+ * Caps: ADDRESSABLE tiers give a pointer to a committed slot's rows (dram, gpu mappings), so reads
+ * need no call. BLOCKING tiers may wait for a medium: their read and sync are called only from the
+ * server's disk threads, and commits complete later through done. PERSISTENT tiers find their
+ * values again after a restart (recover).
+ *
+ * Conformance: tests/cachesvc/tier_conformance.c runs over every registered tier, wrapped in the
+ * fault tier too.
+ */
+#ifndef KVS_TIER_H
+#define KVS_TIER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/uio.h>
+
+#include "kvc/types.h"
+
+#define KVS_TIER_ADDRESSABLE 1u
+#define KVS_TIER_BLOCKING    2u
+#define KVS_TIER_PERSISTENT  4u
+
+typedef struct kvs_tier kvs_tier;
+
+/* What a value is, for a tier that must find it again. */
+typedef struct kvs_value_key {
+    kvc_digest tenant; /* SHA-256 of the tenant's name */
+    kvc_digest schema;
+    kvc_digest block;
+    uint32_t part;
+} kvs_value_key;
+
+/* Where a value is inside a tier; plain data, meaning private to the tier. */
+typedef struct kvs_slot {
+    uint64_t a, b;
+} kvs_slot;
+
+typedef struct kvs_tier_opts {
+    size_t size_bytes;
+    uint64_t capacity_bytes; /* hard cap on what the tier takes from its medium */
+    const char *path;        /* lmdb: folder; created 0700 if missing. dram: NULL */
+    uint32_t max_value_bytes;
+    uint64_t group_commit_ns;    /* lmdb: gather this long, or ... */
+    uint64_t group_commit_bytes; /* ... this much */
+    uint64_t row_sums_bytes;     /* lmdb: sums of hot blocks kept in RAM */
+    const char *fault;           /* fault tier: "inner[:op=rate,...]" */
+} kvs_tier_opts;
+
+/* A range of rows of one value: rows first .. first + n - 1 go dense to dst. */
+typedef struct kvs_row_range {
+    uint32_t first, n;
+    void *dst;
+} kvs_row_range;
+
+typedef struct kvs_tier_usage {
+    uint64_t capacity_bytes, used_bytes, values;
+    uint64_t bytes_read, bytes_written;
+} kvs_tier_usage;
+
+/* A write in flight; the caller allocates and keeps it until done has run. */
+typedef struct kvs_tier_write {
+    kvs_value_key key;
+    uint32_t row_bytes, n_rows;
+    const void *rows;                           /* kept until done: n_rows * row_bytes, dense */
+    const uint32_t *row_sums;                   /* [n_rows], kept until done */
+    bool durable;                               /* done means synced; else done means readable */
+    kvs_slot slot;                              /* result */
+    kvc_status status;                          /* result */
+    void (*done)(struct kvs_tier_write *write); /* a tier thread, no lock held, exactly once */
+    void *arg;
+    struct kvs_tier_write *next; /* the tier's */
+} kvs_tier_write;
+
+/* Called by recover for each value found, on the caller's thread. Return false to stop. */
+typedef bool kvs_tier_found(void *arg, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
+                            uint32_t n_rows);
+
+typedef struct kvs_tier_ops {
+    const char *name; /* "dram", "lmdb", ... */
+    uint32_t caps;
+    /* REQ. INVALID, NO_MEMORY, IO. May block. */
+    kvc_status (*open)(const kvs_tier_opts *opts, kvs_tier **tier_p);
+    /* REQ. Finishes writes in flight (their done runs), then closes. May block. */
+    void (*close)(kvs_tier *tier);
+    /* REQ. Any thread, does not block. */
+    void (*usage)(kvs_tier *tier, kvs_tier_usage *usage_p);
+    /* REQ. Frees a committed (or reserved) slot; nobody may be reading it. Never fails for the
+       caller; a persistent tier forgets the value for good at its next commit. Any thread. */
+    void (*release)(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot);
+
+    /* ADDRESSABLE: REQ, else NULL. Room for n_rows * row_bytes at *addr_p, writable until commit.
+       AGAIN: full. Owner (tenant) and size class decide the segment. Does not block. */
+    kvc_status (*reserve)(kvs_tier *tier, const kvs_value_key *key, uint32_t row_bytes,
+                          uint32_t n_rows, kvs_slot *slot_p, void **addr_p);
+    /* ADDRESSABLE: REQ. Makes it readable. */
+    void (*commit)(kvs_tier *tier, kvs_slot slot);
+    /* ADDRESSABLE: REQ. The rows of a slot; valid until release. */
+    const void *(*map)(kvs_tier *tier, kvs_slot slot);
+
+    /* BLOCKING: REQ, else NULL. Queues a write; AGAIN: the queue or the cap is full. After OK, done
+       runs once. */
+    kvc_status (*write)(kvs_tier *tier, kvs_tier_write *write);
+    /* BLOCKING: REQ. Reads row ranges of one value, verifying every row's sum; CORRUPT if one fails
+       (dst undefined), NOT_FOUND if the value is gone, IO. Called on a disk thread; may block. */
+    kvc_status (*read)(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
+                       uint32_t n_rows, const kvs_row_range *ranges, uint32_t n_ranges);
+    /* BLOCKING: REQ. Waits until everything written before is synced. Disk thread. */
+    kvc_status (*sync)(kvs_tier *tier);
+
+    /* PERSISTENT: REQ. Finds every value; before any other use of an opened tier. */
+    kvc_status (*recover)(kvs_tier *tier, kvs_tier_found *found, void *arg);
+    /* PERSISTENT: REQ. Small named records beside the values (schemas): put (durable), and each. */
+    kvc_status (*meta_put)(kvs_tier *tier, const char *name, const void *data, size_t len_bytes);
+    kvc_status (*meta_each)(kvs_tier *tier,
+                            bool (*each)(void *arg, const char *name, const void *data,
+                                         size_t len_bytes),
+                            void *arg);
+} kvs_tier_ops;
+
+/* The registered tier by name, or NULL. Slots were checked against caps. */
+const kvs_tier_ops *kvs_tier_find(const char *name);
+/* The i-th registered tier, NULL past the end. */
+const kvs_tier_ops *kvs_tier_at(uint32_t i);
+
+#endif

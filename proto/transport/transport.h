@@ -1,0 +1,151 @@
+/*
+ * transport.h: the table that carries requests, and its contract.
+ *
+ * A transport module holds both ends. The server end listens on URIs and hands each request to
+ * on_call; the client end connects and submits transfers. Messages are the plain structs of
+ * wire/msg.h; how they look on the medium is the transport's business. A URI's scheme is the
+ * transport's name: "grpc://host:port", "grpc+unix:///path", "inproc://name".
+ *
+ * Rules for every transport, checked by tests/transport/transport_conformance.c:
+ * - A submit that fails never calls back. One that succeeds calls done exactly once, on a thread of
+ *   the transport, with no lock held, also after cancel, deadline, or close.
+ * - on_call may run on several transport threads at once and must not block. The server answers
+ * each call exactly once, from any thread, with kvt_call_reply.
+ * - Deadlines travel with the request. A call whose client has gone away may still be answered; the
+ *   answer is dropped, and its slices are released.
+ */
+#ifndef KVT_TRANSPORT_H
+#define KVT_TRANSPORT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "base/arena.h"
+#include "wire/msg.h"
+
+#define KVT_DETAIL_BYTES 256
+#define KVT_MAX_SLICES   260 /* payload slices of one reply */
+
+typedef struct kvt_ops kvt_ops;
+typedef struct kvt_listener kvt_listener;
+typedef struct kvt_conn kvt_conn;
+typedef struct kvt_call kvt_call;
+typedef struct kvt_xfer kvt_xfer;
+
+/* ---- server end ---------------------------------------------------------------------------- */
+
+/* A piece of a reply's payload. The transport keeps it until release(arg) has been called, once. */
+typedef struct kvt_slice {
+    const void *base;
+    size_t len_bytes;
+    void (*release)(void *arg); /* any thread, takes no long lock; NULL: static memory */
+    void *arg;
+} kvt_slice;
+
+/*
+ * A request at the server. Everything it points at lives until kvt_call_reply. Transports embed
+ * this struct in their own. user is the server's to use.
+ */
+struct kvt_call {
+    const kvt_ops *ops;
+    kvc_request req;
+    kvc_arena arena;      /* the server may allocate its reply here */
+    uint64_t deadline_ns; /* CLOCK_MONOTONIC; 0: none */
+    const char *tenant;   /* identity of the peer; "default" without certificates */
+    void *user;
+};
+
+typedef struct kvt_listen_opts {
+    size_t size_bytes;
+    const char *uri;
+    void (*on_call)(void *arg, kvt_call *call); /* must not block */
+    void *arg;
+    uint32_t max_message_bytes;  /* bulk payload of one message; larger ones are refused */
+    uint32_t max_calls;          /* in flight at once; beyond: AGAIN */
+    uint64_t max_inflight_bytes; /* of request payloads held at once; beyond: AGAIN */
+    uint32_t n_threads;          /* 0: min(cores, 4) */
+} kvt_listen_opts;
+
+/* ---- client end ---------------------------------------------------------------------------- */
+
+typedef struct kvt_connect_opts {
+    size_t size_bytes;
+    const char *uri;
+    const char *tenant;
+    uint32_t n_channels;        /* bulk is striped over them; 0: 1 */
+    uint32_t max_message_bytes; /* largest reply payload to accept */
+} kvt_connect_opts;
+
+/*
+ * One request in flight at the client. The caller allocates it, fills the first block, and keeps it
+ * untouched until done has been called. In done, reply (if status is OK) and its data iovecs are
+ * valid until done returns; arena is reset by the caller with kvc_arena_reset when it has finished.
+ */
+struct kvt_xfer {
+    const kvc_request *req; /* kept until done; its data iovecs too */
+    uint64_t deadline_ns;
+    uint32_t channel; /* stripe: taken modulo n_channels */
+    void (*done)(kvt_xfer *xfer);
+    void *arg;
+    /* result */
+    kvc_status status;
+    char detail[KVT_DETAIL_BYTES];
+    uint32_t retry_after_ms; /* hint that came with AGAIN; 0: none */
+    kvc_arena arena;
+    kvc_reply reply;
+    /* the transport's */
+    void *priv;
+};
+
+/* ---- the table ------------------------------------------------------------------------------ */
+
+/*
+ * REQ: every slot. "Any thread" means the transport locks; none of them blocks unless it says so.
+ */
+struct kvt_ops {
+    const char *name;           /* for logs and kvctl */
+    const char *const *schemes; /* NULL-terminated URI schemes */
+    /* Starts to listen; on_call may run before it returns. INVALID: bad URI; IO: cannot bind. */
+    kvc_status (*listen)(const kvt_listen_opts *opts, kvt_listener **listener_p);
+    /* The bound address as a URI that connect takes (the port chosen for port 0). */
+    const char *(*listener_uri)(const kvt_listener *listener);
+    /* Health as peers see it (grpc.health.v1 and the like); false from the start of a drain. */
+    void (*set_serving)(kvt_listener *listener, bool serving);
+    /* Takes no new calls (they get CLOSED) and blocks until all are answered or deadline_ns; what
+       is left then is cancelled. */
+    void (*drain)(kvt_listener *listener, uint64_t deadline_ns);
+    /* Blocks until every thread is gone. After drain only. */
+    void (*listener_close)(kvt_listener *listener);
+    /* Answers a call. status OK: reply (borrowed; may be NULL for an empty one) and slices (the
+       array is borrowed, the memory kept until released). Else detail (may be NULL) says why, and
+       retry_after_ms (0: none) goes with AGAIN. Any thread; takes the call. */
+    void (*reply)(kvt_call *call, kvc_status status, const char *detail, uint32_t retry_after_ms,
+                  const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices);
+    /* Does not wait for the peer: a dead one shows up in the first transfer. */
+    kvc_status (*connect)(const kvt_connect_opts *opts, kvt_conn **conn_p);
+    /* Any thread. AGAIN: too many in flight; INVALID; CLOSED. */
+    kvc_status (*submit)(kvt_conn *conn, kvt_xfer *xfer);
+    /* Asks for an early end; done still comes, once, with CANCELLED or what happened before. */
+    void (*cancel)(kvt_conn *conn, kvt_xfer *xfer);
+    /* Cancels all, blocks until every done has run, closes. Never from done. */
+    void (*conn_close)(kvt_conn *conn);
+};
+
+/* The transport for a URI by its scheme; NULL: none built in. */
+const kvt_ops *kvt_find(const char *uri);
+/* The i-th registered transport, NULL past the end; the conformance suite loops over it. */
+const kvt_ops *kvt_at(uint32_t i);
+/*
+ * Process-wide set-up that must precede any other use (allocator settings, deadlock detector off);
+ * idempotent, any thread. listen and connect call it themselves.
+ */
+void kvt_init(void);
+
+static inline void kvt_call_reply(kvt_call *call, kvc_status status, const char *detail,
+                                  uint32_t retry_after_ms, const kvc_reply *reply,
+                                  const kvt_slice *slices, uint32_t n_slices)
+{
+    call->ops->reply(call, status, detail, retry_after_ms, reply, slices, n_slices);
+}
+
+#endif

@@ -1,0 +1,140 @@
+/*
+ * msg.h: the protocol's messages as plain structs, the same for every transport.
+ *
+ * A message has a header (the structs below) and at most one bulk payload. Decoded structs and
+ * everything they point at live in the arena given to the decoder; the payload is an iovec list
+ * into the bytes that were received. Encoders borrow. See proto/kvasir.proto for the meaning of
+ * each field.
+ */
+#ifndef KVC_WIRE_MSG_H
+#define KVC_WIRE_MSG_H
+
+#include <stdbool.h>
+#include <sys/uio.h>
+
+#include "kvc/types.h"
+
+typedef enum kvc_method {
+    KVC_DESCRIBE = 0,
+    KVC_REGISTER_SCHEMA,
+    KVC_PUT_BLOCKS,
+    KVC_MATCH_PREFIX,
+    KVC_OPEN_CONTEXT,
+    KVC_EXTEND_CONTEXT,
+    KVC_CLOSE_CONTEXT,
+    KVC_FETCH_ROWS,
+    KVC_STATS,
+    KVC_METHOD_COUNT,
+} kvc_method;
+
+/* "FetchRows" and so on; never NULL. */
+const char *kvc_method_name(kvc_method method);
+
+typedef struct kvc_put_value {
+    kvc_digest digest;
+    uint32_t part, len_bytes;
+} kvc_put_value;
+
+typedef struct kvc_row_group {
+    uint64_t context;
+    uint32_t part, n_picks;
+    const uint32_t *picks;
+} kvc_row_group;
+
+typedef struct kvc_missing_row {
+    uint32_t index;
+    kvc_status status;
+} kvc_missing_row;
+
+typedef struct kvc_counter {
+    const char *name;
+    uint64_t value;
+} kvc_counter;
+
+typedef struct kvc_request {
+    kvc_method method;
+    union {
+        struct {
+            const kvc_schema *schema;
+        } register_schema;
+        struct {
+            kvc_digest schema;
+            kvc_promise promise;
+            uint32_t n_values;
+            const kvc_put_value *values;
+        } put_blocks;
+        struct {
+            kvc_digest schema;
+            uint32_t n_digests, n_parts;
+            const kvc_digest *digests;
+            const uint32_t *parts;
+        } match_prefix;
+        struct {
+            kvc_digest schema;
+            uint32_t n_digests;
+            const kvc_digest *digests;
+            uint64_t ttl_ms;
+        } open_context;
+        struct {
+            uint64_t context;
+            uint32_t n_blocks_before, n_digests;
+            const kvc_digest *digests;
+        } extend_context;
+        struct {
+            uint64_t context;
+        } close_context;
+        struct {
+            uint32_t n_groups;
+            const kvc_row_group *groups;
+        } fetch_rows;
+    } u;
+    const struct iovec *data; /* payload; on decode, into the received bytes */
+    uint32_t n_data;
+    uint64_t data_bytes;
+} kvc_request;
+
+typedef struct kvc_reply {
+    kvc_method method;
+    union {
+        struct {
+            const char *version;
+            uint64_t boot_id;
+            kvc_limits limits;
+            uint32_t n_tiers, n_schemas;
+            const kvc_tier_stats *tiers;
+            const kvc_digest *schemas;
+        } describe;
+        struct {
+            kvc_digest digest;
+        } register_schema;
+        struct {
+            uint32_t n_values;
+            const int8_t *status; /* kvc_status each */
+        } put_blocks;
+        struct {
+            uint32_t hits;
+        } match_prefix;
+        struct {
+            uint64_t context, ttl_ms, n_tokens;
+        } open_context;
+        struct {
+            uint64_t n_tokens;
+        } extend_context;
+        struct {
+            uint32_t n_missing;
+            const kvc_missing_row *missing;
+            uint32_t rows_gpu, rows_dram, rows_lmdb;
+        } fetch_rows;
+        struct {
+            uint64_t uptime_ms, boot_id;
+            uint32_t n_tiers, n_counters;
+            const kvc_tier_stats *tiers;
+            const kvc_counter *counters;
+        } stats;
+    } u;
+    const struct iovec *data;
+    uint32_t n_data;
+    uint64_t data_bytes;
+} kvc_reply;
+
+#endif
