@@ -1,0 +1,188 @@
+/*
+ * client.h: the client library of a Kvasir store.
+ *
+ * Calls are asynchronous with a caller-allocated kvc_op. A submit that fails returns its error and
+ * never calls back; one that succeeds completes the op exactly once, on the client's own progress
+ * thread, with no lock held. kvc_op_wait blocks instead. Deadlines are absolute nanoseconds of
+ * CLOCK_MONOTONIC, 0 for the client's default. Every function may be called from any thread unless
+ * it says otherwise; one op belongs to one request at a time.
+ *
+ * Lost connections are re-established by themselves. A request that failed because the server was
+ * away, or full (AGAIN with a hint), is retried within its deadline when repeating it is harmless,
+ * and every request of this interface is (first put wins; extends carry their position).
+ */
+#ifndef KVC_CLIENT_H
+#define KVC_CLIENT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kvc/types.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct kvc_client kvc_client;
+typedef struct kvc_region kvc_region;
+typedef struct kvc_context kvc_context;
+
+typedef struct kvc_client_opts {
+    size_t size_bytes;           /* sizeof(kvc_client_opts) */
+    const char *uris;            /* "grpc://host:port,grpc+unix:///path": in order of preference */
+    uint64_t connect_timeout_ns; /* 0: 5 s */
+    uint64_t default_timeout_ns; /* of a request without a deadline; 0: 30 s */
+    uint32_t n_channels;         /* connections that bulk is striped over; 0: 2 */
+} kvc_client_opts;
+
+/*
+ * Connects and exchanges limits (Describe). Blocks up to connect_timeout_ns. Copies opts.
+ * INVALID: bad URI; UNSUPPORTED: no transport built in for it; UNAVAILABLE or TIMED_OUT: nobody
+ * answered. *client_p is NULL on error.
+ */
+kvc_status kvc_client_open(const kvc_client_opts *opts, kvc_client **client_p) KVC_MUST_CHECK;
+/* Cancels what is in flight and returns after every callback has run. NULL is fine. Never from a
+ * callback. Contexts and regions of the client must have been closed before. */
+void kvc_client_close(kvc_client *client);
+/* Limits that the server advertised at connect; lives as long as the client. */
+const kvc_limits *kvc_client_limits(const kvc_client *client);
+/* Text of the last error on the calling thread, for people; never NULL; valid to the next call. */
+const char *kvc_last_error(void);
+
+/* ---- operations ---------------------------------------------------------------------------- */
+
+typedef struct kvc_op kvc_op;
+/* Runs on the progress thread. May submit other ops; must not block, wait or close the client. */
+typedef void kvc_done_fn(kvc_op *op, void *arg);
+
+/* Fixed size, allocated by the caller, untouched by it between submit and completion. */
+struct kvc_op {
+    kvc_status status; /* result, once complete */
+    kvc_done_fn *done;
+    void *arg;
+    void *impl[13]; /* the library's */
+};
+
+/* done NULL: use kvc_op_wait. The op may be used again after completion without another init. */
+void kvc_op_init(kvc_op *op, kvc_done_fn *done, void *arg);
+/* Blocks until the op is complete; returns op->status. deadline_ns passed: TIMED_OUT, and the op is
+ * still in flight. Not from a callback. */
+kvc_status kvc_op_wait(kvc_op *op, uint64_t deadline_ns);
+/* Asks for an early end; completion still comes, once, with CANCELLED or what happened before. */
+void kvc_op_cancel(kvc_op *op);
+
+/* ---- memory --------------------------------------------------------------------------------- */
+
+typedef enum kvc_memory_kind { KVC_MEMORY_HOST = 1, KVC_MEMORY_CUDA = 2 } kvc_memory_kind;
+
+typedef struct kvc_region_desc {
+    size_t size_bytes;
+    void *base;
+    size_t len_bytes;
+    kvc_memory_kind kind;
+    int device; /* CUDA ordinal; 0 for host */
+} kvc_region_desc;
+
+/* Declares memory that rows may land in or values leave from. It stays the caller's and outlives
+ * the region. UNSUPPORTED: this client cannot move bytes there directly; stage it yourself. */
+kvc_status kvc_region_register(kvc_client *client, const kvc_region_desc *desc,
+                               kvc_region **region_p) KVC_MUST_CHECK;
+/* AGAIN while an op still uses it. NULL is fine. */
+kvc_status kvc_region_deregister(kvc_client *client, kvc_region *region);
+
+/* ---- requests -------------------------------------------------------------------------------- */
+
+/* Makes the schema known to the server; blocks. *digest_p is its name. */
+kvc_status kvc_schema_register(kvc_client *client, const kvc_schema *schema, uint64_t deadline_ns,
+                               kvc_digest *digest_p) KVC_MUST_CHECK;
+
+typedef struct kvc_value {
+    kvc_digest digest; /* of the block */
+    uint32_t part;
+    uint32_t len_bytes;
+    size_t src_off_bytes; /* in the region */
+} kvc_value;
+
+/*
+ * Stores n whole values from src. Larger batches than a message holds are split and striped.
+ * Borrows values; keeps src's bytes and status [n] until completion. status[i]: OK, EXISTS, AGAIN,
+ * ... per value; the op is OK when every request was answered. INVALID: an offset outside src.
+ */
+kvc_status kvc_put(kvc_client *client, const kvc_digest *schema, kvc_promise promise,
+                   const kvc_value *values, uint32_t n, const kvc_region *src, int8_t *status,
+                   uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+
+/* *hits_p = leading digests that have all of parts [n_parts] (0: all but index parts). Borrows
+ * digests and parts; keeps hits_p until completion. */
+kvc_status kvc_match(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                     uint32_t n, const uint32_t *parts, uint32_t n_parts, uint32_t *hits_p,
+                     uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+
+/*
+ * Opens a context over blocks [n] (copied; n may be 0). Blocks. The library keeps the digest list
+ * and reopens by itself when the server answers STALE_HANDLE. ttl_ms 0: the server's default.
+ */
+kvc_status kvc_context_open(kvc_client *client, const kvc_digest *schema, const kvc_digest *blocks,
+                            uint32_t n, uint64_t ttl_ms, uint64_t deadline_ns,
+                            kvc_context **context_p) KVC_MUST_CHECK;
+/* Appends blocks [n], copied. Blocks. On error the context is as it was. */
+kvc_status kvc_context_extend(kvc_context *context, const kvc_digest *blocks, uint32_t n,
+                              uint64_t deadline_ns) KVC_MUST_CHECK;
+/* Closes it on the server (best effort) and frees. No fetch may be in flight. NULL is fine. */
+void kvc_context_close(kvc_context *context);
+/* Blocks that the context holds. */
+uint32_t kvc_context_blocks(const kvc_context *context);
+
+/* Rows of one part of one context: pick i lands at dst_off_bytes + slot(i) * row_bytes, where
+ * slot(i) = dst_slots[i], or i where dst_slots is NULL. */
+typedef struct kvc_pick_group {
+    kvc_context *context;
+    uint32_t part, row_bytes, n_picks;
+    const uint32_t *picks; /* token positions */
+    const uint32_t *dst_slots;
+    size_t dst_off_bytes;
+} kvc_pick_group;
+
+/* Where the rows of a fetch came from; filled at completion. */
+typedef struct kvc_fetch_info {
+    uint32_t rows_gpu, rows_dram, rows_lmdb, rows_missing;
+    uint32_t requests;
+} kvc_fetch_info;
+
+/*
+ * Fetches rows into dst. More rows than a message holds are split and striped over the channels,
+ * all in flight at once. Borrows groups (the array); keeps picks, dst_slots, dst, status and info_p
+ * until completion. status [total picks] may be NULL; a missing row leaves its bytes untouched and
+ * has status[i] = NOT_FOUND (or AGAIN, IO, CORRUPT); the op is still OK. info_p may be NULL.
+ */
+kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,
+                     const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,
+                     uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+
+/* ---- what the server says of itself ------------------------------------------------------------
+ */
+
+typedef struct kvc_named_count {
+    const char *name;
+    uint64_t value;
+} kvc_named_count;
+
+typedef struct kvc_server_stats {
+    const char *version;
+    uint64_t boot_id, uptime_ms;
+    kvc_limits limits;
+    uint32_t n_tiers, n_counters, n_schemas;
+    const kvc_tier_stats *tiers;
+    const kvc_named_count *counters;
+    const kvc_digest *schemas;
+} kvc_server_stats;
+
+/* Describe and Stats in one. Blocks. *stats_p is given to the caller: kvc_stats_free. */
+kvc_status kvc_stats(kvc_client *client, uint64_t deadline_ns,
+                     kvc_server_stats **stats_p) KVC_MUST_CHECK;
+void kvc_stats_free(kvc_server_stats *stats);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

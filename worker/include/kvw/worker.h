@@ -1,0 +1,179 @@
+/*
+ * worker.h: the library that an inference engine links.
+ *
+ * A worker belongs to one model (one schema). A sequence is one context being read and written: the
+ * worker keeps its index (compressed keys), its sink and recent rows and a residency of fetched
+ * rows; everything else is in the store. Per layer and forward pass the engine calls kvw_append
+ * with the new tokens' K and V (before RoPE) and runs a step: begin (select, resolve, fetch what is
+ * missing), attend (resident rows, while the misses travel), finish (arrivals, merge). kvw_forward
+ * is the four in one.
+ *
+ * A sequence is used by one thread at a time; different sequences may run in parallel. Nothing here
+ * exits, prints or aborts on input; kvw_last_error has the words.
+ */
+#ifndef KVW_WORKER_H
+#define KVW_WORKER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kvc/client.h"
+#include "kvk/compute.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifndef KVW_API
+#define KVW_API __attribute__((visibility("default")))
+#endif
+
+typedef struct kvw_worker kvw_worker;
+typedef struct kvw_seq kvw_seq;
+typedef struct kvw_step kvw_step;
+
+/* What to do about rows that are late or missing. */
+typedef enum kvw_policy {
+    KVW_FAIL = 1, /* the step fails; out is undefined */
+    KVW_DROP = 2, /* attention renormalises over what arrived; counted */
+} kvw_policy;
+
+/* How a selector keeps the keys that it scores. */
+typedef enum kvw_index_kind {
+    KVW_INDEX_EXACT = 1,      /* raw keys in the model's dtype */
+    KVW_INDEX_COMPRESSED = 2, /* int8 rows of projected keys; projection file needed */
+    KVW_INDEX_RERANKED = 3,   /* compressed, then the candidates again by a finer int8 index */
+} kvw_index_kind;
+
+/*
+ * Sums over the workers of a tensor-parallel group; x [n] in place; op: "sum" or "max". ESA calls
+ * it on its d' projected queries and keys, TokenSelect on per-head max, sumexp and on votes.
+ * Blocks.
+ */
+typedef kvc_status kvw_all_reduce_fn(void *arg, const char *op, float *x, uint32_t n);
+
+typedef struct kvw_opts {
+    size_t size_bytes; /* sizeof(kvw_opts) */
+    /* the model */
+    const char *model, *revision; /* enter the schema */
+    uint32_t n_layers, n_q_heads, n_kv_heads, head_dim;
+    kvk_dtype dtype; /* of K, V, q and of the rows */
+    kvk_rope_params rope;
+    float attention_scale;     /* 0: 1/sqrt(head_dim) */
+    uint32_t tp_size, tp_rank; /* 0: 1 and 0 */
+    /* the store */
+    kvc_client *client;        /* kept; NULL: no store, every row stays resident */
+    uint32_t block_tokens;     /* 0: 256 */
+    kvc_promise promise;       /* 0: MEMORY */
+    uint64_t fetch_timeout_ns; /* 0: 10 s */
+    kvw_policy policy;         /* 0: FAIL */
+    /* compute */
+    const char *backend; /* NULL: "cpu" */
+    uint32_t n_threads;  /* 0: one per core */
+    /* selection */
+    const char *selector;        /* "esa", "tokenselect" */
+    kvw_index_kind index;        /* 0: ESA COMPRESSED, TokenSelect EXACT */
+    const char *projection_path; /* calibration artefact; NULL where index is EXACT */
+    uint32_t n_sink;             /* 0: 128 */
+    uint32_t n_recent;           /* 0: selector's (ESA 4096, TokenSelect 512) */
+    uint32_t k;                  /* 0: 2048 */
+    uint32_t eps;                /* proximity window, tokens each side */
+    uint32_t chunk_tokens; /* prefill chunk; 0: 512; block_tokens must divide it or be a multiple */
+    uint32_t far_position; /* ESA: w, the constant distance of far keys; 0: n_recent */
+    double reselect_cos;   /* TokenSelect: theta of the Selection Cache; 0: off (always reselect) */
+    kvw_all_reduce_fn *all_reduce; /* NULL: single worker */
+    void *all_reduce_arg;
+    /* memory */
+    uint32_t residency_slots; /* rows of fetched tokens kept, per layer and sequence; 0: 2 * k */
+    uint32_t exact;           /* 1: no overlap; one attention in position order, bit-equal always */
+} kvw_opts;
+
+/*
+ * Opens a worker: checks opts, loads the projection, registers the schema (blocks). INVALID with
+ * kvw_last_error naming the option; UNSUPPORTED; UNAVAILABLE. Any thread.
+ */
+KVW_API kvc_status kvw_open(const kvw_opts *opts, kvw_worker **worker_p) KVC_MUST_CHECK;
+/* Sequences must have been destroyed. NULL is fine. */
+KVW_API void kvw_close(kvw_worker *worker);
+/* Text of the last error on the calling thread; never NULL. */
+KVW_API const char *kvw_last_error(void);
+/* The schema that this worker's values have. */
+KVW_API const kvc_digest *kvw_schema_digest(const kvw_worker *worker);
+
+/*
+ * Starts a sequence over tokens [n_tokens] that are known beforehand (the prompt; may be 0).
+ * Matches its prefix in the store, cut to a multiple of chunk_tokens and block_tokens and to at
+ * most n_tokens - 1, and brings back the index, sink and recent rows of what matched. *n_reused_p
+ * tokens need no prefill: the engine goes on at that position. Blocks.
+ */
+KVW_API kvc_status kvw_seq_create(kvw_worker *worker, const uint32_t *tokens, uint32_t n_tokens,
+                                  kvw_seq **seq_p, uint32_t *n_reused_p) KVC_MUST_CHECK;
+/* Drops the worker's memory of it; values stay in the store. Waits for puts in flight. */
+KVW_API void kvw_seq_destroy(kvw_seq *seq);
+/* Tokens held (all layers appended). */
+KVW_API uint64_t kvw_seq_tokens(const kvw_seq *seq);
+
+/*
+ * Names the tokens of the next forward pass, before its first kvw_append: their ids enter the block
+ * digests. The n_tokens of a pass are appended by every layer once.
+ */
+KVW_API kvc_status kvw_tokens(kvw_seq *seq, const uint32_t *tokens,
+                              uint32_t n_tokens) KVC_MUST_CHECK;
+
+/*
+ * New tokens of one layer: k, v [n_tokens, n_kv_heads, head_dim] dense, before RoPE, borrowed. When
+ * the last layer has filled a block, its values are put behind the engine's back. AGAIN is not
+ * returned: it waits for the put window.
+ */
+KVW_API kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                              uint32_t n_tokens) KVC_MUST_CHECK;
+
+/*
+ * Begins attention of layer for the last n_q tokens appended: q_select [n_q, n_q_heads, head_dim]
+ * in dtype, before RoPE, the real query or a prediction (borrowed). Selects, resolves, submits at
+ * most one fetch per server; never waits for the network. Several steps may be open, one per layer.
+ * AGAIN: a step of this layer is open.
+ */
+KVW_API kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
+                                  kvw_step **step_p) KVC_MUST_CHECK;
+/* Optional: attends over resident rows with the real q while the misses travel. No-op in exact. */
+KVW_API kvc_status kvw_step_attend(kvw_step *step, const void *q) KVC_MUST_CHECK;
+/*
+ * Takes the step. out [n_q, n_q_heads, head_dim] in dtype; lse [n_q, n_q_heads] natural log, may be
+ * NULL. Waits for the misses up to fetch_timeout_ns. FAIL policy: TIMED_OUT, NOT_FOUND,
+ * UNAVAILABLE.
+ */
+KVW_API kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out,
+                                   float *lse) KVC_MUST_CHECK;
+/* append + begin + attend + finish. q, k, v, out as above; n_tokens new tokens. */
+KVW_API kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, const void *k,
+                               const void *v, uint32_t n_tokens, void *out,
+                               float *lse) KVC_MUST_CHECK;
+
+/* Waits until every full block has been acknowledged with the worker's promise. */
+KVW_API kvc_status kvw_flush(kvw_seq *seq, uint64_t deadline_ns) KVC_MUST_CHECK;
+
+/* The picks of the layer's last selection, ascending positions; *n_p <= k. For tests and reports.
+ */
+KVW_API kvc_status kvw_last_picks(const kvw_seq *seq, uint32_t layer, const uint32_t **picks_p,
+                                  uint32_t *n_p) KVC_MUST_CHECK;
+
+/* Counters since kvw_seq_create; bytes are the worker's own. */
+typedef struct kvw_stats {
+    size_t size_bytes;
+    uint64_t tokens, tokens_reused;
+    uint64_t steps, reselects;                             /* selections made, selections needed */
+    uint64_t picks, hits, misses;                          /* rows picked; resident; fetched */
+    uint64_t rows_gpu, rows_dram, rows_lmdb, rows_dropped; /* where misses came from */
+    uint64_t bytes_fetched, bytes_put, requests;
+    uint64_t blocks_put, blocks_existed, index_rows_rebuilt;
+    uint64_t bytes_index, bytes_residency, bytes_window; /* resident now */
+    uint64_t ns_select, ns_fetch_wait, ns_attend, ns_append;
+} kvw_stats;
+
+KVW_API kvc_status kvw_seq_stats(const kvw_seq *seq, kvw_stats *stats_p) KVC_MUST_CHECK;
+
+#ifdef __cplusplus
+}
+#endif
+#endif
