@@ -1,8 +1,8 @@
 /*
  * arena.h: a bump allocator for what lives as long as one request.
  *
- * Not thread-safe; one owner at a time. Memory comes from an inline buffer first, then from
- * malloc'd chunks up to max_bytes in all; past that kvc_arena_alloc gives NULL.
+ * Not thread-safe; one owner at a time. Memory comes in malloc'd chunks, up to max_bytes in all of
+ * what is handed out; past that kvc_arena_alloc gives NULL.
  */
 #ifndef KVC_BASE_ARENA_H
 #define KVC_BASE_ARENA_H

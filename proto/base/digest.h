@@ -27,10 +27,10 @@ kvc_status kvc_block_digest(const kvc_digest *schema, const kvc_digest *parent,
                             uint32_t extra_bytes, kvc_digest *digest_p) KVC_MUST_CHECK;
 
 /*
- * Checks a schema: names and counts within limits, unique part ids, slices inside rows, at least
- * one part, block_tokens a multiple of 16 within limits, block_tokens * row_bytes <=
- * max_value_bytes for each part, KV parts' K and V lengths = kv_heads * dim * dtype size. On
- * INVALID, why_p (may be NULL) gets a static text naming the rule that was broken.
+ * Checks a schema: names and counts within limits, unique part ids up to KVC_MAX_PART_ID, slices
+ * inside rows, at least one part, block_tokens a multiple of 16 within limits, block_tokens *
+ * row_bytes <= max_value_bytes for each part, KV parts' K and V lengths = kv_heads * dim * dtype
+ * size. On INVALID, why_p (may be NULL) gets a static text naming the rule that was broken.
  */
 kvc_status kvc_schema_check(const kvc_schema *schema, uint32_t max_value_bytes,
                             const char **why_p) KVC_MUST_CHECK;

@@ -53,7 +53,11 @@ kvc_status kvc_cond_wait_until(kvc_cond *cond, kvc_mutex *mutex, uint64_t deadli
 void kvc_cond_signal(kvc_cond *cond);
 void kvc_cond_broadcast(kvc_cond *cond);
 
-/* Starts fn(arg) with all signals blocked. name: <= 15 bytes. NO_MEMORY when none can start. */
+/*
+ * Starts fn(arg) with every signal blocked but those that faults raise (SIGSEGV, SIGBUS ...). name:
+ * 1 to 15 bytes, copied. Holding a lock when fn returns is asserted against. NO_MEMORY when none
+ * can start.
+ */
 kvc_status kvc_thread_start(kvc_thread *thread, const char *name, void (*fn)(void *),
                             void *arg) KVC_MUST_CHECK;
 /* Joins; nothing where it was never started. */

@@ -22,8 +22,9 @@ extern "C" {
 #define KVC_BLOCK_TOKENS_MAX   1024u
 #define KVC_MAX_VALUE_BYTES    (1u << 20) /* payload of one value, and of one message */
 #define KVC_MAX_PARTS          4096u      /* parts of one schema */
-#define KVC_MAX_BATCH_VALUES   1024u      /* values in one PutBlocks */
-#define KVC_MAX_DIGESTS        16384u     /* digests in one message */
+#define KVC_MAX_PART_ID        65535u
+#define KVC_MAX_BATCH_VALUES   1024u  /* values in one PutBlocks */
+#define KVC_MAX_DIGESTS        16384u /* digests in one message */
 #define KVC_MAX_CONTEXT_BLOCKS (1u << 20)
 #define KVC_MAX_PICKS          65536u /* rows in one FetchRows, over all its groups */
 #define KVC_MAX_GROUPS         1024u  /* groups in one FetchRows */
