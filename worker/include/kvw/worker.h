@@ -46,9 +46,11 @@ typedef enum kvw_index_kind {
 } kvw_index_kind;
 
 /*
- * Sums over the workers of a tensor-parallel group; x [n] in place; op: "sum" or "max". ESA calls
- * it on its d' projected queries and keys, TokenSelect on per-head max, sumexp and on votes.
- * Blocks.
+ * Sums over the workers of a tensor-parallel group; x [n] in place; op: "sum" or "max"; every
+ * worker gets the same bits. n_q_heads and n_kv_heads are the local ones, so ESA sums its projected
+ * queries and keys (over exact keys: the scores), TokenSelect the votes and the three numbers of
+ * the Selection Cache's cosine; its softmax is per head and needs no sum. Calls come in the same
+ * order on every worker as long as all of them run the same steps. Blocks.
  */
 typedef kvc_status kvw_all_reduce_fn(void *arg, const char *op, float *x, uint32_t n);
 
@@ -86,6 +88,14 @@ typedef struct kvw_opts {
     /* memory */
     uint32_t residency_slots; /* rows of fetched tokens kept, per layer and sequence; 0: 2 * k */
     uint32_t exact;           /* 1: no overlap; one attention in position order, bit-equal always */
+    /* the compressed index: columns of the projection (best first) that it keeps per head */
+    uint32_t index_dims;    /* 0: all that the file has; RERANKED: half of rerank_dims */
+    uint32_t rerank_dims;   /* RERANKED: of the finer index; 0: all that the file has */
+    uint32_t rerank_factor; /* RERANKED: the scan keeps rerank_factor * k candidates; 0: 4 */
+    /* putting */
+    uint32_t put_window;     /* blocks of a sequence on their way to the store; 0: 4 */
+    uint64_t put_timeout_ns; /* how long kvw_tokens waits for the window; 0: 60 s */
+    uint32_t reuse_any;      /* see kvw_tokens; 1: enters the recipe */
 } kvw_opts;
 
 /*
@@ -108,22 +118,37 @@ KVW_API const kvc_digest *kvw_schema_digest(const kvw_worker *worker);
  */
 KVW_API kvc_status kvw_seq_create(kvw_worker *worker, const uint32_t *tokens, uint32_t n_tokens,
                                   kvw_seq **seq_p, uint32_t *n_reused_p) KVC_MUST_CHECK;
-/* Drops the worker's memory of it; values stay in the store. Waits for puts in flight. */
+/* Puts the full blocks, waits for puts in flight (up to put_timeout_ns), and drops the worker's
+ * memory of it; values stay in the store. Steps that are still open are abandoned. NULL is fine. */
 KVW_API void kvw_seq_destroy(kvw_seq *seq);
 /* Tokens held (all layers appended). */
 KVW_API uint64_t kvw_seq_tokens(const kvw_seq *seq);
 
 /*
- * Names the tokens of the next forward pass, before its first kvw_append: their ids enter the block
- * digests. The n_tokens of a pass are appended by every layer once.
+ * Begins a forward pass over the next n_tokens (1 .. chunk_tokens) tokens, before its first
+ * kvw_append: their ids enter the block digests. Every layer appends all of them, once. Accepts the
+ * tokens of the pass before: blocks that they filled are put behind the engine's back (waits while
+ * put_window of them are on their way, up to put_timeout_ns: TIMED_OUT, and the pass may be begun
+ * again). No step may be open and every layer must have appended the pass before: INVALID.
+ *
+ * Prefill in passes of exactly chunk_tokens from position 0 on: only blocks computed so can be
+ * found by other sequences, since KV depends on where the chunks begin. A block that saw another
+ * pass (decode, a shorter chunk) is stored under a digest that covers its passes, unless
+ * reuse_any is 1: then later turns reuse such blocks too, and may differ from a cold run.
  */
 KVW_API kvc_status kvw_tokens(kvw_seq *seq, const uint32_t *tokens,
                               uint32_t n_tokens) KVC_MUST_CHECK;
 
 /*
- * New tokens of one layer: k, v [n_tokens, n_kv_heads, head_dim] dense, before RoPE, borrowed. When
- * the last layer has filled a block, its values are put behind the engine's back. AGAIN is not
- * returned: it waits for the put window.
+ * Takes back tokens of the last pass (rejected drafts): the sequence holds n_tokens afterwards.
+ * INVALID: n_tokens before the last pass or beyond it, a step is open, or layers differ.
+ */
+KVW_API kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens) KVC_MUST_CHECK;
+
+/*
+ * The pass's new tokens in one layer: k, v [n_tokens, n_kv_heads, head_dim] dense, before RoPE,
+ * borrowed. Layers in any order. Does not wait for the store. INVALID: another n_tokens than the
+ * pass has, twice in one pass, or a key that is not finite (the layer is as it was).
  */
 KVW_API kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
                               uint32_t n_tokens) KVC_MUST_CHECK;
@@ -150,7 +175,10 @@ KVW_API kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, cons
                                const void *v, uint32_t n_tokens, void *out,
                                float *lse) KVC_MUST_CHECK;
 
-/* Waits until every full block has been acknowledged with the worker's promise. */
+/*
+ * Accepts the last pass, puts what it filled, and waits until every full block has been
+ * acknowledged with the worker's promise. TIMED_OUT; the error of a put that can never succeed.
+ */
 KVW_API kvc_status kvw_flush(kvw_seq *seq, uint64_t deadline_ns) KVC_MUST_CHECK;
 
 /* The picks of the layer's last selection, ascending positions; *n_p <= k. For tests and reports.
@@ -162,13 +190,15 @@ KVW_API kvc_status kvw_last_picks(const kvw_seq *seq, uint32_t layer, const uint
 typedef struct kvw_stats {
     size_t size_bytes;
     uint64_t tokens, tokens_reused;
-    uint64_t steps, reselects;                             /* selections made, selections needed */
-    uint64_t picks, hits, misses;                          /* rows picked; resident; fetched */
+    uint64_t steps, reselects;    /* selections made, selections needed */
+    uint64_t picks, hits, misses; /* rows picked; of these resident; not resident */
     uint64_t rows_gpu, rows_dram, rows_lmdb, rows_dropped; /* where misses came from */
     uint64_t bytes_fetched, bytes_put, requests;
     uint64_t blocks_put, blocks_existed, index_rows_rebuilt;
     uint64_t bytes_index, bytes_residency, bytes_window; /* resident now */
     uint64_t ns_select, ns_fetch_wait, ns_attend, ns_append;
+    uint64_t full_steps;               /* steps short enough to attend everything */
+    uint64_t put_retries, ns_put_wait; /* values sent again; time that the engine waited to put */
 } kvw_stats;
 
 KVW_API kvc_status kvw_seq_stats(const kvw_seq *seq, kvw_stats *stats_p) KVC_MUST_CHECK;
