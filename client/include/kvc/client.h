@@ -22,6 +22,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 typedef struct kvc_client kvc_client;
 typedef struct kvc_region kvc_region;
@@ -182,6 +183,7 @@ kvc_status kvc_stats(kvc_client *client, uint64_t deadline_ns,
                      kvc_server_stats **stats_p) KVC_MUST_CHECK;
 void kvc_stats_free(kvc_server_stats *stats);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

@@ -24,6 +24,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 typedef enum kvk_dtype { KVK_F32 = 1, KVK_F16 = 2, KVK_BF16 = 3, KVK_I8 = 4 } kvk_dtype;
 
@@ -319,6 +320,7 @@ typedef struct kvk_rope_params {
 kvc_status kvk_rope_inv_freq(const kvk_rope_params *params, uint32_t head_dim,
                              double *inv_freq) KVC_MUST_CHECK;
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif
