@@ -12,15 +12,9 @@
 #include <string.h>
 
 #include "base/digest.h"
+#include "base/text.h"
 
 #define PART_ID_WORDS ((KVC_MAX_PART_ID + 1) / 64)
-
-/* Text that grows; once failed, it stays failed. */
-struct text {
-    char *bytes;
-    size_t len_bytes, size_bytes;
-    bool failed;
-};
 
 static uint32_t dtype_bytes(kvc_dtype dtype)
 {
@@ -145,55 +139,31 @@ kvc_status kvc_schema_check(const kvc_schema *schema, uint32_t max_value_bytes, 
     return why == NULL ? KVC_OK : KVC_INVALID;
 }
 
-static void text_put(struct text *text, const char *bytes, size_t len_bytes)
+static void text_name(kvc_strbuf *text, const char *key, const char *name)
 {
-    if (text->failed)
-        return;
-    if (len_bytes >= text->size_bytes - text->len_bytes) {
-        size_t size_bytes = (text->size_bytes + len_bytes) * 2 + 256;
-        char *grown = realloc(text->bytes, size_bytes);
-        if (grown == NULL) {
-            text->failed = true;
-            return;
-        }
-        text->bytes = grown;
-        text->size_bytes = size_bytes;
-    }
-    memcpy(text->bytes + text->len_bytes, bytes, len_bytes);
-    text->len_bytes += len_bytes;
-    text->bytes[text->len_bytes] = '\0';
-}
-
-static void text_name(struct text *text, const char *key, const char *name)
-{
-    text_put(text, key, strlen(key));
-    text_put(text, "=", 1);
+    kvc_strbuf_putf(text, "%s=", key);
     for (const char *at = name == NULL ? "" : name; *at != '\0'; at++) {
         unsigned char c = (unsigned char)*at;
         char escape[4];
         if (c < 0x21 || c == 0x25 || c > 0x7e) {
             (void)snprintf(escape, sizeof(escape), "%%%02x", c);
-            text_put(text, escape, 3);
+            kvc_strbuf_put(text, escape, 3);
         } else {
-            text_put(text, at, 1);
+            kvc_strbuf_put(text, at, 1);
         }
     }
-    text_put(text, "\n", 1);
+    kvc_strbuf_put(text, "\n", 1);
 }
 
-static void text_uint(struct text *text, const char *key, uint32_t value)
+static void text_uint(kvc_strbuf *text, const char *key, uint32_t value)
 {
-    char line[96];
-    int n = snprintf(line, sizeof(line), "%s=%u\n", key, value);
-    text_put(text, line, (size_t)n);
+    kvc_strbuf_putf(text, "%s=%u\n", key, value);
 }
 
 /* -0 and 0 are one number, so they get one text. */
-static void text_double(struct text *text, const char *key, double value)
+static void text_double(kvc_strbuf *text, const char *key, double value)
 {
-    char line[96];
-    int n = snprintf(line, sizeof(line), "%s=%.17g\n", key, value == 0 ? 0.0 : value);
-    text_put(text, line, (size_t)n);
+    kvc_strbuf_putf(text, "%s=%.17g\n", key, value == 0 ? 0.0 : value);
 }
 
 /* Joins "part.<id>." and the field; the pointer is good until the next call. */
@@ -203,7 +173,7 @@ static const char *part_key(char key[64], uint32_t id, const char *field)
     return key;
 }
 
-static void text_rope(struct text *text, uint32_t id, const kvc_rope *rope)
+static void text_rope(kvc_strbuf *text, uint32_t id, const kvc_rope *rope)
 {
     char key[64];
     text_double(text, part_key(key, id, "rope.factor"), rope->factor);
@@ -215,7 +185,7 @@ static void text_rope(struct text *text, uint32_t id, const kvc_rope *rope)
     text_uint(text, part_key(key, id, "rope.type"), (uint32_t)rope->type);
 }
 
-static void text_part(struct text *text, const kvc_part *part)
+static void text_part(kvc_strbuf *text, const kvc_part *part)
 {
     char key[64];
     uint32_t id = part->part;
@@ -246,7 +216,7 @@ static int by_part_id(const void *a, const void *b)
 }
 
 /* parts [n_parts] is scratch for the order of the parts. */
-static void text_schema(struct text *text, const kvc_schema *schema, const kvc_part **parts)
+static void text_schema(kvc_strbuf *text, const kvc_schema *schema, const kvc_part **parts)
 {
     for (uint32_t i = 0; i < schema->n_parts; i++)
         parts[i] = &schema->parts[i];
@@ -267,29 +237,20 @@ kvc_status kvc_schema_text(const kvc_schema *schema, char **text_p, size_t *len_
     if (schema_rule(schema, UINT32_MAX) != NULL)
         return KVC_INVALID;
     const kvc_part **parts = malloc(schema->n_parts * sizeof(*parts));
-    if (parts == NULL)
-        return KVC_NO_MEMORY;
-    struct text text = {0};
     /* The host program's locale may write doubles with a comma. */
     locale_t c_locale = newlocale(LC_NUMERIC_MASK, "C", (locale_t)0);
-    if (c_locale == (locale_t)0)
-        goto err_parts;
-    locale_t old = uselocale(c_locale);
-    text_schema(&text, schema, parts);
-    (void)uselocale(old);
-    freelocale(c_locale);
-    if (text.failed)
-        goto err_text;
+    if (parts != NULL && c_locale != (locale_t)0) {
+        kvc_strbuf text = {0};
+        locale_t old = uselocale(c_locale);
+        text_schema(&text, schema, parts);
+        (void)uselocale(old);
+        *len_bytes_p = text.len_bytes;
+        *text_p = kvc_strbuf_take(&text);
+    }
+    if (c_locale != (locale_t)0)
+        freelocale(c_locale);
     free(parts);
-    *text_p = text.bytes;
-    *len_bytes_p = text.len_bytes;
-    return KVC_OK;
-
-err_text:
-    free(text.bytes);
-err_parts:
-    free(parts);
-    return KVC_NO_MEMORY;
+    return *text_p == NULL ? KVC_NO_MEMORY : KVC_OK;
 }
 
 kvc_status kvc_schema_digest(const kvc_schema *schema, kvc_digest *digest_p)
