@@ -1,0 +1,44 @@
+/*
+ * dram_segment.h: one memfd segment of the dram tier and the bitmap of its slots. Private to the
+ * tier; the tier's lock guards every field, no function here locks.
+ */
+#ifndef KVSI_DRAM_SEGMENT_H
+#define KVSI_DRAM_SEGMENT_H
+
+#include "tier.h"
+
+#define KVSI_SEGMENT_MAX_SLOTS 16384u /* 64 MiB / 4 KiB */
+#define KVSI_SEGMENT_WORDS     (KVSI_SEGMENT_MAX_SLOTS / 64u)
+
+typedef struct kvsi_owner kvsi_owner;
+
+typedef struct kvsi_segment {
+    struct kvsi_segment *prev, *next; /* in its owner's list of segments with room, or the tier's
+                                         list of empty ones */
+    kvsi_owner *owner;                /* NULL: empty */
+    kvc_digest tenant;                /* whose bytes are in it */
+    int fd;
+    uint8_t *base;
+    uint64_t len_bytes, class_bytes;
+    uint32_t number, generation, n_slots, n_used;
+    uint64_t summary[KVSI_SEGMENT_WORDS / 64]; /* bit w: free[w] is not zero */
+    uint64_t free[KVSI_SEGMENT_WORDS];         /* bit set: slot is free */
+    uint64_t committed[KVSI_SEGMENT_WORDS];
+} kvsi_segment;
+
+/* A sealed memfd of len_bytes, mapped read-write. NO_MEMORY when the system gives none. */
+kvc_status kvsi_segment_create(uint64_t len_bytes, uint32_t number,
+                               kvsi_segment **segment_p) KVC_MUST_CHECK;
+void kvsi_segment_destroy(kvsi_segment *segment); /* unmaps and closes; NULL is fine */
+
+/* Cuts an empty segment into slots of class_bytes; all are free after. */
+void kvsi_segment_layout(kvsi_segment *segment, uint64_t class_bytes);
+/* Takes a free slot; the segment has one. O(1). */
+uint32_t kvsi_segment_take(kvsi_segment *segment);
+/* Gives a used slot back. True if it had been committed. */
+bool kvsi_segment_give(kvsi_segment *segment, uint32_t slot);
+bool kvsi_segment_is_used(const kvsi_segment *segment, uint32_t slot);
+/* Marks a used slot; false if it was marked already. */
+bool kvsi_segment_mark(kvsi_segment *segment, uint32_t slot);
+
+#endif

@@ -1,0 +1,75 @@
+/*
+ * tier_registry.c: the list of tiers and the check of their tables.
+ *
+ * Every tier appears twice: as itself and, wrapped by the fault injector, as "fault:<name>". The
+ * tables are immutable once built (pthread_once), so any thread may use them. A table that lacks
+ * a slot which its caps require is a bug of ours and asserts at first use.
+ */
+#include <pthread.h>
+#include <string.h>
+
+#include "base/assert.h"
+#include "tier_registry.h"
+
+#define FAULT_PREFIX "fault:"
+#define NAME_BYTES   24
+
+static const kvs_tier_ops *const tiers[] = {
+    &kvsi_dram_ops,
+#ifdef KVS_WITH_LMDB
+    &kvsi_lmdb_ops,
+#endif
+};
+#define N_TIERS (sizeof(tiers) / sizeof(tiers[0]))
+
+static kvs_tier_ops faulty[N_TIERS];
+static char faulty_names[N_TIERS][NAME_BYTES];
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void check_table(const kvs_tier_ops *ops)
+{
+    bool addressable = ops->caps & KVS_TIER_ADDRESSABLE;
+    bool blocking = ops->caps & KVS_TIER_BLOCKING;
+    bool persistent = ops->caps & KVS_TIER_PERSISTENT;
+
+    KVC_ASSERT(ops->name != NULL && strlen(ops->name) + sizeof(FAULT_PREFIX) <= NAME_BYTES);
+    KVC_ASSERT(ops->open && ops->close && ops->usage && ops->release);
+    KVC_ASSERT(addressable != blocking);
+    KVC_ASSERT(addressable == (ops->reserve && ops->commit && ops->map));
+    KVC_ASSERT(addressable || !(ops->reserve || ops->commit || ops->map));
+    KVC_ASSERT(blocking == (ops->write && ops->read && ops->sync));
+    KVC_ASSERT(blocking || !(ops->write || ops->read || ops->sync));
+    KVC_ASSERT(persistent == (ops->recover && ops->meta_put && ops->meta_each));
+    KVC_ASSERT(persistent || !(ops->recover || ops->meta_put || ops->meta_each));
+}
+
+static void build_tables(void)
+{
+    for (size_t i = 0; i < N_TIERS; i++) {
+        check_table(tiers[i]);
+        strcpy(faulty_names[i], FAULT_PREFIX);
+        strcat(faulty_names[i], tiers[i]->name);
+        kvsi_fault_ops(faulty_names[i], tiers[i], &faulty[i]);
+    }
+}
+
+const kvs_tier_ops *kvs_tier_at(uint32_t i)
+{
+    pthread_once(&once, build_tables);
+    if (i < N_TIERS)
+        return tiers[i];
+    return i < 2 * N_TIERS ? &faulty[i - N_TIERS] : NULL;
+}
+
+const kvs_tier_ops *kvs_tier_find(const char *name)
+{
+    const kvs_tier_ops *ops;
+
+    if (name == NULL)
+        return NULL;
+    for (uint32_t i = 0; (ops = kvs_tier_at(i)) != NULL; i++) {
+        if (strcmp(ops->name, name) == 0)
+            return ops;
+    }
+    return NULL;
+}
