@@ -1,0 +1,225 @@
+/*
+ * encode_reply.c: plain reply structs -> header bytes.
+ *
+ * Pure, any thread. The payload's own bytes are not looked at here: data_bytes alone decides on
+ * the bulk field's tag and length, so that a server may keep its rows in slices of any kind.
+ */
+#include "wire_internal.h"
+
+struct out {
+    kvc_arena *arena;
+    const void **head_p;
+    size_t *head_bytes_p;
+};
+
+static kvc_status pack(const struct out *out, const ProtobufCMessage *msg, uint64_t data_bytes)
+{
+    return kvci_pack(msg, data_bytes, out->arena, out->head_p, out->head_bytes_p);
+}
+
+/* tiers [n] as a list that protobuf-c takes, in the arena. INVALID: too many, or a long name. */
+static kvc_status put_tiers(kvc_arena *arena, const kvc_tier_stats *tiers, uint32_t n,
+                            Kvasir__V1__TierStats ***list_p)
+{
+    if (n > KVCI_TIERS_MAX)
+        return KVC_INVALID;
+    Kvasir__V1__TierStats *msgs = kvc_arena_alloc(arena, n * sizeof(*msgs));
+    Kvasir__V1__TierStats **list = kvc_arena_alloc(arena, n * sizeof(*list));
+    if (msgs == NULL || list == NULL)
+        return KVC_NO_MEMORY;
+    for (uint32_t i = 0; i < n; i++) {
+        msgs[i] = (Kvasir__V1__TierStats)KVASIR__V1__TIER_STATS__INIT;
+        msgs[i].name = kvci_put_text(tiers[i].name);
+        if (!kvci_fits(msgs[i].name, KVC_MAX_NAME_BYTES))
+            return KVC_INVALID;
+        msgs[i].capacity_bytes = tiers[i].capacity_bytes;
+        msgs[i].used_bytes = tiers[i].used_bytes;
+        msgs[i].values = tiers[i].values;
+        msgs[i].rows_read = tiers[i].rows_read;
+        msgs[i].bytes_read = tiers[i].bytes_read;
+        msgs[i].bytes_written = tiers[i].bytes_written;
+        msgs[i].evictions = tiers[i].evictions;
+        list[i] = &msgs[i];
+    }
+    *list_p = list;
+    return KVC_OK;
+}
+
+static Kvasir__V1__Limits put_limits(const kvc_limits *limits)
+{
+    Kvasir__V1__Limits msg = KVASIR__V1__LIMITS__INIT;
+    msg.max_value_bytes = limits->max_value_bytes;
+    msg.max_message_bytes = limits->max_message_bytes;
+    msg.max_batch_values = limits->max_batch_values;
+    msg.max_digests = limits->max_digests;
+    msg.max_context_blocks = limits->max_context_blocks;
+    msg.max_picks = limits->max_picks;
+    msg.max_groups = limits->max_groups;
+    msg.max_contexts = limits->max_contexts;
+    msg.max_ttl_ms = limits->max_ttl_ms;
+    return msg;
+}
+
+static kvc_status put_describe(const kvc_reply *reply, const struct out *out)
+{
+    uint32_t n = reply->u.describe.n_schemas;
+    Kvasir__V1__DescribeReply msg = KVASIR__V1__DESCRIBE_REPLY__INIT;
+    msg.version = kvci_put_text(reply->u.describe.version);
+    if (n > KVCI_SCHEMAS_MAX || !kvci_fits(msg.version, KVC_MAX_NAME_BYTES))
+        return KVC_INVALID;
+    kvc_status status =
+        put_tiers(out->arena, reply->u.describe.tiers, reply->u.describe.n_tiers, &msg.tiers);
+    if (status != KVC_OK)
+        return status;
+    msg.schemas = kvc_arena_alloc(out->arena, n * sizeof(*msg.schemas));
+    if (msg.schemas == NULL)
+        return KVC_NO_MEMORY;
+    for (uint32_t i = 0; i < n; i++)
+        msg.schemas[i] = kvci_put_digest(&reply->u.describe.schemas[i]);
+    Kvasir__V1__Limits limits = put_limits(&reply->u.describe.limits);
+    msg.boot_id = reply->u.describe.boot_id;
+    msg.limits = &limits;
+    msg.n_tiers = reply->u.describe.n_tiers;
+    msg.n_schemas = n;
+    return pack(out, &msg.base, 0);
+}
+
+static kvc_status put_schema(const kvc_reply *reply, const struct out *out)
+{
+    Kvasir__V1__RegisterSchemaReply msg = KVASIR__V1__REGISTER_SCHEMA_REPLY__INIT;
+    msg.digest = kvci_put_digest(&reply->u.register_schema.digest);
+    return pack(out, &msg.base, 0);
+}
+
+/* A status as the wire has it: without the sign. INVALID for a number that is no status. */
+static kvc_status put_status(int status, Kvasir__V1__ItemStatus *item_p)
+{
+    if (status > 0 || -status >= KVC_STATUS_COUNT)
+        return KVC_INVALID;
+    *item_p = (Kvasir__V1__ItemStatus)-status;
+    return KVC_OK;
+}
+
+static kvc_status put_blocks(const kvc_reply *reply, const struct out *out)
+{
+    uint32_t n = reply->u.put_blocks.n_values;
+    if (n > KVC_MAX_BATCH_VALUES)
+        return KVC_INVALID;
+    Kvasir__V1__PutBlocksReply msg = KVASIR__V1__PUT_BLOCKS_REPLY__INIT;
+    msg.n_status = n;
+    msg.status = kvc_arena_alloc(out->arena, n * sizeof(*msg.status));
+    if (msg.status == NULL)
+        return KVC_NO_MEMORY;
+    for (uint32_t i = 0; i < n; i++) {
+        kvc_status status = put_status(reply->u.put_blocks.status[i], &msg.status[i]);
+        if (status != KVC_OK)
+            return status;
+    }
+    return pack(out, &msg.base, 0);
+}
+
+static kvc_status put_match(const kvc_reply *reply, const struct out *out)
+{
+    Kvasir__V1__MatchPrefixReply msg = KVASIR__V1__MATCH_PREFIX_REPLY__INIT;
+    msg.hits = reply->u.match_prefix.hits;
+    return pack(out, &msg.base, 0);
+}
+
+static kvc_status put_open(const kvc_reply *reply, const struct out *out)
+{
+    Kvasir__V1__OpenContextReply msg = KVASIR__V1__OPEN_CONTEXT_REPLY__INIT;
+    msg.context = reply->u.open_context.context;
+    msg.ttl_ms = reply->u.open_context.ttl_ms;
+    msg.n_tokens = reply->u.open_context.n_tokens;
+    return pack(out, &msg.base, 0);
+}
+
+static kvc_status put_extend(const kvc_reply *reply, const struct out *out)
+{
+    Kvasir__V1__ExtendContextReply msg = KVASIR__V1__EXTEND_CONTEXT_REPLY__INIT;
+    msg.n_tokens = reply->u.extend_context.n_tokens;
+    return pack(out, &msg.base, 0);
+}
+
+static kvc_status put_close(const kvc_reply *reply, const struct out *out)
+{
+    Kvasir__V1__CloseContextReply msg = KVASIR__V1__CLOSE_CONTEXT_REPLY__INIT;
+    (void)reply;
+    return pack(out, &msg.base, 0);
+}
+
+static kvc_status put_fetch(const kvc_reply *reply, const struct out *out)
+{
+    uint32_t n = reply->u.fetch_rows.n_missing;
+    if (n > KVC_MAX_PICKS || !kvci_data_fits(reply->data, reply->n_data, reply->data_bytes))
+        return KVC_INVALID;
+    Kvasir__V1__MissingRow *rows = kvc_arena_alloc(out->arena, n * sizeof(*rows));
+    Kvasir__V1__MissingRow **list = kvc_arena_alloc(out->arena, n * sizeof(*list));
+    if (rows == NULL || list == NULL)
+        return KVC_NO_MEMORY;
+    for (uint32_t i = 0; i < n; i++) {
+        rows[i] = (Kvasir__V1__MissingRow)KVASIR__V1__MISSING_ROW__INIT;
+        rows[i].index = reply->u.fetch_rows.missing[i].index;
+        kvc_status status = put_status(reply->u.fetch_rows.missing[i].status, &rows[i].status);
+        if (status != KVC_OK)
+            return status;
+        list[i] = &rows[i];
+    }
+    Kvasir__V1__FetchRowsReply msg = KVASIR__V1__FETCH_ROWS_REPLY__INIT;
+    msg.n_missing = n;
+    msg.missing = list;
+    msg.rows_gpu = reply->u.fetch_rows.rows_gpu;
+    msg.rows_dram = reply->u.fetch_rows.rows_dram;
+    msg.rows_lmdb = reply->u.fetch_rows.rows_lmdb;
+    return pack(out, &msg.base, reply->data_bytes);
+}
+
+static kvc_status put_stats(const kvc_reply *reply, const struct out *out)
+{
+    uint32_t n = reply->u.stats.n_counters;
+    Kvasir__V1__StatsReply msg = KVASIR__V1__STATS_REPLY__INIT;
+    if (n > KVCI_COUNTERS_MAX)
+        return KVC_INVALID;
+    kvc_status status =
+        put_tiers(out->arena, reply->u.stats.tiers, reply->u.stats.n_tiers, &msg.tiers);
+    if (status != KVC_OK)
+        return status;
+    Kvasir__V1__Counter *counters = kvc_arena_alloc(out->arena, n * sizeof(*counters));
+    msg.counters = kvc_arena_alloc(out->arena, n * sizeof(*msg.counters));
+    if (counters == NULL || msg.counters == NULL)
+        return KVC_NO_MEMORY;
+    for (uint32_t i = 0; i < n; i++) {
+        counters[i] = (Kvasir__V1__Counter)KVASIR__V1__COUNTER__INIT;
+        counters[i].name = kvci_put_text(reply->u.stats.counters[i].name);
+        if (!kvci_fits(counters[i].name, KVC_MAX_NAME_BYTES))
+            return KVC_INVALID;
+        counters[i].value = reply->u.stats.counters[i].value;
+        msg.counters[i] = &counters[i];
+    }
+    msg.uptime_ms = reply->u.stats.uptime_ms;
+    msg.boot_id = reply->u.stats.boot_id;
+    msg.n_tiers = reply->u.stats.n_tiers;
+    msg.n_counters = n;
+    return pack(out, &msg.base, 0);
+}
+
+kvc_status kvc_wire_encode_reply(const kvc_reply *reply, kvc_arena *arena, const void **head_p,
+                                 size_t *head_bytes_p)
+{
+    typedef kvc_status put_fn(const kvc_reply *, const struct out *);
+    static put_fn *const table[KVC_METHOD_COUNT] = {
+        [KVC_DESCRIBE] = put_describe,   [KVC_REGISTER_SCHEMA] = put_schema,
+        [KVC_PUT_BLOCKS] = put_blocks,   [KVC_MATCH_PREFIX] = put_match,
+        [KVC_OPEN_CONTEXT] = put_open,   [KVC_EXTEND_CONTEXT] = put_extend,
+        [KVC_CLOSE_CONTEXT] = put_close, [KVC_FETCH_ROWS] = put_fetch,
+        [KVC_STATS] = put_stats,
+    };
+    struct out out = {arena, head_p, head_bytes_p};
+    *head_p = NULL;
+    *head_bytes_p = 0;
+    if ((int)reply->method < 0 || reply->method >= KVC_METHOD_COUNT)
+        return KVC_INVALID;
+    if (reply->data_bytes != 0 && reply->method != KVC_FETCH_ROWS)
+        return KVC_INVALID;
+    return table[reply->method](reply, &out);
+}

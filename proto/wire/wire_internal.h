@@ -1,0 +1,68 @@
+/*
+ * wire_internal.h: what the files of proto/wire share; nobody else includes it.
+ *
+ * Decoding goes split -> check -> unpack -> convert. After the check the header is known to hold
+ * only sane tags, so the unpacker's memory is bounded by it. Everything lives in one arena.
+ */
+#ifndef KVCI_WIRE_INTERNAL_H
+#define KVCI_WIRE_INTERNAL_H
+
+#include "wire/wire.h"
+
+#include "kvasir.pb-c.h"
+
+#define KVCI_BULK_FIELD     15u
+#define KVCI_TAIL_BYTES_MAX 11u /* one tag byte and the longest varint */
+
+#define KVCI_TIERS_MAX    64u
+#define KVCI_SCHEMAS_MAX  4096u
+#define KVCI_COUNTERS_MAX 4096u
+
+/* A message without its bulk field, and where the bulk lies in the received bytes. */
+typedef struct kvci_split {
+    uint8_t *head; /* contiguous, in the arena */
+    size_t head_bytes;
+    struct iovec *data; /* [n_data], in the arena; points into the input */
+    uint32_t n_data;
+    uint64_t data_bytes;
+} kvci_split;
+
+/* Message types of a method; NULL never. */
+const ProtobufCMessageDescriptor *kvci_request_type(kvc_method method);
+const ProtobufCMessageDescriptor *kvci_reply_type(kvc_method method);
+
+/* Walks the top-level tags of in [n_in]; unknown fields are dropped. PROTOCOL, INVALID (header
+ * or bulk too long), NO_MEMORY. *why_p is set on failure. */
+kvc_status kvci_split_message(const ProtobufCMessageDescriptor *type, const struct iovec *in,
+                              uint32_t n_in, kvc_arena *arena, kvci_split *split_p,
+                              const char **why_p) KVC_MUST_CHECK;
+
+/* Checks contiguous bytes against their type, nested messages included: tags, wire types, lengths,
+ * strings without NUL, and no more fields than any valid message has. */
+kvc_status kvci_check_message(const ProtobufCMessageDescriptor *type, const uint8_t *bytes,
+                              size_t len_bytes, const char **why_p) KVC_MUST_CHECK;
+
+/* kvci_split_message, kvci_check_message and protobuf-c's unpacking into the arena. */
+kvc_status kvci_unpack(const ProtobufCMessageDescriptor *type, const struct iovec *in,
+                       uint32_t n_in, kvc_arena *arena, kvci_split *split_p,
+                       ProtobufCMessage **msg_p, const char **why_p) KVC_MUST_CHECK;
+
+/* INVALID unless bytes holds exactly one digest. */
+kvc_status kvci_get_digest(const ProtobufCBinaryData *bytes, kvc_digest *digest_p) KVC_MUST_CHECK;
+/* A run of digests, borrowed from bytes. INVALID: not a multiple of 32, or too many. */
+kvc_status kvci_get_digests(const ProtobufCBinaryData *bytes, uint32_t *n_p,
+                            const kvc_digest **digests_p) KVC_MUST_CHECK;
+/* True if text has at most max_bytes. */
+bool kvci_fits(const char *text, size_t max_bytes);
+
+/* Packs msg and, where data_bytes is not 0, appends the bulk field's tag and length. */
+kvc_status kvci_pack(const ProtobufCMessage *msg, uint64_t data_bytes, kvc_arena *arena,
+                     const void **head_p, size_t *head_bytes_p) KVC_MUST_CHECK;
+ProtobufCBinaryData kvci_put_digest(const kvc_digest *digest);
+ProtobufCBinaryData kvci_put_digests(const kvc_digest *digests, uint32_t n);
+/* text, or "" for NULL; protobuf-c wants char * and only reads it. */
+char *kvci_put_text(const char *text);
+/* True if the iovecs sum up to data_bytes (data may be NULL: not known yet) within the limit. */
+bool kvci_data_fits(const struct iovec *data, uint32_t n_data, uint64_t data_bytes);
+
+#endif

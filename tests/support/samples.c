@@ -1,0 +1,239 @@
+/*
+ * samples.c: see samples.h.
+ *
+ * Every field gets a value of its own, so that two fields swapped show.
+ */
+#include "samples.h"
+
+#include <string.h>
+
+#define PIECES 5u
+
+static void *zeroed(kvc_arena *arena, size_t n, size_t size_bytes)
+{
+    void *piece = kvc_arena_calloc(arena, n, size_bytes);
+    if (piece == NULL)
+        __builtin_trap();
+    return piece;
+}
+
+kvc_digest sample_digest(uint32_t seed)
+{
+    kvc_digest digest;
+    for (uint32_t i = 0; i < KVC_DIGEST_BYTES; i++)
+        digest.bytes[i] = (uint8_t)((seed + 1) * 37 + i * 11);
+    return digest;
+}
+
+static const kvc_digest *sample_digests(uint32_t n, kvc_arena *arena)
+{
+    kvc_digest *digests = zeroed(arena, n, sizeof(*digests));
+    for (uint32_t i = 0; i < n; i++)
+        digests[i] = sample_digest(i);
+    return digests;
+}
+
+/* data_bytes in PIECES pieces of unequal length, one of them empty. */
+static const struct iovec *sample_data(size_t data_bytes, kvc_arena *arena)
+{
+    uint8_t *bytes = zeroed(arena, data_bytes + 1, 1);
+    struct iovec *data = zeroed(arena, PIECES, sizeof(*data));
+    size_t at = 0;
+    for (size_t i = 0; i < data_bytes; i++)
+        bytes[i] = (uint8_t)(i * 131 + (i >> 8));
+    for (uint32_t i = 0; i < PIECES; i++) {
+        size_t len_bytes = i == PIECES - 1 ? data_bytes - at : (data_bytes - at) * i / 7;
+        data[i] = (struct iovec){bytes + at, len_bytes};
+        at += len_bytes;
+    }
+    return data;
+}
+
+static kvc_part sample_part(uint32_t i)
+{
+    return (kvc_part){
+        .part = 100 + i,
+        .kind = KVC_PART_KV,
+        .dtype = KVC_DTYPE_BF16,
+        .layer = 7 + i,
+        .kv_head_first = 8,
+        .kv_head_count = 2,
+        .row_bytes = 512,
+        .k_off_bytes = 1,
+        .k_len_bytes = 256,
+        .v_off_bytes = 256,
+        .v_len_bytes = 255,
+        .q_dim = 64,
+        .v_dim = 63,
+        .window = 4096,
+        .rope = {KVC_ROPE_LLAMA3, 1, 500000.0, 8.0, 1.25, 4.5, 8192},
+        .attention_scale = 0.125,
+        .softcap = 30.5,
+        .sinks = 1,
+        .codec = i == 0 ? NULL : "esa d=24",
+    };
+}
+
+static const kvc_schema *sample_schema(kvc_arena *arena)
+{
+    kvc_schema *schema = zeroed(arena, 1, sizeof(*schema));
+    kvc_part *parts = zeroed(arena, 3, sizeof(*parts));
+    for (uint32_t i = 0; i < 3; i++)
+        parts[i] = sample_part(i);
+    parts[2].rope = (kvc_rope){0};
+    *schema = (kvc_schema){"a model", "rev-1", "full attention", 2, 128, 3, parts};
+    return schema;
+}
+
+static const kvc_row_group *sample_groups(uint32_t n, kvc_arena *arena)
+{
+    kvc_row_group *groups = zeroed(arena, n, sizeof(*groups));
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t *picks = zeroed(arena, i * 100 + 1, sizeof(*picks));
+        for (uint32_t j = 0; j < i * 100; j++)
+            picks[j] = j * 977 + (i << 20);
+        groups[i] = (kvc_row_group){0xfedcba9876543210ull + i, 5 + i, i * 100, picks};
+    }
+    return groups;
+}
+
+static const kvc_put_value *sample_values(uint32_t n, kvc_arena *arena)
+{
+    kvc_put_value *values = zeroed(arena, n, sizeof(*values));
+    for (uint32_t i = 0; i < n; i++)
+        values[i] = (kvc_put_value){sample_digest(i), i * 3, 1000 + i};
+    return values;
+}
+
+kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *arena)
+{
+    static const uint32_t parts[] = {0, 1, 300, 70000};
+    kvc_request req = {.method = method};
+    switch (method) {
+    case KVC_REGISTER_SCHEMA:
+        req.u.register_schema.schema = sample_schema(arena);
+        break;
+    case KVC_PUT_BLOCKS:
+        req.u.put_blocks.schema = sample_digest(90);
+        req.u.put_blocks.promise = KVC_PROMISE_DURABLE;
+        req.u.put_blocks.n_values = 3;
+        req.u.put_blocks.values = sample_values(3, arena);
+        req.data = sample_data(data_bytes, arena);
+        req.n_data = PIECES;
+        req.data_bytes = data_bytes;
+        break;
+    case KVC_MATCH_PREFIX:
+        req.u.match_prefix.schema = sample_digest(91);
+        req.u.match_prefix.n_digests = 20;
+        req.u.match_prefix.digests = sample_digests(20, arena);
+        req.u.match_prefix.n_parts = 4;
+        req.u.match_prefix.parts = parts;
+        break;
+    case KVC_OPEN_CONTEXT:
+        req.u.open_context.schema = sample_digest(92);
+        req.u.open_context.n_digests = 9;
+        req.u.open_context.digests = sample_digests(9, arena);
+        req.u.open_context.ttl_ms = 1ull << 40;
+        break;
+    case KVC_EXTEND_CONTEXT:
+        req.u.extend_context.context = 0x8000000000000001ull;
+        req.u.extend_context.n_blocks_before = 12;
+        req.u.extend_context.n_digests = 2;
+        req.u.extend_context.digests = sample_digests(2, arena);
+        break;
+    case KVC_CLOSE_CONTEXT:
+        req.u.close_context.context = 77;
+        break;
+    case KVC_FETCH_ROWS:
+        req.u.fetch_rows.n_groups = 4;
+        req.u.fetch_rows.groups = sample_groups(4, arena);
+        break;
+    case KVC_DESCRIBE:
+    case KVC_STATS:
+    case KVC_METHOD_COUNT:
+        break;
+    }
+    return req;
+}
+
+static const kvc_tier_stats *sample_tiers(kvc_arena *arena)
+{
+    kvc_tier_stats *tiers = zeroed(arena, 2, sizeof(*tiers));
+    tiers[0] = (kvc_tier_stats){"dram", 1ull << 33, 2, 3, 4, 5, 6, 7};
+    tiers[1] = (kvc_tier_stats){"lmdb", 1ull << 43, 12, 13, 14, 15, 16, 17};
+    return tiers;
+}
+
+static void fill_fetch_reply(kvc_reply *reply, size_t data_bytes, kvc_arena *arena)
+{
+    kvc_missing_row *missing = zeroed(arena, 3, sizeof(*missing));
+    missing[0] = (kvc_missing_row){0, KVC_NOT_FOUND};
+    missing[1] = (kvc_missing_row){17, KVC_CORRUPT};
+    missing[2] = (kvc_missing_row){KVC_MAX_PICKS - 1, KVC_IO};
+    reply->u.fetch_rows.n_missing = 3;
+    reply->u.fetch_rows.missing = missing;
+    reply->u.fetch_rows.rows_gpu = 1;
+    reply->u.fetch_rows.rows_dram = 22;
+    reply->u.fetch_rows.rows_lmdb = 333;
+    reply->data = sample_data(data_bytes, arena);
+    reply->n_data = PIECES;
+    reply->data_bytes = data_bytes;
+}
+
+static void fill_stats_reply(kvc_reply *reply, kvc_arena *arena)
+{
+    kvc_counter *counters = zeroed(arena, 2, sizeof(*counters));
+    counters[0] = (kvc_counter){"puts", 1ull << 50};
+    counters[1] = (kvc_counter){"rows", 9};
+    reply->u.stats.uptime_ms = 123456789;
+    reply->u.stats.boot_id = 0xabcdefull;
+    reply->u.stats.n_tiers = 2;
+    reply->u.stats.tiers = sample_tiers(arena);
+    reply->u.stats.n_counters = 2;
+    reply->u.stats.counters = counters;
+}
+
+kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
+{
+    static const int8_t status[] = {KVC_OK, KVC_EXISTS, KVC_AGAIN, KVC_DENIED};
+    kvc_reply reply = {.method = method};
+    switch (method) {
+    case KVC_DESCRIBE:
+        reply.u.describe.version = "0.1.0";
+        reply.u.describe.boot_id = 1ull << 63;
+        reply.u.describe.limits = (kvc_limits){1, 2, 3, 4, 5, 6, 7, 8, 9};
+        reply.u.describe.n_tiers = 2;
+        reply.u.describe.tiers = sample_tiers(arena);
+        reply.u.describe.n_schemas = 3;
+        reply.u.describe.schemas = sample_digests(3, arena);
+        break;
+    case KVC_REGISTER_SCHEMA:
+        reply.u.register_schema.digest = sample_digest(5);
+        break;
+    case KVC_PUT_BLOCKS:
+        reply.u.put_blocks.n_values = 4;
+        reply.u.put_blocks.status = status;
+        break;
+    case KVC_MATCH_PREFIX:
+        reply.u.match_prefix.hits = 321;
+        break;
+    case KVC_OPEN_CONTEXT:
+        reply.u.open_context.context = 0xffffffffffffffffull;
+        reply.u.open_context.ttl_ms = 60000;
+        reply.u.open_context.n_tokens = 1 << 20;
+        break;
+    case KVC_EXTEND_CONTEXT:
+        reply.u.extend_context.n_tokens = 4242;
+        break;
+    case KVC_FETCH_ROWS:
+        fill_fetch_reply(&reply, data_bytes, arena);
+        break;
+    case KVC_STATS:
+        fill_stats_reply(&reply, arena);
+        break;
+    case KVC_CLOSE_CONTEXT:
+    case KVC_METHOD_COUNT:
+        break;
+    }
+    return reply;
+}

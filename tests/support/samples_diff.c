@@ -1,0 +1,256 @@
+/*
+ * samples_diff.c: deep comparison of plain messages, field by field.
+ *
+ * Pure. Gives the name of the first field that differs, for a test's message.
+ */
+#include <string.h>
+
+#include "samples.h"
+
+/* Returns the field's name from the function around it where a and b differ. */
+#define SAME(field)                                                                                \
+    if (a->field != b->field)                                                                      \
+    return #field
+#define SAME_BYTES(field, n)                                                                       \
+    if ((n) > 0 && memcmp(a->field, b->field, (n)) != 0)                                           \
+    return #field
+#define SAME_TEXT(field)                                                                           \
+    if (strcmp(a->field == NULL ? "" : a->field, b->field == NULL ? "" : b->field) != 0)           \
+    return #field
+
+static uint8_t byte_at(const struct iovec *data, uint32_t *piece, size_t *off)
+{
+    while (*off == data[*piece].iov_len) {
+        (*piece)++;
+        *off = 0;
+    }
+    return ((const uint8_t *)data[*piece].iov_base)[(*off)++];
+}
+
+static const char *data_diff(const struct iovec *a, const struct iovec *b, uint64_t n)
+{
+    uint32_t piece_a = 0, piece_b = 0;
+    size_t off_a = 0, off_b = 0;
+    for (uint64_t i = 0; i < n; i++) {
+        if (byte_at(a, &piece_a, &off_a) != byte_at(b, &piece_b, &off_b))
+            return "data";
+    }
+    return NULL;
+}
+
+static const char *part_diff(const kvc_part *a, const kvc_part *b)
+{
+    SAME(part);
+    SAME(kind);
+    SAME(dtype);
+    SAME(layer);
+    SAME(kv_head_first);
+    SAME(kv_head_count);
+    SAME(row_bytes);
+    SAME(k_off_bytes);
+    SAME(k_len_bytes);
+    SAME(v_off_bytes);
+    SAME(v_len_bytes);
+    SAME(q_dim);
+    SAME(v_dim);
+    SAME(window);
+    SAME(rope.type);
+    SAME(rope.stored_rotated);
+    SAME(rope.theta);
+    SAME(rope.factor);
+    SAME(rope.low_freq_factor);
+    SAME(rope.high_freq_factor);
+    SAME(rope.original_max_position);
+    SAME(attention_scale);
+    SAME(softcap);
+    SAME(sinks);
+    SAME_TEXT(codec);
+    return NULL;
+}
+
+static const char *schema_diff(const kvc_schema *a, const kvc_schema *b)
+{
+    SAME_TEXT(model);
+    SAME_TEXT(revision);
+    SAME_TEXT(recipe);
+    SAME(tp_size);
+    SAME(block_tokens);
+    SAME(n_parts);
+    for (uint32_t i = 0; i < a->n_parts; i++) {
+        const char *why = part_diff(&a->parts[i], &b->parts[i]);
+        if (why != NULL)
+            return why;
+    }
+    return NULL;
+}
+
+static const char *groups_diff(const kvc_row_group *a, const kvc_row_group *b, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++, a++, b++) {
+        SAME(context);
+        SAME(part);
+        SAME(n_picks);
+        SAME_BYTES(picks, a->n_picks * sizeof(uint32_t));
+    }
+    return NULL;
+}
+
+static const char *values_diff(const kvc_put_value *a, const kvc_put_value *b, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++, a++, b++) {
+        SAME_BYTES(digest.bytes, KVC_DIGEST_BYTES);
+        SAME(part);
+        SAME(len_bytes);
+    }
+    return NULL;
+}
+
+static const char *context_diff(const kvc_request *a, const kvc_request *b)
+{
+    if (a->method == KVC_OPEN_CONTEXT) {
+        SAME_BYTES(u.open_context.schema.bytes, KVC_DIGEST_BYTES);
+        SAME(u.open_context.n_digests);
+        SAME_BYTES(u.open_context.digests, a->u.open_context.n_digests * sizeof(kvc_digest));
+        SAME(u.open_context.ttl_ms);
+    } else if (a->method == KVC_EXTEND_CONTEXT) {
+        SAME(u.extend_context.context);
+        SAME(u.extend_context.n_blocks_before);
+        SAME(u.extend_context.n_digests);
+        SAME_BYTES(u.extend_context.digests, a->u.extend_context.n_digests * sizeof(kvc_digest));
+    } else if (a->method == KVC_CLOSE_CONTEXT) {
+        SAME(u.close_context.context);
+    }
+    return NULL;
+}
+
+const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
+{
+    SAME(method);
+    SAME(data_bytes);
+    switch (a->method) {
+    case KVC_REGISTER_SCHEMA:
+        return schema_diff(a->u.register_schema.schema, b->u.register_schema.schema);
+    case KVC_PUT_BLOCKS:
+        SAME_BYTES(u.put_blocks.schema.bytes, KVC_DIGEST_BYTES);
+        SAME(u.put_blocks.promise);
+        SAME(u.put_blocks.n_values);
+        if (values_diff(a->u.put_blocks.values, b->u.put_blocks.values, a->u.put_blocks.n_values) !=
+            NULL)
+            return "values";
+        return data_diff(a->data, b->data, a->data_bytes);
+    case KVC_MATCH_PREFIX:
+        SAME_BYTES(u.match_prefix.schema.bytes, KVC_DIGEST_BYTES);
+        SAME(u.match_prefix.n_digests);
+        SAME(u.match_prefix.n_parts);
+        SAME_BYTES(u.match_prefix.digests, a->u.match_prefix.n_digests * sizeof(kvc_digest));
+        SAME_BYTES(u.match_prefix.parts, a->u.match_prefix.n_parts * sizeof(uint32_t));
+        return NULL;
+    case KVC_FETCH_ROWS:
+        SAME(u.fetch_rows.n_groups);
+        return groups_diff(a->u.fetch_rows.groups, b->u.fetch_rows.groups,
+                           a->u.fetch_rows.n_groups);
+    default:
+        return context_diff(a, b);
+    }
+}
+
+static const char *tiers_diff(const kvc_tier_stats *a, const kvc_tier_stats *b, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++, a++, b++) {
+        SAME_TEXT(name);
+        SAME(capacity_bytes);
+        SAME(used_bytes);
+        SAME(values);
+        SAME(rows_read);
+        SAME(bytes_read);
+        SAME(bytes_written);
+        SAME(evictions);
+    }
+    return NULL;
+}
+
+static const char *describe_diff(const kvc_reply *a, const kvc_reply *b)
+{
+    SAME_TEXT(u.describe.version);
+    SAME(u.describe.boot_id);
+    SAME(u.describe.limits.max_value_bytes);
+    SAME(u.describe.limits.max_message_bytes);
+    SAME(u.describe.limits.max_batch_values);
+    SAME(u.describe.limits.max_digests);
+    SAME(u.describe.limits.max_context_blocks);
+    SAME(u.describe.limits.max_picks);
+    SAME(u.describe.limits.max_groups);
+    SAME(u.describe.limits.max_contexts);
+    SAME(u.describe.limits.max_ttl_ms);
+    SAME(u.describe.n_tiers);
+    SAME(u.describe.n_schemas);
+    SAME_BYTES(u.describe.schemas, a->u.describe.n_schemas * sizeof(kvc_digest));
+    return tiers_diff(a->u.describe.tiers, b->u.describe.tiers, a->u.describe.n_tiers);
+}
+
+static const char *counters_diff(const kvc_counter *a, const kvc_counter *b, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++, a++, b++) {
+        SAME_TEXT(name);
+        SAME(value);
+    }
+    return NULL;
+}
+
+static const char *stats_diff(const kvc_reply *a, const kvc_reply *b)
+{
+    SAME(u.stats.uptime_ms);
+    SAME(u.stats.boot_id);
+    SAME(u.stats.n_tiers);
+    SAME(u.stats.n_counters);
+    if (counters_diff(a->u.stats.counters, b->u.stats.counters, a->u.stats.n_counters) != NULL)
+        return "counters";
+    return tiers_diff(a->u.stats.tiers, b->u.stats.tiers, a->u.stats.n_tiers);
+}
+
+static const char *fetch_diff(const kvc_reply *a, const kvc_reply *b)
+{
+    SAME(u.fetch_rows.n_missing);
+    SAME(u.fetch_rows.rows_gpu);
+    SAME(u.fetch_rows.rows_dram);
+    SAME(u.fetch_rows.rows_lmdb);
+    for (uint32_t i = 0; i < a->u.fetch_rows.n_missing; i++) {
+        SAME(u.fetch_rows.missing[i].index);
+        SAME(u.fetch_rows.missing[i].status);
+    }
+    return data_diff(a->data, b->data, a->data_bytes);
+}
+
+const char *sample_reply_diff(const kvc_reply *a, const kvc_reply *b)
+{
+    SAME(method);
+    SAME(data_bytes);
+    switch (a->method) {
+    case KVC_DESCRIBE:
+        return describe_diff(a, b);
+    case KVC_REGISTER_SCHEMA:
+        SAME_BYTES(u.register_schema.digest.bytes, KVC_DIGEST_BYTES);
+        return NULL;
+    case KVC_PUT_BLOCKS:
+        SAME(u.put_blocks.n_values);
+        SAME_BYTES(u.put_blocks.status, a->u.put_blocks.n_values);
+        return NULL;
+    case KVC_MATCH_PREFIX:
+        SAME(u.match_prefix.hits);
+        return NULL;
+    case KVC_OPEN_CONTEXT:
+        SAME(u.open_context.context);
+        SAME(u.open_context.ttl_ms);
+        SAME(u.open_context.n_tokens);
+        return NULL;
+    case KVC_EXTEND_CONTEXT:
+        SAME(u.extend_context.n_tokens);
+        return NULL;
+    case KVC_FETCH_ROWS:
+        return fetch_diff(a, b);
+    case KVC_STATS:
+        return stats_diff(a, b);
+    default:
+        return NULL;
+    }
+}
