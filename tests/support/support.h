@@ -33,7 +33,7 @@ static inline void support_assert_status(kvc_status got, kvc_status wanted, cons
 {
     if (got == wanted)
         return;
-    cm_print_error("%s gave %s, wanted %s\n", text, kvc_status_name(got), kvc_status_name(wanted));
+    print_error("%s gave %s, wanted %s\n", text, kvc_status_name(got), kvc_status_name(wanted));
     _fail(file, line);
 }
 

@@ -1,0 +1,95 @@
+/*
+ * memory_test.c: the arena, and sums of rows and values.
+ */
+#include "support.h"
+
+#include "base/arena.h"
+#include "base/sum.h"
+
+static void arena_keeps_its_bound(void **state)
+{
+    (void)state;
+    kvc_arena arena;
+    kvc_arena_init(&arena, 64);
+    char *first = kvc_arena_alloc(&arena, 1), *second = kvc_arena_alloc(&arena, 33);
+    assert_non_null(first);
+    assert_non_null(second);
+    assert_int_equal((uintptr_t)first % 16, 0);
+    assert_int_equal((uintptr_t)second % 16, 0);
+    assert_int_equal(arena.used_bytes, 64);
+    assert_null(kvc_arena_alloc(&arena, 1));
+    assert_null(kvc_arena_alloc(&arena, 0));
+    kvc_arena_reset(&arena);
+    assert_int_equal(arena.used_bytes, 0);
+    assert_null(kvc_arena_alloc(&arena, 65));
+    assert_null(kvc_arena_alloc(&arena, SIZE_MAX));
+    assert_null(kvc_arena_calloc(&arena, SIZE_MAX / 2, 3));
+    assert_null(kvc_arena_strndup(&arena, "x", SIZE_MAX));
+    assert_non_null(kvc_arena_alloc(&arena, 64));
+    kvc_arena_reset(&arena);
+}
+
+static void arena_pieces_do_not_overlap(void **state)
+{
+    (void)state;
+    support_random random = support_seed(1);
+    unsigned char *pieces[300];
+    size_t sizes[300];
+    kvc_arena arena;
+    kvc_arena_init(&arena, SIZE_MAX);
+    for (int i = 0; i < 300; i++) {
+        sizes[i] = support_below(&random, 9000);
+        pieces[i] = kvc_arena_alloc(&arena, sizes[i]);
+        assert_non_null(pieces[i]);
+        memset(pieces[i], i & 255, sizes[i]);
+    }
+    for (int i = 0; i < 300; i++) {
+        for (size_t j = 0; j < sizes[i]; j++)
+            assert_int_equal(pieces[i][j], i & 255);
+    }
+    kvc_arena_reset(&arena);
+}
+
+static void arena_copies_and_clears(void **state)
+{
+    (void)state;
+    static const unsigned char zeros[800];
+    kvc_arena arena;
+    kvc_arena_init(&arena, 4096);
+    char *text = kvc_arena_strndup(&arena, "abcdef", 3);
+    assert_string_equal(text, "abc");
+    assert_string_equal(kvc_arena_strndup(&arena, NULL, 0), "");
+    memset(kvc_arena_alloc(&arena, 800), 255, 800);
+    kvc_arena_reset(&arena);
+    assert_memory_equal(kvc_arena_calloc(&arena, 100, 8), zeros, 800);
+    kvc_arena_reset(&arena);
+}
+
+/* The known XXH3-64 of nothing, and one sum for both widths. */
+static void sums_are_xxh3(void **state)
+{
+    (void)state;
+    assert_true(kvc_value_sum("", 0) == 0x2d06800538d394c2ull);
+    support_random random = support_seed(2);
+    unsigned char rows[16 * 96];
+    uint32_t sums[16];
+    support_fill(&random, rows, sizeof(rows));
+    kvc_row_sums(rows, 96, 16, sums);
+    for (size_t i = 0; i < 16; i++) {
+        assert_int_equal(sums[i], kvc_row_sum(rows + i * 96, 96));
+        assert_int_equal(sums[i], (uint32_t)kvc_value_sum(rows + i * 96, 96));
+        rows[i * 96 + 95] ^= 1;
+        assert_int_not_equal(sums[i], kvc_row_sum(rows + i * 96, 96));
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(arena_keeps_its_bound),
+        cmocka_unit_test(arena_pieces_do_not_overlap),
+        cmocka_unit_test(arena_copies_and_clears),
+        cmocka_unit_test(sums_are_xxh3),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
