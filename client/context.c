@@ -1,0 +1,277 @@
+/*
+ * context.c: contexts as the caller sees them.
+ *
+ * The client keeps the digest list, since a handle is worth nothing after the server's restart.
+ * Whoever holds busy (an extend on a caller's thread, a reopen on kvc-link) owns the list; handle,
+ * gen and the flags are guarded by client->lock. gen changes with each new handle.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "internal.h"
+
+#define CHAIN_ATTEMPTS 3
+
+static kvc_status take_handle(void *arg, const kvc_reply *reply)
+{
+    *(uint64_t *)arg = reply->u.open_context.context;
+    return KVC_OK;
+}
+
+/* One attempt: open with as many digests as a message holds, extend with the rest. */
+static kvc_status open_once(const kvc_context *context, uint32_t n, uint32_t max_digests,
+                            kvci_send_fn *send, void *send_arg, uint64_t deadline_ns,
+                            uint64_t *handle_p)
+{
+    uint32_t done = n < max_digests ? n : max_digests;
+    kvc_request req = {.method = KVC_OPEN_CONTEXT};
+    req.u.open_context.schema = context->schema;
+    req.u.open_context.n_digests = done;
+    req.u.open_context.digests = context->blocks;
+    req.u.open_context.ttl_ms = context->ttl_ms;
+    kvc_status status = send(send_arg, &req, deadline_ns, take_handle, handle_p);
+    while (status == KVC_OK && done < n) {
+        uint32_t step = n - done < max_digests ? n - done : max_digests;
+        req = (kvc_request){.method = KVC_EXTEND_CONTEXT};
+        req.u.extend_context.context = *handle_p;
+        req.u.extend_context.n_blocks_before = done;
+        req.u.extend_context.n_digests = step;
+        req.u.extend_context.digests = context->blocks + done;
+        status = send(send_arg, &req, deadline_ns, NULL, NULL);
+        done += step;
+    }
+    return status;
+}
+
+kvc_status kvci_open_chain(const kvc_context *context, uint32_t n, uint32_t max_digests,
+                           kvci_send_fn *send, void *send_arg, uint64_t deadline_ns,
+                           uint64_t *handle_p)
+{
+    kvc_status status = KVC_STALE_HANDLE;
+    /* STALE_HANDLE between open and extend: the server restarted in between. */
+    for (int i = 0; i < CHAIN_ATTEMPTS && status == KVC_STALE_HANDLE; i++)
+        status = open_once(context, n, max_digests, send, send_arg, deadline_ns, handle_p);
+    return status;
+}
+
+static kvc_status send_rpc(void *arg, const kvc_request *req, uint64_t deadline_ns,
+                           kvci_take_fn *take, void *take_arg)
+{
+    kvci_rpc_opts opts = {
+        .deadline_ns = deadline_ns,
+        .take = take,
+        .take_arg = take_arg,
+    };
+    return kvci_rpc(arg, req, &opts);
+}
+
+/* Tells the server to forget a handle; its TTL would do so later anyway. */
+static void close_handle(kvc_client *client, uint64_t handle)
+{
+    kvc_mutex_lock(&client->lock);
+    bool connected = client->link != NULL && !client->link_suspect && !client->closing;
+    kvc_mutex_unlock(&client->lock);
+    if (!connected)
+        return;
+    kvc_request req = {.method = KVC_CLOSE_CONTEXT, .u.close_context.context = handle};
+    kvci_rpc_opts opts = {.deadline_ns = kvc_now_ns() + KVCI_CLOSE_TIMEOUT_NS, .once = true};
+    (void)kvci_rpc(client, &req, &opts);
+}
+
+static void context_free(kvc_context *context)
+{
+    free(context->blocks);
+    free(context);
+}
+
+/* Room for n blocks; the caller holds busy or is alone. */
+static kvc_status reserve(kvc_context *context, uint32_t n)
+{
+    if (n <= context->capacity)
+        return KVC_OK;
+    uint32_t capacity = context->capacity < 64 ? 64 : context->capacity;
+    while (capacity < n)
+        capacity *= 2;
+    kvc_digest *blocks = realloc(context->blocks, capacity * sizeof(*blocks));
+    if (blocks == NULL)
+        return kvci_fail(KVC_NO_MEMORY, "context: no memory");
+    context->blocks = blocks;
+    context->capacity = capacity;
+    return KVC_OK;
+}
+
+static uint64_t or_default(const kvc_client *client, uint64_t deadline_ns)
+{
+    return deadline_ns != 0 ? deadline_ns : kvc_deadline_ns(client->default_timeout_ns);
+}
+
+kvc_status kvc_context_open(kvc_client *client, const kvc_digest *schema, const kvc_digest *blocks,
+                            uint32_t n, uint64_t ttl_ms, uint64_t deadline_ns,
+                            kvc_context **context_p)
+{
+    *context_p = NULL;
+    kvc_limits limits = kvci_limits(client);
+    if (n > limits.max_context_blocks)
+        return kvci_fail(KVC_INVALID, "context: %u blocks, at most %u", n,
+                         limits.max_context_blocks);
+    kvc_context *context = calloc(1, sizeof(*context));
+    if (context == NULL)
+        return kvci_fail(KVC_NO_MEMORY, "context: no memory");
+    context->client = client;
+    context->schema = *schema;
+    context->ttl_ms = ttl_ms;
+    kvc_status status = reserve(context, n);
+    if (status != KVC_OK)
+        goto err_free;
+    if (n > 0)
+        memcpy(context->blocks, blocks, n * sizeof(*blocks));
+    status = kvci_open_chain(context, n, limits.max_digests, send_rpc, client,
+                             or_default(client, deadline_ns), &context->handle);
+    if (status != KVC_OK)
+        goto err_free;
+    atomic_store(&context->n_blocks, n);
+    *context_p = context;
+    return KVC_OK;
+err_free:
+    context_free(context);
+    return status;
+}
+
+/* Extends the handle in messages of max_digests. *resent_p: an attempt may have been carried out
+ * that we know nothing of. */
+static kvc_status extend_handle(const kvc_context *context, uint64_t handle, uint32_t n_old,
+                                uint32_t n_new, uint64_t deadline_ns, bool *resent_p)
+{
+    uint32_t max_digests = kvci_limits(context->client).max_digests;
+    kvc_status status = KVC_OK;
+    for (uint32_t done = n_old; status == KVC_OK && done < n_new;) {
+        uint32_t step = n_new - done < max_digests ? n_new - done : max_digests;
+        bool resent = false;
+        kvc_request req = {.method = KVC_EXTEND_CONTEXT};
+        req.u.extend_context.context = handle;
+        req.u.extend_context.n_blocks_before = done;
+        req.u.extend_context.n_digests = step;
+        req.u.extend_context.digests = context->blocks + done;
+        kvci_rpc_opts opts = {.deadline_ns = deadline_ns, .resent_p = &resent};
+        status = kvci_rpc(context->client, &req, &opts);
+        *resent_p = *resent_p || resent || done > n_old;
+        done += step;
+    }
+    return status;
+}
+
+/* Waits for whoever else works on the context. TIMED_OUT. */
+static kvc_status take_busy(kvc_context *context, uint64_t deadline_ns)
+{
+    kvc_client *client = context->client;
+    kvc_status status = KVC_OK;
+    kvc_mutex_lock(&client->lock);
+    while (context->busy && status == KVC_OK)
+        status = kvc_cond_wait_until(&client->done_cond, &client->lock, deadline_ns);
+    if (!context->busy) {
+        context->busy = true;
+        status = KVC_OK;
+    }
+    kvc_mutex_unlock(&client->lock);
+    return status;
+}
+
+/* Ends an extend: publishes the new handle if there is one, lets waiting fetches go on. */
+static void give_busy(kvc_context *context, kvc_status status, bool ambiguous, uint64_t handle)
+{
+    kvc_client *client = context->client;
+    kvc_mutex_lock(&client->lock);
+    if (status == KVC_OK && handle != context->handle) {
+        context->handle = handle;
+        context->gen++;
+        context->reopening = false;
+        kvci_context_settled(context, KVC_OK, NULL);
+    }
+    if (status == KVC_OK)
+        context->suspect = false;
+    else if (ambiguous)
+        context->suspect = true;
+    context->busy = false;
+    kvc_cond_broadcast(&client->done_cond);
+    kvc_cond_signal(&client->keeper_cond);
+    kvci_pump(client);
+    kvc_mutex_unlock(&client->lock);
+}
+
+static kvc_status extend_busy(kvc_context *context, uint32_t n_old, uint32_t n_new,
+                              uint64_t deadline_ns, bool *ambiguous_p, uint64_t *handle_p)
+{
+    kvc_client *client = context->client;
+    kvc_mutex_lock(&client->lock);
+    uint64_t old_handle = context->handle;
+    bool stale = context->suspect || context->reopening;
+    kvc_mutex_unlock(&client->lock);
+    *handle_p = old_handle;
+    kvc_status status = KVC_STALE_HANDLE;
+    if (!stale)
+        status = extend_handle(context, old_handle, n_old, n_new, deadline_ns, ambiguous_p);
+    /* Longer there than here, by an attempt of ours whose answer was lost: start over. */
+    bool differs = status == KVC_INVALID && *ambiguous_p;
+    if (status != KVC_STALE_HANDLE && !differs) {
+        *ambiguous_p = *ambiguous_p || (status != KVC_INVALID && status != KVC_NO_SPACE);
+        return status;
+    }
+    status = kvci_open_chain(context, n_new, kvci_limits(client).max_digests, send_rpc, client,
+                             deadline_ns, handle_p);
+    /* The old handle is what it was, also if it is stale: no worse than before. */
+    *ambiguous_p = true;
+    return status;
+}
+
+kvc_status kvc_context_extend(kvc_context *context, const kvc_digest *blocks, uint32_t n,
+                              uint64_t deadline_ns)
+{
+    kvc_client *client = context->client;
+    uint32_t max_blocks = kvci_limits(client).max_context_blocks;
+    deadline_ns = or_default(client, deadline_ns);
+    if (n == 0)
+        return KVC_OK;
+    kvc_status status = take_busy(context, deadline_ns);
+    if (status != KVC_OK)
+        return kvci_fail(status, "context extend: another extend or a reopen took too long");
+    uint32_t n_old = atomic_load(&context->n_blocks);
+    bool ambiguous = false;
+    uint64_t old_handle = context->handle, handle = old_handle;
+    if (n > max_blocks || n_old > max_blocks - n)
+        status = kvci_fail(KVC_INVALID, "context extend: more than %u blocks", max_blocks);
+    if (status == KVC_OK)
+        status = reserve(context, n_old + n);
+    if (status == KVC_OK) {
+        memcpy(context->blocks + n_old, blocks, n * sizeof(*blocks));
+        status = extend_busy(context, n_old, n_old + n, deadline_ns, &ambiguous, &handle);
+    }
+    if (status == KVC_OK)
+        atomic_store(&context->n_blocks, n_old + n);
+    give_busy(context, status, ambiguous, handle);
+    if (status == KVC_OK && handle != old_handle)
+        close_handle(client, old_handle);
+    return status;
+}
+
+void kvc_context_close(kvc_context *context)
+{
+    if (context == NULL)
+        return;
+    kvc_client *client = context->client;
+    kvc_mutex_lock(&client->lock);
+    kvci_list_remove(&context->node);
+    while (context->busy)
+        kvc_cond_wait(&client->done_cond, &client->lock);
+    uint64_t handle = context->handle;
+    bool stale = context->reopening;
+    kvc_mutex_unlock(&client->lock);
+    if (!stale)
+        close_handle(client, handle);
+    context_free(context);
+}
+
+uint32_t kvc_context_blocks(const kvc_context *context)
+{
+    return atomic_load(&context->n_blocks);
+}

@@ -1,0 +1,338 @@
+/*
+ * internal.h: what the files of the client library share.
+ *
+ * A kvc_op becomes a kvci_call, which is cut into kvci_msg: one message each, retried on its own. A
+ * message is in one list, that of its state; client->lock guards the lists, the states, calls,
+ * contexts and the current link. Replies are checked and scattered on transport threads without the
+ * lock: a message that is SENT belongs to the transport until its done has run.
+ *
+ * Threads: kvc-prog runs callbacks and timers; kvc-link connects, reconnects and reopens contexts.
+ */
+#ifndef KVCI_INTERNAL_H
+#define KVCI_INTERNAL_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "base/thread.h"
+#include "kvc/client.h"
+#include "list.h"
+#include "transport/transport.h"
+
+#define KVCI_MAX_INFLIGHT       64u  /* messages of one client in flight; the rest is queued */
+#define KVCI_MAX_INFLIGHT_PUT   32u  /* of them puts, so that bulk writes leave room for reads */
+#define KVCI_MAX_IOVECS         256u /* pieces of one put message */
+#define KVCI_MAX_REOPENS        8u   /* of a fetch message's contexts before it gives up */
+#define KVCI_MAX_URIS           16u
+#define KVCI_MAX_SCHEMAS        64u /* registered here and made known again after a restart */
+#define KVCI_POOL_CALLS         32u
+#define KVCI_POOL_BYTES         ((size_t)512 << 10) /* scratch that a pooled call may keep */
+#define KVCI_STRIPE_MIN_BYTES   (256u << 10)        /* below it one message beats two channels */
+#define KVCI_REPLY_ARENA_BYTES  ((size_t)16 << 20)
+#define KVCI_DEFAULT_TIMEOUT_NS (30ull * 1000000000)
+#define KVCI_CONNECT_TIMEOUT_NS (5ull * 1000000000)
+#define KVCI_PROBE_TIMEOUT_NS   (2ull * 1000000000)
+#define KVCI_REOPEN_TIMEOUT_NS  (5ull * 1000000000)
+#define KVCI_CLOSE_TIMEOUT_NS   (1ull * 1000000000)
+
+typedef struct kvci_call kvci_call;
+typedef struct kvci_msg kvci_msg;
+
+/* ---- link.c: one connection ---------------------------------------------------------------- */
+
+typedef struct kvci_link {
+    const kvt_ops *ops;
+    kvt_conn *conn;
+    uint32_t submitting; /* threads inside submit; the link lives until it is 0 */
+    uint64_t boot_id;
+    kvc_limits limits;
+} kvci_link;
+
+/* Reads a reply on a transport thread while it is valid. PROTOCOL when it makes no sense. */
+typedef kvc_status kvci_take_fn(void *arg, const kvc_reply *reply);
+
+/*
+ * Finds a server: the current link if it still answers, else the URIs in order. Publishes the link
+ * and makes the known schemas known to a server of another boot. Blocks up to deadline_ns. Only
+ * kvc-link, or the opener before that thread runs.
+ */
+kvc_status kvci_relink(kvc_client *client, uint64_t deadline_ns);
+/* One transfer on a link, past the queue and without retries. Blocks. */
+kvc_status kvci_link_call(kvci_link *link, const kvc_request *req, uint64_t deadline_ns,
+                          kvci_take_fn *take, void *take_arg, uint32_t *retry_after_ms_p);
+void kvci_link_close(kvci_link *link);
+/* The thread kvc-link. */
+void kvci_keeper_main(void *client);
+
+/* ---- calls and messages --------------------------------------------------------------------- */
+
+typedef enum kvci_msg_state {
+    KVCI_QUEUED = 0,   /* in client->lanes */
+    KVCI_SENDING,      /* in no list; a thread is inside submit */
+    KVCI_SENT,         /* in no list; the transport has it */
+    KVCI_TIMED,        /* in client->timed until due_ns */
+    KVCI_WAIT_LINK,    /* in client->wait_link until kvc-link found a server */
+    KVCI_WAIT_CONTEXT, /* in client->wait_context until its contexts are open again */
+    KVCI_DONE,
+} kvci_msg_state;
+
+/* Rows of one group that travel in one message. */
+typedef struct kvci_seg {
+    kvc_context *context;
+    uint64_t gen; /* of the handle it was sent with */
+    uint8_t *base;
+    const uint32_t *slots; /* [n], or NULL: first_slot, first_slot + 1, ... */
+    uint32_t first_slot, n, row_bytes;
+} kvci_seg;
+
+struct kvci_msg {
+    kvci_node node;
+    kvci_call *call;
+    kvci_msg_state state;
+    kvci_link *link;   /* while SENDING or SENT */
+    uint32_t sends;    /* submits so far; tells one flight from the next */
+    uint32_t failures; /* in a row; sets the backoff */
+    uint32_t reopens;
+    bool reregistered; /* an unknown schema was already made known again for it */
+    kvc_status last;   /* of the last attempt; OK before the first */
+    uint64_t due_ns;
+    uint32_t first, n_items; /* the op's items (values, picks, digests) that it carries */
+    uint32_t n_segs;
+    kvci_seg *segs; /* fetch only, as row_groups */
+    kvc_row_group *row_groups;
+    kvc_request req;
+    kvt_xfer xfer;
+};
+
+/* What differs between the kinds of calls. */
+typedef struct kvci_kind {
+    const char *name;
+    bool bulk_lane;     /* waits behind everything else */
+    bool names_schema;  /* NOT_FOUND may mean that a restarted server forgot the schema */
+    bool stop_on_error; /* the first failed message ends those not yet sent */
+    /* Checks and copies a good reply; transport thread, no lock. why_p gets a static text. */
+    kvc_status (*take)(kvci_msg *msg, const kvc_reply *reply, const char **why_p);
+    /* The message failed for good; under the lock. NULL: nothing to do. */
+    void (*fail)(kvci_msg *msg, kvc_status status);
+    /* Every message is done; under the lock. NULL: nothing to do. */
+    void (*finish)(kvci_call *call);
+} kvci_kind;
+
+struct kvci_call {
+    kvci_node node; /* in client->calls, then client->finished, then the pool */
+    kvc_client *client;
+    const kvci_kind *kind;
+    kvc_op *op;
+    kvc_region *region; /* in use by it; may be NULL */
+    uint64_t deadline_ns;
+    uint32_t refs; /* 1 while incomplete, plus one per thread inside submit */
+    uint32_t n_msgs, n_left;
+    bool cancelled, once; /* once: no retries */
+    bool resent;          /* an attempt ended with the outcome unknown and was repeated */
+    kvc_status status;
+    char detail[KVT_DETAIL_BYTES];
+    kvci_msg *msgs;
+    uint8_t *scratch; /* msgs and what kvci_carve gave */
+    size_t scratch_bytes, used_bytes;
+    union {
+        struct {
+            int8_t *status;
+        } put;
+        struct {
+            int8_t *status;
+            kvc_fetch_info *info_p;
+            kvc_fetch_info info;
+        } fetch;
+        struct {
+            uint32_t *hits_p;
+            uint32_t *hits; /* [n_msgs] */
+        } match;
+        struct {
+            kvci_take_fn *take;
+            void *arg;
+            bool *resent_p;
+        } rpc;
+    } u;
+};
+
+/* Bytes that kvci_carve takes for n things of a size. */
+size_t kvci_carve_bytes(size_t n, size_t size_bytes);
+/*
+ * A call with n_msgs zeroed messages and extra_bytes to carve. deadline_ns 0: the client's default.
+ * NULL: no memory. Ends with kvci_call_start or kvci_call_drop.
+ */
+kvci_call *kvci_call_new(kvc_client *client, const kvci_kind *kind, uint32_t n_msgs,
+                         size_t extra_bytes, uint64_t deadline_ns);
+/* 16-byte aligned, zeroed; within what kvci_call_new was asked for. */
+void *kvci_carve(kvci_call *call, size_t n, size_t size_bytes);
+/* Takes a call that was not started. */
+void kvci_call_drop(kvci_call *call);
+/* Takes the call and puts it in flight for op. CLOSED, INVALID (op in flight): never calls back. */
+kvc_status kvci_call_start(kvci_call *call, kvc_op *op);
+/* Under the lock, where a call's last reference may go. */
+void kvci_call_put(kvci_call *call);
+
+/* ---- send.c, expire.c: under client->lock ---------------------------------------------------- */
+
+/* Sends what may be sent; drops and retakes the lock around each submit. */
+void kvci_pump(kvc_client *client);
+/* An attempt ended with this status: finishes the message or says when it is tried again. */
+void kvci_settle(kvc_client *client, kvci_msg *msg, kvc_status status, const char *why,
+                 uint32_t retry_after_ms);
+/* Ends a message for good. detail may be NULL. */
+void kvci_msg_finish(kvc_client *client, kvci_msg *msg, kvc_status status, const char *detail);
+/* Ends those messages of the call that no transport holds. */
+void kvci_call_abort(kvc_client *client, kvci_call *call, kvc_status status, const char *detail);
+/* Cancels every message of the call. */
+void kvci_call_cancel(kvc_client *client, kvci_call *call);
+/* Puts a message back where it waits to be sent. */
+void kvci_msg_requeue(kvc_client *client, kvci_msg *msg);
+/* Makes kvc-prog wake at due_ns at the latest. */
+void kvci_wake_at(kvc_client *client, uint64_t due_ns);
+/* Due timers to the queue, expired calls to their end. */
+void kvci_expire(kvc_client *client, uint64_t now_ns);
+/* Messages that waited for a server go back to the queue, with backoff where they failed often. */
+void kvci_link_restored(kvc_client *client);
+
+/* ---- retry.c: pure -----------------------------------------------------------------------------
+ */
+
+typedef enum kvci_verdict {
+    KVCI_FINISH,
+    KVCI_RETRY,  /* after a pause */
+    KVCI_RELINK, /* once kvc-link has found a server */
+    KVCI_REOPEN, /* once the contexts are open again */
+} kvci_verdict;
+
+kvci_verdict kvci_judge(const kvci_msg *msg, kvc_status status);
+/* Pause before the next attempt: first_ns doubling up to max_ns, the upper half of it random. */
+uint64_t kvci_backoff_ns(uint32_t failures, uint64_t first_ns, uint64_t max_ns, uint64_t *seed_p);
+
+/* ---- op.c -------------------------------------------------------------------------------------
+ */
+
+/* The call is complete: under the lock. */
+void kvci_call_complete(kvc_client *client, kvci_call *call);
+/* The thread kvc-prog. */
+void kvci_progress_main(void *client);
+
+/* ---- rpc.c: one blocking message ----------------------------------------------------------------
+ */
+
+typedef struct kvci_rpc_opts {
+    uint64_t deadline_ns;
+    kvci_take_fn *take; /* may be NULL */
+    void *take_arg;
+    bool once;      /* no retries */
+    bool *resent_p; /* may be NULL; true: an earlier attempt may have been carried out */
+} kvci_rpc_opts;
+
+/* Sets kvc_last_error on failure. Not from a callback. */
+kvc_status kvci_rpc(kvc_client *client, const kvc_request *req, const kvci_rpc_opts *opts);
+
+/* ---- context.c, reopen.c ------------------------------------------------------------------------
+ */
+
+struct kvc_context {
+    kvci_node node; /* in client->reopens while queued */
+    kvc_client *client;
+    kvc_digest schema;
+    uint64_t ttl_ms;
+    kvc_digest *blocks; /* owned by whoever holds busy */
+    uint32_t capacity;
+    _Atomic uint32_t n_blocks;
+    /* under client->lock */
+    uint64_t handle, gen;
+    bool busy;      /* an extend or a reopen owns blocks */
+    bool reopening; /* the handle is stale; fetches wait */
+    bool queued;
+    bool suspect; /* the server may hold more blocks than we do: reopen before the next extend */
+};
+
+typedef kvc_status kvci_send_fn(void *arg, const kvc_request *req, uint64_t deadline_ns,
+                                kvci_take_fn *take, void *take_arg);
+
+/* OpenContext and as many ExtendContext as n blocks need. *handle_p is set on OK. */
+kvc_status kvci_open_chain(const kvc_context *context, uint32_t n, uint32_t max_digests,
+                           kvci_send_fn *send, void *send_arg, uint64_t deadline_ns,
+                           uint64_t *handle_p);
+/* Under the lock: the context of this generation is stale; kvc-link shall reopen it. */
+void kvci_context_stale(kvc_context *context, uint64_t gen);
+/* Under the lock, held again on return: reopens the next queued context. Only kvc-link. */
+void kvci_reopen_next(kvc_client *client);
+/* Under the lock: messages that waited for the context go on, or end with status. */
+void kvci_context_settled(kvc_context *context, kvc_status status, const char *detail);
+/* Under the lock: some context of the message is being reopened. */
+bool kvci_msg_waits(const kvci_msg *msg);
+
+/* ---- scatter.c: pure ------------------------------------------------------------------------ */
+
+/*
+ * Checks a FetchRows reply against segs and copies its rows to their slots. Nothing is written
+ * unless all of it makes sense. status [picks] may be NULL. PROTOCOL, with *why_p static.
+ */
+kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
+                        int8_t *status, const char **why_p);
+
+/* ---- region.c, schema.c, error.c ------------------------------------------------------------- */
+
+struct kvc_region {
+    kvc_client *client;
+    uint8_t *base;
+    size_t len_bytes;
+    uint32_t refs; /* calls that use it; under client->lock */
+};
+
+typedef struct kvci_schema {
+    kvc_digest digest;
+    kvc_schema *schema;
+} kvci_schema;
+
+/* Makes every known schema known to the server of a link. Best effort; blocks. */
+void kvci_schemas_restore(kvc_client *client, kvci_link *link, uint64_t deadline_ns);
+
+/* Sets kvc_last_error and returns status. */
+kvc_status kvci_fail(kvc_status status, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* Keeps a text that another thread may load later by its ticket; texts of old tickets are lost. */
+uintptr_t kvci_error_store(const char *text);
+/* Loads it into kvc_last_error, or the status's name where it is lost. */
+void kvci_error_load(uintptr_t ticket, kvc_status status);
+
+/* ---- the client -------------------------------------------------------------------------------
+ */
+
+enum { KVCI_LANE_URGENT = 0, KVCI_LANE_BULK, KVCI_LANES };
+
+struct kvc_client {
+    kvc_limits limits_at_open; /* fixed */
+    uint64_t connect_timeout_ns, default_timeout_ns;
+    uint32_t n_channels, n_uris;
+    char *uri_text; /* uris point into it */
+    const char *uris[KVCI_MAX_URIS];
+
+    kvc_mutex lock; /* KVC_RANK_CLIENT; guards all that follows */
+    kvc_limits limits;
+    kvci_link *link;   /* NULL: none */
+    bool link_suspect; /* a transfer failed on it: nothing is sent until kvc-link looked */
+    uint64_t boot_id;
+    kvci_node lanes[KVCI_LANES], timed, wait_link, wait_context, reopens;
+    kvci_node calls, finished, pool;
+    uint32_t n_pooled, inflight, inflight_put, next_channel;
+    uint32_t live; /* calls whose completion has not been seen yet */
+    uint32_t waiters, pumpers;
+    uint64_t next_due_ns, seed;
+    bool closing, stopping;
+    kvci_schema schemas[KVCI_MAX_SCHEMAS];
+    uint32_t n_schemas;
+    kvc_cond prog_cond, keeper_cond;
+    kvc_cond done_cond; /* an op completed, a context settled, a count of the above fell to 0 */
+    kvc_thread prog, keeper;
+};
+
+/* Limits that hold now. */
+kvc_limits kvci_limits(kvc_client *client);
+/* Payload of one message of a call that moves bytes in all: an even share of each channel, within
+ * max_bytes, and not below KVCI_STRIPE_MIN_BYTES. */
+uint32_t kvci_target_bytes(const kvc_client *client, uint64_t bytes, uint32_t max_bytes);
+
+#endif
