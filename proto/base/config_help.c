@@ -52,7 +52,7 @@ static void put_text(kvc_strbuf *page, size_t indent, const char *text)
     while (*text != '\0') {
         size_t len_bytes = strcspn(text, "\n");
         if (len_bytes > 0 && text[0] == ' ') {
-            put_indent(page, indent - 1);
+            put_indent(page, indent);
             kvc_strbuf_put(page, text, len_bytes);
             kvc_strbuf_put(page, "\n", 1);
         } else {

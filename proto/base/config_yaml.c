@@ -117,7 +117,8 @@ static void keep_error(cyaml_log_t level, void *ctx, const char *fmt, va_list ar
     const char *at = strstr(message, "line: ");
     if (file->error_line == 0 && at != NULL)
         file->error_line = (unsigned)strtoul(at + 6, NULL, 10);
-    if (file->error[0] == '\0' && strncmp(message, "Load: ", 6) == 0)
+    if (file->error[0] == '\0' && strncmp(message, "Load: ", 6) == 0 &&
+        strncmp(message + 6, "Backtrace", 9) != 0)
         (void)snprintf(file->error, sizeof(file->error), "%s", message + 6);
     file->error[strcspn(file->error, "\n")] = '\0';
 }
