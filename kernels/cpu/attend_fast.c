@@ -1,0 +1,295 @@
+/*
+ * attend_fast.c: the fast form of attend.
+ *
+ * Keys go in blocks of KVKI_ATTEND_KEYS, in the order given; a block's K (rotated) and V of one kv
+ * head are packed to f32 once and serve all queries of that head's group. A block gives each query
+ * row a partial against the block's own maximum, and partials are merged in block order. So the
+ * result of a query depends on its own values and the rows it sees, not on threads, tiles or the
+ * other queries. Two ways to share out the work, with the same arithmetic:
+ *   by tiles   many queries: all blocks are packed first, an item is (kv head, tile of rows);
+ *   by blocks  one tile of rows: an item is (kv head, block), which packs, attends, keeps its
+ * state.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "internal.h"
+#include "isa.h"
+
+#define ALIGN_FLOATS 16u
+#define SCORE_FLOATS ((size_t)KVKI_ATTEND_ROWS * KVKI_ATTEND_KEYS)
+
+/* A query row of a kv head is (query, head in group), query-major. */
+typedef struct job {
+    const kvk_attend_args *a;
+    const kvki_isa *isa;
+    size_t group, n_rows, tiles, blocks;
+    size_t dpad;         /* head_dim rounded up to a panel */
+    size_t pack_floats;  /* K and V of one block and head, packed */
+    size_t state_floats; /* a state of KVKI_ATTEND_ROWS rows */
+    size_t work_floats;  /* scratch of one worker */
+    float *q;            /* [n_kv_heads, n_rows, head_dim] scaled */
+    float *cos, *sin;    /* [n_kv, head_dim / 2] or NULL */
+    float *packed;       /* by tiles: [n_kv_heads, blocks, pack_floats] */
+    bool *finite;        /* by tiles: [n_kv_heads, blocks] */
+    float *states;       /* by blocks: [n_kv_heads, blocks, state] */
+    float *work;         /* [threads, work_floats] */
+} job;
+
+/* Result of up to KVKI_ATTEND_ROWS rows, running or of one block: o is [rows, dpad]. */
+typedef struct state {
+    float *max, *sum, *o;
+} state;
+
+static state state_at(float *at)
+{
+    return (state){at, at + KVKI_ATTEND_ROWS, at + 2 * (size_t)KVKI_ATTEND_ROWS};
+}
+
+static void state_clear(const job *w, state s, size_t m)
+{
+    for (size_t i = 0; i < m; i++)
+        s.max[i] = -INFINITY;
+    memset(s.sum, 0, m * sizeof(float));
+    memset(s.o, 0, m * w->dpad * sizeof(float));
+}
+
+/* Queries regrouped by kv head and scaled. */
+static void item_query(void *arg, size_t query, uint32_t worker)
+{
+    const job *w = arg;
+    const kvk_attend_args *a = w->a;
+    size_t d = a->head_dim;
+
+    (void)worker;
+    for (size_t head = 0; head < a->n_q_heads; head++) {
+        const float *from = a->q + (query * a->n_q_heads + head) * d;
+        float *to = w->q + (head / w->group * w->n_rows + query * w->group + head % w->group) * d;
+        for (size_t t = 0; t < d; t++)
+            to[t] = from[t] * a->scale;
+    }
+}
+
+static void item_angles(void *arg, size_t block, uint32_t worker)
+{
+    const job *w = arg;
+    const kvk_attend_args *a = w->a;
+    size_t half = a->head_dim / 2;
+    size_t end = (block + 1) * KVKI_ATTEND_KEYS;
+
+    (void)worker;
+    for (size_t j = block * KVKI_ATTEND_KEYS; j < a->n_kv && j < end; j++)
+        w->isa->angles(a->k_positions[j], a->inv_freq, (uint32_t)half, w->cos + j * half,
+                       w->sin + j * half);
+}
+
+/* Packs one block of one head to `to`; true where V is finite. row is scratch [head_dim]. */
+static bool pack_block(const job *w, size_t kv_head, size_t block, float *row, float *to)
+{
+    const kvk_attend_args *a = w->a;
+    size_t first = block * KVKI_ATTEND_KEYS, half = a->head_dim / 2;
+    size_t left = a->n_kv - first;
+    size_t head_bytes = kv_head * a->head_dim * kvk_dtype_bytes(a->dtype);
+    bool finite = false;
+    kvki_attend_pack p = {.rows = a->rows + first,
+                          .n = (uint32_t)(left < KVKI_ATTEND_KEYS ? left : KVKI_ATTEND_KEYS),
+                          .head_dim = a->head_dim,
+                          .k_off_bytes = a->k_off_bytes + head_bytes,
+                          .v_off_bytes = a->v_off_bytes + head_bytes,
+                          .dtype = a->dtype,
+                          .cos = w->cos ? w->cos + first * half : NULL,
+                          .sin = w->sin ? w->sin + first * half : NULL,
+                          .row = row,
+                          .kt = to,
+                          .v = to + (size_t)KVKI_ATTEND_KEYS * a->head_dim,
+                          .finite_p = &finite};
+    w->isa->attend_pack(&p);
+    return finite;
+}
+
+/* The partial of rows [first, first + m) over a packed block, into out; false: they see nothing. */
+static bool attend_rows(const job *w, size_t kv_head, size_t first, size_t m, size_t block,
+                        const float *packed, bool finite, float *scores, state out)
+{
+    const kvk_attend_args *a = w->a;
+    size_t from = block * KVKI_ATTEND_KEYS;
+    uint32_t limit[KVKI_ATTEND_ROWS];
+    kvki_attend_block b = {.q = w->q + (kv_head * w->n_rows + first) * a->head_dim,
+                           .m = (uint32_t)m,
+                           .head_dim = a->head_dim,
+                           .limit = limit,
+                           .kt = packed,
+                           .v = packed + (size_t)KVKI_ATTEND_KEYS * a->head_dim,
+                           .finite = finite,
+                           .softcap = a->softcap,
+                           .s = scores,
+                           .o = out.o,
+                           .ldo = w->dpad,
+                           .max = out.max,
+                           .sum = out.sum};
+
+    for (size_t i = 0; i < m; i++) {
+        size_t seen = a->visible ? a->visible[(first + i) / w->group] : a->n_kv;
+        size_t here = seen > from ? seen - from : 0;
+        limit[i] = (uint32_t)(here < KVKI_ATTEND_KEYS ? here : KVKI_ATTEND_KEYS);
+    }
+    if (limit[m - 1] == 0)
+        return false;
+    w->isa->attend_block(&b);
+    return true;
+}
+
+static void merge_rows(const job *w, size_t m, state from, state into)
+{
+    w->isa->attend_merge((uint32_t)m, (uint32_t)w->dpad, w->dpad, from.max, from.sum, from.o,
+                         into.max, into.sum, into.o);
+}
+
+/* o and lse of rows [first, first + m) of a kv head, out of their merged state. */
+static void finish_rows(const job *w, size_t kv_head, size_t first, size_t m, state s)
+{
+    const kvk_attend_args *a = w->a;
+    size_t d = a->head_dim;
+
+    for (size_t i = 0; i < m; i++) {
+        size_t head = kv_head * w->group + (first + i) % w->group;
+        size_t out = (first + i) / w->group * a->n_q_heads + head;
+        float inverse = s.sum[i] == 0 ? 0 : 1.0f / s.sum[i];
+        for (size_t t = 0; t < d; t++)
+            a->o[out * d + t] = s.o[i * w->dpad + t] * inverse;
+        a->lse[out] = s.sum[i] == 0 ? -INFINITY : (float)((double)s.max[i] + log((double)s.sum[i]));
+    }
+}
+
+/* ---- by tiles ---- */
+
+static void item_pack(void *arg, size_t item, uint32_t worker)
+{
+    const job *w = arg;
+    float *row = w->work + worker * w->work_floats;
+
+    w->finite[item] =
+        pack_block(w, item / w->blocks, item % w->blocks, row, w->packed + item * w->pack_floats);
+}
+
+static void item_tile(void *arg, size_t item, uint32_t worker)
+{
+    const job *w = arg;
+    size_t kv_head = item / w->tiles, first = item % w->tiles * KVKI_ATTEND_ROWS;
+    size_t m = w->n_rows - first < KVKI_ATTEND_ROWS ? w->n_rows - first : KVKI_ATTEND_ROWS;
+    float *scores = w->work + worker * w->work_floats;
+    state all = state_at(scores + SCORE_FLOATS);
+    state one = state_at(scores + SCORE_FLOATS + w->state_floats);
+
+    state_clear(w, all, m);
+    for (size_t block = 0; block < w->blocks; block++) {
+        size_t at = kv_head * w->blocks + block;
+        const float *packed = w->packed + at * w->pack_floats;
+        if (!attend_rows(w, kv_head, first, m, block, packed, w->finite[at], scores, one))
+            break; /* later blocks are later keys: not seen either */
+        merge_rows(w, m, one, all);
+    }
+    finish_rows(w, kv_head, first, m, all);
+}
+
+static kvc_status run_by_tiles(kvk_backend *be, job *w)
+{
+    size_t packs = w->a->n_kv_heads * w->blocks;
+    size_t threads = kvki_pool_threads(be->pool);
+
+    w->work_floats = SCORE_FLOATS + 2 * w->state_floats + w->dpad;
+    w->packed = kvki_scratch_take(be->scratch, packs * (w->pack_floats * sizeof(float) + 1) +
+                                                   threads * w->work_floats * sizeof(float));
+    if (!w->packed)
+        return KVC_NO_MEMORY;
+    w->work = w->packed + packs * w->pack_floats;
+    w->finite = (bool *)(w->work + threads * w->work_floats);
+    kvki_pool_run(be->pool, packs, item_pack, w);
+    kvki_pool_run(be->pool, w->a->n_kv_heads * w->tiles, item_tile, w);
+    kvki_scratch_give(be->scratch, w->packed);
+    return KVC_OK;
+}
+
+/* ---- by blocks ---- */
+
+static void item_block(void *arg, size_t item, uint32_t worker)
+{
+    const job *w = arg;
+    size_t kv_head = item / w->blocks, block = item % w->blocks;
+    float *packed = w->work + worker * w->work_floats;
+    float *scores = packed + w->pack_floats;
+    state out = state_at(w->states + item * w->state_floats);
+    bool finite = pack_block(w, kv_head, block, scores, packed);
+
+    if (!attend_rows(w, kv_head, 0, w->n_rows, block, packed, finite, scores, out))
+        state_clear(w, out, w->n_rows);
+}
+
+static void item_merge(void *arg, size_t kv_head, uint32_t worker)
+{
+    const job *w = arg;
+    state all = state_at(w->work + worker * w->work_floats);
+
+    state_clear(w, all, w->n_rows);
+    for (size_t block = 0; block < w->blocks; block++)
+        merge_rows(w, w->n_rows,
+                   state_at(w->states + (kv_head * w->blocks + block) * w->state_floats), all);
+    finish_rows(w, kv_head, 0, w->n_rows, all);
+}
+
+static kvc_status run_by_blocks(kvk_backend *be, job *w)
+{
+    size_t items = w->a->n_kv_heads * w->blocks;
+    size_t threads = kvki_pool_threads(be->pool);
+
+    w->work_floats = w->pack_floats + SCORE_FLOATS + w->dpad + w->state_floats;
+    w->states = kvki_scratch_take(
+        be->scratch, (items * w->state_floats + threads * w->work_floats) * sizeof(float));
+    if (!w->states)
+        return KVC_NO_MEMORY;
+    w->work = w->states + items * w->state_floats;
+    kvki_pool_run(be->pool, items, item_block, w);
+    kvki_pool_run(be->pool, w->a->n_kv_heads, item_merge, w);
+    kvki_scratch_give(be->scratch, w->states);
+    return KVC_OK;
+}
+
+/* ---- the whole ---- */
+
+static job job_of(const kvk_backend *be, const kvk_attend_args *a)
+{
+    size_t group = a->n_q_heads / a->n_kv_heads, panel = be->isa->panel;
+    job w = {.a = a, .isa = be->isa, .group = group, .n_rows = a->n_q * group};
+
+    w.tiles = (w.n_rows + KVKI_ATTEND_ROWS - 1) / KVKI_ATTEND_ROWS;
+    w.blocks = ((size_t)a->n_kv + KVKI_ATTEND_KEYS - 1) / KVKI_ATTEND_KEYS;
+    w.dpad = (a->head_dim + panel - 1) / panel * panel;
+    w.pack_floats = KVKI_ATTEND_KEYS * (a->head_dim + w.dpad);
+    w.state_floats =
+        (KVKI_ATTEND_ROWS * (2 + w.dpad) + ALIGN_FLOATS - 1) / ALIGN_FLOATS * ALIGN_FLOATS;
+    return w;
+}
+
+kvc_status kvki_fast_attend(kvk_backend *be, const kvk_attend_args *a)
+{
+    job w = job_of(be, a);
+    bool rotate = a->inv_freq && a->k_positions;
+    size_t q_floats = (size_t)a->n_q * a->n_q_heads * a->head_dim;
+    size_t angle_floats = rotate ? (size_t)a->n_kv * (a->head_dim / 2) : 0;
+    kvc_status st = KVC_OK;
+
+    if (a->n_q == 0)
+        return KVC_OK;
+    w.q = kvki_scratch_take(be->scratch, (q_floats + 2 * angle_floats) * sizeof(float));
+    if (!w.q)
+        return KVC_NO_MEMORY;
+    kvki_pool_run(be->pool, a->n_q, item_query, &w);
+    if (rotate) {
+        w.cos = w.q + q_floats;
+        w.sin = w.cos + angle_floats;
+        kvki_pool_run(be->pool, w.blocks, item_angles, &w);
+    }
+    st = w.tiles == 1 ? run_by_blocks(be, &w) : run_by_tiles(be, &w);
+    kvki_scratch_give(be->scratch, w.q);
+    return st;
+}

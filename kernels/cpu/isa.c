@@ -1,0 +1,63 @@
+/*
+ * isa.c: which inner loops this CPU can run. Built for the base machine: nothing here may use an
+ * instruction that it is about to look for.
+ */
+#include <string.h>
+
+#include "isa.h"
+
+typedef struct candidate {
+    const char *name;
+    const kvki_isa *isa; /* NULL: not in this build */
+    bool (*here)(void);
+} candidate;
+
+static bool always(void)
+{
+    return true;
+}
+
+#if defined(__x86_64__)
+static bool have_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+
+static bool have_avx512(void)
+{
+    return have_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+#define ISA_AVX2   &kvki_isa_avx2
+#define ISA_AVX512 &kvki_isa_avx512
+#else
+#define have_avx2   always
+#define have_avx512 always
+#define ISA_AVX2    NULL
+#define ISA_AVX512  NULL
+#endif
+
+/* Best first. */
+static const candidate candidates[] = {
+    {"avx512", ISA_AVX512, have_avx512},
+    {"avx2", ISA_AVX2, have_avx2},
+    {"portable", &kvki_isa_portable, always},
+};
+
+kvc_status kvki_isa_pick(const char *name, const kvki_isa **isa_p)
+{
+    for (size_t i = 0; i < sizeof(candidates) / sizeof(candidates[0]); i++) {
+        const candidate *c = &candidates[i];
+        if (name && strcmp(name, c->name) != 0)
+            continue;
+        if (c->isa && c->here()) {
+            *isa_p = c->isa;
+            return KVC_OK;
+        }
+        if (name)
+            return KVC_UNSUPPORTED;
+    }
+    return KVC_INVALID;
+}

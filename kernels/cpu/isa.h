@@ -1,0 +1,134 @@
+/*
+ * isa.h: the inner loops that are built once per isa (portable, avx2, avx512) from the headers in
+ * micro/. Ops see only this table. None of these functions allocates, checks or starts threads, and
+ * each gives for one output the same bits whatever the rest of its tile holds.
+ */
+#ifndef KVKI_ISA_H
+#define KVKI_ISA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kvk/compute.h"
+
+/* c [m, n] = (accumulate ? c : 0) + a [m, k] x b [k, n]; each c is one chain over k, in order. */
+typedef struct kvki_gemm {
+    const float *a, *b;
+    float *c;
+    size_t lda, ldb, ldc; /* elements */
+    uint32_t m, n, k;
+    bool accumulate;
+} kvki_gemm;
+
+#define KVKI_DOT_QUERIES 4u /* queries that meet one load of a key */
+
+/* out[i][j] = q[i] . (row j at rows[j] + off_bytes), for nq <= KVKI_DOT_QUERIES queries. */
+typedef struct kvki_dot {
+    const float *q[KVKI_DOT_QUERIES];
+    float *out[KVKI_DOT_QUERIES];
+    uint32_t nq, dim, n;
+    const void *const *rows; /* [n] */
+    size_t off_bytes;
+    kvk_dtype dtype;
+} kvki_dot;
+
+/*
+ * out[i][j] = ((float)(q[i] . v_j) * scale_j) * q_scale[i] over int8 rows: v_j at index + j *
+ * stride
+ * + v_off, its bf16 scale at + scale_off. q rows are int16, zero-padded to a multiple of 64. Reads
+ * stay below `end`. dim <= 256: sums fit in int32.
+ */
+typedef struct kvki_dot_i8 {
+    const int16_t *q[KVKI_DOT_QUERIES];
+    float *out[KVKI_DOT_QUERIES];
+    float q_scale[KVKI_DOT_QUERIES];
+    uint32_t nq, dim, n;
+    const char *index, *end;
+    size_t stride_bytes, v_off_bytes, scale_off_bytes;
+} kvki_dot_i8;
+
+#define KVKI_I8_DIM_MAX 256u
+#define KVKI_I8_PAD     64u
+
+/*
+ * One block of keys, packed for a kv head: kt in panels of `panel` keys, [panels][head_dim][panel];
+ * v in panels of `panel` columns, [panels][KVKI_ATTEND_KEYS][panel]. finite: no Inf or NaN in v.
+ */
+#define KVKI_ATTEND_KEYS 128u
+#define KVKI_ATTEND_ROWS 48u
+
+typedef struct kvki_attend_pack {
+    const void *const *rows; /* [n] */
+    uint32_t n, head_dim;
+    size_t k_off_bytes, v_off_bytes;
+    kvk_dtype dtype;
+    const float *cos, *sin; /* [n, head_dim / 2], NULL: K is not rotated */
+    float *row;             /* [head_dim] scratch */
+    float *kt, *v;
+    bool *finite_p;
+} kvki_attend_pack;
+
+/* The partial of `m` query rows (KVKI_ATTEND_ROWS at most) over one packed block. */
+typedef struct kvki_attend_block {
+    const float *q; /* [m, head_dim], scaled */
+    uint32_t m, head_dim;
+    const uint32_t *limit; /* [m] keys of this block that row i sees; non-decreasing */
+    const float *kt, *v;
+    bool finite;
+    float softcap;
+    float *s;   /* [KVKI_ATTEND_ROWS, KVKI_ATTEND_KEYS] scratch */
+    float *o;   /* [m, ldo], unnormalised */
+    size_t ldo; /* head_dim rounded up to `panel` */
+    float *max, *sum;
+} kvki_attend_block;
+
+struct kvki_isa {
+    const char *name;
+    uint32_t panel; /* columns of a gemm panel */
+
+    void (*convert)(const void *in, kvk_dtype dtype, size_t n, float *out);
+    void (*add)(float *acc, const float *x, size_t n);
+    void (*add_f64)(double *acc, const float *x, size_t n);
+    /* cos and sin [half] of position * inv_freq[i] */
+    void (*angles)(double position, const double *inv_freq, uint32_t half, float *cos, float *sin);
+    /* out = x [2 * half] rotated; x may be out */
+    void (*rotate)(const float *x, const float *cos, const float *sin, uint32_t half, float *out);
+    void (*gemm)(const kvki_gemm *g);
+    void (*quantize)(const float *x, uint32_t n, float scale, int8_t *out);
+    void (*dot)(const kvki_dot *d);
+    void (*dot_i8)(const kvki_dot_i8 *d);
+    /* the largest of x and start; NaN is passed over */
+    float (*max)(const float *x, size_t n, float start);
+    /* sum of exp(x - max) */
+    double (*exp_sum)(const float *x, size_t n, float max);
+    /* out += exp(x - max) * weight */
+    void (*exp_add)(const float *x, size_t n, float max, float weight, float *out);
+    /* out = max(out, x - shift); NaN is passed over */
+    void (*fold_max)(const float *x, size_t n, float shift, float *out);
+    /* out = max(x, y); out may be x, and y may overlap it further on */
+    void (*max2)(const float *x, const float *y, size_t n, float *out);
+    /* appends the positions j in [from, to) with x[j] >= low to pos; answers how many */
+    uint32_t (*filter)(const float *x, uint32_t from, uint32_t to, float low, uint32_t *pos);
+    void (*attend_pack)(const kvki_attend_pack *p);
+    void (*attend_block)(const kvki_attend_block *b);
+    /* merges the partial (max, sum, o) of m rows of n columns into (max_a, sum_a, o_a) */
+    void (*attend_merge)(uint32_t m, uint32_t n, size_t ldo, const float *max, const float *sum,
+                         const float *o, float *max_a, float *sum_a, float *o_a);
+    /* x = x * a + y * b */
+    void (*axpby)(float *x, float a, const float *y, float b, size_t n);
+    double (*dot_f64)(const float *a, const float *b, size_t n);
+};
+
+typedef struct kvki_isa kvki_isa;
+
+extern const kvki_isa kvki_isa_portable;
+#if defined(__x86_64__)
+extern const kvki_isa kvki_isa_avx2;
+extern const kvki_isa kvki_isa_avx512;
+#endif
+
+/* isa.c: the best isa here (name NULL) or the one named. INVALID: no such name; UNSUPPORTED. */
+kvc_status kvki_isa_pick(const char *name, const kvki_isa **isa_p) KVC_MUST_CHECK;
+
+#endif

@@ -1,0 +1,33 @@
+/*
+ * vec.h: one vector of floats, as wide as the isa has. The micro headers are written in these words
+ * only. KVKI_ISA_AVX512 or KVKI_ISA_AVX2 picks the intrinsics; with neither, GCC's vector types of
+ * four floats serve any machine (there vf_fma rounds twice: no isa below promises a fused one).
+ *
+ * vf_max(x, acc) gives acc where x is NaN. *_n forms touch only the first n lanes (n < VF_LANES).
+ */
+#ifndef KVKI_VEC_H
+#define KVKI_VEC_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__clang__)
+#define KVKI_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define KVKI_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#define KVKI_INLINE static inline __attribute__((always_inline, unused))
+
+#if defined(KVKI_ISA_AVX512)
+#include "vec_avx512.h"
+#elif defined(KVKI_ISA_AVX2)
+#include "vec_avx2.h"
+#else
+#include "vec_portable.h"
+#endif
+
+#define GEMM_PANEL (GEMM_NV * VF_LANES)
+
+#endif

@@ -1,0 +1,108 @@
+/* kernels_backend_test.c: the registry, opening and closing, and one backend used by many threads.
+ */
+#include <pthread.h>
+
+#include "attend_support.h"
+
+static void test_names(void **state)
+{
+    (void)state;
+    assert_string_equal(kvk_backend_name(0), "reference");
+    assert_string_equal(kvk_backend_name(1), "cpu");
+    assert_null(kvk_backend_name(1000));
+    assert_int_equal(kvk_dtype_bytes(KVK_F32), 4);
+    assert_int_equal(kvk_dtype_bytes(KVK_BF16), 2);
+    assert_int_equal(kvk_dtype_bytes((kvk_dtype)99), 0);
+}
+
+static void test_open_refuses(void **state)
+{
+    kvk_backend_opts opts = {.size_bytes = sizeof(opts), .isa = "mmx"};
+    kvk_backend *be = (kvk_backend *)(void *)&opts;
+
+    (void)state;
+    assert_status(kvk_backend_open("gpu", NULL, &be), KVC_INVALID);
+    assert_null(be);
+    assert_status(kvk_backend_open(NULL, NULL, &be), KVC_INVALID);
+    assert_status(kvk_backend_open("cpu", &opts, &be), KVC_INVALID);
+    assert_status(kvk_backend_open("cpu", &opts, NULL), KVC_INVALID);
+    opts = (kvk_backend_opts){.size_bytes = 3};
+    assert_status(kvk_backend_open("cpu", &opts, &be), KVC_INVALID);
+    opts = (kvk_backend_opts){.size_bytes = sizeof(opts), .n_threads = 1000000};
+    assert_status(kvk_backend_open("cpu", &opts, &be), KVC_INVALID);
+    assert_null(be);
+    kvk_backend_close(NULL);
+}
+
+static void test_open_best(void **state)
+{
+    kvk_backend *be = NULL;
+
+    (void)state;
+    assert_ok(kvk_backend_open("cpu", NULL, &be));
+    assert_string_equal(kvk_backend_ops(be)->name, "cpu");
+    print_message("best isa here: %s\n", kvk_backend_isa(be));
+    kvk_backend_close(be);
+}
+
+#define CALLERS 4
+#define ROUNDS  20
+
+typedef struct caller {
+    const subject *s;
+    kvk_attend_args a;
+    float *o, *lse;
+    uint32_t failures;
+} caller;
+
+static void *call_often(void *arg)
+{
+    caller *c = arg;
+
+    c->a.o = c->o;
+    c->a.lse = c->lse;
+    for (int i = 0; i < ROUNDS; i++)
+        c->failures += c->s->ops->attend(c->s->be, &c->a, NULL) != KVC_OK;
+    return NULL;
+}
+
+/* Callers share the backend's threads or work alone; the bits are the same either way. */
+static void test_many_callers(void **state)
+{
+    kvk_backend_opts opts = {.size_bytes = sizeof(opts), .n_threads = 3};
+    problem_shape shape = {20, 9, 3, 64, 300, KVK_BF16, true, true, 0};
+    support_random random = support_seed(3);
+    subject s = {.label = "shared"};
+    problem p = make_problem(&random, &shape);
+    size_t n_out = (size_t)20 * 9;
+    caller callers[CALLERS];
+    pthread_t threads[CALLERS];
+
+    (void)state;
+    assert_ok(kvk_backend_open("cpu", &opts, &s.be));
+    s.ops = kvk_backend_ops(s.be);
+    assert_ok(s.ops->attend(s.be, &p.a, NULL));
+    for (size_t i = 0; i < CALLERS; i++) {
+        callers[i] = (caller){&s, p.a, get_floats(n_out * 64), get_floats(n_out), 0};
+        assert_int_equal(pthread_create(&threads[i], NULL, call_often, &callers[i]), 0);
+    }
+    for (size_t i = 0; i < CALLERS; i++) {
+        assert_int_equal(pthread_join(threads[i], NULL), 0);
+        assert_int_equal(callers[i].failures, 0);
+        assert_same_bits(&s, "o", callers[i].o, p.a.o, n_out * 64 * sizeof(float));
+        assert_same_bits(&s, "lse", callers[i].lse, p.a.lse, n_out * sizeof(float));
+    }
+    kvk_backend_close(s.be);
+    free_all();
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_names),
+        cmocka_unit_test(test_open_refuses),
+        cmocka_unit_test(test_open_best),
+        cmocka_unit_test(test_many_callers),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
