@@ -85,7 +85,8 @@ typedef bool kvs_tier_found(void *arg, const kvs_value_key *key, kvs_slot slot, 
 typedef struct kvs_tier_ops {
     const char *name; /* "dram", "lmdb", ... */
     uint32_t caps;
-    /* REQ. INVALID, NO_MEMORY, IO. May block. */
+    /* REQ. INVALID, EXISTS (another server has the folder), UNSUPPORTED, NO_SPACE, NO_MEMORY, IO.
+       May block. */
     kvc_status (*open)(const kvs_tier_opts *opts, kvs_tier **tier_p);
     /* REQ. Finishes writes in flight (their done runs), then closes. May block. */
     void (*close)(kvs_tier *tier);
@@ -96,7 +97,8 @@ typedef struct kvs_tier_ops {
     void (*release)(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot);
 
     /* ADDRESSABLE: REQ, else NULL. Room for n_rows * row_bytes at *addr_p, writable until commit.
-       AGAIN: full. Owner (tenant) and size class decide the segment. Does not block. */
+       AGAIN: full; to make room for sure, release values of the same tenant and size. NO_MEMORY,
+       INVALID. Owner (tenant) and size class decide the segment. Does not block. */
     kvc_status (*reserve)(kvs_tier *tier, const kvs_value_key *key, uint32_t row_bytes,
                           uint32_t n_rows, kvs_slot *slot_p, void **addr_p);
     /* ADDRESSABLE: REQ. Makes it readable. */
@@ -104,8 +106,10 @@ typedef struct kvs_tier_ops {
     /* ADDRESSABLE: REQ. The rows of a slot; valid until release. */
     const void *(*map)(kvs_tier *tier, kvs_slot slot);
 
-    /* BLOCKING: REQ, else NULL. Queues a write; AGAIN: the queue or the cap is full. After OK, done
-       runs once. */
+    /* BLOCKING: REQ, else NULL. Queues a write; does not block. AGAIN: the queue or the cap is
+       full; NO_SPACE: a size class too many; INVALID: a shape out of range; CLOSED; IO. After OK,
+       done runs once, with AGAIN or NO_SPACE again where room was short after all, or IO. A write
+       of a key that was released before replaces it: their order holds. */
     kvc_status (*write)(kvs_tier *tier, kvs_tier_write *write);
     /* BLOCKING: REQ. Reads row ranges of one value, verifying every row's sum; CORRUPT if one fails
        (dst undefined), NOT_FOUND if the value is gone, IO. Called on a disk thread; may block. */
@@ -116,7 +120,8 @@ typedef struct kvs_tier_ops {
 
     /* PERSISTENT: REQ. Finds every value; before any other use of an opened tier. */
     kvc_status (*recover)(kvs_tier *tier, kvs_tier_found *found, void *arg);
-    /* PERSISTENT: REQ. Small named records beside the values (schemas): put (durable), and each. */
+    /* PERSISTENT: REQ. Small named records beside the values (schemas): put (durable; blocks;
+       INVALID for an empty name or one over 500 bytes), and each (must not call meta_put). */
     kvc_status (*meta_put)(kvs_tier *tier, const char *name, const void *data, size_t len_bytes);
     kvc_status (*meta_each)(kvs_tier *tier,
                             bool (*each)(void *arg, const char *name, const void *data,
@@ -124,7 +129,10 @@ typedef struct kvs_tier_ops {
                             void *arg);
 } kvs_tier_ops;
 
-/* The registered tier by name, or NULL. Slots were checked against caps. */
+/*
+ * The registered tier by name, or NULL. Slots were checked against caps. Each tier is there once
+ * more as "fault:<name>", wrapped by the fault tier (opts.fault says what fails).
+ */
 const kvs_tier_ops *kvs_tier_find(const char *name);
 /* The i-th registered tier, NULL past the end. */
 const kvs_tier_ops *kvs_tier_at(uint32_t i);

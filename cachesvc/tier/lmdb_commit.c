@@ -1,0 +1,225 @@
+/*
+ * lmdb_commit.c: one group's writes and releases into one environment, as one transaction where
+ * the map has room.
+ *
+ * Thread: kvs-lmdb-w. Invariants: whatever happens, each write of the batch leaves with a status,
+ * and the environment is as it was for those that failed. LMDB lets pages freed by one transaction
+ * be reused by the next but one, so a full map is met by committing the releases first, then an
+ * empty transaction (tick), then the writes. Writes never take the reserve, so a release always
+ * finds the few pages that it needs itself.
+ */
+#include <stdio.h>
+
+#include "base/log.h"
+#include "lmdb_tier.h"
+
+#define MAX_TRIES 4u
+
+static void fail_writes(kvsi_batch *batch, uint32_t from, kvc_status status)
+{
+    for (uint32_t i = from; i < batch->n_writes; i++)
+        batch->writes[i]->status = status;
+}
+
+static int put_one(MDB_txn *txn, MDB_dbi dbi, const kvs_tier_write *write)
+{
+    uint8_t bytes[KVSI_KEY_BYTES];
+    MDB_val key = {sizeof(bytes), bytes};
+    MDB_val data = {(size_t)kvsi_record_bytes(write->row_bytes, write->n_rows), NULL};
+
+    kvsi_key_pack(&write->key, write->row_bytes, write->n_rows, bytes);
+    int rc = mdb_put(txn, dbi, &key, &data, MDB_RESERVE);
+    if (rc == MDB_SUCCESS)
+        kvsi_record_write(write, data.mv_data);
+    return rc;
+}
+
+static int drop_all(MDB_txn *txn, MDB_dbi dbi, const kvsi_drop *drop)
+{
+    int rc = MDB_SUCCESS;
+
+    for (; drop != NULL && rc == MDB_SUCCESS; drop = drop->next) {
+        MDB_val key = {drop->key_bytes, (void *)(uintptr_t)drop->key};
+        rc = mdb_del(txn, dbi, &key, NULL);
+        if (rc == MDB_NOTFOUND)
+            rc = MDB_SUCCESS;
+    }
+    return rc;
+}
+
+/*
+ * One transaction with the releases, if not done yet, and the first n writes. *n_fit_p: how many
+ * writes a second attempt should try after MDB_MAP_FULL.
+ */
+static int try_commit(kvsi_batch *batch, uint32_t n, uint32_t *n_fit_p)
+{
+    MDB_dbi dbi = batch->class->env.dbi;
+    uint32_t i = 0;
+    MDB_txn *txn;
+    int rc = mdb_txn_begin(batch->class->env.env, NULL, 0, &txn);
+
+    *n_fit_p = 0;
+    if (rc != MDB_SUCCESS)
+        return rc;
+    if (!batch->drops_done)
+        rc = drop_all(txn, dbi, batch->drops);
+    while (rc == MDB_SUCCESS && i < n) {
+        rc = put_one(txn, dbi, batch->writes[i]);
+        i += rc == MDB_SUCCESS;
+    }
+    *n_fit_p = i;
+    if (rc != MDB_SUCCESS) {
+        mdb_txn_abort(txn);
+        return rc;
+    }
+    rc = mdb_txn_commit(txn);
+    if (rc != MDB_SUCCESS) {
+        *n_fit_p = n / 2;
+        return rc;
+    }
+    batch->drops_done = true;
+    batch->class->dirty = true;
+    return MDB_SUCCESS;
+}
+
+/* The environment of a class that has none yet. */
+static kvc_status create_class(kvs_tier *tier, kvsi_class *class)
+{
+    char name[32];
+    uint64_t claimed = kvsi_claim(tier, 0, KVSI_ENV_SLACK_PAGES + 64 + 2 * class->record_pages);
+
+    if (claimed < KVSI_ENV_SLACK_PAGES + 64) {
+        kvsi_unclaim(tier, claimed);
+        return KVC_AGAIN;
+    }
+    snprintf(name, sizeof(name), "class-%u", class->record_pages);
+    kvc_status status =
+        kvsi_env_open(&class->env, tier->root_fd, tier->root, name, claimed - KVSI_ENV_SLACK_PAGES);
+    if (status != KVC_OK) {
+        kvsi_unclaim(tier, claimed);
+        return status;
+    }
+    KVC_LOG_INFO(TIER, "lmdb: new size class of %u pages", class->record_pages);
+    kvc_mutex_lock(&tier->lock);
+    class->map_pages = claimed - KVSI_ENV_SLACK_PAGES;
+    kvc_mutex_unlock(&tier->lock);
+    return KVC_OK;
+}
+
+/* Grows the map to need pages, or as far as the budget goes; false: not at all. */
+static bool grow_class(kvs_tier *tier, kvsi_class *class, uint64_t need)
+{
+    uint64_t old = class->map_pages;
+    uint64_t pages = kvsi_claim(tier, old, need);
+
+    if (pages == old)
+        return false;
+    if (kvsi_env_grow(&class->env, pages) != KVC_OK) {
+        kvsi_unclaim(tier, pages - old);
+        return false;
+    }
+    kvc_mutex_lock(&tier->lock);
+    class->map_pages = pages;
+    kvc_mutex_unlock(&tier->lock);
+    return true;
+}
+
+/* Writes that fit without taking the reserve, counting what the releases free. */
+static uint32_t count_fitting(const kvsi_batch *batch)
+{
+    const kvsi_class *class = batch->class;
+    uint64_t taken = class->live_pages + class->tree_pages + kvsi_reserve_pages(class);
+    uint64_t have = class->map_pages + (uint64_t)batch->n_drops * class->record_pages;
+
+    if (have <= taken)
+        return 0;
+    uint64_t n = (have - taken) / class->record_pages;
+    return n < batch->n_writes ? (uint32_t)n : batch->n_writes;
+}
+
+/* After a full map: what was freed of late becomes usable. */
+static int make_room(kvsi_batch *batch)
+{
+    uint32_t none;
+    int rc = MDB_SUCCESS;
+
+    kvsi_env_drain(&batch->class->env);
+    if (!batch->drops_done && batch->drops != NULL)
+        rc = try_commit(batch, 0, &none);
+    if (rc == MDB_SUCCESS && kvsi_env_tick(&batch->class->env) != KVC_OK)
+        rc = MDB_MAP_FULL;
+    kvsi_env_drain(&batch->class->env);
+    return rc;
+}
+
+/* Commits the first n writes or fewer; how many it were. *status_p: why not all of them. */
+static uint32_t commit_writes(kvs_tier *tier, kvsi_batch *batch, uint32_t n, kvc_status *status_p)
+{
+    kvsi_class *class = batch->class;
+    uint32_t fit = n;
+    int rc = MDB_MAP_FULL;
+
+    for (uint32_t tries = 0; tries < MAX_TRIES; tries++) {
+        rc = try_commit(batch, fit, &n);
+        if (rc == MDB_SUCCESS)
+            return fit;
+        if (rc != MDB_MAP_FULL)
+            break;
+        if (tries > 0) {
+            fit = n;
+        } else if (!grow_class(tier, class,
+                               class->map_pages + (uint64_t)fit * class->record_pages)) {
+            (void)make_room(batch);
+        }
+    }
+    *status_p = kvsi_lmdb_status(rc);
+    if (rc != MDB_MAP_FULL)
+        KVC_LOG_ERROR(TIER, "lmdb: %s/%s: commit of %u values: %s", class->env.root,
+                      class->env.name, fit, mdb_strerror(rc));
+    return 0;
+}
+
+static void update_counts(kvs_tier *tier, kvsi_class *class)
+{
+    kvsi_env_pages pages;
+
+    if (kvsi_env_count(&class->env, &pages) != KVC_OK)
+        return;
+    kvc_mutex_lock(&tier->lock);
+    class->live_pages = pages.records;
+    class->tree_pages = pages.tree;
+    class->values = pages.entries;
+    kvc_mutex_unlock(&tier->lock);
+}
+
+void kvsi_commit(kvs_tier *tier, kvsi_batch *batch)
+{
+    kvsi_class *class = batch->class;
+    kvc_status status = class->broken ? KVC_IO : KVC_OK;
+
+    if (status == KVC_OK && class->map_pages == 0)
+        status = create_class(tier, class);
+    if (status != KVC_OK) {
+        fail_writes(batch, 0, status);
+        return;
+    }
+    uint64_t need = class->live_pages + class->tree_pages + kvsi_reserve_pages(class) +
+                    (uint64_t)batch->n_writes * class->record_pages;
+    bool tight = batch->n_writes > 0 && need > class->map_pages;
+    if (tight && grow_class(tier, class, need))
+        tight = need > class->map_pages;
+    uint32_t n = count_fitting(batch);
+    status = KVC_AGAIN;
+    /* Where the releases must make the room, they go first: their pages are not free before. */
+    if (tight && batch->n_drops > 0 && make_room(batch) != MDB_SUCCESS)
+        n = 0;
+    if (n > 0 || !batch->drops_done)
+        n = commit_writes(tier, batch, n, &status);
+    for (uint32_t i = 0; i < n; i++) {
+        kvs_tier_write *write = batch->writes[i];
+        write->status = KVC_OK;
+        write->slot = kvsi_slot(batch->number, write->row_bytes, write->n_rows);
+    }
+    fail_writes(batch, n, status);
+    update_counts(tier, class);
+}

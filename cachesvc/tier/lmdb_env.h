@@ -1,0 +1,70 @@
+/*
+ * lmdb_env.h: one LMDB environment: its folder, its map, its read transactions. Private to the
+ * lmdb tier; lmdb.h is included here and in the lmdb_*.c files only.
+ *
+ * The map is the hard limit of the file: LMDB never writes past it. It grows in steps, each
+ * claimed from the tier's one budget by the caller first and allotted on the disk before use, so
+ * that a full disk shows as NO_SPACE here and not later. Growing waits for the reads under way.
+ */
+#ifndef KVSI_LMDB_ENV_H
+#define KVSI_LMDB_ENV_H
+
+#include <lmdb.h>
+
+#include "base/thread.h"
+#include "lmdb_record.h"
+
+#define KVSI_ENV_READERS 64u /* read transactions of one environment at a time; more wait */
+
+typedef struct kvsi_env {
+    char name[32]; /* folder: "meta" or "class-<pages>" */
+    int dir_fd;    /* the tier's folder, borrowed */
+    const char *root;
+    MDB_env *env;
+    MDB_dbi dbi;
+    uint64_t map_pages; /* the caller guards it */
+
+    kvc_mutex pool_lock; /* rank QUEUE; guards the fields below */
+    kvc_cond pool_cond;
+    MDB_txn *idle[KVSI_ENV_READERS]; /* reset, ready to be renewed */
+    uint32_t n_idle, n_open, n_active;
+    bool gate; /* no read may start */
+} kvsi_env;
+
+/* Pages of the database as LMDB counts them after the last commit. */
+typedef struct kvsi_env_pages {
+    uint64_t records, tree, entries;
+} kvsi_env_pages;
+
+/* OK, or what an LMDB or system error code means: AGAIN for a full map, NO_SPACE, ... */
+kvc_status kvsi_lmdb_status(int rc);
+
+/* Pages the folder's file takes on the disk already; 0 when there is none. */
+uint64_t kvsi_env_file_pages(int root_fd, const char *name);
+
+/*
+ * Opens or creates the environment root/name with a map of map_pages; the file must fit into it.
+ * root is borrowed while it is open. CORRUPT: LMDB does not take it for one of its own. IO,
+ * NO_SPACE, NO_MEMORY. May block.
+ */
+kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const char *name,
+                         uint64_t map_pages) KVC_MUST_CHECK;
+void kvsi_env_close(kvsi_env *env); /* no read is under way; does not sync */
+
+/* Makes the map larger; the one writer of the environment, with no transaction open. */
+kvc_status kvsi_env_grow(kvsi_env *env, uint64_t map_pages) KVC_MUST_CHECK;
+/* Waits until no read holds an old snapshot; new ones wait meanwhile. */
+void kvsi_env_drain(kvsi_env *env);
+/*
+ * Commits a change of nothing: pages freed by the commit before become usable in the next.
+ * The writer only.
+ */
+kvc_status kvsi_env_tick(kvsi_env *env) KVC_MUST_CHECK;
+kvc_status kvsi_env_sync(kvsi_env *env) KVC_MUST_CHECK;
+kvc_status kvsi_env_count(kvsi_env *env, kvsi_env_pages *pages_p) KVC_MUST_CHECK;
+
+/* A read transaction from the pool; may wait for one. End it soon: it keeps pages from reuse. */
+kvc_status kvsi_env_read_begin(kvsi_env *env, MDB_txn **txn_p) KVC_MUST_CHECK;
+void kvsi_env_read_end(kvsi_env *env, MDB_txn *txn);
+
+#endif

@@ -1,0 +1,123 @@
+/*
+ * lmdb_record.c: packs and checks records and their keys; see lmdb_record.h. Pure functions.
+ */
+#include <string.h>
+
+#include "base/sum.h"
+#include "lmdb_record.h"
+
+#define OVERFLOW_HEADER_BYTES 16u /* LMDB's, before a large value */
+#define SUMMED_FROM           16u /* the header's magic, version and sum are not under the sum */
+
+uint32_t kvsi_record_prefix_bytes(uint32_t n_rows)
+{
+    uint32_t need = (uint32_t)sizeof(kvsi_record_header) + n_rows * (uint32_t)sizeof(uint32_t) +
+                    OVERFLOW_HEADER_BYTES;
+
+    return (need + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES * KVSI_PAGE_BYTES - OVERFLOW_HEADER_BYTES;
+}
+
+uint64_t kvsi_record_bytes(uint32_t row_bytes, uint32_t n_rows)
+{
+    return kvsi_record_prefix_bytes(n_rows) + (uint64_t)row_bytes * n_rows;
+}
+
+uint32_t kvsi_record_pages(uint32_t row_bytes, uint32_t n_rows)
+{
+    uint64_t bytes = kvsi_record_bytes(row_bytes, n_rows) + OVERFLOW_HEADER_BYTES;
+
+    return (uint32_t)((bytes + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES);
+}
+
+static void put_be32(uint8_t *out, uint32_t x)
+{
+    x = __builtin_bswap32(x);
+    memcpy(out, &x, sizeof(x));
+}
+
+static uint32_t get_be32(const uint8_t *in)
+{
+    uint32_t x;
+
+    memcpy(&x, in, sizeof(x));
+    return __builtin_bswap32(x);
+}
+
+void kvsi_key_pack(const kvs_value_key *key, uint32_t row_bytes, uint32_t n_rows,
+                   uint8_t out[KVSI_KEY_BYTES])
+{
+    memcpy(out, key->tenant.bytes, 32);
+    memcpy(out + 32, key->schema.bytes, 32);
+    memcpy(out + 64, key->block.bytes, 32);
+    put_be32(out + 96, key->part);
+    put_be32(out + 100, row_bytes);
+    put_be32(out + 104, n_rows);
+}
+
+void kvsi_key_unpack(const uint8_t in[KVSI_KEY_BYTES], kvs_value_key *key_p, uint32_t *row_bytes_p,
+                     uint32_t *n_rows_p)
+{
+    memcpy(key_p->tenant.bytes, in, 32);
+    memcpy(key_p->schema.bytes, in + 32, 32);
+    memcpy(key_p->block.bytes, in + 64, 32);
+    key_p->part = get_be32(in + 96);
+    *row_bytes_p = get_be32(in + 100);
+    *n_rows_p = get_be32(in + 104);
+}
+
+static uint64_t record_sum(const void *record, uint32_t n_rows)
+{
+    return kvc_value_sum((const uint8_t *)record + SUMMED_FROM,
+                         sizeof(kvsi_record_header) - SUMMED_FROM + n_rows * sizeof(uint32_t));
+}
+
+void kvsi_record_write(const kvs_tier_write *write, void *out)
+{
+    uint32_t prefix_bytes = kvsi_record_prefix_bytes(write->n_rows);
+    size_t sums_bytes = write->n_rows * sizeof(uint32_t);
+    uint8_t *bytes = out;
+    kvsi_record_header header = {
+        .magic = KVSI_RECORD_MAGIC,
+        .version = KVSI_RECORD_VERSION,
+        .row_bytes = write->row_bytes,
+        .n_rows = write->n_rows,
+        .prefix_bytes = prefix_bytes,
+        .part = write->key.part,
+        .tenant = write->key.tenant,
+        .schema = write->key.schema,
+        .block = write->key.block,
+    };
+
+    memcpy(bytes, &header, sizeof(header));
+    memcpy(bytes + sizeof(header), write->row_sums, sums_bytes);
+    memset(bytes + sizeof(header) + sums_bytes, 0, prefix_bytes - sizeof(header) - sums_bytes);
+    header.sum = record_sum(bytes, write->n_rows);
+    memcpy(bytes, &header, sizeof(header));
+    memcpy(bytes + prefix_bytes, write->rows, (size_t)write->row_bytes * write->n_rows);
+}
+
+kvc_status kvsi_record_check(const void *record, size_t len_bytes, const kvs_value_key *key,
+                             uint32_t row_bytes, uint32_t n_rows)
+{
+    kvsi_record_header header;
+
+    if (len_bytes != kvsi_record_bytes(row_bytes, n_rows))
+        return KVC_CORRUPT;
+    memcpy(&header, record, sizeof(header));
+    if (header.magic != KVSI_RECORD_MAGIC || header.version != KVSI_RECORD_VERSION ||
+        header.row_bytes != row_bytes || header.n_rows != n_rows ||
+        header.prefix_bytes != kvsi_record_prefix_bytes(n_rows))
+        return KVC_CORRUPT;
+    if (header.sum != record_sum(record, n_rows))
+        return KVC_CORRUPT;
+    if (header.part != key->part || memcmp(&header.tenant, &key->tenant, 32) != 0 ||
+        memcmp(&header.schema, &key->schema, 32) != 0 ||
+        memcmp(&header.block, &key->block, 32) != 0)
+        return KVC_CORRUPT;
+    return KVC_OK;
+}
+
+const uint32_t *kvsi_record_sums(const void *record)
+{
+    return (const uint32_t *)(const void *)((const uint8_t *)record + sizeof(kvsi_record_header));
+}

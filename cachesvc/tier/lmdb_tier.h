@@ -1,0 +1,139 @@
+/*
+ * lmdb_tier.h: the lmdb tier's state, shared by its files. Private to them.
+ *
+ * Budget: every page of capacity_bytes is either claimed by an environment's map (map_pages, plus
+ * KVSI_ENV_SLACK_PAGES for its lock file and the file system's own blocks) or free to be claimed.
+ * Files never shrink, so a claim is never given back while the tier is open.
+ */
+#ifndef KVSI_LMDB_TIER_H
+#define KVSI_LMDB_TIER_H
+
+#include <stdatomic.h>
+
+#include "lmdb_env.h"
+#include "lmdb_sums.h"
+
+#define KVSI_MAX_CLASSES     8u
+#define KVSI_MAX_QUEUED      4096u /* writes */
+#define KVSI_ENV_SLACK_PAGES 16u
+#define KVSI_META_PAGES      128u /* the meta map's first size */
+#define KVSI_MIN_CAPACITY    (4ull << 20)
+#define KVSI_MAX_META_NAME   500u
+#define KVSI_MAX_META_BYTES  (16u << 20)
+#define KVSI_RANK_META       ((kvc_lock_rank)(KVC_RANK_TIER - 1))
+
+/* One size class: values of this many pages each, in an environment of their own. */
+typedef struct kvsi_class {
+    kvsi_env env;
+    uint32_t record_pages;
+    uint64_t map_pages;              /* claimed; 0: not created yet */
+    uint64_t live_pages, tree_pages; /* after the last commit */
+    uint64_t values;
+    uint64_t queued_pages, freeing_pages; /* of writes and releases that wait */
+    bool broken;                          /* a sync failed: nothing more is promised here */
+    bool dirty;                           /* the writer's: committed, not yet fully synced */
+} kvsi_class;
+
+/* A release on its way to the writer. */
+typedef struct kvsi_drop {
+    struct kvsi_drop *next;
+    uint32_t class_number;
+    uint8_t key[KVSI_KEY_BYTES];
+    uint32_t key_bytes; /* less than KVSI_KEY_BYTES only for records that make no sense */
+} kvsi_drop;
+
+/* Someone who waits in sync. */
+typedef struct kvsi_waiter {
+    struct kvsi_waiter *next;
+    uint64_t ticket; /* done once this many writes were processed and synced */
+    bool done;
+    kvc_status status;
+} kvsi_waiter;
+
+struct kvs_tier {
+    char *root; /* the folder */
+    int root_fd, lock_fd;
+    uint64_t capacity_pages, step_pages, max_value_bytes;
+    uint64_t group_commit_ns, group_commit_bytes;
+    kvsi_sums *sums;
+    kvc_thread writer;
+    atomic_ullong bytes_read;
+
+    kvc_mutex meta_lock; /* rank META: one meta_put at a time; tier lock and pool lock under it */
+    kvsi_env meta;
+    uint64_t meta_used_pages; /* under lock */
+
+    kvc_mutex lock; /* rank TIER: everything below and the counters of the classes */
+    kvc_cond work;  /* something for the writer */
+    kvc_cond woken; /* a waiter is done */
+    uint64_t claimed_pages;
+    uint32_t n_classes; /* classes[0 .. n_classes) never change place */
+    kvsi_class classes[KVSI_MAX_CLASSES];
+    kvs_tier_write *writes, **writes_end;
+    kvsi_drop *drops, **drops_end;
+    kvsi_waiter *waiters;
+    uint32_t n_queued;
+    uint64_t queued_bytes, n_durable_queued;
+    uint64_t first_queued_ns, last_queued_ns;
+    uint64_t accepted, processed; /* writes, ever */
+    uint64_t bytes_written;
+    bool stop;
+};
+
+/* --- tier_lmdb.c --- */
+
+/*
+ * Claims budget so that a map of now_pages can hold need_pages, and a step more where there is
+ * room. Gives the new size of the map, which may be less than needed when the budget is short.
+ * Takes the tier lock.
+ */
+uint64_t kvsi_claim(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages);
+void kvsi_unclaim(kvs_tier *tier, uint64_t pages);
+/* Pages that a class's trees, free lists and fragments may take beyond its records. */
+uint64_t kvsi_reserve_pages(const kvsi_class *class);
+
+/* --- lmdb_writer.c --- */
+
+void kvsi_writer_main(void *tier);
+kvc_status kvsi_write(kvs_tier *tier, kvs_tier_write *write);
+void kvsi_release(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot);
+kvc_status kvsi_sync(kvs_tier *tier);
+/* Queues a drop; takes it. */
+void kvsi_drop_push(kvs_tier *tier, kvsi_drop *drop);
+
+/* --- lmdb_commit.c: one group into one environment; the writer thread only --- */
+
+/* A class's share of a group. */
+typedef struct kvsi_batch {
+    kvsi_class *class;
+    uint32_t number;         /* of the class */
+    kvs_tier_write **writes; /* [n_writes] */
+    uint32_t n_writes;
+    kvsi_drop *drops, **drops_end; /* list */
+    uint32_t n_drops;
+    bool drops_done;
+} kvsi_batch;
+
+/* Commits what it can and sets each write's status and slot; drops_done if those took effect. */
+void kvsi_commit(kvs_tier *tier, kvsi_batch *batch);
+
+/* --- lmdb_read.c --- */
+
+kvc_status kvsi_read(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
+                     uint32_t n_rows, const kvs_row_range *ranges, uint32_t n_ranges);
+kvc_status kvsi_recover(kvs_tier *tier, kvs_tier_found *found, void *arg);
+
+/* --- lmdb_meta.c --- */
+
+kvc_status kvsi_meta_put(kvs_tier *tier, const char *name, const void *data, size_t len_bytes);
+kvc_status kvsi_meta_each(kvs_tier *tier,
+                          bool (*each)(void *arg, const char *name, const void *data,
+                                       size_t len_bytes),
+                          void *arg);
+
+static inline kvs_slot kvsi_slot(uint32_t class_number, uint32_t row_bytes, uint32_t n_rows)
+{
+    return (kvs_slot){class_number, (uint64_t)row_bytes << 32 | n_rows};
+}
+
+#endif

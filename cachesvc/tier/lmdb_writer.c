@@ -1,0 +1,431 @@
+/*
+ * lmdb_writer.c: the queue in front of LMDB and the thread that empties it, group by group.
+ *
+ * Threads: write, release and sync on any thread; the rest is kvs-lmdb-w. Invariants: a group
+ * takes every release that is queued, and commits it before its writes: a value's release is
+ * queued before its next write, so their order holds. done runs on this thread with no lock held,
+ * for a durable write only after a full sync of its environment.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "base/assert.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "lmdb_tier.h"
+
+#define MAX_GROUP      1024u /* writes */
+#define GAP_PARTS      16u   /* a durable write waits this part of group_commit_ns for company */
+#define RETRY_DROPS_NS 20000000ull
+
+/* What the writer works on; taken from the queue under the lock, then its own. */
+typedef struct group {
+    kvs_tier_write *writes[MAX_GROUP]; /* by class */
+    kvsi_batch batches[KVSI_MAX_CLASSES];
+    uint32_t n_writes, n_durable;
+    kvsi_waiter *waiters;
+} group;
+
+/* --- any thread --- */
+
+static kvsi_class *find_class(kvs_tier *tier, uint32_t pages)
+{
+    for (uint32_t i = 0; i < tier->n_classes; i++) {
+        if (tier->classes[i].record_pages == pages)
+            return &tier->classes[i];
+    }
+    return NULL;
+}
+
+/* The caller holds the lock. */
+static void refuse_class(kvs_tier *tier, uint32_t pages)
+{
+    char list[KVSI_MAX_CLASSES * 12] = "";
+    size_t n = 0;
+
+    for (uint32_t i = 0; i < tier->n_classes; i++)
+        n += (size_t)snprintf(list + n, sizeof(list) - n, "%s%u", i > 0 ? ", " : "",
+                              tier->classes[i].record_pages);
+    KVC_LOG_ERROR(TIER,
+                  "lmdb: a value of %u pages needs a ninth size class; those of %s pages exist",
+                  pages, list);
+}
+
+/* Whether the write may be queued; the caller holds the lock. */
+static kvc_status admit(kvs_tier *tier, uint32_t pages, kvsi_class **class_p)
+{
+    kvsi_class *class = find_class(tier, pages);
+
+    if (tier->stop)
+        return KVC_CLOSED;
+    if (class == NULL && tier->n_classes == KVSI_MAX_CLASSES) {
+        refuse_class(tier, pages);
+        return KVC_NO_SPACE;
+    }
+    if (tier->n_queued == KVSI_MAX_QUEUED)
+        return KVC_AGAIN;
+    if (class == NULL) {
+        class = &tier->classes[tier->n_classes];
+        class->record_pages = pages;
+    }
+    if (class->broken)
+        return KVC_IO;
+    uint64_t room = class->map_pages + tier->capacity_pages - tier->claimed_pages;
+    uint64_t need = class->live_pages + class->tree_pages + kvsi_reserve_pages(class) +
+                    class->queued_pages + pages;
+    if (class->map_pages == 0)
+        need += KVSI_ENV_SLACK_PAGES;
+    if (need > room + class->freeing_pages)
+        return KVC_AGAIN;
+    if (class == &tier->classes[tier->n_classes])
+        tier->n_classes++;
+    *class_p = class;
+    return KVC_OK;
+}
+
+static void note_queued(kvs_tier *tier)
+{
+    tier->last_queued_ns = kvc_now_ns();
+    if (tier->writes == NULL && tier->drops == NULL)
+        tier->first_queued_ns = tier->last_queued_ns;
+}
+
+kvc_status kvsi_write(kvs_tier *tier, kvs_tier_write *write)
+{
+    uint64_t bytes = (uint64_t)write->row_bytes * write->n_rows;
+    kvsi_class *class;
+
+    if (bytes == 0 || write->n_rows > KVSI_MAX_ROWS || bytes > tier->max_value_bytes)
+        return KVC_INVALID;
+    kvc_mutex_lock(&tier->lock);
+    kvc_status status = admit(tier, kvsi_record_pages(write->row_bytes, write->n_rows), &class);
+    if (status == KVC_OK) {
+        note_queued(tier);
+        class->queued_pages += class->record_pages;
+        write->status = KVC_OK;
+        write->slot = (kvs_slot){(uint64_t)(class - tier->classes), 0};
+        write->next = NULL;
+        *tier->writes_end = write;
+        tier->writes_end = &write->next;
+        tier->n_queued++;
+        tier->accepted++;
+        tier->queued_bytes += bytes;
+        tier->n_durable_queued += write->durable;
+        kvc_cond_signal(&tier->work);
+    }
+    kvc_mutex_unlock(&tier->lock);
+    return status;
+}
+
+/* The caller holds the lock. */
+static void append_drop(kvs_tier *tier, kvsi_drop *drop)
+{
+    note_queued(tier);
+    drop->next = NULL;
+    *tier->drops_end = drop;
+    tier->drops_end = &drop->next;
+    tier->classes[drop->class_number].freeing_pages +=
+        tier->classes[drop->class_number].record_pages;
+}
+
+void kvsi_drop_push(kvs_tier *tier, kvsi_drop *drop)
+{
+    kvc_mutex_lock(&tier->lock);
+    append_drop(tier, drop);
+    kvc_cond_signal(&tier->work);
+    kvc_mutex_unlock(&tier->lock);
+}
+
+void kvsi_release(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot)
+{
+    kvsi_drop *drop = malloc(sizeof(*drop));
+
+    KVC_ASSERT(slot.a < KVSI_MAX_CLASSES);
+    if (drop == NULL) {
+        KVC_LOG_ERROR(TIER, "lmdb: no memory to release a value; it stays until the next start");
+        return;
+    }
+    drop->class_number = (uint32_t)slot.a;
+    drop->key_bytes = KVSI_KEY_BYTES;
+    kvsi_key_pack(key, (uint32_t)(slot.b >> 32), (uint32_t)slot.b, drop->key);
+    kvsi_sums_drop(tier->sums, drop->key);
+    kvsi_drop_push(tier, drop);
+}
+
+kvc_status kvsi_sync(kvs_tier *tier)
+{
+    kvsi_waiter waiter = {.status = KVC_OK};
+
+    kvc_mutex_lock(&tier->lock);
+    waiter.ticket = tier->accepted;
+    waiter.next = tier->waiters;
+    tier->waiters = &waiter;
+    kvc_cond_signal(&tier->work);
+    while (!waiter.done)
+        kvc_cond_wait(&tier->woken, &tier->lock);
+    kvc_mutex_unlock(&tier->lock);
+    return waiter.status;
+}
+
+/* --- kvs-lmdb-w: taking a group --- */
+
+/* How long to go on gathering; 0: there is nothing to do at all. The caller holds the lock. */
+static uint64_t gather_until(const kvs_tier *tier)
+{
+    uint64_t until = tier->first_queued_ns + tier->group_commit_ns;
+
+    if (tier->writes == NULL && tier->drops == NULL)
+        return 0;
+    if (tier->n_durable_queued > 0) {
+        uint64_t gap = tier->last_queued_ns + tier->group_commit_ns / GAP_PARTS;
+        until = gap < until ? gap : until;
+    }
+    return until;
+}
+
+/* Waits for a group worth taking; false: stopped and nothing is left. Holds the lock. */
+static bool wait_for_group(kvs_tier *tier)
+{
+    for (;;) {
+        uint64_t until = gather_until(tier);
+        if (tier->stop || tier->waiters != NULL)
+            return until != 0 || tier->waiters != NULL;
+        if (until != 0 && (tier->queued_bytes >= tier->group_commit_bytes || kvc_now_ns() >= until))
+            return true;
+        (void)kvc_cond_wait_until(&tier->work, &tier->lock, until);
+    }
+}
+
+/* Cuts the first writes, up to a group's size, off the queue; gives them as a list. */
+static kvs_tier_write *cut_writes(kvs_tier *tier, group *g, uint32_t *per_class)
+{
+    kvs_tier_write *first = tier->writes, **link = &tier->writes;
+    uint64_t bytes = 0;
+
+    while (*link != NULL && g->n_writes < MAX_GROUP &&
+           (g->n_writes == 0 || bytes < tier->group_commit_bytes)) {
+        kvs_tier_write *write = *link;
+        bytes += (uint64_t)write->row_bytes * write->n_rows;
+        per_class[write->slot.a]++;
+        g->n_writes++;
+        g->n_durable += write->durable;
+        link = &write->next;
+    }
+    tier->writes = *link;
+    *link = NULL;
+    if (tier->writes == NULL)
+        tier->writes_end = &tier->writes;
+    tier->n_queued -= g->n_writes;
+    tier->queued_bytes -= bytes;
+    tier->n_durable_queued -= g->n_durable;
+    tier->first_queued_ns = kvc_now_ns();
+    return first;
+}
+
+static void take_drops(kvs_tier *tier, group *g)
+{
+    kvsi_drop *drop = tier->drops;
+
+    tier->drops = NULL;
+    tier->drops_end = &tier->drops;
+    while (drop != NULL) {
+        kvsi_drop *next = drop->next;
+        kvsi_batch *batch = &g->batches[drop->class_number];
+        drop->next = NULL;
+        *batch->drops_end = drop;
+        batch->drops_end = &drop->next;
+        batch->n_drops++;
+        drop = next;
+    }
+}
+
+/* Waiters whose writes are all in this group or before it. */
+static void take_waiters(kvs_tier *tier, group *g)
+{
+    kvsi_waiter **link = &tier->waiters;
+
+    while (*link != NULL) {
+        kvsi_waiter *waiter = *link;
+        if (waiter->ticket > tier->processed + g->n_writes) {
+            link = &waiter->next;
+            continue;
+        }
+        *link = waiter->next;
+        waiter->next = g->waiters;
+        g->waiters = waiter;
+    }
+}
+
+static void take_group(kvs_tier *tier, group *g)
+{
+    uint32_t per_class[KVSI_MAX_CLASSES] = {0}, at = 0;
+
+    g->n_writes = g->n_durable = 0;
+    g->waiters = NULL;
+    kvs_tier_write *list = cut_writes(tier, g, per_class);
+    for (uint32_t i = 0; i < KVSI_MAX_CLASSES; i++) {
+        g->batches[i] =
+            (kvsi_batch){.class = &tier->classes[i], .number = i, .writes = g->writes + at};
+        g->batches[i].drops_end = &g->batches[i].drops;
+        at += per_class[i];
+    }
+    for (; list != NULL; list = list->next) {
+        kvsi_batch *batch = &g->batches[list->slot.a];
+        batch->writes[batch->n_writes++] = list;
+    }
+    take_drops(tier, g);
+    take_waiters(tier, g);
+}
+
+/* --- kvs-lmdb-w: working on it --- */
+
+static void free_drops(kvsi_drop *drop)
+{
+    while (drop != NULL) {
+        kvsi_drop *next = drop->next;
+        free(drop);
+        drop = next;
+    }
+}
+
+/* Accounts for a batch that was worked on; releases that failed wait for another round. */
+static void settle_batch(kvs_tier *tier, kvsi_batch *batch)
+{
+    kvsi_class *class = batch->class;
+    kvsi_drop *failed = batch->drops_done ? NULL : batch->drops;
+
+    kvc_mutex_lock(&tier->lock);
+    class->queued_pages -= (uint64_t)batch->n_writes * class->record_pages;
+    class->freeing_pages -= (uint64_t)batch->n_drops * class->record_pages;
+    for (uint32_t i = 0; i < batch->n_writes; i++) {
+        const kvs_tier_write *write = batch->writes[i];
+        if (write->status == KVC_OK)
+            tier->bytes_written += (uint64_t)write->row_bytes * write->n_rows;
+    }
+    if (failed != NULL && (class->broken || tier->stop)) {
+        KVC_LOG_ERROR(TIER, "lmdb: %s: %u releases failed; those values stay until a next start",
+                      class->env.name, batch->n_drops);
+    } else if (failed != NULL) {
+        batch->drops = NULL;
+        while (failed != NULL) {
+            kvsi_drop *next = failed->next;
+            append_drop(tier, failed);
+            failed = next;
+        }
+        tier->first_queued_ns = kvc_now_ns() + RETRY_DROPS_NS;
+    }
+    kvc_mutex_unlock(&tier->lock);
+    free_drops(batch->drops);
+    batch->drops = NULL;
+}
+
+static bool has_durable(const kvsi_batch *batch)
+{
+    for (uint32_t i = 0; i < batch->n_writes; i++) {
+        const kvs_tier_write *write = batch->writes[i];
+        if (write != NULL && write->durable && write->status == KVC_OK)
+            return true;
+    }
+    return false;
+}
+
+/* A failed sync says nothing about what reached the disk, so the class promises no more. */
+static kvc_status sync_class(kvs_tier *tier, kvsi_class *class)
+{
+    kvc_status status = kvsi_env_sync(&class->env);
+
+    class->dirty = false;
+    if (status != KVC_OK) {
+        kvc_mutex_lock(&tier->lock);
+        class->broken = true;
+        kvc_mutex_unlock(&tier->lock);
+    }
+    return status;
+}
+
+/* Syncs what a durable write or a waiter of this group needs. */
+static void sync_group(kvs_tier *tier, group *g)
+{
+    kvc_status all = KVC_OK;
+
+    for (uint32_t i = 0; i < KVSI_MAX_CLASSES; i++) {
+        kvsi_batch *batch = &g->batches[i];
+        bool durable = has_durable(batch);
+        if (batch->class->broken)
+            all = KVC_IO;
+        if (!batch->class->dirty || !(durable || g->waiters != NULL))
+            continue;
+        kvc_status status = sync_class(tier, batch->class);
+        if (status == KVC_OK)
+            continue;
+        all = status;
+        for (uint32_t k = 0; k < batch->n_writes; k++) {
+            if (batch->writes[k] != NULL && batch->writes[k]->status == KVC_OK)
+                batch->writes[k]->status = status;
+        }
+    }
+    for (kvsi_waiter *waiter = g->waiters; waiter != NULL; waiter = waiter->next)
+        waiter->status = all;
+}
+
+/* Calls done for the members that are durable, or for those that are not. */
+static void finish_writes(kvs_tier *tier, group *g, bool durable)
+{
+    uint8_t key[KVSI_KEY_BYTES];
+
+    for (uint32_t i = 0; i < g->n_writes; i++) {
+        kvs_tier_write *write = g->writes[i];
+        if (write == NULL || write->durable != durable)
+            continue;
+        kvsi_key_pack(&write->key, write->row_bytes, write->n_rows, key);
+        kvsi_sums_drop(tier->sums, key);
+        g->writes[i] = NULL; /* the caller's again */
+        write->done(write);
+    }
+}
+
+static void wake_waiters(kvs_tier *tier, group *g)
+{
+    kvc_mutex_lock(&tier->lock);
+    tier->processed += g->n_writes;
+    for (kvsi_waiter *waiter = g->waiters; waiter != NULL;) {
+        kvsi_waiter *next = waiter->next; /* gone once done is seen */
+        waiter->done = true;
+        waiter = next;
+    }
+    if (g->waiters != NULL)
+        kvc_cond_broadcast(&tier->woken);
+    kvc_mutex_unlock(&tier->lock);
+}
+
+static void process_group(kvs_tier *tier, group *g)
+{
+    for (uint32_t i = 0; i < KVSI_MAX_CLASSES; i++) {
+        kvsi_batch *batch = &g->batches[i];
+        if (batch->n_writes == 0 && batch->n_drops == 0)
+            continue;
+        kvsi_commit(tier, batch);
+        settle_batch(tier, batch);
+    }
+    finish_writes(tier, g, false);
+    sync_group(tier, g);
+    finish_writes(tier, g, true);
+    wake_waiters(tier, g);
+}
+
+void kvsi_writer_main(void *arg)
+{
+    kvs_tier *tier = arg;
+    group g;
+
+    for (;;) {
+        kvc_mutex_lock(&tier->lock);
+        bool more = wait_for_group(tier);
+        if (more)
+            take_group(tier, &g);
+        kvc_mutex_unlock(&tier->lock);
+        if (!more)
+            return;
+        process_group(tier, &g);
+    }
+}

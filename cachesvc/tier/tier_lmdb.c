@@ -1,0 +1,349 @@
+/*
+ * tier_lmdb.c: the persistent tier: one LMDB environment per size class under one byte budget.
+ *
+ * Threads: open and close on the caller's; kvs-lmdb-w writes (lmdb_writer.c, lmdb_commit.c); reads
+ * on disk threads (lmdb_read.c). Invariants: one process has the folder (flock); claimed_pages
+ * never passes capacity_pages, and no file outgrows its claim.
+ *
+ * Folder: lock, meta/, class-<pages>/ each with LMDB's data.mdb and lock.mdb. A folder that LMDB
+ * refuses is renamed to *.bad, counted against the budget and never touched again.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/assert.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "lmdb_tier.h"
+#include "tier_registry.h"
+
+#define MAX_PATH_BYTES      4000u
+#define STEPS               64u /* the budget is claimed in about this many steps */
+#define MIN_STEP_PAGES      64u
+#define DEFAULT_GROUP_BYTES (16ull << 20)
+#define RESERVE_PAGES       48u
+#define RESERVE_PART        50u /* of the records: fragments of runs */
+
+/* --- the budget --- */
+
+uint64_t kvsi_claim(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages)
+{
+    uint64_t want = need_pages > now_pages ? need_pages - now_pages + tier->step_pages : 0;
+
+    kvc_mutex_lock(&tier->lock);
+    uint64_t left = tier->capacity_pages - tier->claimed_pages;
+    if (want > left)
+        want = left;
+    tier->claimed_pages += want;
+    kvc_mutex_unlock(&tier->lock);
+    return now_pages + want;
+}
+
+void kvsi_unclaim(kvs_tier *tier, uint64_t pages)
+{
+    kvc_mutex_lock(&tier->lock);
+    KVC_ASSERT(pages <= tier->claimed_pages);
+    tier->claimed_pages -= pages;
+    kvc_mutex_unlock(&tier->lock);
+}
+
+/* Trees are copied on write and freed pages rest for two commits: twice their size. */
+uint64_t kvsi_reserve_pages(const kvsi_class *class)
+{
+    return RESERVE_PAGES + 2 * class->tree_pages + class->live_pages / RESERVE_PART;
+}
+
+/* --- opening --- */
+
+static kvc_status check_opts(const kvs_tier_opts *opts)
+{
+    if (opts->size_bytes != sizeof(*opts))
+        return KVC_INVALID;
+    if (opts->path == NULL || opts->path[0] == '\0' || strlen(opts->path) > MAX_PATH_BYTES) {
+        KVC_LOG_ERROR(TIER, "lmdb: needs a folder of at most %u bytes", MAX_PATH_BYTES);
+        return KVC_INVALID;
+    }
+    if (opts->capacity_bytes < KVSI_MIN_CAPACITY) {
+        KVC_LOG_ERROR(TIER, "lmdb: a capacity of %llu bytes is less than the minimum of %llu",
+                      (unsigned long long)opts->capacity_bytes, KVSI_MIN_CAPACITY);
+        return KVC_INVALID;
+    }
+    if (sysconf(_SC_PAGESIZE) != KVSI_PAGE_BYTES) {
+        KVC_LOG_ERROR(TIER, "lmdb: pages of %ld bytes are not supported", sysconf(_SC_PAGESIZE));
+        return KVC_UNSUPPORTED;
+    }
+    return KVC_OK;
+}
+
+/* The folder and the lock that keeps a second server out. */
+static kvc_status open_folder(kvs_tier *tier, const char *path)
+{
+    if (mkdir(path, 0700) != 0 && errno != EEXIST) {
+        KVC_LOG_ERROR(TIER, "lmdb: cannot create %s: %s", path, strerror(errno));
+        return KVC_IO;
+    }
+    tier->root_fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (tier->root_fd < 0) {
+        KVC_LOG_ERROR(TIER, "lmdb: cannot open %s: %s", path, strerror(errno));
+        return errno == ENOTDIR ? KVC_INVALID : KVC_IO;
+    }
+    tier->lock_fd = openat(tier->root_fd, "lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (tier->lock_fd < 0) {
+        KVC_LOG_ERROR(TIER, "lmdb: cannot write in %s: %s", path, strerror(errno));
+        return KVC_IO;
+    }
+    if (flock(tier->lock_fd, LOCK_EX | LOCK_NB) != 0) {
+        KVC_LOG_ERROR(TIER, "lmdb: %s is in use by another server", path);
+        return KVC_EXISTS;
+    }
+    return KVC_OK;
+}
+
+/* Claims what a folder of ours takes on the disk already; at least min_pages. */
+static kvc_status claim_existing(kvs_tier *tier, const char *name, uint64_t min_pages,
+                                 uint64_t *map_pages_p)
+{
+    uint64_t pages = kvsi_env_file_pages(tier->root_fd, name);
+
+    if (pages < min_pages)
+        pages = min_pages;
+    *map_pages_p = pages;
+    tier->claimed_pages += pages + KVSI_ENV_SLACK_PAGES;
+    if (tier->claimed_pages <= tier->capacity_pages)
+        return KVC_OK;
+    KVC_LOG_ERROR(
+        TIER, "lmdb: %s holds more than the capacity of %llu bytes; raise it or empty the folder",
+        tier->root, (unsigned long long)tier->capacity_pages * KVSI_PAGE_BYTES);
+    return KVC_INVALID;
+}
+
+static kvc_status set_aside(kvs_tier *tier, const char *name)
+{
+    char bad[96];
+
+    snprintf(bad, sizeof(bad), "%s.%llu.bad", name, (unsigned long long)kvc_wall_ns());
+    if (renameat(tier->root_fd, name, tier->root_fd, bad) != 0)
+        return KVC_IO;
+    KVC_LOG_ERROR(TIER, "lmdb: %s/%s is damaged: set aside as %s; remove it to regain its room",
+                  tier->root, name, bad);
+    return KVC_OK;
+}
+
+static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_pages)
+{
+    kvsi_class *class = &tier->classes[tier->n_classes];
+    kvsi_env_pages pages;
+    uint64_t map_pages;
+
+    if (tier->n_classes == KVSI_MAX_CLASSES) {
+        KVC_LOG_ERROR(TIER, "lmdb: %s has more than %u size classes", tier->root, KVSI_MAX_CLASSES);
+        return KVC_INVALID;
+    }
+    kvc_status status = claim_existing(tier, name, 64 + 2 * record_pages, &map_pages);
+    if (status != KVC_OK)
+        return status;
+    status = kvsi_env_open(&class->env, tier->root_fd, tier->root, name, map_pages);
+    if (status == KVC_CORRUPT)
+        return set_aside(tier, name);
+    if (status != KVC_OK)
+        return status;
+    class->record_pages = record_pages;
+    class->map_pages = map_pages;
+    tier->n_classes++;
+    status = kvsi_env_count(&class->env, &pages);
+    class->live_pages = pages.records;
+    class->tree_pages = pages.tree;
+    class->values = pages.entries;
+    return status;
+}
+
+static kvc_status open_meta(kvs_tier *tier)
+{
+    kvsi_env_pages pages;
+    uint64_t map_pages;
+    kvc_status status = claim_existing(tier, "meta", KVSI_META_PAGES, &map_pages);
+
+    if (status != KVC_OK)
+        return status;
+    status = kvsi_env_open(&tier->meta, tier->root_fd, tier->root, "meta", map_pages);
+    if (status == KVC_CORRUPT) {
+        status = set_aside(tier, "meta");
+        if (status == KVC_OK)
+            status = claim_existing(tier, "meta", KVSI_META_PAGES, &map_pages);
+        if (status == KVC_OK)
+            status = kvsi_env_open(&tier->meta, tier->root_fd, tier->root, "meta", map_pages);
+    }
+    if (status != KVC_OK)
+        return status;
+    status = kvsi_env_count(&tier->meta, &pages);
+    tier->meta_used_pages = pages.records + pages.tree;
+    return status;
+}
+
+static bool ends_with(const char *text, const char *end)
+{
+    size_t n = strlen(text), m = strlen(end);
+
+    return n >= m && strcmp(text + n - m, end) == 0;
+}
+
+/* What one name in the folder is to us. */
+static kvc_status open_entry(kvs_tier *tier, const char *name)
+{
+    char canonical[32];
+    unsigned record_pages = 0;
+    uint64_t pages;
+
+    if (ends_with(name, ".bad"))
+        return claim_existing(tier, name, 0, &pages);
+    if (sscanf(name, "class-%u", &record_pages) != 1 || record_pages == 0)
+        return KVC_OK;
+    snprintf(canonical, sizeof(canonical), "class-%u", record_pages);
+    return strcmp(canonical, name) == 0 ? open_class(tier, name, record_pages) : KVC_OK;
+}
+
+static kvc_status open_classes(kvs_tier *tier)
+{
+    struct dirent **entries = NULL;
+    int n = scandirat(tier->root_fd, ".", &entries, NULL, alphasort);
+    kvc_status status = n < 0 ? KVC_IO : KVC_OK;
+
+    for (int i = 0; i < n; i++) {
+        if (status == KVC_OK)
+            status = open_entry(tier, entries[i]->d_name);
+        free(entries[i]);
+    }
+    free(entries);
+    return status;
+}
+
+static void close_all(kvs_tier *tier)
+{
+    for (uint32_t i = 0; i < tier->n_classes; i++) {
+        if (tier->classes[i].map_pages > 0)
+            kvsi_env_close(&tier->classes[i].env);
+    }
+    if (tier->meta.env != NULL)
+        kvsi_env_close(&tier->meta);
+    kvsi_sums_destroy(tier->sums);
+    if (tier->lock_fd >= 0)
+        close(tier->lock_fd);
+    if (tier->root_fd >= 0)
+        close(tier->root_fd);
+    kvc_cond_fini(&tier->woken);
+    kvc_cond_fini(&tier->work);
+    kvc_mutex_fini(&tier->lock);
+    kvc_mutex_fini(&tier->meta_lock);
+    free(tier->root);
+    free(tier);
+}
+
+static kvs_tier *create(const kvs_tier_opts *opts)
+{
+    kvs_tier *tier = calloc(1, sizeof(*tier));
+
+    if (tier == NULL)
+        return NULL;
+    tier->root_fd = tier->lock_fd = -1;
+    tier->capacity_pages = opts->capacity_bytes / KVSI_PAGE_BYTES;
+    tier->step_pages = tier->capacity_pages / STEPS;
+    if (tier->step_pages < MIN_STEP_PAGES)
+        tier->step_pages = MIN_STEP_PAGES;
+    tier->max_value_bytes = opts->max_value_bytes > 0 ? opts->max_value_bytes : KVC_MAX_VALUE_BYTES;
+    tier->group_commit_ns = opts->group_commit_ns;
+    tier->group_commit_bytes =
+        opts->group_commit_bytes > 0 ? opts->group_commit_bytes : DEFAULT_GROUP_BYTES;
+    tier->writes_end = &tier->writes;
+    tier->drops_end = &tier->drops;
+    atomic_init(&tier->bytes_read, 0);
+    kvc_mutex_init(&tier->meta_lock, KVSI_RANK_META);
+    kvc_mutex_init(&tier->lock, KVC_RANK_TIER);
+    kvc_cond_init(&tier->work);
+    kvc_cond_init(&tier->woken);
+    tier->root = strdup(opts->path);
+    return tier;
+}
+
+static kvc_status lmdb_open(const kvs_tier_opts *opts, kvs_tier **tier_p)
+{
+    *tier_p = NULL;
+    kvc_status status = check_opts(opts);
+    if (status != KVC_OK)
+        return status;
+    kvs_tier *tier = create(opts);
+    if (tier == NULL)
+        return KVC_NO_MEMORY;
+    status = tier->root != NULL ? open_folder(tier, opts->path) : KVC_NO_MEMORY;
+    if (status == KVC_OK)
+        status = open_meta(tier);
+    if (status == KVC_OK)
+        status = open_classes(tier);
+    if (status == KVC_OK)
+        status = kvsi_sums_create(opts->row_sums_bytes, &tier->sums);
+    if (status == KVC_OK)
+        status = kvc_thread_start(&tier->writer, "kvs-lmdb-w", kvsi_writer_main, tier);
+    if (status != KVC_OK) {
+        close_all(tier);
+        return status;
+    }
+    *tier_p = tier;
+    return KVC_OK;
+}
+
+static void lmdb_close(kvs_tier *tier)
+{
+    if (tier == NULL)
+        return;
+    kvc_mutex_lock(&tier->lock);
+    tier->stop = true;
+    kvc_cond_signal(&tier->work);
+    kvc_mutex_unlock(&tier->lock);
+    kvc_thread_join(&tier->writer);
+    for (uint32_t i = 0; i < tier->n_classes; i++) {
+        if (tier->classes[i].dirty && kvsi_env_sync(&tier->classes[i].env) != KVC_OK)
+            KVC_LOG_WARN(TIER, "lmdb: the last values written without a promise may be lost");
+    }
+    close_all(tier);
+}
+
+static void lmdb_usage(kvs_tier *tier, kvs_tier_usage *usage_p)
+{
+    uint64_t pages = 0, values = 0;
+
+    kvc_mutex_lock(&tier->lock);
+    pages = tier->meta_used_pages;
+    for (uint32_t i = 0; i < tier->n_classes; i++) {
+        pages += tier->classes[i].live_pages + tier->classes[i].tree_pages;
+        values += tier->classes[i].values;
+    }
+    *usage_p = (kvs_tier_usage){
+        .capacity_bytes = tier->capacity_pages * KVSI_PAGE_BYTES,
+        .used_bytes = pages * KVSI_PAGE_BYTES,
+        .values = values,
+        .bytes_read = atomic_load_explicit(&tier->bytes_read, memory_order_relaxed),
+        .bytes_written = tier->bytes_written,
+    };
+    kvc_mutex_unlock(&tier->lock);
+}
+
+const kvs_tier_ops kvsi_lmdb_ops = {
+    .name = "lmdb",
+    .caps = KVS_TIER_BLOCKING | KVS_TIER_PERSISTENT,
+    .open = lmdb_open,
+    .close = lmdb_close,
+    .usage = lmdb_usage,
+    .release = kvsi_release,
+    .write = kvsi_write,
+    .read = kvsi_read,
+    .sync = kvsi_sync,
+    .recover = kvsi_recover,
+    .meta_put = kvsi_meta_put,
+    .meta_each = kvsi_meta_each,
+};
