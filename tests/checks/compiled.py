@@ -1,0 +1,125 @@
+"""Checks that need a compiler or the clang tools."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+
+PUBLIC_ROOTS = ["proto/include", "client/include", "kernels/include", "worker/include"]
+# Headers that other modules see without being public must stand alone too, in C.
+SHARED_ROOTS = ["proto/base", "proto/wire", "proto/transport", "cachesvc/tier"]
+WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror", "-fsyntax-only"]
+
+
+class Missing(Exception):
+    """A tool is not installed: the check is skipped, out loud."""
+
+
+def tool(*names):
+    for name in names:
+        path = shutil.which(name)
+        if path:
+            return path
+    raise Missing("none of %s is installed" % ", ".join(names))
+
+
+def run_all(commands):
+    """Runs commands on all cores; gives (command, its output) of those that failed."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        done = pool.map(
+            lambda c: subprocess.run(c, capture_output=True, text=True, check=False), commands
+        )
+        return [(c, d.stdout + d.stderr) for c, d in zip(commands, done) if d.returncode != 0]
+
+
+def check_headers(tree):
+    cc, cxx = tool("cc", "gcc", "clang-14"), tool("c++", "g++")
+    roots = [flag for root in PUBLIC_ROOTS for flag in ("-I", tree.path(root))]
+    commands = []
+    for name in tree.files:
+        if not name.endswith(".h"):
+            continue
+        path = tree.path(name)
+        if any(name.startswith(root + "/") for root in PUBLIC_ROOTS):
+            commands.append([cc, "-std=c11", *WARNINGS, *roots, "-x", "c", path])
+            commands.append([cxx, "-std=c++17", *WARNINGS, *roots, "-x", "c++", path])
+        elif os.path.dirname(name) in SHARED_ROOTS and "_private" not in name:
+            inner = ["-D_GNU_SOURCE", "-I", tree.path("proto"), "-I", tree.path("cachesvc")]
+            if "_internal" not in name and "lmdb" not in name:
+                commands.append([cc, "-std=c11", *WARNINGS, *roots, *inner, "-x", "c", path])
+    failed = run_all(commands)
+    if not commands:
+        return ["no header found: wrong root?"]
+    return ["%s alone as %s:\n%s" % (c[-1], c[1], output) for c, output in failed]
+
+
+def check_format(tree):
+    clang_format = tool("clang-format-14", "clang-format")
+    files = [n for n in tree.c_files() if not n.endswith(".def")]
+    groups = [files[i : i + 16] for i in range(0, len(files), 16)]
+    commands = [
+        [clang_format, "--dry-run", "-Werror", "-style=file", *(tree.path(n) for n in group)]
+        for group in groups
+    ]
+    return [output for _, output in run_all(commands)]
+
+
+def tidy_key(tidy, entry, config):
+    """Names the result of one file: its preprocessed text, its command and the rules."""
+    words = entry["command"].split()
+    while words and os.path.basename(words[0]) in ("ccache",):
+        words = words[1:]
+    if "-o" in words:
+        at = words.index("-o")
+        words = words[:at] + words[at + 2 :]
+    words = [w for w in words if w not in ("-c", "-MD")]
+    done = subprocess.run(
+        words + ["-E"], cwd=entry["directory"], capture_output=True, check=False
+    )
+    return hashlib.sha256(
+        b"\0".join([tidy.encode(), " ".join(words).encode(), config, done.stdout])
+    ).hexdigest()
+
+
+def tidy_one(tidy, entry, build, config, cache):
+    """Lints one file, or remembers that the very same text was clean."""
+    stamp = os.path.join(cache, tidy_key(tidy, entry, config))
+    if os.path.exists(stamp):
+        return None
+    done = subprocess.run(
+        [tidy, "-p", build, "--quiet", "--warnings-as-errors=*",
+         "--extra-arg=-Wno-unknown-warning-option", entry["file"]],
+        capture_output=True, text=True, check=False,
+    )
+    if done.returncode == 0:
+        with open(stamp, "w", encoding="utf-8"):
+            pass
+        return None
+    return done.stdout + "\n".join(
+        line for line in done.stderr.split("\n") if "warnings generated" not in line
+    )
+
+
+def check_tidy(tree, build):
+    tidy = tool("clang-tidy-14", "clang-tidy")
+    database = os.path.join(build or "", "compile_commands.json")
+    if not build or not os.path.exists(database):
+        raise Missing("no compile_commands.json: give --build FOLDER")
+    with open(database, encoding="utf-8") as file:
+        entries = json.load(file)
+    with open(tree.path(".clang-tidy"), "rb") as file:
+        config = file.read()
+    root = os.path.realpath(tree.root) + os.sep
+    build_root = os.path.realpath(build) + os.sep
+    own = {}
+    for entry in entries:
+        path = os.path.realpath(os.path.join(entry["directory"], entry["file"]))
+        if path.startswith(root) and not path.startswith(build_root) and path.endswith(".c"):
+            own.setdefault(path, entry)
+    cache = os.path.join(build, "tidy-clean")
+    os.makedirs(cache, exist_ok=True)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        results = pool.map(lambda e: tidy_one(tidy, e, build, config, cache), own.values())
+        return [r for r in results if r is not None]
