@@ -1,0 +1,135 @@
+"""What a Hugging Face model is, as far as Kvasir must know: geometry, rope, and what to refuse.
+
+Nothing is guessed from names alone: the rotary module's own cosines and the modelling file's own
+rotation are compared with what the worker will do, so an unknown variant is refused, not served
+wrongly.
+"""
+
+import hashlib
+import sys
+
+import torch
+
+from .worker import Geometry, Rope
+
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+class UnsupportedModel(ValueError):
+    """The model has something that the worker cannot do."""
+
+
+def base_of(model):
+    """The decoder inside a model: the module that has .layers and .rotary_emb."""
+    for m in (model, getattr(model, "model", None), getattr(model, "language_model", None)):
+        if m is not None and hasattr(m, "layers") and hasattr(m, "rotary_emb"):
+            return m
+    raise UnsupportedModel(
+        f"{type(model).__name__} has no decoder with .layers and .rotary_emb: not a Llama-like model")
+
+
+def _rope_parameters(config):
+    rope = getattr(config, "rope_parameters", None) or {}
+    if not rope and getattr(config, "rope_theta", None):
+        rope = {"rope_theta": config.rope_theta, **(getattr(config, "rope_scaling", None) or {})}
+    if not rope or any(isinstance(v, dict) for v in rope.values()):
+        raise UnsupportedModel("rotary parameters differ between layers, or there are none")
+    return rope
+
+
+def rope_of(config):
+    """Rope from a config; rope types default (plain) and llama3."""
+    p = _rope_parameters(config)
+    kind = p.get("rope_type", p.get("type", "default"))
+    if p.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) not in (None, 1, 1.0):
+        raise UnsupportedModel("only part of each head is rotated (partial_rotary_factor)")
+    if kind == "default":
+        return Rope(float(p["rope_theta"]))
+    if kind == "llama3":
+        return Rope(float(p["rope_theta"]), float(p["factor"]), float(p["low_freq_factor"]),
+                    float(p["high_freq_factor"]), int(p["original_max_position_embeddings"]))
+    raise UnsupportedModel(f"rope type {kind!r}; default and llama3 can be done")
+
+
+def inv_freq(rope, head_dim):
+    """Rotary frequencies [head_dim/2] in float64, the worker's formula."""
+    freq = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if not rope.is_llama3:
+        return freq
+    wavelength = 2 * torch.pi / freq
+    ratio = rope.original_max_position / wavelength
+    smooth = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = smooth.clamp(0, 1)
+    return freq * ((1 - smooth) / rope.factor + smooth)
+
+
+def rotate(x, positions, freq):
+    """x [..., T, head_dim] rotated by positions [T] (or one number), pairs (i, i + d/2)."""
+    angle = torch.as_tensor(positions, dtype=torch.float64)[..., None] * freq
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def _check_config(config):
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UnsupportedModel(f"layers of kind {', '.join(sorted(kinds - {'full_attention'}))}")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise UnsupportedModel(f"sliding-window attention (window {config.sliding_window})")
+    for name in ("attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(config, name, None):
+            raise UnsupportedModel(f"{name} in the config")
+
+
+def check_rotation(base, rope, head_dim):
+    """Compares the model's own rotary embedding and rotation with the worker's."""
+    positions = torch.tensor([[0, 1, 7, 1000]])
+    x = torch.zeros(1, 4, head_dim)
+    cos, sin = base.rotary_emb(x, positions)
+    angle = positions[0, :, None].double() * inv_freq(rope, head_dim)
+    want = torch.cat((angle, angle), -1)
+    if cos.shape[-1] != head_dim or not torch.allclose(cos[0].double(), want.cos(), atol=2e-3) \
+            or not torch.allclose(sin[0].double(), want.sin(), atol=2e-3):
+        raise UnsupportedModel("its rotary embedding is not plain or Llama-3 RoPE over whole heads")
+    apply = getattr(sys.modules[type(base).__module__], "apply_rotary_pos_emb", None)
+    if apply is None:
+        return
+    q = torch.arange(4.0 * head_dim).view(1, 1, 4, head_dim) / head_dim
+    have = apply(q, q, cos.float(), sin.float())[0][0, 0]
+    if not torch.allclose(have.double(), rotate(q[0, 0].double(), positions[0], inv_freq(rope, head_dim)),
+                          atol=1e-2):
+        raise UnsupportedModel("it rotates other pairs of dimensions than (i, i + head_dim/2)")
+
+
+def geometry_of(model):
+    """(Geometry, base module) of a model; UnsupportedModel says what stands in the way."""
+    base, config = base_of(model), model.config.get_text_config(decoder=True)
+    _check_config(config)
+    weight = next(base.layers.parameters())
+    if weight.device.type != "cpu":
+        raise UnsupportedModel(f"the model lies on {weight.device}; this build attends on the CPU")
+    if weight.dtype not in _DTYPES:
+        raise UnsupportedModel(f"dtype {weight.dtype}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = rope_of(config)
+    check_rotation(base, rope, head_dim)
+    attention = base.layers[0].self_attn
+    return Geometry(
+        n_layers=config.num_hidden_layers, n_q_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads, head_dim=head_dim, dtype=_DTYPES[weight.dtype],
+        rope=rope, attention_scale=float(getattr(attention, "scaling", head_dim ** -0.5))), base
+
+
+def fingerprint(model):
+    """
+    Hexadecimal digest of the config and of a sample of every weight. It is the schema's revision
+    unless one is given: two fine-tunings of one model must not share keys and values.
+    """
+    h = hashlib.sha256(repr(sorted(model.config.to_diff_dict().items())).encode())
+    for name, p in model.named_parameters():
+        flat = p.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 256)][:512]
+        h.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        h.update(sample.float().cpu().numpy().tobytes())
+    return h.hexdigest()[:32]
