@@ -1,0 +1,45 @@
+/*
+ * fixture.h: one fake server over inproc and one client of it, for the tests of this folder.
+ *
+ * Owned by the test's main thread.
+ */
+#ifndef TESTS_CLIENT_FIXTURE_H
+#define TESTS_CLIENT_FIXTURE_H
+
+#include "support.h"
+
+#include "base/clock.h"
+#include "base/digest.h"
+#include "fake_server.h"
+#include "kvc/client.h"
+
+#define FIXTURE_URI "inproc://client-test"
+#define MS          1000000ull
+
+typedef struct fixture {
+    fake_server fake;
+    kvc_client *client;
+    kvc_digest schema;
+} fixture;
+
+void fixture_open(fixture *f);  /* listens with fake's settings, connects */
+void fixture_start(fixture *f); /* fake_init, then fixture_open */
+void fixture_stop(fixture *f);
+
+static inline uint64_t in_ms(uint64_t ms)
+{
+    return kvc_now_ns() + ms * MS;
+}
+
+kvc_region *fixture_region(fixture *f, void *base, size_t len_bytes);
+/* A context of n blocks. */
+kvc_context *fixture_context(fixture *f, uint32_t n);
+/* Digests whose first byte is 1: hits in a match. The caller frees. */
+kvc_digest *fixture_digests(uint32_t n);
+/* Fetches n rows of part from tokens first, first + step ... and checks each byte. */
+void fixture_fetch_check(fixture *f, kvc_context *context, uint32_t part, uint32_t n,
+                         uint32_t first, uint32_t step);
+/* A valid schema of one part, its model named so. */
+void fixture_schema(const char *model, kvc_schema *schema_p, kvc_part *part_p);
+
+#endif
