@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/assert.h"
 #include "config_private.h"
 
 #ifdef KVC_HAVE_YAML
@@ -86,6 +87,7 @@ static bool entry_name(const char *line, size_t len_bytes, char name[KVCI_NAME_B
 /* Notes the line of each name; refuses unknown names and names that come twice. */
 static kvc_status scan_lines(struct file *file)
 {
+    KVC_ASSERT(file->text != NULL);
     unsigned number = 1;
     for (const char *line = file->text; *line != '\0'; number++) {
         size_t len_bytes = strcspn(line, "\n");

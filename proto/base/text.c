@@ -112,9 +112,10 @@ kvc_status kvc_bool_parse(const char *text, bool *value_p)
 
 const char *kvc_bytes_text(uint64_t bytes, char out[KVC_TEXT_BYTES])
 {
-    const struct unit *unit = byte_units;
-    while (unit->factor > 1 && (bytes == 0 || bytes % unit->factor != 0))
-        unit++;
+    size_t i = bytes == 0 ? N_BYTE_UNITS - 1 : 0;
+    while (i < N_BYTE_UNITS - 1 && bytes % byte_units[i].factor != 0)
+        i++;
+    const struct unit *unit = &byte_units[i];
     (void)snprintf(out, KVC_TEXT_BYTES, "%llu%s", (unsigned long long)(bytes / unit->factor),
                    unit->name);
     return out;
@@ -123,9 +124,10 @@ const char *kvc_bytes_text(uint64_t bytes, char out[KVC_TEXT_BYTES])
 const char *kvc_duration_text(uint64_t duration_ns, char out[KVC_TEXT_BYTES])
 {
     uint64_t whole_ns = duration_ns - duration_ns % NS_PER_MS;
-    const struct unit *unit = time_units;
-    while (unit->factor > NS_PER_MS && whole_ns % unit->factor != 0)
-        unit++;
+    size_t i = 0;
+    while (i < N_TIME_UNITS - 1 && whole_ns % time_units[i].factor != 0)
+        i++;
+    const struct unit *unit = &time_units[i];
     if (whole_ns == 0)
         (void)snprintf(out, KVC_TEXT_BYTES, "0");
     else
@@ -150,10 +152,11 @@ static void put_three_digits(uint64_t value, uint64_t factor, const char *unit,
 
 const char *kvc_bytes_short(uint64_t bytes, char out[KVC_TEXT_BYTES])
 {
-    const struct unit *unit = byte_units;
-    while (unit->factor > 1 && bytes < unit->factor)
-        unit++;
-    if (unit->factor == 1)
+    size_t i = 0;
+    while (i < N_BYTE_UNITS - 1 && bytes < byte_units[i].factor)
+        i++;
+    const struct unit *unit = &byte_units[i];
+    if (i == N_BYTE_UNITS - 1)
         (void)snprintf(out, KVC_TEXT_BYTES, "%u B", (unsigned)bytes);
     else
         put_three_digits(bytes, unit->factor, unit->name, out);
