@@ -1,0 +1,35 @@
+/*
+ * buffers.h: memory for rows on their way out, under one cap.
+ *
+ * Large buffers are kept for reuse, since touching fresh pages costs as much as copying rows.
+ */
+#ifndef KVS_BUFFERS_H
+#define KVS_BUFFERS_H
+
+#include "base/thread.h"
+
+typedef struct kvs_buffers kvs_buffers;
+
+typedef struct kvs_buffer {
+    kvs_buffers *pool;
+    struct kvs_buffer *next;
+    uint32_t size_bytes;
+    _Alignas(64) char bytes[];
+} kvs_buffer;
+
+struct kvs_buffers {
+    kvc_mutex lock;       /* rank LEAF; guards all below */
+    kvs_buffer *free_big; /* each big_bytes */
+    uint32_t big_bytes;
+    uint64_t used_bytes, cap_bytes; /* handed out */
+};
+
+void kvs_buffers_init(kvs_buffers *pool, uint32_t big_bytes, uint64_t cap_bytes);
+void kvs_buffers_fini(kvs_buffers *pool); /* every buffer must be back */
+/* At least len_bytes <= big_bytes. AGAIN: the cap is reached; NO_MEMORY. Any thread. */
+kvc_status kvs_buffer_get(kvs_buffers *pool, uint32_t len_bytes,
+                          kvs_buffer **buffer_p) KVC_MUST_CHECK;
+/* arg: the kvs_buffer; fits kvt_slice.release. Any thread. */
+void kvs_buffer_release(void *arg);
+
+#endif

@@ -1,0 +1,175 @@
+/*
+ * cascade.c: making room, promoting, dropping; see cascade.h.
+ *
+ * Any thread; promotions run on disk threads. Invariants: a slot is released exactly once, by
+ * whoever took it out of the index, before the value may be put again; a promotion holds one
+ * reference from LOADING to loaded.
+ */
+#include "cascade.h"
+
+#include <stdlib.h>
+
+#include "base/digest.h"
+#include "base/log.h"
+#include "base/metrics.h"
+
+#define MAX_VICTIMS   8192u /* evictions for the sake of one value */
+#define MAX_PROMOTING 64u
+
+static void count_lost(kvs_server *server, const kvs_victim *victim)
+{
+    KVC_COUNT(evicted_values);
+    atomic_fetch_add(&server->lost_values, 1);
+    atomic_fetch_add(&server->lost_bytes, victim->value_bytes);
+}
+
+static void release_dram(kvs_server *server, const kvs_victim *victim)
+{
+    server->dram.ops->release(server->dram.tier, &victim->key, victim->slot);
+    atomic_fetch_add(&server->dram.evictions, 1);
+    if (victim->gone)
+        count_lost(server, victim);
+    kvs_evict_finish(server->index, victim);
+}
+
+static void release_lmdb(kvs_server *server, const kvs_victim *victim)
+{
+    server->lmdb.ops->release(server->lmdb.tier, &victim->key, victim->slot);
+    kvs_evict_finish(server->index, victim);
+}
+
+static void part_key(const kvs_schema *schema, uint32_t part, const kvc_digest *block,
+                     kvs_value_key *key_p)
+{
+    key_p->tenant = schema->tenant;
+    key_p->schema = schema->digest;
+    key_p->block = *block;
+    key_p->part = schema->parts[part].id;
+}
+
+/* Its own class first, since that frees a slot of the right size; only a class that has nothing
+   to give takes from the largest other one, until a whole segment is empty. */
+static kvc_status reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
+                          const kvs_value_key *key, bool others, kvs_slot *slot_p, void **addr_p)
+{
+    const kvs_part *info = &schema->parts[part];
+    const kvs_store *dram = &server->dram;
+    for (uint32_t i = 0; i <= MAX_VICTIMS; i++) {
+        kvs_victim victim;
+        kvc_status status = dram->ops->reserve(dram->tier, key, info->row_bytes,
+                                               schema->block_tokens, slot_p, addr_p);
+        if (status != KVC_AGAIN)
+            return status;
+        if (!kvs_evict_dram(server->index, info->cls, &victim) &&
+            !(others && kvs_evict_dram(server->index, KVS_ANY_CLASS, &victim)))
+            return KVC_AGAIN;
+        release_dram(server, &victim);
+    }
+    return KVC_AGAIN;
+}
+
+kvc_status kvs_cascade_reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
+                               const kvc_digest *block, kvs_slot *slot_p, void **addr_p)
+{
+    kvs_value_key key;
+    part_key(schema, part, block, &key);
+    return reserve(server, schema, part, &key, true, slot_p, addr_p);
+}
+
+uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, uint64_t bytes)
+{
+    uint64_t freed = 0;
+    kvs_victim victim;
+    while (freed < bytes && (kvs_evict_lmdb(server->index, cls, &victim) ||
+                             kvs_evict_lmdb(server->index, KVS_ANY_CLASS, &victim))) {
+        atomic_fetch_add(&server->lmdb.evictions, 1);
+        if (victim.gone)
+            count_lost(server, &victim);
+        release_lmdb(server, &victim);
+        freed += victim.value_bytes;
+    }
+    return freed;
+}
+
+void kvs_cascade_reap(kvs_server *server)
+{
+    kvs_victim victim;
+    while (kvs_evict_dead(server->index, &victim))
+        release_lmdb(server, &victim);
+}
+
+void kvs_cascade_bad(kvs_server *server, uint32_t value, kvc_status status)
+{
+    kvs_value_key key;
+    char hex[KVC_DIGEST_HEX_BYTES];
+    kvs_index_key(server->index, value, &key);
+    if (!kvs_index_doom(server->index, value))
+        return;
+    kvc_digest_hex(&key.block, hex);
+    KVC_LOG_WARN(STORE, "dropped block %.16s part %u: its lmdb copy is %s", hex, key.part,
+                 status == KVC_CORRUPT ? "corrupt" : "gone");
+    if (status == KVC_CORRUPT)
+        KVC_COUNT(corrupt_values);
+}
+
+/* ---- promotion ------------------------------------------------------------------------------- */
+
+typedef struct promotion {
+    kvs_job job;
+    kvs_server *server;
+    const kvs_schema *schema;
+    uint32_t part, value;
+    kvs_slot lmdb;
+} promotion;
+
+static void promote_run(kvs_job *job)
+{
+    promotion *p = (promotion *)job;
+    kvs_server *server = p->server;
+    const kvs_part *info = &p->schema->parts[p->part];
+    kvs_value_key key;
+    kvs_slot slot;
+    void *addr;
+    bool taken = false;
+    kvs_index_key(server->index, p->value, &key);
+    kvc_status status = reserve(server, p->schema, p->part, &key, false, &slot, &addr);
+    if (status == KVC_OK) {
+        kvs_row_range range = {.first = 0, .n = p->schema->block_tokens, .dst = addr};
+        status = server->lmdb.ops->read(server->lmdb.tier, &key, p->lmdb, info->row_bytes,
+                                        p->schema->block_tokens, &range, 1);
+        if (status == KVC_OK)
+            server->dram.ops->commit(server->dram.tier, slot);
+        else if (status == KVC_CORRUPT || status == KVC_NOT_FOUND)
+            kvs_cascade_bad(server, p->value, status);
+        taken = kvs_index_loaded(server->index, p->value, status == KVC_OK ? &slot : NULL);
+        if (!taken)
+            server->dram.ops->release(server->dram.tier, &key, slot);
+        else
+            KVC_COUNT(promoted_values);
+    } else {
+        kvs_index_loaded(server->index, p->value, NULL);
+    }
+    atomic_fetch_sub(&server->n_promoting, 1);
+    free(p);
+}
+
+void kvs_cascade_promote(kvs_server *server, const kvs_schema *schema, uint32_t part,
+                         uint32_t value, kvs_slot lmdb)
+{
+    promotion *p = NULL;
+    if (atomic_fetch_add(&server->n_promoting, 1) < MAX_PROMOTING)
+        p = malloc(sizeof(*p));
+    if (p) {
+        *p = (promotion){.job.run = promote_run,
+                         .server = server,
+                         .schema = schema,
+                         .part = part,
+                         .value = value,
+                         .lmdb = lmdb};
+        if (kvs_disk_submit(server->disk, &p->job) == KVC_OK)
+            return;
+        free(p);
+    }
+    atomic_fetch_sub(&server->n_promoting, 1);
+    kvs_index_loaded(server->index, value, NULL);
+}

@@ -1,0 +1,30 @@
+/*
+ * cascade.h: values on their way between tiers, and the room they need.
+ *
+ * Any thread unless it says so. A tier is called with no lock held.
+ */
+#ifndef KVS_CASCADE_H
+#define KVS_CASCADE_H
+
+#include "evict.h"
+#include "server.h"
+
+/*
+ * Room in dram for a value of this part, evicting what can give way. AGAIN: nothing can. The slot
+ * is reserved, not committed. NO_MEMORY, INVALID from the tier.
+ */
+kvc_status kvs_cascade_reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
+                               const kvc_digest *block, kvs_slot *slot_p,
+                               void **addr_p) KVC_MUST_CHECK;
+/* Evicts lmdb values, of the class first, until bytes were released or nothing gives way; returns
+   the bytes. */
+uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, uint64_t bytes);
+/* Releases doomed values that nobody reads any more. */
+void kvs_cascade_reap(kvs_server *server);
+/* Loads a value that kvs_index_ref marked LOADING on a disk thread; takes its extra reference. */
+void kvs_cascade_promote(kvs_server *server, const kvs_schema *schema, uint32_t part,
+                         uint32_t value, kvs_slot lmdb);
+/* A reader found the lmdb copy bad (CORRUPT) or gone (NOT_FOUND); the caller holds a reference. */
+void kvs_cascade_bad(kvs_server *server, uint32_t value, kvc_status status);
+
+#endif

@@ -1,0 +1,76 @@
+/*
+ * context.h: open contexts, so that a request can name a row by its token position alone.
+ *
+ * A handle is 64 bits: 24 of the boot id, 20 of the slot's generation, 20 of the slot. Its context
+ * lives until it is closed or ttl passes without a use; users in flight keep it a moment longer.
+ * The block list grows at its end only, in chunks that never move, so readers take no lock on it.
+ */
+#ifndef KVS_CONTEXT_H
+#define KVS_CONTEXT_H
+
+#include <stdatomic.h>
+
+#include "index.h"
+
+#define KVS_CONTEXT_SLOTS        (1u << 20)
+#define KVS_CONTEXT_FIRST_BLOCKS 64u
+#define KVS_CONTEXT_CHUNKS       15u /* 64 << 15 - 64 blocks in all >= KVC_MAX_CONTEXT_BLOCKS */
+
+typedef struct kvs_context {
+    const kvs_schema *schema;
+    kvc_digest tenant;
+    uint64_t handle, ttl_ns;
+    atomic_uint_least64_t expires_ns;
+    uint32_t refs;       /* the table's one included; guarded by the table's lock */
+    kvc_mutex grow_lock; /* rank CONTEXT, never with the table's: one extender at a time */
+    atomic_uint n_blocks;
+    uint32_t *chunks[KVS_CONTEXT_CHUNKS]; /* block ids; chunk c holds 64 << c of them */
+} kvs_context;
+
+typedef struct kvs_contexts kvs_contexts;
+
+typedef struct kvs_contexts_opts {
+    kvs_index *index;
+    uint64_t boot_id;
+    uint32_t max_per_tenant, max_context_blocks;
+    uint64_t max_blocks; /* in all open contexts of all tenants */
+    uint64_t default_ttl_ns, max_ttl_ns;
+} kvs_contexts_opts;
+
+kvs_contexts *kvs_contexts_create(const kvs_contexts_opts *opts);
+void kvs_contexts_destroy(kvs_contexts *contexts); /* nobody may be using one */
+
+/*
+ * Opens a context over digests [n]; *context_p is referenced. ttl_ns 0: the default; longer than
+ * the longest: the longest. NO_SPACE: the tenant has too many open, or all contexts too many
+ * blocks; why_p gets a static text. INVALID: more than max_context_blocks. NO_MEMORY.
+ */
+kvc_status kvs_context_open(kvs_contexts *contexts, const kvs_schema *schema,
+                            const kvc_digest *digests, uint32_t n, uint64_t ttl_ns,
+                            kvs_context **context_p, const char **why_p) KVC_MUST_CHECK;
+/* Finds, references and renews. STALE_HANDLE: another boot or tenant, closed or expired. */
+kvc_status kvs_context_get(kvs_contexts *contexts, const kvc_digest *tenant, uint64_t handle,
+                           kvs_context **context_p) KVC_MUST_CHECK;
+void kvs_context_put(kvs_contexts *contexts, kvs_context *context);
+/*
+ * Appends digests [n]. n_before must be the length, or the digests must be what is there already (a
+ * retry). INVALID, NO_SPACE, NO_MEMORY as for open.
+ */
+kvc_status kvs_context_extend(kvs_contexts *contexts, kvs_context *context, uint32_t n_before,
+                              const kvc_digest *digests, uint32_t n,
+                              const char **why_p) KVC_MUST_CHECK;
+/* The handle is stale from now on. The caller's reference stays. */
+void kvs_context_close(kvs_contexts *contexts, kvs_context *context);
+/* Drops what expired before now_ns; returns how many. */
+uint32_t kvs_contexts_sweep(kvs_contexts *contexts, uint64_t now_ns);
+uint32_t kvs_contexts_count(kvs_contexts *contexts);
+
+/* Block id at place i < n_blocks. */
+static inline uint32_t kvs_context_block(const kvs_context *context, uint32_t i)
+{
+    uint32_t chunk = 25u - (uint32_t)__builtin_clz(i + KVS_CONTEXT_FIRST_BLOCKS);
+    return context
+        ->chunks[chunk][i + KVS_CONTEXT_FIRST_BLOCKS - (KVS_CONTEXT_FIRST_BLOCKS << chunk)];
+}
+
+#endif

@@ -1,0 +1,211 @@
+/*
+ * evict.c: the order in which values give way; see evict.h.
+ *
+ * Any thread; list keeping runs with the index lock held. Invariants: the hand of a class is NIL or
+ * an id in its dram list; a victim is invisible (gone) or WRITING until kvs_evict_finish, so nobody
+ * can put or write the same value between its leaving the index and its slot's release.
+ */
+#include "evict.h"
+
+#include <string.h>
+
+#include "base/assert.h"
+
+void kvs_evict_dram_add(kvs_index *index, uint32_t id)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    kvs_class *cls = kvs_value_class(index, value);
+    value->dram_prev = KVS_NIL;
+    value->dram_next = cls->dram_head;
+    if (cls->dram_head)
+        kvs_value_at(index, cls->dram_head)->dram_prev = id;
+    else
+        cls->dram_tail = id;
+    cls->dram_head = id;
+    cls->n_dram++;
+}
+
+void kvs_evict_dram_remove(kvs_index *index, uint32_t id)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    kvs_class *cls = kvs_value_class(index, value);
+    if (cls->hand == id)
+        cls->hand = value->dram_prev;
+    if (value->dram_prev)
+        kvs_value_at(index, value->dram_prev)->dram_next = value->dram_next;
+    else
+        cls->dram_head = value->dram_next;
+    if (value->dram_next)
+        kvs_value_at(index, value->dram_next)->dram_prev = value->dram_prev;
+    else
+        cls->dram_tail = value->dram_prev;
+    value->dram_prev = value->dram_next = KVS_NIL;
+    cls->n_dram--;
+}
+
+void kvs_evict_lmdb_add(kvs_index *index, uint32_t id)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    kvs_class *cls = kvs_value_class(index, value);
+    value->lmdb_prev = KVS_NIL;
+    value->lmdb_next = cls->lmdb_head;
+    if (cls->lmdb_head)
+        kvs_value_at(index, cls->lmdb_head)->lmdb_prev = id;
+    else
+        cls->lmdb_tail = id;
+    cls->lmdb_head = id;
+    cls->n_lmdb++;
+}
+
+void kvs_evict_lmdb_remove(kvs_index *index, uint32_t id)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    kvs_class *cls = kvs_value_class(index, value);
+    if (value->lmdb_prev)
+        kvs_value_at(index, value->lmdb_prev)->lmdb_next = value->lmdb_next;
+    else
+        cls->lmdb_head = value->lmdb_next;
+    if (value->lmdb_next)
+        kvs_value_at(index, value->lmdb_next)->lmdb_prev = value->lmdb_prev;
+    else
+        cls->lmdb_tail = value->lmdb_prev;
+    value->lmdb_prev = value->lmdb_next = KVS_NIL;
+    cls->n_lmdb--;
+}
+
+static void victim_fill(kvs_index *index, uint32_t id, kvs_slot slot, kvs_victim *victim_p)
+{
+    const kvs_value *value = kvs_value_at(index, id);
+    victim_p->value = id;
+    victim_p->slot = slot;
+    victim_p->value_bytes = kvs_value_class(index, value)->value_bytes;
+    kvs_key_locked(index, id, &victim_p->key);
+}
+
+/* The value loses one tier. Where it was the last, it stays claimed until finish. */
+static void victim_leave(kvs_index *index, kvs_value *value, uint16_t tier_flags,
+                         kvs_victim *victim_p)
+{
+    value->flags &= (uint16_t)~tier_flags;
+    victim_p->gone = !(value->flags & (KVS_DRAM | KVS_LMDB));
+    victim_p->from_lmdb = tier_flags & KVS_LMDB;
+    if (victim_p->gone) {
+        value->flags = KVS_FILLING;
+        index->n_visible--;
+    }
+}
+
+static bool dram_from(kvs_index *index, kvs_class *cls, kvs_victim *victim_p)
+{
+    for (uint64_t steps = 2 * cls->n_dram; steps > 0; steps--) {
+        uint32_t id = cls->hand ? cls->hand : cls->dram_tail;
+        kvs_value *value = kvs_value_at(index, id);
+        cls->hand = value->dram_prev;
+        if (value->refs)
+            continue;
+        if (value->flags & KVS_VISITED) {
+            value->flags &= (uint16_t)~KVS_VISITED;
+            continue;
+        }
+        kvs_evict_dram_remove(index, id);
+        victim_fill(index, id, value->dram, victim_p);
+        victim_leave(index, value, KVS_DRAM, victim_p);
+        return true;
+    }
+    return false;
+}
+
+static bool lmdb_from(kvs_index *index, kvs_class *cls, kvs_victim *victim_p)
+{
+    for (uint32_t id = cls->lmdb_tail; id != KVS_NIL;) {
+        kvs_value *value = kvs_value_at(index, id);
+        if (value->refs || value->flags & (KVS_WRITING | KVS_LOADING)) {
+            id = value->lmdb_prev;
+            continue;
+        }
+        kvs_evict_lmdb_remove(index, id);
+        victim_fill(index, id, value->lmdb, victim_p);
+        victim_leave(index, value, KVS_LMDB | KVS_SYNCED, victim_p);
+        if (!victim_p->gone) {
+            kvs_evict_dram_remove(index, id);
+            value->flags |= KVS_WRITING;
+        }
+        return true;
+    }
+    return false;
+}
+
+/* Tries the class with most bytes in the tier first, then every other. */
+static bool any_from(kvs_index *index, bool dram, kvs_victim *victim_p)
+{
+    bool (*from)(kvs_index *, kvs_class *, kvs_victim *) = dram ? dram_from : lmdb_from;
+    uint32_t best = 0;
+    uint64_t best_bytes = 0;
+    for (uint32_t i = 0; i < index->n_classes; i++) {
+        const kvs_class *cls = &index->classes[i];
+        uint64_t n = dram ? cls->n_dram : cls->n_lmdb;
+        uint64_t bytes = n * (cls->value_bytes ? cls->value_bytes : 1);
+        if (bytes > best_bytes) {
+            best_bytes = bytes;
+            best = i;
+        }
+    }
+    if (from(index, &index->classes[best], victim_p))
+        return true;
+    for (uint32_t i = 0; i < index->n_classes; i++)
+        if (i != best && from(index, &index->classes[i], victim_p))
+            return true;
+    return false;
+}
+
+bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
+{
+    kvc_mutex_lock(&index->lock);
+    bool found = cls == KVS_ANY_CLASS ? any_from(index, true, victim_p)
+                                      : dram_from(index, &index->classes[cls], victim_p);
+    kvc_mutex_unlock(&index->lock);
+    return found;
+}
+
+bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
+{
+    kvc_mutex_lock(&index->lock);
+    bool found = cls == KVS_ANY_CLASS ? any_from(index, false, victim_p)
+                                      : lmdb_from(index, &index->classes[cls], victim_p);
+    kvc_mutex_unlock(&index->lock);
+    return found;
+}
+
+bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p)
+{
+    kvc_mutex_lock(&index->lock);
+    uint32_t id = index->dead_head;
+    if (id != KVS_NIL) {
+        kvs_value *value = kvs_value_at(index, id);
+        index->dead_head = value->chain;
+        value->chain = KVS_NIL;
+        value->flags = KVS_FILLING;
+        victim_fill(index, id, value->lmdb, victim_p);
+        victim_p->gone = true;
+        victim_p->from_lmdb = true;
+    }
+    kvc_mutex_unlock(&index->lock);
+    return id != KVS_NIL;
+}
+
+void kvs_evict_finish(kvs_index *index, const kvs_victim *victim)
+{
+    if (!victim->gone && !victim->from_lmdb)
+        return; /* it is no longer ours: only its dram slot was */
+    kvc_mutex_lock(&index->lock);
+    kvs_value *value = kvs_value_at(index, victim->value);
+    if (victim->gone) {
+        KVC_ASSERT(value->flags == KVS_FILLING);
+        kvs_value_free_locked(index, victim->value);
+    } else if (victim->from_lmdb) {
+        KVC_ASSERT(value->flags & KVS_WRITING);
+        value->flags &= (uint16_t)~KVS_WRITING;
+        kvs_evict_dram_add(index, victim->value);
+    }
+    kvc_mutex_unlock(&index->lock);
+}

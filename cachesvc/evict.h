@@ -1,0 +1,39 @@
+/*
+ * evict.h: what gives way.
+ *
+ * dram: SIEVE. Values enter their class's list at the head once they are clean (safe in lmdb, or
+ * allowed to be dropped); a hand walks from the tail, spares values read since it last passed, and
+ * takes the first that was not. lmdb: oldest first. Neither takes a value that is being read.
+ * A victim has left the index when it is handed out; the caller releases its slot, then finishes.
+ */
+#ifndef KVS_EVICT_H
+#define KVS_EVICT_H
+
+#include "index.h"
+
+#define KVS_ANY_CLASS UINT32_MAX
+
+typedef struct kvs_victim {
+    uint32_t value;
+    bool gone;      /* it was in no other tier: the value is lost */
+    bool from_lmdb; /* and stays in dram if it is not gone */
+    kvs_slot slot;
+    kvs_value_key key;
+    uint32_t value_bytes;
+} kvs_victim;
+
+/* cls KVS_ANY_CLASS: the class with most values. False: nothing there can give way. */
+bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
+bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
+/* After the slot was released. */
+void kvs_evict_finish(kvs_index *index, const kvs_victim *victim);
+/* A doomed value that nobody reads any more: where says which slots to release. Then finish. */
+bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p);
+
+/* ---- list keeping, with the index lock held -------------------------------------------------- */
+void kvs_evict_dram_add(kvs_index *index, uint32_t value);
+void kvs_evict_dram_remove(kvs_index *index, uint32_t value);
+void kvs_evict_lmdb_add(kvs_index *index, uint32_t value);
+void kvs_evict_lmdb_remove(kvs_index *index, uint32_t value);
+
+#endif

@@ -1,0 +1,88 @@
+/*
+ * fetch.h: one FetchRows in flight, shared by its plan (plan.c), its rows (gather.c) and the
+ * request itself (fetch.c).
+ *
+ * A read is one value of one group, whatever number of its rows were picked; it is looked up and
+ * referenced once. Picks keep the request's order; row bytes lie dense in that order.
+ */
+#ifndef KVS_FETCH_H
+#define KVS_FETCH_H
+
+#include "request.h"
+
+#define KVS_NO_READ UINT32_MAX
+
+typedef enum kvs_fetch_state {
+    KVS_FETCH_PLAN,  /* contexts, limits, reads */
+    KVS_FETCH_PLACE, /* where rows go; rows of dram only are answered from here */
+    KVS_FETCH_READ,  /* disk threads read what is in lmdb only */
+    KVS_FETCH_COPY,  /* rows of dram into the buffer */
+    KVS_FETCH_REPLY,
+    KVS_FETCH_DONE,
+} kvs_fetch_state;
+
+/* Beside each kvs_read: what its rows need. */
+typedef struct kvs_fetch_read {
+    const kvs_schema *schema;
+    const char *base; /* rows in dram; NULL: not there */
+    uint32_t part;
+    uint32_t first_pick, last_pick; /* chain of its picks through pick_next */
+    kvc_status status;
+} kvs_fetch_read;
+
+struct kvs_fetch;
+typedef struct kvs_fetch_worker {
+    kvs_job job; /* first */
+    struct kvs_fetch *fetch;
+} kvs_fetch_worker;
+
+#define KVS_FETCH_WORKERS 16u
+
+typedef struct kvs_fetch {
+    kvs_server *server;
+    kvt_call *call;
+    kvs_fetch_state state;
+    const kvc_digest *tenant; /* while planning */
+    uint32_t n_groups, n_picks, n_reads, n_lmdb;
+    uint64_t data_bytes;
+    kvs_read *reads;        /* [n_reads] */
+    kvs_fetch_read *extra;  /* [n_reads] */
+    uint32_t *lmdb_reads;   /* [n_lmdb] numbers of the reads that disk threads do */
+    uint32_t *pick_read;    /* [n_picks] number of its read, or KVS_NO_READ */
+    uint32_t *pick_next;    /* [n_picks] next pick of the same read, or KVS_NO_READ */
+    uint32_t *pick_off;     /* [n_picks] bytes from the start of the answer */
+    uint16_t *pick_row;     /* [n_picks] row inside its value */
+    kvs_context **contexts; /* [n_groups] referenced while planning */
+    kvs_buffer *buffer;
+    uint32_t rows_dram, rows_lmdb, rows_missing;
+    atomic_uint next_lmdb, n_working, n_slices_out;
+    uint32_t n_workers;
+    kvs_fetch_worker workers[KVS_FETCH_WORKERS];
+} kvs_fetch;
+
+/*
+ * Checks the request and fills in reads, picks and references. Anything but OK: nothing is
+ * referenced, the call has been failed.
+ */
+kvc_status kvs_fetch_plan(kvs_fetch *fetch) KVC_MUST_CHECK;
+static inline uint32_t kvs_fetch_row_bytes(const kvs_fetch *fetch, uint32_t read)
+{
+    const kvs_fetch_read *extra = &fetch->extra[read];
+    return extra->schema->parts[extra->part].row_bytes;
+}
+
+/* Sets pick_off and data_bytes, leaving out the rows known to be missing. */
+void kvs_gather_place(kvs_fetch *fetch);
+/* Slices for rows in dram where runs are long: count, or 0 where copying is better. All reads must
+   be in dram or missing. slices [KVT_MAX_SLICES]; base and length only are set. */
+uint32_t kvs_gather_slices(kvs_fetch *fetch, kvt_slice *slices);
+/* Copies the rows of dram to their places in the buffer. */
+void kvs_gather_copy(kvs_fetch *fetch);
+/* Reads the rows of one lmdb read into the buffer; sets its status. Disk thread. */
+void kvs_gather_read(kvs_fetch *fetch, uint32_t read);
+/* Closes the gaps of reads that failed after kvs_gather_place. */
+void kvs_gather_compact(kvs_fetch *fetch);
+/* The rows that are missing, ascending; in the call's arena. False: no memory. */
+bool kvs_gather_missing(kvs_fetch *fetch, const kvc_missing_row **missing_p, uint32_t *n_p);
+
+#endif

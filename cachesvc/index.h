@@ -1,0 +1,172 @@
+/*
+ * index.h: which values the server holds, in which tiers, and who is reading them.
+ *
+ * A block record (digest, schema) has one small table of value ids, by part place; a value record
+ * holds its slots and links in 64 bytes. One ranked lock guards all of it: a critical section is
+ * some 50 ns a value, a fetch takes it once per batch of blocks, and the eviction lists are global
+ * anyway; shards would buy little before millions of rows per second and cost that simplicity.
+ * No tier is called under the lock. Slots leave the index first and are released afterwards, by
+ * whoever took them out, while the value stays invisible and claimed (kvs_evict_*).
+ */
+#ifndef KVS_INDEX_H
+#define KVS_INDEX_H
+
+#include "base/thread.h"
+#include "schemas.h"
+#include "slab.h"
+#include "tier/tier.h"
+
+/* States of a value; a value without FILLING, DRAM, LMDB and readers does not exist. */
+#define KVS_FILLING 1u   /* claimed: one put or eviction owns it; invisible; others get AGAIN */
+#define KVS_DRAM    2u   /* rows readable at the dram slot */
+#define KVS_LMDB    4u   /* rows readable at the lmdb slot */
+#define KVS_SYNCED  8u   /* the lmdb copy survives power loss */
+#define KVS_WRITING 16u  /* a write to lmdb is wanted or under way: the dram copy must stay */
+#define KVS_LOADING 32u  /* a promotion to dram is under way */
+#define KVS_VISITED 64u  /* read since the eviction hand last passed */
+#define KVS_DOOMED  128u /* failed its sum: invisible, freed when the last reader leaves */
+
+typedef struct kvs_value {
+    kvs_slot dram, lmdb;
+    uint32_t dram_prev, dram_next; /* eviction list of its class; only clean values are in it */
+    uint32_t lmdb_prev, lmdb_next; /* age list of its class */
+    uint32_t block;
+    uint32_t chain; /* next in the list of dirty or of dead values */
+    uint16_t part;  /* place in the schema's table */
+    uint16_t refs;  /* readers */
+    uint16_t flags;
+    uint16_t heat; /* 4 bits of window number, 12 bits of rows read from lmdb in that window */
+} kvs_value;
+
+typedef struct kvs_block {
+    kvc_digest digest;
+    uint32_t schema;    /* id */
+    uint32_t hash_next; /* block id */
+    uint32_t contexts;  /* times it stands in open contexts */
+    uint32_t n_values;
+    uint32_t *values; /* [n_parts of the schema]; NULL until the first */
+} kvs_block;
+
+/* Values of one size of one tenant share the dram segments and the lmdb environment. */
+typedef struct kvs_class {
+    kvc_digest tenant;
+    uint32_t value_bytes;
+    uint32_t dram_head, dram_tail, hand; /* head: newest */
+    uint32_t lmdb_head, lmdb_tail;
+    uint64_t n_dram, n_lmdb; /* in the lists */
+} kvs_class;
+
+#define KVS_MAX_CLASSES     1024u /* beyond it, values share class 0 */
+#define KVS_HASH_PAGE_SHIFT 14u
+#define KVS_HASH_MAX_PAGES  (1u << 16)
+
+typedef struct kvs_index {
+    kvc_mutex lock; /* rank INDEX; guards all below; no tier is called under it */
+    kvs_schema *const *schemas;
+    uint64_t seed;
+    kvs_slab blocks, values;
+    uint32_t *hash[KVS_HASH_MAX_PAGES]; /* linear hashing: one bucket is split per insertion */
+    uint32_t hash_level, hash_split;
+    kvs_class classes[KVS_MAX_CLASSES];
+    uint32_t n_classes;
+    uint32_t dirty_head, dirty_tail; /* values that want a write to lmdb, oldest first */
+    uint64_t n_dirty;
+    uint32_t dead_head; /* doomed values without readers */
+    uint64_t n_visible; /* values that a read can find */
+} kvs_index;
+
+/* NULL when memory is out. schemas: by id, borrowed, as in kvs_schemas. */
+kvs_index *kvs_index_create(kvs_schema *const *schemas);
+void kvs_index_destroy(kvs_index *index);
+
+/* The class of a value size; as kvs_schemas_add wants it (arg: the index). Any thread. */
+uint32_t kvs_index_class(void *arg, const kvc_digest *tenant, uint32_t value_bytes);
+
+/* What a put found. */
+typedef enum kvs_claim {
+    KVS_CLAIM_MINE,      /* new: fill it, then publish or abandon */
+    KVS_CLAIM_EXISTS,    /* there, and the promise asked for holds */
+    KVS_CLAIM_WRITE,     /* in dram only, DURABLE wanted: now WRITING; write its rows, then wrote */
+    KVS_CLAIM_SYNC,      /* in lmdb, perhaps not synced, DURABLE wanted: referenced; then synced */
+    KVS_CLAIM_BUSY,      /* somebody else is filling, writing or removing it: retry */
+    KVS_CLAIM_NO_MEMORY, /* the index cannot grow */
+} kvs_claim;
+
+kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                          const kvc_digest *digest, bool durable, uint32_t *value_p,
+                          kvs_slot *dram_p);
+/* Gives up a claim: the value is gone. */
+void kvs_index_abandon(kvs_index *index, uint32_t value);
+/* A claimed value is in dram. dirty: it wants a write to lmdb and is queued for it. */
+void kvs_index_publish_dram(kvs_index *index, uint32_t value, kvs_slot slot, bool dirty);
+/* A claimed value is in lmdb, and in dram too where dram is not NULL. */
+void kvs_index_publish_lmdb(kvs_index *index, uint32_t value, kvs_slot lmdb, bool synced,
+                            const kvs_slot *dram);
+/* The write of a WRITING value ended. ok false: it stays in dram only, and may be dropped. */
+void kvs_index_wrote(kvs_index *index, uint32_t value, bool ok, kvs_slot lmdb, bool synced);
+/* The sync that KVS_CLAIM_SYNC asked for ended; drops the reference. */
+void kvs_index_synced(kvs_index *index, uint32_t value, bool ok);
+/* The oldest queued dirty value; KVS_NIL: none. It stays WRITING. */
+uint32_t kvs_index_next_dirty(kvs_index *index, kvs_slot *dram_p);
+uint64_t kvs_index_dirty_count(kvs_index *index);
+
+/* The full name of a value, for a tier. The value must be claimed, referenced or WRITING. */
+void kvs_index_key(kvs_index *index, uint32_t value, kvs_value_key *key_p);
+const kvs_schema *kvs_index_schema(kvs_index *index, uint32_t value, uint32_t *part_p);
+
+/* Puts a value found by recover into the index. False: it is there already, or memory is out. */
+bool kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                         const kvc_digest *digest, kvs_slot lmdb);
+
+/* Leading digests for which every part of parts [n_parts] (places) is there; windowed: a part
+   whose window ended before the last hits is not asked for. */
+uint32_t kvs_index_match(kvs_index *index, const kvs_schema *schema, const uint16_t *parts,
+                         uint32_t n_parts, bool windowed, const kvc_digest *digests, uint32_t n);
+
+/* Block ids for a context, created where unknown, each counted once per mention. NO_MEMORY: none
+   is held. */
+kvc_status kvs_index_hold_blocks(kvs_index *index, const kvs_schema *schema,
+                                 const kvc_digest *digests, uint32_t n,
+                                 uint32_t *blocks) KVC_MUST_CHECK;
+void kvs_index_drop_blocks(kvs_index *index, const uint32_t *blocks, uint32_t n);
+bool kvs_index_block_is(kvs_index *index, uint32_t block, const kvc_digest *digest);
+
+typedef enum kvs_where { KVS_NOWHERE = 0, KVS_IN_DRAM, KVS_IN_LMDB, KVS_BUSY } kvs_where;
+
+/* One value that a fetch reads; the caller fills the first line. */
+typedef struct kvs_read {
+    uint32_t block, n_rows; /* rows wanted, for the heat */
+    uint32_t value;         /* referenced if where is DRAM or LMDB */
+    uint8_t where;
+    bool promote; /* LOADING was set and one more reference taken: load it to dram, then loaded */
+    kvs_slot slot;
+} kvs_read;
+
+/*
+ * Looks up and references n values of one part. promote_rows: how many rows read from lmdb within a
+ * window make a value worth loading (0: never); window: number of the current window.
+ */
+void kvs_index_ref(kvs_index *index, const kvs_schema *schema, uint32_t part, uint32_t promote_rows,
+                   uint32_t window, kvs_read *reads, uint32_t n);
+void kvs_index_unref(kvs_index *index, const uint32_t *values, uint32_t n);
+/* The caller, who holds a reference, found the lmdb copy bad: no lookup finds it any more. False:
+   somebody else said so before, or a good copy in dram keeps serving. */
+bool kvs_index_doom(kvs_index *index, uint32_t value);
+/* A promotion ended (slot NULL: in vain); drops its reference. False: the slot was not taken. */
+bool kvs_index_loaded(kvs_index *index, uint32_t value, const kvs_slot *slot);
+
+/* ---- used by evict.c, with the lock held ---------------------------------------------------- */
+static inline kvs_value *kvs_value_at(const kvs_index *index, uint32_t id)
+{
+    return kvs_slab_at(&index->values, id);
+}
+static inline kvs_block *kvs_block_at(const kvs_index *index, uint32_t id)
+{
+    return kvs_slab_at(&index->blocks, id);
+}
+kvs_class *kvs_value_class(kvs_index *index, const kvs_value *value);
+void kvs_key_locked(kvs_index *index, uint32_t value, kvs_value_key *key_p);
+/* Frees a value that has no flags and no readers, and its block where nothing needs it. */
+void kvs_value_free_locked(kvs_index *index, uint32_t value);
+
+#endif

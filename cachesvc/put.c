@@ -1,0 +1,441 @@
+/*
+ * put.c: PutBlocks.
+ *
+ * Starts on a transport thread, which checks everything, claims each value and copies it to dram.
+ * A MEMORY value is visible and done then. What must reach lmdb first (DURABLE, or no room in dram)
+ * goes to the writer, and the last write answers. Two puts of one value at the same time: the
+ * second gets AGAIN for it, and EXISTS once the first is visible. Invariant: a value that fails was
+ * never visible and leaves nothing behind.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/assert.h"
+#include "base/metrics.h"
+#include "cascade.h"
+#include "request.h"
+#include "writer.h"
+
+typedef enum put_state {
+    PUT_CHECK,
+    PUT_TAKE,
+    PUT_WRITE, /* jobs are with the writer; the last one goes on */
+    PUT_SYNC,  /* a disk thread syncs lmdb for values that were there already */
+    PUT_REPLY,
+    PUT_DONE,
+} put_state;
+
+typedef enum item_kind {
+    ITEM_SETTLED, /* status is final */
+    ITEM_BOTH,    /* in dram, not visible: visible once lmdb has it */
+    ITEM_THROUGH, /* no room in dram: from the request's bytes to lmdb */
+    ITEM_OLD,     /* somebody's value, in dram only: EXISTS once it is durable */
+    ITEM_SYNC,    /* somebody's value, in lmdb, perhaps not synced */
+} item_kind;
+
+typedef struct put_item {
+    uint32_t value, part;
+    item_kind kind;
+    kvs_slot dram;
+    const void *rows;   /* dense: dram, the request's bytes, or copy */
+    void *copy;         /* of bytes that came in pieces; NULL otherwise */
+    kvs_write_job *job; /* NULL: nothing to write */
+    struct kvs_put *put;
+} put_item;
+
+typedef struct kvs_put {
+    kvs_job job; /* first: a disk job is a put */
+    kvs_server *server;
+    kvt_call *call;
+    put_state state;
+    const kvs_schema *schema;
+    uint32_t n;
+    bool durable, wants_sync;
+    int8_t *status;        /* [n] */
+    atomic_uint n_pending; /* jobs out, and one for the thread that submits them */
+    uint32_t n_jobs;
+    put_item items[];
+} kvs_put;
+
+/* Where the next value's bytes begin in the payload. */
+typedef struct cursor {
+    const struct iovec *iov;
+    uint32_t n;
+    size_t off_bytes;
+} cursor;
+
+static void process(kvs_put *put);
+
+/* Moves on by len bytes; copies them to dst unless that is NULL. */
+static void cursor_read(cursor *at, void *dst, size_t len_bytes)
+{
+    char *out = dst;
+    while (len_bytes) {
+        KVC_ASSERT(at->n > 0);
+        size_t step = at->iov->iov_len - at->off_bytes;
+        if (step > len_bytes)
+            step = len_bytes;
+        if (out) {
+            memcpy(out, (const char *)at->iov->iov_base + at->off_bytes, step);
+            out += step;
+        }
+        len_bytes -= step;
+        at->off_bytes += step;
+        if (at->off_bytes == at->iov->iov_len) {
+            at->iov++;
+            at->n--;
+            at->off_bytes = 0;
+        }
+    }
+}
+
+/* The next len bytes in one piece, or NULL. */
+static const void *cursor_peek(const cursor *at, size_t len_bytes)
+{
+    if (!at->n || at->iov->iov_len - at->off_bytes < len_bytes)
+        return NULL;
+    return (const char *)at->iov->iov_base + at->off_bytes;
+}
+
+/* ---- check ----------------------------------------------------------------------------------- */
+
+static const kvs_schema *check_call(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
+{
+    const kvc_request *req = &call->req;
+    uint32_t n = req->u.put_blocks.n_values;
+    if (req->u.put_blocks.promise != KVC_PROMISE_MEMORY &&
+        req->u.put_blocks.promise != KVC_PROMISE_DURABLE)
+        kvs_fail(call, KVC_INVALID, "promise must be MEMORY or DURABLE");
+    else if (req->u.put_blocks.promise == KVC_PROMISE_DURABLE && !server->lmdb.ops)
+        kvs_fail(call, KVC_UNSUPPORTED, "DURABLE needs the lmdb tier, which this server lacks");
+    else if (n > server->limits.max_batch_values)
+        kvs_fail(call, KVC_INVALID, "%u values; max_batch_values is %u", n,
+                 server->limits.max_batch_values);
+    else if (req->data_bytes > server->limits.max_message_bytes)
+        kvs_fail(call, KVC_INVALID, "%llu payload bytes; max_message_bytes is %u",
+                 (unsigned long long)req->data_bytes, server->limits.max_message_bytes);
+    else
+        return kvs_want_schema(server, call, tenant, &req->u.put_blocks.schema);
+    return NULL;
+}
+
+/* Every value against the schema, and their sum against the payload. False after kvs_fail. */
+static bool check_values(kvt_call *call, const kvs_schema *schema)
+{
+    const kvc_put_value *values = call->req.u.put_blocks.values;
+    uint64_t total_bytes = 0;
+    for (uint32_t i = 0; i < call->req.u.put_blocks.n_values; i++) {
+        int place = kvs_schema_part(schema, values[i].part);
+        if (place < 0) {
+            kvs_fail(call, KVC_INVALID, "value %u: part %u is not in the schema", i,
+                     values[i].part);
+            return false;
+        }
+        const kvs_part *part = &schema->parts[place];
+        if (values[i].len_bytes != part->value_bytes) {
+            kvs_fail(call, KVC_INVALID,
+                     "value %u: part %u has %u tokens of %u bytes = %u bytes, not %u", i,
+                     values[i].part, schema->block_tokens, part->row_bytes, part->value_bytes,
+                     values[i].len_bytes);
+            return false;
+        }
+        total_bytes += part->value_bytes;
+    }
+    if (total_bytes == call->req.data_bytes)
+        return true;
+    kvs_fail(call, KVC_INVALID, "the values add up to %llu bytes, the payload has %llu",
+             (unsigned long long)total_bytes, (unsigned long long)call->req.data_bytes);
+    return false;
+}
+
+/* ---- one value ------------------------------------------------------------------------------- */
+
+/* The statuses that the protocol knows for one value. */
+static kvc_status item_status(kvc_status status)
+{
+    switch (status) {
+    case KVC_OK:
+    case KVC_AGAIN:
+    case KVC_EXISTS:
+    case KVC_NO_SPACE:
+    case KVC_INVALID:
+        return status;
+    case KVC_TIMED_OUT:
+    case KVC_NO_MEMORY:
+        return KVC_AGAIN;
+    default:
+        return KVC_IO;
+    }
+}
+
+static void settle(kvs_put *put, uint32_t i, kvc_status status)
+{
+    put->items[i].kind = ITEM_SETTLED;
+    put->status[i] = (int8_t)item_status(status);
+    if (status == KVC_EXISTS)
+        KVC_COUNT(put_values_exist);
+    if (status == KVC_OK) {
+        KVC_COUNT(put_values);
+        KVC_COUNT_N(put_bytes, put->schema->parts[put->items[i].part].value_bytes);
+    }
+}
+
+/* Copies a claimed value into its dram slot; MEMORY: it is done. */
+static void take_dram(kvs_put *put, uint32_t i, void *addr, cursor *at)
+{
+    kvs_server *server = put->server;
+    put_item *item = &put->items[i];
+    cursor_read(at, addr, put->schema->parts[item->part].value_bytes);
+    server->dram.ops->commit(server->dram.tier, item->dram);
+    if (put->durable) {
+        item->kind = ITEM_BOTH;
+        item->rows = addr;
+        return;
+    }
+    bool dirty = server->writer && server->settings.write_behind == KVS_WRITE_BEHIND_ALL;
+    kvs_index_publish_dram(server->index, item->value, item->dram, dirty);
+    if (dirty)
+        kvs_writer_kick(server->writer);
+    settle(put, i, KVC_OK);
+}
+
+/* dram is full of what cannot give way: the request's bytes go straight to lmdb, if there is one.
+ */
+static void take_through(kvs_put *put, uint32_t i, cursor *at)
+{
+    put_item *item = &put->items[i];
+    uint32_t len_bytes = put->schema->parts[item->part].value_bytes;
+    item->kind = ITEM_THROUGH;
+    item->rows = cursor_peek(at, len_bytes);
+    if (!item->rows)
+        item->rows = item->copy = malloc(len_bytes);
+    cursor_read(at, item->copy, len_bytes);
+    if (!item->rows) {
+        kvs_index_abandon(put->server->index, item->value);
+        settle(put, i, KVC_AGAIN);
+    }
+}
+
+static void take_new(kvs_put *put, uint32_t i, cursor *at)
+{
+    kvs_server *server = put->server;
+    put_item *item = &put->items[i];
+    void *addr;
+    kvc_status status =
+        kvs_cascade_reserve(server, put->schema, item->part,
+                            &put->call->req.u.put_blocks.values[i].digest, &item->dram, &addr);
+    if (status == KVC_OK) {
+        take_dram(put, i, addr, at);
+    } else if (server->writer) {
+        take_through(put, i, at);
+    } else {
+        cursor_read(at, NULL, put->schema->parts[item->part].value_bytes);
+        kvs_index_abandon(server->index, item->value);
+        settle(put, i, status);
+    }
+}
+
+static void take(kvs_put *put, uint32_t i, cursor *at)
+{
+    const kvc_put_value *value = &put->call->req.u.put_blocks.values[i];
+    put_item *item = &put->items[i];
+    kvs_server *server = put->server;
+    item->put = put;
+    item->part = (uint32_t)kvs_schema_part(put->schema, value->part);
+    kvs_claim claim = kvs_index_claim(server->index, put->schema, item->part, &value->digest,
+                                      put->durable, &item->value, &item->dram);
+    if (claim == KVS_CLAIM_MINE) {
+        take_new(put, i, at);
+        return;
+    }
+    cursor_read(at, NULL, value->len_bytes);
+    if (claim == KVS_CLAIM_WRITE) {
+        item->kind = ITEM_OLD;
+        item->rows = server->dram.ops->map(server->dram.tier, item->dram);
+    } else if (claim == KVS_CLAIM_SYNC) {
+        item->kind = ITEM_SYNC;
+        put->wants_sync = true;
+    } else {
+        settle(put, i, claim == KVS_CLAIM_EXISTS ? KVC_EXISTS : KVC_AGAIN);
+    }
+}
+
+/* ---- writes ---------------------------------------------------------------------------------- */
+
+/* The write of an item ended, one way or the other. */
+static void written(kvs_put *put, uint32_t i, kvc_status status, kvs_slot lmdb)
+{
+    kvs_server *server = put->server;
+    put_item *item = &put->items[i];
+    free(item->copy);
+    item->copy = NULL;
+    if (item->kind == ITEM_OLD) {
+        kvs_index_wrote(server->index, item->value, status == KVC_OK, lmdb, true);
+        settle(put, i, status == KVC_OK ? KVC_EXISTS : status);
+        return;
+    }
+    bool in_dram = item->kind == ITEM_BOTH;
+    if (status == KVC_OK) {
+        kvs_index_publish_lmdb(server->index, item->value, lmdb, put->durable,
+                               in_dram ? &item->dram : NULL);
+    } else {
+        kvs_value_key key;
+        kvs_index_key(server->index, item->value, &key);
+        if (in_dram)
+            server->dram.ops->release(server->dram.tier, &key, item->dram);
+        kvs_index_abandon(server->index, item->value);
+    }
+    settle(put, i, status);
+}
+
+static void release_one(kvs_put *put)
+{
+    if (atomic_fetch_sub(&put->n_pending, 1) == 1) {
+        put->state = put->wants_sync ? PUT_SYNC : PUT_REPLY;
+        process(put);
+    }
+}
+
+static void job_done(kvs_write_job *job)
+{
+    put_item *item = job->arg;
+    kvs_put *put = item->put;
+    written(put, (uint32_t)(item - put->items), job->write.status, job->write.slot);
+    free(job);
+    release_one(put);
+}
+
+static bool needs_write(const put_item *item)
+{
+    return item->kind == ITEM_BOTH || item->kind == ITEM_THROUGH || item->kind == ITEM_OLD;
+}
+
+/* Makes the jobs first, so that running out of memory is seen before any is out. */
+static void make_jobs(kvs_put *put)
+{
+    for (uint32_t i = 0; i < put->n; i++) {
+        put_item *item = &put->items[i];
+        if (!needs_write(item))
+            continue;
+        kvs_write_job *job = calloc(1, sizeof(*job));
+        if (!job) {
+            written(put, i, KVC_AGAIN, (kvs_slot){0, 0});
+            continue;
+        }
+        kvs_index_key(put->server->index, item->value, &job->write.key);
+        job->write.row_bytes = put->schema->parts[item->part].row_bytes;
+        job->write.n_rows = put->schema->block_tokens;
+        job->write.rows = item->rows;
+        job->write.durable = put->durable;
+        job->cls = put->schema->parts[item->part].cls;
+        job->deadline_ns = put->call->deadline_ns;
+        job->done = job_done;
+        job->arg = item;
+        item->job = job;
+        put->n_jobs++;
+    }
+}
+
+static void submit_jobs(kvs_put *put)
+{
+    atomic_store(&put->n_pending, put->n_jobs + 1);
+    for (uint32_t i = 0; i < put->n; i++)
+        if (put->items[i].job)
+            kvs_writer_submit(put->server->writer, put->items[i].job);
+    release_one(put);
+}
+
+/* ---- sync ------------------------------------------------------------------------------------ */
+
+static void sync_finish(kvs_put *put, kvc_status status)
+{
+    for (uint32_t i = 0; i < put->n; i++) {
+        if (put->items[i].kind != ITEM_SYNC)
+            continue;
+        kvs_index_synced(put->server->index, put->items[i].value, status == KVC_OK);
+        settle(put, i, status == KVC_OK ? KVC_EXISTS : status);
+    }
+    put->state = PUT_REPLY;
+    process(put);
+}
+
+static void sync_run(kvs_job *job)
+{
+    kvs_put *put = (kvs_put *)job;
+    sync_finish(put, put->server->lmdb.ops->sync(put->server->lmdb.tier));
+}
+
+/* ---- the request ----------------------------------------------------------------------------- */
+
+static void take_all(kvs_put *put)
+{
+    cursor at = {.iov = put->call->req.data, .n = put->call->req.n_data};
+    for (uint32_t i = 0; i < put->n; i++)
+        take(put, i, &at);
+    make_jobs(put);
+    if (put->n_jobs)
+        put->state = PUT_WRITE;
+    else
+        put->state = put->wants_sync ? PUT_SYNC : PUT_REPLY;
+}
+
+static void answer(kvs_put *put)
+{
+    kvc_reply reply = {.method = KVC_PUT_BLOCKS};
+    reply.u.put_blocks.n_values = put->n;
+    reply.u.put_blocks.status = put->status;
+    kvs_answer(put->call, &reply, NULL, 0);
+}
+
+/* One step per state; returns where another thread goes on. put may be gone afterwards. */
+static void process(kvs_put *put)
+{
+    for (;;) {
+        switch (put->state) {
+        case PUT_CHECK:
+            put->state = check_values(put->call, put->schema) ? PUT_TAKE : PUT_DONE;
+            break;
+        case PUT_TAKE:
+            take_all(put);
+            break;
+        case PUT_WRITE:
+            submit_jobs(put);
+            return;
+        case PUT_SYNC:
+            put->job.run = sync_run;
+            kvc_status status = kvs_disk_submit(put->server->disk, &put->job);
+            if (status != KVC_OK)
+                sync_finish(put, KVC_AGAIN);
+            return;
+        case PUT_REPLY:
+            answer(put);
+            put->state = PUT_DONE;
+            break;
+        case PUT_DONE:
+            free(put);
+            return;
+        }
+    }
+}
+
+void kvs_on_put_blocks(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
+{
+    const kvs_schema *schema = check_call(server, call, tenant);
+    if (!schema)
+        return;
+    uint32_t n = call->req.u.put_blocks.n_values;
+    kvs_put *put = calloc(1, sizeof(*put) + n * sizeof(put_item));
+    int8_t *status = kvc_arena_calloc(&call->arena, n ? n : 1, sizeof(*status));
+    if (!put || !status) {
+        free(put);
+        kvs_fail(call, KVC_NO_MEMORY, "no memory for %u values", n);
+        return;
+    }
+    put->server = server;
+    put->call = call;
+    put->schema = schema;
+    put->n = n;
+    put->status = status;
+    put->durable = call->req.u.put_blocks.promise == KVC_PROMISE_DURABLE;
+    process(put);
+}

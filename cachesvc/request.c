@@ -1,0 +1,102 @@
+/*
+ * request.c: from a call to its handler, and back to the peer.
+ *
+ * Any transport thread; answers come from any thread. Invariant: a call is answered exactly once.
+ */
+#include "request.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/digest.h"
+#include "base/log.h"
+#include "base/metrics.h"
+
+static kvs_handler *const handlers[KVC_METHOD_COUNT] = {
+    [KVC_DESCRIBE] = kvs_on_describe,
+    [KVC_REGISTER_SCHEMA] = kvs_on_register_schema,
+    [KVC_PUT_BLOCKS] = kvs_on_put_blocks,
+    [KVC_MATCH_PREFIX] = kvs_on_match_prefix,
+    [KVC_OPEN_CONTEXT] = kvs_on_open_context,
+    [KVC_EXTEND_CONTEXT] = kvs_on_extend_context,
+    [KVC_CLOSE_CONTEXT] = kvs_on_close_context,
+    [KVC_FETCH_ROWS] = kvs_on_fetch_rows,
+    [KVC_STATS] = kvs_on_stats,
+};
+
+/* The digest of the tenant's name; each thread remembers the last one. */
+static kvc_status tenant_digest(const char *name, kvc_digest *digest_p)
+{
+    static _Thread_local char last_name[KVC_MAX_NAME_BYTES + 1];
+    static _Thread_local kvc_digest last;
+    size_t len_bytes = strlen(name);
+    if (len_bytes == 0 || len_bytes > KVC_MAX_NAME_BYTES)
+        return KVC_DENIED;
+    if (strcmp(name, last_name) != 0) {
+        kvc_status status = kvc_sha256(name, len_bytes, &last);
+        if (status != KVC_OK) {
+            last_name[0] = '\0';
+            return status;
+        }
+        memcpy(last_name, name, len_bytes + 1);
+    }
+    *digest_p = last;
+    return KVC_OK;
+}
+
+void kvs_on_call(void *arg, kvt_call *call)
+{
+    kvc_digest tenant;
+    KVC_GAUGE_ADD(requests_in_flight, 1);
+    kvc_status status = tenant_digest(call->tenant, &tenant);
+    if (status != KVC_OK) {
+        kvs_fail(call, status, "the tenant's name must have 1 to %u bytes", KVC_MAX_NAME_BYTES);
+    } else if (call->req.method >= KVC_METHOD_COUNT) {
+        kvs_fail(call, KVC_UNSUPPORTED, "unknown method");
+    } else if (kvc_expired(call->deadline_ns)) {
+        kvs_fail(call, KVC_TIMED_OUT, "the deadline passed before the request was looked at");
+    } else {
+        handlers[call->req.method](arg, call, &tenant);
+    }
+}
+
+void kvs_answer(kvt_call *call, const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices)
+{
+    KVC_COUNT(requests);
+    KVC_GAUGE_SUB(requests_in_flight, 1);
+    kvt_call_reply(call, KVC_OK, NULL, 0, reply, slices, n_slices);
+}
+
+void kvs_fail(kvt_call *call, kvc_status status, const char *fmt, ...)
+{
+    char detail[KVT_DETAIL_BYTES];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(detail, sizeof(detail), fmt, args);
+    va_end(args);
+    KVC_COUNT(requests);
+    KVC_GAUGE_SUB(requests_in_flight, 1);
+    if (status == KVC_AGAIN)
+        KVC_COUNT(requests_refused);
+    else
+        KVC_COUNT(requests_failed);
+    if (status == KVC_TIMED_OUT)
+        KVC_COUNT(requests_timed_out);
+    KVC_LOG_DEBUG(SERVER, "%s: %s: %s", kvc_method_name(call->req.method), kvc_status_name(status),
+                  detail);
+    kvt_call_reply(call, status, detail, status == KVC_AGAIN ? KVS_RETRY_MS : 0, NULL, NULL, 0);
+}
+
+const kvs_schema *kvs_want_schema(kvs_server *server, kvt_call *call, const kvc_digest *tenant,
+                                  const kvc_digest *digest)
+{
+    const kvs_schema *schema = kvs_schemas_find(server->schemas, tenant, digest);
+    if (!schema) {
+        char hex[KVC_DIGEST_HEX_BYTES];
+        kvc_digest_hex(digest, hex);
+        kvs_fail(call, KVC_NOT_FOUND, "schema %.16s is not registered here", hex);
+    }
+    return schema;
+}

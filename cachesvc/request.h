@@ -1,0 +1,35 @@
+/*
+ * request.h: what the handlers of the protocol's methods share.
+ *
+ * A handler runs on a transport thread and must not block; it answers the call now, or keeps it and
+ * answers later. Every answer goes through kvs_answer or kvs_fail, exactly once.
+ */
+#ifndef KVS_REQUEST_H
+#define KVS_REQUEST_H
+
+#include "server.h"
+
+#define KVS_RETRY_MS 5u /* the hint that goes with AGAIN */
+
+typedef void kvs_handler(kvs_server *server, kvt_call *call, const kvc_digest *tenant);
+
+kvs_handler kvs_on_describe, kvs_on_register_schema, kvs_on_put_blocks, kvs_on_match_prefix,
+    kvs_on_open_context, kvs_on_extend_context, kvs_on_close_context, kvs_on_fetch_rows,
+    kvs_on_stats;
+
+/* As kvt_listen_opts.on_call wants it; arg: the server. */
+void kvs_on_call(void *arg, kvt_call *call);
+
+/* Takes the call. reply, slices: as kvt_call_reply. */
+void kvs_answer(kvt_call *call, const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices);
+/* Takes the call; fmt tells the peer what was wrong. */
+void kvs_fail(kvt_call *call, kvc_status status, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* The tenant's schema by digest, or NULL after kvs_fail. */
+const kvs_schema *kvs_want_schema(kvs_server *server, kvt_call *call, const kvc_digest *tenant,
+                                  const kvc_digest *digest);
+/* Sizes of the tiers; returns how many there are (at most 2). */
+uint32_t kvs_tier_stats(kvs_server *server, kvc_tier_stats *stats);
+
+#endif

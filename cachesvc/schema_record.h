@@ -1,0 +1,16 @@
+/*
+ * schema_record.h: schemas as records of a persistent tier, so that values make sense after a
+ * restart. A record is named "schema/<tenant hex>/<digest hex>" and holds a RegisterSchemaRequest.
+ */
+#ifndef KVS_SCHEMA_RECORD_H
+#define KVS_SCHEMA_RECORD_H
+
+#include "server.h"
+
+/* Durable on OK. Blocks: disk threads only. The tier's errors; NO_MEMORY, INVALID. */
+kvc_status kvs_schema_record_put(kvs_store *store, const kvc_digest *tenant,
+                                 const kvc_schema *schema) KVC_MUST_CHECK;
+/* Adds every recorded schema to the server. A bad record is logged and skipped. At start only. */
+kvc_status kvs_schema_records_load(kvs_server *server) KVC_MUST_CHECK;
+
+#endif

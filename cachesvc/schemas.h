@@ -1,0 +1,61 @@
+/*
+ * schemas.h: which tenants and schemas this server knows.
+ *
+ * A schema belongs to the tenant that registered it, since no answer may cross tenants. Entries are
+ * never removed while the server runs, so a pointer to one stays valid; ids are dense from 1.
+ */
+#ifndef KVS_SCHEMAS_H
+#define KVS_SCHEMAS_H
+
+#include "base/thread.h"
+#include "kvc/types.h"
+
+#define KVS_MAX_SCHEMAS 65535u /* of all tenants */
+
+/* One part as the server uses it; sorted by id, so its place is its number inside a block. */
+typedef struct kvs_part {
+    uint32_t id;
+    uint32_t row_bytes;
+    uint32_t value_bytes;
+    uint32_t cls;           /* eviction class: values of equal size of one tenant */
+    uint32_t window_blocks; /* leading blocks further behind than this are not needed; 0: all are */
+    bool is_index;          /* compressed keys: optional in a prefix match */
+} kvs_part;
+
+typedef struct kvs_schema {
+    uint32_t id;
+    kvc_digest tenant; /* SHA-256 of its name */
+    kvc_digest digest;
+    uint32_t block_tokens, n_parts;
+    kvs_part *parts;
+    kvc_schema *schema;
+} kvs_schema;
+
+typedef struct kvs_schemas {
+    kvc_mutex lock; /* guards all below; what an entry holds never changes */
+    kvs_schema *by_id[KVS_MAX_SCHEMAS + 1]; /* [0] unused */
+    uint32_t n;
+} kvs_schemas;
+
+/* The place of a part id in schema->parts, or -1. */
+int kvs_schema_part(const kvs_schema *schema, uint32_t part_id);
+
+kvs_schemas *kvs_schemas_create(void);
+void kvs_schemas_destroy(kvs_schemas *schemas);
+/* The tenant's schema, or NULL. Any thread. */
+const kvs_schema *kvs_schemas_find(kvs_schemas *schemas, const kvc_digest *tenant,
+                                   const kvc_digest *digest);
+/*
+ * Adds a checked schema (copied) or finds it there. *new_p (may be NULL) says which. class_of gives
+ * the eviction class of a value size. NO_SPACE: KVS_MAX_SCHEMAS reached. NO_MEMORY, INVALID, IO.
+ */
+kvc_status kvs_schemas_add(kvs_schemas *schemas, const kvc_digest *tenant, const kvc_schema *schema,
+                           uint32_t (*class_of)(void *arg, const kvc_digest *tenant,
+                                                uint32_t value_bytes),
+                           void *arg, const kvs_schema **schema_p, bool *new_p) KVC_MUST_CHECK;
+/* Digests of the tenant's schemas, at most max; returns how many were written. */
+uint32_t kvs_schemas_list(kvs_schemas *schemas, const kvc_digest *tenant, kvc_digest *out,
+                          uint32_t max);
+uint32_t kvs_schemas_count(kvs_schemas *schemas);
+
+#endif

@@ -1,0 +1,356 @@
+/*
+ * server.c: starts and stops the parts of one server in a fixed order; see server.h.
+ *
+ * The starting thread opens, drains and closes; thread kvs-ticker calls kvs_server_tick. Invariant:
+ * everything a request needs stands before the first listener does, and falls after the last.
+ */
+#include "server.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+
+#include "base/clock.h"
+#include "base/digest.h"
+#include "base/log.h"
+#include "base/metrics.h"
+#include "base/text.h"
+#include "cascade.h"
+#include "request.h"
+#include "schema_record.h"
+#include "writer.h"
+
+#define TICK_NS   250000000ull
+#define WINDOW_NS 60000000000ull /* of promotion by use */
+#define REPORT_NS 10000000000ull
+
+/* ---- tiers ----------------------------------------------------------------------------------- */
+
+static kvc_status open_store(kvs_server *server, const char *name, uint64_t capacity_bytes,
+                             const char *path, kvs_store *store)
+{
+    char size[KVC_TEXT_BYTES];
+    const kvs_tier_ops *ops = kvs_tier_find(name);
+    if (!ops) {
+        KVC_LOG_ERROR(SERVER, "this build has no %s tier", name);
+        return KVC_UNSUPPORTED;
+    }
+    kvs_tier_opts opts = {
+        .size_bytes = sizeof(opts),
+        .capacity_bytes = capacity_bytes,
+        .path = path,
+        .max_value_bytes = (uint32_t)server->settings.max_value_bytes,
+        .group_commit_ns = server->settings.group_commit_ns,
+        .group_commit_bytes = server->settings.group_commit_bytes,
+        .row_sums_bytes = server->settings.row_sums_bytes,
+    };
+    kvc_status status = ops->open(&opts, &store->tier);
+    if (status != KVC_OK) {
+        KVC_LOG_ERROR(SERVER, "the %s tier does not open: %s", name, kvc_status_name(status));
+        return status;
+    }
+    store->ops = ops;
+    KVC_LOG_INFO(SERVER, "tier %s open: %s%s%s", name, kvc_bytes_short(capacity_bytes, size),
+                 path ? " at " : "", path ? path : "");
+    return KVC_OK;
+}
+
+typedef struct orphan {
+    kvs_value_key key;
+    kvs_slot slot;
+} orphan;
+
+typedef struct recovery {
+    kvs_server *server;
+    const kvs_schema *last;
+    uint64_t n_values, n_orphans, n_kept;
+    orphan *orphans; /* values that no schema explains: released after the walk */
+} recovery;
+
+static void add_orphan(recovery *r, const kvs_value_key *key, kvs_slot slot)
+{
+    r->n_orphans++;
+    if ((r->n_kept & (r->n_kept - 1)) == 0) {
+        uint64_t cap = r->n_kept ? 2 * r->n_kept : 1;
+        orphan *more = realloc(r->orphans, cap * sizeof(*more));
+        if (!more)
+            return; /* it stays in lmdb until the next start */
+        r->orphans = more;
+    }
+    r->orphans[r->n_kept++] = (orphan){.key = *key, .slot = slot};
+}
+
+static bool found_value(void *arg, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
+                        uint32_t n_rows)
+{
+    recovery *r = arg;
+    kvs_server *server = r->server;
+    const kvs_schema *schema = r->last;
+    if (!schema || !kvc_digest_equal(&schema->digest, &key->schema) ||
+        !kvc_digest_equal(&schema->tenant, &key->tenant))
+        schema = r->last = kvs_schemas_find(server->schemas, &key->tenant, &key->schema);
+    int part = schema ? kvs_schema_part(schema, key->part) : -1;
+    if (part < 0 || schema->parts[part].row_bytes != row_bytes || schema->block_tokens != n_rows ||
+        !kvs_index_recovered(server->index, schema, (uint32_t)part, &key->block, slot))
+        add_orphan(r, key, slot);
+    else
+        r->n_values++;
+    return true;
+}
+
+static kvc_status recover(kvs_server *server)
+{
+    recovery r = {.server = server};
+    kvc_status status = kvs_schema_records_load(server);
+    if (status == KVC_OK)
+        status = server->lmdb.ops->recover(server->lmdb.tier, found_value, &r);
+    for (uint64_t i = 0; i < r.n_kept; i++)
+        server->lmdb.ops->release(server->lmdb.tier, &r.orphans[i].key, r.orphans[i].slot);
+    free(r.orphans);
+    if (status != KVC_OK) {
+        KVC_LOG_ERROR(SERVER, "the lmdb tier does not recover: %s", kvc_status_name(status));
+        return status;
+    }
+    if (r.n_orphans)
+        KVC_LOG_WARN(SERVER, "%llu values of lmdb fit no schema; released",
+                     (unsigned long long)r.n_orphans);
+    KVC_COUNT_N(recovered_values, r.n_values);
+    KVC_LOG_INFO(SERVER, "recovered %u schemas and %llu values from lmdb",
+                 kvs_schemas_count(server->schemas), (unsigned long long)r.n_values);
+    return KVC_OK;
+}
+
+static kvc_status open_lmdb(kvs_server *server)
+{
+    if (!server->settings.lmdb_path[0] || !server->settings.lmdb_bytes) {
+        KVC_LOG_INFO(SERVER, "no lmdb tier: DURABLE puts are refused, nothing survives a restart");
+        return KVC_OK;
+    }
+    kvc_status status = open_store(server, "lmdb", server->settings.lmdb_bytes,
+                                   server->settings.lmdb_path, &server->lmdb);
+    if (status == KVC_OK)
+        status = recover(server);
+    if (status == KVC_OK)
+        status = kvs_disk_create((uint32_t)server->settings.disk_threads, &server->disk);
+    if (status == KVC_OK)
+        status = kvs_writer_create(server, &server->writer);
+    return status;
+}
+
+/* ---- ticker ---------------------------------------------------------------------------------- */
+
+static void report(kvs_server *server)
+{
+    char size[KVC_TEXT_BYTES];
+    uint64_t lost = atomic_exchange(&server->lost_values, 0);
+    uint64_t bytes = atomic_exchange(&server->lost_bytes, 0);
+    uint64_t unwritten = atomic_exchange(&server->unwritten_values, 0);
+    if (lost)
+        KVC_LOG_INFO(STORE, "evicted %llu values (%s) from the last tier that held them",
+                     (unsigned long long)lost, kvc_bytes_short(bytes, size));
+    if (unwritten)
+        KVC_LOG_WARN(STORE, "write-behind failed for %llu values: they stay in dram only",
+                     (unsigned long long)unwritten);
+}
+
+void kvs_server_tick(kvs_server *server)
+{
+    uint64_t now_ns = kvc_now_ns();
+    uint32_t n = kvs_contexts_sweep(server->contexts, now_ns);
+    if (n) {
+        KVC_COUNT_N(contexts_expired, n);
+        KVC_LOG_DEBUG(SERVER, "%u contexts expired", n);
+    }
+    if (server->lmdb.ops)
+        kvs_cascade_reap(server);
+    atomic_store(&server->window, (uint32_t)(now_ns / WINDOW_NS));
+}
+
+static void ticker_main(void *arg)
+{
+    kvs_server *server = arg;
+    uint64_t report_ns = kvc_deadline_ns(REPORT_NS);
+    kvc_mutex_lock(&server->ticker_lock);
+    while (!server->stopping) {
+        (void)kvc_cond_wait_until(&server->ticker_cond, &server->ticker_lock,
+                                  kvc_deadline_ns(TICK_NS));
+        kvc_mutex_unlock(&server->ticker_lock);
+        kvs_server_tick(server);
+        if (kvc_expired(report_ns)) {
+            report(server);
+            report_ns = kvc_deadline_ns(REPORT_NS);
+        }
+        kvc_mutex_lock(&server->ticker_lock);
+    }
+    kvc_mutex_unlock(&server->ticker_lock);
+    report(server);
+}
+
+static void stop_ticker(kvs_server *server)
+{
+    kvc_mutex_lock(&server->ticker_lock);
+    server->stopping = true;
+    kvc_cond_signal(&server->ticker_cond);
+    kvc_mutex_unlock(&server->ticker_lock);
+    kvc_thread_join(&server->ticker);
+}
+
+/* ---- start and stop -------------------------------------------------------------------------- */
+
+static void fill_limits(kvs_server *server)
+{
+    const kvs_settings *s = &server->settings;
+    server->limits = (kvc_limits){
+        .max_value_bytes = (uint32_t)s->max_value_bytes,
+        .max_message_bytes = KVC_MAX_VALUE_BYTES,
+        .max_batch_values = KVC_MAX_BATCH_VALUES,
+        .max_digests = KVC_MAX_DIGESTS,
+        .max_context_blocks = KVC_MAX_CONTEXT_BLOCKS,
+        .max_picks = KVC_MAX_PICKS,
+        .max_groups = KVC_MAX_GROUPS,
+        .max_contexts = (uint32_t)s->max_contexts,
+        .max_ttl_ms = 240ull * 3600 * 1000,
+    };
+}
+
+static kvc_status create_tables(kvs_server *server)
+{
+    server->schemas = kvs_schemas_create();
+    server->index = server->schemas ? kvs_index_create(server->schemas->by_id) : NULL;
+    if (!server->index)
+        return KVC_NO_MEMORY;
+    kvs_contexts_opts opts = {
+        .index = server->index,
+        .boot_id = server->boot_id,
+        .max_per_tenant = server->limits.max_contexts,
+        .max_context_blocks = server->limits.max_context_blocks,
+        .max_blocks = server->settings.max_open_blocks,
+        .default_ttl_ns = server->settings.context_ttl_ns,
+        .max_ttl_ns = server->limits.max_ttl_ms * 1000000,
+    };
+    server->contexts = kvs_contexts_create(&opts);
+    return server->contexts ? KVC_OK : KVC_NO_MEMORY;
+}
+
+kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
+{
+    *server_p = NULL;
+    kvs_server *server = calloc(1, sizeof(*server));
+    if (!server)
+        return KVC_NO_MEMORY;
+    server->settings = *settings;
+    server->start_ns = kvc_now_ns();
+    if (getrandom(&server->boot_id, sizeof(server->boot_id), GRND_NONBLOCK) !=
+        sizeof(server->boot_id))
+        server->boot_id = kvc_wall_ns();
+    fill_limits(server);
+    kvs_buffers_init(&server->buffers, server->limits.max_message_bytes,
+                     settings->max_inflight_bytes);
+    kvc_mutex_init(&server->ticker_lock, KVC_RANK_LEAF);
+    kvc_cond_init(&server->ticker_cond);
+    kvc_status status = create_tables(server);
+    if (status == KVC_OK)
+        status = open_store(server, "dram", settings->dram_bytes, NULL, &server->dram);
+    if (status == KVC_OK)
+        status = open_lmdb(server);
+    if (status == KVC_OK)
+        status = kvc_thread_start(&server->ticker, "kvs-ticker", ticker_main, server);
+    if (status != KVC_OK) {
+        kvs_server_close(server, false);
+        return status;
+    }
+    *server_p = server;
+    return KVC_OK;
+}
+
+static kvc_status listen_one(kvs_server *server, const char *uri)
+{
+    const kvt_ops *ops = kvt_find(uri);
+    if (!ops) {
+        KVC_LOG_ERROR(SERVER, "no transport of this build serves %s", uri);
+        return KVC_UNSUPPORTED;
+    }
+    if (server->n_listeners == KVS_MAX_LISTENERS) {
+        KVC_LOG_ERROR(SERVER, "more than %u addresses to listen on", KVS_MAX_LISTENERS);
+        return KVC_INVALID;
+    }
+    kvt_listen_opts opts = {
+        .size_bytes = sizeof(opts),
+        .uri = uri,
+        .on_call = kvs_on_call,
+        .arg = server,
+        .max_message_bytes = server->limits.max_message_bytes,
+        .max_calls = (uint32_t)server->settings.max_calls,
+        .max_inflight_bytes = server->settings.max_inflight_bytes,
+        .n_threads = (uint32_t)server->settings.transport_threads,
+    };
+    kvt_listener *listener;
+    kvc_status status = ops->listen(&opts, &listener);
+    if (status != KVC_OK) {
+        KVC_LOG_ERROR(SERVER, "cannot listen on %s: %s", uri, kvc_status_name(status));
+        return status;
+    }
+    server->listeners[server->n_listeners].ops = ops;
+    server->listeners[server->n_listeners++].listener = listener;
+    KVC_LOG_INFO(SERVER, "listening on %s", ops->listener_uri(listener));
+    return KVC_OK;
+}
+
+kvc_status kvs_server_listen(kvs_server *server)
+{
+    kvc_status status = KVC_INVALID;
+    char *list = strdup(server->settings.listen), *rest = NULL;
+    if (!list)
+        return KVC_NO_MEMORY;
+    for (char *uri = strtok_r(list, ", ", &rest); uri; uri = strtok_r(NULL, ", ", &rest)) {
+        status = listen_one(server, uri);
+        if (status != KVC_OK)
+            break;
+    }
+    free(list);
+    for (uint32_t i = 0; status == KVC_OK && i < server->n_listeners; i++)
+        server->listeners[i].ops->set_serving(server->listeners[i].listener, true);
+    return status;
+}
+
+const char *kvs_server_uri(const kvs_server *server, uint32_t i)
+{
+    return i < server->n_listeners
+               ? server->listeners[i].ops->listener_uri(server->listeners[i].listener)
+               : NULL;
+}
+
+void kvs_server_drain(kvs_server *server, uint64_t deadline_ns)
+{
+    for (uint32_t i = 0; i < server->n_listeners; i++)
+        server->listeners[i].ops->set_serving(server->listeners[i].listener, false);
+    for (uint32_t i = 0; i < server->n_listeners; i++)
+        server->listeners[i].ops->drain(server->listeners[i].listener, deadline_ns);
+}
+
+void kvs_server_close(kvs_server *server, bool flush)
+{
+    if (!server)
+        return;
+    for (uint32_t i = 0; i < server->n_listeners; i++)
+        server->listeners[i].ops->listener_close(server->listeners[i].listener);
+    stop_ticker(server);
+    if (flush && server->writer && kvs_index_dirty_count(server->index))
+        KVC_LOG_INFO(SERVER, "writing %llu values to lmdb",
+                     (unsigned long long)kvs_index_dirty_count(server->index));
+    kvs_disk_destroy(server->disk);
+    kvs_writer_destroy(server->writer, flush);
+    kvs_contexts_destroy(server->contexts);
+    if (server->lmdb.ops) {
+        kvs_cascade_reap(server);
+        server->lmdb.ops->close(server->lmdb.tier);
+    }
+    if (server->dram.ops)
+        server->dram.ops->close(server->dram.tier);
+    kvs_index_destroy(server->index);
+    kvs_schemas_destroy(server->schemas);
+    kvs_buffers_fini(&server->buffers);
+    kvc_cond_fini(&server->ticker_cond);
+    kvc_mutex_fini(&server->ticker_lock);
+    free(server);
+}

@@ -1,0 +1,74 @@
+/*
+ * server.h: one cachesvc, from its settings to its listeners.
+ *
+ * Starts in a fixed order, each step logged: tiers, schemas, index, disk threads, writer, ticker,
+ * listeners. Stops in the reverse order. The rest of the folder reaches its parts through this
+ * struct; only server.c changes the pointers, before the first and after the last request.
+ */
+#ifndef KVS_SERVER_H
+#define KVS_SERVER_H
+
+#include <stdatomic.h>
+
+#include "buffers.h"
+#include "context.h"
+#include "disk.h"
+#include "index.h"
+#include "settings.h"
+#include "tier/tier.h"
+#include "transport/transport.h"
+
+#define KVS_VERSION "0.1.0"
+
+typedef struct kvs_writer kvs_writer;
+
+/* An open tier and what the server counts about it. */
+typedef struct kvs_store {
+    const kvs_tier_ops *ops; /* NULL: there is no such tier */
+    kvs_tier *tier;
+    atomic_uint_least64_t rows_read, bytes_read, evictions;
+} kvs_store;
+
+typedef struct kvs_server {
+    kvs_settings settings;
+    kvc_limits limits;
+    uint64_t boot_id, start_ns;
+    kvs_schemas *schemas;
+    kvs_index *index;
+    kvs_contexts *contexts;
+    kvs_store dram, lmdb;
+    kvs_disk *disk;     /* NULL without lmdb */
+    kvs_writer *writer; /* NULL without lmdb */
+    kvs_buffers buffers;
+    atomic_uint window;      /* number of the promotion window */
+    atomic_uint n_promoting; /* values being loaded to dram */
+    /* Since the ticker last logged them: evicted from the last tier; write-behind failed. */
+    atomic_uint_least64_t lost_values, lost_bytes, unwritten_values;
+
+    uint32_t n_listeners;
+    struct {
+        const kvt_ops *ops;
+        kvt_listener *listener;
+    } listeners[KVS_MAX_LISTENERS];
+
+    kvc_thread ticker;
+    kvc_mutex ticker_lock; /* rank LEAF; guards stopping */
+    kvc_cond ticker_cond;
+    bool stopping;
+} kvs_server;
+
+/* Copies settings (its strings stay borrowed). Blocks: recovers lmdb. Errors are logged. */
+kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p) KVC_MUST_CHECK;
+/* Starts to listen on every URI of settings.listen. */
+kvc_status kvs_server_listen(kvs_server *server) KVC_MUST_CHECK;
+/* The i-th bound URI; NULL past the last. */
+const char *kvs_server_uri(const kvs_server *server, uint32_t i);
+/* Takes no new calls and waits for those in flight, to deadline_ns at most. */
+void kvs_server_drain(kvs_server *server, uint64_t deadline_ns);
+/* After drain (or a failed listen). flush: write-behind is finished first. NULL is fine. */
+void kvs_server_close(kvs_server *server, bool flush);
+/* One turn of the ticker: expired contexts, dead values, log lines. Tests call it; else its thread.
+ */
+void kvs_server_tick(kvs_server *server);
+
+#endif

@@ -1,0 +1,140 @@
+/*
+ * settings.c: the table of settings, which is also the manual page.
+ *
+ * Main thread, before the others start.
+ */
+#include "settings.h"
+
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "kvc/types.h"
+
+#define KIB         (UINT64_C(1) << 10)
+#define MIB         (UINT64_C(1) << 20)
+#define TIB         (UINT64_C(1) << 40)
+#define MS          UINT64_C(1000000)
+#define SECOND      (1000 * MS)
+#define HOUR        (3600 * SECOND)
+#define FIELD(f)    offsetof(kvs_settings, f)
+#define COUNT_OF(a) (sizeof(a) / sizeof((a)[0]))
+
+static const kvc_setting table[] = {
+    {"listen", KVC_CONFIG_STRING, FIELD(listen), "grpc://127.0.0.1:7811", 1, 4096, NULL,
+     "The addresses to listen on, separated by commas: grpc://HOST:PORT, grpc+unix:///PATH. Port 0 "
+     "lets the system choose; the line \"listening on\" says which."},
+    {"dram_bytes", KVC_CONFIG_BYTES, FIELD(dram_bytes), "1GiB", 64 * KIB, 64 * TIB, NULL,
+     "Host memory for values, never exceeded. When it is full, values that are safe in lmdb or may "
+     "be dropped give way."},
+    {"lmdb_path", KVC_CONFIG_STRING, FIELD(lmdb_path), "", 0, 3000, NULL,
+     "The folder of the lmdb tier, created if it is missing. Empty: no lmdb tier, so DURABLE puts "
+     "are refused and nothing survives a restart."},
+    {"lmdb_bytes", KVC_CONFIG_BYTES, FIELD(lmdb_bytes), "10GiB", 0, 1024 * TIB, NULL,
+     "Disk space for the lmdb tier, never exceeded. 0: no lmdb tier."},
+    {"write_behind", KVC_CONFIG_ENUM, FIELD(write_behind), "all", 0, 0, "all|durable-only",
+     "What reaches lmdb: all, where MEMORY puts are written after they were answered, or "
+     "durable-only, where a MEMORY value is lost once dram evicts it."},
+    {"group_commit", KVC_CONFIG_DURATION, FIELD(group_commit_ns), "20ms", 0, 10 * SECOND, NULL,
+     "How long the lmdb writer gathers values for one commit. Longer is faster in bulk; a DURABLE "
+     "put waits for it."},
+    {"group_commit_bytes", KVC_CONFIG_BYTES, FIELD(group_commit_bytes), "32MiB", 1 * MIB,
+     1024 * MIB, NULL, "A commit starts early once this much was gathered."},
+    {"row_sums_bytes", KVC_CONFIG_BYTES, FIELD(row_sums_bytes), "64MiB", 0, 1 * TIB, NULL,
+     "Memory for the row sums of lmdb values that are read often."},
+    {"promote_percent", KVC_CONFIG_UINT, FIELD(promote_percent), "25", 0, 100, NULL,
+     "A value is loaded from lmdb to dram once this share of its rows was read within a minute. 0: "
+     "never."},
+    {"max_value_bytes", KVC_CONFIG_BYTES, FIELD(max_value_bytes), "1MiB", 4 * KIB,
+     KVC_MAX_VALUE_BYTES, NULL,
+     "The largest value; RegisterSchema refuses parts whose blocks are larger."},
+    {"max_inflight_bytes", KVC_CONFIG_BYTES, FIELD(max_inflight_bytes), "128MiB", 2 * MIB, 1 * TIB,
+     NULL,
+     "Request payloads held at once by one listener; beyond it calls are answered AGAIN. "
+     "Reply buffers have a cap of the same size."},
+    {"max_calls", KVC_CONFIG_UINT, FIELD(max_calls), "1024", 1, 65536, NULL,
+     "Calls in flight at once on one listener; beyond it they are answered AGAIN."},
+    {"context_ttl", KVC_CONFIG_DURATION, FIELD(context_ttl_ns), "10m", 10 * MS, 240 * HOUR, NULL,
+     "How long an open context lives after its last use, where the client does not say."},
+    {"max_contexts", KVC_CONFIG_UINT, FIELD(max_contexts), "4096", 1, 1000000, NULL,
+     "Contexts that one tenant may have open."},
+    {"max_open_blocks", KVC_CONFIG_UINT, FIELD(max_open_blocks), "4194304", 1, 1000000000, NULL,
+     "Blocks in all open contexts together. Each takes 4 bytes, and some 70 more where no value of "
+     "the block is here."},
+    {"transport_threads", KVC_CONFIG_UINT, FIELD(transport_threads), "0", 0, 64, NULL,
+     "Threads for each listener. 0: as many as there are cores, 4 at most."},
+    {"disk_threads", KVC_CONFIG_UINT, FIELD(disk_threads), "8", 1, 256, NULL,
+     "Threads that wait for lmdb reads."},
+    {"drain", KVC_CONFIG_DURATION, FIELD(drain_ns), "10s", 0, 1 * HOUR, NULL,
+     "On SIGTERM or SIGINT: how long calls in flight may take to finish before they are "
+     "cancelled."},
+    {"log_level", KVC_CONFIG_ENUM, FIELD(log_level), "info", 0, 0,
+     "off|error|warn|info|debug|trace", "The least important lines to log, on standard error."},
+    {"log_format", KVC_CONFIG_ENUM, FIELD(log_format), "text", 0, 0, "text|json",
+     "How log lines look."},
+    {"ready_file", KVC_CONFIG_STRING, FIELD(ready_file), "", 0, 4000, NULL,
+     "Once serving, the bound URIs are written to this file, one a line; it appears whole. Removed "
+     "on a clean stop."},
+    {"print_config", KVC_CONFIG_BOOL, FIELD(print_config), "no", 0, 0, NULL,
+     "Print the settings in force and where each came from, and exit."},
+};
+
+const kvc_config_program kvs_program = {
+    .name = "cachesvc",
+    .version = "0.1.0",
+    .brief = "tiered store for the keys and values of LLM contexts",
+    .synopsis = "[--config FILE] [OPTION]...",
+    .description =
+        "Serves the rows of long contexts to inference workers from host memory and from LMDB on "
+        "disk, over gRPC. Runs in the foreground, logs to standard error, and prints a line "
+        "\"listening on URI\" to standard output for each address once it serves.\n"
+        "SIGTERM or SIGINT stops it: new calls are refused, those in flight finish within the "
+        "drain time, values in memory are written to lmdb. A second signal stops it at once.",
+    .files = "deploy/cachesvc.yaml is a commented example of a configuration file.",
+    .exit_status = " 0  clean stop, or --help, --version, --print-config\n"
+                   " 1  could not start: an address in use, a broken store\n"
+                   " 2  a bad setting; the message names it\n"
+                   " 3  stopped at once by a second signal",
+    .examples = " cachesvc --dram-bytes 2GiB\n"
+                " cachesvc --config /etc/kvasir/cachesvc.yaml --log-level debug\n"
+                " KVASIR_LMDB_PATH=/var/lib/kvasir cachesvc --lmdb-bytes 200GiB",
+    .settings = table,
+    .n_settings = COUNT_OF(table),
+};
+
+kvc_status kvs_settings_defaults(kvs_settings *settings, kvc_config **config_p)
+{
+    static char name[] = "cachesvc";
+    char *argv[] = {name, NULL};
+    char why[KVC_CONFIG_WHY_BYTES];
+    return kvc_config_load(&kvs_program, 1, argv, NULL, settings, config_p, why);
+}
+
+kvc_status kvs_settings_check(const kvs_settings *settings, char why[KVC_CONFIG_WHY_BYTES])
+{
+    if (settings->max_value_bytes > settings->dram_bytes) {
+        snprintf(why, KVC_CONFIG_WHY_BYTES,
+                 "max_value_bytes is larger than dram_bytes: no such value would fit");
+        return KVC_INVALID;
+    }
+    if (settings->lmdb_path[0] && settings->lmdb_bytes && settings->lmdb_bytes < 16 * MIB) {
+        snprintf(why, KVC_CONFIG_WHY_BYTES,
+                 "lmdb_bytes must be 0 (no lmdb tier) or at least 16MiB");
+        return KVC_INVALID;
+    }
+    return KVC_OK;
+}
+
+kvc_status kvs_settings_print(const kvc_config *config)
+{
+    for (size_t i = 0; i < COUNT_OF(table); i++) {
+        char *value = kvc_config_value_text(config, table[i].name);
+        if (!value)
+            return KVC_NO_MEMORY;
+        bool text = table[i].type == KVC_CONFIG_STRING;
+        printf("%s: %s%s%s # %s\n", table[i].name, text ? "\"" : "", value, text ? "\"" : "",
+               kvc_config_source(config, table[i].name));
+        free(value);
+    }
+    return KVC_OK;
+}

@@ -1,0 +1,48 @@
+/*
+ * settings.h: what an operator may choose. One table in settings.c makes the YAML file, the
+ * environment, the flags and --help.
+ */
+#ifndef KVS_SETTINGS_H
+#define KVS_SETTINGS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/config.h"
+
+typedef enum kvs_write_behind {
+    KVS_WRITE_BEHIND_ALL = 0,      /* MEMORY puts reach lmdb too, later */
+    KVS_WRITE_BEHIND_DURABLE_ONLY, /* a MEMORY value that dram evicts is lost */
+} kvs_write_behind;
+
+#define KVS_MAX_LISTENERS 16u
+
+typedef struct kvs_settings {
+    const char *listen; /* URIs, separated by commas */
+    uint64_t dram_bytes, lmdb_bytes;
+    const char *lmdb_path;
+    uint64_t max_value_bytes, max_inflight_bytes, max_calls;
+    uint64_t context_ttl_ns, max_contexts, max_open_blocks;
+    uint64_t transport_threads, disk_threads;
+    uint64_t group_commit_ns, group_commit_bytes;
+    uint64_t row_sums_bytes;
+    uint64_t promote_percent; /* of a value's rows read from lmdb in a minute; 0: never */
+    uint32_t write_behind;    /* kvs_write_behind */
+    uint32_t log_level, log_format;
+    uint64_t drain_ns;
+    const char *ready_file; /* "": none */
+    bool print_config;
+} kvs_settings;
+
+extern const kvc_config_program kvs_program;
+
+/* Fills settings with the table's defaults, for tests and embedders. INVALID: a bug in the table.
+ */
+kvc_status kvs_settings_defaults(kvs_settings *settings, kvc_config **config_p) KVC_MUST_CHECK;
+/* What the table cannot say: one setting against another. why gets a line. */
+kvc_status kvs_settings_check(const kvs_settings *settings,
+                              char why[KVC_CONFIG_WHY_BYTES]) KVC_MUST_CHECK;
+/* Writes the settings in force, with their sources, as YAML to standard output. */
+kvc_status kvs_settings_print(const kvc_config *config) KVC_MUST_CHECK;
+
+#endif

@@ -1,0 +1,279 @@
+/*
+ * writer.c: durable writes, write-through and write-behind; see writer.h.
+ *
+ * Thread kvs-writer; done runs on it or on a thread of the tier. Invariants: n_flying counts the
+ * writes that the tier holds; a job is in the list, in the writer's hands, or in the tier, and its
+ * done runs once in every case; at most KVS_BEHIND_JOBS dirty values are in the tier at once.
+ */
+#include "writer.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/assert.h"
+#include "base/clock.h"
+#include "base/metrics.h"
+#include "base/sum.h"
+#include "cascade.h"
+
+#define KVS_BEHIND_JOBS 128u
+#define WAIT_NS         2000000ull    /* between tries while the tier is full */
+#define GIVE_UP_NS      3000000000ull /* then the value is answered AGAIN */
+#define EVICT_PAUSE_NS  60000000ull   /* released pages come back with the next commit */
+
+typedef struct behind_job {
+    kvs_write_job job;
+    uint32_t value;
+    struct behind_job *next_free;
+} behind_job;
+
+struct kvs_writer {
+    kvs_server *server;
+    kvc_thread thread;
+    kvc_mutex lock; /* rank QUEUE; guards all below but behind's contents */
+    kvc_cond wake;  /* a job, a kick, a done, or the stop */
+    kvs_write_job *head, *tail;
+    behind_job *free_behind;
+    uint32_t n_flying;
+    bool kicked, stopping, flush;
+    behind_job behind[KVS_BEHIND_JOBS];
+};
+
+static void job_finish(kvs_write_job *job, kvc_status status)
+{
+    free(job->sums);
+    job->sums = NULL;
+    job->write.status = status;
+    job->done(job);
+}
+
+static void tier_done(kvs_tier_write *write)
+{
+    kvs_write_job *job = write->arg;
+    kvs_writer *writer = job->writer;
+    job_finish(job, write->status);
+    kvc_mutex_lock(&writer->lock);
+    writer->n_flying--;
+    kvc_cond_signal(&writer->wake);
+    kvc_mutex_unlock(&writer->lock);
+}
+
+static void behind_done(kvs_write_job *job)
+{
+    behind_job *behind = (behind_job *)job;
+    kvs_writer *writer = job->writer;
+    bool ok = job->write.status == KVC_OK;
+    kvs_index_wrote(writer->server->index, behind->value, ok, job->write.slot, job->write.durable);
+    if (ok)
+        KVC_COUNT(written_behind_values);
+    else
+        atomic_fetch_add(&writer->server->unwritten_values, 1);
+    kvc_mutex_lock(&writer->lock);
+    behind->next_free = writer->free_behind;
+    writer->free_behind = behind;
+    kvc_mutex_unlock(&writer->lock);
+}
+
+/* Waits for anything to change, at most WAIT_NS. */
+static void pause_a_little(kvs_writer *writer)
+{
+    kvc_mutex_lock(&writer->lock);
+    (void)kvc_cond_wait_until(&writer->wake, &writer->lock, kvc_deadline_ns(WAIT_NS));
+    kvc_mutex_unlock(&writer->lock);
+}
+
+static bool tier_is_full(kvs_server *server, uint64_t len_bytes)
+{
+    kvs_tier_usage usage;
+    server->lmdb.ops->usage(server->lmdb.tier, &usage);
+    return usage.used_bytes + 2 * len_bytes > usage.capacity_bytes;
+}
+
+/* Hands one job to the tier, making room as long as that helps. */
+static kvc_status hand_over(kvs_writer *writer, kvs_write_job *job)
+{
+    kvs_server *server = writer->server;
+    uint64_t len_bytes = (uint64_t)job->write.row_bytes * job->write.n_rows;
+    uint64_t give_up_ns = kvc_deadline_ns(GIVE_UP_NS), next_evict_ns = 0;
+    for (;;) {
+        kvc_status status = server->lmdb.ops->write(server->lmdb.tier, &job->write);
+        if (status != KVC_AGAIN)
+            return status;
+        if (kvc_expired(job->deadline_ns))
+            return KVC_TIMED_OUT;
+        if (kvc_expired(give_up_ns))
+            return KVC_AGAIN;
+        if (kvc_now_ns() >= next_evict_ns && tier_is_full(server, len_bytes)) {
+            if (!kvs_cascade_lmdb_room(server, job->cls, len_bytes)) {
+                kvc_mutex_lock(&writer->lock);
+                bool flying = writer->n_flying > 1;
+                kvc_mutex_unlock(&writer->lock);
+                if (!flying)
+                    return KVC_AGAIN;
+            }
+            next_evict_ns = kvc_deadline_ns(EVICT_PAUSE_NS);
+        }
+        pause_a_little(writer);
+    }
+}
+
+static void process(kvs_writer *writer, kvs_write_job *job)
+{
+    kvs_tier_write *write = &job->write;
+    if (kvc_expired(job->deadline_ns)) {
+        job_finish(job, KVC_TIMED_OUT);
+        return;
+    }
+    job->sums = malloc(write->n_rows * sizeof(*job->sums));
+    if (!job->sums) {
+        job_finish(job, KVC_NO_MEMORY);
+        return;
+    }
+    kvc_row_sums(write->rows, write->row_bytes, write->n_rows, job->sums);
+    write->row_sums = job->sums;
+    write->done = tier_done;
+    write->arg = job;
+    kvc_mutex_lock(&writer->lock);
+    writer->n_flying++;
+    kvc_mutex_unlock(&writer->lock);
+    kvc_status status = hand_over(writer, job);
+    if (status == KVC_OK)
+        return;
+    kvc_mutex_lock(&writer->lock);
+    writer->n_flying--;
+    kvc_mutex_unlock(&writer->lock);
+    job_finish(job, status);
+}
+
+/* Makes a job of the oldest dirty value. The value is WRITING, so its dram slot stays. */
+static bool behind_fill(kvs_writer *writer, behind_job *behind)
+{
+    kvs_server *server = writer->server;
+    kvs_slot slot;
+    uint32_t part;
+    behind->value = kvs_index_next_dirty(server->index, &slot);
+    if (behind->value == KVS_NIL)
+        return false;
+    const kvs_schema *schema = kvs_index_schema(server->index, behind->value, &part);
+    kvs_write_job *job = &behind->job;
+    memset(job, 0, sizeof(*job));
+    kvs_index_key(server->index, behind->value, &job->write.key);
+    job->write.row_bytes = schema->parts[part].row_bytes;
+    job->write.n_rows = schema->block_tokens;
+    job->write.rows = server->dram.ops->map(server->dram.tier, slot);
+    job->cls = schema->parts[part].cls;
+    job->done = behind_done;
+    job->writer = writer;
+    return true;
+}
+
+/* The next job, or NULL; *behind_p: a free record to look for a dirty value with. */
+static kvs_write_job *next_job(kvs_writer *writer, behind_job **behind_p)
+{
+    kvs_write_job *job = writer->head;
+    *behind_p = NULL;
+    if (job) {
+        writer->head = job->next;
+        if (!writer->head)
+            writer->tail = NULL;
+        return job;
+    }
+    if (writer->kicked && writer->free_behind && (!writer->stopping || writer->flush)) {
+        *behind_p = writer->free_behind;
+        writer->free_behind = (*behind_p)->next_free;
+    }
+    return NULL;
+}
+
+static void writer_main(void *arg)
+{
+    kvs_writer *writer = arg;
+    kvc_mutex_lock(&writer->lock);
+    for (;;) {
+        behind_job *behind;
+        kvs_write_job *job = next_job(writer, &behind);
+        if (!job && !behind) {
+            if (writer->stopping && !writer->n_flying)
+                break;
+            kvc_cond_wait(&writer->wake, &writer->lock);
+            continue;
+        }
+        if (behind)
+            writer->kicked = false;
+        kvc_mutex_unlock(&writer->lock);
+        bool filled = behind && behind_fill(writer, behind);
+        if (job || filled)
+            process(writer, job ? job : &behind->job);
+        kvc_mutex_lock(&writer->lock);
+        if (filled)
+            writer->kicked = true; /* there may be more */
+        if (behind && !filled) {
+            behind->next_free = writer->free_behind;
+            writer->free_behind = behind;
+        }
+    }
+    kvc_mutex_unlock(&writer->lock);
+}
+
+kvc_status kvs_writer_create(kvs_server *server, kvs_writer **writer_p)
+{
+    *writer_p = NULL;
+    kvs_writer *writer = calloc(1, sizeof(*writer));
+    if (!writer)
+        return KVC_NO_MEMORY;
+    writer->server = server;
+    kvc_mutex_init(&writer->lock, KVC_RANK_QUEUE);
+    kvc_cond_init(&writer->wake);
+    for (uint32_t i = 0; i < KVS_BEHIND_JOBS; i++) {
+        writer->behind[i].next_free = writer->free_behind;
+        writer->free_behind = &writer->behind[i];
+    }
+    kvc_status status = kvc_thread_start(&writer->thread, "kvs-writer", writer_main, writer);
+    if (status != KVC_OK) {
+        kvc_cond_fini(&writer->wake);
+        kvc_mutex_fini(&writer->lock);
+        free(writer);
+        return status;
+    }
+    *writer_p = writer;
+    return KVC_OK;
+}
+
+void kvs_writer_destroy(kvs_writer *writer, bool flush)
+{
+    if (!writer)
+        return;
+    kvc_mutex_lock(&writer->lock);
+    writer->stopping = true;
+    writer->flush = flush;
+    kvc_cond_signal(&writer->wake);
+    kvc_mutex_unlock(&writer->lock);
+    kvc_thread_join(&writer->thread);
+    KVC_ASSERT(!writer->head && !writer->n_flying);
+    kvc_cond_fini(&writer->wake);
+    kvc_mutex_fini(&writer->lock);
+    free(writer);
+}
+
+void kvs_writer_submit(kvs_writer *writer, kvs_write_job *job)
+{
+    job->writer = writer;
+    job->next = NULL;
+    job->sums = NULL;
+    kvc_mutex_lock(&writer->lock);
+    if (writer->tail)
+        writer->tail->next = job;
+    else
+        writer->head = job;
+    writer->tail = job;
+    kvc_cond_signal(&writer->wake);
+    kvc_mutex_unlock(&writer->lock);
+}
+
+void kvs_writer_kick(kvs_writer *writer)
+{
+    kvc_mutex_lock(&writer->lock);
+    writer->kicked = true;
+    kvc_cond_signal(&writer->wake);
+    kvc_mutex_unlock(&writer->lock);
+}
