@@ -42,6 +42,7 @@ kvc_status kvsi_lmdb_status(int rc)
         return KVC_CORRUPT;
     case ENOSPC:
     case EDQUOT:
+    case EFBIG:
         return KVC_NO_SPACE;
     case ENOMEM:
         return KVC_NO_MEMORY;
@@ -80,11 +81,12 @@ static kvc_status allot(kvsi_env *env, uint64_t map_pages)
         return failed(env, "mdb_env_get_fd", rc);
     if (fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, (off_t)(map_pages * KVSI_PAGE_BYTES)) == 0)
         return KVC_OK;
-    if (errno == EOPNOTSUPP || errno == ENOSYS || errno == EINTR)
+    rc = errno;
+    if (rc == EOPNOTSUPP || rc == ENOSYS || rc == EINTR)
         return KVC_OK;
     KVC_LOG_WARN(TIER, "lmdb: %s/%s: no room on the disk for %llu pages: %s", env->root, env->name,
-                 (unsigned long long)map_pages, strerror(errno));
-    return errno == ENOSPC || errno == EDQUOT ? KVC_NO_SPACE : KVC_IO;
+                 (unsigned long long)map_pages, strerror(rc));
+    return kvsi_lmdb_status(rc);
 }
 
 static kvc_status open_database(kvsi_env *env)

@@ -50,13 +50,16 @@ static bool in_ram(const uint8_t *p)
     return mincore(page_of(p), 1, &state) != 0 || (state & 1);
 }
 
+/* A look at a few of the pages; a row alone is not worth a look, its own fault fetches it. */
 static bool looks_cold(const uint8_t *rows, uint32_t row_bytes, const kvs_row_range *ranges,
                        uint32_t n_ranges)
 {
+    if (n_ranges == 0 || (n_ranges == 1 && (uint64_t)ranges[0].n * row_bytes <= KVSI_PAGE_BYTES))
+        return false;
     for (uint32_t i = 0; i < SAMPLES; i++) {
         const kvs_row_range *range = &ranges[(uint64_t)(n_ranges - 1) * i / (SAMPLES - 1)];
-        uint64_t row =
-            range->first + (range->n > 0 ? (uint64_t)(range->n - 1) * i / (SAMPLES - 1) : 0);
+        uint64_t last = range->n > 0 ? range->n - 1 : 0;
+        uint64_t row = range->first + last * i / (SAMPLES - 1);
         if (!in_ram(rows + row * row_bytes))
             return true;
     }
@@ -107,7 +110,7 @@ static kvc_status get_sums(kvs_tier *tier, const kvsi_class *class, const MDB_va
 static void copy_rows(const uint8_t *rows, uint32_t row_bytes, const kvs_row_range *ranges,
                       uint32_t n_ranges)
 {
-    if (n_ranges > 0 && looks_cold(rows, row_bytes, ranges, n_ranges))
+    if (looks_cold(rows, row_bytes, ranges, n_ranges))
         ask_for(rows, row_bytes, ranges, n_ranges);
     for (uint32_t i = 0; i < n_ranges; i++)
         memcpy(ranges[i].dst, rows + (uint64_t)ranges[i].first * row_bytes,
