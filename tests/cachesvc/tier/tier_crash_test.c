@@ -1,0 +1,245 @@
+/*
+ * tier_crash_test.c: kill -9 while values are written and released. After each kill the tier opens
+ * again, every value whose durable write was acknowledged and that was not released since is there
+ * and right, and no value reads wrong. KVS_CRASH_ROUNDS sets how many times (20).
+ */
+#include "tier_support.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "base/sum.h"
+
+#define N_KEYS   40u
+#define N_FLIGHT 12u
+
+static const shape crash_shapes[2] = {{4096, 32}, {100, 64}};
+
+/* What the child tells; one pipe write each, so a kill cuts between them. */
+typedef struct note {
+    uint32_t key, version;
+    enum { ACKED, RELEASING } what;
+} note;
+
+typedef struct flight {
+    kvs_tier_write write;
+    uint32_t key, version, sums[64];
+    uint8_t rows[4096 * 32];
+    bool busy;
+    int fd;
+} flight;
+
+static shape shape_of(uint32_t key)
+{
+    return crash_shapes[key % 2];
+}
+
+static void say(int fd, uint32_t key, uint32_t version, int what)
+{
+    note n = {.key = key, .version = version, .what = what};
+
+    if (write(fd, &n, sizeof(n)) != sizeof(n))
+        _exit(9);
+}
+
+static void acked(kvs_tier_write *write)
+{
+    flight *f = write->arg;
+
+    if (write->status == KVC_OK && write->durable)
+        say(f->fd, f->key, f->version, ACKED);
+    __atomic_store_n(&f->busy, false, __ATOMIC_RELEASE);
+}
+
+typedef struct known {
+    uint32_t version; /* 0: nothing acknowledged */
+    bool here;        /* listed by recover */
+    kvs_slot slot;
+} known;
+
+static void start_write(tier_under_test *t, flight *f, uint32_t key, uint32_t version, int fd)
+{
+    shape s = shape_of(key);
+    kvs_value_key name = key_of(3, key, key);
+
+    f->key = key;
+    f->version = version;
+    f->fd = fd;
+    fill_rows(&name, version, s, f->rows);
+    kvc_row_sums(f->rows, s.row_bytes, s.n_rows, f->sums);
+    f->write = (kvs_tier_write){.key = name,
+                                .row_bytes = s.row_bytes,
+                                .n_rows = s.n_rows,
+                                .rows = f->rows,
+                                .row_sums = f->sums,
+                                .durable = version % 3 != 0,
+                                .done = acked,
+                                .arg = f};
+    f->busy = true;
+    if (t->ops->write(t->tier, &f->write) != KVC_OK) {
+        f->version = 0;
+        __atomic_store_n(&f->busy, false, __ATOMIC_RELEASE);
+    }
+}
+
+static bool note_slot(void *arg, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
+                      uint32_t n_rows)
+{
+    known *k = arg;
+
+    (void)row_bytes;
+    (void)n_rows;
+    if (key->part < N_KEYS) {
+        k[key->part].here = true;
+        k[key->part].slot = slot;
+    }
+    return true;
+}
+
+/* Writes, and now and then releases, until it is killed. Each key is in one flight at a time. */
+static void child(tier_under_test *t, uint64_t seed, uint32_t version, int fd)
+{
+    static flight flights[N_FLIGHT];
+    static known have[N_KEYS];
+
+    if (tut_open(t) != KVC_OK || t->ops->recover(t->tier, note_slot, have) != KVC_OK)
+        _exit(8);
+    for (;;) {
+        flight *f = &flights[rng_next(&seed) % N_FLIGHT];
+        if (__atomic_load_n(&f->busy, __ATOMIC_ACQUIRE))
+            continue;
+        if (f->write.status == KVC_OK && f->version > 0) {
+            have[f->key].here = true;
+            have[f->key].slot = f->write.slot;
+            f->version = 0;
+        }
+        /* Flight i owns the keys that are i modulo N_FLIGHT. */
+        uint32_t i = (uint32_t)(f - flights);
+        uint32_t key = i + N_FLIGHT * (uint32_t)(rng_next(&seed) % 3);
+        if (key >= N_KEYS)
+            continue;
+        if (have[key].here) {
+            kvs_value_key name = key_of(3, key, key);
+            say(fd, key, 0, RELEASING);
+            t->ops->release(t->tier, &name, have[key].slot);
+            have[key].here = false;
+        }
+        start_write(t, f, key, ++version, fd);
+    }
+}
+
+static void read_notes(int fd, known *k, uint32_t *version)
+{
+    note n;
+    ssize_t got;
+
+    while ((got = read(fd, &n, sizeof(n))) == sizeof(n)) {
+        if (n.what == ACKED)
+            *version = n.version > *version ? n.version : *version;
+        k[n.key].version = n.what == ACKED ? n.version : 0;
+    }
+    assert_int_equal(got, 0);
+}
+
+/* A key's bytes are those of some version up to limit; which one. 0: of none. */
+static uint32_t version_of(tier_under_test *t, uint32_t key, kvs_slot slot, uint32_t limit)
+{
+    kvs_value_key name = key_of(3, key, key);
+    shape s = shape_of(key);
+    bool equal;
+
+    for (uint32_t v = limit; v > 0; v--) {
+        kvc_status status = check_rows(t, &name, v, s, slot, 0, 1, &equal);
+        assert_int_equal(status, KVC_OK);
+        if (!equal)
+            continue;
+        assert_value(t, &name, v, s, slot);
+        return v;
+    }
+    return 0;
+}
+
+static void test_kill_nine(void **state)
+{
+    tier_under_test *t = *state;
+    const char *env = getenv("KVS_CRASH_ROUNDS");
+    uint32_t rounds = env != NULL ? (uint32_t)strtoul(env, NULL, 10) : 20;
+    uint64_t seed = 4711;
+    known k[N_KEYS] = {0};
+    uint32_t version = 0, survived = 0;
+
+    assert_int_equal(tut_open(t), KVC_OK);
+    tut_close(t);
+    for (uint32_t round = 0; round < rounds; round++) {
+        int pipes[2], status;
+        uint32_t before = version + 1;
+        assert_int_equal(pipe(pipes), 0);
+        pid_t pid = fork();
+        if (pid == 0) {
+            close(pipes[0]);
+            child(t, rng_next(&seed), before, pipes[1]);
+        }
+        close(pipes[1]);
+        rng_next(&seed);
+        usleep((useconds_t)(20000 + rng_next(&seed) % 130000));
+        kill(pid, SIGKILL);
+        assert_int_equal(waitpid(pid, &status, 0), pid);
+        assert_true(WIFSIGNALED(status));
+        read_notes(pipes[0], k, &version);
+        close(pipes[0]);
+
+        assert_int_equal(tut_open(t), KVC_OK);
+        for (uint32_t i = 0; i < N_KEYS; i++)
+            k[i].here = false;
+        assert_int_equal(t->ops->recover(t->tier, note_slot, k), KVC_OK);
+        for (uint32_t i = 0; i < N_KEYS; i++) {
+            if (k[i].version > 0) /* acknowledged, nothing said since */
+                assert_true(k[i].here);
+            if (!k[i].here)
+                continue;
+            uint32_t found = version_of(t, i, k[i].slot, version + 200);
+            assert_true(found > 0);
+            if (k[i].version > 0) {
+                assert_true(found >= k[i].version);
+                survived++;
+            }
+            version = found > version ? found : version;
+            k[i].version = found % 3 != 0 ? found : 0;
+        }
+        tut_close(t);
+    }
+    print_message("%u rounds, %u acknowledged values found again, %u versions\n", rounds, survived,
+                  version);
+    assert_true(survived > rounds);
+}
+
+static int setup(void **state)
+{
+    tier_under_test *t = malloc(sizeof(*t));
+
+    tut_init(t, kvs_tier_find("lmdb"), NULL);
+    t->opts.group_commit_ns = 1000000;
+    t->opts.capacity_bytes = 16u << 20;
+    *state = t;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    tut_fini(*state);
+    free(*state);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_kill_nine, setup, teardown),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
