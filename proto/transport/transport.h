@@ -53,6 +53,7 @@ struct kvt_call {
     uint64_t deadline_ns; /* CLOCK_MONOTONIC; 0: none */
     const char *tenant;   /* identity of the peer; "default" without certificates */
     void *user;
+    int cancelled; /* set by the transport; read it with kvt_call_cancelled */
 };
 
 typedef struct kvt_listen_opts {
@@ -146,6 +147,13 @@ static inline void kvt_call_reply(kvt_call *call, kvc_status status, const char 
                                   const kvt_slice *slices, uint32_t n_slices)
 {
     call->ops->reply(call, status, detail, retry_after_ms, reply, slices, n_slices);
+}
+
+/* True once the client has gone away or given up: work for this call may be dropped, but the call
+ * still has to be answered. Any thread. */
+static inline bool kvt_call_cancelled(const kvt_call *call)
+{
+    return __atomic_load_n(&call->cancelled, __ATOMIC_ACQUIRE) != 0;
 }
 
 #endif

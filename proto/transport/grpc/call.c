@@ -1,0 +1,336 @@
+/*
+ * call.c: one request at the server, from its slot to its last byte.
+ *
+ * A call is armed, arrives on its queue's thread, is admitted and decoded there, and handed to
+ * on_call. kvti_call_reply may run on any thread. The call is freed on its queue's thread once both
+ * its answer has gone out and gRPC has reported its end; n_refs is that thread's alone.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/assert.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "grpc_internal.h"
+#include "wire/wire.h"
+
+struct call {
+    kvt_call base; /* first, so that the server's pointer is ours */
+    kvti_queue *queue;
+    int slot;
+    grpc_call *call;
+    grpc_call_details details; /* KVTI_UNKNOWN only */
+    grpc_metadata_array metadata;
+    gpr_timespec deadline;
+    grpc_byte_buffer *request, *answer;
+    kvti_tag arrived, closed, sent;
+    int n_refs;
+    int cancelled;
+    uint64_t charged_bytes;
+    grpc_slice details_text;
+    grpc_metadata trailers[2];
+    char trailer_texts[2][12];
+};
+
+static void uncharge(struct call *call)
+{
+    kvt_listener *listener = call->queue->listener;
+    if (call->charged_bytes == 0)
+        return;
+    kvc_mutex_lock(&listener->mutex);
+    listener->inflight_bytes -= call->charged_bytes;
+    kvc_mutex_unlock(&listener->mutex);
+    call->charged_bytes = 0;
+}
+
+/* Lets go of what the request points at. */
+static void free_request(struct call *call)
+{
+    if (call->request != NULL)
+        grpc_byte_buffer_destroy(call->request);
+    call->request = NULL;
+    kvc_arena_reset(&call->base.arena);
+    uncharge(call);
+}
+
+static void free_call(struct call *call)
+{
+    free_request(call);
+    if (call->answer != NULL)
+        grpc_byte_buffer_destroy(call->answer);
+    grpc_slice_unref(call->details_text);
+    grpc_metadata_array_destroy(&call->metadata);
+    if (call->slot == KVTI_UNKNOWN)
+        grpc_call_details_destroy(&call->details);
+    if (call->call != NULL)
+        grpc_call_unref(call->call);
+    free(call);
+}
+
+static void unref_call(struct call *call)
+{
+    kvt_listener *listener = call->queue->listener;
+    if (--call->n_refs > 0)
+        return;
+    free_call(call);
+    kvc_mutex_lock(&listener->mutex);
+    listener->n_calls--;
+    if (listener->n_calls == 0)
+        kvc_cond_broadcast(&listener->changed);
+    kvc_mutex_unlock(&listener->mutex);
+}
+
+static void on_closed(kvti_tag *tag, bool ok)
+{
+    struct call *call = KVTI_CONTAINER(tag, struct call, closed);
+    (void)ok;
+    if (call->cancelled != 0)
+        __atomic_store_n(&call->base.cancelled, 1, __ATOMIC_RELEASE);
+    unref_call(call);
+}
+
+static void on_sent(kvti_tag *tag, bool ok)
+{
+    (void)ok;
+    unref_call(KVTI_CONTAINER(tag, struct call, sent));
+}
+
+static void add_trailer(struct call *call, uint32_t i, const char *key, uint32_t value)
+{
+    (void)snprintf(call->trailer_texts[i], sizeof(call->trailer_texts[i]), "%u", value);
+    call->trailers[i].key = grpc_slice_from_static_string(key);
+    call->trailers[i].value = grpc_slice_from_static_string(call->trailer_texts[i]);
+}
+
+/* Sends the answer: call->answer if there is one, and the status. Any thread; the call may be gone
+ * when this returns. */
+static void send(struct call *call, kvc_status status, const char *detail, uint32_t retry_after_ms)
+{
+    char text[KVT_DETAIL_BYTES + 32];
+    grpc_op ops[3] = {
+        {.op = GRPC_OP_SEND_INITIAL_METADATA},
+        {.op = GRPC_OP_SEND_STATUS_FROM_SERVER},
+        {.op = GRPC_OP_SEND_MESSAGE},
+    };
+    ops[1].data.send_status_from_server.status = kvti_to_grpc(status);
+    if (status != KVC_OK) {
+        (void)snprintf(text, sizeof(text), "%s: %s", kvc_status_name(status),
+                       detail == NULL ? "" : detail);
+        call->details_text = grpc_slice_from_copied_string(text);
+        ops[1].data.send_status_from_server.status_details = &call->details_text;
+        add_trailer(call, 0, KVTI_STATUS_KEY, (uint32_t)-status);
+        ops[1].data.send_status_from_server.trailing_metadata_count = 1;
+        ops[1].data.send_status_from_server.trailing_metadata = call->trailers;
+    }
+    if (status == KVC_AGAIN && retry_after_ms > 0) {
+        add_trailer(call, 1, KVTI_RETRY_KEY, retry_after_ms);
+        ops[1].data.send_status_from_server.trailing_metadata_count = 2;
+    }
+    if (call->answer != NULL)
+        ops[2].data.send_message.send_message = call->answer;
+    free_request(call);
+    kvti_start(call->call, ops, call->answer == NULL ? 2 : 3, &call->sent);
+}
+
+static void release_all(const kvt_slice *slices, uint32_t n_slices)
+{
+    for (uint32_t i = 0; i < n_slices; i++) {
+        if (slices[i].release != NULL)
+            slices[i].release(slices[i].arg);
+    }
+}
+
+static grpc_slice wrap(const kvt_slice *slice)
+{
+    if (slice->release == NULL)
+        return grpc_slice_from_static_buffer(slice->base, slice->len_bytes);
+    return grpc_slice_new_with_user_data((void *)(uintptr_t)slice->base, slice->len_bytes,
+                                         slice->release, slice->arg);
+}
+
+/* Header and slices as one message. Takes the slices' memory. */
+static grpc_byte_buffer *build_answer(const void *head, size_t head_bytes, const kvt_slice *slices,
+                                      uint32_t n_slices)
+{
+    grpc_slice list[KVT_MAX_SLICES + 1];
+    uint32_t n = 0;
+    list[n++] = grpc_slice_from_copied_buffer(head, head_bytes);
+    for (uint32_t i = 0; i < n_slices; i++) {
+        if (slices[i].len_bytes > 0)
+            list[n++] = wrap(&slices[i]);
+        else
+            release_all(&slices[i], 1);
+    }
+    grpc_byte_buffer *answer = grpc_raw_byte_buffer_create(list, n);
+    for (uint32_t i = 0; i < n; i++)
+        grpc_slice_unref(list[i]);
+    return answer;
+}
+
+void kvti_call_reply(kvt_call *base, kvc_status status, const char *detail, uint32_t retry_after_ms,
+                     const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices)
+{
+    struct call *call = (struct call *)base;
+    KVC_ASSERT(n_slices <= KVT_MAX_SLICES);
+    if (status == KVC_OK) {
+        kvc_reply whole = reply == NULL ? (kvc_reply){0} : *reply;
+        const void *head;
+        size_t head_bytes;
+        whole.method = (kvc_method)call->slot;
+        whole.data = NULL;
+        whole.data_bytes = 0;
+        for (uint32_t i = 0; i < n_slices; i++)
+            whole.data_bytes += slices[i].len_bytes;
+        kvc_status encoded = kvc_wire_encode_reply(&whole, &base->arena, &head, &head_bytes);
+        if (encoded == KVC_OK) {
+            call->answer = build_answer(head, head_bytes, slices, n_slices);
+            n_slices = 0;
+        } else {
+            KVC_LOG_ERROR(GRPC, "the server's answer to %s does not encode: %s",
+                          kvc_method_name(whole.method), kvc_status_name(encoded));
+            status = KVC_IO;
+            detail = "the server's answer is beyond the protocol's limits";
+        }
+    }
+    release_all(slices, n_slices);
+    send(call, status, detail, retry_after_ms);
+}
+
+/* Counts the call in and judges whether it may go on. */
+static kvc_status admit(struct call *call, const char **why_p)
+{
+    kvt_listener *listener = call->queue->listener;
+    uint64_t len_bytes = call->request == NULL ? 0 : grpc_byte_buffer_length(call->request);
+    kvc_status status = KVC_OK;
+    kvc_mutex_lock(&listener->mutex);
+    listener->n_calls++;
+    if (call->slot == KVTI_HEALTH_WATCH) {
+        status = KVC_AGAIN;
+        *why_p = "too many health watchers";
+    } else if (call->slot >= KVC_METHOD_COUNT) {
+        /* health and unknown methods are answered at once, whatever the load */
+    } else if (listener->draining) {
+        status = KVC_CLOSED;
+        *why_p = "the server is draining";
+    } else if (listener->n_calls > listener->opts.max_calls) {
+        status = KVC_AGAIN;
+        *why_p = "too many calls in flight";
+    } else if (listener->inflight_bytes > 0 &&
+               listener->inflight_bytes + len_bytes > listener->opts.max_inflight_bytes) {
+        status = KVC_AGAIN;
+        *why_p = "too many request bytes in flight";
+    } else {
+        listener->inflight_bytes += len_bytes;
+        call->charged_bytes = len_bytes;
+    }
+    kvc_mutex_unlock(&listener->mutex);
+    return status;
+}
+
+static kvc_status decode(struct call *call, const char **why_p)
+{
+    uint32_t n_pieces;
+    *why_p = "the request has no message";
+    if (call->request == NULL)
+        return KVC_INVALID;
+    *why_p = "the request is compressed in a way this server does not know";
+    if (call->request->data.raw.compression != GRPC_COMPRESS_NONE)
+        return KVC_UNSUPPORTED;
+    *why_p = "memory for one message is out";
+    struct iovec *pieces = kvti_byte_buffer_pieces(call->request, &call->base.arena, &n_pieces);
+    if (pieces == NULL)
+        return KVC_NO_MEMORY;
+    kvc_status status = kvc_wire_decode_request((kvc_method)call->slot, pieces, n_pieces,
+                                                &call->base.arena, &call->base.req, why_p);
+    if (status != KVC_OK)
+        return status;
+    *why_p = "the message's data is longer than max_message_bytes";
+    return call->base.req.data_bytes > call->queue->listener->opts.max_message_bytes ? KVC_INVALID
+                                                                                     : KVC_OK;
+}
+
+static void answer_health(struct call *call)
+{
+    const char *why = NULL;
+    kvc_status status =
+        kvti_health_check(call->queue->listener, call->request, &call->answer, &why);
+    send(call, status, why, 0);
+}
+
+static void serve(struct call *call)
+{
+    kvt_listener *listener = call->queue->listener;
+    const char *why = NULL;
+    kvc_status status = admit(call, &why);
+    if (status == KVC_OK && call->slot == KVTI_HEALTH_CHECK) {
+        answer_health(call);
+        return;
+    }
+    if (status == KVC_OK && call->slot == KVTI_UNKNOWN) {
+        status = KVC_UNSUPPORTED;
+        why = "no such method";
+    }
+    if (status == KVC_OK)
+        status = decode(call, &why);
+    if (status != KVC_OK) {
+        send(call, status, why, status == KVC_AGAIN ? KVTI_RETRY_MS : 0);
+        return;
+    }
+    call->base.deadline_ns = kvti_from_timespec(call->deadline);
+    listener->opts.on_call(listener->opts.arg, &call->base);
+}
+
+static void on_arrived(kvti_tag *tag, bool ok)
+{
+    struct call *call = KVTI_CONTAINER(tag, struct call, arrived);
+    if (!ok) {
+        free_call(call);
+        return;
+    }
+    kvti_arm(call->queue, call->slot);
+    if (call->slot == KVTI_HEALTH_WATCH &&
+        kvti_watch_begin(call->queue, call->call, call->request)) {
+        call->call = NULL;
+        call->request = NULL;
+        free_call(call);
+        return;
+    }
+    /* In a batch of its own, so that a client that goes away is seen before the answer is ready. */
+    grpc_op closed = {.op = GRPC_OP_RECV_CLOSE_ON_SERVER};
+    closed.data.recv_close_on_server.cancelled = &call->cancelled;
+    call->n_refs = 2;
+    kvti_start(call->call, &closed, 1, &call->closed);
+    serve(call);
+}
+
+void kvti_arm(kvti_queue *queue, int slot)
+{
+    grpc_server *server = queue->listener->server;
+    struct call *call = calloc(1, sizeof(*call));
+    if (call == NULL) {
+        KVC_LOG_ERROR(GRPC, "memory is out: one request slot fewer");
+        return;
+    }
+    call->base.ops = &kvt_grpc_ops;
+    call->base.tenant = "default";
+    call->queue = queue;
+    call->slot = slot;
+    call->details_text = grpc_empty_slice();
+    call->arrived.fn = on_arrived;
+    call->closed.fn = on_closed;
+    call->sent.fn = on_sent;
+    kvc_arena_init(&call->base.arena, KVTI_ARENA_BYTES);
+    grpc_metadata_array_init(&call->metadata);
+    grpc_call_error error;
+    if (slot == KVTI_UNKNOWN) {
+        grpc_call_details_init(&call->details);
+        error = grpc_server_request_call(server, &call->call, &call->details, &call->metadata,
+                                         queue->cq, queue->cq, &call->arrived);
+    } else {
+        error = grpc_server_request_registered_call(
+            server, queue->listener->methods[slot], &call->call, &call->deadline, &call->metadata,
+            &call->request, queue->cq, queue->cq, &call->arrived);
+    }
+    KVC_ASSERT(error == GRPC_CALL_OK);
+}

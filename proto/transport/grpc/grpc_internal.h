@@ -1,0 +1,132 @@
+/*
+ * grpc_internal.h: what the files of the gRPC transport share; the only place, with them, that sees
+ * grpc/ headers.
+ *
+ * Every completion queue has one thread. Its events carry a kvti_tag, whose function runs on that
+ * thread with no lock held.
+ */
+#ifndef KVTI_GRPC_INTERNAL_H
+#define KVTI_GRPC_INTERNAL_H
+
+#include <grpc/byte_buffer.h>
+#include <grpc/grpc.h>
+#include <grpc/grpc_security.h>
+#include <grpc/slice.h>
+#include <grpc/support/time.h>
+
+#include "base/thread.h"
+#include "transport/transport.h"
+#include "transport/transport_internal.h"
+
+#define KVTI_TARGET_BYTES        256
+/* Beyond the payload: header, tags, and room to answer an overlong message with a reason. */
+#define KVTI_MESSAGE_SLACK_BYTES KVC_MAX_HEADER_BYTES
+#define KVTI_METADATA_BYTES      (16 << 10)
+#define KVTI_MAX_WATCHES         256u
+
+#define KVTI_STATUS_KEY "kvc-status"
+#define KVTI_RETRY_KEY  "retry-after-ms"
+
+#define KVTI_CONTAINER(ptr, type, member) ((type *)(void *)((char *)(ptr)-offsetof(type, member)))
+
+/* What a completion queue hands back. ok is false for a request slot that shutdown returned. */
+typedef struct kvti_tag {
+    void (*fn)(struct kvti_tag *tag, bool ok);
+} kvti_tag;
+
+/* ---- common.c ------------------------------------------------------------------------------- */
+
+/* gRPC's name for a URI ("host:port", "unix:/path"). INVALID: not one of ours. */
+kvc_status kvti_grpc_target(const char *uri, char target_p[KVTI_TARGET_BYTES]) KVC_MUST_CHECK;
+/* "/kvasir.v1.KvCache/FetchRows" and so on. */
+const char *kvti_method_path(kvc_method method);
+grpc_status_code kvti_to_grpc(kvc_status status);
+/* The nearest status for a code that came without kvc-status; message decides where needed. */
+kvc_status kvti_from_grpc(grpc_status_code code, const char *message);
+gpr_timespec kvti_to_timespec(uint64_t deadline_ns);
+uint64_t kvti_from_timespec(gpr_timespec deadline);
+grpc_arg kvti_arg(const char *key, int value);
+/* Slices of bb as iovecs in arena; NULL when memory is out. They live as long as bb. */
+struct iovec *kvti_byte_buffer_pieces(grpc_byte_buffer *bb, kvc_arena *arena, uint32_t *n_p);
+/* Runs the events of cq until it is shut down and empty. */
+void kvti_run_queue(grpc_completion_queue *cq);
+void kvti_start(grpc_call *call, const grpc_op *ops, size_t n_ops, kvti_tag *tag);
+
+/* ---- the server end ------------------------------------------------------------------------- */
+
+typedef struct kvti_queue {
+    kvt_listener *listener;
+    grpc_completion_queue *cq;
+    kvc_thread thread;
+} kvti_queue;
+
+/* Slots beyond kvc_method of a listener's table. */
+enum { KVTI_HEALTH_CHECK = KVC_METHOD_COUNT, KVTI_HEALTH_WATCH, KVTI_UNKNOWN, KVTI_SLOTS };
+
+typedef struct kvti_watch kvti_watch;
+
+struct kvt_listener {
+    kvt_listen_opts opts; /* uri points to uri below */
+    char uri[KVTI_TARGET_BYTES + 16];
+    grpc_server *server;
+    void *methods[KVTI_SLOTS];
+    kvti_queue *queues;
+    uint32_t n_queues;
+    kvti_tag shutdown_tag;
+
+    /* rank TRANSPORT; guards the rest; nothing is called under it */
+    kvc_mutex mutex;
+    kvc_cond changed; /* n_calls fell to 0, or gone was set */
+    uint32_t n_calls;
+    uint64_t inflight_bytes;
+    bool draining, serving;
+    bool gone; /* the server has let go of every call and connection */
+    kvti_watch *watches;
+    uint32_t n_watches;
+};
+
+/* Offers one slot of a method to the queue. */
+void kvti_arm(kvti_queue *queue, int slot);
+void kvti_call_reply(kvt_call *call, kvc_status status, const char *detail, uint32_t retry_after_ms,
+                     const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices);
+
+/* Body of the answer to Check, and its status. The caller gives bb to gRPC and destroys it. */
+kvc_status kvti_health_check(kvt_listener *listener, grpc_byte_buffer *request,
+                             grpc_byte_buffer **bb_p, const char **why_p) KVC_MUST_CHECK;
+/* Takes call and request, and answers until the client or the server ends it. False: too many
+ * watchers or no memory; nothing was taken. */
+bool kvti_watch_begin(kvti_queue *queue, grpc_call *call, grpc_byte_buffer *request);
+/* Tells every watcher what serving is now. */
+void kvti_watch_publish(kvt_listener *listener);
+
+/* ---- the client end ------------------------------------------------------------------------- */
+
+typedef struct kvti_xfer kvti_xfer;
+
+typedef struct kvti_channel {
+    grpc_channel *channel;
+    void *methods[KVC_METHOD_COUNT];
+} kvti_channel;
+
+struct kvt_conn {
+    kvti_channel *channels;
+    uint32_t n_channels;
+    grpc_completion_queue *cq;
+    kvc_thread thread;
+
+    /* rank TRANSPORT; guards the rest and every xfer->priv; nothing is called under it */
+    kvc_mutex mutex;
+    kvc_cond idle; /* n_xfers fell to 0 */
+    kvti_xfer *xfers;
+    uint32_t n_xfers; /* in the list, or on the way out of done */
+    bool closed;
+};
+
+kvc_status kvti_connect(const kvt_connect_opts *opts, kvt_conn **conn_p) KVC_MUST_CHECK;
+void kvti_conn_close(kvt_conn *conn);
+kvc_status kvti_submit(kvt_conn *conn, kvt_xfer *xfer) KVC_MUST_CHECK;
+void kvti_cancel(kvt_conn *conn, kvt_xfer *xfer);
+/* Cancels every transfer that is in flight. closed must be set. */
+void kvti_cancel_all(kvt_conn *conn);
+
+#endif

@@ -1,0 +1,109 @@
+/*
+ * inproc_internal.h: what the files of the in-process transport share.
+ *
+ * Requests and reply headers go through the wire format, so that this transport refuses what the
+ * others refuse and neither side sees the other's memory change; a reply's payload slices are
+ * handed over as they are. One mutex guards all of it: this transport is for tests and small
+ * programs, not for speed.
+ */
+#ifndef KVTI_INPROC_INTERNAL_H
+#define KVTI_INPROC_INTERNAL_H
+
+#include "base/thread.h"
+#include "transport/transport.h"
+#include "transport/transport_internal.h"
+
+#define KVTI_NAME_BYTES 128
+
+typedef struct kvti_incall kvti_incall;
+typedef struct kvti_inop kvti_inop;
+
+/* A request at the server. */
+struct kvti_incall {
+    kvt_call base; /* first, so that the server's pointer is ours */
+    kvt_listener *listener;
+    kvti_incall *queued;      /* next to be dispatched */
+    kvti_incall *next, *prev; /* in flight at the listener */
+    kvti_inop *op;            /* who waits; NULL: gone */
+    uint8_t *bytes;           /* the message */
+    size_t len_bytes;
+};
+
+/* A transfer at the client. Waiting until it is put on the connection's finished list. */
+struct kvti_inop {
+    kvt_conn *conn;
+    kvt_xfer *xfer;
+    kvti_inop *next, *prev; /* waiting at the connection */
+    kvti_inop *finished;    /* next to be delivered */
+    kvti_incall *call;      /* at the server; NULL: answered or let go */
+    bool waiting;
+    kvc_status status;
+    char detail[KVT_DETAIL_BYTES];
+    uint32_t retry_after_ms;
+    uint8_t *head; /* of the reply; malloc'd */
+    size_t head_bytes;
+    kvt_slice *slices; /* [n_slices] malloc'd; released after done */
+    uint32_t n_slices;
+};
+
+struct kvt_listener {
+    kvt_listener *next;
+    kvt_listen_opts opts;
+    char uri[KVTI_NAME_BYTES];
+    kvc_thread thread;
+    kvc_cond work;    /* something queued, or stopping */
+    kvc_cond changed; /* n_calls fell */
+    kvti_incall *queue, **queue_end;
+    kvti_incall *calls;
+    uint32_t n_calls;
+    uint64_t inflight_bytes;
+    bool draining, stopping, serving;
+};
+
+struct kvt_conn {
+    char uri[KVTI_NAME_BYTES];
+    kvc_thread thread;
+    kvc_cond work; /* something finished, a new deadline, or stopping */
+    kvc_cond idle; /* n_ops fell to 0 */
+    kvti_inop *waiting;
+    kvti_inop *finished, **finished_end;
+    uint32_t n_ops; /* waiting, finished, or in done */
+    bool closed, stopping;
+};
+
+/* The mutex (rank TRANSPORT) and, under it, the listeners there are. */
+void kvti_inproc_lock(void);
+void kvti_inproc_unlock(void);
+kvc_mutex *kvti_inproc_mutex(void);
+kvt_listener **kvti_inproc_listeners(void);
+
+/* INVALID unless uri is inproc://name and fits. */
+kvc_status kvti_inproc_check_uri(const char *uri) KVC_MUST_CHECK;
+/* All of these with the mutex held. */
+kvt_listener *kvti_inproc_find(const char *uri);
+/* Counts a call in and queues it; it keeps op's pointer. AGAIN, CLOSED; *why_p then says why. */
+kvc_status kvti_inproc_enqueue(kvt_listener *listener, kvti_incall *call,
+                               const char **why_p) KVC_MUST_CHECK;
+/* Ends an op that waits: it goes to its connection's thread. The server's call, if any, is let go.
+ */
+void kvti_inproc_finish(kvti_inop *op, kvc_status status, const char *detail,
+                        uint32_t retry_after_ms);
+
+void kvti_incall_free(kvti_incall *call);
+void kvti_release_slices(const kvt_slice *slices, uint32_t n_slices);
+
+/* ---- the table's slots ----------------------------------------------------------------------- */
+kvc_status kvti_inproc_listen(const kvt_listen_opts *opts, kvt_listener **listener_p);
+const char *kvti_inproc_listener_uri(const kvt_listener *listener);
+void kvti_inproc_set_serving(kvt_listener *listener, bool serving);
+void kvti_inproc_drain(kvt_listener *listener, uint64_t deadline_ns);
+void kvti_inproc_listener_close(kvt_listener *listener);
+void kvti_inproc_reply(kvt_call *call, kvc_status status, const char *detail,
+                       uint32_t retry_after_ms, const kvc_reply *reply, const kvt_slice *slices,
+                       uint32_t n_slices);
+kvc_status kvti_inproc_connect(const kvt_connect_opts *opts, kvt_conn **conn_p);
+kvc_status kvti_inproc_submit(kvt_conn *conn, kvt_xfer *xfer);
+void kvti_inproc_cancel(kvt_conn *conn, kvt_xfer *xfer);
+void kvti_inproc_conn_close(kvt_conn *conn);
+
+#endif

@@ -1,0 +1,270 @@
+/*
+ * server.c: the listening end: one thread ("kvt-inproc") hands out requests in their order.
+ *
+ * A call belongs to the server from on_call to reply; its op may be let go meanwhile, then the
+ * answer is dropped. Everything but a call's own request is guarded by the transport's mutex.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/assert.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "inproc_internal.h"
+#include "wire/wire.h"
+
+static kvti_incall *next_call(kvt_listener *listener)
+{
+    kvti_inproc_lock();
+    while (listener->queue == NULL && !listener->stopping)
+        kvc_cond_wait(&listener->work, kvti_inproc_mutex());
+    kvti_incall *call = listener->queue;
+    if (call != NULL) {
+        listener->queue = call->queued;
+        if (listener->queue == NULL)
+            listener->queue_end = &listener->queue;
+    }
+    kvti_inproc_unlock();
+    return call;
+}
+
+static void dispatch(kvt_listener *listener, kvti_incall *call)
+{
+    const char *why = NULL;
+    struct iovec piece = {call->bytes, call->len_bytes};
+    kvc_status status = kvc_wire_decode_request(call->base.req.method, &piece, 1, &call->base.arena,
+                                                &call->base.req, &why);
+    if (status == KVC_OK && call->base.req.data_bytes > listener->opts.max_message_bytes) {
+        status = KVC_INVALID;
+        why = "the message's data is longer than max_message_bytes";
+    }
+    if (status == KVC_OK)
+        listener->opts.on_call(listener->opts.arg, &call->base);
+    else
+        kvti_inproc_reply(&call->base, status, why, 0, NULL, NULL, 0);
+}
+
+static void run_listener(void *arg)
+{
+    kvt_listener *listener = arg;
+    kvti_incall *call;
+    while ((call = next_call(listener)) != NULL)
+        dispatch(listener, call);
+}
+
+kvc_status kvti_inproc_listen(const kvt_listen_opts *opts, kvt_listener **listener_p)
+{
+    *listener_p = NULL;
+    kvt_init();
+    if (opts->size_bytes != sizeof(*opts) || opts->on_call == NULL ||
+        opts->max_message_bytes > KVC_MAX_VALUE_BYTES || kvti_inproc_check_uri(opts->uri) != KVC_OK)
+        return KVC_INVALID;
+    kvt_listener *listener = calloc(1, sizeof(*listener));
+    if (listener == NULL)
+        return KVC_NO_MEMORY;
+    listener->opts = *opts;
+    (void)snprintf(listener->uri, sizeof(listener->uri), "%s", opts->uri);
+    listener->opts.uri = listener->uri;
+    listener->queue_end = &listener->queue;
+    if (listener->opts.max_message_bytes == 0)
+        listener->opts.max_message_bytes = KVC_MAX_VALUE_BYTES;
+    if (listener->opts.max_calls == 0)
+        listener->opts.max_calls = KVTI_MAX_CALLS;
+    if (listener->opts.max_inflight_bytes == 0)
+        listener->opts.max_inflight_bytes = KVTI_MAX_INFLIGHT_BYTES;
+    kvc_cond_init(&listener->work);
+    kvc_cond_init(&listener->changed);
+    kvc_status status = kvc_thread_start(&listener->thread, "kvt-inproc", run_listener, listener);
+    if (status != KVC_OK)
+        goto err_listener;
+    kvti_inproc_lock();
+    bool taken = kvti_inproc_find(listener->uri) != NULL;
+    if (!taken) {
+        listener->next = *kvti_inproc_listeners();
+        *kvti_inproc_listeners() = listener;
+    }
+    listener->stopping = taken;
+    kvc_cond_signal(&listener->work);
+    kvti_inproc_unlock();
+    status = KVC_IO;
+    if (taken)
+        goto err_thread;
+    *listener_p = listener;
+    return KVC_OK;
+
+err_thread:
+    KVC_LOG_WARN(INPROC, "cannot listen on %s: the name is taken", opts->uri);
+    kvc_thread_join(&listener->thread);
+err_listener:
+    kvc_cond_fini(&listener->changed);
+    kvc_cond_fini(&listener->work);
+    free(listener);
+    return status;
+}
+
+const char *kvti_inproc_listener_uri(const kvt_listener *listener)
+{
+    return listener->uri;
+}
+
+void kvti_inproc_set_serving(kvt_listener *listener, bool serving)
+{
+    kvti_inproc_lock();
+    listener->serving = serving && !listener->draining;
+    kvti_inproc_unlock();
+}
+
+kvc_status kvti_inproc_enqueue(kvt_listener *listener, kvti_incall *call, const char **why_p)
+{
+    *why_p = "the server is draining";
+    if (listener->draining)
+        return KVC_CLOSED;
+    *why_p = "too many calls in flight";
+    if (listener->n_calls >= listener->opts.max_calls)
+        return KVC_AGAIN;
+    *why_p = "too many request bytes in flight";
+    if (listener->inflight_bytes > 0 &&
+        listener->inflight_bytes + call->len_bytes > listener->opts.max_inflight_bytes)
+        return KVC_AGAIN;
+    listener->n_calls++;
+    listener->inflight_bytes += call->len_bytes;
+    call->listener = listener;
+    call->next = listener->calls;
+    if (call->next != NULL)
+        call->next->prev = call;
+    listener->calls = call;
+    *listener->queue_end = call;
+    listener->queue_end = &call->queued;
+    kvc_cond_signal(&listener->work);
+    return KVC_OK;
+}
+
+/* With the mutex held. */
+static void leave_listener(kvti_incall *call)
+{
+    kvt_listener *listener = call->listener;
+    if (call->prev != NULL)
+        call->prev->next = call->next;
+    else
+        listener->calls = call->next;
+    if (call->next != NULL)
+        call->next->prev = call->prev;
+    listener->n_calls--;
+    listener->inflight_bytes -= call->len_bytes;
+    kvc_cond_broadcast(&listener->changed);
+}
+
+/* The reply as malloc'd pieces that the client's side may keep. */
+struct answer {
+    uint8_t *head;
+    size_t head_bytes;
+    kvt_slice *slices;
+};
+
+static kvc_status build_answer(kvti_incall *call, const kvc_reply *reply, const kvt_slice *slices,
+                               uint32_t n_slices, struct answer *answer_p)
+{
+    kvc_reply whole = reply == NULL ? (kvc_reply){0} : *reply;
+    const void *head;
+    size_t head_bytes;
+    whole.method = call->base.req.method;
+    whole.data = NULL;
+    whole.data_bytes = 0;
+    for (uint32_t i = 0; i < n_slices; i++)
+        whole.data_bytes += slices[i].len_bytes;
+    kvc_status status = kvc_wire_encode_reply(&whole, &call->base.arena, &head, &head_bytes);
+    if (status != KVC_OK)
+        return status;
+    answer_p->head = malloc(head_bytes + 1);
+    answer_p->slices = calloc(n_slices + 1, sizeof(*slices));
+    if (answer_p->head == NULL || answer_p->slices == NULL) {
+        free(answer_p->head);
+        free(answer_p->slices);
+        return KVC_NO_MEMORY;
+    }
+    memcpy(answer_p->head, head, head_bytes);
+    answer_p->head_bytes = head_bytes;
+    if (n_slices > 0)
+        memcpy(answer_p->slices, slices, n_slices * sizeof(*slices));
+    return KVC_OK;
+}
+
+void kvti_inproc_reply(kvt_call *base, kvc_status status, const char *detail,
+                       uint32_t retry_after_ms, const kvc_reply *reply, const kvt_slice *slices,
+                       uint32_t n_slices)
+{
+    kvti_incall *call = (kvti_incall *)base;
+    struct answer answer = {0};
+    KVC_ASSERT(n_slices <= KVT_MAX_SLICES);
+    if (status == KVC_OK) {
+        status = build_answer(call, reply, slices, n_slices, &answer);
+        if (status != KVC_OK) {
+            KVC_LOG_ERROR(INPROC, "the server's answer to %s does not encode: %s",
+                          kvc_method_name(base->req.method), kvc_status_name(status));
+            status = KVC_IO;
+            detail = "the server's answer is beyond the protocol's limits";
+        }
+    }
+    kvti_inproc_lock();
+    kvti_inop *op = call->op;
+    if (op != NULL) {
+        op->call = NULL;
+        kvti_inproc_finish(op, status, detail, status == KVC_AGAIN ? retry_after_ms : 0);
+        op->head = answer.head;
+        op->head_bytes = answer.head_bytes;
+        op->slices = answer.slices;
+        op->n_slices = status == KVC_OK ? n_slices : 0;
+    }
+    leave_listener(call);
+    kvti_inproc_unlock();
+    if (op == NULL || status != KVC_OK)
+        kvti_release_slices(slices, n_slices);
+    if (op == NULL) {
+        free(answer.head);
+        free(answer.slices);
+    }
+    kvti_incall_free(call);
+}
+
+/* With the mutex held. New transfers find nobody; who still waits is told. */
+static void leave_registry(kvt_listener *listener)
+{
+    kvt_listener **at = kvti_inproc_listeners();
+    while (*at != NULL && *at != listener)
+        at = &(*at)->next;
+    if (*at == listener)
+        *at = listener->next;
+    for (kvti_incall *call = listener->calls; call != NULL; call = call->next) {
+        if (call->op != NULL)
+            kvti_inproc_finish(call->op, KVC_UNAVAILABLE, "the server has shut down", 0);
+    }
+}
+
+void kvti_inproc_drain(kvt_listener *listener, uint64_t deadline_ns)
+{
+    kvti_inproc_lock();
+    listener->draining = true;
+    listener->serving = false;
+    while (listener->n_calls > 0 && !kvc_expired(deadline_ns))
+        (void)kvc_cond_wait_until(&listener->changed, kvti_inproc_mutex(), deadline_ns);
+    leave_registry(listener);
+    kvti_inproc_unlock();
+}
+
+void kvti_inproc_listener_close(kvt_listener *listener)
+{
+    if (listener == NULL)
+        return;
+    kvti_inproc_drain(listener, 1);
+    kvti_inproc_lock();
+    while (listener->n_calls > 0)
+        kvc_cond_wait(&listener->changed, kvti_inproc_mutex());
+    listener->stopping = true;
+    kvc_cond_signal(&listener->work);
+    kvti_inproc_unlock();
+    kvc_thread_join(&listener->thread);
+    kvc_cond_fini(&listener->changed);
+    kvc_cond_fini(&listener->work);
+    free(listener);
+}

@@ -1,0 +1,60 @@
+/*
+ * registry.c: the list of transports built in, and process-wide set-up.
+ *
+ * Static, any thread. A new transport is one line here.
+ */
+#include <malloc.h>
+#include <pthread.h>
+#include <string.h>
+
+#include "transport_internal.h"
+
+#define MALLOC_KEEP_BYTES (64 << 20)
+
+static const kvt_ops *const transports[] = {
+    &kvt_inproc_ops,
+#ifdef KVASIR_GRPC
+    &kvt_grpc_ops,
+#endif
+};
+
+#define N_TRANSPORTS (sizeof(transports) / sizeof(transports[0]))
+
+static bool scheme_fits(const char *uri, const char *scheme)
+{
+    size_t len = strlen(scheme);
+    return strncmp(uri, scheme, len) == 0 && strncmp(uri + len, "://", 3) == 0;
+}
+
+const kvt_ops *kvt_find(const char *uri)
+{
+    for (size_t i = 0; i < N_TRANSPORTS; i++) {
+        for (const char *const *scheme = transports[i]->schemes; *scheme != NULL; scheme++) {
+            if (scheme_fits(uri, *scheme))
+                return transports[i];
+        }
+    }
+    return NULL;
+}
+
+const kvt_ops *kvt_at(uint32_t i)
+{
+    return i < N_TRANSPORTS ? transports[i] : NULL;
+}
+
+/* Messages of megabytes come and go: without these, glibc hands their pages back to the kernel
+ * after each and faults them in again, which halves the bandwidth. */
+static void init_once(void)
+{
+    (void)mallopt(M_TRIM_THRESHOLD, MALLOC_KEEP_BYTES);
+    (void)mallopt(M_TOP_PAD, MALLOC_KEEP_BYTES);
+#ifdef KVASIR_GRPC
+    kvti_grpc_prepare();
+#endif
+}
+
+void kvt_init(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    (void)pthread_once(&once, init_once);
+}

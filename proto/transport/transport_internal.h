@@ -1,0 +1,28 @@
+/*
+ * transport_internal.h: what the transports of this folder share with the registry.
+ *
+ * Each transport gives one table; registry.c lists them. Nobody outside proto/transport includes
+ * this.
+ */
+#ifndef KVTI_TRANSPORT_INTERNAL_H
+#define KVTI_TRANSPORT_INTERNAL_H
+
+#include "transport/transport.h"
+
+/* Memory that decoding one message may take; a full header needs about a third of it. */
+#define KVTI_ARENA_BYTES        ((size_t)64 << 20)
+/* The hint that goes with an AGAIN of the transport itself. */
+#define KVTI_RETRY_MS           5u
+/* Transfers in flight on one connection; beyond: AGAIN. */
+#define KVTI_MAX_XFERS          16384u
+/* What listen takes for options that are 0. */
+#define KVTI_MAX_CALLS          1024u
+#define KVTI_MAX_INFLIGHT_BYTES ((uint64_t)64 << 20)
+
+extern const kvt_ops kvt_inproc_ops;
+extern const kvt_ops kvt_grpc_ops;
+
+/* Switches that gRPC's libraries need before first use. Once, from kvt_init. */
+void kvti_grpc_prepare(void);
+
+#endif
