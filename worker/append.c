@@ -1,0 +1,160 @@
+/*
+ * append.c: new tokens of one layer: rows into block buffers, keys into the index.
+ *
+ * Runs on the sequence's thread and never waits for the store. A layer's n_tokens moves last, so a
+ * failed append leaves the layer as it was (bytes beyond n_tokens mean nothing).
+ */
+#include <string.h>
+
+#include "base/clock.h"
+#include "internal.h"
+
+/* The leading `dims` of each head: in [n, heads, dims_in] -> out [n, heads, dims]. */
+static void take_dims(const float *in, uint32_t n, uint32_t heads, uint32_t dims_in, uint32_t dims,
+                      float *out)
+{
+    for (size_t i = 0; i < (size_t)n * heads; i++) {
+        memcpy(out + i * dims, in + i * dims_in, dims * sizeof(float));
+    }
+}
+
+/* Quantises x [n, heads, dims] into the pages of a level, run by run. */
+static kvc_status quantize_rows(const kvw_worker *w, const kvwi_level *level, kvwi_pages *pages,
+                                uint32_t first, const float *x, uint32_t n)
+{
+    for (uint32_t done = 0; done < n;) {
+        uint32_t run = 0;
+        uint8_t *out = kvwi_pages_row(pages, first + done, &run);
+        run = kvwi_min_u32(run, n - done);
+        const kvk_quantize_args args = {
+            .in = x + (size_t)done * level->heads * level->dims,
+            .n = run,
+            .n_heads = level->heads,
+            .dims = level->dims,
+            .out = out,
+            .out_stride_bytes = pages->row_bytes,
+        };
+        kvc_status st = w->ops->quantize(w->be, &args, NULL);
+        if (st != KVC_OK) {
+            return st == KVC_INVALID ? kvwi_fail(st, "a key is not finite") : st;
+        }
+        done += run;
+    }
+    return KVC_OK;
+}
+
+/* Projects keys to the finest level's dims; a tensor-parallel group sums its shared projection. */
+static kvc_status project_keys(kvw_seq *seq, uint32_t layer, const void *k, size_t stride_bytes,
+                               uint32_t n, const kvwi_level *level, float **out_p)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_buf *buf = &seq->select.buf[KVW_SCRATCH_APPEND];
+    size_t len = (size_t)n * level->heads * level->dims;
+    kvc_status st = kvwi_buf_need(buf, 2u * len * sizeof(float));
+    if (st != KVC_OK) {
+        return st;
+    }
+    *out_p = buf->p;
+    const kvk_project_args args = {
+        .in = {k, stride_bytes, w->opts.dtype},
+        .n = n,
+        .n_heads = level->heads,
+        .dim_in = level->d_in,
+        .dim_out = level->dims,
+        .proj = level->b + (size_t)layer * level->heads * level->d_in * level->dims,
+        .out = *out_p,
+    };
+    st = w->ops->project(w->be, &args, NULL);
+    if (st == KVC_OK && w->selector->form == KVWI_SHARED && w->opts.all_reduce != NULL) {
+        st = w->opts.all_reduce(w->opts.all_reduce_arg, "sum", *out_p, (uint32_t)len);
+    }
+    return st;
+}
+
+static kvc_status append_compressed(kvw_seq *seq, uint32_t layer, uint32_t first, const void *k,
+                                    size_t stride_bytes, uint32_t n)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_layer *l = &seq->layers[layer];
+    const kvwi_level *finest = &w->level[w->n_levels - 1];
+    float *x = NULL;
+    kvc_status st = project_keys(seq, layer, k, stride_bytes, n, finest, &x);
+    float *part = x + (size_t)n * finest->heads * finest->dims;
+    for (uint32_t i = 0; st == KVC_OK && i < w->n_levels; i++) {
+        const kvwi_level *level = &w->level[i];
+        const float *rows = x;
+        if (level->dims != finest->dims) {
+            take_dims(x, n, level->heads, finest->dims, level->dims, part);
+            rows = part;
+        }
+        st = quantize_rows(w, level, &l->level[i], first, rows, n);
+    }
+    return st;
+}
+
+kvc_status kvwi_index_append(kvw_seq *seq, uint32_t layer, uint32_t first, const void *k,
+                             size_t stride_bytes, uint32_t n)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_layer *l = &seq->layers[layer];
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < w->n_levels; i++) {
+        st = kvwi_pages_reserve(&l->level[i], first + n);
+    }
+    if (st != KVC_OK) {
+        return st;
+    }
+    if (w->level[0].exact) {
+        kvwi_pages_write(&l->level[0], first, n, k, stride_bytes);
+    } else if ((st = append_compressed(seq, layer, first, k, stride_bytes, n)) != KVC_OK) {
+        return st;
+    }
+    for (uint32_t i = 0; i < w->n_levels; i++) {
+        l->level[i].n_rows = first + n;
+    }
+    return KVC_OK;
+}
+
+static void write_rows(kvw_seq *seq, uint32_t layer, uint32_t first, const uint8_t *k,
+                       const uint8_t *v, uint32_t n)
+{
+    const kvw_worker *w = seq->worker;
+    uint32_t bt = w->opts.block_tokens;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t pos = first + i;
+        uint8_t *row = kvwi_block_row(w, seq->blocks[pos / bt].buf, layer, pos % bt);
+        memcpy(row, k + i * w->k_bytes, w->k_bytes);
+        memcpy(row + w->k_bytes, v + i * w->k_bytes, w->k_bytes);
+    }
+}
+
+kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n_tokens)
+{
+    if (seq == NULL || k == NULL || v == NULL || layer >= seq->worker->opts.n_layers) {
+        return kvwi_fail(KVC_INVALID, "seq, k and v must not be NULL, layer must exist");
+    }
+    kvwi_layer *l = &seq->layers[layer];
+    if (n_tokens == 0 || n_tokens != seq->pass.n || l->n_tokens != seq->pass.first) {
+        return kvwi_fail(KVC_INVALID, "layer %u: %u tokens after %u, but the pass has %u after %u",
+                         layer, n_tokens, l->n_tokens, seq->pass.n, seq->pass.first);
+    }
+    if (l->step != NULL) {
+        return kvwi_fail(KVC_INVALID, "layer %u: a step is open", layer);
+    }
+    uint64_t t0 = kvc_now_ns();
+    uint32_t end = seq->pass.first + n_tokens;
+    kvc_status st = kvwi_blocks_reserve(seq, end);
+    if (st == KVC_OK) {
+        st = kvwi_residency_extend(&l->residency, end);
+    }
+    if (st == KVC_OK) {
+        st = kvwi_index_append(seq, layer, seq->pass.first, k, seq->worker->k_bytes, n_tokens);
+    }
+    if (st != KVC_OK) {
+        return st == KVC_NO_MEMORY ? kvwi_fail(st, "out of memory") : st;
+    }
+    write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
+    l->n_tokens = end;
+    seq->stats.ns_append += kvc_now_ns() - t0;
+    return KVC_OK;
+}

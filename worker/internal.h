@@ -1,0 +1,255 @@
+/*
+ * internal.h: what the files of the worker share: the worker, a sequence, a layer, a step.
+ *
+ * Owners: the worker's first block is immutable after kvw_open; its pool and its put queue have
+ * locks of their own. A sequence belongs to the one thread that uses it, except `put`, which the
+ * put thread shares under the put queue's mutex.
+ *
+ * Where a row lies: a block that is not yet released has a block buffer, whose layout is that of
+ * its values: [n_layers][block_tokens][row_bytes] of kv, then the same of index rows. Rows of
+ * released blocks are in the layer's residency, or only in the store.
+ */
+#ifndef KVWI_INTERNAL_H
+#define KVWI_INTERNAL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/thread.h"
+#include "buf.h"
+#include "error.h"
+#include "index.h"
+#include "kvc/client.h"
+#include "kvk/compute.h"
+#include "kvw/worker.h"
+#include "projection.h"
+#include "put.h"
+#include "residency.h"
+#include "selector/selector.h"
+
+/* Part ids: rank * 2000 + layer for kv, 1000 more for the index of that layer. */
+#define KVWI_MAX_LAYERS       1000u
+#define KVWI_PART_RANK_STRIDE 2000u
+#define KVWI_PART_INDEX       1000u
+#define KVWI_MAX_TOKENS       (1u << 30)
+
+/* Memory of one block over all layers; pooled, since registration is dear. */
+typedef struct kvwi_block {
+    uint8_t *base;
+    kvc_region *region; /* NULL without a store */
+    struct kvwi_block *next;
+} kvwi_block;
+
+typedef struct kvwi_pool {
+    kvc_mutex mutex; /* LEAF; guards free */
+    kvwi_block *free;
+    uint32_t n_free;
+} kvwi_pool;
+
+struct kvw_worker {
+    kvw_opts opts; /* defaults filled in; strings are owned */
+    const kvw_selector_ops *selector;
+    kvk_backend *be;
+    const kvk_ops *ops;
+    double *inv_freq; /* [head_dim/2]; NULL: no rotary embedding */
+    float scale;
+    size_t elem_bytes, k_bytes, row_bytes; /* of one element, of K of one token, of one kv row */
+    uint32_t n_levels;
+    kvwi_level level[KVWI_MAX_LEVELS];
+    size_t index_row_bytes; /* stored index row, all levels; 0: rebuilt from kv rows */
+    kvwi_projection *projection;
+    kvc_digest schema;
+    size_t block_kv_bytes, block_bytes; /* of a block buffer: its kv part, all of it */
+    uint32_t *kv_parts, *index_parts;   /* [n_layers] part ids */
+    uint32_t *group_parts;              /* [tp_size * n_layers] kv part ids of every rank */
+    kvwi_pool pool;
+    kvwi_putter *putter; /* NULL without a store */
+};
+
+/* The picks of a layer's last selection, and the Selection Cache over them. */
+typedef struct kvwi_picks {
+    uint32_t *pos; /* [k], ascending */
+    uint32_t n;
+    bool cached;         /* pos may be reused by a like query */
+    uint32_t near_begin; /* where recent began at the reselect */
+    float *query;        /* [n_q_heads, head_dim] of the reselect */
+} kvwi_picks;
+
+typedef struct kvwi_layer {
+    uint32_t n_tokens;
+    kvwi_pages level[KVWI_MAX_LEVELS];
+    kvwi_residency residency;
+    kvwi_picks picks;
+    kvw_step *step; /* open, or NULL */
+} kvwi_layer;
+
+/* One block of a sequence. */
+typedef struct kvwi_seq_block {
+    kvwi_block *buf; /* NULL: released, or reused and never here */
+    kvc_digest digest;
+} kvwi_seq_block;
+
+typedef struct kvwi_pass {
+    uint32_t first, n;
+} kvwi_pass;
+
+struct kvw_seq {
+    kvw_worker *worker;
+    kvwi_layer *layers;
+    uint32_t *tokens; /* [n_named] */
+    uint32_t n_named, cap_tokens;
+    kvwi_pass pass; /* the current one; n 0: none */
+    kvwi_pass *passes;
+    uint32_t n_passes, cap_passes;
+    kvwi_seq_block *blocks;
+    uint32_t n_blocks, cap_blocks; /* blocks with a slot */
+    uint32_t n_submitted;          /* blocks handed to put, or reused */
+    uint32_t released_to;          /* blocks before this one (sinks apart) have no buffer */
+    uint32_t n_reused;             /* tokens */
+    kvc_context *context;          /* NULL without a store */
+    uint8_t *residency_rows;       /* [n_layers, slots, row_bytes] */
+    size_t residency_bytes;
+    kvc_region *residency_region;
+    kvwi_put_state put; /* guarded by the put queue */
+    kvw_select_ctx select;
+    kvwi_buf append_buf;
+    kvw_step *free_steps;
+    uint8_t taint[16]; /* set once rows were dropped: nobody else may reuse what follows */
+    bool tainted;
+    kvw_stats stats;
+};
+
+/* A run of a step's rows that is attended with one set of query positions. */
+typedef struct kvwi_segment {
+    uint32_t first, n;
+    bool near; /* keys numbered from 0, causal; else keys unrotated, queries at far_position */
+} kvwi_segment;
+
+typedef enum kvwi_row_state { KVWI_ROW_HERE = 0, KVWI_ROW_COMING, KVWI_ROW_MISSING } kvwi_row_state;
+
+struct kvw_step {
+    kvw_seq *seq;
+    uint32_t layer, n_q;
+    uint32_t n_tokens; /* of the layer when it began */
+    bool full;         /* short enough to attend everything */
+    uint32_t near_begin;
+    kvwi_segment segment[2];
+    uint32_t n_segments, n_rows;
+    kvwi_buf pos, rows, state; /* per row: position, address, kvwi_row_state */
+    /* misses */
+    uint32_t n_misses;
+    kvwi_buf miss_row, miss_pos, miss_slot, miss_status;
+    kvc_op op;
+    kvc_fetch_info info;
+    bool in_flight, attended;
+    uint64_t deadline_ns;
+    kvc_status fetch_status;
+    /* attention */
+    kvwi_buf q_rot, q_pos, sub_rows, sub_pos, visible, acc, part;
+    bool has_acc;
+    kvw_step *next;
+};
+
+static inline uint32_t kvwi_min_u32(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline uint32_t kvwi_max_u32(uint32_t a, uint32_t b)
+{
+    return a > b ? a : b;
+}
+
+/* blocks.c --------------------------------------------------------------------------------------
+ */
+
+void kvwi_pool_init(kvwi_pool *pool);
+void kvwi_pool_fini(kvw_worker *worker);
+/* A block buffer; contents undefined. NO_MEMORY. */
+kvc_status kvwi_pool_take(kvw_worker *worker, kvwi_block **block_p) KVC_MUST_CHECK;
+void kvwi_pool_give(kvw_worker *worker, kvwi_block *block);
+/* Slots and buffers for blocks up to the one of token n_tokens - 1. */
+kvc_status kvwi_blocks_reserve(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
+/* A slot and buffer for this block. */
+kvc_status kvwi_blocks_fill(kvw_seq *seq, uint32_t block) KVC_MUST_CHECK;
+/* Gives back buffers of blocks that the store has and no window needs. */
+void kvwi_blocks_release(kvw_seq *seq);
+/* Digests and hands every full, accepted block to put. n_tokens: accepted. */
+kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
+/* Row of layer in a block buffer; index rows likewise (all levels, in order). */
+static inline uint8_t *kvwi_block_row(const kvw_worker *w, const kvwi_block *b, uint32_t layer,
+                                      uint32_t in_block)
+{
+    return b->base + ((size_t)layer * w->opts.block_tokens + in_block) * w->row_bytes;
+}
+static inline uint8_t *kvwi_block_index(const kvw_worker *w, const kvwi_block *b, uint32_t layer)
+{
+    return b->base + w->block_kv_bytes + (size_t)layer * w->opts.block_tokens * w->index_row_bytes;
+}
+
+/* append.c --------------------------------------------------------------------------------------
+ */
+
+/* Index rows for n keys (stride apart, in the model's dtype) at positions first.. of a layer. */
+kvc_status kvwi_index_append(kvw_seq *seq, uint32_t layer, uint32_t first, const void *k,
+                             size_t stride_bytes, uint32_t n) KVC_MUST_CHECK;
+
+/* select.c --------------------------------------------------------------------------------------
+ */
+
+/* Where the recent window begins for a step of n_q queries over n_tokens. */
+uint32_t kvwi_near_begin(const kvw_worker *worker, uint32_t n_tokens, uint32_t n_q);
+/* Decides what the step attends: full, near_begin, and the layer's picks. */
+kvc_status kvwi_select(kvw_step *step, const void *q_select) KVC_MUST_CHECK;
+
+/* resolve.c -------------------------------------------------------------------------------------
+ */
+
+/* Lists the step's rows in attention order and finds which are here. */
+kvc_status kvwi_resolve(kvw_step *step) KVC_MUST_CHECK;
+
+/* fetch.c ---------------------------------------------------------------------------------------
+ */
+
+/* Submits the fetch of the step's misses; a failure to submit is kept for kvwi_fetch_wait. */
+void kvwi_fetch_submit(kvw_step *step);
+/* Waits, marks rows HERE or MISSING, applies the policy. */
+kvc_status kvwi_fetch_wait(kvw_step *step) KVC_MUST_CHECK;
+/* Ends a fetch nobody waits for. */
+void kvwi_fetch_abandon(kvw_step *step);
+
+/* attend.c --------------------------------------------------------------------------------------
+ */
+
+typedef enum kvwi_which { KVWI_ALL = 0, KVWI_RESIDENT, KVWI_ARRIVED } kvwi_which;
+
+/* Attends q over the rows of a kind and merges into the step's accumulator. */
+kvc_status kvwi_attend(kvw_step *step, const void *q, kvwi_which which) KVC_MUST_CHECK;
+/* The accumulator as out (dtype) and lse. */
+kvc_status kvwi_attend_result(kvw_step *step, void *out, float *lse) KVC_MUST_CHECK;
+
+/* options.c, schema.c ---------------------------------------------------------------------------
+ */
+
+kvc_status kvwi_options_fill(kvw_worker *worker, const kvw_opts *opts) KVC_MUST_CHECK;
+void kvwi_options_fini(kvw_worker *worker);
+/* Levels of the index, from options and projection. */
+kvc_status kvwi_levels_open(kvw_worker *worker) KVC_MUST_CHECK;
+void kvwi_levels_close(kvw_worker *worker);
+/* Part ids, schema and its digest; registers it where there is a store. */
+kvc_status kvwi_schema_open(kvw_worker *worker) KVC_MUST_CHECK;
+
+/* reuse.c ---------------------------------------------------------------------------------------
+ */
+
+/* Matches tokens in the store and brings back what the worker needs; opens the context. */
+kvc_status kvwi_reuse(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens) KVC_MUST_CHECK;
+
+/* step.c ----------------------------------------------------------------------------------------
+ */
+
+/* Frees open and pooled steps. */
+void kvwi_steps_free(kvw_seq *seq);
+
+#endif

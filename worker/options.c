@@ -1,0 +1,263 @@
+/*
+ * options.c: checks kvw_opts and fills in the defaults. Runs once, inside kvw_open.
+ *
+ * Every rule names its option in the text, so that a caller can mend the call without the source.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+/* What the struct held before the first field was added at its end. */
+#define FIRST_SIZE_BYTES offsetof(kvw_opts, index_dims)
+
+#define DEFAULT_SINK      128u
+#define DEFAULT_K         2048u
+#define DEFAULT_CHUNK     512u
+#define DEFAULT_BLOCK     256u
+#define DEFAULT_FACTOR    4u
+#define DEFAULT_WINDOW    4u
+#define DEFAULT_FETCH_NS  10000000000ull
+#define DEFAULT_PUT_NS    60000000000ull
+#define MAX_WINDOW_TOKENS (1u << 24)
+#define MAX_CHUNK         (1u << 16)
+#define MAX_EPS           4096u
+#define MAX_TP            32u
+#define MAX_HEADS         1024u
+#define MAX_HEAD_DIM      1024u
+#define MAX_PUT_WINDOW    4096u
+
+static kvc_status bad(const char *option, const char *rule)
+{
+    return kvwi_fail(KVC_INVALID, "%s: %s", option, rule);
+}
+
+static void default_u32(uint32_t *value, uint32_t otherwise)
+{
+    if (*value == 0) {
+        *value = otherwise;
+    }
+}
+
+static kvc_status own_string(const char **text_p, const char *option, size_t max_bytes)
+{
+    const char *text = *text_p == NULL ? "" : *text_p;
+    *text_p = NULL;
+    if (strnlen(text, max_bytes + 1) > max_bytes) {
+        return bad(option, "is too long");
+    }
+    *text_p = strdup(text);
+    return *text_p == NULL ? kvwi_fail(KVC_NO_MEMORY, "out of memory") : KVC_OK;
+}
+
+/* Strings first: from here on kvwi_options_fini frees them. */
+static kvc_status own_strings(kvw_opts *o)
+{
+    const char **const strings[] = {&o->model, &o->revision, &o->backend, &o->selector,
+                                    &o->projection_path};
+    static const char *const names[] = {"model", "revision", "backend", "selector",
+                                        "projection_path"};
+    const char *given[5];
+    kvc_status st = KVC_OK;
+    for (size_t i = 0; i < 5; i++) {
+        given[i] = *strings[i];
+        *strings[i] = NULL;
+    }
+    for (size_t i = 0; i < 5 && st == KVC_OK; i++) {
+        *strings[i] = given[i];
+        st = own_string(strings[i], names[i], i < 2 ? KVC_MAX_NAME_BYTES : 4000u);
+    }
+    return st;
+}
+
+static kvc_status check_model(const kvw_opts *o)
+{
+    if (o->model[0] == '\0') {
+        return bad("model", "is missing");
+    }
+    if (o->n_layers == 0 || o->n_layers > KVWI_MAX_LAYERS) {
+        return bad("n_layers", "must be 1 to 1000");
+    }
+    if (o->n_kv_heads == 0 || o->n_kv_heads > MAX_HEADS) {
+        return bad("n_kv_heads", "must be 1 to 1024");
+    }
+    if (o->n_q_heads == 0 || o->n_q_heads > MAX_HEADS || o->n_q_heads % o->n_kv_heads != 0) {
+        return bad("n_q_heads", "must be a multiple of n_kv_heads, at most 1024");
+    }
+    if (o->head_dim == 0 || o->head_dim > MAX_HEAD_DIM || o->head_dim % 2 != 0) {
+        return bad("head_dim", "must be even, 2 to 1024");
+    }
+    if (o->dtype != KVK_F32 && o->dtype != KVK_F16 && o->dtype != KVK_BF16) {
+        return bad("dtype", "must be f32, f16 or bf16");
+    }
+    if (!isfinite(o->attention_scale) || o->attention_scale < 0) {
+        return bad("attention_scale", "must be finite and not negative");
+    }
+    return KVC_OK;
+}
+
+static kvc_status check_tp(kvw_opts *o)
+{
+    default_u32(&o->tp_size, 1);
+    if (o->tp_size > MAX_TP || o->tp_rank >= o->tp_size) {
+        return bad("tp_rank", "must be below tp_size, which is at most 32");
+    }
+    if (o->tp_size > 1 && o->all_reduce == NULL) {
+        return bad("all_reduce", "is needed where tp_size is above 1");
+    }
+    if (o->tp_size * o->n_layers * 2u > KVC_MAX_PARTS) {
+        return bad("tp_size", "makes more parts than a schema may have");
+    }
+    return KVC_OK;
+}
+
+static kvc_status check_store(kvw_opts *o, size_t row_bytes)
+{
+    if (o->block_tokens == 0) {
+        o->block_tokens = DEFAULT_BLOCK;
+        while (o->block_tokens > KVC_BLOCK_TOKENS_MIN &&
+               o->block_tokens * row_bytes > KVC_MAX_VALUE_BYTES) {
+            o->block_tokens /= 2;
+        }
+    }
+    if (o->block_tokens < KVC_BLOCK_TOKENS_MIN || o->block_tokens > KVC_BLOCK_TOKENS_MAX ||
+        o->block_tokens % 16 != 0) {
+        return bad("block_tokens", "must be a multiple of 16, 64 to 1024");
+    }
+    if (o->promise == 0) {
+        o->promise = KVC_PROMISE_MEMORY;
+    }
+    if (o->promise != KVC_PROMISE_MEMORY && o->promise != KVC_PROMISE_DURABLE) {
+        return bad("promise", "must be MEMORY or DURABLE");
+    }
+    if (o->policy == 0) {
+        o->policy = KVW_FAIL;
+    }
+    if (o->policy != KVW_FAIL && o->policy != KVW_DROP) {
+        return bad("policy", "must be FAIL or DROP");
+    }
+    o->fetch_timeout_ns = o->fetch_timeout_ns == 0 ? DEFAULT_FETCH_NS : o->fetch_timeout_ns;
+    o->put_timeout_ns = o->put_timeout_ns == 0 ? DEFAULT_PUT_NS : o->put_timeout_ns;
+    default_u32(&o->put_window, DEFAULT_WINDOW);
+    return o->put_window > MAX_PUT_WINDOW ? bad("put_window", "must be at most 4096") : KVC_OK;
+}
+
+static kvc_status check_windows(kvw_opts *o, const kvw_selector_ops *selector)
+{
+    default_u32(&o->n_sink, DEFAULT_SINK);
+    default_u32(&o->n_recent, selector->default_recent);
+    default_u32(&o->k, DEFAULT_K);
+    default_u32(&o->chunk_tokens, DEFAULT_CHUNK);
+    default_u32(&o->far_position, o->n_recent);
+    if (o->n_sink > MAX_WINDOW_TOKENS || o->n_recent > MAX_WINDOW_TOKENS ||
+        o->k > MAX_WINDOW_TOKENS || o->far_position > MAX_WINDOW_TOKENS) {
+        return bad("n_sink, n_recent, k, far_position", "must be at most 2^24");
+    }
+    if (o->chunk_tokens > MAX_CHUNK ||
+        (o->chunk_tokens % o->block_tokens != 0 && o->block_tokens % o->chunk_tokens != 0)) {
+        return bad("chunk_tokens", "block_tokens must divide it or be a multiple; at most 65536");
+    }
+    if (o->eps > MAX_EPS) {
+        return bad("eps", "must be at most 4096");
+    }
+    if (!(o->reselect_cos >= -1.0 && o->reselect_cos <= 1.0)) {
+        return bad("reselect_cos", "must be -1 to 1");
+    }
+    if (o->reselect_cos != 0 && !selector->reuses) {
+        return bad("reselect_cos", "this selector has no Selection Cache");
+    }
+    default_u32(&o->residency_slots, 2u * o->k);
+    if (o->residency_slots < o->k || o->residency_slots > 2u * MAX_WINDOW_TOKENS) {
+        return bad("residency_slots", "must be at least k, since a step may fetch k rows");
+    }
+    if (o->exact > 1 || o->reuse_any > 1) {
+        return bad("exact, reuse_any", "must be 0 or 1");
+    }
+    return KVC_OK;
+}
+
+static kvc_status check_index(kvw_opts *o, const kvw_selector_ops *selector)
+{
+    if (o->index == 0) {
+        o->index = selector->default_index;
+    }
+    if (o->index < KVW_INDEX_EXACT || o->index > KVW_INDEX_RERANKED) {
+        return bad("index", "must be EXACT, COMPRESSED or RERANKED");
+    }
+    bool exact = o->index == KVW_INDEX_EXACT;
+    if (!exact && o->projection_path[0] == '\0') {
+        return bad("projection_path", "is needed unless index is EXACT");
+    }
+    if (exact && (o->index_dims != 0 || o->projection_path[0] != '\0')) {
+        return bad("projection_path, index_dims", "have no meaning where index is EXACT");
+    }
+    if (o->index != KVW_INDEX_RERANKED && (o->rerank_dims != 0 || o->rerank_factor != 0)) {
+        return bad("rerank_dims, rerank_factor", "have a meaning only where index is RERANKED");
+    }
+    if (o->index == KVW_INDEX_RERANKED) {
+        default_u32(&o->rerank_factor, DEFAULT_FACTOR);
+    }
+    if (o->rerank_factor > 1024) {
+        return bad("rerank_factor", "must be at most 1024");
+    }
+    const char *option = selector->check == NULL ? NULL : selector->check(o);
+    return option == NULL ? KVC_OK : bad(option, "does not suit the selector");
+}
+
+static kvc_status derive(kvw_worker *w)
+{
+    const kvw_opts *o = &w->opts;
+    w->elem_bytes = kvk_dtype_bytes(o->dtype);
+    w->k_bytes = (size_t)o->n_kv_heads * o->head_dim * w->elem_bytes;
+    w->row_bytes = 2u * w->k_bytes;
+    w->scale =
+        o->attention_scale != 0 ? o->attention_scale : (float)(1.0 / sqrt((double)o->head_dim));
+    if (o->rope.theta == 0) {
+        return KVC_OK; /* no rotary embedding */
+    }
+    w->inv_freq = calloc(o->head_dim / 2u, sizeof(double));
+    if (w->inv_freq == NULL) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    kvc_status st = kvk_rope_inv_freq(&o->rope, o->head_dim, w->inv_freq);
+    return st == KVC_OK ? KVC_OK : bad("rope", "type, theta or factors are out of range");
+}
+
+kvc_status kvwi_options_fill(kvw_worker *worker, const kvw_opts *opts)
+{
+    kvw_opts *o = &worker->opts;
+    if (opts->size_bytes < FIRST_SIZE_BYTES || opts->size_bytes > sizeof(*opts)) {
+        return bad("size_bytes", "is not that of this library's kvw_opts");
+    }
+    memcpy(o, opts, opts->size_bytes);
+    o->size_bytes = sizeof(*o);
+    kvc_status st = own_strings(o);
+    if (st == KVC_OK) {
+        st = check_model(o);
+    }
+    if (st != KVC_OK) {
+        return st;
+    }
+    worker->selector = kvw_selector_find(o->selector);
+    if (worker->selector == NULL) {
+        return kvwi_fail(KVC_INVALID, "selector: there is none called \"%s\"", o->selector);
+    }
+    if ((st = derive(worker)) != KVC_OK || (st = check_tp(o)) != KVC_OK ||
+        (st = check_store(o, worker->row_bytes)) != KVC_OK ||
+        (st = check_windows(o, worker->selector)) != KVC_OK) {
+        return st;
+    }
+    return check_index(o, worker->selector);
+}
+
+void kvwi_options_fini(kvw_worker *worker)
+{
+    kvw_opts *o = &worker->opts;
+    free((void *)(uintptr_t)o->model);
+    free((void *)(uintptr_t)o->revision);
+    free((void *)(uintptr_t)o->backend);
+    free((void *)(uintptr_t)o->selector);
+    free((void *)(uintptr_t)o->projection_path);
+    free(worker->inv_freq);
+}

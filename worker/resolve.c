@@ -1,0 +1,128 @@
+/*
+ * resolve.c: the second phase of a step: the rows in attention order, and which of them are here.
+ *
+ * Runs on the sequence's thread. The order is by position (sinks, picks ascending, recent and new),
+ * whatever is resident; that is what makes `exact` independent of it. Misses get their residency
+ * slots here, so the addresses of rows that are still to come are known too.
+ */
+#include "internal.h"
+
+static kvc_status reserve(kvw_step *step, uint32_t n)
+{
+    kvwi_buf *const bufs[] = {&step->pos,      &step->rows,      &step->state,      &step->miss_row,
+                              &step->miss_pos, &step->miss_slot, &step->miss_status};
+    const size_t elem[] = {sizeof(uint32_t), sizeof(void *),   sizeof(uint8_t), sizeof(uint32_t),
+                           sizeof(uint32_t), sizeof(uint32_t), sizeof(int8_t)};
+    kvc_status st = KVC_OK;
+    for (size_t i = 0; st == KVC_OK && i < sizeof(bufs) / sizeof(bufs[0]); i++) {
+        st = kvwi_buf_need(bufs[i], (size_t)n * elem[i]);
+    }
+    return st;
+}
+
+static uint32_t put_range(uint32_t *pos, uint32_t at, uint32_t first, uint32_t end)
+{
+    for (uint32_t p = first; p < end; p++) {
+        pos[at++] = p;
+    }
+    return at;
+}
+
+/* Positions in order, and the segments that are attended with one numbering each. */
+static void list_rows(kvw_step *step)
+{
+    const kvw_worker *w = step->seq->worker;
+    const kvwi_picks *picks = &step->seq->layers[step->layer].picks;
+    uint32_t *pos = step->pos.p, n = 0;
+    if (step->full) {
+        n = put_range(pos, 0, 0, step->n_tokens);
+        step->segment[0] = (kvwi_segment){.first = 0, .n = n, .near = true};
+        step->n_segments = 1;
+        return;
+    }
+    n = put_range(pos, 0, 0, w->opts.n_sink);
+    for (uint32_t i = 0; i < picks->n; i++) {
+        pos[n++] = picks->pos[i];
+    }
+    uint32_t n_far = n;
+    n = put_range(pos, n, step->near_begin, step->n_tokens);
+    if (w->selector->positions == KVW_RENUMBER) {
+        step->segment[0] = (kvwi_segment){.first = 0, .n = n, .near = true};
+        step->n_segments = 1;
+        return;
+    }
+    step->segment[0] = (kvwi_segment){.first = 0, .n = n_far, .near = false};
+    step->segment[1] = (kvwi_segment){.first = n_far, .n = n - n_far, .near = true};
+    step->n_segments = 2;
+}
+
+/* The resident row of a position, or NULL. */
+static const uint8_t *find_row(kvw_seq *seq, uint32_t layer, uint32_t pos)
+{
+    const kvw_worker *w = seq->worker;
+    uint32_t bt = w->opts.block_tokens;
+    const kvwi_block *block = seq->blocks[pos / bt].buf;
+    if (block != NULL) {
+        return kvwi_block_row(w, block, layer, pos % bt);
+    }
+    return kvwi_residency_use(&seq->layers[layer].residency, pos);
+}
+
+static kvc_status add_miss(kvw_step *step, uint32_t row, uint32_t pos)
+{
+    kvwi_residency *r = &step->seq->layers[step->layer].residency;
+    uint32_t slot = 0, i = step->n_misses;
+    kvc_status st = kvwi_residency_take(r, pos, &slot);
+    if (st != KVC_OK) {
+        return kvwi_fail(st, "a step needs more rows than residency_slots");
+    }
+    ((uint32_t *)step->miss_row.p)[i] = row;
+    ((uint32_t *)step->miss_pos.p)[i] = pos;
+    ((uint32_t *)step->miss_slot.p)[i] = slot;
+    ((const uint8_t **)step->rows.p)[row] = r->rows + slot * r->row_bytes;
+    ((uint8_t *)step->state.p)[row] = KVWI_ROW_COMING;
+    step->n_misses++;
+    return KVC_OK;
+}
+
+/* Hits first, so that no miss takes the slot of a row that this step has. */
+static kvc_status find_rows(kvw_step *step)
+{
+    const uint32_t *pos = step->pos.p;
+    const uint8_t **rows = step->rows.p;
+    uint8_t *state = step->state.p;
+    kvc_status st = KVC_OK;
+    uint32_t n_absent = 0;
+    for (uint32_t i = 0; i < step->n_rows; i++) {
+        rows[i] = find_row(step->seq, step->layer, pos[i]);
+        state[i] = rows[i] != NULL ? KVWI_ROW_HERE : KVWI_ROW_COMING;
+        n_absent += rows[i] == NULL;
+    }
+    if (n_absent > step->seq->layers[step->layer].residency.n_slots) {
+        return kvwi_fail(KVC_NO_SPACE, "a step needs more rows than residency_slots");
+    }
+    for (uint32_t i = 0; st == KVC_OK && n_absent != 0 && i < step->n_rows; i++) {
+        if (rows[i] == NULL) {
+            st = add_miss(step, i, pos[i]);
+        }
+    }
+    return st;
+}
+
+kvc_status kvwi_resolve(kvw_step *step)
+{
+    kvw_seq *seq = step->seq;
+    const kvwi_picks *picks = &seq->layers[step->layer].picks;
+    step->n_rows = step->full
+                       ? step->n_tokens
+                       : seq->worker->opts.n_sink + picks->n + (step->n_tokens - step->near_begin);
+    step->n_misses = 0;
+    kvc_status st = reserve(step, step->n_rows);
+    if (st != KVC_OK) {
+        return kvwi_fail(st, "out of memory");
+    }
+    list_rows(step);
+    st = find_rows(step);
+    seq->stats.misses += step->n_misses;
+    return st;
+}

@@ -1,0 +1,420 @@
+/*
+ * reuse.c: a sequence starts over what the store already has of its tokens.
+ *
+ * Runs inside kvw_seq_create, on its thread, and blocks. Only blocks named by their tokens alone
+ * match (see digest_extra in blocks.c), and the prefix is cut to whole chunks, so the engine goes
+ * on exactly where a cold run would have begun a chunk. Brought back: the blocks that hold sinks
+ * and recent, whole; index rows, from their own parts where stored, else rebuilt from the keys of
+ * fetched rows. What cannot be brought back is as good as not matched: the sequence starts cold.
+ */
+#include <string.h>
+#include <sys/mman.h>
+
+#include "base/clock.h"
+#include "base/digest.h"
+#include "base/log.h"
+#include "internal.h"
+
+/* Staging for fetched rows, half of it in flight while the other half is used. */
+#define STAGING_BYTES (16u << 20)
+
+/* ---- match ---- */
+
+/* Names of the first n_blocks blocks, as a cold prefill computes them. */
+static kvc_status name_blocks(kvw_seq *seq, const uint32_t *tokens, uint32_t n_blocks)
+{
+    const kvw_worker *w = seq->worker;
+    uint32_t bt = w->opts.block_tokens;
+    if (n_blocks > seq->cap_blocks) {
+        kvwi_seq_block *blocks = realloc(seq->blocks, n_blocks * sizeof(*blocks));
+        if (blocks == NULL) {
+            return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+        }
+        seq->blocks = blocks;
+        seq->cap_blocks = n_blocks;
+    }
+    for (uint32_t b = 0; b < n_blocks; b++) {
+        seq->blocks[b] = (kvwi_seq_block){0};
+        kvc_status st =
+            kvc_block_digest(&w->schema, b == 0 ? NULL : &seq->blocks[b - 1u].digest,
+                             tokens + (size_t)b * bt, bt, NULL, 0, &seq->blocks[b].digest);
+        if (st != KVC_OK) {
+            return kvwi_fail(st, "a block digest could not be computed");
+        }
+    }
+    seq->n_blocks = n_blocks;
+    return KVC_OK;
+}
+
+/* Leading blocks that have all parts; asks for at most what a message may name at a time. */
+static kvc_status match(kvw_seq *seq, const kvc_digest *digests, uint32_t n, const uint32_t *parts,
+                        uint32_t n_parts, uint32_t *hits_p)
+{
+    const kvw_worker *w = seq->worker;
+    uint32_t batch = kvc_client_limits(w->opts.client)->max_digests;
+    batch = batch == 0 ? KVC_MAX_DIGESTS : kvwi_min_u32(batch, KVC_MAX_DIGESTS);
+    *hits_p = 0;
+    while (*hits_p < n) {
+        uint32_t ask = kvwi_min_u32(batch, n - *hits_p), got = 0;
+        kvc_op op;
+        kvc_op_init(&op, NULL, NULL);
+        kvc_status st = kvc_match(w->opts.client, &w->schema, digests + *hits_p, ask, parts,
+                                  n_parts, &got, 0, &op);
+        if (st == KVC_OK) {
+            st = kvc_op_wait(&op, 0);
+        }
+        if (st != KVC_OK) {
+            return kvwi_fail(st, "match: %s", kvc_last_error());
+        }
+        *hits_p += got;
+        if (got < ask) {
+            break;
+        }
+    }
+    return KVC_OK;
+}
+
+/* Tokens that can be reused of n_blocks matched ones. */
+static uint32_t cut(const kvw_worker *w, uint32_t n_blocks, uint32_t n_tokens)
+{
+    uint32_t unit = kvwi_max_u32(w->opts.chunk_tokens, w->opts.block_tokens);
+    uint32_t n = n_blocks * w->opts.block_tokens;
+    n = n_tokens == 0 ? 0 : kvwi_min_u32(n, n_tokens - 1u);
+    return n / unit * unit;
+}
+
+static kvc_status match_prefix(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens,
+                               uint32_t *n_reused_p, uint32_t *n_indexed_p)
+{
+    const kvw_worker *w = seq->worker;
+    uint32_t bt = w->opts.block_tokens, n_blocks = cut(w, n_tokens / bt, n_tokens) / bt, hits = 0;
+    *n_reused_p = 0;
+    *n_indexed_p = 0;
+    kvc_status st = name_blocks(seq, tokens, n_blocks);
+    if (st != KVC_OK || n_blocks == 0) {
+        return st;
+    }
+    kvc_digest *digests = malloc(n_blocks * sizeof(*digests));
+    if (digests == NULL) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    for (uint32_t b = 0; b < n_blocks; b++) {
+        digests[b] = seq->blocks[b].digest;
+    }
+    /* every rank's parts, so that all ranks reuse the same prefix */
+    st = match(seq, digests, n_blocks, w->group_parts, w->opts.tp_size * w->opts.n_layers, &hits);
+    if (st == KVC_OK) {
+        *n_reused_p = cut(w, hits, n_tokens);
+        hits = 0;
+    }
+    if (st == KVC_OK && w->index_row_bytes != 0 && *n_reused_p != 0) {
+        st = match(seq, digests, *n_reused_p / bt, w->index_parts, w->opts.n_layers, &hits);
+    }
+    *n_indexed_p = hits * bt;
+    free(digests);
+    return st;
+}
+
+static kvc_status open_context(kvw_seq *seq, uint32_t n_blocks)
+{
+    kvc_digest *digests = malloc((n_blocks + 1u) * sizeof(*digests));
+    if (digests == NULL) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    for (uint32_t b = 0; b < n_blocks; b++) {
+        digests[b] = seq->blocks[b].digest;
+    }
+    kvc_status st = kvc_context_open(seq->worker->opts.client, &seq->worker->schema, digests,
+                                     n_blocks, 0, 0, &seq->context);
+    free(digests);
+    return st == KVC_OK ? st : kvwi_fail(st, "context: %s", kvc_last_error());
+}
+
+/* ---- bringing rows back ---- */
+
+/* Rows [first, first + n) of one part, fetched as one op. */
+typedef struct batch {
+    uint32_t layer, part, first, n;
+    kvc_op op;
+    kvc_fetch_info info;
+    kvwi_buf picks, status;
+    size_t off_bytes; /* of its half of the staging */
+    bool in_flight;
+} batch;
+
+/* What a pass over rows of all layers does with them; rows are dense, row_bytes apart. */
+typedef kvc_status use_rows(kvw_seq *seq, const batch *b, const uint8_t *rows);
+
+typedef struct puller {
+    kvw_seq *seq;
+    uint8_t *staging;
+    kvc_region *region;
+    batch half[2];
+} puller;
+
+static kvc_status puller_open(puller *p, kvw_seq *seq)
+{
+    *p = (puller){.seq = seq};
+    void *mem =
+        mmap(NULL, STAGING_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mem == MAP_FAILED) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    p->staging = mem;
+    p->half[1].off_bytes = STAGING_BYTES / 2u;
+    const kvc_region_desc desc = {.size_bytes = sizeof(desc),
+                                  .base = mem,
+                                  .len_bytes = STAGING_BYTES,
+                                  .kind = KVC_MEMORY_HOST};
+    kvc_status st = kvc_region_register(seq->worker->opts.client, &desc, &p->region);
+    return st == KVC_OK ? st : kvwi_fail(st, "staging: %s", kvc_last_error());
+}
+
+static void puller_close(puller *p)
+{
+    for (int i = 0; i < 2; i++) {
+        if (p->half[i].in_flight) {
+            kvc_op_cancel(&p->half[i].op);
+            (void)kvc_op_wait(&p->half[i].op, 0);
+        }
+        kvwi_buf_fini(&p->half[i].picks);
+        kvwi_buf_fini(&p->half[i].status);
+    }
+    if (p->region != NULL) {
+        (void)kvc_region_deregister(p->seq->worker->opts.client, p->region);
+    }
+    if (p->staging != NULL) {
+        (void)munmap(p->staging, STAGING_BYTES);
+    }
+}
+
+static kvc_status submit(puller *p, batch *b, uint32_t row_bytes)
+{
+    const kvw_worker *w = p->seq->worker;
+    kvc_status st = kvwi_buf_need(&b->picks, b->n * sizeof(uint32_t));
+    if (st == KVC_OK) {
+        st = kvwi_buf_need(&b->status, b->n);
+    }
+    if (st != KVC_OK) {
+        return kvwi_fail(st, "out of memory");
+    }
+    uint32_t *picks = b->picks.p;
+    for (uint32_t i = 0; i < b->n; i++) {
+        picks[i] = b->first + i;
+    }
+    memset(b->status.p, KVC_NOT_FOUND, b->n);
+    memset(&b->info, 0, sizeof(b->info));
+    const kvc_pick_group group = {.context = p->seq->context,
+                                  .part = b->part,
+                                  .row_bytes = row_bytes,
+                                  .n_picks = b->n,
+                                  .picks = picks,
+                                  .dst_off_bytes = b->off_bytes};
+    kvc_op_init(&b->op, NULL, NULL);
+    st = kvc_fetch(w->opts.client, &group, 1, p->region, b->status.p, &b->info, 0, &b->op);
+    b->in_flight = st == KVC_OK;
+    return st == KVC_OK ? st : kvwi_fail(st, "fetch: %s", kvc_last_error());
+}
+
+/* NOT_FOUND where a row has gone since the match. */
+static kvc_status collect(puller *p, batch *b, uint32_t row_bytes, use_rows *use)
+{
+    kvw_stats *s = &p->seq->stats;
+    kvc_status st = kvc_op_wait(&b->op, 0);
+    b->in_flight = false;
+    if (st != KVC_OK) {
+        return kvwi_fail(st, "fetch: %s", kvc_status_name(st));
+    }
+    const int8_t *status = b->status.p;
+    for (uint32_t i = 0; i < b->n; i++) {
+        if (status[i] != KVC_OK) {
+            return kvwi_fail(KVC_NOT_FOUND, "row %u of part %u: %s", b->first + i, b->part,
+                             kvc_status_name((kvc_status)status[i]));
+        }
+    }
+    s->rows_gpu += b->info.rows_gpu;
+    s->rows_dram += b->info.rows_dram;
+    s->rows_lmdb += b->info.rows_lmdb;
+    s->requests += b->info.requests;
+    s->bytes_fetched += (uint64_t)b->n * row_bytes;
+    return use(p->seq, b, p->staging + b->off_bytes);
+}
+
+/* Rows [first, end) of every layer's part, in pieces, one in flight while another is used. */
+static kvc_status pull(puller *p, const uint32_t *parts, uint32_t row_bytes, uint32_t first,
+                       uint32_t end, use_rows *use)
+{
+    uint32_t n_layers = p->seq->worker->opts.n_layers, layer = 0, at = first, turn = 0;
+    uint32_t piece = STAGING_BYTES / 2u / row_bytes;
+    kvc_status st = KVC_OK;
+    if (first >= end) {
+        return KVC_OK;
+    }
+    while (st == KVC_OK && (layer < n_layers || p->half[turn].in_flight)) {
+        batch *b = &p->half[turn];
+        if (b->in_flight) {
+            st = collect(p, b, row_bytes, use);
+        }
+        if (st == KVC_OK && layer < n_layers) {
+            b->layer = layer;
+            b->part = parts[layer];
+            b->first = at;
+            b->n = kvwi_min_u32(piece, end - at);
+            at += b->n;
+            st = submit(p, b, row_bytes);
+        }
+        if (at == end && layer < n_layers) {
+            at = first;
+            layer++;
+        }
+        turn ^= 1u;
+    }
+    return st;
+}
+
+/* ---- what is done with the rows ---- */
+
+static kvc_status use_window(kvw_seq *seq, const batch *b, const uint8_t *rows)
+{
+    const kvw_worker *w = seq->worker;
+    uint32_t bt = w->opts.block_tokens;
+    for (uint32_t i = 0; i < b->n; i++) {
+        uint32_t pos = b->first + i;
+        memcpy(kvwi_block_row(w, seq->blocks[pos / bt].buf, b->layer, pos % bt),
+               rows + i * w->row_bytes, w->row_bytes);
+    }
+    return KVC_OK;
+}
+
+static kvc_status use_index(kvw_seq *seq, const batch *b, const uint8_t *rows)
+{
+    const kvw_worker *w = seq->worker;
+    for (uint32_t i = 0; i < w->n_levels; i++) {
+        kvwi_pages *pages = &seq->layers[b->layer].level[i];
+        kvc_status st = kvwi_pages_reserve(pages, b->first + b->n);
+        if (st != KVC_OK) {
+            return kvwi_fail(st, "out of memory");
+        }
+        kvwi_pages_write(pages, b->first, b->n, rows, w->index_row_bytes);
+        pages->n_rows = b->first + b->n;
+        rows += w->level[i].row_bytes;
+    }
+    return KVC_OK;
+}
+
+static kvc_status use_rebuild(kvw_seq *seq, const batch *b, const uint8_t *rows)
+{
+    seq->stats.index_rows_rebuilt += b->n;
+    return kvwi_index_append(seq, b->layer, b->first, rows, seq->worker->row_bytes, b->n);
+}
+
+/* Blocks of [first, end) get buffers and their rows. */
+static kvc_status bring_window(puller *p, uint32_t first, uint32_t end)
+{
+    uint32_t bt = p->seq->worker->opts.block_tokens;
+    kvc_status st = KVC_OK;
+    first = first / bt * bt;
+    for (uint32_t b = first / bt; st == KVC_OK && b * bt < end; b++) {
+        st = kvwi_blocks_fill(p->seq, b);
+    }
+    return st != KVC_OK ? st
+                        : pull(p, p->seq->worker->kv_parts, (uint32_t)p->seq->worker->row_bytes,
+                               first, end, use_window);
+}
+
+static kvc_status bring_back(puller *p, uint32_t n, uint32_t n_indexed)
+{
+    kvw_seq *seq = p->seq;
+    const kvw_worker *w = seq->worker;
+    uint32_t bt = w->opts.block_tokens;
+    uint32_t sink_end = kvwi_min_u32((w->opts.n_sink + bt - 1u) / bt * bt, n);
+    uint32_t recent = n > w->opts.n_recent ? n - w->opts.n_recent : 0;
+    kvc_status st = bring_window(p, 0, sink_end);
+    if (st == KVC_OK) {
+        st = bring_window(p, kvwi_max_u32(recent / bt * bt, sink_end), n);
+    }
+    if (st == KVC_OK && n_indexed != 0) {
+        st = pull(p, w->index_parts, (uint32_t)w->index_row_bytes, 0, n_indexed, use_index);
+    }
+    if (st == KVC_OK) {
+        st = pull(p, w->kv_parts, (uint32_t)w->row_bytes, n_indexed, n, use_rebuild);
+    }
+    return st;
+}
+
+/* ---- all of it ---- */
+
+static void adopt(kvw_seq *seq, const uint32_t *tokens, uint32_t n)
+{
+    const kvw_worker *w = seq->worker;
+    memcpy(seq->tokens, tokens, (size_t)n * sizeof(*tokens));
+    seq->n_named = n;
+    seq->n_reused = n;
+    seq->pass = (kvwi_pass){n, 0};
+    seq->n_blocks = n / w->opts.block_tokens;
+    seq->n_submitted = seq->n_blocks;
+    seq->put.n_acked = seq->n_blocks; /* nobody else knows the sequence yet */
+    for (uint32_t i = 0; i < w->opts.n_layers; i++) {
+        seq->layers[i].n_tokens = n;
+    }
+}
+
+/* Back to a cold start: no context, no buffers, no index rows. */
+static void forget(kvw_seq *seq)
+{
+    kvc_context_close(seq->context);
+    seq->context = NULL;
+    for (uint32_t b = 0; b < seq->n_blocks; b++) {
+        if (seq->blocks[b].buf != NULL) {
+            kvwi_pool_give(seq->worker, seq->blocks[b].buf);
+            seq->blocks[b].buf = NULL;
+        }
+    }
+    seq->n_blocks = 0;
+    for (uint32_t i = 0; i < seq->worker->opts.n_layers; i++) {
+        for (uint32_t j = 0; j < seq->worker->n_levels; j++) {
+            seq->layers[i].level[j].n_rows = 0;
+        }
+    }
+}
+
+static kvc_status bring_all(kvw_seq *seq, uint32_t n, uint32_t n_indexed)
+{
+    puller p;
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
+        st = kvwi_residency_extend(&seq->layers[i].residency, n);
+    }
+    if (st != KVC_OK) {
+        return kvwi_fail(st, "out of memory");
+    }
+    st = puller_open(&p, seq);
+    if (st == KVC_OK) {
+        st = bring_back(&p, n, n_indexed);
+    }
+    puller_close(&p);
+    return st;
+}
+
+kvc_status kvwi_reuse(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens)
+{
+    uint32_t n = 0, n_indexed = 0, bt = seq->worker->opts.block_tokens;
+    kvc_status st = match_prefix(seq, tokens, n_tokens, &n, &n_indexed);
+    if (st == KVC_OK) {
+        seq->n_blocks = n / bt;
+        st = open_context(seq, n / bt);
+    }
+    if (st == KVC_OK && n != 0) {
+        st = bring_all(seq, n, n_indexed);
+    }
+    if (st == KVC_NOT_FOUND && n != 0) {
+        KVC_LOG_INFO(WORKER, "reuse: cold start, since %s", kvw_last_error());
+        forget(seq);
+        n = 0;
+        st = open_context(seq, 0);
+    }
+    if (st == KVC_OK) {
+        adopt(seq, tokens, n);
+    }
+    return st;
+}

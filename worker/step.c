@@ -1,0 +1,168 @@
+/*
+ * step.c: steps as handles: begin (select, resolve, submit), attend, finish.
+ *
+ * A step belongs to its sequence's thread. One step per layer may be open; finished ones go to a
+ * free list with their buffers, so a warm sequence allocates nothing. Phases live in select.c,
+ * resolve.c, fetch.c and attend.c.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+static void free_step(kvw_step *step)
+{
+    kvwi_buf *const bufs[] = {
+        &step->pos,       &step->rows,        &step->state, &step->miss_row, &step->miss_pos,
+        &step->miss_slot, &step->miss_status, &step->q_rot, &step->q_pos,    &step->sub_rows,
+        &step->sub_pos,   &step->visible,     &step->acc,   &step->part};
+    for (size_t i = 0; i < sizeof(bufs) / sizeof(bufs[0]); i++) {
+        kvwi_buf_fini(bufs[i]);
+    }
+    free(step);
+}
+
+void kvwi_steps_free(kvw_seq *seq)
+{
+    for (uint32_t i = 0; seq->layers != NULL && i < seq->worker->opts.n_layers; i++) {
+        kvw_step *step = seq->layers[i].step;
+        if (step != NULL) {
+            kvwi_fetch_abandon(step);
+            free_step(step);
+            seq->layers[i].step = NULL;
+        }
+    }
+    while (seq->free_steps != NULL) {
+        kvw_step *step = seq->free_steps;
+        seq->free_steps = step->next;
+        free_step(step);
+    }
+}
+
+static kvw_step *take_step(kvw_seq *seq)
+{
+    kvw_step *step = seq->free_steps;
+    if (step != NULL) {
+        seq->free_steps = step->next;
+    } else {
+        step = calloc(1, sizeof(*step));
+    }
+    return step;
+}
+
+static void give_step(kvw_step *step)
+{
+    kvw_seq *seq = step->seq;
+    seq->layers[step->layer].step = NULL;
+    step->next = seq->free_steps;
+    seq->free_steps = step;
+}
+
+static kvc_status check_begin(const kvw_seq *seq, uint32_t layer, const void *q, uint32_t n_q,
+                              kvw_step **step_p)
+{
+    if (seq == NULL || q == NULL || step_p == NULL || layer >= seq->worker->opts.n_layers) {
+        return kvwi_fail(KVC_INVALID, "seq, q and step_p must not be NULL, layer must exist");
+    }
+    if (n_q == 0 || n_q > seq->pass.n ||
+        seq->layers[layer].n_tokens != seq->pass.first + seq->pass.n) {
+        return kvwi_fail(KVC_INVALID, "layer %u: n_q must be 1 to the pass's tokens, appended",
+                         layer);
+    }
+    if (seq->layers[layer].step != NULL) {
+        return kvwi_fail(KVC_AGAIN, "layer %u: a step is open", layer);
+    }
+    return KVC_OK;
+}
+
+kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
+                          kvw_step **step_p)
+{
+    kvc_status st = check_begin(seq, layer, q_select, n_q, step_p);
+    if (st != KVC_OK) {
+        return st;
+    }
+    *step_p = NULL;
+    kvw_step *step = take_step(seq);
+    if (step == NULL) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    step->seq = seq;
+    step->layer = layer;
+    step->n_q = n_q;
+    step->n_tokens = seq->layers[layer].n_tokens;
+    step->n_misses = 0;
+    step->has_acc = false;
+    step->attended = false;
+    step->in_flight = false;
+    seq->layers[layer].step = step;
+    st = kvwi_select(step, q_select);
+    if (st == KVC_OK) {
+        st = kvwi_resolve(step);
+    } else {
+        (void)kvwi_fail(st, "layer %u: selection failed: %s", layer, kvc_status_name(st));
+    }
+    if (st != KVC_OK) {
+        step->fetch_status = st;
+        kvwi_fetch_abandon(step);
+        give_step(step);
+        return st;
+    }
+    seq->stats.hits += step->full ? 0 : seq->layers[layer].picks.n - step->n_misses;
+    kvwi_fetch_submit(step);
+    *step_p = step;
+    return KVC_OK;
+}
+
+kvc_status kvw_step_attend(kvw_step *step, const void *q)
+{
+    if (step == NULL || q == NULL || step->attended) {
+        return kvwi_fail(KVC_INVALID, "step and q must not be NULL, and a step attends once");
+    }
+    if (step->seq->worker->opts.exact) {
+        return KVC_OK;
+    }
+    step->attended = true;
+    return kvwi_attend(step, q, KVWI_RESIDENT);
+}
+
+/* All rows at once where nothing was attended before, else the arrivals. */
+static kvc_status attend_rest(kvw_step *step, const void *q)
+{
+    if (!step->attended) {
+        return kvwi_attend(step, q, KVWI_ALL);
+    }
+    return step->n_misses == 0 ? KVC_OK : kvwi_attend(step, q, KVWI_ARRIVED);
+}
+
+kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
+{
+    if (step == NULL || q == NULL || out == NULL) {
+        return kvwi_fail(KVC_INVALID, "step, q and out must not be NULL");
+    }
+    kvc_status st = KVC_OK;
+    if (!step->attended && !step->seq->worker->opts.exact && step->n_misses != 0) {
+        st = kvw_step_attend(step, q);
+    }
+    kvc_status fetched = kvwi_fetch_wait(step);
+    st = st == KVC_OK ? fetched : st;
+    if (st == KVC_OK) {
+        st = attend_rest(step, q);
+    }
+    if (st == KVC_OK) {
+        st = kvwi_attend_result(step, out, lse);
+    }
+    give_step(step);
+    return st;
+}
+
+kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, const void *k, const void *v,
+                       uint32_t n_tokens, void *out, float *lse)
+{
+    kvw_step *step = NULL;
+    kvc_status st = kvw_append(seq, layer, k, v, n_tokens);
+    if (st == KVC_OK) {
+        st = kvw_step_begin(seq, layer, q, n_tokens, &step);
+    }
+    return st != KVC_OK ? st : kvw_step_finish(step, q, out, lse);
+}
