@@ -165,8 +165,15 @@ static bool hand_over(kvt_conn *conn, kvti_inop *op, kvti_incall *call)
     conn->n_ops++;
     op->waiting = true;
     op->xfer->priv = op;
-    kvc_status status =
-        listener == NULL ? KVC_UNAVAILABLE : kvti_inproc_enqueue(listener, call, &why);
+    kvc_status status;
+    if (kvc_expired(op->xfer->deadline_ns)) {
+        status = KVC_TIMED_OUT;
+        why = "the deadline passed";
+    } else if (listener == NULL) {
+        status = KVC_UNAVAILABLE;
+    } else {
+        status = kvti_inproc_enqueue(listener, call, &why);
+    }
     if (status != KVC_OK) {
         kvti_inproc_finish(op, status, why, status == KVC_AGAIN ? KVTI_RETRY_MS : 0);
         return false;

@@ -1,0 +1,32 @@
+/*
+ * conformance.h: the cases of the suite that every registered transport has to pass.
+ *
+ * Each case opens its own fixture on suite_uri.
+ */
+#ifndef TESTS_TRANSPORT_CONFORMANCE_H
+#define TESTS_TRANSPORT_CONFORMANCE_H
+
+/* conformance_calls.c: requests and answers */
+void every_method(void **state);
+void payload_sizes(void **state);
+void many_slices(void **state);
+void every_error(void **state);
+void limits_of_messages(void **state);
+void limits_of_calls(void **state);
+void thousand_at_once(void **state);
+void submit_refuses(void **state);
+
+/* conformance_ends.c: deadlines, cancels, and ends that go away */
+void deadline_passes(void **state);
+void deadline_is_told(void **state);
+void cancel_in_flight(void **state);
+void cancel_early(void **state);
+void close_in_flight(void **state);
+void nobody_there(void **state);
+void server_dies(void **state);
+void drain_waits(void **state);
+void drain_gives_up(void **state);
+void bad_uris(void **state);
+void name_is_taken(void **state);
+
+#endif

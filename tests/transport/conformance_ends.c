@@ -1,0 +1,315 @@
+/*
+ * conformance_ends.c: deadlines, cancels, and ends that go away while transfers are in flight.
+ *
+ * See conformance.h.
+ */
+#include "fixture.h"
+
+#include "conformance.h"
+
+/* Answers the one held call with a slice, late. */
+static void answer_late(fixture *f)
+{
+    kvc_mutex_lock(&f->mutex);
+    kvt_call *call = f->n_held > 0 ? f->held[--f->n_held] : NULL;
+    kvc_mutex_unlock(&f->mutex);
+    assert_non_null(call);
+    kvt_slice slice = counted_slice(f, "too late", 8);
+    kvt_call_reply(call, KVC_OK, NULL, 0, NULL, &slice, 1);
+}
+
+/* Blocks until the server has been told that the held call's client has gone. */
+static void wait_cancelled(fixture *f)
+{
+    for (int i = 0; i < 1000 && !kvt_call_cancelled(f->held[0]); i++)
+        usleep(10000);
+    assert_true(kvt_call_cancelled(f->held[0]));
+}
+
+void deadline_passes(void **state)
+{
+    (void)state;
+    fixture f;
+    job j;
+    fixture_open(&f, 1);
+    f.handler = hold_handler;
+    job_init(&j, &f, sample_request(KVC_FETCH_ROWS, 0, &f.arena), 300 * MS);
+    assert_status(job_run(&j), KVC_TIMED_OUT);
+    assert_true(j.done_ns >= j.xfer.deadline_ns);
+    assert_true(j.done_ns < j.xfer.deadline_ns + 5 * SECOND);
+    wait_held(&f, 1);
+    wait_cancelled(&f);
+    answer_late(&f);
+    fixture_close(&f);
+    assert_int_equal(atomic_load(&j.n_done), 1);
+    assert_int_equal(atomic_load(&f.n_released), 1);
+    job_fini(&j);
+    /* A deadline that has passed already. */
+    fixture_open(&f, 1);
+    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 1);
+    kvc_status status = job_run(&j);
+    assert_true(status == KVC_TIMED_OUT);
+    job_fini(&j);
+    fixture_close(&f);
+}
+
+void deadline_is_told(void **state)
+{
+    (void)state;
+    fixture f;
+    job j[2];
+    fixture_open(&f, 1);
+    f.handler = hold_handler;
+    job_init(&j[0], &f, sample_request(KVC_STATS, 0, &f.arena), 30 * SECOND);
+    job_submit(&j[0]);
+    wait_held(&f, 1);
+    int64_t off_ns = (int64_t)(f.held[0]->deadline_ns - j[0].xfer.deadline_ns);
+    assert_true(off_ns > -(int64_t)SECOND && off_ns < (int64_t)SECOND);
+    assert_string_equal(f.held[0]->tenant, "default");
+    job_init(&j[1], &f, sample_request(KVC_STATS, 0, &f.arena), 0);
+    job_submit(&j[1]);
+    wait_held(&f, 2);
+    assert_int_equal(f.held[1]->deadline_ns, 0);
+    assert_int_equal(answer_held(&f), 2);
+    wait_done(&f, 2);
+    job_fini(&j[0]);
+    job_fini(&j[1]);
+    fixture_close(&f);
+}
+
+void cancel_in_flight(void **state)
+{
+    (void)state;
+    fixture f;
+    job j;
+    fixture_open(&f, 1);
+    f.handler = hold_handler;
+    job_init(&j, &f, sample_request(KVC_PUT_BLOCKS, 100000, &f.arena), 0);
+    job_submit(&j);
+    wait_held(&f, 1);
+    assert_false(kvt_call_cancelled(f.held[0]));
+    f.ops->cancel(f.conn, &j.xfer);
+    wait_done(&f, 1);
+    assert_status(j.status, KVC_CANCELLED);
+    f.ops->cancel(f.conn, &j.xfer); /* after done: nothing happens */
+    wait_cancelled(&f);
+    answer_late(&f);
+    job_fini(&j);
+    fixture_close(&f);
+    assert_int_equal(atomic_load(&j.n_done), 1);
+    assert_int_equal(atomic_load(&f.n_released), 1);
+}
+
+/* Before it can have reached anybody; the caller's memory goes away right after done. */
+void cancel_early(void **state)
+{
+    (void)state;
+    fixture f;
+    fixture_open(&f, 2);
+    for (int i = 0; i < 50; i++) {
+        job *j = malloc(sizeof(*j));
+        void *bytes = calloc(1, 500000);
+        assert_non_null(j);
+        assert_non_null(bytes);
+        struct iovec data = {bytes, 500000};
+        kvc_request req = sample_request(KVC_PUT_BLOCKS, 0, &f.arena);
+        req.data = &data;
+        req.n_data = 1;
+        req.data_bytes = 500000;
+        job_init(j, &f, req, 0);
+        j->xfer.channel = (uint32_t)i;
+        job_submit(j);
+        f.ops->cancel(f.conn, &j->xfer);
+        wait_done(&f, (uint32_t)i + 1);
+        assert_true(j->status == KVC_CANCELLED || j->status == KVC_OK);
+        assert_int_equal(atomic_load(&j->n_done), 1);
+        job_fini(j);
+        free(bytes);
+        free(j);
+    }
+    fixture_close(&f);
+}
+
+void close_in_flight(void **state)
+{
+    (void)state;
+    enum { N = 40 };
+    fixture f;
+    job jobs[N], late;
+    fixture_open(&f, 3);
+    f.handler = hold_handler;
+    for (uint32_t i = 0; i < N; i++) {
+        job_init(&jobs[i], &f, sample_request(KVC_PUT_BLOCKS, 1000, &f.arena), 0);
+        jobs[i].xfer.channel = i;
+        job_submit(&jobs[i]);
+    }
+    wait_held(&f, N / 2);
+    f.ops->conn_close(f.conn);
+    f.conn = NULL;
+    assert_int_equal(f.n_done, N); /* every done has run when close returns */
+    for (uint32_t i = 0; i < N; i++) {
+        assert_int_equal(atomic_load(&jobs[i].n_done), 1);
+        assert_status(jobs[i].status, KVC_CANCELLED);
+        job_fini(&jobs[i]);
+    }
+    fixture_connect(&f, 1); /* the server goes on */
+    f.handler = sample_handler;
+    job_init(&late, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
+    assert_ok(job_run(&late));
+    job_fini(&late);
+    fixture_close(&f);
+}
+
+void nobody_there(void **state)
+{
+    (void)state;
+    fixture f;
+    job j;
+    fixture_init(&f);
+    fixture_listen(&f); /* only to learn an address that nobody uses afterwards */
+    fixture_close_server(&f);
+    fixture_connect(&f, 1);
+    job_init(&j, &f, sample_request(KVC_PUT_BLOCKS, 5000, &f.arena), 10 * SECOND);
+    assert_status(job_run(&j), KVC_UNAVAILABLE);
+    assert_true(j.xfer.detail[0] != '\0');
+    job_fini(&j);
+    fixture_close(&f);
+}
+
+/* A server that ends with calls in flight, and one that takes its place: clients reconnect. */
+void server_dies(void **state)
+{
+    (void)state;
+    fixture f;
+    job j;
+    char uri[300];
+    fixture_open(&f, 1);
+    f.handler = hold_handler;
+    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
+    job_submit(&j);
+    wait_held(&f, 1);
+    fixture_close_server(&f);
+    wait_done(&f, 1);
+    assert_true(j.status == KVC_UNAVAILABLE || j.status == KVC_CANCELLED);
+    job_fini(&j);
+    (void)snprintf(uri, sizeof(uri), "%s", f.uri);
+    f.listen.uri = uri;
+    f.handler = sample_handler;
+    fixture_listen(&f);
+    uint64_t give_up_ns = kvc_deadline_ns(10 * SECOND);
+    kvc_status status = KVC_UNAVAILABLE;
+    while (status == KVC_UNAVAILABLE && !kvc_expired(give_up_ns)) {
+        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), SECOND);
+        status = job_run(&j);
+        job_fini(&j);
+        usleep(20000);
+    }
+    assert_ok(status);
+    fixture_close(&f);
+}
+
+static void run_drain(void *arg)
+{
+    fixture *f = arg;
+    f->ops->drain(f->listener, kvc_deadline_ns(20 * SECOND));
+}
+
+void drain_waits(void **state)
+{
+    (void)state;
+    fixture f;
+    job held, j;
+    kvc_thread thread;
+    fixture_open(&f, 1);
+    f.handler = hold_handler;
+    job_init(&held, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
+    job_submit(&held);
+    wait_held(&f, 1);
+    uint64_t start_ns = kvc_now_ns();
+    assert_ok(kvc_thread_start(&thread, "drain", run_drain, &f));
+    kvc_status status = KVC_OK;
+    f.handler = sample_handler;
+    for (int i = 0; i < 1000 && status == KVC_OK; i++) {
+        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
+        status = job_run(&j);
+        job_fini(&j);
+        usleep(1000);
+    }
+    assert_status(status, KVC_CLOSED);
+    assert_int_equal(atomic_load(&held.n_done), 0);
+    uint32_t n_before = f.n_done;
+    assert_int_equal(answer_held(&f), 1);
+    wait_done(&f, n_before + 1);
+    assert_status(held.status, KVC_NOT_FOUND); /* its answer still came through */
+    kvc_thread_join(&thread);
+    assert_true(kvc_now_ns() - start_ns < 10 * SECOND);
+    job_fini(&held);
+    fixture_close(&f);
+}
+
+void drain_gives_up(void **state)
+{
+    (void)state;
+    fixture f;
+    job j;
+    fixture_open(&f, 1);
+    f.handler = hold_handler;
+    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
+    job_submit(&j);
+    wait_held(&f, 1);
+    uint64_t start_ns = kvc_now_ns();
+    f.ops->drain(f.listener, kvc_deadline_ns(200 * MS));
+    assert_true(kvc_now_ns() - start_ns >= 200 * MS);
+    assert_true(kvc_now_ns() - start_ns < 5 * SECOND);
+    wait_done(&f, 1);
+    assert_true(j.status == KVC_UNAVAILABLE || j.status == KVC_CANCELLED);
+    assert_int_equal(answer_held(&f), 1); /* the server still answers; nobody listens */
+    job_fini(&j);
+    fixture_close(&f);
+}
+
+void bad_uris(void **state)
+{
+    (void)state;
+    const kvt_ops *ops = kvt_find(suite_uri);
+    static const char *const bad[] = {"",
+                                      "nosuch://x",
+                                      "grpc://",
+                                      "grpc://:1",
+                                      "grpc://host",
+                                      "grpc://h:1/path",
+                                      "grpc+unix://relative",
+                                      "inproc://"};
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+        kvt_listener *listener = (kvt_listener *)(uintptr_t)1;
+        kvt_conn *conn = (kvt_conn *)(uintptr_t)1;
+        fixture f;
+        fixture_init(&f);
+        f.listen.uri = bad[i];
+        kvt_connect_opts opts = {.size_bytes = sizeof(opts), .uri = bad[i]};
+        assert_status(ops->listen(&f.listen, &listener), KVC_INVALID);
+        assert_null(listener);
+        assert_status(ops->connect(&opts, &conn), KVC_INVALID);
+        assert_null(conn);
+    }
+    assert_null(kvt_find("nosuch://x"));
+    assert_null(kvt_find("grpc:/x"));
+    assert_null(kvt_at(1000));
+}
+
+void name_is_taken(void **state)
+{
+    (void)state;
+    fixture f;
+    kvt_listener *second;
+    fixture_open(&f, 1);
+    kvt_listen_opts opts = f.listen;
+    opts.uri = f.uri;
+    assert_status(f.ops->listen(&opts, &second), KVC_IO);
+    assert_null(second);
+    job j; /* the first one goes on */
+    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
+    assert_ok(job_run(&j));
+    job_fini(&j);
+    fixture_close(&f);
+}

@@ -1,0 +1,90 @@
+/*
+ * fixture.h: a server with a handler that each test sets, and a client that counts.
+ *
+ * The handler runs on the transport's threads; what it shares with the test is guarded by the
+ * fixture's mutex or atomic. One fixture per test.
+ */
+#ifndef TESTS_TRANSPORT_FIXTURE_H
+#define TESTS_TRANSPORT_FIXTURE_H
+
+#include "support.h"
+
+#include <stdatomic.h>
+
+#include "base/clock.h"
+#include "base/thread.h"
+#include "samples.h"
+#include "transport/transport.h"
+
+#define MS       1000000ull
+#define SECOND   (1000 * MS)
+#define HELD_MAX 2048u
+
+typedef struct fixture fixture;
+typedef void handler_fn(fixture *f, kvt_call *call);
+
+/* One transfer with its request; done records and wakes. */
+typedef struct job {
+    kvt_xfer xfer; /* first */
+    fixture *f;
+    kvc_request req;
+    atomic_uint n_done;
+    kvc_status status;
+    uint64_t done_ns;
+    /* checked inside done, where the payload is still valid; NULL: nothing */
+    const kvc_reply *want;
+    const char *diff;
+} job;
+
+struct fixture {
+    const kvt_ops *ops;
+    kvt_listen_opts listen;
+    kvt_listener *listener;
+    char uri[300]; /* as the listener gives it */
+    kvt_conn *conn;
+    handler_fn *handler;
+    kvc_arena arena; /* of the test's thread */
+    kvc_mutex mutex; /* guards held; rank QUEUE */
+    kvc_cond changed;
+    kvt_call *held[HELD_MAX];
+    uint32_t n_held;
+    uint32_t n_done; /* over all jobs */
+    atomic_uint n_released;
+    atomic_uint n_calls;
+};
+
+/* The URI to listen on in this run of the suite, and its transport. */
+extern const char *suite_uri;
+
+/* Listens and connects with n_channels; the handler is echo_handler. */
+void fixture_open(fixture *f, uint32_t n_channels);
+/* The same with listen options that the test has changed in f->listen after fixture_init. */
+void fixture_init(fixture *f);
+void fixture_listen(fixture *f);
+void fixture_connect(fixture *f, uint32_t n_channels);
+/* Drains at once, closes both ends; held calls are answered first. */
+void fixture_close(fixture *f);
+void fixture_close_server(fixture *f);
+
+/* Answers with sample_reply of the method. */
+void sample_handler(fixture *f, kvt_call *call);
+/* Keeps the call in f->held. */
+void hold_handler(fixture *f, kvt_call *call);
+/* Blocks until n calls are held. */
+void wait_held(fixture *f, uint32_t n);
+/* Blocks until done has run n times in all; fails after 20 s. */
+void wait_done(fixture *f, uint32_t n);
+/* Answers every held call with NOT_FOUND; gives how many. */
+uint32_t answer_held(fixture *f);
+
+/* Fills in a job for req; timeout_ns 0: no deadline. */
+void job_init(job *j, fixture *f, kvc_request req, uint64_t timeout_ns);
+void job_submit(job *j);
+/* Submits, waits, returns the status. */
+kvc_status job_run(job *j);
+void job_fini(job *j);
+
+/* A slice of bytes that counts its release in f. */
+kvt_slice counted_slice(fixture *f, const void *base, size_t len_bytes);
+
+#endif

@@ -1,0 +1,76 @@
+/*
+ * transport_conformance.c: one suite over every registered transport and each of its schemes.
+ *
+ * A new transport needs one line in listen_uris below, if its scheme is a new one. Usage:
+ * transport_conformance [scheme]
+ */
+#include "support.h"
+
+#include "base/log.h"
+#include "conformance.h"
+#include "fixture.h"
+
+static const struct {
+    const char *scheme, *uri;
+} listen_uris[] = {
+    {"inproc", "inproc://conformance"},
+    {"grpc", "grpc://127.0.0.1:0"},
+    {"grpc+unix", NULL}, /* in a folder of this run */
+};
+
+static int run_suite(const char *name, const char *uri)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_method),       cmocka_unit_test(payload_sizes),
+        cmocka_unit_test(many_slices),        cmocka_unit_test(every_error),
+        cmocka_unit_test(limits_of_messages), cmocka_unit_test(limits_of_calls),
+        cmocka_unit_test(thousand_at_once),   cmocka_unit_test(submit_refuses),
+        cmocka_unit_test(deadline_passes),    cmocka_unit_test(deadline_is_told),
+        cmocka_unit_test(cancel_in_flight),   cmocka_unit_test(cancel_early),
+        cmocka_unit_test(close_in_flight),    cmocka_unit_test(nobody_there),
+        cmocka_unit_test(server_dies),        cmocka_unit_test(drain_waits),
+        cmocka_unit_test(drain_gives_up),     cmocka_unit_test(bad_uris),
+        cmocka_unit_test(name_is_taken),
+    };
+    suite_uri = uri;
+    print_message("suite %s on %s\n", name, uri);
+    return cmocka_run_group_tests_name(name, tests, NULL, NULL);
+}
+
+static int run_scheme(const char *scheme)
+{
+    char dir[] = "/tmp/kvasir-transport-XXXXXX", uri[128];
+    for (size_t i = 0; i < sizeof(listen_uris) / sizeof(listen_uris[0]); i++) {
+        if (strcmp(listen_uris[i].scheme, scheme) != 0)
+            continue;
+        if (listen_uris[i].uri != NULL)
+            return run_suite(scheme, listen_uris[i].uri);
+        if (mkdtemp(dir) == NULL)
+            return 1;
+        (void)snprintf(uri, sizeof(uri), "%s://%s/socket", scheme, dir);
+        int n_failed = run_suite(scheme, uri);
+        (void)rmdir(dir); /* fails, rightly, if the socket was left behind */
+        return n_failed + (access(dir, F_OK) == 0);
+    }
+    print_error("no URI to test the scheme %s with\n", scheme);
+    return 1;
+}
+
+int main(int argc, char **argv)
+{
+    int n_failed = 0, n_run = 0;
+    const kvt_ops *ops;
+    if (getenv("KVASIR_TEST_LOG") != NULL)
+        kvc_log_set_level(KVC_LOG_LEVEL_TRACE);
+    else
+        kvc_log_set_level(KVC_LOG_LEVEL_OFF);
+    for (uint32_t i = 0; (ops = kvt_at(i)) != NULL; i++) {
+        for (const char *const *scheme = ops->schemes; *scheme != NULL; scheme++) {
+            if (argc > 1 && strcmp(argv[1], *scheme) != 0)
+                continue;
+            n_failed += run_scheme(*scheme);
+            n_run++;
+        }
+    }
+    return n_failed > 0 || n_run == 0;
+}
