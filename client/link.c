@@ -51,22 +51,23 @@ kvc_status kvci_link_call(kvci_link *link, const kvc_request *req, uint64_t dead
     kvc_arena_init(&call.xfer.arena, KVCI_REPLY_ARENA_BYTES);
     kvc_mutex_init(&call.lock, KVC_RANK_LEAF);
     kvc_cond_init(&call.cond);
-    call.status = link->ops->submit(link->conn, &call.xfer);
-    if (call.status == KVC_OK) {
+    kvc_status status = link->ops->submit(link->conn, &call.xfer);
+    if (status == KVC_OK) {
         kvc_mutex_lock(&call.lock);
         while (!call.done)
             kvc_cond_wait(&call.cond, &call.lock);
         kvc_mutex_unlock(&call.lock);
-        if (call.status != KVC_OK)
-            (void)kvci_fail(call.status, "%s: %s: %s", kvc_method_name(req->method),
-                            kvc_status_name(call.status), call.xfer.detail);
+        status = call.status;
     }
+    if (status != KVC_OK)
+        (void)kvci_fail(status, "%s: %s: %s", kvc_method_name(req->method), kvc_status_name(status),
+                        call.xfer.detail);
     if (retry_after_ms_p != NULL)
         *retry_after_ms_p = call.xfer.retry_after_ms;
     kvc_arena_reset(&call.xfer.arena);
     kvc_cond_fini(&call.cond);
     kvc_mutex_fini(&call.lock);
-    return call.status;
+    return status;
 }
 
 static uint32_t clamp_u32(uint32_t value, uint32_t max)

@@ -10,7 +10,7 @@
 kvci_verdict kvci_judge(const kvci_msg *msg, kvc_status status)
 {
     const kvci_call *call = msg->call;
-    if (status == KVC_OK || call->cancelled || call->once)
+    if (status == KVC_OK || call->once)
         return KVCI_FINISH;
     switch (status) {
     case KVC_AGAIN:

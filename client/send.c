@@ -141,7 +141,12 @@ void kvci_settle(kvc_client *client, kvci_msg *msg, kvc_status status, const cha
     msg->last = status;
     msg->failures = status == KVC_OK ? 0 : msg->failures + 1;
     msg->state = KVCI_QUEUED; /* in no list yet */
-    kvci_verdict verdict = client->closing ? KVCI_FINISH : kvci_judge(msg, status);
+    kvci_verdict verdict = kvci_judge(msg, status);
+    /* What would have been tried again ends as what the caller asked for. */
+    if (verdict != KVCI_FINISH && call->cancelled) {
+        verdict = KVCI_FINISH;
+        status = KVC_CANCELLED;
+    }
     if (verdict != KVCI_FINISH && kvc_now_ns() >= call->deadline_ns)
         verdict = KVCI_FINISH;
     if (verdict == KVCI_FINISH && status != KVC_OK && call->kind->stop_on_error) {

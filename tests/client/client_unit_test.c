@@ -152,9 +152,6 @@ static void test_judge(void **state)
     assert_int_equal(kvci_judge(&msg, KVC_TIMED_OUT), KVCI_FINISH);
     call.once = true;
     assert_int_equal(kvci_judge(&msg, KVC_AGAIN), KVCI_FINISH);
-    call.once = false;
-    call.cancelled = true;
-    assert_int_equal(kvci_judge(&msg, KVC_UNAVAILABLE), KVCI_FINISH);
 }
 
 static void test_error_ring(void **state)
