@@ -80,8 +80,7 @@ uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, uint64_t bytes)
 {
     uint64_t freed = 0;
     kvs_victim victim;
-    while (freed < bytes && (kvs_evict_lmdb(server->index, cls, &victim) ||
-                             kvs_evict_lmdb(server->index, KVS_ANY_CLASS, &victim))) {
+    while (freed < bytes && kvs_evict_lmdb(server->index, cls, &victim)) {
         atomic_fetch_add(&server->lmdb.evictions, 1);
         if (victim.gone)
             count_lost(server, &victim);

@@ -16,8 +16,8 @@
 kvc_status kvs_cascade_reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
                                const kvc_digest *block, kvs_slot *slot_p,
                                void **addr_p) KVC_MUST_CHECK;
-/* Evicts lmdb values, of the class first, until bytes were released or nothing gives way; returns
-   the bytes. */
+/* Evicts lmdb values as large as those of the class until bytes were released or nothing gives way;
+   returns the bytes. */
 uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, uint64_t bytes);
 /* Releases doomed values that nobody reads any more. */
 void kvs_cascade_reap(kvs_server *server);

@@ -135,25 +135,23 @@ static bool lmdb_from(kvs_index *index, kvs_class *cls, kvs_victim *victim_p)
     return false;
 }
 
-/* Tries the class with most bytes in the tier first, then every other. */
-static bool any_from(kvs_index *index, bool dram, kvs_victim *victim_p)
+/* Tries the class with most bytes in dram first, then every other. */
+static bool dram_from_any(kvs_index *index, kvs_victim *victim_p)
 {
-    bool (*from)(kvs_index *, kvs_class *, kvs_victim *) = dram ? dram_from : lmdb_from;
     uint32_t best = 0;
     uint64_t best_bytes = 0;
     for (uint32_t i = 0; i < index->n_classes; i++) {
         const kvs_class *cls = &index->classes[i];
-        uint64_t n = dram ? cls->n_dram : cls->n_lmdb;
-        uint64_t bytes = n * (cls->value_bytes ? cls->value_bytes : 1);
+        uint64_t bytes = cls->n_dram * (cls->value_bytes ? cls->value_bytes : 1);
         if (bytes > best_bytes) {
             best_bytes = bytes;
             best = i;
         }
     }
-    if (from(index, &index->classes[best], victim_p))
+    if (dram_from(index, &index->classes[best], victim_p))
         return true;
     for (uint32_t i = 0; i < index->n_classes; i++)
-        if (i != best && from(index, &index->classes[i], victim_p))
+        if (i != best && dram_from(index, &index->classes[i], victim_p))
             return true;
     return false;
 }
@@ -161,7 +159,7 @@ static bool any_from(kvs_index *index, bool dram, kvs_victim *victim_p)
 bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 {
     kvc_mutex_lock(&index->lock);
-    bool found = cls == KVS_ANY_CLASS ? any_from(index, true, victim_p)
+    bool found = cls == KVS_ANY_CLASS ? dram_from_any(index, victim_p)
                                       : dram_from(index, &index->classes[cls], victim_p);
     kvc_mutex_unlock(&index->lock);
     return found;
@@ -170,8 +168,10 @@ bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 {
     kvc_mutex_lock(&index->lock);
-    bool found = cls == KVS_ANY_CLASS ? any_from(index, false, victim_p)
-                                      : lmdb_from(index, &index->classes[cls], victim_p);
+    bool found = lmdb_from(index, &index->classes[cls], victim_p);
+    for (uint32_t i = 0; !found && i < index->n_classes; i++)
+        found = index->classes[i].value_bytes == index->classes[cls].value_bytes &&
+                lmdb_from(index, &index->classes[i], victim_p);
     kvc_mutex_unlock(&index->lock);
     return found;
 }

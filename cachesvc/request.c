@@ -49,6 +49,8 @@ static kvc_status tenant_digest(const char *name, kvc_digest *digest_p)
 void kvs_on_call(void *arg, kvt_call *call)
 {
     kvc_digest tenant;
+    call->user = arg;
+    atomic_fetch_add(&((kvs_server *)arg)->n_calls, 1);
     KVC_GAUGE_ADD(requests_in_flight, 1);
     kvc_status status = tenant_digest(call->tenant, &tenant);
     if (status != KVC_OK) {
@@ -64,13 +66,16 @@ void kvs_on_call(void *arg, kvt_call *call)
 
 void kvs_answer(kvt_call *call, const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices)
 {
+    kvs_server *server = call->user;
     KVC_COUNT(requests);
     KVC_GAUGE_SUB(requests_in_flight, 1);
     kvt_call_reply(call, KVC_OK, NULL, 0, reply, slices, n_slices);
+    atomic_fetch_sub(&server->n_calls, 1);
 }
 
 void kvs_fail(kvt_call *call, kvc_status status, const char *fmt, ...)
 {
+    kvs_server *server = call->user;
     char detail[KVT_DETAIL_BYTES];
     va_list args;
     va_start(args, fmt);
@@ -87,6 +92,7 @@ void kvs_fail(kvt_call *call, kvc_status status, const char *fmt, ...)
     KVC_LOG_DEBUG(SERVER, "%s: %s: %s", kvc_method_name(call->req.method), kvc_status_name(status),
                   detail);
     kvt_call_reply(call, status, detail, status == KVC_AGAIN ? KVS_RETRY_MS : 0, NULL, NULL, 0);
+    atomic_fetch_sub(&server->n_calls, 1);
 }
 
 const kvs_schema *kvs_want_schema(kvs_server *server, kvt_call *call, const kvc_digest *tenant,

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <time.h>
 
 #include "base/clock.h"
 #include "base/digest.h"
@@ -102,7 +103,7 @@ static kvc_status recover(kvs_server *server)
 {
     recovery r = {.server = server};
     kvc_status status = kvs_schema_records_load(server);
-    if (status == KVC_OK)
+    if (status == KVC_OK || status == KVC_CORRUPT) /* a bad record was logged and left out */
         status = server->lmdb.ops->recover(server->lmdb.tier, found_value, &r);
     for (uint64_t i = 0; i < r.n_kept; i++)
         server->lmdb.ops->release(server->lmdb.tier, &r.orphans[i].key, r.orphans[i].slot);
@@ -326,6 +327,10 @@ void kvs_server_drain(kvs_server *server, uint64_t deadline_ns)
         server->listeners[i].ops->set_serving(server->listeners[i].listener, false);
     for (uint32_t i = 0; i < server->n_listeners; i++)
         server->listeners[i].ops->drain(server->listeners[i].listener, deadline_ns);
+    /* Cancelled calls are answered too, once the medium lets go of them. */
+    struct timespec nap = {.tv_nsec = 1000000};
+    while (atomic_load(&server->n_calls))
+        nanosleep(&nap, NULL);
 }
 
 void kvs_server_close(kvs_server *server, bool flush)

@@ -17,9 +17,9 @@
 #include "cascade.h"
 
 #define KVS_BEHIND_JOBS 128u
-#define WAIT_NS         2000000ull    /* between tries while the tier is full */
-#define GIVE_UP_NS      3000000000ull /* then the value is answered AGAIN */
-#define EVICT_PAUSE_NS  60000000ull   /* released pages come back with the next commit */
+#define MAX_FLYING      1024u /* writes in the tier, fewer than any tier queues */
+#define MAX_TRIES       16u   /* of one value in a tier that turns out to be full */
+#define MAX_ROOM_TRIES  64u   /* evictions for one value */
 
 typedef struct behind_job {
     kvs_write_job job;
@@ -39,6 +39,16 @@ struct kvs_writer {
     behind_job behind[KVS_BEHIND_JOBS];
 };
 
+static void push_locked(kvs_writer *writer, kvs_write_job *job)
+{
+    job->next = NULL;
+    if (writer->tail)
+        writer->tail->next = job;
+    else
+        writer->head = job;
+    writer->tail = job;
+}
+
 static void job_finish(kvs_write_job *job, kvc_status status)
 {
     free(job->sums);
@@ -51,8 +61,12 @@ static void tier_done(kvs_tier_write *write)
 {
     kvs_write_job *job = write->arg;
     kvs_writer *writer = job->writer;
-    job_finish(job, write->status);
+    bool again = write->status == KVC_AGAIN && ++job->tries < MAX_TRIES;
+    if (!again)
+        job_finish(job, write->status);
     kvc_mutex_lock(&writer->lock);
+    if (again)
+        push_locked(writer, job);
     writer->n_flying--;
     kvc_cond_signal(&writer->wake);
     kvc_mutex_unlock(&writer->lock);
@@ -74,47 +88,24 @@ static void behind_done(kvs_write_job *job)
     kvc_mutex_unlock(&writer->lock);
 }
 
-/* Waits for anything to change, at most WAIT_NS. */
-static void pause_a_little(kvs_writer *writer)
-{
-    kvc_mutex_lock(&writer->lock);
-    (void)kvc_cond_wait_until(&writer->wake, &writer->lock, kvc_deadline_ns(WAIT_NS));
-    kvc_mutex_unlock(&writer->lock);
-}
-
-static bool tier_is_full(kvs_server *server, uint64_t len_bytes)
-{
-    kvs_tier_usage usage;
-    server->lmdb.ops->usage(server->lmdb.tier, &usage);
-    return usage.used_bytes + 2 * len_bytes > usage.capacity_bytes;
-}
-
-/* Hands one job to the tier, making room as long as that helps. */
+/*
+ * Hands one job to the tier. The tier's queue is never full, since fewer than it takes are flying;
+ * so AGAIN means that its bytes are used up, and the room comes from values of the same size. No
+ * other helps: a tier keeps what one size class has taken from the medium.
+ */
 static kvc_status hand_over(kvs_writer *writer, kvs_write_job *job)
 {
     kvs_server *server = writer->server;
     uint64_t len_bytes = (uint64_t)job->write.row_bytes * job->write.n_rows;
-    uint64_t give_up_ns = kvc_deadline_ns(GIVE_UP_NS), next_evict_ns = 0;
-    for (;;) {
-        kvc_status status = server->lmdb.ops->write(server->lmdb.tier, &job->write);
-        if (status != KVC_AGAIN)
-            return status;
-        if (kvc_expired(job->deadline_ns))
-            return KVC_TIMED_OUT;
-        if (kvc_expired(give_up_ns))
-            return KVC_AGAIN;
-        if (kvc_now_ns() >= next_evict_ns && tier_is_full(server, len_bytes)) {
-            if (!kvs_cascade_lmdb_room(server, job->cls, len_bytes)) {
-                kvc_mutex_lock(&writer->lock);
-                bool flying = writer->n_flying > 1;
-                kvc_mutex_unlock(&writer->lock);
-                if (!flying)
-                    return KVC_AGAIN;
-            }
-            next_evict_ns = kvc_deadline_ns(EVICT_PAUSE_NS);
-        }
-        pause_a_little(writer);
+    kvc_status status = KVC_AGAIN;
+    if (job->tries > 0)
+        kvs_cascade_lmdb_room(server, job->cls, len_bytes);
+    for (uint32_t i = 0; status == KVC_AGAIN && i < MAX_ROOM_TRIES; i++) {
+        status = server->lmdb.ops->write(server->lmdb.tier, &job->write);
+        if (status == KVC_AGAIN && !kvs_cascade_lmdb_room(server, job->cls, len_bytes))
+            break;
     }
+    return status;
 }
 
 static void process(kvs_writer *writer, kvs_write_job *job)
@@ -124,12 +115,14 @@ static void process(kvs_writer *writer, kvs_write_job *job)
         job_finish(job, KVC_TIMED_OUT);
         return;
     }
-    job->sums = malloc(write->n_rows * sizeof(*job->sums));
     if (!job->sums) {
-        job_finish(job, KVC_NO_MEMORY);
-        return;
+        job->sums = malloc(write->n_rows * sizeof(*job->sums));
+        if (!job->sums) {
+            job_finish(job, KVC_NO_MEMORY);
+            return;
+        }
+        kvc_row_sums(write->rows, write->row_bytes, write->n_rows, job->sums);
     }
-    kvc_row_sums(write->rows, write->row_bytes, write->n_rows, job->sums);
     write->row_sums = job->sums;
     write->done = tier_done;
     write->arg = job;
@@ -170,7 +163,7 @@ static bool behind_fill(kvs_writer *writer, behind_job *behind)
 /* The next job, or NULL; *behind_p: a free record to look for a dirty value with. */
 static kvs_write_job *next_job(kvs_writer *writer, behind_job **behind_p)
 {
-    kvs_write_job *job = writer->head;
+    kvs_write_job *job = writer->n_flying < MAX_FLYING ? writer->head : NULL;
     *behind_p = NULL;
     if (job) {
         writer->head = job->next;
@@ -178,7 +171,8 @@ static kvs_write_job *next_job(kvs_writer *writer, behind_job **behind_p)
             writer->tail = NULL;
         return job;
     }
-    if (writer->kicked && writer->free_behind && (!writer->stopping || writer->flush)) {
+    if (writer->kicked && writer->free_behind && writer->n_flying < MAX_FLYING &&
+        (!writer->stopping || writer->flush)) {
         *behind_p = writer->free_behind;
         writer->free_behind = (*behind_p)->next_free;
     }
@@ -193,7 +187,7 @@ static void writer_main(void *arg)
         behind_job *behind;
         kvs_write_job *job = next_job(writer, &behind);
         if (!job && !behind) {
-            if (writer->stopping && !writer->n_flying)
+            if (writer->stopping && !writer->n_flying && !writer->head)
                 break;
             kvc_cond_wait(&writer->wake, &writer->lock);
             continue;
@@ -258,14 +252,10 @@ void kvs_writer_destroy(kvs_writer *writer, bool flush)
 void kvs_writer_submit(kvs_writer *writer, kvs_write_job *job)
 {
     job->writer = writer;
-    job->next = NULL;
+    job->tries = 0;
     job->sums = NULL;
     kvc_mutex_lock(&writer->lock);
-    if (writer->tail)
-        writer->tail->next = job;
-    else
-        writer->head = job;
-    writer->tail = job;
+    push_locked(writer, job);
     kvc_cond_signal(&writer->wake);
     kvc_mutex_unlock(&writer->lock);
 }

@@ -17,8 +17,9 @@ typedef struct kvs_write_job {
     void (*done)(
         struct kvs_write_job *job); /* the writer's or a tier's thread, once, no lock held */
     void *arg;
-    kvs_writer *writer; /* the writer's, as the two below */
+    kvs_writer *writer; /* the writer's, as the three below */
     uint32_t *sums;
+    uint32_t tries;
     struct kvs_write_job *next;
 } kvs_write_job;
 

@@ -1,0 +1,94 @@
+/*
+ * harness.h: what the server's tests share: schemas, contents, a server in this process, and calls
+ * that wait. One thread per harness_peer.
+ */
+#ifndef KVS_TEST_HARNESS_H
+#define KVS_TEST_HARNESS_H
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "base/clock.h"
+#include "base/digest.h"
+#include "server.h"
+
+#define H_TOKENS    64u
+#define H_MAX_BATCH 64u
+
+/* A schema of n_parts parts with ids 0, 10, 20 ...; the last one is of kind INDEX if with_index. */
+typedef struct h_schema {
+    kvc_schema schema;
+    kvc_part parts[16];
+    kvc_digest digest;
+} h_schema;
+void h_schema_init(h_schema *schema, const char *model, uint32_t n_parts, uint32_t row_bytes,
+                   bool with_index);
+
+/* Name and content of block number b: any test can tell what any row must hold. */
+kvc_digest h_digest(uint64_t b);
+void h_fill(uint64_t b, uint32_t part, uint32_t row_bytes, void *value);
+bool h_row_is(uint64_t b, uint32_t part, uint32_t row, uint32_t row_bytes, const void *bytes);
+
+/* A server with small settings; change them before h_server_start. */
+typedef struct h_server {
+    kvs_settings settings;
+    kvc_config *config;
+    kvs_server *server;
+    char listen[512];
+} h_server;
+void h_server_init(h_server *h);
+void h_server_start(h_server *h);
+void h_server_stop(h_server *h, bool flush);
+void h_server_fini(h_server *h);
+/* A fresh folder under the system's temporary one, and its removal with all it holds. */
+void h_temp_dir(char path[256]);
+void h_remove_dir(const char *path);
+
+/* A connection and the last reply. */
+typedef struct h_peer {
+    const kvt_ops *ops;
+    kvt_conn *conn;
+    kvt_xfer xfer;
+    kvc_mutex lock;
+    kvc_cond cond;
+    bool done;
+    uint64_t timeout_ns; /* of each call; 0: none */
+    char *data;          /* of the last reply */
+    uint64_t data_bytes;
+    kvc_missing_row missing[65536];
+    uint32_t n_missing;
+    int8_t status[H_MAX_BATCH];
+} h_peer;
+h_peer *h_connect(const char *uri, const char *tenant);
+void h_disconnect(h_peer *peer);
+/* Sends and waits; the reply is in peer->xfer.reply (its pointers are not), data and missing. */
+kvc_status h_call(h_peer *peer, const kvc_request *req);
+
+kvc_status h_register(h_peer *peer, const h_schema *schema);
+/* Puts parts [n] (ids) of block b in one request; peer->status has what became of each. */
+kvc_status h_put(h_peer *peer, const h_schema *schema, uint64_t b, const uint32_t *parts,
+                 uint32_t n, kvc_promise promise);
+/* The status of one value put alone. */
+kvc_status h_put1(h_peer *peer, const h_schema *schema, uint64_t b, uint32_t part,
+                  kvc_promise promise);
+/* Opens a context over blocks first .. first + n - 1. */
+kvc_status h_open(h_peer *peer, const h_schema *schema, uint64_t first, uint32_t n, uint64_t ttl_ms,
+                  uint64_t *context_p);
+kvc_status h_extend(h_peer *peer, uint64_t context, uint32_t before, uint64_t first, uint32_t n);
+kvc_status h_close(h_peer *peer, uint64_t context);
+kvc_status h_match(h_peer *peer, const h_schema *schema, uint64_t first, uint32_t n,
+                   const uint32_t *parts, uint32_t n_parts, uint32_t *hits_p);
+kvc_status h_fetch(h_peer *peer, uint64_t context, uint32_t part, const uint32_t *picks,
+                   uint32_t n);
+/* Fetches picks of a context over blocks first.. and asserts every row bit-equal. */
+void h_fetch_equal(h_peer *peer, const h_schema *schema, uint64_t context, uint64_t first,
+                   uint32_t part, const uint32_t *picks, uint32_t n);
+
+/* xorshift; the seed is printed by tests that use it. */
+uint64_t h_random(uint64_t *state);
+
+#endif

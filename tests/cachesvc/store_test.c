@@ -1,0 +1,298 @@
+/*
+ * store_test.c: dram over lmdb in one server of this process: rows bit-equal from either tier,
+ * promises over restarts, byte caps, damage on the medium, promotion by use.
+ */
+#include "harness.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/metrics.h"
+#include "base/sum.h"
+
+#define ROW         512u
+#define VALUE_BYTES (H_TOKENS * ROW)
+
+typedef struct fixture {
+    h_server h;
+    h_peer *peer;
+    h_schema schema;
+    char dir[256];
+} fixture;
+
+static void open_server(fixture *f)
+{
+    h_server_start(&f->h);
+    f->peer = h_connect(kvs_server_uri(f->h.server, 0), "default");
+    assert_int_equal(h_register(f->peer, &f->schema), KVC_OK);
+}
+
+static void close_server(fixture *f, bool flush)
+{
+    h_disconnect(f->peer);
+    h_server_stop(&f->h, flush);
+}
+
+static void restart(fixture *f, bool flush)
+{
+    close_server(f, flush);
+    open_server(f);
+}
+
+static int setup(void **state)
+{
+    fixture *f = calloc(1, sizeof(*f));
+    h_server_init(&f->h);
+    h_temp_dir(f->dir);
+    h_schema_init(&f->schema, "model", 3, ROW, false);
+    f->h.settings.lmdb_path = f->dir;
+    f->h.settings.lmdb_bytes = 64u << 20;
+    f->h.settings.dram_bytes = 8 * VALUE_BYTES;
+    open_server(f);
+    *state = f;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    fixture *f = *state;
+    close_server(f, false);
+    h_server_fini(&f->h);
+    h_remove_dir(f->dir);
+    free(f);
+    return 0;
+}
+
+static void nap_ms(long ms)
+{
+    struct timespec t = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000};
+    nanosleep(&t, NULL);
+}
+
+static void check_caps(fixture *f)
+{
+    kvs_tier_usage usage;
+    f->h.server->dram.ops->usage(f->h.server->dram.tier, &usage);
+    assert_true(usage.used_bytes <= f->h.settings.dram_bytes);
+    f->h.server->lmdb.ops->usage(f->h.server->lmdb.tier, &usage);
+    assert_true(usage.used_bytes <= f->h.settings.lmdb_bytes);
+}
+
+static void put_many(fixture *f, uint64_t first, uint32_t n, kvc_promise promise)
+{
+    for (uint32_t b = 0; b < n; b++) {
+        assert_int_equal(h_put1(f->peer, &f->schema, first + b, 0, promise), KVC_OK);
+        check_caps(f);
+    }
+}
+
+static uint32_t count_hits(fixture *f, uint64_t first, uint32_t n)
+{
+    const uint32_t part = 0;
+    uint32_t hits;
+    assert_int_equal(h_match(f->peer, &f->schema, first, n, &part, 1, &hits), KVC_OK);
+    return hits;
+}
+
+static void test_rows_from_lmdb(void **state)
+{
+    fixture *f = *state;
+    uint64_t context, seed = 7;
+    uint32_t picks[1024], rows_lmdb = 0;
+    put_many(f, 0, 100, KVC_PROMISE_MEMORY);
+    assert_int_equal(count_hits(f, 0, 101), 100);
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 100, 0, &context), KVC_OK);
+    for (int round = 0; round < 10; round++) {
+        for (uint32_t i = 0; i < 1024; i++)
+            picks[i] = (uint32_t)(h_random(&seed) % (100 * H_TOKENS));
+        h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 1024);
+        rows_lmdb += f->peer->xfer.reply.u.fetch_rows.rows_lmdb;
+        check_caps(f);
+    }
+    assert_true(rows_lmdb > 5000);
+}
+
+static void test_durable_survives(void **state)
+{
+    fixture *f = *state;
+    uint64_t context, boot_id = f->h.server->boot_id;
+    uint32_t picks[64];
+    put_many(f, 0, 40, KVC_PROMISE_DURABLE);
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 40, 0, &context), KVC_OK);
+    restart(f, false);
+    assert_true(f->h.server->boot_id != boot_id);
+    for (uint32_t i = 0; i < 64; i++)
+        picks[i] = i * 40;
+    assert_int_equal(h_fetch(f->peer, context, 0, picks, 64), KVC_STALE_HANDLE);
+    assert_int_equal(count_hits(f, 0, 41), 40);
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 40, 0, &context), KVC_OK);
+    h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 64);
+    assert_int_equal(h_put1(f->peer, &f->schema, 39, 0, KVC_PROMISE_DURABLE), KVC_EXISTS);
+}
+
+static void test_write_behind(void **state)
+{
+    fixture *f = *state;
+    put_many(f, 0, 4, KVC_PROMISE_MEMORY);
+    restart(f, true);
+    assert_int_equal(count_hits(f, 0, 5), 4);
+    f->h.settings.write_behind = KVS_WRITE_BEHIND_DURABLE_ONLY;
+    restart(f, true);
+    put_many(f, 10, 4, KVC_PROMISE_MEMORY);
+    assert_int_equal(h_put1(f->peer, &f->schema, 11, 0, KVC_PROMISE_DURABLE), KVC_EXISTS);
+    restart(f, true);
+    assert_int_equal(count_hits(f, 10, 5), 0);
+    assert_int_equal(count_hits(f, 11, 5), 1); /* EXISTS to a DURABLE put is durable too */
+}
+
+/* With write-behind, a DURABLE put of a value that is being written gets AGAIN, then EXISTS. */
+static void test_durable_after_memory(void **state)
+{
+    fixture *f = *state;
+    for (uint64_t b = 0; b < 20; b++) {
+        kvc_status status = KVC_AGAIN;
+        assert_int_equal(h_put1(f->peer, &f->schema, b, 0, KVC_PROMISE_MEMORY), KVC_OK);
+        for (int tries = 0; status == KVC_AGAIN && tries < 1000; tries++) {
+            status = h_put1(f->peer, &f->schema, b, 0, KVC_PROMISE_DURABLE);
+            nap_ms(1);
+        }
+        assert_int_equal(status, KVC_EXISTS);
+    }
+    restart(f, false);
+    assert_int_equal(count_hits(f, 0, 20), 20);
+}
+
+static void test_lmdb_full(void **state)
+{
+    fixture *f = *state;
+    uint64_t context;
+    uint32_t picks[16];
+    close_server(f, false);
+    h_remove_dir(f->dir);
+    f->h.settings.lmdb_bytes = 16u << 20;
+    open_server(f);
+    put_many(f, 0, 700, KVC_PROMISE_DURABLE);
+    put_many(f, 1000, 700, KVC_PROMISE_MEMORY);
+    assert_true(atomic_load(&f->h.server->lmdb.evictions) > 300);
+    for (uint32_t i = 0; i < 16; i++)
+        picks[i] = i * H_TOKENS + i;
+    assert_int_equal(h_open(f->peer, &f->schema, 1684, 16, 0, &context), KVC_OK);
+    h_fetch_equal(f->peer, &f->schema, context, 1684, 0, picks, 16);
+    restart(f, true);
+    assert_int_equal(h_open(f->peer, &f->schema, 1684, 16, 0, &context), KVC_OK);
+    h_fetch_equal(f->peer, &f->schema, context, 1684, 0, picks, 16);
+}
+
+/* Flips one byte of a row wherever it stands in the files under the folder. */
+static void damage(const char *dir, const void *row)
+{
+    char command[512], path[512];
+    uint32_t n = 0;
+    snprintf(command, sizeof(command), "find %s -name data.mdb", dir);
+    FILE *list = popen(command, "r");
+    assert_non_null(list);
+    while (fgets(path, sizeof(path), list)) {
+        struct stat st;
+        path[strcspn(path, "\n")] = '\0';
+        int fd = open(path, O_RDWR);
+        assert_true(fd >= 0 && fstat(fd, &st) == 0);
+        char *bytes = malloc((size_t)st.st_size);
+        assert_true(pread(fd, bytes, (size_t)st.st_size, 0) == st.st_size);
+        for (off_t at = 0; at + ROW <= st.st_size; at += 16) {
+            if (memcmp(bytes + at, row, ROW) != 0)
+                continue;
+            char flipped = (char)(bytes[at + 9] ^ 0x40);
+            assert_int_equal(pwrite(fd, &flipped, 1, at + 9), 1);
+            n++;
+        }
+        free(bytes);
+        close(fd);
+    }
+    pclose(list);
+    assert_true(n > 0);
+}
+
+static void test_corrupt_rows(void **state)
+{
+    fixture *f = *state;
+    uint64_t context;
+    char value[VALUE_BYTES];
+    const uint32_t picks[] = {0 * 64 + 1, 1 * 64 + 5, 2 * 64 + 7, 1 * 64 + 6, 0 * 64 + 2};
+    put_many(f, 0, 3, KVC_PROMISE_DURABLE);
+    close_server(f, false);
+    h_fill(1, 0, ROW, value);
+    damage(f->dir, value + 5 * ROW);
+    open_server(f);
+    uint64_t corrupt = kvc_metric_get(KVC_M_corrupt_values);
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 3, 0, &context), KVC_OK);
+    assert_int_equal(h_fetch(f->peer, context, 0, picks, 5), KVC_OK);
+    assert_int_equal(f->peer->n_missing, 2);
+    assert_int_equal(f->peer->missing[0].index, 1);
+    assert_int_equal(f->peer->missing[0].status, KVC_CORRUPT);
+    assert_int_equal(f->peer->missing[1].index, 3);
+    assert_int_equal(f->peer->data_bytes, 3 * ROW);
+    assert_true(h_row_is(0, 0, 1, ROW, f->peer->data));
+    assert_true(h_row_is(2, 0, 7, ROW, f->peer->data + ROW));
+    assert_true(h_row_is(0, 0, 2, ROW, f->peer->data + 2 * ROW));
+    assert_int_equal(kvc_metric_get(KVC_M_corrupt_values), corrupt + 1);
+    /* The value is gone and can be put again. */
+    assert_int_equal(h_fetch(f->peer, context, 0, &picks[1], 1), KVC_OK);
+    assert_int_equal(f->peer->missing[0].status, KVC_NOT_FOUND);
+    kvs_server_tick(f->h.server);
+    assert_int_equal(h_put1(f->peer, &f->schema, 1, 0, KVC_PROMISE_DURABLE), KVC_OK);
+    h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 5);
+}
+
+static void test_promotion(void **state)
+{
+    fixture *f = *state;
+    uint64_t context;
+    uint32_t picks[H_TOKENS], rows_dram = 0;
+    put_many(f, 0, 3, KVC_PROMISE_DURABLE);
+    restart(f, false);
+    for (uint32_t i = 0; i < H_TOKENS; i++)
+        picks[i] = i;
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 3, 0, &context), KVC_OK);
+    h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 15); /* below a quarter of 64 rows */
+    nap_ms(50);
+    h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 1);
+    assert_int_equal(f->peer->xfer.reply.u.fetch_rows.rows_lmdb, 1);
+    for (int tries = 0; rows_dram == 0 && tries < 500; tries++) {
+        h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 20);
+        rows_dram = f->peer->xfer.reply.u.fetch_rows.rows_dram;
+        nap_ms(2);
+    }
+    assert_int_equal(rows_dram, 20);
+}
+
+/* A schema found in lmdb belongs to the tenant that registered it. */
+static void test_other_tenant_is_kept_apart(void **state)
+{
+    fixture *f = *state;
+    put_many(f, 0, 2, KVC_PROMISE_DURABLE);
+    restart(f, false);
+    kvc_digest other;
+    assert_int_equal(kvc_sha256("other", 5, &other), KVC_OK);
+    assert_null(kvs_schemas_find(f->h.server->schemas, &other, &f->schema.digest));
+    assert_int_equal(kvs_schemas_count(f->h.server->schemas), 1);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_rows_from_lmdb, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_durable_survives, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_write_behind, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_durable_after_memory, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_lmdb_full, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_corrupt_rows, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_promotion, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_other_tenant_is_kept_apart, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
