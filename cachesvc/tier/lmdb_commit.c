@@ -8,6 +8,7 @@
  * empty transaction (tick), then the writes. Writes never take the reserve, so a release always
  * finds the few pages that it needs itself.
  */
+#include <errno.h>
 #include <stdio.h>
 
 #include "base/log.h"
@@ -152,10 +153,23 @@ static int make_room(kvsi_batch *batch)
     return rc;
 }
 
-/* Commits the first n writes or fewer; how many it were. *status_p: why not all of them. */
-static uint32_t commit_writes(kvs_tier *tier, kvsi_batch *batch, uint32_t n, kvc_status *status_p)
+/* After a first failure: a larger map, or what was freed of late. The second attempt may fit. */
+static void help_commit(kvs_tier *tier, kvsi_batch *batch, uint32_t n, int rc)
 {
     kvsi_class *class = batch->class;
+    uint64_t need = class->map_pages + (uint64_t)n * class->record_pages;
+
+    if (rc != MDB_MAP_FULL || !grow_class(tier, class, need))
+        (void)make_room(batch);
+}
+
+/*
+ * Commits the first n writes or fewer; how many it were. *status_p: why not all of them. A disk
+ * that is full in the middle of a commit (LMDB says EIO to a short write) is met like a full map:
+ * there may be pages to reuse inside the file.
+ */
+static uint32_t commit_writes(kvs_tier *tier, kvsi_batch *batch, uint32_t n, kvc_status *status_p)
+{
     uint32_t fit = n;
     int rc = MDB_MAP_FULL;
 
@@ -163,19 +177,17 @@ static uint32_t commit_writes(kvs_tier *tier, kvsi_batch *batch, uint32_t n, kvc
         rc = try_commit(batch, fit, &n);
         if (rc == MDB_SUCCESS)
             return fit;
+        *status_p = kvsi_lmdb_status(rc);
         if (rc != MDB_MAP_FULL)
+            KVC_LOG_ERROR(TIER, "lmdb: %s/%s: commit of %u values: %s", batch->class->env.root,
+                          batch->class->env.name, fit, mdb_strerror(rc));
+        if (rc != MDB_MAP_FULL && rc != ENOSPC && rc != EIO)
             break;
-        if (tries > 0) {
+        if (tries == 0)
+            help_commit(tier, batch, fit, rc);
+        else
             fit = n;
-        } else if (!grow_class(tier, class,
-                               class->map_pages + (uint64_t)fit * class->record_pages)) {
-            (void)make_room(batch);
-        }
     }
-    *status_p = kvsi_lmdb_status(rc);
-    if (rc != MDB_MAP_FULL)
-        KVC_LOG_ERROR(TIER, "lmdb: %s/%s: commit of %u values: %s", class->env.root,
-                      class->env.name, fit, mdb_strerror(rc));
     return 0;
 }
 

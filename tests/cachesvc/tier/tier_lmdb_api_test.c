@@ -5,6 +5,7 @@
  */
 #include "tier_support.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
@@ -19,6 +20,7 @@
 
 static char log_text[65536];
 static size_t log_len;
+static uint64_t disk_bytes = UINT64_MAX; /* what fallocate gives a file at most */
 
 static void keep_log(void *arg, const char *line, size_t len_bytes)
 {
@@ -35,6 +37,7 @@ static int setup(void **state)
     tier_under_test *t = malloc(sizeof(*t));
 
     log_len = 0;
+    disk_bytes = UINT64_MAX;
     log_text[0] = '\0';
     tut_init(t, kvs_tier_find("lmdb"), NULL);
     *state = t;
@@ -355,18 +358,32 @@ static void test_read_of_what_is_gone(void **state)
     assert_int_equal(check_rows(t, &key, 0, s, r.slot, 0, 1, &equal), KVC_NOT_FOUND);
 }
 
-/* The disk gives no more than 12 MiB a file: room runs short, nothing breaks, room comes back. */
-static int limited_child(tier_under_test *t)
+/* --- a full disk --- */
+
+int __real_fallocate(int fd, int mode, off_t off, off_t len);
+int __wrap_fallocate(int fd, int mode, off_t off, off_t len);
+
+/* The linker puts this between the tier and the system. */
+int __wrap_fallocate(int fd, int mode, off_t off, off_t len)
 {
-    struct rlimit limit = {12u << 20, 12u << 20};
+    if ((uint64_t)(off + len) > disk_bytes) {
+        errno = ENOSPC;
+        return -1;
+    }
+    return __real_fallocate(fd, mode, off, len);
+}
+
+/*
+ * Writes until room runs out, with one of the statuses in want; then nothing is lost, and releases
+ * bring room back. 0, or the number of what went wrong.
+ */
+static int fill_and_go_on(tier_under_test *t, uint32_t want)
+{
     shape s = {4096, 64};
     kvs_slot slots[256];
     uint32_t n = 0;
     bool equal;
 
-    signal(SIGXFSZ, SIG_IGN);
-    if (setrlimit(RLIMIT_FSIZE, &limit) != 0 || tut_open(t) != KVC_OK)
-        return 1;
     put_result r = {.status = KVC_OK};
     for (; n < 256; n++) {
         kvs_value_key key = key_of(1, n, 0);
@@ -375,8 +392,7 @@ static int limited_child(tier_under_test *t)
             break;
         slots[n] = r.slot;
     }
-    fprintf(stderr, "DBG n=%u status=%d\n%s", n, r.status, log_text);
-    if ((r.status != KVC_AGAIN && r.status != KVC_NO_SPACE) || n < 30 || n > 48)
+    if (!(want >> -r.status & 1) || n < 30 || n > 48)
         return 2;
     for (uint32_t i = 0; i < n; i++) {
         kvs_value_key key = key_of(1, i, 0);
@@ -395,15 +411,53 @@ static int limited_child(tier_under_test *t)
         if (check_rows(t, &key, 1, s, r.slot, 0, s.n_rows, &equal) != KVC_OK || !equal)
             return 5;
     }
-    tut_close(t);
     return 0;
 }
 
-static void test_full_disk(void **state)
+static void assert_about_all_found(tier_under_test *t)
+{
+    uint32_t found = 0;
+
+    tut_close(t);
+    assert_int_equal(tut_open(t), KVC_OK);
+    assert_int_equal(t->ops->recover(t->tier, count_found, &found), KVC_OK);
+    assert_in_range(found, 28, 48);
+}
+
+/* The disk cannot give more than 12 MiB: the tier learns it before it promises anything. */
+static void test_disk_full_when_growing(void **state)
+{
+    tier_under_test *t = *state;
+
+    disk_bytes = 12u << 20;
+    assert_int_equal(tut_open(t), KVC_OK);
+    assert_int_equal(fill_and_go_on(t, 1u << -KVC_AGAIN), 0);
+    assert_non_null(strstr(log_text, "no room on the disk"));
+    assert_about_all_found(t);
+    disk_bytes = 100; /* not even for a new class */
+    kvs_value_key key = key_of(1, 1, 9);
+    assert_int_equal(put_value(t, &key, 1, (shape){4096, 3}, true).status, KVC_NO_SPACE);
+    disk_bytes = UINT64_MAX;
+    assert_int_equal(put_value(t, &key, 1, (shape){4096, 3}, true).status, KVC_OK);
+}
+
+/* Writes past 12 MiB fail in the middle of a commit, as where room cannot be allotted before. */
+static int limited_child(tier_under_test *t)
+{
+    struct rlimit limit = {12u << 20, 12u << 20};
+
+    signal(SIGXFSZ, SIG_IGN);
+    if (setrlimit(RLIMIT_FSIZE, &limit) != 0 || tut_open(t) != KVC_OK)
+        return 1;
+    int wrong = fill_and_go_on(t, 1u << -KVC_IO | 1u << -KVC_NO_SPACE);
+    tut_close(t);
+    return wrong;
+}
+
+static void test_disk_full_in_a_commit(void **state)
 {
     tier_under_test *t = *state;
     int status = -1;
-    uint32_t found = 0;
 
     assert_int_equal(tut_open(t), KVC_OK); /* makes the folder */
     tut_close(t);
@@ -414,8 +468,7 @@ static void test_full_disk(void **state)
     assert_true(WIFEXITED(status));
     assert_int_equal(WEXITSTATUS(status), 0);
     assert_int_equal(tut_open(t), KVC_OK);
-    assert_int_equal(t->ops->recover(t->tier, count_found, &found), KVC_OK);
-    assert_in_range(found, 28, 48);
+    assert_about_all_found(t);
 }
 
 static void count_done(kvs_tier_write *write)
@@ -467,7 +520,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_damaged_folder_is_set_aside, setup, teardown),
         cmocka_unit_test_setup_teardown(test_release_then_rewrite_keeps_the_new, setup, teardown),
         cmocka_unit_test_setup_teardown(test_read_of_what_is_gone, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_full_disk, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_disk_full_when_growing, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_disk_full_in_a_commit, setup, teardown),
         cmocka_unit_test_setup_teardown(test_close_finishes_writes, setup, teardown),
     };
 
