@@ -1,0 +1,275 @@
+/*
+ * rig.c: see rig.h.
+ */
+#include "rig.h"
+
+#include <math.h>
+
+__extension__ typedef _Float16 half;
+
+/* A number in (-1, 1) with a bell shape, of the key and an index. */
+static double noise(uint64_t key, uint64_t i)
+{
+    support_random random = {key * 0x9e3779b97f4a7c15ull + i * 0xd1342543de82ef95ull};
+    double sum = 0;
+    for (int j = 0; j < 4; j++)
+        sum += (double)(support_next(&random) >> 11) * 0x1p-53;
+    return sum - 2.0;
+}
+
+static uint16_t f32_to_bf16(float x)
+{
+    uint32_t u;
+    memcpy(&u, &x, sizeof(u));
+    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+double rig_get(kvk_dtype dtype, const void *data, size_t i)
+{
+    if (dtype == KVK_F32)
+        return (double)((const float *)data)[i];
+    if (dtype == KVK_F16) {
+        half h;
+        memcpy(&h, (const char *)data + 2 * i, 2);
+        return (double)h;
+    }
+    uint32_t u = (uint32_t)((const uint16_t *)data)[i] << 16;
+    float f;
+    memcpy(&f, &u, sizeof(f));
+    return (double)f;
+}
+
+void rig_set(kvk_dtype dtype, void *data, size_t i, double x)
+{
+    if (dtype == KVK_F32) {
+        ((float *)data)[i] = (float)x;
+    } else if (dtype == KVK_F16) {
+        half h = (half)x;
+        memcpy((char *)data + 2 * i, &h, 2);
+    } else {
+        ((uint16_t *)data)[i] = f32_to_bf16((float)x);
+    }
+}
+
+void rig_init(rig *r, const char *selector, uint32_t n_tokens)
+{
+    *r = (rig){.n_tokens = n_tokens, .seed = 1, .k_scale = 1.0, .q_scale = 1.0};
+    r->opts = (kvw_opts){
+        .size_bytes = sizeof(kvw_opts),
+        .model = "test-model",
+        .revision = "1",
+        .n_layers = 2,
+        .n_q_heads = 4,
+        .n_kv_heads = 2,
+        .head_dim = 16,
+        .dtype = KVK_F32,
+        .rope = {.theta = 10000.0},
+        .block_tokens = 64,
+        .n_threads = 2,
+        .selector = selector,
+        .index = KVW_INDEX_EXACT,
+        .n_sink = 8,
+        .n_recent = 40,
+        .k = 48,
+        .chunk_tokens = 64,
+    };
+}
+
+/* Data of the whole model, from which a rank takes its heads. */
+static void fill_one(const rig *r, uint64_t what, uint32_t heads, double scale, double *out)
+{
+    const kvw_opts *o = &r->opts;
+    uint32_t width = heads * o->head_dim, first = o->tp_rank * width;
+    uint8_t cell[4];
+    for (uint32_t layer = 0; layer < o->n_layers; layer++) {
+        for (uint32_t t = 0; t < r->n_tokens; t++) {
+            uint32_t p = what == 0 && r->repeat != 0 ? t % r->repeat : t;
+            uint64_t key = ((r->seed * 3u + what) * 1009u + layer) * 1000003u + p;
+            for (uint32_t i = 0; i < width; i++) {
+                rig_set(o->dtype, cell, 0, scale * noise(key, first + i));
+                *out++ = rig_get(o->dtype, cell, 0);
+            }
+        }
+    }
+}
+
+void rig_fill(rig *r)
+{
+    const kvw_opts *o = &r->opts;
+    size_t rows = (size_t)o->n_layers * r->n_tokens;
+    r->k = malloc(rows * rig_kv_width(r) * sizeof(double));
+    r->v = malloc(rows * rig_kv_width(r) * sizeof(double));
+    r->q = malloc(rows * rig_q_width(r) * sizeof(double));
+    r->tokens = malloc((r->n_tokens + 1u) * sizeof(uint32_t));
+    assert_true(r->k != NULL && r->v != NULL && r->q != NULL && r->tokens != NULL);
+    fill_one(r, 0, o->n_kv_heads, r->k_scale, r->k);
+    fill_one(r, 1, o->n_kv_heads, 1.0, r->v);
+    fill_one(r, 2, o->n_q_heads, r->q_scale, r->q);
+    for (uint32_t t = 0; t < r->n_tokens; t++)
+        r->tokens[t] = (uint32_t)(r->seed * 7919u + t * 31u) % 50000u;
+}
+
+void rig_project(rig *r, uint32_t dims)
+{
+    const kvw_opts *o = &r->opts;
+    bool esa = strcmp(o->selector, "esa") == 0;
+    uint32_t tp = o->tp_size == 0 ? 1 : o->tp_size;
+    kvwi_projection p = {.n_layers = o->n_layers,
+                         .n_kv_heads = o->n_kv_heads * tp,
+                         .head_dim = o->head_dim,
+                         .dims = dims,
+                         .form = esa ? KVWI_SHARED : KVWI_PER_HEAD,
+                         .rope = (int32_t)(esa && o->far_position ? o->far_position : o->n_recent),
+                         .nested = true};
+    (void)snprintf(p.selector, sizeof(p.selector), "%s", o->selector);
+    (void)snprintf(p.model, sizeof(p.model), "%s", o->model);
+    size_t d_in = esa ? (size_t)p.n_kv_heads * p.head_dim : p.head_dim;
+    size_t n = (size_t)p.n_layers * (esa ? 1 : p.n_kv_heads) * d_in * dims;
+    p.a = malloc(n * sizeof(float));
+    p.b = malloc(n * sizeof(float));
+    assert_true(p.a != NULL && p.b != NULL);
+    for (size_t i = 0; i < n; i++) {
+        p.b[i] = (float)(noise(r->seed + 77u, i) / sqrt((double)dims));
+        p.a[i] = p.b[i] + (float)(0.1 * noise(r->seed + 78u, i));
+    }
+    const char *base = getenv("TMPDIR");
+    (void)snprintf(r->projection, sizeof(r->projection), "%s/kvasir-proj-%d-%s-%u.bin",
+                   base == NULL ? "." : base, (int)getpid(), o->selector, o->tp_rank);
+    assert_ok(kvw_projection_write(r->projection, &p));
+    free(p.a);
+    free(p.b);
+    r->opts.projection_path = r->projection;
+}
+
+void rig_open(rig *r)
+{
+    if (r->k == NULL)
+        rig_fill(r);
+    kvc_status st = kvw_open(&r->opts, &r->worker);
+    if (st != KVC_OK)
+        print_error("kvw_open: %s\n", kvw_last_error());
+    assert_ok(st);
+}
+
+void rig_close(rig *r)
+{
+    kvw_close(r->worker);
+    if (r->projection[0] != '\0')
+        (void)unlink(r->projection);
+    free(r->k);
+    free(r->v);
+    free(r->q);
+    free(r->tokens);
+}
+
+void *rig_bytes(const rig *r, const double *array, uint32_t width, uint32_t layer, uint32_t first,
+                uint32_t n)
+{
+    size_t count = (size_t)n * width;
+    const double *src = array + ((size_t)layer * r->n_tokens + first) * width;
+    void *out = malloc(count * sizeof(float) + 1u);
+    assert_non_null(out);
+    for (size_t i = 0; i < count; i++)
+        rig_set(r->opts.dtype, out, i, src[i]);
+    return out;
+}
+
+static void one_layer(rig *r, kvw_seq *seq, uint32_t layer, uint32_t first, uint32_t n,
+                      rig_check *check, void *arg)
+{
+    void *k = rig_bytes(r, r->k, rig_kv_width(r), layer, first, n);
+    void *v = rig_bytes(r, r->v, rig_kv_width(r), layer, first, n);
+    void *q = rig_bytes(r, r->q, rig_q_width(r), layer, first, n);
+    void *out = malloc((size_t)n * rig_q_width(r) * sizeof(float));
+    float *lse = malloc((size_t)n * r->opts.n_q_heads * sizeof(float));
+    assert_true(out != NULL && lse != NULL);
+    kvc_status st = kvw_forward(seq, layer, q, k, v, n, out, lse);
+    if (st != KVC_OK)
+        print_error("kvw_forward at %u: %s\n", first, kvw_last_error());
+    assert_ok(st);
+    const rig_step step = {
+        .seq = seq, .layer = layer, .first = first, .n = n, .out = out, .lse = lse};
+    if (check != NULL)
+        check(arg, r, &step);
+    free(k);
+    free(v);
+    free(q);
+    free(out);
+    free(lse);
+}
+
+void rig_pass(rig *r, kvw_seq *seq, uint32_t first, uint32_t n, rig_check *check, void *arg)
+{
+    kvc_status st = kvw_tokens(seq, r->tokens + first, n);
+    if (st != KVC_OK)
+        print_error("kvw_tokens at %u: %s\n", first, kvw_last_error());
+    assert_ok(st);
+    for (uint32_t layer = 0; layer < r->opts.n_layers; layer++)
+        one_layer(r, seq, layer, first, n, check, arg);
+}
+
+void rig_prefill(rig *r, kvw_seq *seq, uint32_t first, uint32_t end, rig_check *check, void *arg)
+{
+    while (first < end) {
+        uint32_t n = end - first < r->opts.chunk_tokens ? end - first : r->opts.chunk_tokens;
+        rig_pass(r, seq, first, n, check, arg);
+        first += n;
+    }
+}
+
+void rig_decode(rig *r, kvw_seq *seq, uint32_t first, uint32_t end, rig_check *check, void *arg)
+{
+    for (; first < end; first++)
+        rig_pass(r, seq, first, 1, check, arg);
+}
+
+void rig_record_init(rig_record *record, const rig *r)
+{
+    size_t rows = (size_t)r->opts.n_layers * r->n_tokens;
+    record->row_bytes = rig_q_width(r) * (r->opts.dtype == KVK_F32 ? 4u : 2u);
+    record->out = calloc(rows, record->row_bytes);
+    record->lse = calloc(rows * r->opts.n_q_heads, sizeof(float));
+    assert_true(record->out != NULL && record->lse != NULL);
+}
+
+void rig_record_fini(rig_record *record)
+{
+    free(record->out);
+    free(record->lse);
+}
+
+void rig_record_step(void *arg, const rig *r, const rig_step *step)
+{
+    rig_record *record = arg;
+    size_t at = (size_t)step->layer * r->n_tokens + step->first, heads = r->opts.n_q_heads;
+    memcpy(record->out + at * record->row_bytes, step->out, step->n * record->row_bytes);
+    memcpy(record->lse + at * heads, step->lse, step->n * heads * sizeof(float));
+}
+
+double rig_record_diff(const rig *r, const rig_record *a, const rig_record *b, uint32_t first,
+                       uint32_t end)
+{
+    double worst = 0;
+    for (uint32_t layer = 0; layer < r->opts.n_layers; layer++) {
+        size_t at = ((size_t)layer * r->n_tokens + first) * rig_q_width(r);
+        size_t n = (size_t)(end - first) * rig_q_width(r);
+        for (size_t i = at; i < at + n; i++) {
+            double d = fabs(rig_get(r->opts.dtype, a->out, i) - rig_get(r->opts.dtype, b->out, i));
+            worst = d > worst || isnan(d) ? d : worst;
+        }
+    }
+    return worst;
+}
+
+void rig_record_equal(const rig *r, const rig_record *a, const rig_record *b, uint32_t first,
+                      uint32_t end)
+{
+    for (uint32_t layer = 0; layer < r->opts.n_layers; layer++) {
+        for (uint32_t t = first; t < end; t++) {
+            size_t at = (size_t)layer * r->n_tokens + t, heads = r->opts.n_q_heads;
+            if (memcmp(a->out + at * a->row_bytes, b->out + at * a->row_bytes, a->row_bytes) != 0 ||
+                memcmp(a->lse + at * heads, b->lse + at * heads, heads * sizeof(float)) != 0)
+                fail_msg("layer %u position %u differs", layer, t);
+        }
+    }
+}
