@@ -13,6 +13,9 @@
  * each call exactly once, from any thread, with kvt_call_reply.
  * - Deadlines travel with the request. A call whose client has gone away may still be answered; the
  *   answer is dropped, and its slices are released.
+ * - Payloads are not copied. So done waits until the transport has let go of the request's data:
+ *   normally by then it has; bytes queued for a stalled peer may hold it past a cancel or a
+ * deadline until the connection is given up (seconds, never for ever).
  */
 #ifndef KVT_TRANSPORT_H
 #define KVT_TRANSPORT_H
@@ -34,7 +37,8 @@ typedef struct kvt_xfer kvt_xfer;
 
 /* ---- server end ---------------------------------------------------------------------------- */
 
-/* A piece of a reply's payload. The transport keeps it until release(arg) has been called, once. */
+/* A piece of a reply's payload. The transport keeps it until release(arg) has been called, once;
+ * that may be within kvt_call_reply, so hold no lock there that release takes. */
 typedef struct kvt_slice {
     const void *base;
     size_t len_bytes;
@@ -56,21 +60,22 @@ struct kvt_call {
     int cancelled; /* set by the transport; read it with kvt_call_cancelled */
 };
 
+/* Limits that are 0 get the transport's defaults: 1 MiB, 1,024 calls, 64 MiB. */
 typedef struct kvt_listen_opts {
-    size_t size_bytes;
+    size_t size_bytes; /* of this struct */
     const char *uri;
     void (*on_call)(void *arg, kvt_call *call); /* must not block */
     void *arg;
     uint32_t max_message_bytes;  /* bulk payload of one message; larger ones are refused */
     uint32_t max_calls;          /* in flight at once; beyond: AGAIN */
-    uint64_t max_inflight_bytes; /* of request payloads held at once; beyond: AGAIN */
+    uint64_t max_inflight_bytes; /* of requests held at once; beyond: AGAIN */
     uint32_t n_threads;          /* 0: min(cores, 4) */
 } kvt_listen_opts;
 
 /* ---- client end ---------------------------------------------------------------------------- */
 
 typedef struct kvt_connect_opts {
-    size_t size_bytes;
+    size_t size_bytes; /* of this struct */
     const char *uri;
     const char *tenant;
     uint32_t n_channels;        /* bulk is striped over them; 0: 1 */
@@ -80,7 +85,8 @@ typedef struct kvt_connect_opts {
 /*
  * One request in flight at the client. The caller allocates it, fills the first block, and keeps it
  * untouched until done has been called. In done, reply (if status is OK) and its data iovecs are
- * valid until done returns; arena is reset by the caller with kvc_arena_reset when it has finished.
+ * valid until done returns. submit initialises arena, which holds the reply's header; the caller
+ * resets it with kvc_arena_reset once done has run and it has finished with the reply.
  */
 struct kvt_xfer {
     const kvc_request *req; /* kept until done; its data iovecs too */
@@ -110,7 +116,8 @@ struct kvt_ops {
     kvc_status (*listen)(const kvt_listen_opts *opts, kvt_listener **listener_p);
     /* The bound address as a URI that connect takes (the port chosen for port 0). */
     const char *(*listener_uri)(const kvt_listener *listener);
-    /* Health as peers see it (grpc.health.v1 and the like); false from the start of a drain. */
+    /* Health as peers see it (grpc.health.v1 and the like); false until set, and from the start of
+       a drain. */
     void (*set_serving)(kvt_listener *listener, bool serving);
     /* Takes no new calls (they get CLOSED) and blocks until all are answered or deadline_ns; what
        is left then is cancelled. */

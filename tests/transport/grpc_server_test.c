@@ -1,0 +1,336 @@
+/*
+ * grpc_server_test.c: the gRPC server end as foreign clients see it: raw calls, health, unknown
+ * methods, bodies that do not parse, and bytes that protoc can read.
+ *
+ * The client here is gRPC's own C API on one completion queue, driven by the test's thread.
+ */
+#include "fixture.h"
+
+#include <grpc/byte_buffer_reader.h>
+#include <grpc/grpc.h>
+#include <grpc/grpc_security.h>
+
+#include "base/log.h"
+
+#define CALL_TAG ((void *)1)
+
+typedef struct raw {
+    grpc_completion_queue *cq;
+    grpc_channel *channel;
+    grpc_metadata_array initial, trailing;
+    grpc_status_code code;
+    grpc_slice details;
+    grpc_byte_buffer *reply;
+} raw;
+
+static void raw_open(raw *r, const char *uri)
+{
+    memset(r, 0, sizeof(*r));
+    grpc_init();
+    r->cq = grpc_completion_queue_create_for_next(NULL);
+    grpc_channel_credentials *plain = grpc_insecure_credentials_create();
+    r->channel = grpc_channel_create(uri + strlen("grpc://"), plain, NULL);
+    grpc_channel_credentials_release(plain);
+    r->details = grpc_empty_slice();
+}
+
+static void raw_forget(raw *r)
+{
+    grpc_metadata_array_destroy(&r->initial);
+    grpc_metadata_array_destroy(&r->trailing);
+    grpc_slice_unref(r->details);
+    r->details = grpc_empty_slice();
+    if (r->reply != NULL)
+        grpc_byte_buffer_destroy(r->reply);
+    r->reply = NULL;
+}
+
+static void raw_close(raw *r)
+{
+    raw_forget(r);
+    grpc_channel_destroy(r->channel);
+    grpc_completion_queue_shutdown(r->cq);
+    while (grpc_completion_queue_next(r->cq, gpr_inf_future(GPR_CLOCK_REALTIME), NULL).type !=
+           GRPC_QUEUE_SHUTDOWN)
+        ;
+    grpc_completion_queue_destroy(r->cq);
+    grpc_shutdown();
+}
+
+static gpr_timespec in_ten_seconds(void)
+{
+    return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC), gpr_time_from_seconds(10, GPR_TIMESPAN));
+}
+
+static bool raw_wait(raw *r)
+{
+    grpc_event event = grpc_completion_queue_next(r->cq, in_ten_seconds(), NULL);
+    assert_int_equal(event.type, GRPC_OP_COMPLETE);
+    return event.success != 0;
+}
+
+static grpc_call *raw_start(raw *r, const char *path, const void *bytes, size_t len)
+{
+    grpc_slice method = grpc_slice_from_copied_string(path);
+    grpc_call *call = grpc_channel_create_call(r->channel, NULL, GRPC_PROPAGATE_DEFAULTS, r->cq,
+                                               method, NULL, in_ten_seconds(), NULL);
+    grpc_slice body = grpc_slice_from_copied_buffer(bytes, len);
+    grpc_byte_buffer *message = grpc_raw_byte_buffer_create(&body, 1);
+    grpc_op ops[4] = {{.op = GRPC_OP_SEND_INITIAL_METADATA},
+                      {.op = GRPC_OP_SEND_MESSAGE},
+                      {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT},
+                      {.op = GRPC_OP_RECV_INITIAL_METADATA}};
+    ops[1].data.send_message.send_message = message;
+    ops[3].data.recv_initial_metadata.recv_initial_metadata = &r->initial;
+    grpc_metadata_array_init(&r->initial);
+    grpc_metadata_array_init(&r->trailing);
+    assert_int_equal(grpc_call_start_batch(call, ops, 4, CALL_TAG, NULL), GRPC_CALL_OK);
+    (void)raw_wait(r);
+    grpc_byte_buffer_destroy(message);
+    grpc_slice_unref(body);
+    grpc_slice_unref(method);
+    return call;
+}
+
+static bool raw_receive(raw *r, grpc_call *call)
+{
+    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE};
+    op.data.recv_message.recv_message = &r->reply;
+    assert_int_equal(grpc_call_start_batch(call, &op, 1, CALL_TAG, NULL), GRPC_CALL_OK);
+    return raw_wait(r) && r->reply != NULL;
+}
+
+static void raw_end(raw *r, grpc_call *call)
+{
+    grpc_op op = {.op = GRPC_OP_RECV_STATUS_ON_CLIENT};
+    op.data.recv_status_on_client.trailing_metadata = &r->trailing;
+    op.data.recv_status_on_client.status = &r->code;
+    op.data.recv_status_on_client.status_details = &r->details;
+    assert_int_equal(grpc_call_start_batch(call, &op, 1, CALL_TAG, NULL), GRPC_CALL_OK);
+    (void)raw_wait(r);
+    grpc_call_unref(call);
+}
+
+static void raw_call(raw *r, const char *path, const void *bytes, size_t len)
+{
+    raw_forget(r);
+    grpc_call *call = raw_start(r, path, bytes, len);
+    (void)raw_receive(r, call);
+    raw_end(r, call);
+}
+
+static bool has_trailer(const raw *r, const char *key, const char *value)
+{
+    for (size_t i = 0; i < r->trailing.count; i++) {
+        if (grpc_slice_str_cmp(r->trailing.metadata[i].key, key) == 0 &&
+            grpc_slice_str_cmp(r->trailing.metadata[i].value, value) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* The reply's bytes, malloc'd. */
+static uint8_t *reply_bytes(raw *r, size_t *len_p)
+{
+    grpc_byte_buffer_reader reader;
+    assert_non_null(r->reply);
+    assert_true(grpc_byte_buffer_reader_init(&reader, r->reply));
+    grpc_slice all = grpc_byte_buffer_reader_readall(&reader);
+    *len_p = GRPC_SLICE_LENGTH(all);
+    uint8_t *bytes = malloc(*len_p + 1);
+    assert_non_null(bytes);
+    memcpy(bytes, GRPC_SLICE_START_PTR(all), *len_p);
+    grpc_slice_unref(all);
+    grpc_byte_buffer_reader_destroy(&reader);
+    grpc_byte_buffer_destroy(r->reply);
+    r->reply = NULL;
+    return bytes;
+}
+
+/* The serving status in the reply. */
+static int health_of(raw *r)
+{
+    size_t len;
+    uint8_t *bytes = reply_bytes(r, &len);
+    int status = len == 0 ? 0 : bytes[1];
+    assert_true(len == 0 || (len == 2 && bytes[0] == 8));
+    free(bytes);
+    return status;
+}
+
+static void health_check(void **state)
+{
+    (void)state;
+    static const char path[] = "/grpc.health.v1.Health/Check";
+    static const char ours[] = "\x0a\x11kvasir.v1.KvCache";
+    fixture f;
+    raw r;
+    fixture_open(&f, 1);
+    raw_open(&r, f.uri);
+    raw_call(&r, path, "", 0);
+    assert_int_equal(r.code, GRPC_STATUS_OK);
+    assert_int_equal(health_of(&r), 1);
+    raw_call(&r, path, ours, sizeof(ours) - 1);
+    assert_int_equal(health_of(&r), 1);
+    f.ops->set_serving(f.listener, false);
+    raw_call(&r, path, ours, sizeof(ours) - 1);
+    assert_int_equal(health_of(&r), 2);
+    raw_call(&r, path, "\x0a\x05other", 7);
+    assert_int_equal(r.code, GRPC_STATUS_NOT_FOUND);
+    raw_call(&r, path, "\x0a\x7fother", 7);
+    assert_int_equal(r.code, GRPC_STATUS_INVALID_ARGUMENT);
+    raw_close(&r);
+    fixture_close(&f);
+}
+
+static void health_watch(void **state)
+{
+    (void)state;
+    static const char path[] = "/grpc.health.v1.Health/Watch";
+    fixture f;
+    raw r;
+    fixture_open(&f, 1);
+    raw_open(&r, f.uri);
+    grpc_call *call = raw_start(&r, path, "", 0);
+    assert_true(raw_receive(&r, call));
+    assert_int_equal(health_of(&r), 1);
+    f.ops->set_serving(f.listener, false);
+    assert_true(raw_receive(&r, call));
+    assert_int_equal(health_of(&r), 2);
+    f.ops->set_serving(f.listener, true);
+    assert_true(raw_receive(&r, call));
+    assert_int_equal(health_of(&r), 1);
+    raw other;
+    raw_open(&other, f.uri);
+    grpc_call *unknown = raw_start(&other, path, "\x0a\x05other", 7);
+    assert_true(raw_receive(&other, unknown));
+    assert_int_equal(health_of(&other), 3);
+    (void)grpc_call_cancel(unknown, NULL);
+    raw_end(&other, unknown);
+    assert_int_equal(other.code, GRPC_STATUS_CANCELLED);
+    f.ops->drain(f.listener, kvc_deadline_ns(5 * SECOND));
+    assert_true(raw_receive(&r, call));
+    assert_int_equal(health_of(&r), 2); /* the drain is announced before the stream ends */
+    assert_false(raw_receive(&r, call));
+    raw_end(&r, call);
+    assert_int_equal(r.code, GRPC_STATUS_UNAVAILABLE);
+    raw_close(&other);
+    raw_close(&r);
+    fixture_close(&f);
+}
+
+static void foreign_calls(void **state)
+{
+    (void)state;
+    fixture f;
+    raw r;
+    fixture_open(&f, 1);
+    raw_open(&r, f.uri);
+    raw_call(&r, "/kvasir.v1.KvCache/NoSuchMethod", "", 0);
+    assert_int_equal(r.code, GRPC_STATUS_UNIMPLEMENTED);
+    assert_true(has_trailer(&r, "kvc-status", "7"));
+    raw_call(&r, "/kvasir.v1.KvCache/PutBlocks", "\x0b\x0c", 2);
+    assert_int_equal(r.code, GRPC_STATUS_INVALID_ARGUMENT);
+    assert_true(has_trailer(&r, "kvc-status", "12"));
+    assert_int_equal(grpc_slice_str_cmp(r.details, "PROTOCOL: groups are not supported"), 0);
+    raw_call(&r, "/kvasir.v1.KvCache/OpenContext", "\x0a\x01x", 3);
+    assert_int_equal(r.code, GRPC_STATUS_INVALID_ARGUMENT);
+    assert_true(has_trailer(&r, "kvc-status", "6"));
+    assert_int_equal(grpc_slice_str_cmp(r.details, "INVALID: the schema digest must have 32 bytes"),
+                     0);
+    raw_call(&r, "/kvasir.v1.KvCache/Stats", "", 0);
+    assert_int_equal(r.code, GRPC_STATUS_OK);
+    assert_int_equal(atomic_load(&f.n_calls), 1); /* the bad ones never reached the server */
+    raw_close(&r);
+    fixture_close(&f);
+}
+
+static void huge_message(void **state)
+{
+    (void)state;
+    size_t len = 8u << 20;
+    uint8_t *bytes = calloc(1, len);
+    fixture f;
+    raw r;
+    assert_non_null(bytes);
+    fixture_open(&f, 1);
+    raw_open(&r, f.uri);
+    raw_call(&r, "/kvasir.v1.KvCache/PutBlocks", bytes, len);
+    assert_int_equal(r.code, GRPC_STATUS_RESOURCE_EXHAUSTED);
+    assert_int_equal(atomic_load(&f.n_calls), 0);
+    raw_close(&r);
+    fixture_close(&f);
+    free(bytes);
+}
+
+static const char payload[] = "row one row two row three";
+
+static void rows_handler(fixture *f, kvt_call *call)
+{
+    kvc_reply reply = sample_reply(KVC_FETCH_ROWS, 0, &call->arena);
+    kvt_slice slices[2] = {counted_slice(f, payload, 8),
+                           counted_slice(f, payload + 8, sizeof(payload) - 1 - 8)};
+    kvt_call_reply(call, KVC_OK, NULL, 0, &reply, slices, 2);
+}
+
+/* What protoc makes of the bytes, as text. */
+static void decode_with_protoc(const uint8_t *bytes, size_t len, char *text, size_t size)
+{
+    char path[] = "/tmp/kvasir-reply-XXXXXX", command[512];
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, bytes, len), (ssize_t)len);
+    (void)close(fd);
+    (void)snprintf(command, sizeof(command),
+                   "%s --proto_path=%s --decode=kvasir.v1.FetchRowsReply kvasir.proto < %s 2>&1",
+                   KVASIR_PROTOC, KVASIR_PROTO_DIR, path);
+    FILE *pipe = popen(command, "r"); /* NOLINT: fixed command */
+    assert_non_null(pipe);
+    size_t n = fread(text, 1, size - 1, pipe);
+    text[n] = '\0';
+    assert_int_equal(pclose(pipe), 0);
+    (void)unlink(path);
+}
+
+static void any_protobuf_reads_it(void **state)
+{
+    (void)state;
+    static const char *const wanted[] = {"status: ITEM_CORRUPT",
+                                         "index: 17",
+                                         "index: 65535",
+                                         "rows_gpu: 1",
+                                         "rows_dram: 22",
+                                         "rows_lmdb: 333",
+                                         "data: \"row one row two row three\""};
+    fixture f;
+    raw r;
+    size_t len;
+    char text[4096];
+    fixture_open(&f, 1);
+    f.handler = rows_handler;
+    raw_open(&r, f.uri);
+    raw_call(&r, "/kvasir.v1.KvCache/FetchRows", "", 0);
+    assert_int_equal(r.code, GRPC_STATUS_OK);
+    uint8_t *bytes = reply_bytes(&r, &len);
+    decode_with_protoc(bytes, len, text, sizeof(text));
+    for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++) {
+        if (strstr(text, wanted[i]) == NULL)
+            fail_msg("no %s in:\n%s", wanted[i], text);
+    }
+    free(bytes);
+    raw_close(&r);
+    fixture_close(&f);
+    assert_int_equal(atomic_load(&f.n_released), 2);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(health_check),          cmocka_unit_test(health_watch),
+        cmocka_unit_test(foreign_calls),         cmocka_unit_test(huge_message),
+        cmocka_unit_test(any_protobuf_reads_it),
+    };
+    suite_uri = "grpc://127.0.0.1:0";
+    kvc_log_set_level(KVC_LOG_LEVEL_OFF);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
