@@ -6,9 +6,9 @@
  * row a partial against the block's own maximum, and partials are merged in block order. So the
  * result of a query depends on its own values and the rows it sees, not on threads, tiles or the
  * other queries. Two ways to share out the work, with the same arithmetic:
- *   by tiles   many queries: all blocks are packed first, an item is (kv head, tile of rows);
- *   by blocks  one tile of rows: an item is (kv head, block), which packs, attends, keeps its
- * state.
+ *   by tiles   many queries: all blocks are packed first, an item is (kv head, a few tiles of
+ * rows); the tiles take turns on each block while it is in cache; by blocks  one tile of rows: an
+ * item is (kv head, block), which packs, attends, keeps its state.
  */
 #include <math.h>
 #include <string.h>
@@ -17,13 +17,25 @@
 #include "isa.h"
 
 #define ALIGN_FLOATS 16u
+#define SHARE_MAX    6u
 #define SCORE_FLOATS ((size_t)KVKI_ATTEND_ROWS * KVKI_ATTEND_KEYS)
+
+static size_t max_of(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+static size_t min_of(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
 
 /* A query row of a kv head is (query, head in group), query-major. */
 typedef struct job {
     const kvk_attend_args *a;
     const kvki_isa *isa;
     size_t group, n_rows, tiles, blocks;
+    size_t share;        /* tiles of one item */
     size_t dpad;         /* head_dim rounded up to a panel */
     size_t pack_floats;  /* K and V of one block and head, packed */
     size_t state_floats; /* a state of KVKI_ATTEND_ROWS rows */
@@ -83,8 +95,8 @@ static void item_angles(void *arg, size_t block, uint32_t worker)
                        w->sin + j * half);
 }
 
-/* Packs one block of one head to `to`; true where V is finite. row is scratch [head_dim]. */
-static bool pack_block(const job *w, size_t kv_head, size_t block, float *row, float *to)
+/* Packs one block of one head to `to`; true where V is finite. tmp is scratch. */
+static bool pack_block(const job *w, size_t kv_head, size_t block, float *tmp, float *to)
 {
     const kvk_attend_args *a = w->a;
     size_t first = block * KVKI_ATTEND_KEYS, half = a->head_dim / 2;
@@ -99,7 +111,7 @@ static bool pack_block(const job *w, size_t kv_head, size_t block, float *row, f
                           .dtype = a->dtype,
                           .cos = w->cos ? w->cos + first * half : NULL,
                           .sin = w->sin ? w->sin + first * half : NULL,
-                          .row = row,
+                          .tmp = tmp,
                           .kt = to,
                           .v = to + (size_t)KVKI_ATTEND_KEYS * a->head_dim,
                           .finite_p = &finite};
@@ -161,35 +173,46 @@ static void finish_rows(const job *w, size_t kv_head, size_t first, size_t m, st
     }
 }
 
+static size_t tmp_floats(const job *w)
+{
+    return KVKI_PACK_ROWS * (((size_t)w->a->head_dim + 15) / 16 * 16);
+}
+
 /* ---- by tiles ---- */
 
 static void item_pack(void *arg, size_t item, uint32_t worker)
 {
     const job *w = arg;
-    float *row = w->work + worker * w->work_floats;
+    float *tmp = w->work + worker * w->work_floats;
 
     w->finite[item] =
-        pack_block(w, item / w->blocks, item % w->blocks, row, w->packed + item * w->pack_floats);
+        pack_block(w, item / w->blocks, item % w->blocks, tmp, w->packed + item * w->pack_floats);
 }
 
-static void item_tile(void *arg, size_t item, uint32_t worker)
+static void item_tiles(void *arg, size_t item, uint32_t worker)
 {
     const job *w = arg;
-    size_t kv_head = item / w->tiles, first = item % w->tiles * KVKI_ATTEND_ROWS;
-    size_t m = w->n_rows - first < KVKI_ATTEND_ROWS ? w->n_rows - first : KVKI_ATTEND_ROWS;
+    size_t shares = (w->tiles + w->share - 1) / w->share;
+    size_t kv_head = item / shares, first = item % shares * w->share * KVKI_ATTEND_ROWS;
+    size_t end = min_of(w->n_rows, first + w->share * KVKI_ATTEND_ROWS);
     float *scores = w->work + worker * w->work_floats;
-    state all = state_at(scores + SCORE_FLOATS);
-    state one = state_at(scores + SCORE_FLOATS + w->state_floats);
+    state one = state_at(scores + SCORE_FLOATS), all[SHARE_MAX];
 
-    state_clear(w, all, m);
+    for (size_t t = 0; t < w->share; t++) {
+        all[t] = state_at(scores + SCORE_FLOATS + (t + 1) * w->state_floats);
+        state_clear(w, all[t], KVKI_ATTEND_ROWS);
+    }
     for (size_t block = 0; block < w->blocks; block++) {
         size_t at = kv_head * w->blocks + block;
         const float *packed = w->packed + at * w->pack_floats;
-        if (!attend_rows(w, kv_head, first, m, block, packed, w->finite[at], scores, one))
-            break; /* later blocks are later keys: not seen either */
-        merge_rows(w, m, one, all);
+        for (size_t row = first, t = 0; row < end; row += KVKI_ATTEND_ROWS, t++) {
+            size_t m = min_of(end - row, KVKI_ATTEND_ROWS);
+            if (attend_rows(w, kv_head, row, m, block, packed, w->finite[at], scores, one))
+                merge_rows(w, m, one, all[t]);
+        }
     }
-    finish_rows(w, kv_head, first, m, all);
+    for (size_t row = first, t = 0; row < end; row += KVKI_ATTEND_ROWS, t++)
+        finish_rows(w, kv_head, row, min_of(end - row, KVKI_ATTEND_ROWS), all[t]);
 }
 
 static kvc_status run_by_tiles(kvk_backend *be, job *w)
@@ -197,7 +220,9 @@ static kvc_status run_by_tiles(kvk_backend *be, job *w)
     size_t packs = w->a->n_kv_heads * w->blocks;
     size_t threads = kvki_pool_threads(be->pool);
 
-    w->work_floats = SCORE_FLOATS + 2 * w->state_floats + w->dpad;
+    /* As many tiles to an item as leaves each thread four items. */
+    w->share = min_of(SHARE_MAX, max_of(1, w->tiles * w->a->n_kv_heads / (threads * 4)));
+    w->work_floats = max_of(SCORE_FLOATS + (w->share + 1) * w->state_floats, tmp_floats(w));
     w->packed = kvki_scratch_take(be->scratch, packs * (w->pack_floats * sizeof(float) + 1) +
                                                    threads * w->work_floats * sizeof(float));
     if (!w->packed)
@@ -205,7 +230,8 @@ static kvc_status run_by_tiles(kvk_backend *be, job *w)
     w->work = w->packed + packs * w->pack_floats;
     w->finite = (bool *)(w->work + threads * w->work_floats);
     kvki_pool_run(be->pool, packs, item_pack, w);
-    kvki_pool_run(be->pool, w->a->n_kv_heads * w->tiles, item_tile, w);
+    kvki_pool_run(be->pool, w->a->n_kv_heads * ((w->tiles + w->share - 1) / w->share), item_tiles,
+                  w);
     kvki_scratch_give(be->scratch, w->packed);
     return KVC_OK;
 }
@@ -219,7 +245,7 @@ static void item_block(void *arg, size_t item, uint32_t worker)
     float *packed = w->work + worker * w->work_floats;
     float *scores = packed + w->pack_floats;
     state out = state_at(w->states + item * w->state_floats);
-    bool finite = pack_block(w, kv_head, block, scores, packed);
+    bool finite = pack_block(w, kv_head, block, scores + SCORE_FLOATS, packed);
 
     if (!attend_rows(w, kv_head, 0, w->n_rows, block, packed, finite, scores, out))
         state_clear(w, out, w->n_rows);
@@ -242,7 +268,7 @@ static kvc_status run_by_blocks(kvk_backend *be, job *w)
     size_t items = w->a->n_kv_heads * w->blocks;
     size_t threads = kvki_pool_threads(be->pool);
 
-    w->work_floats = w->pack_floats + SCORE_FLOATS + w->dpad + w->state_floats;
+    w->work_floats = w->pack_floats + SCORE_FLOATS + max_of(tmp_floats(w), w->state_floats);
     w->states = kvki_scratch_take(
         be->scratch, (items * w->state_floats + threads * w->work_floats) * sizeof(float));
     if (!w->states)

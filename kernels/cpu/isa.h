@@ -57,6 +57,7 @@ typedef struct kvki_dot_i8 {
  */
 #define KVKI_ATTEND_KEYS 128u
 #define KVKI_ATTEND_ROWS 48u
+#define KVKI_PACK_ROWS   16u
 
 typedef struct kvki_attend_pack {
     const void *const *rows; /* [n] */
@@ -64,7 +65,7 @@ typedef struct kvki_attend_pack {
     size_t k_off_bytes, v_off_bytes;
     kvk_dtype dtype;
     const float *cos, *sin; /* [n, head_dim / 2], NULL: K is not rotated */
-    float *row;             /* [head_dim] scratch */
+    float *tmp;             /* [KVKI_PACK_ROWS, head_dim rounded up to 16] */
     float *kt, *v;
     bool *finite_p;
 } kvki_attend_pack;

@@ -4,9 +4,10 @@
  * Scores become 32-bit keys in the same order (-0 and 0 alike, NaN 0). The fast form cuts n into at
  * most CHUNKS_MAX chunks. A chunk is scanned once with a rising bound: positions at or above it are
  * gathered, and when the list is full a radix select cuts it back to k and raises the bound. Later
- * positions lose ties, and lists stay in position order, so "above the k-th so far" is exact. The
- * chunks' lists are then cut to k together and sorted by a stable radix sort. The answer is unique,
- * so its bits depend on nothing else.
+ * positions lose ties, and lists stay in position order, so "above the k-th so far" is exact. A
+ * sample gives the first bound; where fewer than k scores turn out to reach it, the scan is done
+ * again without. The chunks' lists are then cut to k together and sorted by a stable radix sort.
+ * The answer is unique, so its bits depend on nothing else.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +21,8 @@
 #define CHUNK_MIN  65536u
 #define CHUNKS_MAX 16u
 #define BUCKETS    2048u
+#define SAMPLE     16384u /* scores looked at for the first bound, in runs of */
+#define SAMPLE_RUN 16u
 
 /* How the workspace is cut: `chunks` lists of `cap`, then the joint list of `joint` and a spare. */
 typedef struct plan {
@@ -38,6 +41,8 @@ static plan plan_of(uint32_t n, uint32_t k)
     p.cap = 2 * (size_t)p.k + 2 * SEGMENT;
     if (p.cap > p.chunk + SEGMENT)
         p.cap = p.chunk + SEGMENT;
+    if (p.cap < SAMPLE && n > SAMPLE)
+        p.cap = SAMPLE;
     p.joint = p.chunks * (size_t)p.k;
     return p;
 }
@@ -175,6 +180,12 @@ static uint32_t shrink(list *l, uint32_t k)
     return kth;
 }
 
+/* Back from a key that is not NaN's. */
+static float score_of(uint32_t key)
+{
+    return kvki_f32_of_bits(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
 /* The least float above the score of this key, as a bound for >=; NaN: nothing is above. */
 static float bound_above(uint32_t key)
 {
@@ -182,7 +193,7 @@ static float bound_above(uint32_t key)
 
     if (key == 0)
         return -INFINITY;
-    score = kvki_f32_of_bits(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+    score = score_of(key);
     return score == INFINITY ? NAN : nextafterf(score, INFINITY);
 }
 
@@ -192,6 +203,8 @@ typedef struct job {
     plan p;
     uint32_t *entries; /* chunk c: keys at c * 2 cap, positions cap after */
     uint32_t *counts;  /* [chunks] */
+    bool bounded;      /* low is a bound to start from */
+    float low;
 } job;
 
 static list chunk_list(const job *w, size_t c)
@@ -213,8 +226,8 @@ static void scan_chunk(void *arg, size_t c, uint32_t worker)
     const float *x = w->a->scores;
     size_t end = (c + 1) * w->p.chunk < w->a->n ? (c + 1) * w->p.chunk : w->a->n;
     list l = chunk_list(w, c);
-    bool bounded = false;
-    float low = 0;
+    bool bounded = w->bounded;
+    float low = w->low;
 
     (void)worker;
     for (size_t from = c * w->p.chunk; from < end; from += SEGMENT) {
@@ -232,6 +245,39 @@ static void scan_chunk(void *arg, size_t c, uint32_t worker)
         }
     }
     w->counts[c] = l.n;
+}
+
+/*
+ * A score that about k + 6 sqrt(k) of n reach, judged by a sample; false where n is too small or k
+ * too large a part of it for that to help. Uses the first chunk's list.
+ */
+static bool sample_bound(const job *w, float *low_p)
+{
+    double expected = (double)w->p.k * SAMPLE / w->a->n;
+    uint32_t rank = (uint32_t)(expected + 4 * sqrt(expected) + 4), ties = 0, key = 0;
+    size_t step = w->a->n / (SAMPLE / SAMPLE_RUN);
+    list l = chunk_list(w, 0);
+
+    if (w->a->n < 4 * SAMPLE || rank > SAMPLE / 4)
+        return false;
+    for (size_t run = 0; run < SAMPLE / SAMPLE_RUN; run++) {
+        for (size_t i = 0; i < SAMPLE_RUN; i++)
+            l.key[l.n++] = key_of(w->a->scores[run * step + i]);
+    }
+    key = kth_key(&l, rank, &ties);
+    *low_p = key == 0 ? -INFINITY : score_of(key);
+    return true;
+}
+
+/* Scans all chunks; how many positions they hold. */
+static size_t scan(kvk_backend *be, job *w)
+{
+    size_t total = 0;
+
+    kvki_pool_run(be->pool, w->p.chunks, scan_chunk, w);
+    for (size_t c = 0; c < w->p.chunks; c++)
+        total += w->counts[c];
+    return total;
 }
 
 /* Joins the chunks' lists in position order at the end of the workspace. */
@@ -288,7 +334,11 @@ kvc_status kvki_fast_topk(kvk_backend *be, const kvk_topk_args *a)
         return KVC_OK;
     w.counts = (uint32_t *)(((uintptr_t)a->workspace + 63) & ~(uintptr_t)63);
     w.entries = w.counts + CHUNKS_MAX;
-    kvki_pool_run(be->pool, w.p.chunks, scan_chunk, &w);
+    w.bounded = sample_bound(&w, &w.low);
+    if (scan(be, &w) < w.p.k) {
+        w.bounded = false;
+        (void)scan(be, &w);
+    }
     best = join(&w);
     if (best.n > w.p.k)
         (void)shrink(&best, w.p.k);

@@ -16,55 +16,75 @@
 #include "rotary.h"
 #include "rows.h"
 
-/* One row of d floats into column j of a panel [d][GEMM_PANEL]. */
-KVKI_INLINE void pack_column(const float *x, uint32_t d, float *panel, uint32_t j)
-{
-    for (uint32_t i = 0; i < d; i++)
-        panel[(size_t)i * GEMM_PANEL + j] = x[i];
-}
-
-static void pack_key(const kvki_attend_pack *p, uint32_t j, float *x)
+/* VF_LANES keys from j on, converted and rotated into tmp [VF_LANES, ld]; zeros beyond n. */
+static void load_keys(const kvki_attend_pack *p, uint32_t j, float *tmp, size_t ld)
 {
     uint32_t d = p->head_dim, half = d / 2;
-    float *panel = p->kt + (size_t)(j / GEMM_PANEL) * d * GEMM_PANEL;
 
-    if (j < p->n) {
+    for (uint32_t t = 0; t < VF_LANES; t++, j++) {
+        float *x = tmp + t * ld;
+        if (j >= p->n) {
+            memset(x, 0, d * sizeof(float));
+            continue;
+        }
         row_convert((const char *)p->rows[j] + p->k_off_bytes, p->dtype, d, x);
         if (p->cos)
             rotary_rotate(x, p->cos + (size_t)j * half, p->sin + (size_t)j * half, half, x);
-    } else {
-        memset(x, 0, d * sizeof(float));
     }
-    pack_column(x, d, panel, j % GEMM_PANEL);
 }
 
-static bool pack_value(const kvki_attend_pack *p, uint32_t j, float *x)
+/* Turns them into VF_LANES columns of a panel [d][GEMM_PANEL]. */
+static void pack_keys(const kvki_attend_pack *p, uint32_t j)
 {
     uint32_t d = p->head_dim;
-    uint32_t bad = 0;
+    size_t ld = (d + VF_LANES - 1) / VF_LANES * VF_LANES;
+    float *to = p->kt + (size_t)(j / GEMM_PANEL) * d * GEMM_PANEL + j % GEMM_PANEL;
 
-    row_convert((const char *)p->rows[j] + p->v_off_bytes, p->dtype, d, x);
-    for (uint32_t i = 0; i < d; i++)
-        bad |= (kvki_bits_of_f32(x[i]) & 0x7f800000u) == 0x7f800000u;
+    load_keys(p, j, p->tmp, ld);
+    for (uint32_t from = 0; from < d; from += VF_LANES) {
+        uint32_t n = d - from < VF_LANES ? d - from : VF_LANES;
+        vf x[VF_LANES];
+        KVKI_UNROLL
+        for (uint32_t t = 0; t < VF_LANES; t++)
+            x[t] = vf_load(p->tmp + t * ld + from);
+        vf_transpose(x);
+        if (n == VF_LANES) {
+            KVKI_UNROLL
+            for (uint32_t t = 0; t < VF_LANES; t++)
+                vf_store(to + (size_t)(from + t) * GEMM_PANEL, x[t]);
+        } else {
+            for (uint32_t t = 0; t < n; t++)
+                vf_store(to + (size_t)(from + t) * GEMM_PANEL, x[t]);
+        }
+    }
+}
+
+static bool pack_value(const kvki_attend_pack *p, uint32_t j)
+{
+    const char *row = (const char *)p->rows[j] + p->v_off_bytes;
+    size_t bytes = kvk_dtype_bytes(p->dtype);
+    uint32_t d = p->head_dim, bad = 0;
+
     for (uint32_t from = 0; from < d; from += GEMM_PANEL) {
         uint32_t n = d - from < GEMM_PANEL ? d - from : GEMM_PANEL;
         float *to = p->v + ((size_t)from * KVKI_ATTEND_KEYS) + (size_t)j * GEMM_PANEL;
-        memcpy(to, x + from, n * sizeof(float));
+        row_convert(row + from * bytes, p->dtype, n, to);
         memset(to + n, 0, (GEMM_PANEL - n) * sizeof(float));
+        for (uint32_t i = 0; i < n; i++)
+            bad |= (kvki_bits_of_f32(to[i]) & 0x7f800000u) == 0x7f800000u;
     }
     return bad == 0;
 }
 
 static void attend_pack(const kvki_attend_pack *p)
 {
-    float *x = p->row;
     uint32_t padded = (p->n + GEMM_PANEL - 1) / GEMM_PANEL * GEMM_PANEL;
     bool finite = true;
 
-    for (uint32_t j = 0; j < padded; j++)
-        pack_key(p, j, x);
+    for (uint32_t j = 0; j < padded; j += VF_LANES)
+        pack_keys(p, j);
     for (uint32_t j = 0; j < p->n; j++)
-        finite = pack_value(p, j, x) && finite;
+        finite = pack_value(p, j) && finite;
     *p->finite_p = finite;
 }
 

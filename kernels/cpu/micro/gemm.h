@@ -11,9 +11,15 @@
 #include "../isa.h"
 #include "vec.h"
 
-/* One tile of mr x nv vectors; tail != 0: the only vector has that many columns. */
+/* Vector j of nv at p; the last one has `last` columns where it is partial. */
+KVKI_INLINE vf gemm_load(const float *p, uint32_t j, uint32_t nv, bool partial, uint32_t last)
+{
+    return partial && j == nv - 1 ? vf_load_n(p + j * VF_LANES, last) : vf_load(p + j * VF_LANES);
+}
+
+/* One tile of mr x nv vectors. */
 KVKI_INLINE void gemm_tile(const kvki_gemm *g, uint32_t row, uint32_t col, uint32_t mr, uint32_t nv,
-                           uint32_t tail)
+                           bool partial, uint32_t last)
 {
     const float *a = g->a + row * g->lda;
     const float *b = g->b + col;
@@ -23,16 +29,14 @@ KVKI_INLINE void gemm_tile(const kvki_gemm *g, uint32_t row, uint32_t col, uint3
     KVKI_UNROLL
     for (uint32_t i = 0; i < mr; i++) {
         KVKI_UNROLL
-        for (uint32_t j = 0; j < nv; j++) {
-            const float *from = c + i * g->ldc + j * VF_LANES;
-            acc[i][j] = !g->accumulate ? vf_zero() : tail ? vf_load_n(from, tail) : vf_load(from);
-        }
+        for (uint32_t j = 0; j < nv; j++)
+            acc[i][j] = g->accumulate ? gemm_load(c + i * g->ldc, j, nv, partial, last) : vf_zero();
     }
     for (uint32_t p = 0; p < g->k; p++) {
         vf bv[GEMM_NV];
         KVKI_UNROLL
         for (uint32_t j = 0; j < nv; j++)
-            bv[j] = tail ? vf_load_n(b, tail) : vf_load(b + j * VF_LANES);
+            bv[j] = gemm_load(b, j, nv, partial, last);
         KVKI_UNROLL
         for (uint32_t i = 0; i < mr; i++) {
             vf av = vf_set1(a[i * g->lda + p]);
@@ -46,8 +50,8 @@ KVKI_INLINE void gemm_tile(const kvki_gemm *g, uint32_t row, uint32_t col, uint3
     for (uint32_t i = 0; i < mr; i++) {
         KVKI_UNROLL
         for (uint32_t j = 0; j < nv; j++) {
-            if (tail)
-                vf_store_n(c + i * g->ldc, acc[i][j], tail);
+            if (partial && j == nv - 1)
+                vf_store_n(c + i * g->ldc + j * VF_LANES, acc[i][j], last);
             else
                 vf_store(c + i * g->ldc + j * VF_LANES, acc[i][j]);
         }
@@ -55,16 +59,52 @@ KVKI_INLINE void gemm_tile(const kvki_gemm *g, uint32_t row, uint32_t col, uint3
 }
 
 /* All rows of the columns [col, col + nv vectors). */
-KVKI_INLINE void gemm_columns(const kvki_gemm *g, uint32_t col, uint32_t nv, uint32_t tail)
+KVKI_INLINE void gemm_columns(const kvki_gemm *g, uint32_t col, uint32_t nv, bool partial,
+                              uint32_t last)
 {
     uint32_t row = 0;
 
     for (; row + 6 <= g->m; row += 6)
-        gemm_tile(g, row, col, 6, nv, tail);
+        gemm_tile(g, row, col, 6, nv, partial, last);
     for (; row + 3 <= g->m; row += 3)
-        gemm_tile(g, row, col, 3, nv, tail);
+        gemm_tile(g, row, col, 3, nv, partial, last);
     for (; row < g->m; row++)
-        gemm_tile(g, row, col, 1, nv, tail);
+        gemm_tile(g, row, col, 1, nv, partial, last);
+}
+
+/* The n < GEMM_PANEL last columns. */
+static void gemm_rest(const kvki_gemm *g, uint32_t col, uint32_t n)
+{
+    uint32_t last = n % VF_LANES ? n % VF_LANES : VF_LANES;
+    bool partial = last != VF_LANES;
+
+    switch ((n + VF_LANES - 1) / VF_LANES * 2 + partial) {
+    case 2:
+        gemm_columns(g, col, 1, false, 0);
+        break;
+    case 3:
+        gemm_columns(g, col, 1, true, last);
+        break;
+    case 4:
+        gemm_columns(g, col, 2, false, 0);
+        break;
+    case 5:
+        gemm_columns(g, col, 2, true, last);
+        break;
+#if GEMM_NV > 2
+    case 6:
+        gemm_columns(g, col, 3, false, 0);
+        break;
+    case 7:
+        gemm_columns(g, col, 3, true, last);
+        break;
+    case 9:
+        gemm_columns(g, col, 4, true, last);
+        break;
+#endif
+    default: /* nothing is left */
+        break;
+    }
 }
 
 static void gemm(const kvki_gemm *g)
@@ -72,11 +112,8 @@ static void gemm(const kvki_gemm *g)
     uint32_t col = 0;
 
     for (; col + GEMM_PANEL <= g->n; col += GEMM_PANEL)
-        gemm_columns(g, col, GEMM_NV, 0);
-    for (; col + VF_LANES <= g->n; col += VF_LANES)
-        gemm_columns(g, col, 1, 0);
-    if (col < g->n)
-        gemm_columns(g, col, 1, g->n - col);
+        gemm_columns(g, col, GEMM_NV, false, 0);
+    gemm_rest(g, col, g->n - col);
 }
 
 #endif

@@ -79,10 +79,19 @@ static void rotary_angles(double position, const double *inv_freq, uint32_t half
     }
 }
 
+/* Loads stand before stores, so out may be x. */
 static void rotary_rotate(const float *x, const float *cosine, const float *sine, uint32_t half,
                           float *out)
 {
-    for (uint32_t i = 0; i < half; i++) {
+    uint32_t i = 0;
+
+    for (; i + VF_LANES <= half; i += VF_LANES) {
+        vf a = vf_load(x + i), b = vf_load(x + half + i);
+        vf c = vf_load(cosine + i), s = vf_load(sine + i);
+        vf_store(out + i, vf_sub(vf_mul(a, c), vf_mul(b, s)));
+        vf_store(out + half + i, vf_add(vf_mul(b, c), vf_mul(a, s)));
+    }
+    for (; i < half; i++) {
         float a = x[i], b = x[half + i];
         out[i] = a * cosine[i] - b * sine[i];
         out[half + i] = b * cosine[i] + a * sine[i];

@@ -183,17 +183,29 @@ static void row_max2(const float *x, const float *y, size_t n, float *out)
         out[i] = x[i] > y[i] ? x[i] : y[i];
 }
 
+/* The positions of the set bits; few are set once the bound is near the k-th score. */
+KVKI_INLINE uint32_t put_positions(uint32_t bits, uint32_t from, uint32_t *pos)
+{
+    uint32_t n = 0;
+
+    for (; bits != 0; bits &= bits - 1)
+        pos[n++] = from + (uint32_t)__builtin_ctz(bits);
+    return n;
+}
+
 static uint32_t row_filter(const float *x, uint32_t from, uint32_t to, float low, uint32_t *pos)
 {
+    const uint32_t step = 32 / VF_LANES;
     vf bound = vf_set1(low);
     uint32_t n = 0, j = from;
 
-    for (; to - j >= VF_LANES; j += VF_LANES) {
-        uint32_t bits = vf_ge_bits(vf_load(x + j), bound);
-        while (__builtin_expect(bits != 0, 0)) {
-            pos[n++] = j + (uint32_t)__builtin_ctz(bits);
-            bits &= bits - 1;
-        }
+    for (; to - j >= 32; j += 32) {
+        uint32_t bits = 0;
+        KVKI_UNROLL
+        for (uint32_t t = 0; t < step; t++)
+            bits |= vf_ge_bits(vf_load(x + j + t * VF_LANES), bound) << (t * VF_LANES);
+        if (__builtin_expect(bits != 0, 0))
+            n += put_positions(bits, j, pos + n);
     }
     for (; j < to; j++) {
         if (x[j] >= low)

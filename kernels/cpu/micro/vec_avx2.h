@@ -153,6 +153,31 @@ KVKI_INLINE void vf_sum4(vf a0, vf a1, vf a2, vf a3, float *out)
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
 }
 
+/* x[i][j] becomes x[j][i]: pairs, fours, then the two 128-bit lanes */
+KVKI_INLINE void vf_transpose(vf x[VF_LANES])
+{
+    vf t[VF_LANES];
+
+    KVKI_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    KVKI_UNROLL
+    for (int i = 0; i < 8; i += 4) {
+        x[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        x[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        x[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        x[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    KVKI_UNROLL
+    for (int i = 0; i < 4; i++) {
+        vf low = _mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
+        x[i + 4] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x31);
+        x[i] = low;
+    }
+}
+
 /* Integers: 16 int16 at a time, sums in int32. */
 #define VI_WORDS 16
 

@@ -148,6 +148,38 @@ KVKI_INLINE void vf_sum4(vf a0, vf a1, vf a2, vf a3, float *out)
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1)));
 }
 
+/* x[i][j] becomes x[j][i]: pairs, fours, then the four 128-bit lanes */
+KVKI_INLINE void vf_transpose(vf x[VF_LANES])
+{
+    vf t[VF_LANES];
+
+    KVKI_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    KVKI_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
+        __m512d c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
+        x[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+        x[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+        x[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+        x[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    KVKI_UNROLL
+    for (int i = 0; i < 4; i++) {
+        vf low01 = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x44);
+        vf low23 = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x44);
+        vf high01 = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xee);
+        vf high23 = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xee);
+        x[i] = _mm512_shuffle_f32x4(low01, low23, 0x88);
+        x[i + 4] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+        x[i + 8] = _mm512_shuffle_f32x4(high01, high23, 0x88);
+        x[i + 12] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+    }
+}
+
 /* Integers: 32 int16 at a time, sums in int32. */
 #define VI_WORDS 32
 

@@ -156,6 +156,16 @@ KVKI_INLINE void vf_sum4(vf a0, vf a1, vf a2, vf a3, float *out)
     out[3] = vf_hsum(a3);
 }
 
+/* x[i][j] becomes x[j][i] */
+KVKI_INLINE void vf_transpose(vf x[VF_LANES])
+{
+    vf t[VF_LANES];
+
+    for (int i = 0; i < VF_LANES; i++)
+        t[i] = (vf){x[0][i], x[1][i], x[2][i], x[3][i]};
+    memcpy(x, t, sizeof(t));
+}
+
 /* Integers: 8 int16 at a time in a plain array, sums in int32. */
 #define VI_WORDS 8
 
