@@ -1,0 +1,364 @@
+/*
+ * index_test.c: the index, its eviction order and the context table, without a server.
+ */
+#include "harness.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "evict.h"
+
+typedef struct fixture {
+    kvs_schemas *schemas;
+    kvs_index *index;
+    const kvs_schema *schema;
+    h_schema desc;
+    kvc_digest tenant;
+} fixture;
+
+static int setup(void **state)
+{
+    fixture *f = calloc(1, sizeof(*f));
+    bool is_new;
+    f->schemas = kvs_schemas_create();
+    f->index = kvs_index_create(f->schemas->by_id);
+    f->tenant = h_digest(1000);
+    h_schema_init(&f->desc, "model", 3, 256, false);
+    assert_int_equal(kvs_schemas_add(f->schemas, &f->tenant, &f->desc.schema, kvs_index_class,
+                                     f->index, &f->schema, &is_new),
+                     KVC_OK);
+    assert_true(is_new);
+    *state = f;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    fixture *f = *state;
+    kvs_index_destroy(f->index);
+    kvs_schemas_destroy(f->schemas);
+    free(f);
+    return 0;
+}
+
+static uint32_t claim(fixture *f, uint64_t b, uint32_t part)
+{
+    kvc_digest digest = h_digest(b);
+    kvs_slot slot;
+    uint32_t value;
+    assert_int_equal(kvs_index_claim(f->index, f->schema, part, &digest, false, &value, &slot),
+                     KVS_CLAIM_MINE);
+    return value;
+}
+
+static uint32_t put_dram(fixture *f, uint64_t b, uint32_t part, bool dirty)
+{
+    uint32_t value = claim(f, b, part);
+    kvs_index_publish_dram(f->index, value, (kvs_slot){b, part}, dirty);
+    return value;
+}
+
+static uint32_t hold(fixture *f, uint64_t b)
+{
+    kvc_digest digest = h_digest(b);
+    uint32_t block;
+    assert_int_equal(kvs_index_hold_blocks(f->index, f->schema, &digest, 1, &block), KVC_OK);
+    return block;
+}
+
+static kvs_read ref(fixture *f, uint32_t block, uint32_t part, uint32_t promote_rows)
+{
+    kvs_read read = {.block = block, .n_rows = 10};
+    kvs_index_ref(f->index, f->schema, part, promote_rows, 1, &read, 1);
+    return read;
+}
+
+static void test_claim(void **state)
+{
+    fixture *f = *state;
+    kvc_digest digest = h_digest(5);
+    kvs_slot slot;
+    uint32_t value = claim(f, 5, 1), other;
+    assert_int_equal(kvs_index_claim(f->index, f->schema, 1, &digest, false, &other, &slot),
+                     KVS_CLAIM_BUSY);
+    uint32_t block = hold(f, 5);
+    assert_int_equal(ref(f, block, 1, 0).where, KVS_NOWHERE); /* invisible until published */
+    kvs_index_abandon(f->index, value);
+    assert_int_equal(ref(f, block, 1, 0).where, KVS_NOWHERE);
+    value = put_dram(f, 5, 1, false);
+    assert_int_equal(kvs_index_claim(f->index, f->schema, 1, &digest, false, &other, &slot),
+                     KVS_CLAIM_EXISTS);
+    kvs_read read = ref(f, block, 1, 0);
+    assert_int_equal(read.where, KVS_IN_DRAM);
+    assert_int_equal(read.slot.a, 5);
+    assert_int_equal(ref(f, block, 0, 0).where, KVS_NOWHERE); /* another part */
+    kvs_index_unref(f->index, &read.value, 1);
+    /* DURABLE wants it written; nobody else may start that meanwhile. */
+    assert_int_equal(kvs_index_claim(f->index, f->schema, 1, &digest, true, &other, &slot),
+                     KVS_CLAIM_WRITE);
+    assert_int_equal(slot.a, 5);
+    assert_int_equal(kvs_index_claim(f->index, f->schema, 1, &digest, true, &other, &slot),
+                     KVS_CLAIM_BUSY);
+    kvs_index_wrote(f->index, value, true, (kvs_slot){7, 7}, false);
+    assert_int_equal(kvs_index_claim(f->index, f->schema, 1, &digest, true, &other, &slot),
+                     KVS_CLAIM_SYNC);
+    kvs_index_synced(f->index, value, true);
+    assert_int_equal(kvs_index_claim(f->index, f->schema, 1, &digest, true, &other, &slot),
+                     KVS_CLAIM_EXISTS);
+    kvs_index_drop_blocks(f->index, &block, 1);
+}
+
+/* Millions are too slow here; enough to split every first bucket a few times. */
+static void test_many_blocks(void **state)
+{
+    fixture *f = *state;
+    const uint32_t n = 100000;
+    for (uint32_t b = 0; b < n; b++)
+        put_dram(f, b, b % 3, false);
+    for (uint32_t b = 0; b < n; b += 7) {
+        uint32_t block = hold(f, b);
+        kvs_read read = ref(f, block, b % 3, 0);
+        assert_int_equal(read.where, KVS_IN_DRAM);
+        assert_int_equal(read.slot.a, b);
+        kvs_index_unref(f->index, &read.value, 1);
+        kvs_index_drop_blocks(f->index, &block, 1);
+    }
+    assert_int_equal(f->index->n_visible, n);
+    for (uint32_t i = 0; i < n; i++) {
+        kvs_victim victim;
+        assert_true(kvs_evict_dram(f->index, KVS_ANY_CLASS, &victim) ||
+                    kvs_evict_dram(f->index, KVS_ANY_CLASS, &victim));
+        assert_true(victim.gone);
+        kvs_evict_finish(f->index, &victim);
+    }
+    assert_int_equal(f->index->n_visible, 0);
+    assert_int_equal(f->index->blocks.used, 0);
+    assert_int_equal(f->index->values.used, 0);
+}
+
+/* SIEVE: unread values go first, oldest first; read ones are spared once; readers always. */
+static void test_dram_order(void **state)
+{
+    fixture *f = *state;
+    kvs_victim victim;
+    uint32_t cls = f->schema->parts[0].cls, blocks[6];
+    for (uint32_t b = 0; b < 6; b++) {
+        put_dram(f, b, 0, b == 2);
+        blocks[b] = hold(f, b);
+    }
+    kvs_read visited = ref(f, blocks[0], 0, 0), held = ref(f, blocks[3], 0, 0);
+    kvs_index_unref(f->index, &visited.value, 1);
+    const uint64_t order[] = {1, 4, 5, 0}; /* 2 is dirty, 3 is being read */
+    for (uint32_t i = 0; i < 4; i++) {
+        assert_true(kvs_evict_dram(f->index, cls, &victim));
+        assert_int_equal(victim.slot.a, order[i]);
+        assert_true(victim.gone);
+        kvs_evict_finish(f->index, &victim);
+    }
+    assert_false(kvs_evict_dram(f->index, cls, &victim));
+    kvs_slot slot;
+    uint32_t dirty = kvs_index_next_dirty(f->index, &slot);
+    assert_int_equal(slot.a, 2);
+    assert_int_equal(kvs_index_next_dirty(f->index, &slot), KVS_NIL);
+    assert_false(kvs_evict_dram(f->index, cls, &victim)); /* it is being written */
+    kvs_index_wrote(f->index, dirty, true, (kvs_slot){22, 0}, false);
+    assert_true(kvs_evict_dram(f->index, cls, &victim));
+    assert_false(victim.gone); /* lmdb has it */
+    kvs_evict_finish(f->index, &victim);
+    kvs_read read = ref(f, blocks[2], 0, 0);
+    assert_int_equal(read.where, KVS_IN_LMDB);
+    assert_int_equal(read.slot.a, 22);
+    kvs_index_unref(f->index, &read.value, 1);
+    kvs_index_unref(f->index, &held.value, 1);
+    kvs_index_drop_blocks(f->index, blocks, 6);
+}
+
+static uint32_t put_lmdb(fixture *f, uint64_t b)
+{
+    uint32_t value = claim(f, b, 0);
+    kvs_index_publish_lmdb(f->index, value, (kvs_slot){b, 1}, true, NULL);
+    return value;
+}
+
+static void test_lmdb_order(void **state)
+{
+    fixture *f = *state;
+    kvs_victim victim;
+    kvs_slot slot;
+    uint32_t cls = f->schema->parts[0].cls, other;
+    uint32_t block1 = hold(f, 1);
+    kvc_digest digest = h_digest(0);
+    for (uint64_t b = 0; b < 3; b++)
+        put_lmdb(f, b);
+    kvs_read held = ref(f, block1, 0, 0);
+    assert_true(kvs_evict_lmdb(f->index, cls, &victim));
+    assert_int_equal(victim.slot.a, 0);
+    /* Until its slot is released nobody can put it again: the tier knows values by name. */
+    assert_int_equal(kvs_index_claim(f->index, f->schema, 0, &digest, false, &other, &slot),
+                     KVS_CLAIM_BUSY);
+    kvs_evict_finish(f->index, &victim);
+    assert_true(kvs_evict_lmdb(f->index, cls, &victim));
+    assert_int_equal(victim.slot.a, 2);
+    kvs_evict_finish(f->index, &victim);
+    assert_false(kvs_evict_lmdb(f->index, cls, &victim));
+    kvs_index_unref(f->index, &held.value, 1);
+    kvs_index_drop_blocks(f->index, &block1, 1);
+    /* A value of both tiers stays in dram, and can be evicted from there. */
+    uint32_t value = put_dram(f, 9, 0, true);
+    assert_int_equal(kvs_index_next_dirty(f->index, &slot), value);
+    kvs_index_wrote(f->index, value, true, (kvs_slot){99, 0}, true);
+    assert_true(kvs_evict_lmdb(f->index, cls, &victim)); /* the older one */
+    assert_int_equal(victim.slot.a, 1);
+    kvs_evict_finish(f->index, &victim);
+    assert_true(kvs_evict_lmdb(f->index, cls, &victim));
+    assert_int_equal(victim.slot.a, 99);
+    assert_false(victim.gone);
+    kvs_evict_finish(f->index, &victim);
+    uint32_t block9 = hold(f, 9);
+    kvs_read read = ref(f, block9, 0, 0);
+    assert_int_equal(read.where, KVS_IN_DRAM);
+    kvs_index_unref(f->index, &read.value, 1);
+    kvs_index_drop_blocks(f->index, &block9, 1);
+    assert_true(kvs_evict_dram(f->index, cls, &victim) || kvs_evict_dram(f->index, cls, &victim));
+    assert_true(victim.gone);
+    kvs_evict_finish(f->index, &victim);
+    assert_int_equal(f->index->values.used, 0);
+}
+
+static void test_doom(void **state)
+{
+    fixture *f = *state;
+    kvs_victim victim;
+    uint32_t block = hold(f, 1), other;
+    kvs_slot slot;
+    kvc_digest digest = h_digest(1);
+    put_lmdb(f, 1);
+    kvs_read a = ref(f, block, 0, 0), b = ref(f, block, 0, 0);
+    assert_true(kvs_index_doom(f->index, a.value));
+    assert_false(kvs_index_doom(f->index, b.value));
+    assert_int_equal(ref(f, block, 0, 0).where, KVS_NOWHERE);
+    assert_int_equal(kvs_index_claim(f->index, f->schema, 0, &digest, false, &other, &slot),
+                     KVS_CLAIM_BUSY);
+    kvs_index_unref(f->index, &a.value, 1);
+    assert_false(kvs_evict_dead(f->index, &victim));
+    kvs_index_unref(f->index, &b.value, 1);
+    assert_true(kvs_evict_dead(f->index, &victim));
+    assert_int_equal(victim.slot.a, 1);
+    kvs_evict_finish(f->index, &victim);
+    assert_false(kvs_evict_dead(f->index, &victim));
+    assert_int_equal(kvs_index_claim(f->index, f->schema, 0, &digest, false, &other, &slot),
+                     KVS_CLAIM_MINE);
+    kvs_index_abandon(f->index, other);
+    kvs_index_drop_blocks(f->index, &block, 1);
+}
+
+static void test_promotion(void **state)
+{
+    fixture *f = *state;
+    uint32_t block = hold(f, 1);
+    put_lmdb(f, 1);
+    for (uint32_t i = 0; i < 2; i++) {
+        kvs_read read = ref(f, block, 0, 25);
+        assert_false(read.promote);
+        kvs_index_unref(f->index, &read.value, 1);
+    }
+    kvs_read third = ref(f, block, 0, 25), fourth = ref(f, block, 0, 25);
+    assert_true(third.promote);
+    assert_false(fourth.promote); /* one at a time */
+    kvs_slot dram = {3, 4};
+    assert_true(kvs_index_loaded(f->index, third.value, &dram));
+    kvs_index_unref(f->index, &third.value, 1);
+    kvs_index_unref(f->index, &fourth.value, 1);
+    kvs_read read = ref(f, block, 0, 25);
+    assert_int_equal(read.where, KVS_IN_DRAM);
+    assert_int_equal(read.slot.b, 4);
+    kvs_index_unref(f->index, &read.value, 1);
+    kvs_index_drop_blocks(f->index, &block, 1);
+}
+
+/* Windowed parts are asked for only where the window of the matched end still reaches. */
+static void test_match_window(void **state)
+{
+    fixture *f = *state;
+    kvs_part *windowed = &((kvs_schema *)(uintptr_t)f->schema)->parts[1];
+    const uint16_t parts[] = {0, 1};
+    kvc_digest digests[10];
+    windowed->window_blocks = 2;
+    for (uint32_t b = 0; b < 10; b++) {
+        digests[b] = h_digest(b);
+        put_dram(f, b, 0, false);
+        if (b == 4 || b == 5 || b == 6 || b == 9)
+            put_dram(f, b, 1, false);
+    }
+    assert_int_equal(kvs_index_match(f->index, f->schema, parts, 2, true, digests, 10), 7);
+    assert_int_equal(kvs_index_match(f->index, f->schema, parts, 2, true, digests, 5), 0);
+    assert_int_equal(kvs_index_match(f->index, f->schema, parts, 2, false, digests, 10), 0);
+    assert_int_equal(kvs_index_match(f->index, f->schema, parts, 1, false, digests, 10), 10);
+}
+
+static void test_contexts(void **state)
+{
+    fixture *f = *state;
+    kvs_contexts_opts opts = {.index = f->index,
+                              .boot_id = 0x123456789abcdefull,
+                              .max_per_tenant = 2,
+                              .max_context_blocks = 5000,
+                              .max_blocks = 6000,
+                              .default_ttl_ns = 1000000000,
+                              .max_ttl_ns = 2000000000};
+    kvs_contexts *contexts = kvs_contexts_create(&opts);
+    kvc_digest *digests = calloc(5001, sizeof(*digests));
+    kvs_context *a, *b, *c;
+    const char *why;
+    for (uint32_t i = 0; i <= 5000; i++)
+        digests[i] = h_digest(i);
+    assert_int_equal(kvs_context_open(contexts, f->schema, digests, 1000, 0, &a, &why), KVC_OK);
+    for (uint32_t at = 1000; at < 5000; at += 500)
+        assert_int_equal(kvs_context_extend(contexts, a, at, digests + at, 500, &why), KVC_OK);
+    for (uint32_t i = 0; i < 5000; i++)
+        assert_true(kvs_index_block_is(f->index, kvs_context_block(a, i), &digests[i]));
+    assert_int_equal(kvs_context_extend(contexts, a, 5000, digests + 5000, 1, &why), KVC_INVALID);
+    assert_int_equal(kvs_context_open(contexts, f->schema, digests, 1001, 0, &b, &why),
+                     KVC_NO_SPACE);
+    assert_int_equal(f->index->blocks.used, 5000);
+    assert_int_equal(kvs_context_open(contexts, f->schema, digests, 1000, UINT64_MAX, &b, &why),
+                     KVC_OK);
+    assert_int_equal(b->ttl_ns, opts.max_ttl_ns);
+    assert_int_equal(kvs_context_open(contexts, f->schema, digests, 0, 0, &c, &why), KVC_NO_SPACE);
+    uint64_t handle = a->handle;
+    assert_int_equal(kvs_context_get(contexts, &f->tenant, handle, &c), KVC_OK);
+    kvs_context_put(contexts, c);
+    kvc_digest stranger = h_digest(1);
+    assert_int_equal(kvs_context_get(contexts, &stranger, handle, &c), KVC_STALE_HANDLE);
+    kvs_context_close(contexts, a);
+    assert_int_equal(kvs_context_get(contexts, &f->tenant, handle, &c), KVC_STALE_HANDLE);
+    assert_int_equal(f->index->blocks.used, 5000); /* our reference still holds them */
+    kvs_context_put(contexts, a);
+    assert_int_equal(f->index->blocks.used, 1000);
+    kvs_context_put(contexts, b);
+    assert_int_equal(kvs_contexts_sweep(contexts, kvc_now_ns()), 0);
+    assert_int_equal(kvs_contexts_sweep(contexts, kvc_now_ns() + 3000000000ull), 1);
+    assert_int_equal(f->index->blocks.used, 0);
+    /* The slot is used again; the old handle stays stale. */
+    assert_int_equal(kvs_context_open(contexts, f->schema, digests, 1, 0, &c, &why), KVC_OK);
+    assert_true(c->handle != handle);
+    kvs_context_put(contexts, c);
+    kvs_contexts_destroy(contexts);
+    free(digests);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_claim, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_many_blocks, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_dram_order, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_lmdb_order, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_doom, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_promotion, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_match_window, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_contexts, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
