@@ -1,0 +1,595 @@
+/*
+ * worker_store_test.c: the worker over a store: whatever is resident, fetched or reused, the bits
+ * of `exact` are those of a run that keeps everything; and what happens when the store is slow,
+ * full, or has lost rows.
+ */
+#include "oracle.h"
+
+#include <math.h>
+
+#include "base/clock.h"
+#include "selector/selector.h"
+#include "store.h"
+
+#define URI "inproc://worker-test"
+
+typedef struct bench {
+    store store;
+    kvc_client *client;
+} bench;
+
+static int bench_open(void **state)
+{
+    bench *b = calloc(1, sizeof(*b));
+    assert_non_null(b);
+    store_start(&b->store, URI);
+    b->client = store_client(URI);
+    *state = b;
+    return 0;
+}
+
+static int bench_close(void **state)
+{
+    bench *b = *state;
+    kvc_client_close(b->client);
+    store_stop(&b->store);
+    free(b);
+    return 0;
+}
+
+static kvw_stats stats_of(kvw_seq *seq)
+{
+    kvw_stats stats = {.size_bytes = sizeof(stats)};
+    assert_ok(kvw_seq_stats(seq, &stats));
+    return stats;
+}
+
+/* Long enough that most blocks leave the worker; the slots hold one step's picks and no more. */
+static void store_rig(rig *r, const char *selector, kvw_index_kind index, kvc_client *client)
+{
+    rig_init(r, selector, 700);
+    r->opts.client = client;
+    r->opts.exact = 1;
+    r->opts.residency_slots = 48;
+    r->opts.index = index;
+    if (index == KVW_INDEX_RERANKED)
+        r->opts.index_dims = 8;
+    if (index != KVW_INDEX_EXACT)
+        rig_project(r, 16);
+}
+
+/* Everything before `from` prefilled (or reused), the rest decoded; outputs into record. */
+static void run(rig *r, rig_record *record, uint32_t n_known, uint32_t *reused_p, kvw_stats *stats)
+{
+    kvw_seq *seq = NULL;
+    rig_record_init(record, r);
+    assert_ok(kvw_seq_create(r->worker, r->tokens, n_known, &seq, reused_p));
+    assert_int_equal(kvw_seq_tokens(seq), *reused_p);
+    rig_prefill(r, seq, *reused_p, 660, rig_record_step, record);
+    rig_decode(r, seq, 660, 700, rig_record_step, record);
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(5000000000ull)));
+    *stats = stats_of(seq);
+    kvw_seq_destroy(seq);
+}
+
+/* A reference without a store, a cold run, and a run over the cold one's prefix. */
+static void three_runs(bench *b, const char *selector, kvw_index_kind index, bool forget_index)
+{
+    rig r;
+    kvw_worker *stored = NULL, *alone = NULL;
+    rig_record ref, cold, warm;
+    kvw_stats s_ref, s_cold, s_warm;
+    uint32_t reused = 0;
+    store_rig(&r, selector, index, b->client);
+    rig_open(&r);
+    stored = r.worker;
+    r.opts.client = NULL;
+    assert_ok(kvw_open(&r.opts, &alone));
+    assert_true(memcmp(kvw_schema_digest(stored), kvw_schema_digest(alone), 32) == 0);
+    r.worker = alone;
+    run(&r, &ref, 700, &reused, &s_ref);
+    assert_int_equal(reused, 0);
+    assert_int_equal(s_ref.misses, 0);
+    r.worker = stored;
+    run(&r, &cold, 700, &reused, &s_cold);
+    assert_int_equal(reused, 0);
+    assert_true(s_cold.misses > 1000 && s_cold.rows_dram == s_cold.misses);
+    assert_int_equal(s_cold.hits + s_cold.misses, s_cold.picks);
+    assert_int_equal(s_cold.blocks_put, 10);
+    assert_true(s_cold.bytes_window < s_ref.bytes_window / 2);
+    rig_record_equal(&r, &ref, &cold, 0, 700);
+    if (forget_index)
+        store_forget(&b->store, true);
+    run(&r, &warm, 700, &reused, &s_warm);
+    assert_int_equal(reused, 640);
+    assert_int_equal(s_warm.tokens_reused, 640);
+    bool rebuilt = index == KVW_INDEX_EXACT || forget_index;
+    assert_int_equal(s_warm.index_rows_rebuilt, rebuilt ? 2 * 640 : 0);
+    assert_int_equal(s_warm.bytes_index, s_cold.bytes_index);
+    rig_record_equal(&r, &cold, &warm, 640, 700);
+    rig_record_fini(&ref);
+    rig_record_fini(&cold);
+    rig_record_fini(&warm);
+    kvw_close(alone);
+    rig_close(&r);
+}
+
+static void exact_bits_do_not_depend_on_residency(void **state)
+{
+    for (uint32_t i = 0; kvw_selector_at(i) != NULL; i++)
+        for (uint32_t kind = KVW_INDEX_EXACT; kind <= KVW_INDEX_RERANKED; kind++)
+            three_runs(*state, kvw_selector_at(i)->name, (kvw_index_kind)kind, false);
+}
+
+static void a_lost_index_is_rebuilt_from_rows(void **state)
+{
+    three_runs(*state, "esa", KVW_INDEX_COMPRESSED, true);
+    three_runs(*state, "tokenselect", KVW_INDEX_RERANKED, true);
+}
+
+/* Every step of a store-backed run is the oracle's too. */
+static void stored_runs_match_the_oracle(void **state)
+{
+    bench *b = *state;
+    for (uint32_t i = 0; kvw_selector_at(i) != NULL; i++) {
+        for (uint32_t exact = 0; exact < 2; exact++) {
+            rig r;
+            kvw_seq *seq = NULL;
+            uint32_t reused = 0, dims = 0;
+            store_rig(&r, kvw_selector_at(i)->name, KVW_INDEX_EXACT, b->client);
+            r.opts.exact = exact;
+            rig_open(&r);
+            assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+            rig_prefill(&r, seq, 0, 600, NULL, NULL);
+            rig_decode(&r, seq, 600, 640, oracle_check_step, &dims);
+            assert_true(stats_of(seq).misses > 100);
+            kvw_seq_destroy(seq);
+            rig_close(&r);
+        }
+    }
+}
+
+/* Attending while rows travel changes the last bits only. */
+static void overlap_stays_within_rounding(void **state)
+{
+    bench *b = *state;
+    for (uint32_t i = 0; kvw_selector_at(i) != NULL; i++) {
+        rig r;
+        rig_record exact, overlap;
+        kvw_stats stats;
+        uint32_t reused = 0;
+        store_rig(&r, kvw_selector_at(i)->name, KVW_INDEX_EXACT, b->client);
+        rig_open(&r);
+        run(&r, &exact, 0, &reused, &stats);
+        kvw_close(r.worker);
+        r.opts.exact = 0;
+        rig_open(&r);
+        run(&r, &overlap, 0, &reused, &stats);
+        assert_true(stats.misses > 1000);
+        double diff = rig_record_diff(&r, &exact, &overlap, 0, 700);
+        assert_true(diff > 0 && diff < 2e-6);
+        rig_record_fini(&exact);
+        rig_record_fini(&overlap);
+        rig_close(&r);
+    }
+}
+
+/* Steps of several layers open at once, each selected with a prediction of its query. */
+static void steps_of_layers_may_overlap(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    kvw_step *step[2], *again = NULL;
+    uint32_t reused = 0, width;
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    r.opts.exact = 0;
+    rig_open(&r);
+    width = rig_q_width(&r);
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 640, NULL, NULL);
+    store_set(&b->store, &(store_faults){.fetch_delay_ms = 30});
+    assert_ok(kvw_tokens(seq, r.tokens + 640, 1));
+    for (uint32_t layer = 0; layer < 2; layer++) {
+        void *k = rig_bytes(&r, r.k, rig_kv_width(&r), layer, 640, 1);
+        void *v = rig_bytes(&r, r.v, rig_kv_width(&r), layer, 640, 1);
+        void *q = rig_bytes(&r, r.q, width, layer, 630, 1); /* a prediction */
+        assert_ok(kvw_append(seq, layer, k, v, 1));
+        uint64_t t0 = kvc_now_ns();
+        assert_ok(kvw_step_begin(seq, layer, q, 1, &step[layer]));
+        assert_true(kvc_now_ns() - t0 < 25000000ull); /* begin does not wait for the network */
+        assert_status(kvw_step_begin(seq, layer, q, 1, &again), KVC_AGAIN);
+        free(k);
+        free(v);
+        free(q);
+    }
+    assert_status(kvw_tokens(seq, r.tokens, 1), KVC_INVALID);
+    for (uint32_t layer = 2; layer-- > 0;) {
+        float out[64], lse[4];
+        double want[64], want_lse[4];
+        const uint32_t *picks = NULL;
+        uint32_t n = 0;
+        void *q = rig_bytes(&r, r.q, width, layer, 640, 1);
+        assert_ok(kvw_step_attend(step[layer], q));
+        assert_ok(kvw_step_finish(step[layer], q, out, lse));
+        assert_ok(kvw_last_picks(seq, layer, &picks, &n));
+        oracle_attend(&r, layer, 640, 1, picks, n, oracle_near(&r, 641, 1), NULL, 0, want,
+                      want_lse);
+        const rig_step done = {
+            .seq = seq, .layer = layer, .first = 640, .n = 1, .out = out, .lse = lse};
+        oracle_check_out(&r, &done, want, want_lse);
+        free(q);
+    }
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+/* A store that is full half of the time gets everything in the end, in order, and nothing twice. */
+static void puts_ride_out_a_storm_of_again(void **state)
+{
+    bench *b = *state;
+    rig r;
+    rig_record calm, storm;
+    kvw_stats stats;
+    uint32_t reused = 0;
+    store_rig(&r, "tokenselect", KVW_INDEX_COMPRESSED, b->client);
+    rig_open(&r);
+    run(&r, &calm, 0, &reused, &stats);
+    store_forget(&b->store, true);
+    store_forget(&b->store, false);
+    store_set(&b->store, &(store_faults){.again_every = 2, .again_calls = 3, .extend_failures = 2});
+    run(&r, &storm, 0, &reused, &stats);
+    assert_int_equal(stats.blocks_put, 10);
+    assert_true(stats.put_retries >= 10);
+    assert_true(store_count(&b->store, &b->store.n_again) >= 20);
+    rig_record_equal(&r, &calm, &storm, 0, 700);
+    store_set(&b->store, &(store_faults){0});
+    rig_record warm;
+    run(&r, &warm, 700, &reused, &stats);
+    assert_int_equal(reused, 640);
+    rig_record_equal(&r, &calm, &warm, 640, 700);
+    rig_record_fini(&calm);
+    rig_record_fini(&storm);
+    rig_record_fini(&warm);
+    rig_close(&r);
+}
+
+/* Nothing leaves the worker before it is acknowledged, and the engine waits rather than grow. */
+static void a_full_store_holds_the_engine_back(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0, first = 0;
+    kvc_status st = KVC_OK;
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    r.opts.put_window = 2;
+    r.opts.put_timeout_ns = 50000000ull;
+    rig_open(&r);
+    store_set(&b->store, &(store_faults){.again_every = 1});
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    for (; first < 640; first += 64) {
+        st = kvw_tokens(seq, r.tokens + first, 64);
+        if (st != KVC_OK)
+            break;
+        for (uint32_t layer = 0; layer < 2; layer++) {
+            void *k = rig_bytes(&r, r.k, rig_kv_width(&r), layer, first, 64);
+            assert_ok(kvw_append(seq, layer, k, k, 64));
+            free(k);
+        }
+    }
+    assert_status(st, KVC_TIMED_OUT);
+    assert_int_equal(first, 3 * 64); /* two on their way, a third one full */
+    assert_status(kvw_flush(seq, kvc_deadline_ns(20000000ull)), KVC_TIMED_OUT);
+    store_set(&b->store, &(store_faults){0});
+    do { /* it may be begun again, once the thread has tried again */
+        st = kvw_tokens(seq, r.tokens + first, 64);
+    } while (st == KVC_TIMED_OUT);
+    assert_ok(st);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+static void a_put_that_cannot_succeed_is_an_error(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    store_rig(&r, "esa", KVW_INDEX_EXACT, b->client);
+    rig_open(&r);
+    store_set(&b->store, &(store_faults){.put_status = KVC_NO_SPACE});
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 64, NULL, NULL);
+    assert_status(kvw_flush(seq, kvc_deadline_ns(5000000000ull)), KVC_NO_SPACE);
+    assert_status(kvw_flush(seq, kvc_deadline_ns(5000000000ull)), KVC_NO_SPACE);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+/* A sequence that ends while the store is stuck gives up after put_timeout_ns. */
+static void destroy_does_not_wait_for_ever(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    store_rig(&r, "esa", KVW_INDEX_EXACT, b->client);
+    r.opts.put_timeout_ns = 100000000ull;
+    rig_open(&r);
+    store_set(&b->store, &(store_faults){.again_every = 1});
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 128, NULL, NULL);
+    uint64_t t0 = kvc_now_ns();
+    kvw_seq_destroy(seq);
+    assert_true(kvc_now_ns() - t0 < 3000000000ull);
+    rig_close(&r);
+}
+
+/* One forward pass of a token through layer 0. */
+static kvc_status one_step(rig *r, kvw_seq *seq, uint32_t pos, float *out, float *lse)
+{
+    kvc_status st = KVC_OK;
+    assert_ok(kvw_tokens(seq, r->tokens + pos, 1));
+    for (uint32_t layer = r->opts.n_layers; layer-- > 0;) {
+        void *k = rig_bytes(r, r->k, rig_kv_width(r), layer, pos, 1);
+        void *v = rig_bytes(r, r->v, rig_kv_width(r), layer, pos, 1);
+        void *q = rig_bytes(r, r->q, rig_q_width(r), layer, pos, 1);
+        if (layer == 0)
+            st = kvw_forward(seq, layer, q, k, v, 1, out, lse);
+        else
+            assert_ok(kvw_append(seq, layer, k, v, 1));
+        free(k);
+        free(v);
+        free(q);
+    }
+    return st;
+}
+
+static void fail_policy_reports_lost_and_late_rows(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    float out[64], lse[4];
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    r.opts.fetch_timeout_ns = 100000000ull;
+    rig_open(&r);
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 640, NULL, NULL);
+    assert_ok(kvw_flush(seq, 0));
+    store_set(&b->store, &(store_faults){.lose_every = 2});
+    assert_status(one_step(&r, seq, 640, out, lse), KVC_NOT_FOUND);
+    assert_non_null(strstr(kvw_last_error(), "did not arrive"));
+    store_set(&b->store, &(store_faults){.fetch_delay_ms = 400});
+    uint64_t t0 = kvc_now_ns();
+    assert_status(one_step(&r, seq, 641, out, lse), KVC_TIMED_OUT);
+    assert_true(kvc_now_ns() - t0 < 390000000ull);
+    store_set(&b->store, &(store_faults){0});
+    assert_ok(one_step(&r, seq, 642, out, lse)); /* and the sequence lives on */
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+/* Dropped rows are left out, the others keep the numbers that all picks gave them. */
+static void drop_policy_leaves_rows_out(void **state)
+{
+    bench *b = *state;
+    for (uint32_t i = 0; kvw_selector_at(i) != NULL; i++) {
+        for (uint32_t exact = 0; exact < 2; exact++) {
+            rig r;
+            kvw_seq *seq = NULL;
+            uint32_t reused = 0, n = 0, n_skip = 0, skip[48];
+            const uint32_t *picks = NULL;
+            float out[64], lse[4];
+            double want[64], want_lse[4];
+            store_rig(&r, kvw_selector_at(i)->name, KVW_INDEX_EXACT, b->client);
+            r.opts.policy = KVW_DROP;
+            r.opts.exact = exact;
+            rig_open(&r);
+            store_set(&b->store, &(store_faults){0});
+            assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+            rig_prefill(&r, seq, 0, 640, NULL, NULL);
+            assert_ok(kvw_flush(seq, 0));
+            /* another pass lets the buffers go and fills the slots with rows that are not lost */
+            kvw_stats before = stats_of(seq);
+            store_set(&b->store, &(store_faults){.lose_every = 2});
+            assert_ok(one_step(&r, seq, 640, out, lse));
+            assert_ok(kvw_last_picks(seq, 0, &picks, &n));
+            uint64_t dropped = stats_of(seq).rows_dropped - before.rows_dropped;
+            assert_true(dropped > 0);
+            uint32_t near = oracle_near(&r, 641, 1);
+            for (uint32_t j = 0; j < n; j++) /* blocks before the recent ones are in the store */
+                if (picks[j] % 2 == 0 && picks[j] >= 64 && picks[j] / 64 < (near - 1) / 64)
+                    skip[n_skip++] = picks[j];
+            if (dropped == n_skip) { /* no lost row was still resident */
+                oracle_attend(&r, 0, 640, 1, picks, n, near, skip, n_skip, want, want_lse);
+                const rig_step done = {.seq = seq, .first = 640, .n = 1, .out = out, .lse = lse};
+                oracle_check_out(&r, &done, want, want_lse);
+            } else {
+                assert_true(dropped < n_skip);
+            }
+            kvw_seq_destroy(seq);
+            rig_close(&r);
+        }
+    }
+}
+
+/* A worker reuses only what a cold run of its own chunks would have computed. */
+static void blocks_off_the_grid_are_not_reused(void **state)
+{
+    bench *b = *state;
+    for (uint32_t any = 0; any < 2; any++) {
+        rig r;
+        kvw_seq *seq = NULL;
+        uint32_t reused = 0;
+        store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+        r.opts.reuse_any = any;
+        r.opts.chunk_tokens = 128;
+        rig_open(&r);
+        assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+        rig_prefill(&r, seq, 0, 200, NULL, NULL); /* 128 on the grid, 72 off it */
+        rig_decode(&r, seq, 200, 400, NULL, NULL);
+        kvw_seq_destroy(seq);
+        assert_ok(kvw_seq_create(r.worker, r.tokens, 400, &seq, &reused));
+        assert_int_equal(reused, any ? 384 : 128);
+        kvw_seq_destroy(seq);
+        assert_ok(kvw_seq_create(r.worker, r.tokens, 128, &seq, &reused));
+        assert_int_equal(reused, 0); /* at least one token has to be computed */
+        kvw_seq_destroy(seq);
+        r.tokens[70] ^= 1;
+        assert_ok(kvw_seq_create(r.worker, r.tokens, 400, &seq, &reused));
+        assert_int_equal(reused, 0);
+        kvw_seq_destroy(seq);
+        rig_close(&r);
+    }
+}
+
+/* What was computed with rows left out is nobody else's. */
+static void tainted_blocks_are_not_reused(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    r.opts.policy = KVW_DROP;
+    rig_open(&r);
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 384, NULL, NULL);
+    assert_ok(kvw_flush(seq, 0));
+    store_set(&b->store, &(store_faults){.lose_every = 1});
+    rig_prefill(&r, seq, 384, 640, NULL, NULL);
+    assert_true(stats_of(seq).rows_dropped > 0);
+    kvw_seq_destroy(seq);
+    store_set(&b->store, &(store_faults){0});
+    assert_ok(kvw_seq_create(r.worker, r.tokens, 700, &seq, &reused));
+    assert_true(reused >= 320 && reused < 512);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+/* Rows that go between match and fetch cost the reuse, not the sequence. */
+static void a_prefix_that_vanishes_is_a_cold_start(void **state)
+{
+    bench *b = *state;
+    rig r;
+    rig_record cold, again;
+    kvw_stats stats;
+    uint32_t reused = 0;
+    store_rig(&r, "esa", KVW_INDEX_COMPRESSED, b->client);
+    rig_open(&r);
+    run(&r, &cold, 700, &reused, &stats);
+    store_set(&b->store, &(store_faults){.lose_every = 64});
+    kvw_seq *seq = NULL;
+    assert_ok(kvw_seq_create(r.worker, r.tokens, 700, &seq, &reused));
+    assert_int_equal(reused, 0);
+    store_set(&b->store, &(store_faults){0});
+    rig_record_init(&again, &r);
+    rig_prefill(&r, seq, 0, 660, rig_record_step, &again);
+    rig_decode(&r, seq, 660, 700, rig_record_step, &again);
+    assert_ok(kvw_flush(seq, 0));
+    assert_int_equal(stats_of(seq).blocks_existed, 10);
+    rig_record_equal(&r, &cold, &again, 0, 700);
+    kvw_seq_destroy(seq);
+    rig_record_fini(&cold);
+    rig_record_fini(&again);
+    rig_close(&r);
+}
+
+/* Drafts: a pass of five tokens, two accepted; the rest of the run is as if they never were. */
+static void rejected_drafts_leave_no_trace(void **state)
+{
+    bench *b = *state;
+    rig r;
+    rig_record plain, drafted;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0, wrong[5] = {1, 2, 3, 4, 5};
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    rig_open(&r);
+    rig_record_init(&plain, &r);
+    rig_record_init(&drafted, &r);
+    for (int draft = 0; draft < 2; draft++) {
+        assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+        rig_prefill(&r, seq, 0, 600, NULL, NULL);
+        for (uint32_t pos = 600; pos < 660; pos += 2) {
+            if (draft) { /* a pass that crosses block ends and is thrown away whole */
+                assert_ok(kvw_tokens(seq, wrong, 5));
+                for (uint32_t layer = 0; layer < 2; layer++) {
+                    void *k = rig_bytes(&r, r.v, rig_kv_width(&r), layer, 100, 5);
+                    assert_ok(kvw_append(seq, layer, k, k, 5));
+                    free(k);
+                }
+                assert_status(kvw_truncate(seq, pos - 1), KVC_INVALID);
+                assert_ok(kvw_truncate(seq, pos));
+            }
+            rig_pass(&r, seq, pos, 2, rig_record_step, draft ? &drafted : &plain);
+        }
+        kvw_seq_destroy(seq);
+    }
+    rig_record_equal(&r, &plain, &drafted, 600, 660);
+    rig_record_fini(&plain);
+    rig_record_fini(&drafted);
+    rig_close(&r);
+}
+
+/* Two sequences on two threads of one worker, the second over the first one's tokens. */
+typedef struct racer {
+    rig *r;
+    rig_record record;
+    kvw_stats stats;
+} racer;
+
+static void *race(void *arg)
+{
+    racer *x = arg;
+    uint32_t reused = 0;
+    run(x->r, &x->record, 0, &reused, &x->stats);
+    return NULL;
+}
+
+static void sequences_run_in_parallel(void **state)
+{
+    bench *b = *state;
+    rig r;
+    racer x[3];
+    pthread_t thread[3];
+    store_rig(&r, "tokenselect", KVW_INDEX_COMPRESSED, b->client);
+    rig_open(&r);
+    for (int i = 0; i < 3; i++) {
+        x[i].r = &r;
+        assert_int_equal(pthread_create(&thread[i], NULL, race, &x[i]), 0);
+    }
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(pthread_join(thread[i], NULL), 0);
+    for (int i = 1; i < 3; i++)
+        rig_record_equal(&r, &x[0].record, &x[i].record, 0, 700);
+    for (int i = 0; i < 3; i++)
+        rig_record_fini(&x[i].record);
+    rig_close(&r);
+}
+
+int main(void)
+{
+#define STORE_TEST(name) cmocka_unit_test_setup_teardown(name, bench_open, bench_close)
+    const struct CMUnitTest tests[] = {
+        STORE_TEST(exact_bits_do_not_depend_on_residency),
+        STORE_TEST(a_lost_index_is_rebuilt_from_rows),
+        STORE_TEST(stored_runs_match_the_oracle),
+        STORE_TEST(overlap_stays_within_rounding),
+        STORE_TEST(steps_of_layers_may_overlap),
+        STORE_TEST(puts_ride_out_a_storm_of_again),
+        STORE_TEST(a_full_store_holds_the_engine_back),
+        STORE_TEST(a_put_that_cannot_succeed_is_an_error),
+        STORE_TEST(destroy_does_not_wait_for_ever),
+        STORE_TEST(fail_policy_reports_lost_and_late_rows),
+        STORE_TEST(drop_policy_leaves_rows_out),
+        STORE_TEST(blocks_off_the_grid_are_not_reused),
+        STORE_TEST(tainted_blocks_are_not_reused),
+        STORE_TEST(a_prefix_that_vanishes_is_a_cold_start),
+        STORE_TEST(rejected_drafts_leave_no_trace),
+        STORE_TEST(sequences_run_in_parallel),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
