@@ -1,0 +1,166 @@
+/*
+ * doctor_server.c: is the server there, quick and sane, and do its caps fit this machine?
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "base/text.h"
+#include "doctor.h"
+
+#define N_PINGS      9
+#define SLOW_PING_NS 5000000ull
+#define MIN_PICKS    2048u /* one step of the default selectors */
+/* What a process needs beside its dram tier: code, indexes, buffers of requests. */
+#define SPARE_BYTES  ((uint64_t)1 << 30)
+
+static int by_value(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* Median time of a small request; 0 where one failed. */
+static uint64_t ping_ns(const kvctl_globals *globals, kvc_client *client)
+{
+    uint64_t took_ns[N_PINGS];
+    for (int i = 0; i < N_PINGS; i++) {
+        kvc_op op;
+        uint32_t hits = 0;
+        kvc_digest none = {{0}};
+        uint64_t start_ns = kvc_now_ns();
+        kvc_op_init(&op, NULL, NULL);
+        /* NOT_FOUND is a good answer too: no schema is known by this digest. */
+        kvc_status status =
+            kvc_match(client, &none, &none, 1, NULL, 0, &hits, kvctl_deadline_ns(globals), &op);
+        if (status == KVC_OK)
+            status = kvc_op_wait(&op, 0);
+        if (status != KVC_OK && status != KVC_NOT_FOUND)
+            return 0;
+        took_ns[i] = kvc_now_ns() - start_ns;
+    }
+    qsort(took_ns, N_PINGS, sizeof(took_ns[0]), by_value);
+    return took_ns[N_PINGS / 2];
+}
+
+static bool is_local(const char *uri)
+{
+    return strncmp(uri, "grpc+unix:", 10) == 0 || strstr(uri, "://127.") != NULL ||
+           strstr(uri, "://localhost") != NULL || strstr(uri, "://[::1]") != NULL;
+}
+
+static void check_limits(doctor *d)
+{
+    const kvc_limits *limits = &d->stats->limits;
+    if (strcmp(d->stats->version, KVCTL_VERSION) != 0) {
+        doctor_report(d, DOCTOR_WARN, "server", "it is version %s, kvctl is %s", d->stats->version,
+                      KVCTL_VERSION);
+        doctor_fix(d, "use the same version on both ends");
+    } else {
+        doctor_report(d, DOCTOR_OK, "server", "version %s, as kvctl", d->stats->version);
+    }
+    if (limits->max_message_bytes < limits->max_value_bytes) {
+        doctor_report(d, DOCTOR_FAIL, "server", "a message (%u bytes) cannot hold a value (%u)",
+                      limits->max_message_bytes, limits->max_value_bytes);
+        doctor_fix(d, "lower max_value_bytes in the server's settings");
+    } else if (limits->max_picks < MIN_PICKS) {
+        doctor_report(d, DOCTOR_WARN, "server", "a fetch may hold %u picks; a step wants %u",
+                      limits->max_picks, MIN_PICKS);
+        doctor_fix(d, "it works, with more requests per step");
+    } else {
+        doctor_report(d, DOCTOR_OK, "server", "limits: values of %u bytes, %u picks in a fetch",
+                      limits->max_value_bytes, limits->max_picks);
+    }
+}
+
+static void report_ping(doctor *d, uint64_t took_ns)
+{
+    char text[KVC_TEXT_BYTES];
+    if (took_ns == 0) {
+        doctor_report(d, DOCTOR_FAIL, "server", "it does not answer requests: %s",
+                      kvc_last_error());
+        doctor_fix(d, "look into its log");
+    } else if (took_ns > SLOW_PING_NS) {
+        doctor_report(d, DOCTOR_WARN, "server", "a small request takes %s",
+                      kvc_duration_short(took_ns, text));
+        doctor_fix(d, "each part of each step waits for one: put the server nearer, or find what "
+                      "keeps it busy");
+    } else {
+        doctor_report(d, DOCTOR_OK, "server", "%s answers in %s", d->globals->server,
+                      kvc_duration_short(took_ns, text));
+    }
+}
+
+void doctor_check_server(doctor *d)
+{
+    kvc_client *client = NULL;
+    kvc_client_opts opts = {
+        .size_bytes = sizeof(opts),
+        .uris = d->globals->server,
+        .connect_timeout_ns = d->globals->timeout_ns,
+        .default_timeout_ns = d->globals->timeout_ns,
+    };
+    if (kvc_client_open(&opts, &client) != KVC_OK) {
+        doctor_report(d, DOCTOR_FAIL, "server", "%s cannot be reached: %s", d->globals->server,
+                      kvc_last_error());
+        doctor_fix(d, "start cachesvc, or name the right address with --server (cachesvc prints "
+                      "where it listens)");
+        return;
+    }
+    d->local = is_local(d->globals->server);
+    report_ping(d, ping_ns(d->globals, client));
+    if (kvc_stats(client, kvctl_deadline_ns(d->globals), &d->stats) == KVC_OK) {
+        check_limits(d);
+    } else {
+        doctor_report(d, DOCTOR_FAIL, "server", "it does not say what it is: %s", kvc_last_error());
+        doctor_fix(d, "look into its log");
+    }
+    kvc_client_close(client);
+}
+
+static const kvc_tier_stats *tier_named(const doctor *d, const char *name)
+{
+    for (uint32_t i = 0; d->stats != NULL && i < d->stats->n_tiers; i++)
+        if (strcmp(d->stats->tiers[i].name, name) == 0)
+            return &d->stats->tiers[i];
+    return NULL;
+}
+
+static void check_dram(doctor *d, const kvc_tier_stats *tier)
+{
+    char cap[KVC_TEXT_BYTES], have[KVC_TEXT_BYTES];
+    uint64_t memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    (void)kvc_bytes_short(tier->capacity_bytes, cap);
+    (void)kvc_bytes_short(memory_bytes, have);
+    if (tier->capacity_bytes + SPARE_BYTES > memory_bytes) {
+        doctor_report(d, DOCTOR_FAIL, "caps", "dram may grow to %s, the machine has %s", cap, have);
+        doctor_fix(d, "lower dram_bytes: the kernel would end the server when memory runs out");
+    } else if (tier->capacity_bytes > memory_bytes / 10 * 8) {
+        doctor_report(d, DOCTOR_WARN, "caps", "dram may grow to %s of the machine's %s", cap, have);
+        doctor_fix(d, "leave a fifth to the page cache, which serves warm rows of lmdb");
+    } else {
+        doctor_report(d, DOCTOR_OK, "caps", "dram may grow to %s of the machine's %s", cap, have);
+    }
+}
+
+void doctor_check_tiers(doctor *d)
+{
+    if (d->stats == NULL)
+        return;
+    const kvc_tier_stats *dram = tier_named(d, "dram"), *lmdb = tier_named(d, "lmdb");
+    if (!d->local)
+        doctor_report(d, DOCTOR_INFO, "caps", "the server is on another machine: run doctor there");
+    else if (dram != NULL)
+        check_dram(d, dram);
+    if (lmdb == NULL) {
+        doctor_report(d, DOCTOR_WARN, "caps", "the server has no lmdb tier");
+        doctor_fix(d, "set lmdb_path and lmdb_bytes, or what dram evicts is lost and nothing is "
+                      "durable");
+    } else if (lmdb->used_bytes > lmdb->capacity_bytes / 20 * 19) {
+        doctor_report(d, DOCTOR_WARN, "caps", "lmdb is %llu %% full",
+                      (unsigned long long)(lmdb->used_bytes * 100 / lmdb->capacity_bytes));
+        doctor_fix(d, "raise lmdb_bytes, or expect evictions");
+    }
+}

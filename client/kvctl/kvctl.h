@@ -1,0 +1,99 @@
+/*
+ * kvctl.h: what the files of the command line share.
+ *
+ * One process, one command, the main thread. A command is one file with one kvctl_command, listed
+ * in main.c; its help is its manual page.
+ */
+#ifndef KVCTL_H
+#define KVCTL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kvc/client.h"
+
+#define KVCTL_VERSION        "0.1.0"
+#define KVCTL_DEFAULT_SERVER "grpc://127.0.0.1:7811"
+
+typedef enum kvctl_exit {
+    KVCTL_OK = 0,
+    KVCTL_FAILED = 1, /* a request failed, or a check of doctor */
+    KVCTL_USAGE = 2,
+    KVCTL_UNREACHED = 3, /* no server answered */
+} kvctl_exit;
+
+typedef struct kvctl_globals {
+    const char *server; /* URIs */
+    uint64_t timeout_ns;
+    bool json;
+} kvctl_globals;
+
+typedef struct kvctl_command {
+    const char *name;
+    const char *brief; /* one line, for kvctl --help */
+    const char *help;  /* the manual page, as it is printed */
+    /* argv [argc]: the command's own words, its name first. */
+    kvctl_exit (*run)(const kvctl_globals *globals, int argc, char **argv);
+} kvctl_command;
+
+extern const kvctl_command kvctl_status, kvctl_match, kvctl_rows, kvctl_doctor;
+extern const char kvctl_help[];
+
+/* ---- main.c ---------------------------------------------------------------------------------- */
+
+/* "kvctl: TEXT" on standard error. */
+void kvctl_error(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+/* The same with a hint to --help of the command; returns KVCTL_USAGE. */
+kvctl_exit kvctl_usage(const char *command, const char *fmt, ...)
+    __attribute__((format(printf, 2, 3)));
+
+/* ---- connect.c ------------------------------------------------------------------------------- */
+
+/* Connects to globals->server, with a progress line where it takes long; says why it could not. */
+kvctl_exit kvctl_connect(const kvctl_globals *globals, kvc_client **client_p);
+/* Waits for an op, keeping the progress line alive. */
+kvc_status kvctl_wait(kvc_op *op, const char *label);
+/* Reports a failed request; returns KVCTL_FAILED, or KVCTL_UNREACHED where nobody answered. */
+kvctl_exit kvctl_failed(kvc_status status);
+/* Deadline of a request that starts now. */
+uint64_t kvctl_deadline_ns(const kvctl_globals *globals);
+
+/* ---- input.c --------------------------------------------------------------------------------- */
+
+/* All of a file, or of standard input for "-". The caller frees. NULL: the reason was printed. */
+char *kvctl_read_file(const char *path, size_t *len_bytes_p);
+
+/* What --schema says: 64 hex digits, or a file with the schema's text, which knows more. */
+typedef struct kvctl_schema {
+    kvc_digest digest;
+    char *text; /* NULL where only the digest is known */
+} kvctl_schema;
+
+/* False: the reason was printed. */
+bool kvctl_schema_read(const char *word, kvctl_schema *schema_p);
+/* A number of the schema's text ("block_tokens", "part.00003.row_bytes"); 0 where it is unknown. */
+uint32_t kvctl_schema_number(const kvctl_schema *schema, const char *key);
+
+/* Digests, 64 hex digits each, apart by white space. The caller frees *digests_p. */
+bool kvctl_digests_parse(const char *text, kvc_digest **digests_p, uint32_t *n_p);
+/* Block digests of token ids (decimal, apart by white space or commas); a tail is left out. */
+bool kvctl_tokens_parse(const char *text, const kvc_digest *schema, uint32_t block_tokens,
+                        kvc_digest **digests_p, uint32_t *n_p);
+/* "3,5,100-199,0-1000:10" (both ends included; :STEP): token positions in the order written. */
+bool kvctl_picks_parse(const char *text, uint32_t **picks_p, uint32_t *n_p);
+/* A decimal number in min..max, or an error about the option. */
+bool kvctl_number_parse(const char *option, const char *text, uint64_t min, uint64_t max,
+                        uint64_t *value_p);
+
+/* ---- json.c -----------------------------------------------------------------------------------
+ */
+
+/* JSON on standard output. key NULL inside a list. One document at a time. */
+void kvctl_json_open(const char *key, char bracket); /* '{' or '[' */
+void kvctl_json_close(void); /* the innermost; the outermost ends the line */
+void kvctl_json_text(const char *key, const char *text);
+void kvctl_json_number(const char *key, uint64_t value);
+void kvctl_json_bool(const char *key, bool value);
+
+#endif
