@@ -1,0 +1,106 @@
+/*
+ * bench.c: timing helpers of the benchmarks. See bench.h.
+ */
+#include "bench.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+void bench_add(bench_series *series, double value)
+{
+    if (series->n < BENCH_MAX_RUNS) {
+        series->value[series->n++] = value;
+    }
+}
+
+static int compare(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void sort(bench_series *series)
+{
+    qsort(series->value, series->n, sizeof series->value[0], compare);
+}
+
+double bench_median(bench_series *series)
+{
+    if (series->n == 0) {
+        return 0;
+    }
+    sort(series);
+    uint32_t half = series->n / 2;
+    return series->n % 2 ? series->value[half]
+                         : (series->value[half - 1] + series->value[half]) / 2;
+}
+
+double bench_min(bench_series *series)
+{
+    sort(series);
+    return series->n == 0 ? 0 : series->value[0];
+}
+
+double bench_max(bench_series *series)
+{
+    sort(series);
+    return series->n == 0 ? 0 : series->value[series->n - 1];
+}
+
+const char *bench_machine(void)
+{
+    static char text[256];
+    char line[256], model[128] = "unknown CPU";
+    FILE *stream = fopen("/proc/cpuinfo", "re");
+    while (stream && fgets(line, sizeof line, stream)) {
+        char *colon = strchr(line, ':');
+        if (colon && strncmp(line, "model name", 10) == 0) {
+            snprintf(model, sizeof model, "%.*s", (int)strcspn(colon + 2, "\n"), colon + 2);
+            break;
+        }
+    }
+    if (stream) {
+        (void)fclose(stream);
+    }
+    struct utsname name;
+    if (uname(&name) != 0) {
+        name.release[0] = 0;
+    }
+    snprintf(text, sizeof text, "%s, %ld cores, Linux %s", model, sysconf(_SC_NPROCESSORS_ONLN),
+             name.release);
+    return text;
+}
+
+double bench_cpu_s(void)
+{
+    struct rusage usage;
+    if (getrusage(RUSAGE_SELF, &usage) != 0) {
+        return 0;
+    }
+    return (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+           (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
+}
+
+double bench_cpu_of_s(int pid)
+{
+    char path[64], line[1024];
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    FILE *stream = fopen(path, "re");
+    if (!stream) {
+        return 0;
+    }
+    unsigned long user = 0, system = 0;
+    char *text = fgets(line, sizeof line, stream);
+    (void)fclose(stream);
+    /* The name in parentheses may hold spaces; fields are counted from behind it. */
+    text = text ? strrchr(line, ')') : NULL;
+    if (!text || sscanf(text + 2, "%*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user,
+                        &system) != 2) {
+        return 0;
+    }
+    return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
+}

@@ -1,0 +1,94 @@
+/*
+ * daemon.c: see daemon.h.
+ */
+#include "daemon.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MAX_ARGS = 64, WAIT_STEPS = 3000, STEP_NS = 10000000 };
+
+extern char **environ;
+
+static bool read_first_line(const char *path, char *text, size_t text_bytes)
+{
+    FILE *stream = fopen(path, "re");
+    if (stream == NULL)
+        return false;
+    bool ok = fgets(text, (int)text_bytes, stream) != NULL;
+    (void)fclose(stream);
+    if (ok)
+        text[strcspn(text, "\n")] = 0;
+    return ok && text[0] != 0;
+}
+
+static pid_t spawn(const char *program, char **argv, const char *log_path)
+{
+    posix_spawn_file_actions_t actions;
+    pid_t pid = -1;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, "/dev/null", O_WRONLY, 0);
+    posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, log_path,
+                                     O_WRONLY | O_CREAT | O_APPEND, 0600);
+    if (posix_spawn(&pid, program, &actions, NULL, argv, environ) != 0)
+        pid = -1;
+    posix_spawn_file_actions_destroy(&actions);
+    return pid;
+}
+
+bool support_daemon_start(support_daemon *daemon, const char *folder, const char *const *args)
+{
+    char log_path[512], *argv[MAX_ARGS + 6];
+    int n = 0;
+    bool listens = false;
+    const char *program = getenv("KVASIR_CACHESVC");
+    if (program == NULL)
+        program = KVASIR_CACHESVC_PATH;
+    memset(daemon, 0, sizeof *daemon);
+    snprintf(daemon->ready_path, sizeof daemon->ready_path, "%s/ready", folder);
+    snprintf(log_path, sizeof log_path, "%s/cachesvc.log", folder);
+    (void)unlink(daemon->ready_path);
+    argv[n++] = (char *)program;
+    argv[n++] = (char *)"--ready-file";
+    argv[n++] = daemon->ready_path;
+    for (; args != NULL && *args != NULL && n < MAX_ARGS; args++) {
+        listens = listens || strncmp(*args, "--listen", 8) == 0;
+        argv[n++] = (char *)*args;
+    }
+    if (!listens) {
+        argv[n++] = (char *)"--listen";
+        argv[n++] = (char *)"grpc://127.0.0.1:0";
+    }
+    argv[n] = NULL;
+    daemon->pid = spawn(program, argv, log_path);
+    for (int i = 0; daemon->pid > 0 && i < WAIT_STEPS; i++) {
+        if (read_first_line(daemon->ready_path, daemon->uri, sizeof daemon->uri))
+            return true;
+        if (waitpid(daemon->pid, NULL, WNOHANG) == daemon->pid)
+            break;
+        nanosleep(&(struct timespec){.tv_nsec = STEP_NS}, NULL);
+    }
+    fprintf(stderr, "%s did not start; see %s\n", program, log_path);
+    if (daemon->pid > 0)
+        (void)kill(daemon->pid, SIGKILL);
+    daemon->pid = 0;
+    return false;
+}
+
+int support_daemon_stop(support_daemon *daemon, int signal)
+{
+    int status = -1;
+    if (daemon->pid > 0) {
+        (void)kill(daemon->pid, signal);
+        (void)waitpid(daemon->pid, &status, 0);
+        daemon->pid = 0;
+    }
+    return status;
+}

@@ -1,0 +1,27 @@
+/*
+ * daemon.h: a real cachesvc for tests and benchmarks: started on a free port, stopped or killed.
+ *
+ * KVASIR_CACHESVC names the program where the build's own is not wanted.
+ */
+#ifndef KVASIR_TEST_DAEMON_H
+#define KVASIR_TEST_DAEMON_H
+
+#include <stdbool.h>
+#include <sys/types.h>
+
+typedef struct support_daemon {
+    pid_t pid;
+    char ready_path[512];
+    char uri[256]; /* the first address it listens on */
+} support_daemon;
+
+/*
+ * Starts cachesvc with args (NULL-terminated; --ready-file is added, in folder, and --listen
+ * grpc://127.0.0.1:0 unless args has one; its log goes to folder/cachesvc.log) and waits up to 30 s
+ * until it serves. False, with a line on standard error, if it does not.
+ */
+bool support_daemon_start(support_daemon *daemon, const char *folder, const char *const *args);
+/* Sends the signal and waits for the end; gives waitpid's status. */
+int support_daemon_stop(support_daemon *daemon, int signal);
+
+#endif
