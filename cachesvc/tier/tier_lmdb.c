@@ -106,12 +106,17 @@ static kvc_status open_folder(kvs_tier *tier, const char *path)
     return KVC_OK;
 }
 
-/* Claims what a folder of ours takes on the disk already; at least min_pages. */
+/*
+ * Claims what a folder of ours takes on the disk already; at least min_pages. What the disk has
+ * allotted includes the file system's own blocks, for which the slack is there: counted twice, a
+ * full store would not open again.
+ */
 static kvc_status claim_existing(kvs_tier *tier, const char *name, uint64_t min_pages,
                                  uint64_t *map_pages_p)
 {
     uint64_t pages = kvsi_env_file_pages(tier->root_fd, name);
 
+    pages -= pages < KVSI_ENV_SLACK_PAGES ? pages : KVSI_ENV_SLACK_PAGES;
     if (pages < min_pages)
         pages = min_pages;
     *map_pages_p = pages;
