@@ -34,8 +34,11 @@ static void open_server(fixture *f)
 
 static void close_server(fixture *f, bool flush)
 {
-    h_disconnect(f->peer);
-    h_server_stop(&f->h, flush);
+    if (f->peer)
+        h_disconnect(f->peer);
+    f->peer = NULL;
+    if (f->h.server)
+        h_server_stop(&f->h, flush);
 }
 
 static void restart(fixture *f, bool flush)
