@@ -31,7 +31,7 @@ def _from_env():
 def _from_build():
     """Build folders beside the package, the one that was built last first."""
     root = Path(__file__).resolve().parents[3]
-    found = [p for d in root.glob("build*") for p in (d / NAME, d / "worker" / NAME) if p.exists()]
+    found = [p for d in ("build*", "build/*") for p in root.glob(f"{d}/worker/{NAME}")]
     return sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)
 
 

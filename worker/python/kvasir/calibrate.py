@@ -81,7 +81,7 @@ def parser():
     p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     p.add_argument("--top", type=float, default=1 / 32,
                    help="keys count by how often they are in this share of the best; 0: all alike")
-    p.add_argument("--model-id", help="name in the artefact; default: the folder's")
+    p.add_argument("--model-id", help="name in the artefact; default: that of the model, as attach uses it")
     p.add_argument("--threads", type=int, default=0)
     return p
 
@@ -99,8 +99,7 @@ def main(argv=None):
     bar.close()
     bar = Bar("solving", acts.geometry.n_layers, "layers")
     projection = fit(acts, args.selector, args.dims, rope, args.model_id or
-                     args.model.rstrip("/").rsplit("/", 1)[-1], args.form, args.top or None,
-                     progress=bar)
+                     hf_model.model_id(model), args.form, args.top or None, progress=bar)
     bar.close()
     projection.write(args.out)
     print(f"{args.out}: {args.selector}, {projection.form}, {args.dims} dims, rope {rope}, "

@@ -23,7 +23,7 @@ from .hf_cache import KvasirCache
 from .hf_model import UnsupportedModel
 from .worker import Worker
 
-__all__ = ["Attachment", "KvasirCache", "UnsupportedModel", "attach", "detach", "register"]
+__all__ = ["Attachment", "KvasirCache", "Observer", "UnsupportedModel", "attach", "detach", "register"]
 
 NAME = "kvasir"
 NOT_ATTACHED = ("the attention implementation 'kvasir' works only on a model that "
@@ -61,12 +61,24 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         raise UnsupportedModel(f"layer {module.layer_idx} scales attention by {scaling}")
     rows = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
     out = cache.sequence.forward(module.layer_idx, *rows)
+    if cache.attachment.observer is not None:
+        cache.attachment.observer.on_layer(cache, module.layer_idx, *rows, out)
     return out[None], None
 
 
 def register():
     """Registers the implementation's name; done on import, harmless to repeat."""
     AttentionInterface.register(NAME, attention)
+
+
+class Observer:
+    """Sees what passes by; both slots are optional to override. Set Attachment.observer."""
+
+    def on_pass(self, cache, ids):
+        """Before a pass over ids [n]; cache.n_tokens is the first one's position."""
+
+    def on_layer(self, cache, layer, q, k, v, out):
+        """After a layer attended: q, out [n, n_q_heads, d], k, v [n, n_kv_heads, d], raw."""
 
 
 class Attachment:
@@ -76,7 +88,7 @@ class Attachment:
         self.model, self.geometry, self.worker = model, geometry, worker
         self._base, self._own_client = base, client
         self._saved = None
-        self.on_pass = None  # called with (cache, first position, ids) before each pass
+        self.observer = None  # an Observer, for tests and reports
 
     def cache(self, tokens=()):
         """
@@ -89,11 +101,12 @@ class Attachment:
 
     def prefill(self, cache, tokens, progress=None):
         """
-        Runs the tokens that the cache lacks, all but the last, so that the model's next call gives
-        the first new token. progress(n_done, n_total) is called after each pass.
+        Runs those of tokens that the cache lacks, in passes of chunk_tokens, without computing
+        logits. progress(n_done, n_total) is called after each pass. generate() wants at least one
+        token that was not run.
         """
         ids = torch.as_tensor(tokens).view(1, -1)
-        end = ids.shape[1] - 1
+        end = ids.shape[1]
         with torch.inference_mode():
             while cache.n_tokens < end:
                 n = min(self.worker.chunk_tokens, end - cache.n_tokens)
@@ -162,8 +175,8 @@ class Attachment:
     def _pass(self, stock, cache, ids, kwargs):
         n = ids.shape[1]
         cache.sequence.tokens(ids[0])
-        if self.on_pass is not None:
-            self.on_pass(cache, cache.n_tokens, ids[0])
+        if self.observer is not None:
+            self.observer.on_pass(cache, ids[0])
         hf_cache.set_current(cache)
         try:
             out = stock(input_ids=ids, past_key_values=cache, **{**kwargs, "use_cache": True})
@@ -186,7 +199,8 @@ def _check_input(cache, input_ids, attention_mask, position_ids, inputs_embeds, 
         mask = torch.as_tensor(attention_mask)
         if mask.dim() != 2 or not bool((mask != 0).all()):
             raise ValueError("kvasir: padding is not supported: the attention mask must be all "
-                             "ones, [1, tokens], or absent")
+                             "ones, [1, tokens], or absent (generate() guesses one from pad tokens in "
+                             "the prompt unless it is given)")
     if position_ids is not None:
         want = torch.arange(cache.n_tokens, cache.n_tokens + input_ids.shape[1])
         if not torch.equal(position_ids.reshape(-1).cpu(), want):
@@ -202,14 +216,13 @@ def attach(model, client=None, selector="tokenselect", model_id=None, revision=N
     name the weights in the store; by default the config's name and a fingerprint of the weights.
     Other keywords are Worker's. UnsupportedModel says why a model cannot be done.
     """
-    geometry, base = hf_model.geometry_of(model)
-    if base in _attachments:
+    if hf_model.base_of(model) in _attachments:
         raise RuntimeError("kvasir: this model is attached already; detach it first")
+    geometry, base = hf_model.geometry_of(model)
     own = Client(client) if isinstance(client, str) else None
     try:
         worker = Worker(
-            geometry, model_id or model.config._name_or_path or type(model).__name__,
-            selector, own or client, revision or hf_model.fingerprint(model), **options)
+            geometry, model_id or hf_model.model_id(model), selector, own or client, revision or hf_model.fingerprint(model), **options)
     except BaseException:
         if own is not None:
             own.close()

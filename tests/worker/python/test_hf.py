@@ -1,0 +1,339 @@
+"""attach on tiny random models in float32: equal to stock within the budget, to the oracle beyond."""
+
+import unittest
+
+import need
+
+need.modules("numpy", "torch", "transformers")
+import numpy as np
+import torch
+from transformers import (AttentionInterface, LlamaConfig, LlamaForCausalLM, MistralConfig,
+                          MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers.cache_utils import Cache, DynamicCache
+
+import kvasir
+from kvasir import hf, hf_model
+from oracle import Oracle
+
+torch.set_num_threads(2)
+THETA = 10000.0
+SIZES = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096)
+SMALL = dict(n_sink=16, n_recent=32, k=48, chunk_tokens=64, block_tokens=64, n_threads=2)
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0,
+              high_freq_factor=4.0, original_max_position_embeddings=64)
+
+
+def make(kind=LlamaForCausalLM, config=LlamaConfig, rope=None, **sizes):
+    """A random model whose attention is not flat."""
+    torch.manual_seed(11)
+    rope = rope or {"rope_type": "default", "rope_theta": THETA}
+    model = kind(config(**{**SIZES, "rope_parameters": rope, **sizes})).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 8
+            layer.self_attn.k_proj.weight *= 8
+    return model
+
+
+def ids_of(n, seed=5):
+    return torch.randint(0, 128, (1, n), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, ids, n_new, **kwargs):
+    """generate() that neither guesses a mask nor warns."""
+    settings = dict(max_new_tokens=n_new, do_sample=False, pad_token_id=0, eos_token_id=None)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **{**settings, **kwargs})
+
+
+def stock_logits(model, ids, **kwargs):
+    with torch.inference_mode():
+        return model(ids, **kwargs).logits
+
+
+class _IdentityRotary(torch.nn.Module):
+    def forward(self, x, position_ids):
+        shape = (*position_ids.shape, 16)
+        return torch.ones(shape), torch.zeros(shape)
+
+
+class _OracleCache(Cache):
+    """Keeps raw keys and values in plain lists, for the oracle."""
+
+    is_compileable = False
+
+    def __init__(self, n_layers, oracle):
+        super().__init__(layers=[])
+        self.kv, self.oracle = [None] * n_layers, oracle
+        self.picks, self.scores = {}, {}
+
+    def update(self, k, v, layer_idx, *args, **kwargs):
+        new = torch.stack((k[0], v[0])).transpose(1, 2)
+        old = self.kv[layer_idx]
+        self.kv[layer_idx] = new if old is None else torch.cat((old, new), 1)
+        _OracleCache.active = self
+        return k, v
+
+    def get_seq_length(self, layer_idx=0):
+        kv = self.kv[-1]
+        return 0 if kv is None else kv.shape[1]
+
+    def get_mask_sizes(self, query_length, layer_idx=0):
+        return self.get_seq_length() + query_length, 0
+
+
+def _oracle_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    cache = _OracleCache.active
+    k, v = cache.kv[module.layer_idx].numpy()
+    out = cache.oracle.attend(query[0].transpose(0, 1).numpy(), k, v)
+    cache.picks[module.layer_idx] = cache.oracle.last_picks
+    return torch.from_numpy(out)[None].float(), None
+
+
+AttentionInterface.register("test-oracle", _oracle_attention)
+
+
+def oracle_run(model, oracle, ids, passes, n_new):
+    """Logits of the last position of each pass, then n_new greedy tokens, through the oracle."""
+    real, model.model.rotary_emb = model.model.rotary_emb, _IdentityRotary()
+    model.set_attn_implementation("test-oracle")
+    cache, logits, at = _OracleCache(model.config.num_hidden_layers, oracle), [], 0
+    try:
+        with torch.inference_mode():
+            for n in passes:
+                logits.append(model(ids[:, at:at + n], past_key_values=cache).logits[0, -1])
+                at += n
+            tokens = [int(logits[-1].argmax())]
+            while len(tokens) < n_new:
+                out = model(torch.tensor([[tokens[-1]]]), past_key_values=cache).logits[0, -1]
+                tokens.append(int(out.argmax()))
+    finally:
+        model.model.rotary_emb = real
+        model.set_attn_implementation("sdpa")
+    return torch.stack(logits), tokens, cache
+
+
+class WithinTheBudget(unittest.TestCase):
+    """While everything is attended, attach must not change what a model says."""
+
+    def check(self, model, n=90):
+        ids = ids_of(n)
+        want = stock_logits(model, ids)
+        greedy = generate(model, ids, 5)
+        torch.manual_seed(3)
+        sampled = generate(model, ids, 5, do_sample=True)
+        with kvasir.attach(model, None, "tokenselect", **SMALL) as kv:
+            with kv.cache() as cache, torch.inference_mode():
+                have = model(ids, past_key_values=cache).logits
+                self.assertEqual(cache.get_seq_length(), n)
+            torch.testing.assert_close(have, want, atol=3e-4, rtol=1e-4)
+            with kv.cache(ids) as cache:
+                self.assertTrue(torch.equal(greedy, generate(model, ids, 5, past_key_values=cache)))
+            torch.manual_seed(3)
+            with kv.cache(ids) as cache:
+                self.assertTrue(torch.equal(
+                    sampled, generate(model, ids, 5, do_sample=True, past_key_values=cache)))
+
+    def test_llama(self):
+        self.check(make())
+
+    def test_llama3_scaling(self):
+        self.check(make(rope=LLAMA3))
+
+    def test_qwen3_with_query_and_key_norms(self):
+        self.check(make(Qwen3ForCausalLM, Qwen3Config))
+
+    def test_mistral_without_window(self):
+        self.check(make(MistralForCausalLM, MistralConfig, sliding_window=None))
+
+    def test_bfloat16_stays_close(self):
+        model, ids = make().bfloat16(), ids_of(90)
+        want = stock_logits(model, ids).float()
+        with kvasir.attach(model, **SMALL) as kv, kv.cache() as cache, torch.inference_mode():
+            have = model(ids, past_key_values=cache).logits.float()
+        self.assertLess(float((have - want).abs().mean()), 0.05 * float(want.abs().mean()))
+
+
+class BeyondTheBudget(unittest.TestCase):
+    """Past the budget, logits, picks and greedy tokens are the oracle's."""
+
+    PASSES = (64, 64, 64, 64, 30, 1, 2, 1)
+
+    def check(self, selector, **options):
+        model, ids = make(), ids_of(sum(self.PASSES))
+        oracle = Oracle(selector, 16, 32, 48, THETA, options.get("eps", 0))
+        want, tokens, state = oracle_run(model, oracle, ids, self.PASSES, 6)
+        dense = stock_logits(model, ids)[0, -1]
+        self.assertGreater(float((want[-1] - dense).abs().max()), 1e-2, "selection changes nothing")
+        with kvasir.attach(model, selector=selector, index="exact", **SMALL, **options) as kv:
+            at, have = 0, []
+            with kv.cache() as cache, torch.inference_mode():
+                for n in self.PASSES:
+                    have.append(model(ids[:, at:at + n], past_key_values=cache).logits[0, -1])
+                    at += n
+                torch.testing.assert_close(torch.stack(have), want, atol=2e-3, rtol=1e-3)
+                mine = [int(have[-1].argmax())]
+                while len(mine) < 6:
+                    out = model(torch.tensor([[mine[-1]]]), past_key_values=cache).logits[0, -1]
+                    mine.append(int(out.argmax()))
+                self.assertEqual(mine, tokens)
+                for layer in range(3):
+                    wrong = np.setxor1d(cache.picks(layer), state.picks[layer])
+                    self.assertLessEqual(len(wrong), 2, f"layer {layer}")
+
+    def test_tokenselect(self):
+        self.check("tokenselect")
+
+    def test_tokenselect_with_window(self):
+        self.check("tokenselect", eps=2)
+
+    def test_esa(self):
+        self.check("esa")
+
+    def test_generate_prefills_in_chunks(self):
+        """generate() over a long prompt runs the same passes as chunks by hand."""
+        model, ids = make(), ids_of(64 * 4 + 10)
+        with kvasir.attach(model, **SMALL) as kv:
+            with kv.cache(ids) as cache:
+                whole = generate(model, ids, 6, past_key_values=cache)
+            with kv.cache() as cache, torch.inference_mode():
+                kv.prefill(cache, ids[0, :256])
+                self.assertEqual(cache.get_seq_length(), 256)
+                resumed = generate(model, ids, 6, past_key_values=cache)
+        self.assertTrue(torch.equal(whole, resumed))
+
+
+class Refusals(unittest.TestCase):
+    def setUp(self):
+        self.model, self.ids = make(), ids_of(8)
+        self.kv = kvasir.attach(self.model, **SMALL)
+        self.addCleanup(self.kv.detach)
+
+    def refuse(self, pattern, **kwargs):
+        with self.assertRaisesRegex((ValueError, NotImplementedError), pattern), torch.inference_mode():
+            self.model(**{"past_key_values": self.kv.cache(), **kwargs})
+
+    def test_padding(self):
+        mask = torch.ones_like(self.ids)
+        mask[0, 0] = 0
+        self.refuse("padding", input_ids=self.ids, attention_mask=mask)
+
+    def test_batches(self):
+        self.refuse("one sequence at a time", input_ids=self.ids.repeat(2, 1))
+
+    def test_embeddings_without_ids(self):
+        self.refuse("input_ids", inputs_embeds=torch.zeros(1, 4, 64))
+
+    def test_positions_with_a_gap(self):
+        self.refuse("positions must go on from 0", input_ids=self.ids,
+                    position_ids=torch.arange(1, 9)[None])
+
+    def test_attention_weights(self):
+        self.refuse("weights", input_ids=self.ids, output_attentions=True)
+
+    def test_a_stock_cache(self):
+        self.refuse("past_key_values=attachment.cache", input_ids=self.ids,
+                    past_key_values=DynamicCache())
+        self.refuse("past_key_values=attachment.cache", input_ids=self.ids, past_key_values=None)
+
+    def test_a_cache_of_another_attachment(self):
+        other = make()
+        with kvasir.attach(other, **SMALL) as kv:
+            self.refuse("another attachment", input_ids=self.ids, past_key_values=kv.cache())
+
+    def test_beams(self):
+        with self.assertRaises((ValueError, NotImplementedError)):
+            generate(self.model, self.ids, 2, num_beams=2, past_key_values=self.kv.cache())
+
+    def test_twice(self):
+        with self.assertRaisesRegex(RuntimeError, "attached already"):
+            kvasir.attach(self.model, **SMALL)
+
+    def test_a_pass_that_failed_half_way_breaks_its_cache_only(self):
+        class Fail(hf.Observer):
+            def on_layer(self, cache, layer, q, k, v, out):
+                if layer == 1:
+                    raise KeyError("on purpose")
+
+        cache = self.kv.cache()
+        self.kv.observer = Fail()
+        with self.assertRaisesRegex(KeyError, "on purpose"), torch.inference_mode():
+            self.model(self.ids, past_key_values=cache)
+        self.kv.observer = None
+        self.refuse_runtime(cache)
+        with torch.inference_mode():
+            self.model(self.ids, past_key_values=self.kv.cache())
+
+    def refuse_runtime(self, cache):
+        with self.assertRaisesRegex(RuntimeError, "earlier error.*on purpose"), torch.inference_mode():
+            self.model(self.ids, past_key_values=cache)
+
+
+class Models(unittest.TestCase):
+    """What is refused at attach, by name."""
+
+    def refuse(self, pattern, model):
+        with self.assertRaisesRegex(hf_model.UnsupportedModel, pattern):
+            kvasir.attach(model, **SMALL)
+        self.assertEqual(model.config._attn_implementation, "sdpa")
+
+    def test_rope_types(self):
+        self.refuse("rope type 'linear'", make(rope=dict(rope_type="linear", rope_theta=1e4, factor=2.0)))
+        self.refuse("rope type 'yarn'", make(rope=dict(rope_type="yarn", rope_theta=1e4, factor=2.0)))
+
+    def test_sliding_windows(self):
+        self.refuse("sliding", make(MistralForCausalLM, MistralConfig, sliding_window=64))
+
+    def test_other_pairs_of_dimensions(self):
+        from transformers import CohereConfig, CohereForCausalLM
+
+        self.refuse("pairs of dimensions|rotary embedding", make(CohereForCausalLM, CohereConfig))
+
+    def test_no_decoder(self):
+        with self.assertRaisesRegex(hf_model.UnsupportedModel, "not a Llama-like model"):
+            kvasir.attach(torch.nn.Linear(2, 2))
+
+    def test_fingerprint_tells_weights_apart(self):
+        model = make()
+        before = hf_model.fingerprint(model)
+        self.assertEqual(before, hf_model.fingerprint(make()))
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight += 0.01
+        self.assertNotEqual(before, hf_model.fingerprint(model))
+
+
+class Attaching(unittest.TestCase):
+    def test_the_name_alone_says_what_to_do(self):
+        model = make()
+        model.set_attn_implementation("kvasir")
+        with self.assertRaisesRegex(RuntimeError, r"kvasir\.attach\(model"), torch.inference_mode():
+            model(ids_of(4))
+
+    def test_detach_restores(self):
+        model, ids = make(), ids_of(40)
+        rotary, want = model.model.rotary_emb, stock_logits(model, ids)
+        kv = kvasir.attach(model, **SMALL)
+        self.assertIsNot(model.model.rotary_emb, rotary)
+        with torch.inference_mode():
+            model(ids, past_key_values=kv.cache())
+        kvasir.detach(model)
+        kvasir.detach(model)
+        self.assertIs(model.model.rotary_emb, rotary)
+        self.assertEqual(model.config._attn_implementation, "sdpa")
+        self.assertNotIn("forward", vars(model.model))
+        self.assertTrue(torch.equal(stock_logits(model, ids), want))
+        kvasir.attach(model, **SMALL).detach()
+
+    def test_crop_takes_back_drafts(self):
+        model, ids = make(), ids_of(20)
+        with kvasir.attach(model, **SMALL) as kv, kv.cache() as cache, torch.inference_mode():
+            model(ids[:, :10], past_key_values=cache)
+            model(ids_of(5, seed=9), past_key_values=cache)
+            cache.crop(-5)
+            self.assertEqual(cache.get_seq_length(), 10)
+            have = model(ids[:, 10:], past_key_values=cache).logits
+        torch.testing.assert_close(have, stock_logits(model, ids)[:, 10:], atol=3e-4, rtol=1e-4)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)

@@ -1,0 +1,299 @@
+"""python -m kvasir.quality: how well a compressed index selects, on a model's own activations.
+
+For every layer and k: recall (share of the exact top-k that the compressed index finds) and mass
+(share of the softmax over all candidates that the picks hold, beside the exact picks' share), for
+single queries (decode) and for chunks (prefill). The softmax is taken where the selector's own
+attention has the tokens: ESA, queries at far_position and keys at 0; TokenSelect, each candidate at
+the position that it has, or would have, in the renumbered list of the exact picks.
+"""
+
+import argparse
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+from . import activations, calibrate, hf_model, index_model, projection
+from .hf import Observer, attach
+from .progress import Bar
+
+KS = (256, 1024, 2048)
+CHUNK = 512
+
+
+class Context:
+    """
+    One context's keys [n_layers, n_tokens, n_kv_heads, d] and the queries of its last `tail`
+    tokens; candidates are tokens n_sink .. n_tokens - tail.
+    """
+
+    def __init__(self, geometry, k, q_tail, n_sink):
+        self.geometry, self.k, self.q_tail = geometry, k, q_tail
+        self.first, self.end = n_sink, k.shape[1] - q_tail.shape[1]
+        self.freq = hf_model.inv_freq(geometry.rope, geometry.head_dim)
+
+    def candidates(self, layer):
+        """Raw keys that selectors choose among."""
+        return self.k[layer, self.first:self.end].float()
+
+    def rotated(self, q, position):
+        """q [m, heads, d] at one position (a number, or "raw")."""
+        return q if position == "raw" else hf_model.rotate(q, position, self.freq)
+
+    def singles(self, layer, n):
+        """n queries [n, n_q_heads, d], spread over the tail."""
+        tail = self.q_tail[layer]
+        return tail[torch.linspace(0, len(tail) - 1, n).long()].float()
+
+    def chunk(self, layer):
+        """The last CHUNK queries."""
+        return self.q_tail[layer, -CHUNK:].float()
+
+
+class _Recorder(Observer):
+    """Keeps the keys of a run and the queries of its tail."""
+
+    def __init__(self, geometry, tail_from):
+        self.tail_from = tail_from
+        self.k = [[] for _ in range(geometry.n_layers)]
+        self.q = [[] for _ in range(geometry.n_layers)]
+
+    def on_layer(self, cache, layer, q, k, v, out):
+        """Keeps k, and q where the tail has begun."""
+        self.k[layer].append(k.clone())
+        if cache.n_tokens + len(q) > self.tail_from:
+            self.q[layer].append(q[max(0, self.tail_from - cache.n_tokens):].clone())
+
+
+def run_sparse(model, ids, tail, n_sink, progress):
+    """A Context of ids run through Kvasir: TokenSelect over exact keys, all rows resident."""
+    with attach(model, selector="tokenselect", index="exact") as attachment:
+        recorder = _Recorder(attachment.geometry, len(ids) - tail)
+        attachment.observer = recorder
+        with attachment.cache() as cache:
+            attachment.prefill(cache, ids, progress)
+        return Context(attachment.geometry, torch.stack([torch.cat(x) for x in recorder.k]),
+                       torch.stack([torch.cat(x) for x in recorder.q]), n_sink)
+
+
+def run_windows(model, ids, tail, n_sink, progress, window=4096):
+    """A Context of ids run in windows with full attention: needs no worker."""
+    acts = activations.collect(model, ids, window, 1, 1, progress)
+    return Context(acts.geometry, acts.k, acts.q[:, -tail:].clone(), n_sink)
+
+
+def esa_mass(context, q, k, far):
+    """Softmax [m, n] over candidates, mean of heads, where ESA's far attention has them."""
+    g = context.geometry
+    logits = index_model.vote_logits(context.rotated(q, far), k) * g.attention_scale
+    return logits.softmax(-1).mean(1)
+
+
+def tokenselect_mass(context, q, k, exact_picks, n_sink, n_recent):
+    """The same [m, n] at renumbered positions; exact_picks [m, k_picks]."""
+    g, d = context.geometry, q.shape[-1]
+    half = torch.view_as_complex(torch.stack((k[..., :d // 2], k[..., d // 2:]), -1).contiguous())
+    n_picks, out = exact_picks.shape[1], []
+    table = torch.polar(torch.ones(1), (torch.arange(n_sink + n_picks + 1)[:, None].double()
+                                        * context.freq).float())
+    queries = hf_model.rotate(q, n_sink + n_picks + n_recent - 1, context.freq)
+    for i in range(len(q)):
+        taken = torch.zeros(len(k), dtype=torch.int64)
+        taken[exact_picks[i]] = 1
+        positions = n_sink + taken.cumsum(0) - taken
+        turned = half * table[positions][:, None]
+        keys = torch.cat((turned.real, turned.imag), -1)
+        logits = index_model.vote_logits(queries[i:i + 1], keys) * g.attention_scale
+        out.append(logits.softmax(-1).mean(1)[0])
+    return torch.stack(out)
+
+
+def recall_of(picks, exact_picks, n):
+    """Share of exact_picks [m, k] that picks [m, k] hold, mean over m."""
+    mark = torch.zeros(len(picks), n).scatter_(1, exact_picks, 1.0)
+    return float(mark.gather(1, picks).mean())
+
+
+class Table:
+    """Collects (recall, mass, exact mass) per row name, k and layer."""
+
+    def __init__(self):
+        self.cells = defaultdict(list)
+
+    def add(self, row, k, recall, mass, exact_mass):
+        """One layer's numbers."""
+        self.cells[row, k].append((recall, mass, exact_mass))
+
+    def rows(self):
+        """Row names in the order of their first appearance."""
+        return list(dict.fromkeys(row for row, _ in self.cells))
+
+    def cell(self, row, k):
+        """(mean recall, worst, mass of exact's, worst layer's, exact mass)."""
+        a = np.array(self.cells[row, k])
+        share = a[:, 1] / np.maximum(a[:, 2], 1e-12)
+        return (a[:, 0].mean(), a[:, 0].min(), a[:, 1].mean() / a[:, 2].mean(), share.min(),
+                a[:, 2].mean())
+
+
+def _score_row(table, row, picks_of, exact, mass_of):
+    """picks_of(k) and exact (scores [m, n]) -> a row of the table."""
+    for k in KS:
+        exact_picks, picks = exact.topk(k, 1).indices, picks_of(k)
+        p = mass_of(exact_picks)
+        table.add(row, k, recall_of(picks, exact_picks, exact.shape[1]),
+                  float(p.gather(1, picks).sum(1).mean()),
+                  float(p.gather(1, exact_picks).sum(1).mean()))
+
+
+def _columns(proj, layer, dims):
+    """A, B [heads, d_in, dims] of a layer as tensors."""
+    return (torch.tensor(proj.a[layer, ..., :dims]), torch.tensor(proj.b[layer, ..., :dims]))
+
+
+def esa_layer(table, context, layer, proj, dims_list, far, n_singles):
+    """Rows of ESA in one layer, for single queries and one chunk."""
+    k = context.candidates(layer)
+    singles, chunk = context.singles(layer, n_singles), context.chunk(layer)
+    p_single = esa_mass(context, singles, k, far)
+    p_chunk = esa_mass(context, chunk[::64], k, far).mean(0, keepdim=True)
+    for kind, q, p in (("decode", singles, p_single), ("chunk", chunk, p_chunk)):
+        q = context.rotated(q, proj.rope)
+        whole = index_model.esa_scores(q, k)
+        exact = whole if kind == "decode" else index_model.esa_chunk(whole)[None]
+        for dims in dims_list:
+            scores = index_model.esa_scores(q, k, *_columns(proj, layer, dims))
+            scores = scores if kind == "decode" else index_model.esa_chunk(scores)[None]
+            row = (kind, f"d'={dims}", index_model.row_bytes(1, dims))
+            _score_row(table, row, lambda n, s=scores: s.topk(n, 1).indices, exact, lambda _, p=p: p)
+
+
+def tokenselect_layer(table, context, layer, proj, dims_list, pairs, n_recent, n_singles):
+    """Rows of TokenSelect: compressed at dims_list, re-ranked at pairs (scan, finer)."""
+    k, heads = context.candidates(layer), context.geometry.n_kv_heads
+    singles, chunk = context.singles(layer, n_singles), context.chunk(layer)
+    rotated = torch.stack([context.rotated(q[None], n_recent + i)[0] for i, q in enumerate(chunk)])
+    inputs = (("decode", singles, context.rotated(singles, n_recent)),
+              ("chunk", chunk[::128], rotated.mean(0, keepdim=True)))
+    for kind, real, q in inputs:
+        exact = index_model.soft_vote(index_model.vote_logits(q, k))
+        masses = {}
+
+        def mass_of(picks, real=real, masses=masses):
+            n = picks.shape[1]
+            if n not in masses:
+                each = picks.expand(len(real), -1)
+                p = tokenselect_mass(context, real, k, each, context.first, n_recent)
+                masses[n] = p if len(picks) == len(real) else p.mean(0, keepdim=True)
+            return masses[n]
+
+        logits = {n: index_model.vote_logits(q, k, *_columns(proj, layer, n))
+                  for n in {*dims_list, *(n for pair in pairs for n in pair)}}
+        for dims in dims_list:
+            votes = index_model.soft_vote(logits[dims])
+            row = (kind, f"{dims}", index_model.row_bytes(heads, dims))
+            _score_row(table, row, lambda n, v=votes: v.topk(n, 1).indices, exact, mass_of)
+        for scan, fine in pairs:
+            votes = index_model.soft_vote(logits[scan])
+            row = (kind, f"{scan} then {fine}", index_model.row_bytes(heads, scan + fine) + 2 * heads)
+            _score_row(table, row, lambda n, v=votes, f=fine: index_model.rerank(v, logits[f], n),
+                       exact, mass_of)
+
+
+def markdown(title, table, exact_bytes):
+    """The table as markdown."""
+    lines = [f"**{title}** (exact keys: {exact_bytes} B/token; mean of layers / worst layer)", "",
+             "| queries | index | B/token | " + " | ".join(
+                 f"recall@{k} | mass@{k}" for k in KS) + " |",
+             "|---|---|---|" + "---|" * (2 * len(KS))]
+    for row in table.rows():
+        cells = []
+        for k in KS:
+            recall, worst, mass, worst_mass, _ = table.cell(row, k)
+            cells += [f"{recall:.3f} / {worst:.3f}", f"{mass:.3f} / {worst_mass:.3f}"]
+        lines.append(f"| {row[0]} | {row[1]} | {row[2]} | " + " | ".join(cells) + " |")
+    kinds = dict.fromkeys(row[0] for row in table.rows())
+    for kind in kinds:
+        first = next(row for row in table.rows() if row[0] == kind)
+        shares = ", ".join(f"{table.cell(first, k)[4]:.3f} at k={k}" for k in KS)
+        lines.append(f"\nThe exact picks of {kind} queries hold {shares} of the softmax.")
+    return "\n".join(lines)
+
+
+def parser():
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m kvasir.quality", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True)
+    p.add_argument("--text", required=True)
+    p.add_argument("--length", type=int, default=32768, help="candidates, tokens")
+    p.add_argument("--skip-chars", type=int, default=0)
+    p.add_argument("--esa", help="a projection of form shared")
+    p.add_argument("--tokenselect", help="a projection of form per_head")
+    p.add_argument("--source", choices=("kvasir", "windows"), default="kvasir",
+                   help="run the text through Kvasir, or in windows with full attention")
+    p.add_argument("--tail", type=int, default=1024, help="last tokens, whose queries are used")
+    p.add_argument("--sink", type=int, default=128)
+    p.add_argument("--recent", type=int, default=512, help="TokenSelect's n_recent")
+    p.add_argument("--far", type=int, default=4096, help="ESA's far_position")
+    p.add_argument("--dims", type=int, nargs="+", default=[12, 16, 22, 32, 48, 64, 96])
+    p.add_argument("--per-head-dims", type=int, nargs="+", default=[16, 24, 32, 48])
+    p.add_argument("--rerank", type=int, nargs="*", default=[16, 48], help="pairs: scan, finer")
+    p.add_argument("--queries", type=int, default=24)
+    p.add_argument("--layers", type=int, nargs="*", help="default: all")
+    p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    p.add_argument("--threads", type=int, default=0)
+    return p
+
+
+def _context(args):
+    model, tokenizer = calibrate.load_model(args.model, args.dtype)
+    n = args.sink + args.length + args.tail
+    ids = calibrate.token_slice(tokenizer, args.text, n, args.skip_chars)
+    if len(ids) < n:
+        raise SystemExit(f"the text has {len(ids)} tokens, {n} are needed")
+    bar = Bar("reading", n, "tokens")
+    run = run_sparse if args.source == "kvasir" else run_windows
+    context = run(model, torch.tensor(ids), args.tail, args.sink, bar)
+    bar.close()
+    return context
+
+
+def main(argv=None):
+    """Runs the tool; returns the exit status."""
+    args = parser().parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    esa = projection.read(args.esa) if args.esa else None
+    votes = projection.read(args.tokenselect) if args.tokenselect else None
+    if esa is None and votes is None:
+        raise SystemExit("give --esa, --tokenselect or both")
+    context, tables = _context(args), (Table(), Table())
+    pairs = list(zip(args.rerank[::2], args.rerank[1::2]))
+    layers = args.layers or range(context.geometry.n_layers)
+    bar = Bar("measuring", len(layers), "layers")
+    with torch.inference_mode():
+        for done, layer in enumerate(layers):
+            if esa is not None:
+                dims = [n for n in args.dims if n <= esa.dims]
+                esa_layer(tables[0], context, layer, esa, dims, args.far, args.queries)
+            if votes is not None:
+                dims = [n for n in args.per_head_dims if n <= votes.dims]
+                tokenselect_layer(tables[1], context, layer, votes, dims, pairs, args.recent,
+                                  max(1, args.queries // 2))
+            bar(done + 1, len(layers))
+    bar.close()
+    g = context.geometry
+    exact_bytes = g.row_bytes // 2
+    how = "read through Kvasir" if args.source == "kvasir" else "read in windows of 4,096"
+    print(f"{context.end - context.first} candidates, {how}; {args.queries} single queries and one "
+          f"chunk of {CHUNK} per layer, {len(layers)} layers.\n")
+    if esa is not None:
+        print(markdown(f"ESA, far_position {args.far}", tables[0], exact_bytes) + "\n")
+    if votes is not None:
+        print(markdown(f"TokenSelect, n_recent {args.recent}", tables[1], exact_bytes))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
