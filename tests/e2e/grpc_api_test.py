@@ -499,12 +499,12 @@ class BadInput(Case):
             self.assertEqual(caught.exception.code(), grpc.StatusCode.UNIMPLEMENTED)
 
     def test_an_expired_deadline(self):
-        self.server.process.send_signal(signal.SIGSTOP)
+        self.server.pause()
         try:
             with self.assertRaises(grpc.RpcError) as caught:
                 self.store.Describe(pb.DescribeRequest(), timeout=0.2)
         finally:
-            self.server.process.send_signal(signal.SIGCONT)
+            self.server.resume()
         self.assertEqual(caught.exception.code(), grpc.StatusCode.DEADLINE_EXCEEDED)
 
     def test_garbage_on_the_port(self):

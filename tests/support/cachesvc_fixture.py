@@ -56,6 +56,20 @@ class Cachesvc:
         self.process.send_signal(how)
         return self.process.wait(30)
 
+    def pause(self):
+        """Every thread of it stands still until resume."""
+        self.process.send_signal(signal.SIGSTOP)
+        tasks = "/proc/%d/task" % self.process.pid
+        for task in os.listdir(tasks):
+            while True:
+                with open(os.path.join(tasks, task, "stat")) as stream:
+                    if stream.read().rsplit(") ", 1)[1][0] == "T":
+                        break
+                time.sleep(0.001)
+
+    def resume(self):
+        self.process.send_signal(signal.SIGCONT)
+
     def close(self):
         """Ends it for good; gives its exit status."""
         status = self.stop() if self.process.poll() is None else self.process.returncode
