@@ -60,6 +60,7 @@ kvc_status kvs_buffer_get(kvs_buffers *pool, uint32_t len_bytes, kvs_buffer **bu
     }
     buffer->pool = pool;
     buffer->size_bytes = size;
+    atomic_store(&buffer->out, 1);
     *buffer_p = buffer;
     return KVC_OK;
 }
@@ -67,6 +68,7 @@ kvc_status kvs_buffer_get(kvs_buffers *pool, uint32_t len_bytes, kvs_buffer **bu
 void kvs_buffer_release(void *arg)
 {
     kvs_buffer *buffer = arg;
+    KVC_ASSERT(atomic_exchange(&buffer->out, 0) == 1);
     kvs_buffers *pool = buffer->pool;
     kvc_mutex_lock(&pool->lock);
     pool->used_bytes -= buffer->size_bytes;

@@ -6,6 +6,8 @@
 #ifndef KVS_BUFFERS_H
 #define KVS_BUFFERS_H
 
+#include <stdatomic.h>
+
 #include "base/thread.h"
 
 typedef struct kvs_buffers kvs_buffers;
@@ -14,6 +16,7 @@ typedef struct kvs_buffer {
     kvs_buffers *pool;
     struct kvs_buffer *next;
     uint32_t size_bytes;
+    atomic_uint out; /* 1 while handed out; a transport may give it back on any thread */
     _Alignas(64) char bytes[];
 } kvs_buffer;
 
