@@ -167,6 +167,8 @@ kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const cha
     if (status == KVC_OK)
         status = open_database(env);
     if (status == KVC_OK)
+        status = kvsi_env_sync(env); /* the first meta pages of a new file */
+    if (status == KVC_OK)
         status = sync_folder(root_fd, name);
     if (status == KVC_OK)
         env->map_pages = map_pages;
