@@ -28,7 +28,7 @@ static void mirror_handler(fixture *f, kvt_call *call)
         memcpy(copy, reply.data[i].iov_base, reply.data[i].iov_len);
         slices[i] = counted_slice(f, copy, reply.data[i].iov_len);
     }
-    kvt_call_reply(call, KVC_OK, NULL, 0, &reply, slices, reply.n_data);
+    fixture_reply(f, call, KVC_OK, NULL, 0, &reply, slices, reply.n_data);
 }
 
 void every_method(void **state)
@@ -39,7 +39,7 @@ void every_method(void **state)
     kvc_arena arena;
     kvc_arena_init(&arena, 64u << 20);
     fixture_open(&f, 1);
-    f.handler = mirror_handler;
+    fixture_handle(&f, mirror_handler);
     for (int m = 0; m < KVC_METHOD_COUNT; m++) {
         kvc_reply want = sample_reply((kvc_method)m, 5000, &arena);
         kvc_request req = sample_request((kvc_method)m, 3000, &arena);
@@ -87,11 +87,11 @@ static void bulk_handler(fixture *f, kvt_call *call)
 {
     if (call->req.method == KVC_PUT_BLOCKS) {
         bool same = is_pattern(call->req.data, call->req.n_data, call->req.data_bytes);
-        kvt_call_reply(call, same ? KVC_OK : KVC_NOT_FOUND, NULL, 0, NULL, NULL, 0);
+        fixture_reply(f, call, same ? KVC_OK : KVC_NOT_FOUND, NULL, 0, NULL, NULL, 0);
         return;
     }
     kvt_slice slice = counted_slice(f, pattern, reply_bytes);
-    kvt_call_reply(call, KVC_OK, NULL, 0, NULL, &slice, 1);
+    fixture_reply(f, call, KVC_OK, NULL, 0, NULL, &slice, 1);
 }
 
 typedef struct bulk_job {
@@ -117,7 +117,7 @@ void payload_sizes(void **state)
     fixture f;
     make_pattern();
     fixture_open(&f, 2);
-    f.handler = bulk_handler;
+    fixture_handle(&f, bulk_handler);
     for (uint32_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         bulk_job b;
         struct iovec data[2] = {{pattern, sizes[i] / 3},
@@ -163,7 +163,7 @@ static void slices_handler(fixture *f, kvt_call *call)
         at += len_bytes;
     }
     reply_bytes = at;
-    kvt_call_reply(call, KVC_OK, NULL, 0, NULL, slices, KVT_MAX_SLICES);
+    fixture_reply(f, call, KVC_OK, NULL, 0, NULL, slices, KVT_MAX_SLICES);
 }
 
 void many_slices(void **state)
@@ -173,7 +173,7 @@ void many_slices(void **state)
     bulk_job b;
     make_pattern();
     fixture_open(&f, 1);
-    f.handler = slices_handler;
+    fixture_handle(&f, slices_handler);
     job_init(&b.j, &f, sample_request(KVC_FETCH_ROWS, 0, &f.arena), 10 * SECOND);
     b.next = b.j.xfer.done;
     b.j.xfer.done = check_bulk;
@@ -191,7 +191,7 @@ static kvc_status error_status;
 static void error_handler(fixture *f, kvt_call *call)
 {
     kvt_slice slice = counted_slice(f, "unused", 6); /* released although it is not sent */
-    kvt_call_reply(call, error_status, "the reason: 100% \xc3\xa9", 77, NULL, &slice, 1);
+    fixture_reply(f, call, error_status, "the reason: 100% \xc3\xa9", 77, NULL, &slice, 1);
 }
 
 void every_error(void **state)
@@ -200,7 +200,7 @@ void every_error(void **state)
     fixture f;
     job j;
     fixture_open(&f, 1);
-    f.handler = error_handler;
+    fixture_handle(&f, error_handler);
     for (int i = 1; i < KVC_STATUS_COUNT; i++) {
         error_status = (kvc_status)-i;
         job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
@@ -241,7 +241,7 @@ void limits_of_calls(void **state)
     fixture_init(&f);
     f.listen.max_calls = 4;
     f.listen.max_inflight_bytes = 300000;
-    f.handler = hold_handler;
+    fixture_handle(&f, hold_handler);
     fixture_listen(&f);
     fixture_connect(&f, 1);
     for (int i = 0; i < 3; i++) {
@@ -262,7 +262,7 @@ void limits_of_calls(void **state)
     job_fini(&j);
     assert_int_equal(answer_held(&f), 4);
     wait_done(&f, 6);
-    f.handler = sample_handler;
+    fixture_handle(&f, sample_handler);
     job_init(&j, &f, sample_request(KVC_PUT_BLOCKS, 100000, &f.arena), 10 * SECOND);
     /* The last answers may still be on their way out of the count. */
     for (int i = 0; i < 100 && job_run(&j) == KVC_AGAIN; i++) {
@@ -309,7 +309,7 @@ void thousand_at_once(void **state)
     make_pattern();
     reply_bytes = 10000;
     fixture_open(&f, 4);
-    f.handler = hold_handler;
+    fixture_handle(&f, hold_handler);
     for (int i = 0; i < 2; i++)
         assert_ok(kvc_thread_start(&threads[i], "answers", answer_from_thread, &f));
     kvc_request req = sample_request(KVC_FETCH_ROWS, 0, &f.arena);

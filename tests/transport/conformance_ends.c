@@ -15,7 +15,7 @@ static void answer_late(fixture *f)
     kvc_mutex_unlock(&f->mutex);
     assert_non_null(call);
     kvt_slice slice = counted_slice(f, "too late", 8);
-    kvt_call_reply(call, KVC_OK, NULL, 0, NULL, &slice, 1);
+    fixture_reply(f, call, KVC_OK, NULL, 0, NULL, &slice, 1);
 }
 
 /* Blocks until the server has been told that the held call's client has gone. */
@@ -32,7 +32,7 @@ void deadline_passes(void **state)
     fixture f;
     job j;
     fixture_open(&f, 1);
-    f.handler = hold_handler;
+    fixture_handle(&f, hold_handler);
     job_init(&j, &f, sample_request(KVC_FETCH_ROWS, 0, &f.arena), 300 * MS);
     assert_status(job_run(&j), KVC_TIMED_OUT);
     assert_true(j.done_ns >= j.xfer.deadline_ns);
@@ -59,7 +59,7 @@ void deadline_is_told(void **state)
     fixture f;
     job j[2];
     fixture_open(&f, 1);
-    f.handler = hold_handler;
+    fixture_handle(&f, hold_handler);
     job_init(&j[0], &f, sample_request(KVC_STATS, 0, &f.arena), 30 * SECOND);
     job_submit(&j[0]);
     wait_held(&f, 1);
@@ -83,7 +83,7 @@ void cancel_in_flight(void **state)
     fixture f;
     job j;
     fixture_open(&f, 1);
-    f.handler = hold_handler;
+    fixture_handle(&f, hold_handler);
     job_init(&j, &f, sample_request(KVC_PUT_BLOCKS, 100000, &f.arena), 0);
     job_submit(&j);
     wait_held(&f, 1);
@@ -137,7 +137,7 @@ void close_in_flight(void **state)
     fixture f;
     job jobs[N], late;
     fixture_open(&f, 3);
-    f.handler = hold_handler;
+    fixture_handle(&f, hold_handler);
     for (uint32_t i = 0; i < N; i++) {
         job_init(&jobs[i], &f, sample_request(KVC_PUT_BLOCKS, 1000, &f.arena), 0);
         jobs[i].xfer.channel = i;
@@ -153,7 +153,7 @@ void close_in_flight(void **state)
         job_fini(&jobs[i]);
     }
     fixture_connect(&f, 1); /* the server goes on */
-    f.handler = sample_handler;
+    fixture_handle(&f, sample_handler);
     job_init(&late, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
     assert_ok(job_run(&late));
     job_fini(&late);
@@ -184,7 +184,7 @@ void server_dies(void **state)
     job j;
     char uri[300];
     fixture_open(&f, 1);
-    f.handler = hold_handler;
+    fixture_handle(&f, hold_handler);
     job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
     job_submit(&j);
     wait_held(&f, 1);
@@ -194,7 +194,7 @@ void server_dies(void **state)
     job_fini(&j);
     (void)snprintf(uri, sizeof(uri), "%s", f.uri);
     f.listen.uri = uri;
-    f.handler = sample_handler;
+    fixture_handle(&f, sample_handler);
     fixture_listen(&f);
     uint64_t give_up_ns = kvc_deadline_ns(10 * SECOND);
     kvc_status status = KVC_UNAVAILABLE;
@@ -221,14 +221,14 @@ void drain_waits(void **state)
     job held, j;
     kvc_thread thread;
     fixture_open(&f, 1);
-    f.handler = hold_handler;
+    fixture_handle(&f, hold_handler);
     job_init(&held, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
     job_submit(&held);
     wait_held(&f, 1);
     uint64_t start_ns = kvc_now_ns();
     assert_ok(kvc_thread_start(&thread, "drain", run_drain, &f));
     kvc_status status = KVC_OK;
-    f.handler = sample_handler;
+    fixture_handle(&f, sample_handler);
     for (int i = 0; i < 1000 && status == KVC_OK; i++) {
         job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
         status = job_run(&j);
@@ -253,7 +253,7 @@ void drain_gives_up(void **state)
     fixture f;
     job j;
     fixture_open(&f, 1);
-    f.handler = hold_handler;
+    fixture_handle(&f, hold_handler);
     job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
     job_submit(&j);
     wait_held(&f, 1);

@@ -66,6 +66,12 @@ void fixture_connect(fixture *f, uint32_t n_channels);
 void fixture_close(fixture *f);
 void fixture_close_server(fixture *f);
 
+/* Calls that arrive from now on go to handler. */
+void fixture_handle(fixture *f, handler_fn *handler);
+/* kvt_call_reply; what the handler did before it is ordered before done. */
+void fixture_reply(fixture *f, kvt_call *call, kvc_status status, const char *detail,
+                   uint32_t retry_after_ms, const kvc_reply *reply, const kvt_slice *slices,
+                   uint32_t n_slices);
 /* Answers with sample_reply of the method. */
 void sample_handler(fixture *f, kvt_call *call);
 /* Keeps the call in f->held. */

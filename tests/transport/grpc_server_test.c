@@ -270,7 +270,7 @@ static void rows_handler(fixture *f, kvt_call *call)
     kvc_reply reply = sample_reply(KVC_FETCH_ROWS, 0, &call->arena);
     kvt_slice slices[2] = {counted_slice(f, payload, 8),
                            counted_slice(f, payload + 8, sizeof(payload) - 1 - 8)};
-    kvt_call_reply(call, KVC_OK, NULL, 0, &reply, slices, 2);
+    fixture_reply(f, call, KVC_OK, NULL, 0, &reply, slices, 2);
 }
 
 /* What protoc makes of the bytes, as text. */
@@ -307,7 +307,7 @@ static void any_protobuf_reads_it(void **state)
     size_t len;
     char text[4096];
     fixture_open(&f, 1);
-    f.handler = rows_handler;
+    fixture_handle(&f, rows_handler);
     raw_open(&r, f.uri);
     raw_call(&r, "/kvasir.v1.KvCache/FetchRows", "", 0);
     assert_int_equal(r.code, GRPC_STATUS_OK);

@@ -323,8 +323,10 @@ void kvti_arm(kvti_queue *queue, int slot)
     kvc_arena_init(&call->base.arena, KVTI_ARENA_BYTES);
     grpc_metadata_array_init(&call->metadata);
     grpc_call_error error;
-    if (slot == KVTI_UNKNOWN) {
+    if (slot == KVTI_UNKNOWN)
         grpc_call_details_init(&call->details);
+    kvti_give(&call->arrived);
+    if (slot == KVTI_UNKNOWN) {
         error = grpc_server_request_call(server, &call->call, &call->details, &call->metadata,
                                          queue->cq, queue->cq, &call->arrived);
     } else {

@@ -59,6 +59,9 @@ static void open_channels(kvt_conn *conn, const char *target, uint32_t max_messa
             channel->methods[m] = grpc_channel_register_call(
                 channel->channel, kvti_method_path((kvc_method)m), NULL, NULL);
     }
+    conn->poster = grpc_channel_create_registered_call(
+        conn->channels[0].channel, NULL, GRPC_PROPAGATE_DEFAULTS, conn->cq,
+        conn->channels[0].methods[KVC_STATS], gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
 }
 
 kvc_status kvti_connect(const kvt_connect_opts *opts, kvt_conn **conn_p)
@@ -114,11 +117,17 @@ void kvti_conn_close(kvt_conn *conn)
     kvc_mutex_unlock(&conn->mutex);
     kvti_cancel_all(conn);
     kvc_mutex_lock(&conn->mutex);
+    while (conn->n_starting > 0)
+        kvc_cond_wait(&conn->idle, &conn->mutex);
+    kvc_mutex_unlock(&conn->mutex);
+    /* Closes the sockets, so that a peer that does not read cannot keep a transfer's bytes. */
+    for (uint32_t i = 0; i < conn->n_channels; i++)
+        grpc_channel_destroy(conn->channels[i].channel);
+    kvc_mutex_lock(&conn->mutex);
     while (conn->n_xfers > 0)
         kvc_cond_wait(&conn->idle, &conn->mutex);
     kvc_mutex_unlock(&conn->mutex);
-    for (uint32_t i = 0; i < conn->n_channels; i++)
-        grpc_channel_destroy(conn->channels[i].channel);
+    grpc_call_unref(conn->poster);
     grpc_completion_queue_shutdown(conn->cq);
     kvc_thread_join(&conn->thread);
     grpc_completion_queue_destroy(conn->cq);

@@ -185,12 +185,14 @@ void kvti_run_queue(grpc_completion_queue *cq)
         if (event.type != GRPC_OP_COMPLETE)
             continue;
         kvti_tag *tag = event.tag;
+        (void)atomic_load_explicit(&tag->turn, memory_order_acquire);
         tag->fn(tag, event.success != 0);
     }
 }
 
 void kvti_start(grpc_call *call, const grpc_op *ops, size_t n_ops, kvti_tag *tag)
 {
+    kvti_give(tag);
     grpc_call_error error = grpc_call_start_batch(call, ops, n_ops, tag, NULL);
     KVC_ASSERT(error == GRPC_CALL_OK);
 }

@@ -299,6 +299,7 @@ static void grpc_drain(kvt_listener *listener, uint64_t deadline_ns)
     bool done = wait_for_answers(listener, deadline_ns);
     if (!done)
         KVC_LOG_WARN(GRPC, "drain: calls still in flight are cancelled");
+    kvti_give(&listener->shutdown_tag);
     grpc_server_shutdown_and_notify(listener->server, listener->queues[0].cq,
                                     &listener->shutdown_tag);
     if (done)

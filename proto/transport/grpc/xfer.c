@@ -4,8 +4,9 @@
  * n_refs counts the batch and every slice of the caller's memory that gRPC still holds, so that
  * done never runs while a socket may yet read that memory: after a cancel or a deadline, bytes
  * already queued for a stalled peer keep the transfer until they are written or keepalive gives the
- * connection up. Whoever drops the last reference ends up on the connection's thread: the batch's
- * own event does, and a slice's destructor posts an empty batch.
+ * connection up. The call is let go as soon as its batch has ended, since its stream may hold
+ * slices too. Whoever drops the last reference ends up on the connection's thread: the batch's own
+ * event does, and a slice's destructor posts an empty batch on the connection's poster.
  */
 #include <stdatomic.h>
 #include <stdio.h>
@@ -20,7 +21,7 @@ struct kvti_xfer {
     kvti_xfer *next, *prev; /* the connection's list */
     kvt_conn *conn;
     kvt_xfer *xfer;
-    grpc_call *call;
+    grpc_call *call; /* until the batch has ended; then NULL, under the connection's mutex */
     atomic_uint n_refs;
     bool cancel_asked; /* by kvti_cancel_all; guarded by the connection's mutex */
     kvti_tag ended, last_slice;
@@ -43,15 +44,21 @@ static void on_slice_free(void *arg)
 {
     kvti_xfer *op = arg;
     if (atomic_fetch_sub(&op->n_refs, 1) == 1)
-        kvti_start(op->call, NULL, 0, &op->last_slice);
+        kvti_start(op->conn->poster, NULL, 0, &op->last_slice);
 }
 
 static void on_ended(kvti_tag *tag, bool ok)
 {
     kvti_xfer *op = KVTI_CONTAINER(tag, kvti_xfer, ended);
+    kvt_conn *conn = op->conn;
     (void)ok;
+    kvc_mutex_lock(&conn->mutex);
+    grpc_call *call = op->call;
+    op->call = NULL;
+    kvc_mutex_unlock(&conn->mutex);
     grpc_byte_buffer_destroy(op->request);
     op->request = NULL;
+    grpc_call_unref(call);
     if (atomic_fetch_sub(&op->n_refs, 1) == 1)
         finish(op);
 }
@@ -156,7 +163,7 @@ static void unlink_op(kvt_conn *conn, kvti_xfer *op)
     op->xfer->priv = NULL;
 }
 
-/* Takes a place among the transfers, which keeps the connection open. AGAIN, CLOSED. */
+/* Takes a place among the transfers, which keeps the connection and its channels. AGAIN, CLOSED. */
 static kvc_status take_place(kvt_conn *conn)
 {
     kvc_status status = KVC_OK;
@@ -165,8 +172,10 @@ static kvc_status take_place(kvt_conn *conn)
         status = KVC_CLOSED;
     else if (conn->n_xfers >= KVTI_MAX_XFERS)
         status = KVC_AGAIN;
-    else
+    if (status == KVC_OK) {
         conn->n_xfers++;
+        conn->n_starting++;
+    }
     kvc_mutex_unlock(&conn->mutex);
     return status;
 }
@@ -261,12 +270,15 @@ static void start(kvti_xfer *op)
     kvti_start(op->call, ops, 6, &op->ended);
 }
 
-/* From here on cancel and close find the transfer. CLOSED: they have already looked. */
+/* From here on cancel and close find the transfer, if there is one. CLOSED: they have looked. */
 static kvc_status publish(kvt_conn *conn, kvti_xfer *op)
 {
     kvc_mutex_lock(&conn->mutex);
     kvc_status status = conn->closed ? KVC_CLOSED : KVC_OK;
-    if (status == KVC_OK)
+    conn->n_starting--;
+    if (conn->n_starting == 0)
+        kvc_cond_broadcast(&conn->idle);
+    if (status == KVC_OK && op != NULL)
         insert(conn, op);
     kvc_mutex_unlock(&conn->mutex);
     return status;
@@ -288,10 +300,10 @@ kvc_status kvti_submit(kvt_conn *conn, kvt_xfer *xfer)
     kvti_xfer *op = create_op(conn, xfer);
     status = KVC_NO_MEMORY;
     if (op == NULL)
-        goto err_place;
+        goto err_start;
     status = encode(op);
     if (status != KVC_OK)
-        goto err_op;
+        goto err_start;
     kvti_channel *channel = &conn->channels[xfer->channel % conn->n_channels];
     op->call = grpc_channel_create_registered_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS,
                                                    conn->cq, channel->methods[req->method],
@@ -302,9 +314,11 @@ kvc_status kvti_submit(kvt_conn *conn, kvt_xfer *xfer)
     start(op);
     return KVC_OK;
 
+err_start:
+    (void)publish(conn, NULL);
 err_op:
-    free_op(op);
-err_place:
+    if (op != NULL)
+        free_op(op);
     leave_place(conn);
     return status;
 }
@@ -334,7 +348,8 @@ void kvti_cancel_all(kvt_conn *conn)
                 continue;
             op->cancel_asked = true;
             call = op->call;
-            grpc_call_ref(call);
+            if (call != NULL)
+                grpc_call_ref(call);
         }
         kvc_mutex_unlock(&conn->mutex);
         if (call == NULL)
