@@ -15,7 +15,7 @@ def rope(x, positions, theta):
     d = x.shape[-1]
     freq = theta ** (-np.arange(0, d, 2) / d)
     angle = np.asarray(positions, float)[:, None, None] * freq
-    a, b = x[..., :d // 2], x[..., d // 2:]
+    a, b = x[..., : d // 2], x[..., d // 2 :]
     c, s = np.cos(angle), np.sin(angle)
     return np.concatenate((a * c - b * s, b * c + a * s), -1)
 
@@ -53,7 +53,9 @@ class Oracle:
 
     def near_begin(self, n, n_new):
         """The first recent token."""
-        near = max(self.n_recent, n_new) if self.selector == "tokenselect" else self.n_recent + n_new
+        near = (
+            max(self.n_recent, n_new) if self.selector == "tokenselect" else self.n_recent + n_new
+        )
         return max(0, n - near)
 
     def attend(self, q, k, v):
@@ -64,7 +66,7 @@ class Oracle:
         if begin - self.n_sink <= self.k:
             self.last_picks = None
             return self._causal(q, k, v, np.arange(n), scale)
-        picks = self.select(q, k[self.n_sink:begin])
+        picks = self.select(q, k[self.n_sink : begin])
         if self.selector == "tokenselect":
             rows = np.concatenate((np.arange(self.n_sink), picks, np.arange(begin, n)))
             return self._causal(q, k[rows], v[rows], np.arange(len(rows)), scale)
@@ -73,7 +75,9 @@ class Oracle:
 
     def _causal(self, q, k, v, positions, scale):
         n, n_new = len(k), len(q)
-        x = logits(rope(q, positions[n - n_new:], self.theta), rope(k, positions, self.theta), scale)
+        x = logits(
+            rope(q, positions[n - n_new :], self.theta), rope(k, positions, self.theta), scale
+        )
         hidden = np.arange(n)[None] > np.arange(n - n_new, n)[:, None]
         x = np.where(hidden[:, None], -np.inf, x)
         return mix(soft(x), v)
@@ -83,9 +87,10 @@ class Oracle:
         at_w = rope(q, np.full(n_new, self.n_recent), self.theta)
         x_far = logits(at_w, k[far], scale)
         where = np.arange(n_near)
-        x_near = logits(rope(q, where[n_near - n_new:], self.theta), rope(k[begin:], where, self.theta),
-                        scale)
-        hidden = where[None] > where[n_near - n_new:, None]
+        x_near = logits(
+            rope(q, where[n_near - n_new :], self.theta), rope(k[begin:], where, self.theta), scale
+        )
+        hidden = where[None] > where[n_near - n_new :, None]
         x_near = np.where(hidden[:, None], -np.inf, x_near)
         weights = soft(np.concatenate((x_far, x_near), -1))
         return mix(weights, np.concatenate((v[far], v[begin:])))
@@ -103,10 +108,10 @@ class Oracle:
         s = self.scores(q, k)
         if self.eps:
             n = len(s)
-            s = np.array([s[max(0, j - self.eps):j + self.eps + 1].max() for j in range(n)])
+            s = np.array([s[max(0, j - self.eps) : j + self.eps + 1].max() for j in range(n)])
         order = np.lexsort((np.arange(len(s)), -s))
         self.last_scores = s
-        self.last_picks = np.sort(order[:self.k]) + self.n_sink
+        self.last_picks = np.sort(order[: self.k]) + self.n_sink
         return self.last_picks
 
     def agrees(self, picks, tolerance):
@@ -114,4 +119,5 @@ class Oracle:
         wrong = np.setxor1d(picks, self.last_picks) - self.n_sink
         kth = self.last_scores[self.last_picks - self.n_sink].min()
         return len(picks) == len(self.last_picks) and np.all(
-            np.abs(self.last_scores[wrong] - kth) <= tolerance)
+            np.abs(self.last_scores[wrong] - kth) <= tolerance
+        )

@@ -14,14 +14,17 @@ from kvasir import _abi
 from oracle import Oracle
 
 THETA = 10000.0
-GEOMETRY = kvasir.Geometry(n_layers=2, n_q_heads=6, n_kv_heads=2, head_dim=16, dtype="float32",
-                           rope=kvasir.Rope(THETA))
+GEOMETRY = kvasir.Geometry(
+    n_layers=2, n_q_heads=6, n_kv_heads=2, head_dim=16, dtype="float32", rope=kvasir.Rope(THETA)
+)
 SMALL = dict(n_sink=16, n_recent=32, k=48, chunk_tokens=64, block_tokens=64, n_threads=2)
 
 
 def rows(rng, n, heads):
     """Random vectors of uneven size, so that softmaxes are not flat."""
-    return (rng.standard_normal((n, heads, 16)) * rng.uniform(0.3, 2.0, (n, 1, 1))).astype(np.float32)
+    return (rng.standard_normal((n, heads, 16)) * rng.uniform(0.3, 2.0, (n, 1, 1))).astype(
+        np.float32
+    )
 
 
 class Layout(unittest.TestCase):
@@ -168,8 +171,10 @@ class Refusals(unittest.TestCase):
         self.assertIn(caught.exception.status, (kvasir.Status.INVALID, kvasir.Status.UNSUPPORTED))
         with self.assertRaises(kvasir.KvasirError) as caught:
             kvasir.Client("grpc+unix:///nonexistent/kvasir.sock", connect_timeout_s=0.5)
-        self.assertIn(caught.exception.status, (kvasir.Status.UNAVAILABLE, kvasir.Status.TIMED_OUT,
-                                                kvasir.Status.UNSUPPORTED))
+        self.assertIn(
+            caught.exception.status,
+            (kvasir.Status.UNAVAILABLE, kvasir.Status.TIMED_OUT, kvasir.Status.UNSUPPORTED),
+        )
 
 
 class Closing(unittest.TestCase):

@@ -1,4 +1,4 @@
-"""The closed form, the model of the index and the artefact, against plain algebra and the worker."""
+"""The closed form, the model of the index, the artefact: against plain algebra and the worker."""
 
 import os
 import tempfile
@@ -111,7 +111,8 @@ class Artefact(unittest.TestCase):
         self.assertEqual(self.model.config._attn_implementation, "sdpa")
         seen = []
         hook = self.model.model.layers[0].self_attn.k_proj.register_forward_hook(
-            lambda module, args, out: seen.append(out))
+            lambda module, args, out: seen.append(out)
+        )
         with torch.inference_mode():
             self.model(self.ids[:, :128])
         hook.remove()
@@ -120,7 +121,9 @@ class Artefact(unittest.TestCase):
     def test_reading_back(self):
         path = self.fit("esa", 8, 32)
         p = projection.read(path)
-        self.assertEqual((p.selector, p.model, p.form, p.rope, p.dims), ("esa", "tiny", "shared", 32, 8))
+        self.assertEqual(
+            (p.selector, p.model, p.form, p.rope, p.dims), ("esa", "tiny", "shared", 32, 8)
+        )
         self.assertEqual(p.a.shape, (3, 1, 32, 8))
         with open(path, "r+b") as f:
             f.truncate(os.path.getsize(path) - 4)
@@ -130,8 +133,17 @@ class Artefact(unittest.TestCase):
     def check_picks(self, selector, dims, rope, scores_of):
         path = self.fit(selector, dims, rope)
         proj = projection.read(path)
-        with kvasir.attach(self.model, selector=selector, index="compressed", projection=path,
-                           n_sink=16, n_recent=32, k=48, chunk_tokens=64, block_tokens=64) as kv:
+        with kvasir.attach(
+            self.model,
+            selector=selector,
+            index="compressed",
+            projection=path,
+            n_sink=16,
+            n_recent=32,
+            k=48,
+            chunk_tokens=64,
+            block_tokens=64,
+        ) as kv:
             layers = {}
 
             class Keep(kvasir.hf.Observer):
@@ -145,7 +157,7 @@ class Artefact(unittest.TestCase):
                 with torch.inference_mode():
                     self.model(torch.tensor([[7]]), past_key_values=cache)
                 for layer in range(3):
-                    k = torch.cat(layers[layer])[16:len(cache.sequence) - kv_recent(selector)]
+                    k = torch.cat(layers[layer])[16 : len(cache.sequence) - kv_recent(selector)]
                     freq = kvasir.hf_model.inv_freq(kv.geometry.rope, 16)
                     q = kvasir.hf_model.rotate(layers["q", layer], rope, freq)
                     a, b = quality._columns(proj, layer, dims)
@@ -157,8 +169,12 @@ class Artefact(unittest.TestCase):
         self.check_picks("esa", 8, 32, lambda q, k, a, b: index_model.esa_scores(q, k, a, b)[0])
 
     def test_tokenselect_picks_over_the_compressed_index(self):
-        self.check_picks("tokenselect", 8, 32, lambda q, k, a, b: index_model.soft_vote(
-            index_model.vote_logits(q, k, a, b))[0])
+        self.check_picks(
+            "tokenselect",
+            8,
+            32,
+            lambda q, k, a, b: index_model.soft_vote(index_model.vote_logits(q, k, a, b))[0],
+        )
 
     def test_a_projection_of_another_position_is_refused(self):
         path = self.fit("esa", 8, 32)

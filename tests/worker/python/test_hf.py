@@ -1,4 +1,4 @@
-"""attach on tiny random models in float32: equal to stock within the budget, to the oracle beyond."""
+"""attach on tiny random models: equal to stock within the budget, to the oracle beyond it."""
 
 import unittest
 
@@ -7,8 +7,15 @@ import need
 need.modules("numpy", "torch", "transformers")
 import numpy as np
 import torch
-from transformers import (AttentionInterface, LlamaConfig, LlamaForCausalLM, MistralConfig,
-                          MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (
+    AttentionInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.cache_utils import Cache, DynamicCache
 
 import kvasir
@@ -17,11 +24,25 @@ from oracle import Oracle
 
 torch.set_num_threads(2)
 THETA = 10000.0
-SIZES = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-             num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096)
+SIZES = dict(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=4096,
+)
 SMALL = dict(n_sink=16, n_recent=32, k=48, chunk_tokens=64, block_tokens=64, n_threads=2)
-LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0,
-              high_freq_factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
 
 
 def make(kind=LlamaForCausalLM, config=LlamaConfig, rope=None, **sizes):
@@ -101,7 +122,7 @@ def oracle_run(model, oracle, ids, passes, n_new):
     try:
         with torch.inference_mode():
             for n in passes:
-                logits.append(model(ids[:, at:at + n], past_key_values=cache).logits[0, -1])
+                logits.append(model(ids[:, at : at + n], past_key_values=cache).logits[0, -1])
                 at += n
             tokens = [int(logits[-1].argmax())]
             while len(tokens) < n_new:
@@ -131,8 +152,11 @@ class WithinTheBudget(unittest.TestCase):
                 self.assertTrue(torch.equal(greedy, generate(model, ids, 5, past_key_values=cache)))
             torch.manual_seed(3)
             with kv.cache(ids) as cache:
-                self.assertTrue(torch.equal(
-                    sampled, generate(model, ids, 5, do_sample=True, past_key_values=cache)))
+                self.assertTrue(
+                    torch.equal(
+                        sampled, generate(model, ids, 5, do_sample=True, past_key_values=cache)
+                    )
+                )
 
     def test_llama(self):
         self.check(make())
@@ -169,7 +193,7 @@ class BeyondTheBudget(unittest.TestCase):
             at, have = 0, []
             with kv.cache() as cache, torch.inference_mode():
                 for n in self.PASSES:
-                    have.append(model(ids[:, at:at + n], past_key_values=cache).logits[0, -1])
+                    have.append(model(ids[:, at : at + n], past_key_values=cache).logits[0, -1])
                     at += n
                 torch.testing.assert_close(torch.stack(have), want, atol=2e-3, rtol=1e-3)
                 mine = [int(have[-1].argmax())]
@@ -210,7 +234,9 @@ class Refusals(unittest.TestCase):
         self.addCleanup(self.kv.detach)
 
     def refuse(self, pattern, **kwargs):
-        with self.assertRaisesRegex((ValueError, NotImplementedError), pattern), torch.inference_mode():
+        with self.assertRaisesRegex(
+            (ValueError, NotImplementedError), pattern
+        ), torch.inference_mode():
             self.model(**{"past_key_values": self.kv.cache(), **kwargs})
 
     def test_padding(self):
@@ -225,15 +251,17 @@ class Refusals(unittest.TestCase):
         self.refuse("input_ids", inputs_embeds=torch.zeros(1, 4, 64))
 
     def test_positions_with_a_gap(self):
-        self.refuse("positions must go on from 0", input_ids=self.ids,
-                    position_ids=torch.arange(1, 9)[None])
+        self.refuse(
+            "positions must go on from 0", input_ids=self.ids, position_ids=torch.arange(1, 9)[None]
+        )
 
     def test_attention_weights(self):
         self.refuse("weights", input_ids=self.ids, output_attentions=True)
 
     def test_a_stock_cache(self):
-        self.refuse("past_key_values=attachment.cache", input_ids=self.ids,
-                    past_key_values=DynamicCache())
+        self.refuse(
+            "past_key_values=attachment.cache", input_ids=self.ids, past_key_values=DynamicCache()
+        )
         self.refuse("past_key_values=attachment.cache", input_ids=self.ids, past_key_values=None)
 
     def test_a_cache_of_another_attachment(self):
@@ -265,7 +293,9 @@ class Refusals(unittest.TestCase):
             self.model(self.ids, past_key_values=self.kv.cache())
 
     def refuse_runtime(self, cache):
-        with self.assertRaisesRegex(RuntimeError, "earlier error.*on purpose"), torch.inference_mode():
+        with self.assertRaisesRegex(
+            RuntimeError, "earlier error.*on purpose"
+        ), torch.inference_mode():
             self.model(self.ids, past_key_values=cache)
 
 
@@ -278,8 +308,12 @@ class Models(unittest.TestCase):
         self.assertEqual(model.config._attn_implementation, "sdpa")
 
     def test_rope_types(self):
-        self.refuse("rope type 'linear'", make(rope=dict(rope_type="linear", rope_theta=1e4, factor=2.0)))
-        self.refuse("rope type 'yarn'", make(rope=dict(rope_type="yarn", rope_theta=1e4, factor=2.0)))
+        self.refuse(
+            "rope type 'linear'", make(rope=dict(rope_type="linear", rope_theta=1e4, factor=2.0))
+        )
+        self.refuse(
+            "rope type 'yarn'", make(rope=dict(rope_type="yarn", rope_theta=1e4, factor=2.0))
+        )
 
     def test_sliding_windows(self):
         self.refuse("sliding", make(MistralForCausalLM, MistralConfig, sliding_window=64))

@@ -10,8 +10,18 @@ from .client import Client
 from .errors import KvasirError, Status
 from .worker import Geometry, Rope, Sequence, Worker
 
-__all__ = ["Client", "Geometry", "KvasirError", "Rope", "Sequence", "Status", "Worker", "attach",
-           "detach", "register"]
+__all__ = [
+    "Client",
+    "Geometry",
+    "KvasirError",
+    "Rope",
+    "Sequence",
+    "Status",
+    "Worker",
+    "attach",
+    "detach",
+    "register",
+]
 
 _HF = ("attach", "detach", "register")
 

@@ -34,7 +34,9 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
     positions = torch.arange(query.shape[2])
     q = hf_model.rotate(query, positions, state.freq)
     k = hf_model.rotate(key, positions, state.freq)
-    out = F.scaled_dot_product_attention(q, k, value, is_causal=True, scale=scaling, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        q, k, value, is_causal=True, scale=scaling, enable_gqa=True
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -51,8 +53,8 @@ class _State:
         self.k = [[] for _ in range(geometry.n_layers)]
 
     def keep(self, layer, q, k):
-        self.q[layer].append(q[::self.strides[0]].clone())
-        self.k[layer].append(k[::self.strides[1]].clone())
+        self.q[layer].append(q[:: self.strides[0]].clone())
+        self.k[layer].append(k[:: self.strides[1]].clone())
 
 
 def collect(model, ids, window=4096, q_stride=16, k_stride=4, progress=None):
@@ -70,12 +72,16 @@ def collect(model, ids, window=4096, q_stride=16, k_stride=4, progress=None):
     try:
         with torch.inference_mode():
             for i in range(0, ids.shape[1], window):
-                base(input_ids=ids[:, i:i + window], use_cache=False)
+                base(input_ids=ids[:, i : i + window], use_cache=False)
                 if progress is not None:
                     progress(min(i + window, ids.shape[1]), ids.shape[1])
     finally:
         _capture.state = None
         base.rotary_emb = rotary
         model.set_attn_implementation(implementation)
-    return Activations(geometry, torch.stack([torch.cat(x) for x in state.q]),
-                       torch.stack([torch.cat(x) for x in state.k]), ids.shape[1])
+    return Activations(
+        geometry,
+        torch.stack([torch.cat(x) for x in state.q]),
+        torch.stack([torch.cat(x) for x in state.k]),
+        ids.shape[1],
+    )

@@ -1,4 +1,4 @@
-"""python -m kvasir.calibrate: computes the projection of a compressed index from a model and a text.
+"""python -m kvasir.calibrate: the projection of a compressed index, from a model and a text.
 
 ESA (form shared): one matrix over the concatenated heads, the group-summed query rotated at
 far_position, the distance at which ESA attends to far keys. TokenSelect (per_head): one matrix per
@@ -35,9 +35,22 @@ def fit(acts, selector, dims, rope, model_id, form=None, top=1 / 32, notes=None,
         b.append(pair[1].float().numpy())
         if progress is not None:
             progress(layer + 1, g.n_layers)
-    return Projection(selector, model_id, g.n_kv_heads, g.head_dim, form, rope, np.stack(a),
-                      np.stack(b), {"tool": "kvasir.calibrate", "tokens": acts.n_tokens,
-                                    "top": round(top, 6) if top else "none", **(notes or {})})
+    return Projection(
+        selector,
+        model_id,
+        g.n_kv_heads,
+        g.head_dim,
+        form,
+        rope,
+        np.stack(a),
+        np.stack(b),
+        {
+            "tool": "kvasir.calibrate",
+            "tokens": acts.n_tokens,
+            "top": round(top, 6) if top else "none",
+            **(notes or {}),
+        },
+    )
 
 
 def load_model(path, dtype):
@@ -65,23 +78,37 @@ def token_slice(tokenizer, text_path, n_tokens, skip_chars=0):
 
 def parser():
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m kvasir.calibrate", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m kvasir.calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--model", required=True, help="a folder that transformers can load")
     p.add_argument("--text", required=True, help="a text like those to be served, UTF-8")
     p.add_argument("--out", required=True, help="the artefact")
     p.add_argument("--selector", choices=sorted(FORMS), default="esa")
     p.add_argument("--form", choices=("shared", "per_head"), help="default: the selector's")
-    p.add_argument("--dims", type=int, required=True, help="columns per head; a worker may use fewer")
-    p.add_argument("--rope", help="position of the queries: far_position (ESA, default 4096), "
-                   "n_recent (TokenSelect, 512), or raw")
+    p.add_argument(
+        "--dims", type=int, required=True, help="columns per head; a worker may use fewer"
+    )
+    p.add_argument(
+        "--rope",
+        help="position of the queries: far_position (ESA, default 4096), "
+        "n_recent (TokenSelect, 512), or raw",
+    )
     p.add_argument("--tokens", type=int, default=49152)
     p.add_argument("--skip-chars", type=int, default=0, help="where in the text to begin")
     p.add_argument("--window", type=int, default=4096, help="tokens that the model reads at a time")
     p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    p.add_argument("--top", type=float, default=1 / 32,
-                   help="keys count by how often they are in this share of the best; 0: all alike")
-    p.add_argument("--model-id", help="name in the artefact; default: that of the model, as attach uses it")
+    p.add_argument(
+        "--top",
+        type=float,
+        default=1 / 32,
+        help="keys count by how often they are in this share of the best; 0: all alike",
+    )
+    p.add_argument(
+        "--model-id", help="name in the artefact; default: that of the model, as attach uses it"
+    )
     p.add_argument("--threads", type=int, default=0)
     return p
 
@@ -98,12 +125,22 @@ def main(argv=None):
     acts = activations.collect(model, ids, args.window, progress=bar)
     bar.close()
     bar = Bar("solving", acts.geometry.n_layers, "layers")
-    projection = fit(acts, args.selector, args.dims, rope, args.model_id or
-                     hf_model.model_id(model), args.form, args.top or None, progress=bar)
+    projection = fit(
+        acts,
+        args.selector,
+        args.dims,
+        rope,
+        args.model_id or hf_model.model_id(model),
+        args.form,
+        args.top or None,
+        progress=bar,
+    )
     bar.close()
     projection.write(args.out)
-    print(f"{args.out}: {args.selector}, {projection.form}, {args.dims} dims, rope {rope}, "
-          f"from {len(ids)} tokens")
+    print(
+        f"{args.out}: {args.selector}, {projection.form}, {args.dims} dims, rope {rope}, "
+        f"from {len(ids)} tokens"
+    )
     return 0
 
 

@@ -95,7 +95,9 @@ class Client:
                 uptime_ms=s.uptime_ms,
                 limits=_plain(s.limits),
                 tiers={t.name: t for t in (_tier(s.tiers[i]) for i in range(s.n_tiers))},
-                counters={s.counters[i].name.decode(): s.counters[i].value for i in range(s.n_counters)},
+                counters={
+                    s.counters[i].name.decode(): s.counters[i].value for i in range(s.n_counters)
+                },
                 schemas=[bytes(s.schemas[i].bytes).hex() for i in range(s.n_schemas)],
             )
         finally:

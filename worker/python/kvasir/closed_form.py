@@ -63,11 +63,13 @@ def group_sum(q, n_kv_heads):
 
 
 def solve_layer(q, k, form, dims, **kwargs):
-    """A, B [heads, d_in, dims] of one layer: q [n, n_q_heads, d] as scored, k [m, n_kv_heads, d]."""
+    """A, B [heads, d_in, dims] of a layer: q [n, n_q_heads, d] as scored, k [m, n_kv_heads, d]."""
     n_kv_heads, d = k.shape[1:]
     if form == "shared":
         a, b = solve(group_sum(q.double(), n_kv_heads), k.reshape(len(k), -1), dims, **kwargs)
         return a[None], b[None]
     per_head = q.view(len(q), n_kv_heads, -1, d).transpose(0, 1).reshape(n_kv_heads, -1, d)
-    pairs = [solve(per_head[h], k[:, h], dims, normalise=False, **kwargs) for h in range(n_kv_heads)]
+    pairs = [
+        solve(per_head[h], k[:, h], dims, normalise=False, **kwargs) for h in range(n_kv_heads)
+    ]
     return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])

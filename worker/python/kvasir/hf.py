@@ -23,12 +23,22 @@ from .hf_cache import KvasirCache
 from .hf_model import UnsupportedModel
 from .worker import Worker
 
-__all__ = ["Attachment", "KvasirCache", "Observer", "UnsupportedModel", "attach", "detach", "register"]
+__all__ = [
+    "Attachment",
+    "KvasirCache",
+    "Observer",
+    "UnsupportedModel",
+    "attach",
+    "detach",
+    "register",
+]
 
 NAME = "kvasir"
-NOT_ATTACHED = ("the attention implementation 'kvasir' works only on a model that "
-                "kvasir.attach(model, ...) has prepared: call it, and pass its cache() as "
-                "past_key_values")
+NOT_ATTACHED = (
+    "the attention implementation 'kvasir' works only on a model that "
+    "kvasir.attach(model, ...) has prepared: call it, and pass its cache() as "
+    "past_key_values"
+)
 
 _attachments = weakref.WeakKeyDictionary()  # decoder -> Attachment
 
@@ -111,7 +121,9 @@ class Attachment:
             while cache.n_tokens < end:
                 n = min(self.worker.chunk_tokens, end - cache.n_tokens)
                 first = cache.n_tokens
-                self._base(input_ids=ids[:, first:first + n], past_key_values=cache, use_cache=True)
+                self._base(
+                    input_ids=ids[:, first : first + n], past_key_values=cache, use_cache=True
+                )
                 if progress is not None:
                     progress(cache.n_tokens, end)
 
@@ -149,15 +161,25 @@ class Attachment:
     def __exit__(self, *_):
         self.detach()
 
-    def _forward(self, stock, input_ids=None, attention_mask=None, position_ids=None,
-                 past_key_values=None, inputs_embeds=None, **kwargs):
+    def _forward(
+        self,
+        stock,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        **kwargs,
+    ):
         cache = self._check_cache(past_key_values)
         _check_input(cache, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         chunk, n = self.worker.chunk_tokens, input_ids.shape[1]
         if n > chunk and kwargs.get("output_hidden_states"):
             raise ValueError(f"kvasir: output_hidden_states needs passes of at most {chunk} tokens")
-        outputs = [self._pass(stock, cache, input_ids[:, i:i + chunk], kwargs)
-                   for i in range(0, n, chunk)]
+        outputs = [
+            self._pass(stock, cache, input_ids[:, i : i + chunk], kwargs)
+            for i in range(0, n, chunk)
+        ]
         last = outputs[-1]
         if len(outputs) > 1:
             last.last_hidden_state = torch.cat([o.last_hidden_state for o in outputs], 1)
@@ -165,8 +187,10 @@ class Attachment:
 
     def _check_cache(self, cache):
         if not isinstance(cache, KvasirCache):
-            raise ValueError("kvasir: pass past_key_values=attachment.cache(prompt_ids); a "
-                             f"{type(cache).__name__} would not hold this model's keys and values")
+            raise ValueError(
+                "kvasir: pass past_key_values=attachment.cache(prompt_ids); a "
+                f"{type(cache).__name__} would not hold this model's keys and values"
+            )
         if cache.attachment is not self:
             raise ValueError("kvasir: this cache belongs to another attachment")
         cache.check()
@@ -193,14 +217,18 @@ def _check_input(cache, input_ids, attention_mask, position_ids, inputs_embeds, 
     if input_ids is None or inputs_embeds is not None:
         raise ValueError("kvasir: input_ids are needed: token ids name the blocks in the store")
     if input_ids.dim() != 2 or input_ids.shape[0] != 1:
-        raise ValueError(f"kvasir: one sequence at a time, not a batch of {input_ids.shape[0]}; "
-                         "beam search and num_return_sequences need batches, too")
+        raise ValueError(
+            f"kvasir: one sequence at a time, not a batch of {input_ids.shape[0]}; "
+            "beam search and num_return_sequences need batches, too"
+        )
     if attention_mask is not None:
         mask = torch.as_tensor(attention_mask)
         if mask.dim() != 2 or not bool((mask != 0).all()):
-            raise ValueError("kvasir: padding is not supported: the attention mask must be all "
-                             "ones, [1, tokens], or absent (generate() guesses one from pad tokens in "
-                             "the prompt unless it is given)")
+            raise ValueError(
+                "kvasir: padding is not supported: the attention mask must be all "
+                "ones, [1, tokens], or absent (generate() guesses one from pad tokens in "
+                "the prompt unless it is given)"
+            )
     if position_ids is not None:
         want = torch.arange(cache.n_tokens, cache.n_tokens + input_ids.shape[1])
         if not torch.equal(position_ids.reshape(-1).cpu(), want):
@@ -222,7 +250,13 @@ def attach(model, client=None, selector="tokenselect", model_id=None, revision=N
     own = Client(client) if isinstance(client, str) else None
     try:
         worker = Worker(
-            geometry, model_id or hf_model.model_id(model), selector, own or client, revision or hf_model.fingerprint(model), **options)
+            geometry,
+            model_id or hf_model.model_id(model),
+            selector,
+            own or client,
+            revision or hf_model.fingerprint(model),
+            **options,
+        )
     except BaseException:
         if own is not None:
             own.close()

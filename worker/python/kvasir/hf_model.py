@@ -26,7 +26,8 @@ def base_of(model):
         if m is not None and hasattr(m, "layers") and hasattr(m, "rotary_emb"):
             return m
     raise UnsupportedModel(
-        f"{type(model).__name__} has no decoder with .layers and .rotary_emb: not a Llama-like model")
+        f"{type(model).__name__}: no decoder with .layers and .rotary_emb: not a Llama-like model"
+    )
 
 
 def _rope_parameters(config):
@@ -42,13 +43,22 @@ def rope_of(config):
     """Rope from a config; rope types default (plain) and llama3."""
     p = _rope_parameters(config)
     kind = p.get("rope_type", p.get("type", "default"))
-    if p.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) not in (None, 1, 1.0):
+    if p.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) not in (
+        None,
+        1,
+        1.0,
+    ):
         raise UnsupportedModel("only part of each head is rotated (partial_rotary_factor)")
     if kind == "default":
         return Rope(float(p["rope_theta"]))
     if kind == "llama3":
-        return Rope(float(p["rope_theta"]), float(p["factor"]), float(p["low_freq_factor"]),
-                    float(p["high_freq_factor"]), int(p["original_max_position_embeddings"]))
+        return Rope(
+            float(p["rope_theta"]),
+            float(p["factor"]),
+            float(p["low_freq_factor"]),
+            float(p["high_freq_factor"]),
+            int(p["original_max_position_embeddings"]),
+        )
     raise UnsupportedModel(f"rope type {kind!r}; default and llama3 can be done")
 
 
@@ -95,16 +105,22 @@ def check_rotation(base, rope, head_dim):
     cos, sin = base.rotary_emb(x, positions)
     angle = positions[0, :, None].double() * inv_freq(rope, head_dim)
     want = torch.cat((angle, angle), -1)
-    if cos.shape[-1] != head_dim or not torch.allclose(cos[0].double(), want.cos(), atol=tolerance) \
-            or not torch.allclose(sin[0].double(), want.sin(), atol=tolerance):
+    if (
+        cos.shape[-1] != head_dim
+        or not torch.allclose(cos[0].double(), want.cos(), atol=tolerance)
+        or not torch.allclose(sin[0].double(), want.sin(), atol=tolerance)
+    ):
         raise UnsupportedModel("its rotary embedding is not plain or Llama-3 RoPE over whole heads")
     apply = getattr(sys.modules[type(base).__module__], "apply_rotary_pos_emb", None)
     if apply is None:
         return
     q = torch.arange(4.0 * head_dim).view(1, 1, 4, head_dim) / head_dim
     have = apply(q, q, cos.float(), sin.float())[0][0, 0]
-    if not torch.allclose(have.double(), rotate(q[0, 0].double(), positions[0], inv_freq(rope, head_dim)),
-                          atol=10 * tolerance):
+    if not torch.allclose(
+        have.double(),
+        rotate(q[0, 0].double(), positions[0], inv_freq(rope, head_dim)),
+        atol=10 * tolerance,
+    ):
         raise UnsupportedModel("it rotates other pairs of dimensions than (i, i + head_dim/2)")
 
 
@@ -121,10 +137,18 @@ def geometry_of(model):
     rope = rope_of(config)
     check_rotation(base, rope, head_dim)
     attention = base.layers[0].self_attn
-    return Geometry(
-        n_layers=config.num_hidden_layers, n_q_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads, head_dim=head_dim, dtype=_DTYPES[weight.dtype],
-        rope=rope, attention_scale=float(getattr(attention, "scaling", head_dim ** -0.5))), base
+    return (
+        Geometry(
+            n_layers=config.num_hidden_layers,
+            n_q_heads=config.num_attention_heads,
+            n_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            dtype=_DTYPES[weight.dtype],
+            rope=rope,
+            attention_scale=float(getattr(attention, "scaling", head_dim**-0.5)),
+        ),
+        base,
+    )
 
 
 def model_id(model):

@@ -58,7 +58,7 @@ def soft_vote(logits):
 
 
 def rerank(votes, fine_logits, k, factor=4):
-    """Positions [m, k]: the best factor*k by votes, then by the softmax over them of fine_logits."""
+    """Positions [m, k]: the best factor * k by votes, of these the best by fine_logits' votes."""
     candidates = votes.topk(min(factor * k, votes.shape[1]), 1).indices
     index = candidates[:, None].expand(-1, fine_logits.shape[1], -1)
     fine = soft_vote(fine_logits.gather(2, index))

@@ -32,8 +32,10 @@ class Bar:
         rate, share = self._rate(n, now), min(1.0, n / self.total)
         left = f"{(self.total - n) / rate:4.0f} s left" if rate > 0 else ""
         cells = round(28 * share)
-        text = (f"{self.what} [{'#' * cells}{'.' * (28 - cells)}] {100 * share:3.0f}% "
-                f"{n}/{self.total} {self.unit} {rate:.0f}/s {left}")
+        text = (
+            f"{self.what} [{'#' * cells}{'.' * (28 - cells)}] {100 * share:3.0f}% "
+            f"{n}/{self.total} {self.unit} {rate:.0f}/s {left}"
+        )
         self.out.write(f"\r{text:<100.100}" if self.tty else text.rstrip() + "\n")
         self.out.flush()
 

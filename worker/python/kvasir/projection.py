@@ -35,9 +35,16 @@ class Projection:
     def header(self):
         """The text before the matrices, empty line included."""
         pairs = {
-            "selector": self.selector, "model": self.model, "n_layers": self.a.shape[0],
-            "n_kv_heads": self.n_kv_heads, "head_dim": self.head_dim, "dims": self.dims,
-            "form": self.form, "rope": self.rope, "nested": 1, **self.notes,
+            "selector": self.selector,
+            "model": self.model,
+            "n_layers": self.a.shape[0],
+            "n_kv_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "dims": self.dims,
+            "form": self.form,
+            "rope": self.rope,
+            "nested": 1,
+            **self.notes,
         }
         for key, value in pairs.items():
             if "\n" in str(value) or not str(value):
@@ -74,15 +81,24 @@ def read(path):
     end = data.find(b"\n\n", 0, MAX_HEADER_BYTES)
     if not data.startswith(MAGIC) or end < 0:
         raise ValueError(f"{path} does not begin like a projection")
-    pairs = dict(line.split("=", 1) for line in data[len(MAGIC):end].decode().split("\n"))
+    pairs = dict(line.split("=", 1) for line in data[len(MAGIC) : end].decode().split("\n"))
     n_layers, n_kv_heads = int(pairs.pop("n_layers")), int(pairs.pop("n_kv_heads"))
     head_dim, dims, form = int(pairs.pop("head_dim")), int(pairs.pop("dims")), pairs.pop("form")
     heads, d_in = (1, n_kv_heads * head_dim) if form == "shared" else (n_kv_heads, head_dim)
-    body = np.frombuffer(data[end + 2:], "<f4")
+    body = np.frombuffer(data[end + 2 :], "<f4")
     if body.size != 2 * n_layers * heads * d_in * dims:
         raise ValueError(f"{path} does not have the length that its header says")
     both = body.reshape(n_layers, 2, heads, d_in, dims)
     rope = pairs.pop("rope")
     pairs.pop("nested", None)
-    return Projection(pairs.pop("selector"), pairs.pop("model"), n_kv_heads, head_dim, form,
-                      rope if rope == "raw" else int(rope), both[:, 0], both[:, 1], pairs)
+    return Projection(
+        pairs.pop("selector"),
+        pairs.pop("model"),
+        n_kv_heads,
+        head_dim,
+        form,
+        rope if rope == "raw" else int(rope),
+        both[:, 0],
+        both[:, 1],
+        pairs,
+    )

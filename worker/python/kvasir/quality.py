@@ -34,7 +34,7 @@ class Context:
 
     def candidates(self, layer):
         """Raw keys that selectors choose among."""
-        return self.k[layer, self.first:self.end].float()
+        return self.k[layer, self.first : self.end].float()
 
     def rotated(self, q, position):
         """q [m, heads, d] at one position (a number, or "raw")."""
@@ -62,7 +62,7 @@ class _Recorder(Observer):
         """Keeps k, and q where the tail has begun."""
         self.k[layer].append(k.clone())
         if cache.n_tokens + len(q) > self.tail_from:
-            self.q[layer].append(q[max(0, self.tail_from - cache.n_tokens):].clone())
+            self.q[layer].append(q[max(0, self.tail_from - cache.n_tokens) :].clone())
 
 
 def run_sparse(model, ids, tail, n_sink, progress):
@@ -72,8 +72,12 @@ def run_sparse(model, ids, tail, n_sink, progress):
         attachment.observer = recorder
         with attachment.cache() as cache:
             attachment.prefill(cache, ids, progress)
-        return Context(attachment.geometry, torch.stack([torch.cat(x) for x in recorder.k]),
-                       torch.stack([torch.cat(x) for x in recorder.q]), n_sink)
+        return Context(
+            attachment.geometry,
+            torch.stack([torch.cat(x) for x in recorder.k]),
+            torch.stack([torch.cat(x) for x in recorder.q]),
+            n_sink,
+        )
 
 
 def run_windows(model, ids, tail, n_sink, progress, window=4096):
@@ -92,10 +96,11 @@ def esa_mass(context, q, k, far):
 def tokenselect_mass(context, q, k, exact_picks, n_sink, n_recent):
     """The same [m, n] at renumbered positions; exact_picks [m, k_picks]."""
     g, d = context.geometry, q.shape[-1]
-    half = torch.view_as_complex(torch.stack((k[..., :d // 2], k[..., d // 2:]), -1).contiguous())
+    half = torch.view_as_complex(torch.stack((k[..., : d // 2], k[..., d // 2 :]), -1).contiguous())
     n_picks, out = exact_picks.shape[1], []
-    table = torch.polar(torch.ones(1), (torch.arange(n_sink + n_picks + 1)[:, None].double()
-                                        * context.freq).float())
+    table = torch.polar(
+        torch.ones(1), (torch.arange(n_sink + n_picks + 1)[:, None].double() * context.freq).float()
+    )
     queries = hf_model.rotate(q, n_sink + n_picks + n_recent - 1, context.freq)
     for i in range(len(q)):
         taken = torch.zeros(len(k), dtype=torch.int64)
@@ -103,7 +108,7 @@ def tokenselect_mass(context, q, k, exact_picks, n_sink, n_recent):
         positions = n_sink + taken.cumsum(0) - taken
         turned = half * table[positions][:, None]
         keys = torch.cat((turned.real, turned.imag), -1)
-        logits = index_model.vote_logits(queries[i:i + 1], keys) * g.attention_scale
+        logits = index_model.vote_logits(queries[i : i + 1], keys) * g.attention_scale
         out.append(logits.softmax(-1).mean(1)[0])
     return torch.stack(out)
 
@@ -132,8 +137,13 @@ class Table:
         """(mean recall, worst, mass of exact's, worst layer's, exact mass)."""
         a = np.array(self.cells[row, k])
         share = a[:, 1] / np.maximum(a[:, 2], 1e-12)
-        return (a[:, 0].mean(), a[:, 0].min(), a[:, 1].mean() / a[:, 2].mean(), share.min(),
-                a[:, 2].mean())
+        return (
+            a[:, 0].mean(),
+            a[:, 0].min(),
+            a[:, 1].mean() / a[:, 2].mean(),
+            share.min(),
+            a[:, 2].mean(),
+        )
 
 
 def _score_row(table, row, picks_of, exact, mass_of):
@@ -141,9 +151,13 @@ def _score_row(table, row, picks_of, exact, mass_of):
     for k in KS:
         exact_picks, picks = exact.topk(k, 1).indices, picks_of(k)
         p = mass_of(exact_picks)
-        table.add(row, k, recall_of(picks, exact_picks, exact.shape[1]),
-                  float(p.gather(1, picks).sum(1).mean()),
-                  float(p.gather(1, exact_picks).sum(1).mean()))
+        table.add(
+            row,
+            k,
+            recall_of(picks, exact_picks, exact.shape[1]),
+            float(p.gather(1, picks).sum(1).mean()),
+            float(p.gather(1, exact_picks).sum(1).mean()),
+        )
 
 
 def _columns(proj, layer, dims):
@@ -165,7 +179,9 @@ def esa_layer(table, context, layer, proj, dims_list, far, n_singles):
             scores = index_model.esa_scores(q, k, *_columns(proj, layer, dims))
             scores = scores if kind == "decode" else index_model.esa_chunk(scores)[None]
             row = (kind, f"d'={dims}", index_model.row_bytes(1, dims))
-            _score_row(table, row, lambda n, s=scores: s.topk(n, 1).indices, exact, lambda _, p=p: p)
+            _score_row(
+                table, row, lambda n, s=scores: s.topk(n, 1).indices, exact, lambda _, p=p: p
+            )
 
 
 def tokenselect_layer(table, context, layer, proj, dims_list, pairs, n_recent, n_singles):
@@ -173,8 +189,10 @@ def tokenselect_layer(table, context, layer, proj, dims_list, pairs, n_recent, n
     k, heads = context.candidates(layer), context.geometry.n_kv_heads
     singles, chunk = context.singles(layer, n_singles), context.chunk(layer)
     rotated = torch.stack([context.rotated(q[None], n_recent + i)[0] for i, q in enumerate(chunk)])
-    inputs = (("decode", singles, context.rotated(singles, n_recent)),
-              ("chunk", chunk[::128], rotated.mean(0, keepdim=True)))
+    inputs = (
+        ("decode", singles, context.rotated(singles, n_recent)),
+        ("chunk", chunk[::128], rotated.mean(0, keepdim=True)),
+    )
     for kind, real, q in inputs:
         exact = index_model.soft_vote(index_model.vote_logits(q, k))
         masses = {}
@@ -187,25 +205,38 @@ def tokenselect_layer(table, context, layer, proj, dims_list, pairs, n_recent, n
                 masses[n] = p if len(picks) == len(real) else p.mean(0, keepdim=True)
             return masses[n]
 
-        logits = {n: index_model.vote_logits(q, k, *_columns(proj, layer, n))
-                  for n in {*dims_list, *(n for pair in pairs for n in pair)}}
+        logits = {
+            n: index_model.vote_logits(q, k, *_columns(proj, layer, n))
+            for n in {*dims_list, *(n for pair in pairs for n in pair)}
+        }
         for dims in dims_list:
             votes = index_model.soft_vote(logits[dims])
             row = (kind, f"{dims}", index_model.row_bytes(heads, dims))
             _score_row(table, row, lambda n, v=votes: v.topk(n, 1).indices, exact, mass_of)
         for scan, fine in pairs:
             votes = index_model.soft_vote(logits[scan])
-            row = (kind, f"{scan} then {fine}", index_model.row_bytes(heads, scan + fine) + 2 * heads)
-            _score_row(table, row, lambda n, v=votes, f=fine: index_model.rerank(v, logits[f], n),
-                       exact, mass_of)
+            row = (
+                kind,
+                f"{scan} then {fine}",
+                index_model.row_bytes(heads, scan + fine) + 2 * heads,
+            )
+            _score_row(
+                table,
+                row,
+                lambda n, v=votes, f=fine: index_model.rerank(v, logits[f], n),
+                exact,
+                mass_of,
+            )
 
 
 def markdown(title, table, exact_bytes):
     """The table as markdown."""
-    lines = [f"**{title}** (exact keys: {exact_bytes} B/token; mean of layers / worst layer)", "",
-             "| queries | index | B/token | " + " | ".join(
-                 f"recall@{k} | mass@{k}" for k in KS) + " |",
-             "|---|---|---|" + "---|" * (2 * len(KS))]
+    lines = [
+        f"**{title}** (exact keys: {exact_bytes} B/token; mean of layers / worst layer)",
+        "",
+        "| queries | index | B/token | " + " | ".join(f"recall@{k} | mass@{k}" for k in KS) + " |",
+        "|---|---|---|" + "---|" * (2 * len(KS)),
+    ]
     for row in table.rows():
         cells = []
         for k in KS:
@@ -222,16 +253,23 @@ def markdown(title, table, exact_bytes):
 
 def parser():
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m kvasir.quality", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m kvasir.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--model", required=True)
     p.add_argument("--text", required=True)
     p.add_argument("--length", type=int, default=32768, help="candidates, tokens")
     p.add_argument("--skip-chars", type=int, default=0)
     p.add_argument("--esa", help="a projection of form shared")
     p.add_argument("--tokenselect", help="a projection of form per_head")
-    p.add_argument("--source", choices=("kvasir", "windows"), default="kvasir",
-                   help="run the text through Kvasir, or in windows with full attention")
+    p.add_argument(
+        "--source",
+        choices=("kvasir", "windows"),
+        default="kvasir",
+        help="run the text through Kvasir, or in windows with full attention",
+    )
     p.add_argument("--tail", type=int, default=1024, help="last tokens, whose queries are used")
     p.add_argument("--sink", type=int, default=128)
     p.add_argument("--recent", type=int, default=512, help="TokenSelect's n_recent")
@@ -279,15 +317,25 @@ def main(argv=None):
                 esa_layer(tables[0], context, layer, esa, dims, args.far, args.queries)
             if votes is not None:
                 dims = [n for n in args.per_head_dims if n <= votes.dims]
-                tokenselect_layer(tables[1], context, layer, votes, dims, pairs, args.recent,
-                                  max(1, args.queries // 2))
+                tokenselect_layer(
+                    tables[1],
+                    context,
+                    layer,
+                    votes,
+                    dims,
+                    pairs,
+                    args.recent,
+                    max(1, args.queries // 2),
+                )
             bar(done + 1, len(layers))
     bar.close()
     g = context.geometry
     exact_bytes = g.row_bytes // 2
     how = "read through Kvasir" if args.source == "kvasir" else "read in windows of 4,096"
-    print(f"{context.end - context.first} candidates, {how}; {args.queries} single queries and one "
-          f"chunk of {CHUNK} per layer, {len(layers)} layers.\n")
+    print(
+        f"{context.end - context.first} candidates, {how}; {args.queries} single queries and one "
+        f"chunk of {CHUNK} per layer, {len(layers)} layers.\n"
+    )
     if esa is not None:
         print(markdown(f"ESA, far_position {args.far}", tables[0], exact_bytes) + "\n")
     if votes is not None:

@@ -20,7 +20,7 @@ def is_torch(x):
 
 
 def dtype_name(dtype):
-    """"float32", "float16" or "bfloat16" of a name, a numpy dtype or a torch dtype."""
+    """ "float32", "float16" or "bfloat16" of a name, a numpy dtype or a torch dtype."""
     name = dtype if isinstance(dtype, str) else getattr(dtype, "name", str(dtype))
     name = name.rsplit(".", 1)[-1]
     if name not in DTYPES:

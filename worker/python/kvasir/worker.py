@@ -31,8 +31,14 @@ class Rope:
     def params(self):
         """As a kvk_rope_params."""
         kind = _abi.ROPE_LLAMA3 if self.is_llama3 else _abi.ROPE_PLAIN
-        return _abi.RopeParams(kind, self.theta, self.factor, self.low_freq_factor,
-                               self.high_freq_factor, self.original_max_position)
+        return _abi.RopeParams(
+            kind,
+            self.theta,
+            self.factor,
+            self.low_freq_factor,
+            self.high_freq_factor,
+            self.original_max_position,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,10 @@ def _bytes(text):
 
 
 # Options that pass through to kvw_opts as they are; 0 is the C side's default.
-_COUNTS = ("tp_size tp_rank block_tokens n_threads n_sink n_recent k eps chunk_tokens far_position "
-           "residency_slots exact index_dims rerank_dims rerank_factor put_window reuse_any").split()
+_COUNTS = (
+    "tp_size tp_rank block_tokens n_threads n_sink n_recent k eps chunk_tokens far_position "
+    "residency_slots exact index_dims rerank_dims rerank_factor put_window reuse_any"
+).split()
 
 
 class Worker:
@@ -79,9 +87,23 @@ class Worker:
     (n_sink, n_recent, k, eps, chunk_tokens, block_tokens, ...). Blocks; raises KvasirError.
     """
 
-    def __init__(self, geometry, model, selector, client=None, revision="", index=None,
-                 projection=None, policy=None, promise=None, fetch_timeout_s=None,
-                 put_timeout_s=None, reselect_cos=0.0, backend=None, **counts):
+    def __init__(
+        self,
+        geometry,
+        model,
+        selector,
+        client=None,
+        revision="",
+        index=None,
+        projection=None,
+        policy=None,
+        promise=None,
+        fetch_timeout_s=None,
+        put_timeout_s=None,
+        reselect_cos=0.0,
+        backend=None,
+        **counts,
+    ):
         self._ptr = None
         self._sequences = weakref.WeakSet()
         unknown = set(counts) - set(_COUNTS)
@@ -92,16 +114,28 @@ class Worker:
         self.dtype = tensors.dtype_name(g.dtype)
         self.chunk_tokens = counts.get("chunk_tokens") or 512
         opts = _abi.WorkerOpts(
-            size_bytes=ctypes.sizeof(_abi.WorkerOpts), model=_bytes(model), revision=_bytes(revision),
-            n_layers=g.n_layers, n_q_heads=g.n_q_heads, n_kv_heads=g.n_kv_heads,
-            head_dim=g.head_dim, dtype=tensors.DTYPES[self.dtype], rope=g.rope.params(),
+            size_bytes=ctypes.sizeof(_abi.WorkerOpts),
+            model=_bytes(model),
+            revision=_bytes(revision),
+            n_layers=g.n_layers,
+            n_q_heads=g.n_q_heads,
+            n_kv_heads=g.n_kv_heads,
+            head_dim=g.head_dim,
+            dtype=tensors.DTYPES[self.dtype],
+            rope=g.rope.params(),
             attention_scale=g.attention_scale,
             client=None if client is None else client.pointer,
             promise=_choice("promise", _abi.PROMISE, promise),
-            fetch_timeout_ns=_lib.ns(fetch_timeout_s), policy=_choice("policy", _abi.POLICY, policy),
-            backend=_bytes(backend), selector=_bytes(selector),
-            index=_choice("index", _abi.INDEX, index), projection_path=_bytes(projection),
-            reselect_cos=reselect_cos, put_timeout_ns=_lib.ns(put_timeout_s), **counts)
+            fetch_timeout_ns=_lib.ns(fetch_timeout_s),
+            policy=_choice("policy", _abi.POLICY, policy),
+            backend=_bytes(backend),
+            selector=_bytes(selector),
+            index=_choice("index", _abi.INDEX, index),
+            projection_path=_bytes(projection),
+            reselect_cos=reselect_cos,
+            put_timeout_ns=_lib.ns(put_timeout_s),
+            **counts,
+        )
         ptr = ctypes.c_void_p()
         code = _lib.load().kvw_open(ctypes.byref(opts), ctypes.byref(ptr))
         _lib.check(code, "kvw_open")
@@ -147,8 +181,13 @@ class Sequence:
         self._ptr = None
         self.worker = worker
         ids, ptr, reused = tensors.token_ids(tokens), ctypes.c_void_p(), ctypes.c_uint32()
-        code = _lib.load().kvw_seq_create(worker.pointer, tensors.u32_pointer(ids), ids.size,
-                                          ctypes.byref(ptr), ctypes.byref(reused))
+        code = _lib.load().kvw_seq_create(
+            worker.pointer,
+            tensors.u32_pointer(ids),
+            ids.size,
+            ctypes.byref(ptr),
+            ctypes.byref(reused),
+        )
         _lib.check(code, "kvw_seq_create")
         self._ptr = ptr
         self.n_reused = reused.value
@@ -186,7 +225,9 @@ class Sequence:
     def append(self, layer, k, v):
         """The pass's K (before RoPE) and V in one layer: [n, n_kv_heads, head_dim]."""
         n = len(k)
-        code = _lib.load().kvw_append(self.pointer, layer, self._kv("k", k, n), self._kv("v", v, n), n)
+        code = _lib.load().kvw_append(
+            self.pointer, layer, self._kv("k", k, n), self._kv("v", v, n), n
+        )
         _lib.check(code, "kvw_append")
 
     def step(self, layer, q):
@@ -198,8 +239,15 @@ class Sequence:
         n = len(q)
         out = tensors.empty_like(q, tuple(q.shape)) if out is None else out
         code = _lib.load().kvw_forward(
-            self.pointer, layer, self._q("q", q, n), self._kv("k", k, n), self._kv("v", v, n), n,
-            self._q("out", out, n), self._lse(lse, n))
+            self.pointer,
+            layer,
+            self._q("q", q, n),
+            self._kv("k", k, n),
+            self._kv("v", v, n),
+            n,
+            self._q("out", out, n),
+            self._lse(lse, n),
+        )
         _lib.check(code, "kvw_forward")
         return out
 
@@ -251,8 +299,9 @@ class Step:
     def __init__(self, sequence, layer, q):
         self.sequence, self._n, self._ptr = sequence, len(q), None
         ptr = ctypes.c_void_p()
-        code = _lib.load().kvw_step_begin(sequence.pointer, layer, sequence._q("q", q, self._n),
-                                          self._n, ctypes.byref(ptr))
+        code = _lib.load().kvw_step_begin(
+            sequence.pointer, layer, sequence._q("q", q, self._n), self._n, ctypes.byref(ptr)
+        )
         _lib.check(code, "kvw_step_begin")
         self._ptr = ptr
 
@@ -269,8 +318,11 @@ class Step:
     def finish(self, q, out=None, lse=None):
         """Waits for the misses; returns out like q."""
         out = tensors.empty_like(q, tuple(q.shape)) if out is None else out
-        args = (self.sequence._q("q", q, self._n), self.sequence._q("out", out, self._n),
-                self.sequence._lse(lse, self._n))
+        args = (
+            self.sequence._q("q", q, self._n),
+            self.sequence._q("out", out, self._n),
+            self.sequence._lse(lse, self._n),
+        )
         ptr, self._ptr = self._pointer(), None
         _lib.check(_lib.load().kvw_step_finish(ptr, *args), "kvw_step_finish")
         return out
