@@ -85,11 +85,15 @@ def tidy_key(tidy, entry, config):
 
 def tidy_one(tidy, entry, build, config, cache):
     """Lints one file, or remembers that the very same text was clean."""
+    # The analyzer does not see that cmocka's asserts end a test, so it walks on into what they
+    # rule out. Tests get the other checks.
+    tests = os.sep + "tests" + os.sep in entry["file"]
+    extra = ["--checks=-clang-analyzer-*"] if tests else []
     stamp = os.path.join(cache, tidy_key(tidy, entry, config))
     if os.path.exists(stamp):
         return None
     done = subprocess.run(
-        [tidy, "-p", build, "--quiet", "--warnings-as-errors=*",
+        [tidy, "-p", build, "--quiet", *extra, "--warnings-as-errors=*",
          "--extra-arg=-Wno-unknown-warning-option", entry["file"]],
         capture_output=True, text=True, check=False,
     )
