@@ -11,6 +11,7 @@
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "base/metrics.h"
 #include "internal.h"
 
 #define RELINK_FIRST_NS (20ull * 1000000)
@@ -192,6 +193,8 @@ kvc_status kvci_relink(kvc_client *client, uint64_t deadline_ns)
         status = link_open(client, client->uris[i], share_ns, &link);
         if (status == KVC_OK) {
             greet(client, link, share_ns);
+            if (client->boot_id != 0)
+                KVC_COUNT(client_reconnects);
             publish(client, link);
             KVC_LOG_INFO(CLIENT, "connected to %s", client->uris[i]);
             return KVC_OK;

@@ -11,6 +11,7 @@
 
 #include "base/assert.h"
 #include "base/clock.h"
+#include "base/metrics.h"
 #include "internal.h"
 
 #define AGAIN_FIRST_NS (2ull * 1000000)
@@ -149,6 +150,8 @@ void kvci_settle(kvc_client *client, kvci_msg *msg, kvc_status status, const cha
     }
     if (verdict != KVCI_FINISH && kvc_now_ns() >= call->deadline_ns)
         verdict = KVCI_FINISH;
+    if (verdict != KVCI_FINISH)
+        KVC_COUNT(client_retries);
     if (verdict == KVCI_FINISH && status != KVC_OK && call->kind->stop_on_error) {
         call->refs++;
         kvci_msg_finish(client, msg, status, why);
@@ -242,6 +245,7 @@ static void send_one(kvc_client *client, kvci_msg *msg)
     msg->state = KVCI_SENDING;
     msg->link = link;
     uint32_t flight = ++msg->sends;
+    KVC_COUNT(client_requests);
     client->inflight++;
     if (call->kind->bulk_lane)
         client->inflight_put++;

@@ -128,10 +128,22 @@ static const kvc_tier_stats *tier_named(const doctor *d, const char *name)
     return NULL;
 }
 
+/* The machine's memory, or what a container's control group leaves of it. */
+static uint64_t memory_limit_bytes(void)
+{
+    char line[KVC_TEXT_BYTES];
+    uint64_t bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t group_bytes = 0;
+    doctor_line("/sys/fs/cgroup/memory.max", line, sizeof(line));
+    if (kvc_uint_parse(line, &group_bytes) == KVC_OK && group_bytes < bytes)
+        return group_bytes;
+    return bytes;
+}
+
 static void check_dram(doctor *d, const kvc_tier_stats *tier)
 {
     char cap[KVC_TEXT_BYTES], have[KVC_TEXT_BYTES];
-    uint64_t memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t memory_bytes = memory_limit_bytes();
     (void)kvc_bytes_short(tier->capacity_bytes, cap);
     (void)kvc_bytes_short(memory_bytes, have);
     if (tier->capacity_bytes + SPARE_BYTES > memory_bytes) {

@@ -445,7 +445,8 @@ class BadInput(Case):
         halves = [group(context=context, part=7, picks=picks[:33000])] * 2
         self.fails("INVALID", fetch(*halves))
         rows = [0] * 4097  # 256 bytes each: one row more than a message holds
-        self.fails("INVALID", fetch(group(context=context, part=0, picks=rows)), "max_message_bytes")
+        many = fetch(group(context=context, part=0, picks=rows))
+        self.fails("INVALID", many, "max_message_bytes")
         groups = [group(context=context, part=0, picks=[0])] * 1025
         self.fails("INVALID", fetch(*groups))
 

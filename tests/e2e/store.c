@@ -300,3 +300,15 @@ uint64_t store_counter(store *s, const char *name)
     kvc_stats_free(stats);
     return value;
 }
+
+void store_write_schema(const char *path)
+{
+    kvc_schema schema;
+    kvc_part parts[STORE_PARTS];
+    char *text = NULL;
+    size_t len_bytes = 0;
+    fill_schema(&schema, parts);
+    assert_ok(kvc_schema_text(&schema, &text, &len_bytes));
+    support_write_file(path, text);
+    free(text);
+}

@@ -57,5 +57,7 @@ kvc_status store_check(kvc_client *client, kvc_context *context, uint32_t part, 
 /* The same, which must succeed with every row there. */
 void store_expect(store *s, kvc_context *context, uint32_t n_tokens, kvc_fetch_info *info_p);
 uint64_t store_counter(store *s, const char *name);
+/* Writes the schema's canonical text to a file. */
+void store_write_schema(const char *path);
 
 #endif

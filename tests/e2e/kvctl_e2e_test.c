@@ -1,0 +1,310 @@
+/*
+ * kvctl_e2e_test.c: each command of kvctl against a real cachesvc: what it prints and how it exits.
+ */
+#include "store.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+
+extern char **environ;
+
+typedef struct output {
+    int status;
+    char *out, *err;
+} output;
+
+static store shared;
+static char digests_path[300], schema_hex[KVC_DIGEST_HEX_BYTES];
+
+static char *read_all(const char *path)
+{
+    FILE *stream = fopen(path, "re");
+    assert_non_null(stream);
+    char *text = calloc(1, 4 << 20);
+    assert_non_null(text);
+    size_t n = fread(text, 1, (4 << 20) - 1, stream);
+    text[n] = '\0';
+    (void)fclose(stream);
+    (void)unlink(path);
+    return text;
+}
+
+/* Runs kvctl with these words (NULL-terminated), input as its standard input. */
+static output run(const char *input, const char *const *words)
+{
+    char *argv[32] = {(char *)KVCTL_PATH}, in[320], out[320], err[320];
+    posix_spawn_file_actions_t actions;
+    output result;
+    pid_t pid;
+    for (int i = 0; words[i] != NULL; i++)
+        argv[i + 1] = (char *)words[i];
+    (void)snprintf(in, sizeof(in), "%s/in", shared.folder);
+    (void)snprintf(out, sizeof(out), "%s/out", shared.folder);
+    (void)snprintf(err, sizeof(err), "%s/err", shared.folder);
+    support_write_file(in, input != NULL ? input : "");
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_addopen(&actions, 0, in, O_RDONLY, 0);
+    posix_spawn_file_actions_addopen(&actions, 1, out, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    posix_spawn_file_actions_addopen(&actions, 2, err, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    assert_int_equal(posix_spawn(&pid, KVCTL_PATH, &actions, NULL, argv, environ), 0);
+    posix_spawn_file_actions_destroy(&actions);
+    assert_int_equal(waitpid(pid, &result.status, 0), pid);
+    assert_true(WIFEXITED(result.status));
+    result.status = WEXITSTATUS(result.status);
+    result.out = read_all(out);
+    result.err = read_all(err);
+    (void)unlink(in);
+    return result;
+}
+
+static void expect_text(const char *text, const char *wanted)
+{
+    if (strstr(text, wanted) == NULL)
+        fail_msg("'%s' is not in:\n%s", wanted, text);
+}
+
+/* Runs, checks the exit status and that each text (NULL-terminated) is in the output; frees. */
+static void expect(const char *input, const char *const *words, int status, const char *const *out,
+                   const char *err)
+{
+    output o = run(input, words);
+    if (o.status != status)
+        fail_msg("exit status %d, wanted %d\n%s%s", o.status, status, o.out, o.err);
+    for (int i = 0; out != NULL && out[i] != NULL; i++)
+        expect_text(o.out, out[i]);
+    if (err != NULL)
+        expect_text(o.err, err);
+    free(o.out);
+    free(o.err);
+}
+
+#define WORDS(...) ((const char *const[]){__VA_ARGS__, NULL})
+#define ON         "--server", shared.tcp_uri
+
+static int open_shared(void **state)
+{
+    (void)state;
+    store_open(&shared, "32MiB", true);
+    store_put(&shared, 0, 8, KVC_PROMISE_DURABLE);
+    kvc_digest_hex(&shared.schema, schema_hex);
+    (void)snprintf(digests_path, sizeof(digests_path), "%s/digests", shared.folder);
+    FILE *stream = fopen(digests_path, "we");
+    for (uint32_t i = 0; i < 10; i++) {
+        char hex[KVC_DIGEST_HEX_BYTES];
+        kvc_digest_hex(&shared.digests[i], hex);
+        (void)fprintf(stream, "%s\n", hex);
+    }
+    return fclose(stream);
+}
+
+static int close_shared(void **state)
+{
+    (void)state;
+    store_close(&shared);
+    return 0;
+}
+
+static void test_help(void **state)
+{
+    (void)state;
+    static const char *const commands[] = {"status", "match", "rows", "doctor"};
+    static const char *const sections[] = {
+        "NAME\n", "SYNOPSIS\n", "DESCRIPTION\n", "OPTIONS\n", "EXIT STATUS\n", "EXAMPLES\n", NULL};
+    expect(NULL, WORDS("--help"), 0, sections, NULL);
+    expect(NULL, WORDS("help"), 0, sections, NULL);
+    expect(NULL, WORDS("--version"), 0, WORDS("kvctl 0.1.0"), NULL);
+    for (int i = 0; i < 4; i++) {
+        char name[40];
+        (void)snprintf(name, sizeof(name), "kvctl %s - ", commands[i]);
+        expect(NULL, WORDS("--help"), 0, WORDS(commands[i]), NULL);
+        expect(NULL, WORDS(commands[i], "--help"), 0, sections, NULL);
+        expect(NULL, WORDS(commands[i], "-h"), 0, WORDS(name), NULL);
+        expect(NULL, WORDS("help", commands[i]), 0, WORDS(name), NULL);
+    }
+}
+
+static void test_usage(void **state)
+{
+    (void)state;
+    static const char hint[] = "--help'";
+    expect(NULL, (const char *const[]){NULL}, 2, NULL, hint);
+    expect(NULL, WORDS("statsu"), 2, NULL, "did you mean 'status'");
+    expect(NULL, WORDS("help", "nothing"), 2, NULL, hint);
+    expect(NULL, WORDS("--timeout", "5", "status"), 2, NULL, "duration");
+    expect(NULL, WORDS("--server", "nonsense", "status"), 2, NULL, "nonsense");
+    expect(NULL, WORDS(ON, "status", "now"), 2, NULL, "now");
+    expect(NULL, WORDS(ON, "status", "--wrong"), 2, NULL, hint);
+    expect(NULL, WORDS(ON, "match"), 2, NULL, "--schema");
+    expect(NULL, WORDS(ON, "match", "--schema", "12"), 2, NULL, "64 hex digits");
+    expect("zz", WORDS(ON, "match", "--schema", schema_hex), 2, NULL, "digest 1");
+    expect(NULL, WORDS(ON, "match", "--schema", schema_hex, "--tokens", "-"), 2, NULL,
+           "--block-tokens");
+    expect(NULL, WORDS(ON, "rows", "--schema", schema_hex), 2, NULL, "--part");
+    expect(NULL, WORDS(ON, "rows", "--schema", schema_hex, "--part", "0", "--picks", "3-1"), 2,
+           NULL, "--picks");
+    expect(NULL, WORDS(ON, "doctor", "now"), 2, NULL, hint);
+}
+
+static void test_nobody(void **state)
+{
+    (void)state;
+    static const char *const nobody[] = {
+        "--server", "grpc://127.0.0.1:1", "--timeout", "500ms", "status", NULL};
+    expect(NULL, nobody, 3, NULL, "cannot reach");
+    expect(NULL, WORDS("--server", "grpc://127.0.0.1:1", "--timeout", "500ms", "doctor"), 1,
+           WORDS("FAIL  server", "start cachesvc", "OK    clock", "1 failed"), NULL);
+}
+
+static void test_status(void **state)
+{
+    (void)state;
+    expect(NULL, WORDS(ON, "status"), 0,
+           WORDS("version  0.1.0", "schemas  1", "TIER", "dram", "lmdb", "COUNTERS", "put_values "),
+           NULL);
+    expect(NULL, WORDS("--server", shared.unix_uri, "status", "--all"), 0,
+           WORDS("LIMITS", "picks in a fetch       65536", schema_hex), NULL);
+    expect(NULL, WORDS(ON, "--json", "status"), 0,
+           WORDS("{\"server\":", "\"tiers\":[{\"name\":\"dram\",\"capacity_bytes\":33554432",
+                 "\"put_values\":24", schema_hex, "}}\n"),
+           NULL);
+}
+
+static void test_match(void **state)
+{
+    (void)state;
+    char *all = NULL;
+    FILE *stream = fopen(digests_path, "re");
+    size_t size = 0;
+    assert_true(getdelim(&all, &size, '\0', stream) > 0);
+    (void)fclose(stream);
+    expect(all, WORDS(ON, "match", "--schema", schema_hex), 0, WORDS("8 of 10 leading blocks"),
+           NULL);
+    expect(NULL, WORDS(ON, "match", "--schema", schema_hex, "--digests", digests_path), 0,
+           WORDS("8 of 10 leading blocks"), NULL);
+    expect(NULL,
+           WORDS(ON, "--json", "match", "--schema", schema_hex, "--parts", "0-1", "--digests",
+                 digests_path),
+           0, WORDS("{\"hits\":8,\"blocks\":10}\n"), NULL);
+    all[64] = '\0'; /* the first digest, as a word */
+    expect(NULL, WORDS(ON, "match", "--schema", schema_hex, all), 0, WORDS("1 of 1"), NULL);
+    expect(NULL, WORDS(ON, "match", "--schema", all, all), 1, NULL, "NOT_FOUND");
+    expect(NULL, WORDS(ON, "match", "--schema", schema_hex, "--parts", "77", all), 1, NULL,
+           "part 77");
+    expect("", WORDS(ON, "match", "--schema", schema_hex), 0, WORDS("0 of 0"), NULL);
+    free(all);
+}
+
+/* The token ids that the digests were made of give the same blocks. */
+static void test_match_tokens(void **state)
+{
+    (void)state;
+    enum { ROOM = 100000 };
+    char *text = calloc(1, ROOM);
+    size_t len = 0;
+    assert_non_null(text);
+    for (uint32_t t = 0; t < 9 * STORE_BLOCK_TOKENS + 10; t++)
+        len += (size_t)snprintf(text + len, ROOM - len, "%u%s", t, t % 7 ? " " : ",\n");
+    expect(text,
+           WORDS(ON, "match", "--schema", schema_hex, "--block-tokens", "64", "--tokens", "-"), 0,
+           WORDS("8 of 9 leading blocks"), NULL);
+    expect("1 2 x",
+           WORDS(ON, "match", "--schema", schema_hex, "--block-tokens", "64", "--tokens", "-"), 2,
+           NULL, "token 3");
+    free(text);
+}
+
+#define ROWS                                                                                       \
+    ON, "rows", "--schema", schema_hex, "--row-bytes", "512", "--digests", digests_path, "--part", \
+        "1"
+
+static void test_rows(void **state)
+{
+    (void)state;
+    char hex[2 * 512 + 20], path[320], *bytes;
+    expect(NULL, WORDS(ROWS, "--picks", "0-511"), 0, WORDS("512 rows, 256 KiB", "0 missing"), NULL);
+    int n = snprintf(hex, sizeof(hex), "300 ");
+    for (uint32_t b = 0; b < 512; b++)
+        n += snprintf(hex + n, sizeof(hex) - (size_t)n, "%02x", store_byte(1, 300, b));
+    expect(NULL, WORDS(ROWS, "--picks", "5,300,7-9", "--format", "hex"), 0,
+           WORDS("5 ", hex, "\n9 "), NULL);
+    expect(NULL, WORDS(ROWS, "--picks", "5,300", "--format", "sums"), 0, WORDS("5 ", "300 "), NULL);
+    /* Blocks 8 and 9 were not put. */
+    expect(NULL, WORDS(ROWS, "--picks", "500-529"), 1, WORDS("12 rows", "18 missing"),
+           "token 512: NOT_FOUND");
+    expect(NULL, WORDS("--json", ROWS, "--picks", "511,512", "--format", "sums"), 1,
+           WORDS("{\"data\":[{\"pick\":511,\"sum\":", "{\"pick\":512,\"status\":\"NOT_FOUND\"}",
+                 "\"missing\":1", "}\n"),
+           NULL);
+    (void)snprintf(path, sizeof(path), "%s/rows", shared.folder);
+    expect(NULL, WORDS(ROWS, "--picks", "0-511:3,511,512", "--out", path), 1, NULL, NULL);
+    bytes = malloc(173 * 512);
+    FILE *stream = fopen(path, "re");
+    assert_int_equal(fread(bytes, 512, 174, stream), 173);
+    (void)fclose(stream);
+    for (uint32_t i = 0; i < 171; i++)
+        for (uint32_t b = 0; b < 512; b++)
+            assert_int_equal((uint8_t)bytes[i * 512 + b], store_byte(1, i * 3, b));
+    assert_int_equal((uint8_t)bytes[171 * 512 + 3], store_byte(1, 511, 3));
+    assert_int_equal(bytes[172 * 512 + 3], 0); /* missing: zeros */
+    free(bytes);
+    expect(NULL, WORDS(ROWS, "--picks", "0", "--out", "/nowhere/file"), 1, NULL, "/nowhere/file");
+    expect(NULL,
+           WORDS(ON, "rows", "--schema", schema_hex, "--row-bytes", "100", "--digests",
+                 digests_path, "--part", "1", "--picks", "0"),
+           1, NULL, "row_bytes");
+}
+
+/* A file with the schema's text knows the sizes. */
+static void test_schema_file(void **state)
+{
+    (void)state;
+    char path[320];
+    (void)snprintf(path, sizeof(path), "%s/schema", shared.folder);
+    store_write_schema(path);
+    expect(NULL,
+           WORDS(ON, "rows", "--schema", path, "--digests", digests_path, "--part", "2", "--picks",
+                 "0-63"),
+           0, WORDS("64 rows, 8.00 KiB"), NULL);
+    expect(NULL,
+           WORDS(ON, "rows", "--schema", path, "--digests", digests_path, "--part", "9", "--picks",
+                 "0"),
+           2, NULL, "--row-bytes");
+    expect(NULL, WORDS(ON, "match", "--schema", digests_path, "--digests", digests_path), 2, NULL,
+           "no schema text");
+}
+
+static void test_doctor(void **state)
+{
+    (void)state;
+    char lmdb[320], missing[320];
+    (void)snprintf(lmdb, sizeof(lmdb), "%s/values", shared.folder);
+    (void)snprintf(missing, sizeof(missing), "%s/missing", shared.folder);
+    expect(NULL, WORDS(ON, "doctor", "--lmdb-path", lmdb), 0,
+           WORDS("OK    server", "OK    caps", "clock", "limits", "cpu", "memory", "rdma",
+                 "OK    lmdb      only its owner", "0 failed"),
+           NULL);
+    expect(NULL, WORDS(ON, "--json", "doctor", "--lmdb-path", lmdb), 0,
+           WORDS("{\"failed\":false,\"findings\":[{\"level\":\"OK\",\"check\":\"server\""), NULL);
+    expect(NULL, WORDS(ON, "doctor", "--lmdb-path", missing), 1,
+           WORDS("FAIL  lmdb", "-> make the folder", "1 failed"), NULL);
+    assert_int_equal(chmod(lmdb, 0777), 0);
+    expect(NULL, WORDS(ON, "doctor", "--lmdb-path", lmdb), 1, WORDS("FAIL  lmdb", "chmod 700"),
+           NULL);
+    assert_int_equal(chmod(lmdb, 0700), 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_help),        cmocka_unit_test(test_usage),
+        cmocka_unit_test(test_nobody),      cmocka_unit_test(test_status),
+        cmocka_unit_test(test_match),       cmocka_unit_test(test_match_tokens),
+        cmocka_unit_test(test_rows),        cmocka_unit_test(test_doctor),
+        cmocka_unit_test(test_schema_file),
+    };
+    return cmocka_run_group_tests(tests, open_shared, close_shared);
+}
