@@ -6,6 +6,10 @@
  */
 #include "fixture.h"
 
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+
 #include <grpc/byte_buffer_reader.h>
 #include <grpc/grpc.h>
 #include <grpc/grpc_security.h>
@@ -323,12 +327,77 @@ static void any_protobuf_reads_it(void **state)
     assert_int_equal(atomic_load(&f.n_released), 2);
 }
 
+/* A peer that greets like an HTTP/2 server, grants all the window there is, and never reads. */
+static int stalled_listener(char uri[64])
+{
+    struct sockaddr_in addr = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t len = sizeof(addr);
+    int small = 4096, fd = socket(AF_INET, SOCK_STREAM, 0);
+    assert_true(fd >= 0);
+    (void)setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof(small));
+    assert_int_equal(bind(fd, (struct sockaddr *)&addr, sizeof(addr)), 0);
+    assert_int_equal(listen(fd, 8), 0);
+    assert_int_equal(getsockname(fd, (struct sockaddr *)&addr, &len), 0);
+    (void)snprintf(uri, 64, "grpc://127.0.0.1:%u", ntohs(addr.sin_port));
+    return fd;
+}
+
+static int greet(int listener)
+{
+    static const uint8_t hello[] = {
+        0, 0, 6, 4, 0, 0, 0, 0, 0, 0,    4, 0x7f, 0xff, 0xff, 0xff, /* SETTINGS: window 2 GiB */
+        0, 0, 4, 8, 0, 0, 0, 0, 0, 0x7f, 0, 0,    0,                /* WINDOW_UPDATE, connection */
+    };
+    int fd = accept(listener, NULL, NULL);
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, hello, sizeof(hello)), sizeof(hello));
+    return fd;
+}
+
+/* Bytes queued for it keep their transfers past the deadline, but not past close. */
+static void stalled_peer(void **state)
+{
+    (void)state;
+    enum { N = 16 };
+    char uri[64];
+    fixture f;
+    job jobs[N];
+    int listener = stalled_listener(uri);
+    fixture_init(&f);
+    (void)snprintf(f.uri, sizeof(f.uri), "%s", uri);
+    fixture_connect(&f, 1);
+    for (uint32_t i = 0; i < N; i++) {
+        job_init(&jobs[i], &f, sample_request(KVC_PUT_BLOCKS, KVC_MAX_VALUE_BYTES, &f.arena),
+                 1500 * MS);
+        job_submit(&jobs[i]);
+    }
+    int peer = greet(listener);
+    (void)usleep(2500000);
+    uint32_t n_early = 0;
+    for (uint32_t i = 0; i < N; i++)
+        n_early += atomic_load(&jobs[i].n_done);
+    print_message("%u of %u were let go at their deadline\n", n_early, N);
+    assert_true(n_early > 0); /* those that no socket holds */
+    uint64_t start_ns = kvc_now_ns();
+    f.ops->conn_close(f.conn);
+    f.conn = NULL;
+    assert_true(kvc_now_ns() - start_ns < 5 * SECOND);
+    for (uint32_t i = 0; i < N; i++) {
+        assert_int_equal(atomic_load(&jobs[i].n_done), 1);
+        assert_status(jobs[i].status, KVC_TIMED_OUT);
+        job_fini(&jobs[i]);
+    }
+    (void)close(peer);
+    (void)close(listener);
+    kvc_arena_reset(&f.arena);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(health_check),          cmocka_unit_test(health_watch),
         cmocka_unit_test(foreign_calls),         cmocka_unit_test(huge_message),
-        cmocka_unit_test(any_protobuf_reads_it),
+        cmocka_unit_test(any_protobuf_reads_it), cmocka_unit_test(stalled_peer),
     };
     suite_uri = "grpc://127.0.0.1:0";
     kvc_log_set_level(KVC_LOG_LEVEL_OFF);

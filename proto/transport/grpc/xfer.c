@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "base/assert.h"
+#include "base/clock.h"
 #include "grpc_internal.h"
 #include "wire/wire.h"
 
@@ -23,6 +24,7 @@ struct kvti_xfer {
     kvt_xfer *xfer;
     grpc_call *call; /* until the batch has ended; then NULL, under the connection's mutex */
     atomic_uint n_refs;
+    bool late;         /* the deadline had passed at submit: nothing is sent */
     bool cancel_asked; /* by kvti_cancel_all; guarded by the connection's mutex */
     kvti_tag ended, last_slice;
     grpc_byte_buffer *request, *reply;
@@ -94,6 +96,10 @@ static void take_error(kvti_xfer *op)
     kvt_xfer *xfer = op->xfer;
     char text[KVT_DETAIL_BYTES + 32];
     copy_text(text, sizeof(text), op->details);
+    if (op->late) {
+        op->code = GRPC_STATUS_DEADLINE_EXCEEDED;
+        (void)snprintf(text, sizeof(text), "the deadline had passed at submit");
+    }
     const char *detail = text;
     uint32_t number = trailer(op, KVTI_STATUS_KEY, KVC_STATUS_COUNT - 1);
     xfer->status = number != 0 ? (kvc_status) - (int)number : kvti_from_grpc(op->code, text);
@@ -311,6 +317,9 @@ kvc_status kvti_submit(kvt_conn *conn, kvt_xfer *xfer)
     status = publish(conn, op);
     if (status != KVC_OK)
         goto err_op;
+    op->late = kvc_expired(xfer->deadline_ns);
+    if (op->late) /* gRPC may answer before its timer notices */
+        (void)grpc_call_cancel(op->call, NULL);
     start(op);
     return KVC_OK;
 
