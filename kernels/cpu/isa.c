@@ -3,6 +3,8 @@
  * instruction that it is about to look for.
  */
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "isa.h"
 
@@ -30,17 +32,33 @@ static bool have_avx512(void)
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
 }
+
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_TILE_DATA  18
+
+/* Tiles need the kernel's permission, which then holds for the process and its later threads. */
+static bool have_amx(void)
+{
+    return have_avx512() && __builtin_cpu_supports("amx-tile") &&
+           __builtin_cpu_supports("amx-int8") &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILE_DATA) == 0;
+}
+
 #define ISA_AVX2   &kvki_isa_avx2
 #define ISA_AVX512 &kvki_isa_avx512
+#define ISA_AMX    &kvki_isa_amx
 #else
 #define have_avx2   always
 #define have_avx512 always
+#define have_amx    always
 #define ISA_AVX2    NULL
 #define ISA_AVX512  NULL
+#define ISA_AMX     NULL
 #endif
 
 /* Best first. */
 static const candidate candidates[] = {
+    {"amx", ISA_AMX, have_amx},
     {"avx512", ISA_AVX512, have_avx512},
     {"avx2", ISA_AVX2, have_avx2},
     {"portable", &kvki_isa_portable, always},

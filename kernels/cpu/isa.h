@@ -1,7 +1,7 @@
 /*
- * isa.h: the inner loops that are built once per isa (portable, avx2, avx512) from the headers in
- * micro/. Ops see only this table. None of these functions allocates, checks or starts threads, and
- * each gives for one output the same bits whatever the rest of its tile holds.
+ * isa.h: the inner loops that are built once per isa (portable, avx2, avx512, amx) from the headers
+ * in micro/. Ops see only this table. None of these functions allocates, checks or starts threads,
+ * and each gives for one output the same bits whatever the rest of its tile holds.
  */
 #ifndef KVKI_ISA_H
 #define KVKI_ISA_H
@@ -34,19 +34,22 @@ typedef struct kvki_dot {
 } kvki_dot;
 
 /*
- * out[i][j] = ((float)(q[i] . v_j) * scale_j) * q_scale[i] over int8 rows: v_j at index + j *
- * stride
- * + v_off, its bf16 scale at + scale_off. q rows are int16, zero-padded to a multiple of 64. Reads
- * stay below `end`. dim <= 256: sums fit in int32.
+ * Scores of int8 rows for the query rows of one kv head: out[r][j] = ((float)(q_r . v_j) * scale_j)
+ * * q_scale_r, with v_j at index + j * stride + v_off and its bf16 scale at + scale_off. Row r is
+ * (query r / group, head first_head + r % group) in q, q_scale and out, which hold n_q_heads rows a
+ * query. q rows are int16, zero from dim on to a multiple of 64. Reads stay below `end`.
  */
-typedef struct kvki_dot_i8 {
-    const int16_t *q[KVKI_DOT_QUERIES];
-    float *out[KVKI_DOT_QUERIES];
-    float q_scale[KVKI_DOT_QUERIES];
-    uint32_t nq, dim, n;
+typedef struct kvki_score_i8 {
+    const int16_t *q;
+    const float *q_scale;
+    float *out;
+    size_t q_stride, out_stride; /* elements */
+    size_t n_rows, group, n_q_heads, first_head;
+    uint32_t dim; /* <= KVKI_I8_DIM_MAX: sums fit in int32 */
+    size_t n;
     const char *index, *end;
     size_t stride_bytes, v_off_bytes, scale_off_bytes;
-} kvki_dot_i8;
+} kvki_score_i8;
 
 #define KVKI_I8_DIM_MAX 256u
 #define KVKI_I8_PAD     64u
@@ -98,7 +101,7 @@ struct kvki_isa {
     void (*gemm)(const kvki_gemm *g);
     void (*quantize)(const float *x, uint32_t n, float scale, int8_t *out);
     void (*dot)(const kvki_dot *d);
-    void (*dot_i8)(const kvki_dot_i8 *d);
+    void (*score_i8)(const kvki_score_i8 *s);
     /* the largest of x and start; NaN is passed over */
     float (*max)(const float *x, size_t n, float start);
     /* sum of exp(x - max) */
@@ -127,6 +130,7 @@ extern const kvki_isa kvki_isa_portable;
 #if defined(__x86_64__)
 extern const kvki_isa kvki_isa_avx2;
 extern const kvki_isa kvki_isa_avx512;
+extern const kvki_isa kvki_isa_amx;
 #endif
 
 /* isa.c: the best isa here (name NULL) or the one named. INVALID: no such name; UNSUPPORTED. */

@@ -141,27 +141,26 @@ kvc_status kvki_ref_score_index(const kvk_score_index_args *a)
 static void score_head(const job *w, size_t kv_head, size_t j0, size_t n)
 {
     const kvk_score_index_args *a = w->a;
-    size_t group = a->n_q_heads / a->n_kv_heads, n_rows = a->m * group;
+    size_t group = a->n_q_heads / a->n_kv_heads, row = kvk_index_row_bytes(a->n_kv_heads, a->dims);
     const char *index = a->index;
-    kvki_dot_i8 d = {.dim = a->dims,
-                     .n = (uint32_t)n,
-                     .index = index + j0 * a->index_stride_bytes,
-                     .end = index + (a->n - 1) * a->index_stride_bytes +
-                            kvk_index_row_bytes(a->n_kv_heads, a->dims),
-                     .stride_bytes = a->index_stride_bytes,
-                     .v_off_bytes = kv_head * a->dims,
-                     .scale_off_bytes = (size_t)a->n_kv_heads * a->dims + 2 * kv_head};
+    kvki_score_i8 s = {.q = w->q,
+                       .q_scale = w->q_scale,
+                       .out = a->out + j0,
+                       .q_stride = w->padded,
+                       .out_stride = a->out_stride,
+                       .n_rows = a->m * group,
+                       .group = group,
+                       .n_q_heads = a->n_q_heads,
+                       .first_head = kv_head * group,
+                       .dim = a->dims,
+                       .n = n,
+                       .index = index + j0 * a->index_stride_bytes,
+                       .end = index + (a->n - 1) * a->index_stride_bytes + row,
+                       .stride_bytes = a->index_stride_bytes,
+                       .v_off_bytes = kv_head * a->dims,
+                       .scale_off_bytes = (size_t)a->n_kv_heads * a->dims + 2 * kv_head};
 
-    for (size_t first = 0; first < n_rows; first += KVKI_DOT_QUERIES) {
-        d.nq = (uint32_t)(n_rows - first < KVKI_DOT_QUERIES ? n_rows - first : KVKI_DOT_QUERIES);
-        for (size_t t = 0; t < d.nq; t++) {
-            size_t row = (first + t) / group * a->n_q_heads + kv_head * group + (first + t) % group;
-            d.q[t] = w->q + row * w->padded;
-            d.q_scale[t] = w->q_scale[row];
-            d.out[t] = a->out + row * a->out_stride + j0;
-        }
-        w->isa->dot_i8(&d);
-    }
+    w->isa->score_i8(&s);
 }
 
 static void run_item(void *arg, size_t item, uint32_t worker)

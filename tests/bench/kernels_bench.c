@@ -106,7 +106,8 @@ static void *spin(void *arg)
     floor_job *job = arg;
     float x = 0;
 #if defined(__x86_64__)
-    bool wide = strcmp(kvk_backend_isa(be), "avx512") == 0;
+    bool wide =
+        strcmp(kvk_backend_isa(be), "avx512") == 0 || strcmp(kvk_backend_isa(be), "amx") == 0;
     bool half = strcmp(kvk_backend_isa(be), "avx2") == 0;
     if (wide)
         x = spin_avx512(job->rounds);
@@ -352,6 +353,8 @@ static void bench_scores(void)
     bench_score_index_shape(1, 1, 1, 22, n);
     bench_score_index_shape(1, 9, 3, 22, n);
     bench_score_index_shape(1, 32, 8, 34, n / 4);
+    bench_score_index_shape(512, 1, 1, 126, small / 16);
+    bench_score_index_shape(512, 1, 1, 22, small / 16);
     bench_score_index_shape(512, 1, 1, 126, small);
     bench_score_index_shape(512, 1, 1, 22, small);
 }

@@ -5,7 +5,9 @@
  */
 #include "attend_support.h"
 
-static const char *const isas[] = {"portable", "avx2", "avx512"};
+static const char *const isas[] = {"portable", "avx2", "avx512", "amx"};
+
+#define N_ISAS (sizeof(isas) / sizeof(isas[0]))
 
 /* A cpu backend; false where this machine lacks the isa. */
 static bool open_cpu(const char *isa, uint32_t threads, subject *s)
@@ -83,7 +85,7 @@ static void test_attend(void **state)
     };
 
     (void)state;
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < N_ISAS; i++) {
         for (size_t t = 0; t < sizeof(shapes) / sizeof(shapes[0]); t++)
             check_attend(isas[i], &shapes[t]);
     }
@@ -129,7 +131,7 @@ static void check_project(const subject *s)
 
 static void over_isas(void (*check)(const subject *s))
 {
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < N_ISAS; i++) {
         for (uint32_t threads = 1; threads <= 3; threads++) {
             subject s;
             if (!open_cpu(isas[i], threads, &s))
@@ -183,7 +185,7 @@ static void test_threads(void **state)
     (void)state;
     assert_non_null(first);
     assert_non_null(again);
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < N_ISAS; i++) {
         for (uint32_t threads = 1; threads <= 4; threads++) {
             subject s;
             if (!open_cpu(isas[i], threads, &s))

@@ -11,15 +11,6 @@
 
 #define DOT_KEYS 4u
 
-/* 4 results of query i to out[i][j ..]; the last tile may have fewer keys. */
-KVKI_INLINE void dot_store(float *out, const float *sums, uint32_t n)
-{
-    if (n == DOT_KEYS)
-        memcpy(out, sums, DOT_KEYS * sizeof(float));
-    else
-        memcpy(out, sums, n * sizeof(float));
-}
-
 KVKI_INLINE void dot_tile(const kvki_dot *d, kvk_dtype dtype, size_t elem_bytes, uint32_t nq,
                           uint32_t j)
 {
@@ -61,9 +52,8 @@ KVKI_INLINE void dot_tile(const kvki_dot *d, kvk_dtype dtype, size_t elem_bytes,
     }
     KVKI_UNROLL
     for (uint32_t i = 0; i < nq; i++) {
-        float sums[DOT_KEYS];
-        vf_sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3], sums);
-        dot_store(d->out[i] + j, sums, left < DOT_KEYS ? left : DOT_KEYS);
+        v4f sums = vf_sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+        v4f_store_n(d->out[i] + j, sums, left < DOT_KEYS ? left : DOT_KEYS);
     }
 }
 

@@ -2,16 +2,16 @@
 #include "../isa.h"
 #include "attend.h"
 #include "dot.h"
-#include "dot_i8.h"
 #include "gemm.h"
 #include "rotary.h"
 #include "rows.h"
+#include "score_i8.h"
 
 #define KVKI_TABLE                                                                                 \
     {                                                                                              \
         .name = ISA_NAME, .panel = GEMM_PANEL, .convert = row_convert, .add = row_add,             \
         .add_f64 = row_add_f64, .angles = rotary_angles, .rotate = rotary_rotate, .gemm = gemm,    \
-        .quantize = row_quantize, .dot = dot, .dot_i8 = dot_i8, .max = row_max,                    \
+        .quantize = row_quantize, .dot = dot, .score_i8 = score_i8, .max = row_max,                \
         .exp_sum = row_exp_sum, .exp_add = row_exp_add, .fold_max = row_fold_max,                  \
         .max2 = row_max2, .filter = row_filter, .attend_pack = attend_pack,                        \
         .attend_block = attend_block, .attend_merge = attend_merge, .axpby = row_axpby,            \

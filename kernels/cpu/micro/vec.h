@@ -20,6 +20,10 @@
 
 #define KVKI_INLINE static inline __attribute__((always_inline, unused))
 
+/* Four results at a time: what is left of four vectors when their lanes are summed. */
+typedef float v4f __attribute__((vector_size(16)));
+typedef int32_t v4i __attribute__((vector_size(16)));
+
 #if defined(KVKI_ISA_AVX512)
 #include "vec_avx512.h"
 #elif defined(KVKI_ISA_AVX2)
@@ -27,6 +31,20 @@
 #else
 #include "vec_portable.h"
 #endif
+
+KVKI_INLINE v4f v4f_of(v4i x)
+{
+    return __builtin_convertvector(x, v4f);
+}
+
+/* The first n <= 4 lanes. */
+KVKI_INLINE void v4f_store_n(float *p, v4f x, uint32_t n)
+{
+    if (n == 4)
+        memcpy(p, &x, sizeof(x));
+    else
+        memcpy(p, &x, n * sizeof(float));
+}
 
 #define GEMM_PANEL (GEMM_NV * VF_LANES)
 

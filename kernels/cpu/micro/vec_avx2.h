@@ -146,11 +146,11 @@ KVKI_INLINE vf vf_load_i8_n(const void *p, size_t n)
     return vf_load_i8(t);
 }
 
-/* out[i] = sum of the lanes of a_i */
-KVKI_INLINE void vf_sum4(vf a0, vf a1, vf a2, vf a3, float *out)
+/* lane i = sum of the lanes of a_i */
+KVKI_INLINE v4f vf_sum4(vf a0, vf a1, vf a2, vf a3)
 {
     vf t = _mm256_hadd_ps(_mm256_hadd_ps(a0, a1), _mm256_hadd_ps(a2, a3));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+    return (v4f)_mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
 }
 
 /* x[i][j] becomes x[j][i]: pairs, fours, then the two 128-bit lanes */
@@ -209,9 +209,8 @@ KVKI_INLINE vi vi_dot(vi acc, vi a, vi b)
     return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 }
 
-KVKI_INLINE void vi_sum4(vi a0, vi a1, vi a2, vi a3, int32_t *out)
+KVKI_INLINE v4i vi_sum4(vi a0, vi a1, vi a2, vi a3)
 {
     vi t = _mm256_hadd_epi32(_mm256_hadd_epi32(a0, a1), _mm256_hadd_epi32(a2, a3));
-    _mm_storeu_si128((__m128i *)(void *)out,
-                     _mm_add_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1)));
+    return (v4i)_mm_add_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1));
 }

@@ -1,7 +1,11 @@
 /* vec_avx512.h: vec.h with AVX-512 F, BW, VL, DQ and VNNI. */
 #include <immintrin.h>
 
+#if defined(KVKI_ISA_AMX)
+#define ISA_NAME "amx"
+#else
 #define ISA_NAME "avx512"
+#endif
 #define VF_LANES 16
 #define GEMM_NV  4 /* 6 x 4 sums, 4 columns, 1 broadcast: 29 of 32 registers */
 
@@ -136,8 +140,8 @@ KVKI_INLINE vf vf_load_i8_n(const void *p, size_t n)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(vf_mask(n), p)));
 }
 
-/* out[i] = sum of the lanes of a_i */
-KVKI_INLINE void vf_sum4(vf a0, vf a1, vf a2, vf a3, float *out)
+/* lane i = sum of the lanes of a_i */
+KVKI_INLINE v4f vf_sum4(vf a0, vf a1, vf a2, vf a3)
 {
     vf t01 = _mm512_add_ps(_mm512_unpacklo_ps(a0, a1), _mm512_unpackhi_ps(a0, a1));
     vf t23 = _mm512_add_ps(_mm512_unpacklo_ps(a2, a3), _mm512_unpackhi_ps(a2, a3));
@@ -145,7 +149,7 @@ KVKI_INLINE void vf_sum4(vf a0, vf a1, vf a2, vf a3, float *out)
     __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(t01), _mm512_castps_pd(t23));
     vf t = _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi));
     __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1)));
+    return (v4f)_mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1));
 }
 
 /* x[i][j] becomes x[j][i]: pairs, fours, then the four 128-bit lanes */
@@ -209,12 +213,11 @@ KVKI_INLINE vi vi_dot(vi acc, vi a, vi b)
     return _mm512_dpwssd_epi32(acc, a, b);
 }
 
-KVKI_INLINE void vi_sum4(vi a0, vi a1, vi a2, vi a3, int32_t *out)
+KVKI_INLINE v4i vi_sum4(vi a0, vi a1, vi a2, vi a3)
 {
     vi t01 = _mm512_add_epi32(_mm512_unpacklo_epi32(a0, a1), _mm512_unpackhi_epi32(a0, a1));
     vi t23 = _mm512_add_epi32(_mm512_unpacklo_epi32(a2, a3), _mm512_unpackhi_epi32(a2, a3));
     vi t = _mm512_add_epi32(_mm512_unpacklo_epi64(t01, t23), _mm512_unpackhi_epi64(t01, t23));
     __m256i u = _mm256_add_epi32(_mm512_castsi512_si256(t), _mm512_extracti64x4_epi64(t, 1));
-    _mm_storeu_si128((__m128i *)(void *)out,
-                     _mm_add_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1)));
+    return (v4i)_mm_add_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
 }

@@ -147,13 +147,10 @@ KVKI_INLINE vf vf_load_i8(const void *p)
     return vf_load_i8_n(p, VF_LANES);
 }
 
-/* out[i] = sum of the lanes of a_i */
-KVKI_INLINE void vf_sum4(vf a0, vf a1, vf a2, vf a3, float *out)
+/* lane i = sum of the lanes of a_i */
+KVKI_INLINE v4f vf_sum4(vf a0, vf a1, vf a2, vf a3)
 {
-    out[0] = vf_hsum(a0);
-    out[1] = vf_hsum(a1);
-    out[2] = vf_hsum(a2);
-    out[3] = vf_hsum(a3);
+    return (v4f){vf_hsum(a0), vf_hsum(a1), vf_hsum(a2), vf_hsum(a3)};
 }
 
 /* x[i][j] becomes x[j][i] */
@@ -214,10 +211,7 @@ KVKI_INLINE int32_t vi_sum(vi a)
     return sum;
 }
 
-KVKI_INLINE void vi_sum4(vi a0, vi a1, vi a2, vi a3, int32_t *out)
+KVKI_INLINE v4i vi_sum4(vi a0, vi a1, vi a2, vi a3)
 {
-    out[0] = vi_sum(a0);
-    out[1] = vi_sum(a1);
-    out[2] = vi_sum(a2);
-    out[3] = vi_sum(a3);
+    return (v4i){vi_sum(a0), vi_sum(a1), vi_sum(a2), vi_sum(a3)};
 }

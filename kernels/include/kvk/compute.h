@@ -10,8 +10,13 @@
  * Shapes are in brackets, row-major unless a stride is given; units come last in names. Query head
  * h meets kv head h / (n_q_heads / n_kv_heads) everywhere (never h mod n_kv_heads). Order of every
  * top-k: score descending, then position ascending; a NaN score sorts last. Determinism: for given
- * inputs and backend an op's output bits do not depend on the number of threads, on how a batch is
- * split into calls, or on earlier calls.
+ * inputs, backend and isa an op's output bits do not depend on the number of threads, on how a batch
+ * of rows or queries is split into calls, or on earlier calls. (A running statistic over pieces of
+ * one row, softmax_stats, may differ in the last bits with the pieces.)
+ *
+ * n = 0 (or m, n_q = 0) is valid and writes nothing but counts. Input rows need no alignment; float
+ * arrays do. Rows of a matrix may not overlap. A maximum passes over NaN. Error bounds per op and
+ * dtype: kernels/README.md.
  */
 #ifndef KVK_COMPUTE_H
 #define KVK_COMPUTE_H
@@ -45,7 +50,10 @@ typedef struct kvk_convert_args {
     float *out;
 } kvk_convert_args;
 
-/* out[j] = mean over n rows of in[i][j] (prefill chunk query of TokenSelect; 2411.02886 sec 4). */
+/*
+ * out[j] = mean over n rows of in[i][j], added in row order (prefill chunk query of TokenSelect;
+ * 2411.02886 sec 4). n = 0 gives zeros.
+ */
 typedef struct kvk_mean_args {
     kvk_rows in;
     uint32_t n, width;
@@ -87,8 +95,8 @@ typedef struct kvk_project_args {
 /*
  * Index rows: in [n, n_heads, dims] f32 -> n rows of n_heads * (dims + 2) bytes:
  * int8 v [n_heads, dims], then bf16 scale [n_heads]; x ~= v * scale. The scale is max|x| / 127
- * rounded UP to bf16, v = round-half-even(x / scale); a zero row has scale 0. A non-finite input is
- * KVC_INVALID.
+ * rounded UP to bf16, v = round-half-even(x / scale), the quotient in f32; a zero head has scale 0.
+ * The same bits on every backend. A non-finite input is KVC_INVALID.
  */
 typedef struct kvk_quantize_args {
     const float *in;
@@ -107,7 +115,8 @@ static inline size_t kvk_index_row_bytes(uint32_t n_heads, uint32_t dims)
  * q [m, n_q_heads, dims] f32 is quantised inside, per (row, head), to int16 with an f32 scale
  * (max|q| / 32767); the dot is exact in int32 (int64 where dims > 256), and
  *   out = ((float)dot * k_scale) * q_scale
- * in f32 in this order, so every backend gives the same bits. ESA: n_q_heads = n_kv_heads = 1.
+ * in f32 in this order, so every backend gives the same bits. A non-finite q is KVC_INVALID. ESA:
+ * n_q_heads = n_kv_heads = 1. With many queries keep a call's out in cache: m * n of some 256 K.
  */
 typedef struct kvk_score_index_args {
     const float *q;
@@ -149,7 +158,8 @@ typedef struct kvk_score_rows_args {
 
 /*
  * Streaming softmax statistics per head over logits [n_heads, n] (stride elements): updates
- * max[h], sumexp[h] in place (start: -INFINITY, 0), sumexp relative to max.
+ * max[h], sumexp[h] in place (start: -INFINITY, 0), sumexp relative to max. A NaN logit makes its
+ * head's sumexp NaN.
  */
 typedef struct kvk_softmax_stats_args {
     const float *logits;
@@ -158,7 +168,10 @@ typedef struct kvk_softmax_stats_args {
     float *max, *sumexp; /* [n_heads] in/out */
 } kvk_softmax_stats_args;
 
-/* Soft vote (2411.02886 eq. 7): out[j] = sum_h exp(logits[h][j] - max[h]) / sumexp[h]. */
+/*
+ * Soft vote (2411.02886 eq. 7): out[j] = sum_h exp(logits[h][j] - max[h]) / sumexp[h]. A head whose
+ * sumexp is 0 saw no candidate and adds nothing.
+ */
 typedef struct kvk_vote_args {
     const float *logits;
     size_t stride;
@@ -193,8 +206,8 @@ typedef struct kvk_window_max_args {
 
 /*
  * The k best of n scores, in order (score desc, position asc). ids and out_scores [k]; *n_out_p =
- * min(k, n). Position = base + j. out_scores may be NULL. workspace: kvk_topk_workspace_bytes(n,
- * k).
+ * min(k, n). Position = base + j. out_scores may be NULL. workspace: at least
+ * kvk_topk_workspace_bytes(n, k), any alignment.
  */
 typedef struct kvk_topk_args {
     const float *scores;
@@ -206,7 +219,9 @@ typedef struct kvk_topk_args {
     size_t workspace_bytes;
 } kvk_topk_args;
 
-/* Which picks are resident: slot_of [n_positions], -1 = not resident. Both output lists keep order.
+/*
+ * Which picks are resident: slot_of [n_positions], -1 = not resident. Both output lists keep order.
+ * A pick at or above n_positions is KVC_INVALID.
  */
 typedef struct kvk_resolve_args {
     const uint32_t *picks;
@@ -233,6 +248,7 @@ typedef struct kvk_gather_args {
  * row j is rotated by k_positions[j] on the fly (NULL k_positions: not rotated); q arrives rotated.
  * visible [n_q]: query i sees rows 0 .. visible[i]-1 (NULL: all). A query that sees nothing gets
  * o = 0, lse = -INFINITY. Rows are taken in the order given, so equal lists give equal bits.
+ * What lies in rows that a query does not see cannot reach it, Inf and NaN included.
  * Bound against the double reference: |o error| <= 2^-20 * max|v| * (1 + log2(n_kv + 1)) + the
  * rounding of f32 logits (stated in kernels/README.md).
  */
@@ -287,7 +303,7 @@ typedef struct kvk_ops {
 typedef struct kvk_backend_opts {
     size_t size_bytes;  /* sizeof(kvk_backend_opts) */
     uint32_t n_threads; /* 0: one per online core */
-    const char *isa;    /* NULL: best; "portable", "avx2", "avx512" to force (cpu only) */
+    const char *isa;    /* NULL: best; "portable", "avx2", "avx512", "amx" to force (cpu only) */
 } kvk_backend_opts;
 
 /*
@@ -301,7 +317,7 @@ kvc_status kvk_backend_open(const char *name, const kvk_backend_opts *opts,
 void kvk_backend_close(kvk_backend *be);
 /* The table of an open backend; lives as long as the backend. */
 const kvk_ops *kvk_backend_ops(const kvk_backend *be);
-/* The isa in use: "double", "portable", "avx2" or "avx512". */
+/* The isa in use: "double", "portable", "avx2", "avx512" or "amx". */
 const char *kvk_backend_isa(const kvk_backend *be);
 /* Name of the i-th registered backend, NULL past the end: conformance tests loop over it. */
 const char *kvk_backend_name(uint32_t i);
