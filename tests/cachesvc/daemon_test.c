@@ -24,6 +24,7 @@ typedef struct daemon_proc {
     char dir[256], ready[300], lmdb[300], log[300];
     pid_t pid;
     char uri[256];
+    const char *group_commit;
     h_peer *peer;
     h_schema schema;
 } daemon_proc;
@@ -86,7 +87,7 @@ static void start(daemon_proc *d)
                     "--dram-bytes",
                     "256KiB",
                     "--group-commit",
-                    "5ms",
+                    (char *)(uintptr_t)d->group_commit,
                     "--drain",
                     "2s",
                     "--max-value-bytes",
@@ -124,6 +125,7 @@ static int setup(void **state)
 {
     daemon_proc *d = calloc(1, sizeof(*d));
     h_temp_dir(d->dir);
+    d->group_commit = "5ms";
     snprintf(d->ready, sizeof(d->ready), "%s/ready", d->dir);
     snprintf(d->lmdb, sizeof(d->lmdb), "%s/lmdb", d->dir);
     snprintf(d->log, sizeof(d->log), "%s/log", d->dir);
@@ -178,6 +180,20 @@ static void test_kill(void **state)
         check_all(d, acked); /* without registering the schema again */
     }
     assert_int_equal(stop(d, SIGTERM), 0);
+}
+
+/* The promise holds from the answer on: the kill follows it at once. */
+static void test_kill_at_once(void **state)
+{
+    daemon_proc *d = *state;
+    d->group_commit = "500ms";
+    start(d);
+    assert_int_equal(h_register(d->peer, &d->schema), KVC_OK);
+    assert_int_equal(h_put1(d->peer, &d->schema, 0, 10, KVC_PROMISE_DURABLE), KVC_OK);
+    kill(d->pid, SIGKILL);
+    assert_int_equal(stop(d, SIGKILL), 128 + SIGKILL);
+    start(d);
+    check_all(d, 1);
 }
 
 /* SIGTERM writes what is only in memory, removes the ready file and exits with 0. */
@@ -248,6 +264,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_kill, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_kill_at_once, setup, teardown),
         cmocka_unit_test_setup_teardown(test_terminate, setup, teardown),
         cmocka_unit_test_setup_teardown(test_settings, setup, teardown),
         cmocka_unit_test_setup_teardown(test_port_in_use, setup, teardown),

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "evict.h"
 
@@ -343,7 +344,15 @@ static void test_contexts(void **state)
     /* The slot is used again; the old handle stays stale. */
     assert_int_equal(kvs_context_open(contexts, f->schema, digests, 1, 0, &c, &why), KVC_OK);
     assert_true(c->handle != handle);
+    kvs_context_close(contexts, c);
     kvs_context_put(contexts, c);
+    /* Past its TTL a context is stale, swept or not. */
+    assert_int_equal(kvs_context_open(contexts, f->schema, digests, 1, 1000000, &c, &why), KVC_OK);
+    handle = c->handle;
+    kvs_context_put(contexts, c);
+    struct timespec nap = {.tv_nsec = 3000000};
+    nanosleep(&nap, NULL);
+    assert_int_equal(kvs_context_get(contexts, &f->tenant, handle, &c), KVC_STALE_HANDLE);
     kvs_contexts_destroy(contexts);
     free(digests);
 }

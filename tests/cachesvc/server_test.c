@@ -215,6 +215,14 @@ static void test_contexts(void **state)
     assert_int_equal(h_fetch(f->peer, d ^ (1ull << 63), 0, &pick, 1), KVC_STALE_HANDLE);
     assert_int_equal(h_fetch(f->peer, 0, 0, &pick, 1), KVC_STALE_HANDLE);
     assert_int_equal(h_fetch(f->peer, d, 11, &pick, 1), KVC_INVALID);
+    assert_int_equal(h_fetch(f->peer, c, 0, &pick, 1), KVC_OK);
+    /* Nothing holds their blocks once they are closed. */
+    assert_int_equal(f->h.server->index->blocks.used, 300);
+    assert_int_equal(h_close(f->peer, a), KVC_OK);
+    assert_int_equal(h_close(f->peer, c), KVC_OK);
+    assert_int_equal(f->h.server->index->blocks.used, 1);
+    assert_int_equal(h_close(f->peer, d), KVC_OK);
+    assert_int_equal(f->h.server->index->blocks.used, 0);
 }
 
 static void test_ttl(void **state)
