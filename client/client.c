@@ -71,10 +71,9 @@ static kvc_status first_link(kvc_client *client)
 
 static void free_client(kvc_client *client)
 {
-    kvci_node *node;
-    while ((node = kvci_list_first(&client->pool)) != NULL) {
+    for (kvci_node *node = client->pool.next, *next; node != &client->pool; node = next) {
         kvci_call *call = (kvci_call *)node;
-        kvci_list_remove(node);
+        next = node->next;
         free(call->scratch);
         free(call);
     }

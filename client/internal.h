@@ -61,8 +61,8 @@ kvc_status kvci_relink(kvc_client *client, uint64_t deadline_ns);
 kvc_status kvci_link_call(kvci_link *link, const kvc_request *req, uint64_t deadline_ns,
                           kvci_take_fn *take, void *take_arg, uint32_t *retry_after_ms_p);
 void kvci_link_close(kvci_link *link);
-/* The thread kvc-link. */
-void kvci_keeper_main(void *client);
+/* The thread kvc-link; arg is the client. */
+void kvci_keeper_main(void *arg);
 
 /* ---- calls and messages --------------------------------------------------------------------- */
 
@@ -213,8 +213,8 @@ uint64_t kvci_backoff_ns(uint32_t failures, uint64_t first_ns, uint64_t max_ns, 
 
 /* The call is complete: under the lock. */
 void kvci_call_complete(kvc_client *client, kvci_call *call);
-/* The thread kvc-prog. */
-void kvci_progress_main(void *client);
+/* The thread kvc-prog; arg is the client. */
+void kvci_progress_main(void *arg);
 
 /* ---- rpc.c: one blocking message ----------------------------------------------------------------
  */

@@ -190,8 +190,9 @@ kvc_status kvci_relink(kvc_client *client, uint64_t deadline_ns)
             return kvci_fail(KVC_TIMED_OUT, "connect: the deadline passed");
         /* Each address gets its share of the time that is left. */
         uint64_t share_ns = now_ns + (deadline_ns - now_ns) / (client->n_uris - i);
+        link = NULL;
         status = link_open(client, client->uris[i], share_ns, &link);
-        if (status == KVC_OK) {
+        if (status == KVC_OK && link != NULL) {
             greet(client, link, share_ns);
             if (client->boot_id != 0)
                 KVC_COUNT(client_reconnects);

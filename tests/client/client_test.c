@@ -203,10 +203,9 @@ static void test_put(void **state)
     fixture_open(&f);
     support_random random = support_seed(7);
     size_t room = (size_t)N * 3000;
-    uint8_t *bytes = malloc(room);
-    kvc_value *values = calloc(N, sizeof(*values));
-    int8_t *status = malloc(N);
-    assert_true(bytes != NULL && values != NULL && status != NULL);
+    uint8_t *bytes = must(malloc(room));
+    kvc_value *values = must(calloc(N, sizeof(*values)));
+    int8_t *status = must(malloc(N));
     memset(status, 77, N);
     kvc_region *region = fixture_region(&f, bytes, room);
     size_t at = 0;

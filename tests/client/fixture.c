@@ -66,10 +66,10 @@ void fixture_fetch_check(fixture *f, kvc_context *context, uint32_t part, uint32
                          uint32_t first, uint32_t step)
 {
     uint32_t row_bytes = f->fake.row_bytes[part];
-    uint32_t *picks = malloc((n + 1) * sizeof(*picks)), *slots = malloc((n + 1) * sizeof(*slots));
-    int8_t *status = malloc(n + 1);
-    uint8_t *rows = calloc(n + 1, row_bytes);
-    assert_true(picks != NULL && slots != NULL && status != NULL && rows != NULL);
+    uint32_t *picks = must(malloc((n + 1) * sizeof(*picks)));
+    uint32_t *slots = must(malloc((n + 1) * sizeof(*slots)));
+    int8_t *status = must(malloc(n + 1));
+    uint8_t *rows = must(calloc(n + 1, row_bytes));
     for (uint32_t i = 0; i < n; i++) {
         picks[i] = first + i * step;
         slots[i] = n - 1 - i; /* reversed: no two rows are neighbours in order */

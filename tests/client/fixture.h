@@ -26,6 +26,14 @@ void fixture_open(fixture *f);  /* listens with fake's settings, connects */
 void fixture_start(fixture *f); /* fake_init, then fixture_open */
 void fixture_stop(fixture *f);
 
+/* The pointer, which is not NULL. */
+static inline void *must(void *pointer)
+{
+    if (pointer == NULL)
+        abort();
+    return pointer;
+}
+
 static inline uint64_t in_ms(uint64_t ms)
 {
     return kvc_now_ns() + ms * MS;
