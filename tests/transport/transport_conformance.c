@@ -39,7 +39,8 @@ static int run_suite(const char *name, const char *uri)
 
 static int run_scheme(const char *scheme)
 {
-    char dir[] = "/tmp/kvasir-transport-XXXXXX", uri[128];
+    static char uri[128];
+    char dir[] = "/tmp/kvasir-transport-XXXXXX";
     for (size_t i = 0; i < sizeof(listen_uris) / sizeof(listen_uris[0]); i++) {
         if (strcmp(listen_uris[i].scheme, scheme) != 0)
             continue;

@@ -100,7 +100,7 @@ struct kvt_listener {
 
 /* Offers one slot of a method to the queue. */
 void kvti_arm(kvti_queue *queue, int slot);
-void kvti_call_reply(kvt_call *call, kvc_status status, const char *detail, uint32_t retry_after_ms,
+void kvti_call_reply(kvt_call *base, kvc_status status, const char *detail, uint32_t retry_after_ms,
                      const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices);
 
 /* Body of the answer to Check, and its status. The caller gives bb to gRPC and destroys it. */
