@@ -347,7 +347,9 @@ static kvc_status bring_back(puller *p, uint32_t n, uint32_t n_indexed)
 static void adopt(kvw_seq *seq, const uint32_t *tokens, uint32_t n)
 {
     const kvw_worker *w = seq->worker;
-    memcpy(seq->tokens, tokens, (size_t)n * sizeof(*tokens));
+    if (n != 0) {
+        memcpy(seq->tokens, tokens, (size_t)n * sizeof(*tokens));
+    }
     seq->n_named = n;
     seq->n_reused = n;
     seq->pass = (kvwi_pass){n, 0};

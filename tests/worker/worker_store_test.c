@@ -6,6 +6,7 @@
 #include "oracle.h"
 
 #include <math.h>
+#include <pthread.h>
 
 #include "base/clock.h"
 #include "selector/selector.h"

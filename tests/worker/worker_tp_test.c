@@ -1,0 +1,202 @@
+/*
+ * worker_tp_test.c: tensor parallelism: two workers with half of the heads each, on two threads
+ * with a real all-reduce between them, against one worker with all heads.
+ */
+#include "oracle.h"
+
+#include <math.h>
+#include <pthread.h>
+
+enum { RANKS = 2 };
+
+/* An all-reduce through shared memory: everybody adds, everybody copies. */
+typedef struct meeting {
+    pthread_mutex_t lock;
+    pthread_barrier_t all;
+    float *sum;
+    uint32_t cap, n_calls;
+    char op[8];
+} meeting;
+
+static kvc_status all_reduce(void *arg, const char *op, float *x, uint32_t n)
+{
+    meeting *m = arg;
+    bool first = pthread_barrier_wait(&m->all) == PTHREAD_BARRIER_SERIAL_THREAD;
+    if (first) {
+        m->n_calls++;
+        m->sum = realloc(m->sum, n * sizeof(float));
+        for (uint32_t i = 0; i < n; i++)
+            m->sum[i] = strcmp(op, "max") == 0 ? -INFINITY : 0;
+    }
+    (void)pthread_barrier_wait(&m->all);
+    pthread_mutex_lock(&m->lock);
+    for (uint32_t i = 0; i < n; i++)
+        m->sum[i] = strcmp(op, "max") == 0 ? fmaxf(m->sum[i], x[i]) : m->sum[i] + x[i];
+    pthread_mutex_unlock(&m->lock);
+    (void)pthread_barrier_wait(&m->all);
+    memcpy(x, m->sum, n * sizeof(float));
+    return KVC_OK;
+}
+
+static void rank_rig(rig *r, const char *selector, kvw_index_kind index, uint32_t rank,
+                     uint32_t ranks, meeting *m)
+{
+    rig_init(r, selector, 420);
+    r->opts.n_q_heads = 8 / ranks;
+    r->opts.n_kv_heads = 4 / ranks;
+    r->opts.tp_size = ranks;
+    r->opts.tp_rank = rank;
+    r->opts.all_reduce = ranks > 1 ? all_reduce : NULL;
+    r->opts.all_reduce_arg = m;
+    r->opts.index = index;
+    r->opts.reselect_cos = strcmp(selector, "tokenselect") == 0 ? 0.05 : 0;
+    if (index == KVW_INDEX_RERANKED)
+        r->opts.index_dims = 8;
+    if (index != KVW_INDEX_EXACT)
+        rig_project(r, 16);
+}
+
+/* What a run leaves behind to be compared. */
+typedef struct trace {
+    rig r;
+    rig_record record;
+    uint32_t picks[420][2][48];
+    uint64_t reselects;
+} trace;
+
+static void keep_picks(void *arg, const rig *r, const rig_step *step)
+{
+    trace *t = arg;
+    const uint32_t *picks = NULL;
+    uint32_t n = 0;
+    rig_record_step(&t->record, r, step);
+    assert_ok(kvw_last_picks(step->seq, step->layer, &picks, &n));
+    if (n != 0)
+        memcpy(t->picks[step->first][step->layer], picks, n * sizeof(*picks));
+}
+
+static void *run(void *arg)
+{
+    trace *t = arg;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    kvw_stats stats = {.size_bytes = sizeof(stats)};
+    assert_ok(kvw_seq_create(t->r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&t->r, seq, 0, 400, keep_picks, t);
+    rig_decode(&t->r, seq, 400, 420, keep_picks, t);
+    assert_ok(kvw_seq_stats(seq, &stats));
+    t->reselects = stats.reselects;
+    kvw_seq_destroy(seq);
+    return NULL;
+}
+
+static trace *new_trace(const char *selector, kvw_index_kind index, uint32_t rank, uint32_t ranks,
+                        meeting *m)
+{
+    trace *t = calloc(1, sizeof(*t));
+    assert_non_null(t);
+    rank_rig(&t->r, selector, index, rank, ranks, m);
+    rig_open(&t->r);
+    rig_record_init(&t->record, &t->r);
+    return t;
+}
+
+static void free_trace(trace *t)
+{
+    rig_record_fini(&t->record);
+    rig_close(&t->r);
+    free(t);
+}
+
+/* Outputs of a rank are those of its heads in the whole; where picks agree. */
+static void compare(const trace *whole, trace *const part[RANKS])
+{
+    uint32_t steps = 0, same = 0;
+    size_t row = 8 * 16;
+    for (uint32_t pos = 0; pos < 420; pos++) {
+        for (uint32_t layer = 0; layer < 2; layer++) {
+            /* both ranks always have the same picks */
+            assert_memory_equal(part[0]->picks[pos][layer], part[1]->picks[pos][layer], 48 * 4);
+            if (whole->picks[pos][layer][0] == 0)
+                continue; /* not a step's first position, or nothing was selected */
+            steps++;
+            if (memcmp(whole->picks[pos][layer], part[0]->picks[pos][layer], 48 * 4) != 0)
+                continue;
+            same++;
+            if (pos < 400)
+                continue; /* a chunk's first position stands for it */
+            const float *w = (const float *)(void *)whole->record.out + (layer * 420 + pos) * row;
+            for (uint32_t rank = 0; rank < RANKS; rank++) {
+                const float *p =
+                    (const float *)(void *)part[rank]->record.out + (layer * 420 + pos) * row / 2;
+                for (uint32_t i = 0; i < row / 2; i++)
+                    assert_true(fabsf(p[i] - w[rank * row / 2 + i]) < 1e-5f);
+            }
+        }
+    }
+    /* sums in another order may move an int8 step or swap two near ties */
+    assert_true(steps > 40 && same * 10 >= steps * 9);
+}
+
+static void split_heads(const char *selector, kvw_index_kind index)
+{
+    meeting m = {.sum = NULL};
+    trace *part[RANKS];
+    pthread_t thread[RANKS];
+    assert_int_equal(pthread_mutex_init(&m.lock, NULL), 0);
+    assert_int_equal(pthread_barrier_init(&m.all, NULL, RANKS), 0);
+    trace *whole = new_trace(selector, index, 0, 1, NULL);
+    (void)run(whole);
+    for (uint32_t i = 0; i < RANKS; i++)
+        part[i] = new_trace(selector, index, i, RANKS, &m);
+    assert_memory_equal(kvw_schema_digest(part[0]->r.worker), kvw_schema_digest(part[1]->r.worker),
+                        32);
+    for (uint32_t i = 0; i < RANKS; i++)
+        assert_int_equal(pthread_create(&thread[i], NULL, run, part[i]), 0);
+    for (uint32_t i = 0; i < RANKS; i++)
+        assert_int_equal(pthread_join(thread[i], NULL), 0);
+    assert_true(m.n_calls > 10);
+    compare(whole, part);
+    assert_int_equal(part[0]->reselects, part[1]->reselects);
+    if (strcmp(selector, "tokenselect") == 0) {
+        assert_int_equal(part[0]->reselects, whole->reselects);
+        assert_true(whole->reselects < 2 * 26); /* the Selection Cache has hit */
+    }
+    free_trace(whole);
+    for (uint32_t i = 0; i < RANKS; i++)
+        free_trace(part[i]);
+    pthread_mutex_destroy(&m.lock);
+    pthread_barrier_destroy(&m.all);
+    free(m.sum);
+}
+
+static void esa_sums_projections(void **state)
+{
+    (void)state;
+    split_heads("esa", KVW_INDEX_COMPRESSED);
+    split_heads("esa", KVW_INDEX_RERANKED);
+}
+
+static void esa_sums_scores_of_exact_keys(void **state)
+{
+    (void)state;
+    split_heads("esa", KVW_INDEX_EXACT);
+}
+
+static void tokenselect_sums_votes(void **state)
+{
+    (void)state;
+    split_heads("tokenselect", KVW_INDEX_EXACT);
+    split_heads("tokenselect", KVW_INDEX_COMPRESSED);
+    split_heads("tokenselect", KVW_INDEX_RERANKED);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(esa_sums_projections),
+        cmocka_unit_test(esa_sums_scores_of_exact_keys),
+        cmocka_unit_test(tokenselect_sums_votes),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
