@@ -16,6 +16,8 @@
 #include "rotary.h"
 #include "rows.h"
 
+#define PACK_AHEAD 32u /* keys asked for before they are packed */
+
 /* VF_LANES keys from j on, converted and rotated into tmp [VF_LANES, ld]; zeros beyond n. */
 static void load_keys(const kvki_attend_pack *p, uint32_t j, float *tmp, size_t ld)
 {
@@ -76,13 +78,30 @@ static bool pack_value(const kvki_attend_pack *p, uint32_t j)
     return bad == 0;
 }
 
+/* Asks for the rows [j, j + n) at off_bytes: they lie anywhere, so no hardware foresees them. */
+static void fetch_rows(const kvki_attend_pack *p, uint32_t j, uint32_t n, size_t off_bytes)
+{
+    size_t len_bytes = p->head_dim * kvk_dtype_bytes(p->dtype);
+
+    for (uint32_t t = j; t < j + n && t < p->n; t++) {
+        const char *at = (const char *)p->rows[t] + off_bytes;
+        for (size_t b = 0; b < len_bytes; b += 64)
+            __builtin_prefetch(at + b);
+        __builtin_prefetch(at + len_bytes - 1);
+    }
+}
+
 static void attend_pack(const kvki_attend_pack *p)
 {
     uint32_t padded = (p->n + GEMM_PANEL - 1) / GEMM_PANEL * GEMM_PANEL;
     bool finite = true;
 
-    for (uint32_t j = 0; j < padded; j += VF_LANES)
+    fetch_rows(p, 0, PACK_AHEAD, p->k_off_bytes);
+    for (uint32_t j = 0; j < padded; j += VF_LANES) {
+        fetch_rows(p, j + PACK_AHEAD, VF_LANES, p->k_off_bytes);
+        fetch_rows(p, j, VF_LANES, p->v_off_bytes);
         pack_keys(p, j);
+    }
     for (uint32_t j = 0; j < p->n; j++)
         finite = pack_value(p, j) && finite;
     *p->finite_p = finite;
