@@ -63,7 +63,13 @@ def check_format(tree):
         [clang_format, "--dry-run", "-Werror", "-style=file", *(tree.path(n) for n in group)]
         for group in groups
     ]
-    return [output for _, output in run_all(commands)]
+    lines = "".join(output for _, output in run_all(commands)).split("\n")
+    places = [line.split(":")[:2] for line in lines if "clang-format-violations" in line]
+    return [
+        "%s:%s: clang-format -i would change %d places"
+        % (os.path.relpath(path, tree.root), line, sum(p[0] == path for p in places))
+        for path, line in {path: line for path, line in reversed(places)}.items()
+    ]
 
 
 def tidy_key(tidy, entry, config):

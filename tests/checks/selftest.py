@@ -171,7 +171,7 @@ class Checks(unittest.TestCase):
         if status == 77:
             self.skipTest(output)
         self.assertEqual(status, 0, output)
-        self.caught("format", {**style, "worker/a.c": "int   a ;\n"}, "clang-formatted")
+        self.caught("format", {**style, "worker/a.c": "int   a ;\n"}, "worker/a.c:1: clang-format")
 
 
 if __name__ == "__main__":
