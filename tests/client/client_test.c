@@ -98,13 +98,13 @@ static void test_fetch_small_limits(void **state)
 }
 
 /* Groups of several parts and contexts in one op; missing rows are left alone and told. */
-static void test_fetch_groups_and_missing(void **state)
+static void check_groups(uint32_t max_groups)
 {
-    (void)state;
     enum { N = 700, GROUPS = 5 };
     fixture f = {0};
     fake_init(&f.fake);
     f.fake.missing_every = 5;
+    f.fake.limits.max_groups = max_groups;
     fixture_open(&f);
     kvc_context *contexts[2] = {fixture_context(&f, 4), fixture_context(&f, 9)};
     static uint8_t rows[GROUPS][N * 4096];
@@ -148,10 +148,19 @@ static void test_fetch_groups_and_missing(void **state)
     assert_int_equal(info.rows_missing, n_missing);
     assert_int_equal(info.rows_dram, GROUPS * N - n_missing);
     assert_int_equal(info.requests, fake_calls(&f.fake, KVC_FETCH_ROWS));
+    assert_true(f.fake.max_groups <= max_groups);
+    assert_true(f.fake.max_groups > 1 || max_groups == 1);
     assert_ok(kvc_region_deregister(f.client, region));
     kvc_context_close(contexts[0]);
     kvc_context_close(contexts[1]);
     fixture_stop(&f);
+}
+
+static void test_fetch_groups_and_missing(void **state)
+{
+    (void)state;
+    check_groups(KVC_MAX_GROUPS);
+    check_groups(1);
 }
 
 static void test_fetch_refuses(void **state)
@@ -193,13 +202,12 @@ static void test_fetch_refuses(void **state)
 }
 
 /* Values of odd lengths, scattered in the region: what arrives is checked by the fake. */
-static void test_put(void **state)
+static void check_put(uint32_t max_batch_values)
 {
-    (void)state;
     enum { N = 3000 };
     fixture f = {0};
     fake_init(&f.fake);
-    f.fake.limits.max_batch_values = 500;
+    f.fake.limits.max_batch_values = max_batch_values;
     fixture_open(&f);
     support_random random = support_seed(7);
     size_t room = (size_t)N * 3000;
@@ -226,7 +234,7 @@ static void test_put(void **state)
     assert_ok(kvc_op_wait(&op, 0));
     assert_int_equal(f.fake.bad_values, 0);
     assert_int_equal(f.fake.n_values, N);
-    assert_true(f.fake.max_values <= 500);
+    assert_true(f.fake.max_values <= max_batch_values);
     assert_true(f.fake.max_payload_bytes <= KVC_MAX_VALUE_BYTES);
     for (uint32_t i = 0; i < N; i++)
         assert_int_equal(status[i], i % 10 == 0 ? KVC_EXISTS : KVC_OK);
@@ -246,6 +254,43 @@ static void test_put(void **state)
     assert_ok(kvc_region_deregister(f.client, region));
     free(status);
     free(values);
+    free(bytes);
+    fixture_stop(&f);
+}
+
+static void test_put(void **state)
+{
+    (void)state;
+    check_put(100);                  /* the number of values decides the cut */
+    check_put(KVC_MAX_BATCH_VALUES); /* pieces and bytes do */
+}
+
+/* Values that lie side by side are one piece, so that bytes alone decide. */
+static void test_put_dense(void **state)
+{
+    (void)state;
+    enum { N = 64, LEN = 100000 };
+    fixture f;
+    fixture_start(&f);
+    uint8_t *bytes = must(malloc((size_t)N * LEN));
+    static kvc_value values[N];
+    int8_t status[N];
+    for (uint32_t i = 0; i < N; i++) {
+        values[i] = (kvc_value){
+            .digest = {{(uint8_t)i}}, .len_bytes = LEN, .src_off_bytes = (size_t)i * LEN};
+        for (uint32_t b = 0; b < LEN; b++)
+            bytes[(size_t)i * LEN + b] = fake_value_byte(&values[i].digest, 0, b);
+    }
+    kvc_region *region = fixture_region(&f, bytes, (size_t)N * LEN);
+    kvc_op op;
+    kvc_op_init(&op, NULL, NULL);
+    assert_ok(kvc_put(f.client, &f.schema, KVC_PROMISE_DURABLE, values, N, region, status, 0, &op));
+    assert_ok(kvc_op_wait(&op, 0));
+    assert_int_equal(f.fake.bad_values, 0);
+    assert_int_equal(f.fake.n_values, N);
+    assert_true(f.fake.max_payload_bytes <= KVC_MAX_VALUE_BYTES);
+    assert_int_equal(fake_calls(&f.fake, KVC_PUT_BLOCKS), 7); /* ten values each */
+    assert_ok(kvc_region_deregister(f.client, region));
     free(bytes);
     fixture_stop(&f);
 }
@@ -397,6 +442,7 @@ int main(void)
         cmocka_unit_test(test_fetch_groups_and_missing),
         cmocka_unit_test(test_fetch_refuses),
         cmocka_unit_test(test_put),
+        cmocka_unit_test(test_put_dense),
         cmocka_unit_test(test_match),
         cmocka_unit_test(test_context),
         cmocka_unit_test(test_schema_and_stats),

@@ -97,7 +97,7 @@ static void test_scatter_refuses(void **state)
     assert_non_null(why);
     iov.iov_len = 39;
     assert_status(kvci_scatter(&seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
-    iov.iov_len = 40; /* what data_bytes says and what is there differ */
+    reply.data_bytes = 40; /* what it says and what is there differ */
     assert_status(kvci_scatter(&seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
     reply.u.fetch_rows.missing = missing;
     reply.u.fetch_rows.n_missing = 2; /* twice the same */

@@ -181,6 +181,8 @@ static void answer_fetch(fake_server *fake, kvt_call *call, fake_action action)
         room += (size_t)group->n_picks * fake->row_bytes[group->part];
     }
     fake->n_rows += n;
+    if (req->u.fetch_rows.n_groups > fake->max_groups)
+        fake->max_groups = req->u.fetch_rows.n_groups;
     fake->max_picks = n > fake->max_picks ? n : fake->max_picks;
     if (room - 1 > fake->max_payload_bytes)
         fake->max_payload_bytes = room - 1;

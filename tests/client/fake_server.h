@@ -55,7 +55,7 @@ typedef struct fake_server {
     fake_rule rules[FAKE_MAX_RULES];
     uint32_t n_rules;
     uint32_t calls[KVC_METHOD_COUNT], max_in_flight, in_flight;
-    uint64_t n_values, n_rows, max_payload_bytes, max_picks, max_values, bad_values;
+    uint64_t n_values, n_rows, max_payload_bytes, max_picks, max_groups, max_values, bad_values;
     fake_late late[FAKE_MAX_LATE];
     uint32_t n_late;
 } fake_server;

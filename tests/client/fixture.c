@@ -128,3 +128,27 @@ void fixture_schema(const char *model, kvc_schema *schema_p, kvc_part *part_p)
         .parts = part_p,
     };
 }
+
+void count_done(kvc_op *op, void *arg)
+{
+    counted *c = arg;
+    c->status = op->status;
+    atomic_fetch_add(&c->done, 1);
+}
+
+void await_done(counted *c)
+{
+    for (int i = 0; i < 10000 && atomic_load(&c->done) == 0; i++)
+        usleep(1000);
+    assert_int_equal(atomic_load(&c->done), 1);
+}
+
+void fetch_async(fixture *f, kvc_context *context, kvc_region *region, counted *c,
+                 uint64_t deadline_ns)
+{
+    for (uint32_t i = 0; i < 64; i++)
+        c->picks[i] = i * 3;
+    kvc_pick_group group = {
+        .context = context, .part = 6, .row_bytes = 64, .n_picks = 64, .picks = c->picks};
+    assert_ok(kvc_fetch(f->client, &group, 1, region, c->states, NULL, deadline_ns, &c->op));
+}

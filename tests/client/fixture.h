@@ -8,6 +8,8 @@
 
 #include "support.h"
 
+#include <stdatomic.h>
+
 #include "base/clock.h"
 #include "base/digest.h"
 #include "fake_server.h"
@@ -47,6 +49,25 @@ kvc_digest *fixture_digests(uint32_t n);
 /* Fetches n rows of part from tokens first, first + step ... and checks each byte. */
 void fixture_fetch_check(fixture *f, kvc_context *context, uint32_t part, uint32_t n,
                          uint32_t first, uint32_t step);
+/* An op with room for what it needs, and how often it has completed. */
+typedef struct counted {
+    kvc_op op;
+    atomic_uint done;
+    kvc_status status;
+    uint32_t hits;
+    uint32_t picks[64];
+    int8_t states[64];
+    uint8_t rows[64 * 64];
+} counted;
+
+/* The callback of a counted op, which is its arg. */
+void count_done(kvc_op *op, void *arg);
+/* Waits until it has completed, once. */
+void await_done(counted *c);
+/* Fetches 64 rows of 64 bytes: tokens 0, 3, 6 ... of part 6. */
+void fetch_async(fixture *f, kvc_context *context, kvc_region *region, counted *c,
+                 uint64_t deadline_ns);
+
 /* A valid schema of one part, its model named so. */
 void fixture_schema(const char *model, kvc_schema *schema_p, kvc_part *part_p);
 
