@@ -178,7 +178,7 @@ static uint32_t commit_writes(kvs_tier *tier, kvsi_batch *batch, uint32_t n, kvc
         if (rc == MDB_SUCCESS)
             return fit;
         *status_p = kvsi_lmdb_status(rc);
-        if (rc != MDB_MAP_FULL)
+        if (rc != MDB_MAP_FULL && tries == 0)
             KVC_LOG_ERROR(TIER, "lmdb: %s/%s: commit of %u values: %s", batch->class->env.root,
                           batch->class->env.name, fit, mdb_strerror(rc));
         if (rc != MDB_MAP_FULL && rc != ENOSPC && rc != EIO)

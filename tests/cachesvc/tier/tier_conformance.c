@@ -277,6 +277,64 @@ static void test_concurrent(void **state)
     assert_true(medium_bytes(t) <= t->opts.capacity_bytes);
 }
 
+typedef struct watch {
+    tier_under_test *t;
+    kvs_slot slots[4];
+    atomic_int *stop, *wrong;
+    uint32_t reads;
+} watch;
+
+static void *watch_thread(void *arg)
+{
+    watch *w = arg;
+
+    for (uint32_t i = 0; !atomic_load(w->stop); i++) {
+        kvs_value_key key = key_of(1, i % 4, 7);
+        bool equal;
+        if (check_rows(w->t, &key, 1, (shape){4096, 64}, w->slots[i % 4], 0, 64, &equal) !=
+                KVC_OK ||
+            !equal)
+            atomic_fetch_add(w->wrong, 1);
+        w->reads++;
+    }
+    return NULL;
+}
+
+/* Values stay readable and right while the tier grows under the readers to its cap. */
+static void test_reads_while_it_fills(void **state)
+{
+    tier_under_test *t = *state;
+    enum { N = 3 };
+    pthread_t threads[N];
+    watch watches[N];
+    atomic_int stop = 0, wrong = 0;
+    kvs_slot slots[4];
+    put_result r = {.status = KVC_OK};
+
+    for (uint32_t i = 0; i < 4; i++) {
+        kvs_value_key key = key_of(1, i, 7);
+        r = put_value(t, &key, 1, (shape){4096, 64}, true);
+        assert_int_equal(r.status, KVC_OK);
+        slots[i] = r.slot;
+    }
+    for (uint32_t i = 0; i < N; i++) {
+        watches[i] = (watch){.t = t, .stop = &stop, .wrong = &wrong};
+        memcpy(watches[i].slots, slots, sizeof(slots));
+        assert_int_equal(pthread_create(&threads[i], NULL, watch_thread, &watches[i]), 0);
+    }
+    for (uint32_t i = 4; r.status == KVC_OK; i++) {
+        kvs_value_key key = key_of(1, i, 7);
+        r = put_value(t, &key, 1, (shape){4096, 64}, false);
+    }
+    atomic_store(&stop, 1);
+    for (uint32_t i = 0; i < N; i++)
+        pthread_join(threads[i], NULL);
+    assert_int_equal(r.status, KVC_AGAIN);
+    assert_int_equal(wrong, 0);
+    for (uint32_t i = 0; i < N; i++)
+        assert_true(watches[i].reads > 0);
+}
+
 /* --- persistence --- */
 
 typedef struct found_set {
@@ -426,6 +484,8 @@ static int run_over(const kvs_tier_ops *ops)
                                                  initial),
         cmocka_unit_test_prestate_setup_teardown(test_full_then_room, setup, teardown, initial),
         cmocka_unit_test_prestate_setup_teardown(test_concurrent, setup, teardown, initial),
+        cmocka_unit_test_prestate_setup_teardown(test_reads_while_it_fills, setup, teardown,
+                                                 initial),
         cmocka_unit_test_prestate_setup_teardown(test_recover_lists_what_was_committed, setup,
                                                  teardown, initial),
         cmocka_unit_test_prestate_setup_teardown(test_meta, setup, teardown, initial),

@@ -73,6 +73,13 @@ int fdatasync(int fd)
     return rc;
 }
 
+static void set_failing(bool fail)
+{
+    pthread_mutex_lock(&books);
+    fail_syncs = fail;
+    pthread_mutex_unlock(&books);
+}
+
 /* Files with writes that no sync covers. */
 static uint32_t count_dirty(void)
 {
@@ -181,6 +188,39 @@ static void test_sync_covers_lazy_writes(void **state)
     assert_int_equal(count_dirty(), 0);
 }
 
+/* sync waits for all that was queued before it, though it takes many groups. */
+static void test_sync_covers_many_groups(void **state)
+{
+    tier_under_test *t = *state;
+    enum { N = 100 };
+    pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t cond = PTHREAD_COND_INITIALIZER;
+    static member members[N];
+    static uint8_t rows[4096];
+    uint32_t sum, n_done = 0;
+
+    tut_close(t);
+    t->opts.group_commit_bytes = 8192;
+    assert_int_equal(tut_open(t), KVC_OK);
+    kvc_row_sums(rows, 4096, 1, &sum);
+    for (uint32_t i = 0; i < N; i++) {
+        members[i] = (member){.lock = &lock, .cond = &cond, .n_done = &n_done};
+        members[i].write = (kvs_tier_write){.key = key_of(1, i, 1),
+                                            .row_bytes = 4096,
+                                            .n_rows = 1,
+                                            .rows = rows,
+                                            .row_sums = &sum,
+                                            .done = note_done,
+                                            .arg = &members[i]};
+        assert_int_equal(t->ops->write(t->tier, &members[i].write), KVC_OK);
+    }
+    assert_int_equal(t->ops->sync(t->tier), KVC_OK);
+    pthread_mutex_lock(&lock);
+    assert_int_equal(n_done, N);
+    pthread_mutex_unlock(&lock);
+    assert_int_equal(count_dirty(), 0);
+}
+
 static void test_close_leaves_nothing_dirty(void **state)
 {
     tier_under_test *t = *state;
@@ -201,12 +241,32 @@ static void test_failed_sync_is_told(void **state)
     put_result r = put_value(t, &key, 1, (shape){4096, 1}, true);
     assert_int_equal(r.status, KVC_OK);
     assert_int_equal(put_value(t, &later, 1, (shape){4096, 1}, false).status, KVC_OK);
-    fail_syncs = true;
+    set_failing(true);
     assert_int_equal(t->ops->sync(t->tier), KVC_IO);
-    fail_syncs = false;
+    set_failing(false);
     assert_int_equal(put_value(t, &later, 2, (shape){4096, 1}, true).status, KVC_IO);
     assert_int_equal(put_value(t, &later, 2, (shape){4096, 2}, true).status, KVC_OK);
     assert_value(t, &key, 1, (shape){4096, 1}, r.slot);
+}
+
+/* A release whose commit fails is tried again until it holds. */
+static void test_failed_release_is_tried_again(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_value_key key = key_of(1, 1, 1);
+
+    put_result r = put_value(t, &key, 1, (shape){4096, 1}, true);
+    assert_int_equal(r.status, KVC_OK);
+    set_failing(true);
+    t->ops->release(t->tier, &key, r.slot);
+    usleep(60000); /* a few attempts */
+    assert_int_equal(value_count(t), 1);
+    set_failing(false);
+    assert_int_equal(t->ops->sync(t->tier), KVC_OK);
+    assert_int_equal(value_count(t), 0);
+    r = put_value(t, &key, 2, (shape){4096, 1}, true);
+    assert_int_equal(r.status, KVC_OK);
+    assert_value(t, &key, 2, (shape){4096, 1}, r.slot);
 }
 
 int main(void)
@@ -214,8 +274,10 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_done_means_synced, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sync_covers_lazy_writes, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sync_covers_many_groups, setup, teardown),
         cmocka_unit_test_setup_teardown(test_close_leaves_nothing_dirty, setup, teardown),
         cmocka_unit_test_setup_teardown(test_failed_sync_is_told, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_failed_release_is_tried_again, setup, teardown),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
