@@ -16,7 +16,7 @@
 #include "internal.h"
 
 /* Free buffers that the pool keeps, rather than giving them back to the system. */
-#define POOL_MAX_FREE 16u
+#define POOL_MAX_FREE 8u
 
 void kvwi_pool_init(kvwi_pool *pool)
 {
@@ -177,7 +177,8 @@ void kvwi_blocks_release(kvw_seq *seq)
 
 /*
  * What a block's digest says beyond its tokens: nothing where every pass that touched it was a
- * whole chunk on the grid, else the passes; once rows were dropped, a number nobody else has.
+ * whole chunk on the grid, else the passes; once rows were dropped, or selected by a query that
+ * turned out otherwise, a number nobody else has.
  */
 static kvc_status digest_extra(kvw_seq *seq, uint32_t block, kvwi_buf *out, uint32_t *len_p)
 {
@@ -207,6 +208,13 @@ static kvc_status digest_extra(kvw_seq *seq, uint32_t block, kvwi_buf *out, uint
         *len_p += (uint32_t)sizeof(seq->taint);
     }
     return KVC_OK;
+}
+
+void kvwi_blocks_taint(kvw_seq *seq)
+{
+    if (!seq->tainted) {
+        seq->tainted = getrandom(seq->taint, sizeof(seq->taint), 0) == (ssize_t)sizeof(seq->taint);
+    }
 }
 
 static kvc_status digest_block(kvw_seq *seq, uint32_t block)

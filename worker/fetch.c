@@ -6,7 +6,6 @@
  * in flight keeps its buffers. Rows that do not arrive give their slots back.
  */
 #include <string.h>
-#include <sys/random.h>
 
 #include "base/clock.h"
 #include "base/log.h"
@@ -57,14 +56,6 @@ static kvc_status complete(kvw_step *step)
     step->in_flight = false;
     step->fetch_status = st;
     return st;
-}
-
-/* Once rows are left out, what is computed from here on is this sequence's alone. */
-static void taint(kvw_seq *seq)
-{
-    if (!seq->tainted) {
-        seq->tainted = getrandom(seq->taint, sizeof(seq->taint), 0) == (ssize_t)sizeof(seq->taint);
-    }
 }
 
 /*
@@ -120,7 +111,7 @@ kvc_status kvwi_fetch_wait(kvw_step *step)
     }
     if (seq->worker->opts.policy == KVW_DROP) {
         seq->stats.rows_dropped += lost;
-        taint(seq);
+        kvwi_blocks_taint(seq);
         KVC_LOG_DEBUG(WORKER, "layer %u: %u of %u rows dropped: %s", step->layer, lost,
                       step->n_misses, kvc_status_name(first));
         return KVC_OK;

@@ -115,7 +115,7 @@ struct kvw_seq {
     kvw_select_ctx select;
     kvwi_buf append_buf;
     kvw_step *free_steps;
-    uint8_t taint[16]; /* set once rows were dropped: nobody else may reuse what follows */
+    uint8_t taint[16]; /* rows were dropped or a query predicted: nobody may reuse what follows */
     bool tainted;
     kvw_stats stats;
 };
@@ -132,7 +132,9 @@ struct kvw_step {
     kvw_seq *seq;
     uint32_t layer, n_q;
     uint32_t n_tokens; /* of the layer when it began */
-    bool full;         /* short enough to attend everything */
+    bool foretold;     /* select_sum is that of q_select, which may be a prediction */
+    uint64_t select_sum;
+    bool full; /* short enough to attend everything */
     uint32_t near_begin;
     kvwi_segment segment[2];
     uint32_t n_segments, n_rows;
@@ -175,6 +177,8 @@ kvc_status kvwi_blocks_reserve(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
 kvc_status kvwi_blocks_fill(kvw_seq *seq, uint32_t block) KVC_MUST_CHECK;
 /* Gives back buffers of blocks that the store has and no window needs. */
 void kvwi_blocks_release(kvw_seq *seq);
+/* What is computed from here on is this sequence's alone: its digests get a random number. */
+void kvwi_blocks_taint(kvw_seq *seq);
 /* Digests and hands every full, accepted block to put. n_tokens: accepted. */
 kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
 /* Row of layer in a block buffer; index rows likewise (all levels, in order). */

@@ -114,10 +114,11 @@ static kvc_status check_tp(kvw_opts *o)
 
 static kvc_status check_store(kvw_opts *o, size_t row_bytes)
 {
+    uint32_t max_value =
+        o->client == NULL ? KVC_MAX_VALUE_BYTES : kvc_client_limits(o->client)->max_value_bytes;
     if (o->block_tokens == 0) {
         o->block_tokens = DEFAULT_BLOCK;
-        while (o->block_tokens > KVC_BLOCK_TOKENS_MIN &&
-               o->block_tokens * row_bytes > KVC_MAX_VALUE_BYTES) {
+        while (o->block_tokens > KVC_BLOCK_TOKENS_MIN && o->block_tokens * row_bytes > max_value) {
             o->block_tokens /= 2;
         }
     }

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/sum.h"
 #include "internal.h"
 
 static void free_step(kvw_step *step)
@@ -75,8 +76,8 @@ static kvc_status check_begin(const kvw_seq *seq, uint32_t layer, const void *q,
     return KVC_OK;
 }
 
-kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
-                          kvw_step **step_p)
+static kvc_status begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
+                        kvw_step **step_p)
 {
     kvc_status st = check_begin(seq, layer, q_select, n_q, step_p);
     if (st != KVC_OK) {
@@ -92,6 +93,7 @@ kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, ui
     step->n_q = n_q;
     step->n_tokens = seq->layers[layer].n_tokens;
     step->n_misses = 0;
+    step->foretold = false;
     step->has_acc = false;
     step->attended = false;
     step->in_flight = false;
@@ -112,6 +114,25 @@ kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, ui
     kvwi_fetch_submit(step);
     *step_p = step;
     return KVC_OK;
+}
+
+/* The sum by which finish knows whether the query was the real one. */
+static uint64_t query_sum(const kvw_step *step, const void *q)
+{
+    const kvw_worker *w = step->seq->worker;
+    size_t width = (size_t)w->opts.n_q_heads * w->opts.head_dim;
+    return kvc_value_sum(q, step->n_q * width * w->elem_bytes);
+}
+
+kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
+                          kvw_step **step_p)
+{
+    kvc_status st = begin(seq, layer, q_select, n_q, step_p);
+    if (st == KVC_OK && seq->worker->opts.client != NULL && !(*step_p)->full) {
+        (*step_p)->foretold = true;
+        (*step_p)->select_sum = query_sum(*step_p, q_select);
+    }
+    return st;
 }
 
 kvc_status kvw_step_attend(kvw_step *step, const void *q)
@@ -152,6 +173,10 @@ kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
     if (st == KVC_OK) {
         st = kvwi_attend_result(step, out, lse);
     }
+    if (step->foretold && !step->seq->worker->opts.reuse_any &&
+        query_sum(step, q) != step->select_sum) {
+        kvwi_blocks_taint(step->seq);
+    }
     give_step(step);
     return st;
 }
@@ -162,7 +187,7 @@ kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, const void *
     kvw_step *step = NULL;
     kvc_status st = kvw_append(seq, layer, k, v, n_tokens);
     if (st == KVC_OK) {
-        st = kvw_step_begin(seq, layer, q, n_tokens, &step);
+        st = begin(seq, layer, q, n_tokens, &step);
     }
     return st != KVC_OK ? st : kvw_step_finish(step, q, out, lse);
 }

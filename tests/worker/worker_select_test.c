@@ -259,6 +259,24 @@ static void a_short_context_is_attended_whole(void **state)
     }
 }
 
+/* Eq. 4 shifts each query by its own best score, also where that is far below 0. */
+static void queries_of_a_chunk_count_alike(void **state)
+{
+    (void)state;
+    rig r;
+    rig_init(&r, "esa", 300);
+    r.opts.rope.theta = 0;
+    rig_fill(&r);
+    size_t rows = (size_t)r.opts.n_layers * r.n_tokens;
+    for (size_t i = 0; i < rows; i++) {
+        for (uint32_t h = 0; h < r.opts.n_kv_heads; h++)
+            r.k[i * rig_kv_width(&r) + h * 16] = 4.0;
+        for (uint32_t h = 0; h < r.opts.n_q_heads; h++)
+            r.q[i * rig_q_width(&r) + h * 16] = i % 2 == 0 ? 4.0 : -4.0;
+    }
+    check_all(&r, 0);
+}
+
 static void far_position_is_a_setting_of_its_own(void **state)
 {
     (void)state;
@@ -302,6 +320,7 @@ int main(void)
         cmocka_unit_test(ties_go_to_the_lower_position),
         cmocka_unit_test(query_heads_meet_their_own_kv_head),
         cmocka_unit_test(a_short_context_is_attended_whole),
+        cmocka_unit_test(queries_of_a_chunk_count_alike),
         cmocka_unit_test(far_position_is_a_setting_of_its_own),
         cmocka_unit_test(without_rotary_embedding),
         cmocka_unit_test(a_chunk_keeps_its_neighbours),
