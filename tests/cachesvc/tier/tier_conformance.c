@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 /* Odd and even shapes in at most eight size classes, as a persistent tier may ask for. */
 static const shape shapes[] = {
@@ -296,6 +297,7 @@ static void *watch_thread(void *arg)
             !equal)
             atomic_fetch_add(w->wrong, 1);
         w->reads++;
+        usleep(100); /* the writer wants a turn too */
     }
     return NULL;
 }

@@ -38,7 +38,7 @@ void tut_init(tier_under_test *t, const kvs_tier_ops *ops, const char *faults)
     t->ops = ops;
     t->opts = (kvs_tier_opts){
         .size_bytes = sizeof(t->opts),
-        .capacity_bytes = 64u << 20,
+        .capacity_bytes = 32u << 20,
         .max_value_bytes = 1u << 20,
         .group_commit_ns = 2000000,
         .group_commit_bytes = 4u << 20,

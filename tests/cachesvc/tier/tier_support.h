@@ -34,7 +34,7 @@ typedef struct put_result {
     kvc_status status;
 } put_result;
 
-/* Sets names and defaults (64 MiB, short group commit); opens nothing. faults: rules or NULL. */
+/* Sets names and defaults (32 MiB, short group commit); opens nothing. faults: rules or NULL. */
 void tut_init(tier_under_test *t, const kvs_tier_ops *ops, const char *faults);
 void tut_fini(tier_under_test *t); /* closes if open, removes the folder */
 kvc_status tut_open(tier_under_test *t);
