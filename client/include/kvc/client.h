@@ -9,7 +9,9 @@
  *
  * Lost connections are re-established by themselves. A request that failed because the server was
  * away, or full (AGAIN with a hint), is retried within its deadline when repeating it is harmless,
- * and every request of this interface is (first put wins; extends carry their position).
+ * and every request of this interface is (first put wins; extends carry their position). Where the
+ * deadline ends that, the op has the status of its last attempt (AGAIN, UNAVAILABLE ...), or
+ * TIMED_OUT if it was never answered.
  */
 #ifndef KVC_CLIENT_H
 #define KVC_CLIENT_H
@@ -37,13 +39,15 @@ typedef struct kvc_client_opts {
 } kvc_client_opts;
 
 /*
- * Connects and exchanges limits (Describe). Blocks up to connect_timeout_ns. Copies opts.
+ * Connects and exchanges limits (Describe). Blocks up to connect_timeout_ns, trying every URI again
+ * and again: a server that is just starting is worth the wait. Copies opts.
  * INVALID: bad URI; UNSUPPORTED: no transport built in for it; UNAVAILABLE or TIMED_OUT: nobody
  * answered. *client_p is NULL on error.
  */
 kvc_status kvc_client_open(const kvc_client_opts *opts, kvc_client **client_p) KVC_MUST_CHECK;
-/* Cancels what is in flight and returns after every callback has run. NULL is fine. Never from a
- * callback. Contexts and regions of the client must have been closed before. */
+/* Cancels what is in flight and returns after every callback has run; up to two seconds more where
+ * a lost server is being looked for. NULL is fine. Never from a callback. Contexts and regions of
+ * the client must have been closed before. */
 void kvc_client_close(kvc_client *client);
 /* Limits that the server advertised at connect; lives as long as the client. */
 const kvc_limits *kvc_client_limits(const kvc_client *client);
@@ -66,8 +70,8 @@ struct kvc_op {
 
 /* done NULL: use kvc_op_wait. The op may be used again after completion without another init. */
 void kvc_op_init(kvc_op *op, kvc_done_fn *done, void *arg);
-/* Blocks until the op is complete; returns op->status. deadline_ns passed: TIMED_OUT, and the op is
- * still in flight. Not from a callback. */
+/* Blocks until the op is complete; returns op->status. deadline_ns (0: none) passed: TIMED_OUT, and
+ * the op is still in flight. INVALID: never submitted, or it has a done. Not from a callback. */
 kvc_status kvc_op_wait(kvc_op *op, uint64_t deadline_ns);
 /* Asks for an early end; completion still comes, once, with CANCELLED or what happened before. */
 void kvc_op_cancel(kvc_op *op);
@@ -129,7 +133,8 @@ kvc_status kvc_context_open(kvc_client *client, const kvc_digest *schema, const 
 /* Appends blocks [n], copied. Blocks. On error the context is as it was. */
 kvc_status kvc_context_extend(kvc_context *context, const kvc_digest *blocks, uint32_t n,
                               uint64_t deadline_ns) KVC_MUST_CHECK;
-/* Closes it on the server (best effort) and frees. No fetch may be in flight. NULL is fine. */
+/* Closes it on the server (best effort, a second at most) and frees. No fetch may be in flight.
+ * NULL is fine. Not from a callback. */
 void kvc_context_close(kvc_context *context);
 /* Blocks that the context holds. */
 uint32_t kvc_context_blocks(const kvc_context *context);
