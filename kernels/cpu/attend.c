@@ -91,7 +91,7 @@ static void attend_one_ref(const kvk_attend_args *a, size_t query, size_t head, 
 kvc_status kvki_ref_attend(const kvk_attend_args *a)
 {
     size_t d = a->head_dim, group = a->n_q_heads / a->n_kv_heads;
-    double *buf = malloc((a->n_kv * (d + 1) + d) * sizeof(*buf));
+    double *buf = calloc(a->n_kv * (d + 1) + d, sizeof(*buf));
     double *logits = buf + a->n_kv * d;
 
     if (!buf)

@@ -145,7 +145,7 @@ static bool attend_rows(const job *w, size_t kv_head, size_t first, size_t m, si
         size_t here = seen > from ? seen - from : 0;
         limit[i] = (uint32_t)(here < KVKI_ATTEND_KEYS ? here : KVKI_ATTEND_KEYS);
     }
-    if (limit[m - 1] == 0)
+    if (m == 0 || limit[m - 1] == 0)
         return false;
     w->isa->attend_block(&b);
     return true;

@@ -20,10 +20,19 @@ static bool always(void)
 }
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+
+/* What compilers of some years ago have no name for: leaf 1 ECX, leaf 7 EDX. */
+#define CPUID1_ECX_F16C     (1u << 29)
+#define CPUID7_EDX_AMX_TILE (1u << 24)
+#define CPUID7_EDX_AMX_INT8 (1u << 25)
+
 static bool have_avx2(void)
 {
+    uint32_t a = 0, b = 0, c = 0, d = 0;
+
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+           __get_cpuid(1, &a, &b, &c, &d) && (c & CPUID1_ECX_F16C) != 0;
 }
 
 static bool have_avx512(void)
@@ -39,8 +48,10 @@ static bool have_avx512(void)
 /* Tiles need the kernel's permission, which then holds for the process and its later threads. */
 static bool have_amx(void)
 {
-    return have_avx512() && __builtin_cpu_supports("amx-tile") &&
-           __builtin_cpu_supports("amx-int8") &&
+    const uint32_t tiles = CPUID7_EDX_AMX_TILE | CPUID7_EDX_AMX_INT8;
+    uint32_t a = 0, b = 0, c = 0, d = 0;
+
+    return have_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & tiles) == tiles &&
            syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILE_DATA) == 0;
 }
 

@@ -174,7 +174,7 @@ static void check_attend(const subject *s, void *arg)
 
     (void)arg;
     for (size_t r = 0; r < 36; r++) {
-        long double exact[32], exact_lse;
+        long double exact[32] = {0}, exact_lse;
         attend_brute(&p.a, r / 6, r % 6, exact, &exact_lse);
         lse[r] = (float)exact_lse;
         for (size_t t = 0; t < 32; t++)

@@ -10,9 +10,9 @@
  * Shapes are in brackets, row-major unless a stride is given; units come last in names. Query head
  * h meets kv head h / (n_q_heads / n_kv_heads) everywhere (never h mod n_kv_heads). Order of every
  * top-k: score descending, then position ascending; a NaN score sorts last. Determinism: for given
- * inputs, backend and isa an op's output bits do not depend on the number of threads, on how a batch
- * of rows or queries is split into calls, or on earlier calls. (A running statistic over pieces of
- * one row, softmax_stats, may differ in the last bits with the pieces.)
+ * inputs, backend and isa an op's output bits do not depend on the number of threads, on how a
+ * batch of rows or queries is split into calls, or on earlier calls. (A running statistic over
+ * pieces of one row, softmax_stats, may differ in the last bits with the pieces.)
  *
  * n = 0 (or m, n_q = 0) is valid and writes nothing but counts. Input rows need no alignment; float
  * arrays do. Rows of a matrix may not overlap. A maximum passes over NaN. Error bounds per op and
