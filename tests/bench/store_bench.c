@@ -370,7 +370,14 @@ static int run_lmdb(bench *b)
 
 int main(int argc, char **argv)
 {
-    bench b = {.quick = argc > 1 && strcmp(argv[1], "--quick") == 0, .seed = 1};
+    bench b = {.quick = argc == 2 && strcmp(argv[1], "--quick") == 0, .seed = 1};
+    if (argc > 1 && !b.quick) {
+        fputs("Usage: store_bench [--quick]\n"
+              "Times puts and row reads through a real cachesvc beside a raw TCP loop; prints one\n"
+              "table. --quick: a smoke test of about a second.\n",
+              strcmp(argv[1], "--help") == 0 ? stdout : stderr);
+        return strcmp(argv[1], "--help") == 0 ? 0 : 2;
+    }
     b.runs = b.quick ? 1 : 9;
     b.blocks = b.quick ? 16 : 128;
     const char *base = getenv("TMPDIR");
