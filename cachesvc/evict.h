@@ -32,9 +32,9 @@ void kvs_evict_finish(kvs_index *index, const kvs_victim *victim);
 bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p);
 
 /* ---- list keeping, with the index lock held -------------------------------------------------- */
-void kvs_evict_dram_add(kvs_index *index, uint32_t value);
-void kvs_evict_dram_remove(kvs_index *index, uint32_t value);
-void kvs_evict_lmdb_add(kvs_index *index, uint32_t value);
-void kvs_evict_lmdb_remove(kvs_index *index, uint32_t value);
+void kvs_evict_dram_add(kvs_index *index, uint32_t id);
+void kvs_evict_dram_remove(kvs_index *index, uint32_t id);
+void kvs_evict_lmdb_add(kvs_index *index, uint32_t id);
+void kvs_evict_lmdb_remove(kvs_index *index, uint32_t id);
 
 #endif

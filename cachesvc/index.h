@@ -57,6 +57,7 @@ typedef struct kvs_class {
 } kvs_class;
 
 #define KVS_MAX_CLASSES     1024u /* beyond it, values share class 0 */
+#define KVS_INDEX_STEP      256u  /* values or digests worked on in one critical section */
 #define KVS_HASH_PAGE_SHIFT 14u
 #define KVS_HASH_MAX_PAGES  (1u << 16)
 
@@ -96,23 +97,23 @@ kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t p
                           const kvc_digest *digest, bool durable, uint32_t *value_p,
                           kvs_slot *dram_p);
 /* Gives up a claim: the value is gone. */
-void kvs_index_abandon(kvs_index *index, uint32_t value);
+void kvs_index_abandon(kvs_index *index, uint32_t id);
 /* A claimed value is in dram. dirty: it wants a write to lmdb and is queued for it. */
-void kvs_index_publish_dram(kvs_index *index, uint32_t value, kvs_slot slot, bool dirty);
+void kvs_index_publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirty);
 /* A claimed value is in lmdb, and in dram too where dram is not NULL. */
-void kvs_index_publish_lmdb(kvs_index *index, uint32_t value, kvs_slot lmdb, bool synced,
+void kvs_index_publish_lmdb(kvs_index *index, uint32_t id, kvs_slot lmdb, bool synced,
                             const kvs_slot *dram);
 /* The write of a WRITING value ended. ok false: it stays in dram only, and may be dropped. */
-void kvs_index_wrote(kvs_index *index, uint32_t value, bool ok, kvs_slot lmdb, bool synced);
+void kvs_index_wrote(kvs_index *index, uint32_t id, bool ok, kvs_slot lmdb, bool synced);
 /* The sync that KVS_CLAIM_SYNC asked for ended; drops the reference. */
-void kvs_index_synced(kvs_index *index, uint32_t value, bool ok);
+void kvs_index_synced(kvs_index *index, uint32_t id, bool ok);
 /* The oldest queued dirty value; KVS_NIL: none. It stays WRITING. */
 uint32_t kvs_index_next_dirty(kvs_index *index, kvs_slot *dram_p);
 uint64_t kvs_index_dirty_count(kvs_index *index);
 
 /* The full name of a value, for a tier. The value must be claimed, referenced or WRITING. */
-void kvs_index_key(kvs_index *index, uint32_t value, kvs_value_key *key_p);
-const kvs_schema *kvs_index_schema(kvs_index *index, uint32_t value, uint32_t *part_p);
+void kvs_index_key(kvs_index *index, uint32_t id, kvs_value_key *key_p);
+const kvs_schema *kvs_index_schema(kvs_index *index, uint32_t id, uint32_t *part_p);
 
 /* Puts a value found by recover into the index. False: it is there already, or memory is out. */
 bool kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint32_t part,
@@ -151,11 +152,12 @@ void kvs_index_ref(kvs_index *index, const kvs_schema *schema, uint32_t part, ui
 void kvs_index_unref(kvs_index *index, const uint32_t *values, uint32_t n);
 /* The caller, who holds a reference, found the lmdb copy bad: no lookup finds it any more. False:
    somebody else said so before, or a good copy in dram keeps serving. */
-bool kvs_index_doom(kvs_index *index, uint32_t value);
+bool kvs_index_doom(kvs_index *index, uint32_t id);
 /* A promotion ended (slot NULL: in vain); drops its reference. False: the slot was not taken. */
-bool kvs_index_loaded(kvs_index *index, uint32_t value, const kvs_slot *slot);
+bool kvs_index_loaded(kvs_index *index, uint32_t id, const kvs_slot *slot);
 
-/* ---- used by evict.c, with the lock held ---------------------------------------------------- */
+/* ---- between the files of the index and evict.c, with the lock held
+ * ---------------------------------------------------- */
 static inline kvs_value *kvs_value_at(const kvs_index *index, uint32_t id)
 {
     return kvs_slab_at(&index->values, id);
@@ -164,9 +166,28 @@ static inline kvs_block *kvs_block_at(const kvs_index *index, uint32_t id)
 {
     return kvs_slab_at(&index->blocks, id);
 }
+static inline uint32_t kvs_value_find(const kvs_index *index, uint32_t block_id, uint32_t part)
+{
+    const kvs_block *block = kvs_block_at(index, block_id);
+    return block->values ? block->values[part] : KVS_NIL;
+}
+/* Whether a read finds it. */
+static inline bool kvs_value_visible(const kvs_value *value)
+{
+    return (value->flags & (KVS_DRAM | KVS_LMDB)) && !(value->flags & (KVS_FILLING | KVS_DOOMED));
+}
+bool kvs_blocks_init(kvs_index *index); /* false: no memory */
+void kvs_blocks_fini(kvs_index *index);
+/* KVS_NIL: not there. */
+uint32_t kvs_block_find(kvs_index *index, uint32_t schema, const kvc_digest *digest);
+/* Finds or adds; KVS_NIL: no memory. */
+uint32_t kvs_block_get(kvs_index *index, uint32_t schema, const kvc_digest *digest);
+/* Frees a block that nothing needs any more. */
+void kvs_block_settle(kvs_index *index, uint32_t id);
+void kvs_value_unref_locked(kvs_index *index, uint32_t id);
 kvs_class *kvs_value_class(kvs_index *index, const kvs_value *value);
-void kvs_key_locked(kvs_index *index, uint32_t value, kvs_value_key *key_p);
+void kvs_key_locked(kvs_index *index, uint32_t id, kvs_value_key *key_p);
 /* Frees a value that has no flags and no readers, and its block where nothing needs it. */
-void kvs_value_free_locked(kvs_index *index, uint32_t value);
+void kvs_value_free_locked(kvs_index *index, uint32_t id);
 
 #endif

@@ -19,8 +19,6 @@
 #define EXIT_BAD   2
 #define EXIT_HURRY 3
 
-extern char **environ;
-
 static void wait_for_stop(void)
 {
     sigset_t set;
@@ -92,14 +90,14 @@ static int serve(const kvs_settings *settings)
     return EXIT_SUCCESS;
 }
 
-static int print_help(void)
+/* Prints text and frees it. */
+static int print_text(char *text)
 {
-    char *help = kvc_config_help(&kvs_program);
-    if (!help)
+    if (!text)
         return EXIT_START;
-    fputs(help, stdout);
-    free(help);
-    return EXIT_SUCCESS;
+    fputs(text, stdout);
+    free(text);
+    return fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_START;
 }
 
 static int run(const kvs_settings *settings, const kvc_config *config)
@@ -107,7 +105,7 @@ static int run(const kvs_settings *settings, const kvc_config *config)
     char why[KVC_CONFIG_WHY_BYTES];
     switch (kvc_config_asked(config)) {
     case KVC_CONFIG_HELP:
-        return print_help();
+        return print_text(kvc_config_help(&kvs_program));
     case KVC_CONFIG_VERSION:
         printf("%s %s\n", kvs_program.name, kvs_program.version);
         return EXIT_SUCCESS;
@@ -119,7 +117,7 @@ static int run(const kvs_settings *settings, const kvc_config *config)
         return EXIT_BAD;
     }
     if (settings->print_config)
-        return kvs_settings_print(config) == KVC_OK ? EXIT_SUCCESS : EXIT_START;
+        return print_text(kvs_settings_text(config));
     kvc_log_set_level((kvc_log_level)settings->log_level);
     kvc_log_set_format((kvc_log_format)settings->log_format);
     KVC_LOG_INFO(SERVER, "%s %s starting", kvs_program.name, kvs_program.version);

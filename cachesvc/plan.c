@@ -11,23 +11,25 @@
 #include "cascade.h"
 #include "fetch.h"
 
-/* From a block's place in the context to its read, within one group. */
+/* From a block's place in the context to its read, within one group; all zero is empty. */
+typedef struct block_slot {
+    uint32_t key;  /* place + 1 */
+    uint32_t read; /* number + 1 */
+} block_slot;
+
 typedef struct block_map {
-    uint32_t *keys; /* place + 1; 0: empty */
-    uint32_t *reads;
+    block_slot *slots;
     uint32_t mask;
 } block_map;
 
-static uint32_t *map_find(block_map *map, uint32_t place)
+/* The slot of a place; its read is 0 the first time. */
+static block_slot *map_find(block_map *map, uint32_t place)
 {
     uint32_t i = (place * 2654435761u >> 7) & map->mask;
-    while (map->keys[i] != place + 1 && map->keys[i] != 0)
+    while (map->slots[i].key != place + 1 && map->slots[i].key != 0)
         i = (i + 1) & map->mask;
-    if (map->keys[i] == 0) {
-        map->keys[i] = place + 1;
-        map->reads[i] = KVS_NO_READ;
-    }
-    return &map->reads[i];
+    map->slots[i].key = place + 1;
+    return &map->slots[i];
 }
 
 static kvc_status check_limits(kvs_fetch *fetch)
@@ -140,7 +142,7 @@ static void plan_group(kvs_fetch *fetch, const kvc_row_group *group, kvs_context
     uint32_t block_tokens = context->schema->block_tokens;
     uint32_t part = (uint32_t)kvs_schema_part(context->schema, group->part);
     uint32_t last_place = UINT32_MAX, last_read = KVS_NO_READ;
-    memset(map->keys, 0, ((size_t)map->mask + 1) * sizeof(*map->keys));
+    memset(map->slots, 0, ((size_t)map->mask + 1) * sizeof(*map->slots));
     for (uint32_t i = 0; i < group->n_picks; i++) {
         uint32_t place = group->picks[i] / block_tokens;
         if (place >= n_blocks) {
@@ -148,11 +150,11 @@ static void plan_group(kvs_fetch *fetch, const kvc_row_group *group, kvs_context
             continue;
         }
         if (place != last_place) {
-            uint32_t *read_p = map_find(map, place);
-            if (*read_p == KVS_NO_READ)
-                *read_p = add_read(fetch, context, part, place);
+            block_slot *slot = map_find(map, place);
+            if (slot->read == 0)
+                slot->read = add_read(fetch, context, part, place) + 1;
             last_place = place;
-            last_read = *read_p;
+            last_read = slot->read - 1;
         }
         add_pick(fetch, first + i, last_read, group->picks[i] - place * block_tokens);
     }
@@ -192,9 +194,8 @@ static kvc_status plan_groups(kvs_fetch *fetch)
     while (size < 2 * most)
         size *= 2;
     map.mask = size - 1;
-    map.keys = malloc(2 * size * sizeof(*map.keys));
-    map.reads = map.keys + size;
-    if (!map.keys) {
+    map.slots = calloc(size, sizeof(*map.slots));
+    if (!map.slots) {
         kvs_fail(fetch->call, KVC_NO_MEMORY, "no memory for %u picks", fetch->n_picks);
         return KVC_NO_MEMORY;
     }
@@ -207,7 +208,7 @@ static kvc_status plan_groups(kvs_fetch *fetch)
             ref_group(fetch, context->schema, fetch->extra[first_read].part, first_read);
         first += group->n_picks;
     }
-    free(map.keys);
+    free(map.slots);
     return KVC_OK;
 }
 

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "base/text.h"
 #include "kvc/types.h"
 
 #define KIB         (UINT64_C(1) << 10)
@@ -125,16 +126,15 @@ kvc_status kvs_settings_check(const kvs_settings *settings, char why[KVC_CONFIG_
     return KVC_OK;
 }
 
-kvc_status kvs_settings_print(const kvc_config *config)
+char *kvs_settings_text(const kvc_config *config)
 {
+    kvc_strbuf text = {0};
     for (size_t i = 0; i < COUNT_OF(table); i++) {
         char *value = kvc_config_value_text(config, table[i].name);
-        if (!value)
-            return KVC_NO_MEMORY;
-        bool text = table[i].type == KVC_CONFIG_STRING;
-        printf("%s: %s%s%s # %s\n", table[i].name, text ? "\"" : "", value, text ? "\"" : "",
-               kvc_config_source(config, table[i].name));
+        const char *quote = table[i].type == KVC_CONFIG_STRING ? "\"" : "";
+        kvc_strbuf_putf(&text, "%s: %s%s%s # %s\n", table[i].name, quote, value ? value : "", quote,
+                        kvc_config_source(config, table[i].name));
         free(value);
     }
-    return KVC_OK;
+    return kvc_strbuf_take(&text);
 }

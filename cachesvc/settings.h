@@ -42,7 +42,7 @@ kvc_status kvs_settings_defaults(kvs_settings *settings, kvc_config **config_p) 
 /* What the table cannot say: one setting against another. why gets a line. */
 kvc_status kvs_settings_check(const kvs_settings *settings,
                               char why[KVC_CONFIG_WHY_BYTES]) KVC_MUST_CHECK;
-/* Writes the settings in force, with their sources, as YAML to standard output. */
-kvc_status kvs_settings_print(const kvc_config *config) KVC_MUST_CHECK;
+/* The settings in force, with their sources, as YAML; gives malloc'd text. NULL: no memory. */
+char *kvs_settings_text(const kvc_config *config);
 
 #endif

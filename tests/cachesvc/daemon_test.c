@@ -18,8 +18,6 @@
 
 #define ROW 512u
 
-extern char **environ;
-
 typedef struct daemon_proc {
     char dir[256], ready[300], lmdb[300], log[300];
     pid_t pid;

@@ -1,0 +1,171 @@
+/*
+ * index_read.c: looking values up, referencing them, and what readers find out; see index.h.
+ *
+ * Any thread; long lists are worked off in steps, so that nobody waits long for the lock.
+ * Invariant: a referenced value keeps its slots until its last reader leaves.
+ */
+#include <stdlib.h>
+
+#include "base/assert.h"
+#include "evict.h"
+#include "index.h"
+
+#define HEAT_ROWS    0xfffu
+#define HEAT_WINDOWS 0xfu
+
+void kvs_value_unref_locked(kvs_index *index, uint32_t id)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    KVC_ASSERT(value->refs > 0);
+    if (--value->refs == 0 && value->flags & KVS_DOOMED) {
+        value->chain = index->dead_head;
+        index->dead_head = id;
+    }
+}
+
+/* ---- read ------------------------------------------------------------------------------------ */
+
+/* Adds rows to the value's count in this window; true once it makes the value worth loading. */
+static bool heat_add(kvs_value *value, uint32_t rows, uint32_t promote_rows, uint32_t window)
+{
+    uint32_t have = value->heat >> 12 == (window & HEAT_WINDOWS) ? value->heat & HEAT_ROWS : 0;
+    have = have + rows > HEAT_ROWS ? HEAT_ROWS : have + rows;
+    value->heat = (uint16_t)((window & HEAT_WINDOWS) << 12 | have);
+    return promote_rows && have >= promote_rows;
+}
+
+static void read_ref(kvs_index *index, uint32_t part, uint32_t promote_rows, uint32_t window,
+                     kvs_read *read)
+{
+    read->where = KVS_NOWHERE;
+    read->promote = false;
+    read->value = kvs_value_find(index, read->block, part);
+    if (read->value == KVS_NIL)
+        return;
+    kvs_value *value = kvs_value_at(index, read->value);
+    if (!kvs_value_visible(value))
+        return;
+    if (value->refs >= UINT16_MAX - 1) {
+        read->where = KVS_BUSY;
+        return;
+    }
+    value->refs++;
+    if (value->flags & KVS_DRAM) {
+        value->flags |= KVS_VISITED;
+        read->where = KVS_IN_DRAM;
+        read->slot = value->dram;
+        return;
+    }
+    read->where = KVS_IN_LMDB;
+    read->slot = value->lmdb;
+    if (heat_add(value, read->n_rows, promote_rows, window) && !(value->flags & KVS_LOADING)) {
+        value->flags |= KVS_LOADING;
+        value->refs++;
+        read->promote = true;
+    }
+}
+
+void kvs_index_ref(kvs_index *index, const kvs_schema *schema, uint32_t part, uint32_t promote_rows,
+                   uint32_t window, kvs_read *reads, uint32_t n)
+{
+    KVC_ASSERT(part < schema->n_parts);
+    for (uint32_t i = 0; i < n;) {
+        kvc_mutex_lock(&index->lock);
+        for (uint32_t end = i + KVS_INDEX_STEP; i < n && i < end; i++)
+            read_ref(index, part, promote_rows, window, &reads[i]);
+        kvc_mutex_unlock(&index->lock);
+    }
+}
+
+void kvs_index_unref(kvs_index *index, const uint32_t *values, uint32_t n)
+{
+    for (uint32_t i = 0; i < n;) {
+        kvc_mutex_lock(&index->lock);
+        for (uint32_t end = i + KVS_INDEX_STEP; i < n && i < end; i++)
+            kvs_value_unref_locked(index, values[i]);
+        kvc_mutex_unlock(&index->lock);
+    }
+}
+
+bool kvs_index_doom(kvs_index *index, uint32_t id)
+{
+    kvc_mutex_lock(&index->lock);
+    kvs_value *value = kvs_value_at(index, id);
+    KVC_ASSERT(value->refs > 0);
+    /* A copy in dram was verified when it was loaded and keeps serving. */
+    bool doomed = value->flags & KVS_LMDB && !(value->flags & (KVS_DRAM | KVS_DOOMED));
+    if (doomed) {
+        kvs_evict_lmdb_remove(index, id);
+        value->flags = (uint16_t)((value->flags & KVS_LOADING) | KVS_DOOMED);
+        index->n_visible--;
+    }
+    kvc_mutex_unlock(&index->lock);
+    return doomed;
+}
+
+bool kvs_index_loaded(kvs_index *index, uint32_t id, const kvs_slot *slot)
+{
+    kvc_mutex_lock(&index->lock);
+    kvs_value *value = kvs_value_at(index, id);
+    KVC_ASSERT(value->flags & KVS_LOADING);
+    value->flags &= (uint16_t)~KVS_LOADING;
+    bool taken = slot && !(value->flags & (KVS_DRAM | KVS_DOOMED));
+    if (taken) {
+        value->dram = *slot;
+        value->flags |= KVS_DRAM;
+        kvs_evict_dram_add(index, id);
+    }
+    kvs_value_unref_locked(index, id);
+    kvc_mutex_unlock(&index->lock);
+    return taken;
+}
+
+/* ---- match ---------------------------------------------------------------------- */
+
+static bool value_present(kvs_index *index, uint32_t block, uint32_t part)
+{
+    uint32_t id = block == KVS_NIL ? KVS_NIL : kvs_value_find(index, block, part);
+    return id != KVS_NIL && kvs_value_visible(kvs_value_at(index, id));
+}
+
+/* Judges block i given run [n_parts], the lengths of the present runs that end before it. False: a
+   part without a window is missing, so no longer prefix can match. *good_p: i + 1 blocks match. */
+static bool match_block(kvs_index *index, const kvs_schema *schema, const uint16_t *parts,
+                        uint32_t n_parts, bool windowed, uint32_t block, uint32_t i, uint32_t *run,
+                        bool *good_p)
+{
+    *good_p = true;
+    for (uint32_t p = 0; p < n_parts; p++) {
+        uint32_t need = windowed ? schema->parts[parts[p]].window_blocks : 0;
+        bool present = value_present(index, block, parts[p]);
+        if (!need && !present)
+            return false;
+        run[p] = present ? run[p] + 1 : 0;
+        if (need && run[p] < (need < i + 1 ? need : i + 1))
+            *good_p = false;
+    }
+    return true;
+}
+
+uint32_t kvs_index_match(kvs_index *index, const kvs_schema *schema, const uint16_t *parts,
+                         uint32_t n_parts, bool windowed, const kvc_digest *digests, uint32_t n)
+{
+    uint32_t hits = 0;
+    bool more = true;
+    uint32_t *run = calloc(n_parts ? n_parts : 1, sizeof(*run));
+    if (!run)
+        return 0;
+    for (uint32_t i = 0; more && i < n;) {
+        kvc_mutex_lock(&index->lock);
+        for (uint32_t end = i + KVS_INDEX_STEP; more && i < n && i < end; i++) {
+            bool good;
+            more = match_block(index, schema, parts, n_parts, windowed,
+                               kvs_block_find(index, schema->id, &digests[i]), i, run, &good);
+            if (more && good)
+                hits = i + 1;
+        }
+        kvc_mutex_unlock(&index->lock);
+    }
+    free(run);
+    return hits;
+}
