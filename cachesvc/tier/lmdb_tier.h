@@ -94,7 +94,7 @@ uint64_t kvsi_reserve_pages(const kvsi_class *class);
 
 /* --- lmdb_writer.c --- */
 
-void kvsi_writer_main(void *tier);
+void kvsi_writer_main(void *arg); /* a kvs_tier */
 kvc_status kvsi_write(kvs_tier *tier, kvs_tier_write *write);
 void kvsi_release(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot);
 kvc_status kvsi_sync(kvs_tier *tier);

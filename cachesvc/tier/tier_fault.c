@@ -11,6 +11,7 @@
  * Thread: any; rules are fixed after open, counters are atomic.
  */
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -174,7 +175,7 @@ static kvc_status fault_open(const kvs_tier_opts *opts, kvs_tier **tier_p)
     kvs_tier *tier = calloc(1, sizeof(*tier));
     if (tier == NULL)
         return KVC_NO_MEMORY;
-    strcpy(spec, opts->fault);
+    snprintf(spec, sizeof(spec), "%s", opts->fault);
     kvc_status status = parse_spec(tier, spec);
     if (status != KVC_OK) {
         KVC_LOG_ERROR(TIER, "fault: cannot make sense of \"%s\"", opts->fault);

@@ -6,6 +6,7 @@
  * a slot which its caps require is a bug of ours and asserts at first use.
  */
 #include <pthread.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "base/assert.h"
@@ -47,8 +48,7 @@ static void build_tables(void)
 {
     for (size_t i = 0; i < N_TIERS; i++) {
         check_table(tiers[i]);
-        strcpy(faulty_names[i], FAULT_PREFIX);
-        strcat(faulty_names[i], tiers[i]->name);
+        snprintf(faulty_names[i], NAME_BYTES, FAULT_PREFIX "%s", tiers[i]->name);
         kvsi_fault_ops(faulty_names[i], tiers[i], &faulty[i]);
     }
 }
