@@ -15,7 +15,7 @@ import kvasir.hf
 from kvasir import activations, calibrate, closed_form, index_model, projection, quality
 from test_hf import ids_of, make
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def samples(n, d, seed, decay=0.9):

@@ -22,7 +22,7 @@ import kvasir
 from kvasir import hf, hf_model
 from oracle import Oracle
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 THETA = 10000.0
 SIZES = dict(
     vocab_size=128,
@@ -34,7 +34,7 @@ SIZES = dict(
     head_dim=16,
     max_position_embeddings=4096,
 )
-SMALL = dict(n_sink=16, n_recent=32, k=48, chunk_tokens=64, block_tokens=64, n_threads=2)
+SMALL = dict(n_sink=16, n_recent=32, k=48, chunk_tokens=64, block_tokens=64, n_threads=1)
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=10000.0,
