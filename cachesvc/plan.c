@@ -58,7 +58,7 @@ static kvc_status alloc_tables(kvs_fetch *fetch)
 {
     size_t n = fetch->n_picks ? fetch->n_picks : 1;
     uint32_t n_groups = fetch->n_groups;
-    fetch->reads = malloc(n * sizeof(*fetch->reads));
+    fetch->reads = calloc(n, sizeof(*fetch->reads));
     fetch->extra = calloc(n, sizeof(*fetch->extra));
     fetch->pick_read = malloc(4 * n * sizeof(*fetch->pick_read));
     fetch->pick_row = malloc(n * sizeof(*fetch->pick_row));
