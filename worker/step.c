@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/assert.h"
 #include "base/sum.h"
 #include "internal.h"
 
@@ -128,11 +129,14 @@ kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, ui
                           kvw_step **step_p)
 {
     kvc_status st = begin(seq, layer, q_select, n_q, step_p);
-    if (st == KVC_OK && seq->worker->opts.client != NULL && !(*step_p)->full) {
-        (*step_p)->foretold = true;
-        (*step_p)->select_sum = query_sum(*step_p, q_select);
+    if (st != KVC_OK) {
+        return st;
     }
-    return st;
+    kvw_step *step = *step_p;
+    KVC_ASSERT(step != NULL);
+    step->foretold = seq->worker->opts.client != NULL && !step->full;
+    step->select_sum = step->foretold ? query_sum(step, q_select) : 0;
+    return KVC_OK;
 }
 
 kvc_status kvw_step_attend(kvw_step *step, const void *q)

@@ -185,6 +185,19 @@ static void a_chunk_ends_the_cache(void **state)
     close_rig(&c);
 }
 
+/* The query of a rejected draft is nothing to compare with. */
+static void a_rejected_draft_ends_the_cache(void **state)
+{
+    (void)state;
+    cache_rig c;
+    open_rig(&c, 0.5);
+    assert_true(step_at(&c, 0, near_now(&c)));
+    c.pos--;
+    assert_ok(kvw_truncate(c.seq, c.pos));
+    assert_true(step_at(&c, 0, near_now(&c)));
+    close_rig(&c);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -194,6 +207,7 @@ int main(void)
         cmocka_unit_test(theta_one_asks_for_the_same_direction),
         cmocka_unit_test(drift_is_bounded),
         cmocka_unit_test(a_chunk_ends_the_cache),
+        cmocka_unit_test(a_rejected_draft_ends_the_cache),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

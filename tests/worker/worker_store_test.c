@@ -453,6 +453,57 @@ static void blocks_off_the_grid_are_not_reused(void **state)
     }
 }
 
+/* A block of a shorter chunk does not take the place of the one that a whole chunk computes. */
+static void blocks_off_the_grid_have_other_names(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    store_rig(&r, "esa", KVW_INDEX_EXACT, b->client);
+    r.opts.chunk_tokens = 128;
+    rig_open(&r);
+    for (uint32_t n = 200; n <= 256; n += 56) {
+        assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+        rig_prefill(&r, seq, 0, n, NULL, NULL);
+        assert_ok(kvw_flush(seq, 0));
+        assert_int_equal(stats_of(seq).blocks_put, n / 64);
+        assert_int_equal(stats_of(seq).blocks_existed, n == 200 ? 0 : 2);
+        kvw_seq_destroy(seq);
+    }
+    /* a whole chunk of which a token was taken back is a shorter chunk too */
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 256, NULL, NULL);
+    assert_ok(kvw_truncate(seq, 255));
+    rig_decode(&r, seq, 255, 256, NULL, NULL);
+    assert_ok(kvw_flush(seq, 0));
+    assert_int_equal(stats_of(seq).blocks_existed, 2);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+/* Tokens that left recent since the reselect are kept, not fetched. */
+static void reused_picks_keep_their_recent_tokens(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    r.opts.reselect_cos = -1.0;
+    rig_open(&r);
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 640, NULL, NULL);
+    rig_decode(&r, seq, 640, 641, NULL, NULL);
+    kvw_stats first = stats_of(seq);
+    rig_decode(&r, seq, 641, 641 + r.opts.n_recent, NULL, NULL);
+    kvw_stats last = stats_of(seq);
+    assert_int_equal(last.reselects, first.reselects);
+    assert_int_equal(last.misses, first.misses);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
 /* What was computed with rows left out is nobody else's. */
 static void tainted_blocks_are_not_reused(void **state)
 {
@@ -635,6 +686,8 @@ int main(void)
         STORE_TEST(fail_policy_reports_lost_and_late_rows),
         STORE_TEST(drop_policy_leaves_rows_out),
         STORE_TEST(blocks_off_the_grid_are_not_reused),
+        STORE_TEST(blocks_off_the_grid_have_other_names),
+        STORE_TEST(reused_picks_keep_their_recent_tokens),
         STORE_TEST(tainted_blocks_are_not_reused),
         STORE_TEST(predicted_queries_are_not_reused_either),
         STORE_TEST(a_prefix_that_vanishes_is_a_cold_start),
