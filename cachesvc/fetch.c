@@ -16,6 +16,7 @@
 #include "base/clock.h"
 #include "base/metrics.h"
 
+#define LENT_PART        4u /* of dram: the most that slices may point at */
 #define READS_PER_WORKER 4u /* one disk thread for each so many values */
 
 static void process(kvs_fetch *fetch);
@@ -98,6 +99,7 @@ static void slice_released(void *arg)
 {
     kvs_fetch *fetch = arg;
     if (atomic_fetch_sub(&fetch->n_slices_out, 1) == 1) {
+        atomic_fetch_sub(&fetch->server->lent_bytes, fetch->lent_bytes);
         unref_all(fetch);
         fetch_free(fetch);
     }
@@ -109,6 +111,7 @@ static void answer_slices(kvs_fetch *fetch, kvt_slice *slices, uint32_t n)
     kvc_reply reply;
     kvt_call *call = fetch->call;
     if (!fill_reply(fetch, &reply)) {
+        atomic_fetch_sub(&fetch->server->lent_bytes, fetch->lent_bytes);
         give_up(fetch, KVC_NO_MEMORY, "no memory for the list of missing rows");
         fetch_free(fetch);
         return;
@@ -143,6 +146,14 @@ static void answer_buffer(kvs_fetch *fetch)
 
 /* ---- rows in lmdb ---------------------------------------------------------------------------- */
 
+/* OK, or why nobody waits for the answer any more. */
+static kvc_status given_up(const kvs_fetch *fetch)
+{
+    if (kvt_call_cancelled(fetch->call))
+        return KVC_CANCELLED;
+    return kvc_expired(fetch->call->deadline_ns) ? KVC_TIMED_OUT : KVC_OK;
+}
+
 static void worker_leaves(kvs_fetch *fetch)
 {
     if (atomic_fetch_sub(&fetch->n_working, 1) == 1) {
@@ -156,7 +167,7 @@ static void worker_run(kvs_job *job)
     kvs_fetch *fetch = ((kvs_fetch_worker *)job)->fetch;
     for (;;) {
         uint32_t i = atomic_fetch_add(&fetch->next_lmdb, 1);
-        if (i >= fetch->n_lmdb || kvc_expired(fetch->call->deadline_ns))
+        if (i >= fetch->n_lmdb || given_up(fetch) != KVC_OK)
             break;
         kvs_gather_read(fetch, fetch->lmdb_reads[i]);
     }
@@ -190,12 +201,31 @@ static kvc_status start_workers(kvs_fetch *fetch)
 
 /* ---- the request ----------------------------------------------------------------------------- */
 
+/*
+ * Counts the values that slices would keep from giving way, since a peer that reads slowly keeps
+ * them for long. False: a part of dram that large is lent already, so the rows are to be copied.
+ */
+static bool lend(kvs_fetch *fetch)
+{
+    kvs_server *server = fetch->server;
+    uint64_t bytes = 0, most = server->settings.dram_bytes / LENT_PART;
+    for (uint32_t r = 0; r < fetch->n_reads; r++)
+        if (fetch->reads[r].where == KVS_IN_DRAM)
+            bytes += fetch->extra[r].schema->parts[fetch->extra[r].part].value_bytes;
+    if (atomic_fetch_add(&server->lent_bytes, bytes) + bytes > most) {
+        atomic_fetch_sub(&server->lent_bytes, bytes);
+        return false;
+    }
+    fetch->lent_bytes = bytes;
+    return true;
+}
+
 /* Everything is in dram or missing. Returns true where the answer is out and fetch with it. */
 static bool answer_from_dram(kvs_fetch *fetch)
 {
     kvt_slice slices[KVT_MAX_SLICES];
     uint32_t n = kvs_gather_slices(fetch, slices);
-    if (n == 0)
+    if (n == 0 || !lend(fetch))
         return false;
     answer_slices(fetch, slices, n);
     return true;
@@ -216,8 +246,9 @@ static void get_buffer(kvs_fetch *fetch)
 
 static void copy(kvs_fetch *fetch)
 {
-    if (fetch->n_lmdb && kvc_expired(fetch->call->deadline_ns)) {
-        give_up(fetch, KVC_TIMED_OUT, "the deadline passed while rows were read from lmdb");
+    kvc_status status = fetch->n_lmdb ? given_up(fetch) : KVC_OK;
+    if (status != KVC_OK) {
+        give_up(fetch, status, "nobody waited any more while rows were read from lmdb");
         return;
     }
     if (fetch->buffer)

@@ -44,7 +44,7 @@ typedef struct kvs_fetch {
     kvs_fetch_state state;
     const kvc_digest *tenant; /* while planning */
     uint32_t n_groups, n_picks, n_reads, n_lmdb;
-    uint64_t data_bytes;
+    uint64_t data_bytes, lent_bytes;
     kvs_read *reads;        /* [n_reads] */
     kvs_fetch_read *extra;  /* [n_reads] */
     uint32_t *lmdb_reads;   /* [n_lmdb] numbers of the reads that disk threads do */

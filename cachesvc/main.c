@@ -130,7 +130,7 @@ static int run(const kvs_settings *settings, const kvc_config *config)
 
 int main(int argc, char **argv)
 {
-    kvs_settings settings;
+    kvs_settings settings = {0};
     kvc_config *config = NULL;
     char why[KVC_CONFIG_WHY_BYTES];
     sigset_t all;

@@ -6,6 +6,7 @@
  */
 #include "server.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
@@ -28,10 +29,12 @@
 /* ---- tiers ----------------------------------------------------------------------------------- */
 
 static kvc_status open_store(kvs_server *server, const char *name, uint64_t capacity_bytes,
-                             const char *path, kvs_store *store)
+                             const char *path, const char *fault, kvs_store *store)
 {
-    char size[KVC_TEXT_BYTES];
-    const kvs_tier_ops *ops = kvs_tier_find(name);
+    char size[KVC_TEXT_BYTES], wrapped[32], spec[512];
+    snprintf(wrapped, sizeof(wrapped), "%s%s", fault ? "fault:" : "", name);
+    snprintf(spec, sizeof(spec), "%s:%s", name, fault ? fault : "");
+    const kvs_tier_ops *ops = kvs_tier_find(wrapped);
     if (!ops) {
         KVC_LOG_ERROR(SERVER, "this build has no %s tier", name);
         return KVC_UNSUPPORTED;
@@ -44,6 +47,7 @@ static kvc_status open_store(kvs_server *server, const char *name, uint64_t capa
         .group_commit_ns = server->settings.group_commit_ns,
         .group_commit_bytes = server->settings.group_commit_bytes,
         .row_sums_bytes = server->settings.row_sums_bytes,
+        .fault = fault ? spec : NULL,
     };
     kvc_status status = ops->open(&opts, &store->tier);
     if (status != KVC_OK) {
@@ -127,8 +131,9 @@ static kvc_status open_lmdb(kvs_server *server)
         KVC_LOG_INFO(SERVER, "no lmdb tier: DURABLE puts are refused, nothing survives a restart");
         return KVC_OK;
     }
-    kvc_status status = open_store(server, "lmdb", server->settings.lmdb_bytes,
-                                   server->settings.lmdb_path, &server->lmdb);
+    kvc_status status =
+        open_store(server, "lmdb", server->settings.lmdb_bytes, server->settings.lmdb_path,
+                   server->settings.lmdb_fault, &server->lmdb);
     if (status == KVC_OK)
         status = recover(server);
     if (status == KVC_OK)
@@ -251,7 +256,8 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
     kvc_cond_init(&server->ticker_cond);
     kvc_status status = create_tables(server);
     if (status == KVC_OK)
-        status = open_store(server, "dram", settings->dram_bytes, NULL, &server->dram);
+        status = open_store(server, "dram", settings->dram_bytes, NULL, settings->dram_fault,
+                            &server->dram);
     if (status == KVC_OK)
         status = open_lmdb(server);
     if (status == KVC_OK)

@@ -40,9 +40,10 @@ typedef struct kvs_server {
     kvs_disk *disk;     /* NULL without lmdb */
     kvs_writer *writer; /* NULL without lmdb */
     kvs_buffers buffers;
-    atomic_uint n_calls;     /* taken and not yet answered */
-    atomic_uint window;      /* number of the promotion window */
-    atomic_uint n_promoting; /* values being loaded to dram */
+    atomic_uint n_calls;              /* taken and not yet answered */
+    atomic_uint window;               /* number of the promotion window */
+    atomic_uint_least64_t lent_bytes; /* of dram values that slices on their way out point at */
+    atomic_uint n_promoting;          /* values being loaded to dram */
     /* Since the ticker last logged them: evicted from the last tier; write-behind failed. */
     atomic_uint_least64_t lost_values, lost_bytes, unwritten_values;
 

@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "base/text.h"
 #include "kvc/types.h"
@@ -108,6 +109,7 @@ kvc_status kvs_settings_defaults(kvs_settings *settings, kvc_config **config_p)
     static char name[] = "cachesvc";
     char *argv[] = {name, NULL};
     char why[KVC_CONFIG_WHY_BYTES];
+    memset(settings, 0, sizeof(*settings));
     return kvc_config_load(&kvs_program, 1, argv, NULL, settings, config_p, why);
 }
 

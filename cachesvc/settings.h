@@ -32,6 +32,8 @@ typedef struct kvs_settings {
     uint64_t drain_ns;
     const char *ready_file; /* "": none */
     bool print_config;
+    /* Not an operator's: specs of the fault tier around a tier, for tests; NULL: none. */
+    const char *dram_fault, *lmdb_fault;
 } kvs_settings;
 
 extern const kvc_config_program kvs_program;

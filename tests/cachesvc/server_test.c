@@ -451,11 +451,18 @@ static void test_again(void **state)
         kvs_index_drop_blocks(server->index, &reads[b].block, 1);
 }
 
+#ifdef KVASIR_GRPC
 #define BOTH(t)                                                                                    \
     {#t " inproc", t, setup, teardown, NULL},                                                      \
     {                                                                                              \
 #t " grpc", t, setup, teardown, (void *)1                                                  \
     }
+#else
+#define BOTH(t)                                                                                    \
+    {                                                                                              \
+#t " inproc", t, setup, teardown, NULL                                                     \
+    }
+#endif
 
 int main(void)
 {

@@ -287,6 +287,96 @@ static void test_promotion(void **state)
     assert_int_equal(rows_dram, 20);
 }
 
+/* ---- faults ---------------------------------------------------------------------------------- */
+
+static void restart_with_faults(fixture *f, const char *dram, const char *lmdb)
+{
+    close_server(f, true);
+    f->h.settings.dram_fault = dram;
+    f->h.settings.lmdb_fault = lmdb;
+    open_server(f);
+}
+
+/* A failed write is answered as such and leaves nothing; the next one works. */
+static void test_failing_writes(void **state)
+{
+    fixture *f = *state;
+    uint64_t context;
+    uint32_t failed = 0;
+    const uint32_t pick = 9;
+    const char *faults[] = {"write=every:3:IO", "done=every:3:IO", "write=every:3:NO_SPACE"};
+    for (uint32_t i = 0; i < 3; i++) {
+        restart_with_faults(f, NULL, faults[i]);
+        for (uint64_t b = 100 * i; b < 100 * i + 12; b++) {
+            kvc_status status = h_put1(f->peer, &f->schema, b, 0, KVC_PROMISE_DURABLE);
+            assert_int_equal(count_hits(f, b, 1), status == KVC_OK);
+            failed += status != KVC_OK;
+            if (status != KVC_OK)
+                status = h_put1(f->peer, &f->schema, b, 0, KVC_PROMISE_DURABLE);
+            assert_int_equal(status, KVC_OK);
+            assert_int_equal(h_open(f->peer, &f->schema, b, 1, 0, &context), KVC_OK);
+            h_fetch_equal(f->peer, &f->schema, context, b, 0, &pick, 1);
+        }
+    }
+    assert_true(failed >= 12);
+    restart_with_faults(f, NULL, NULL);
+    for (uint32_t i = 0; i < 3; i++)
+        assert_int_equal(count_hits(f, 100 * i, 13), 12);
+}
+
+/* A read error concerns its rows only and does not drop the value. */
+static void test_failing_reads(void **state)
+{
+    fixture *f = *state;
+    uint64_t context;
+    const uint32_t picks[] = {3, 64 + 3, 128 + 3};
+    put_many(f, 0, 3, KVC_PROMISE_DURABLE);
+    restart_with_faults(f, NULL, "read=first:1:IO");
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 3, 0, &context), KVC_OK);
+    assert_int_equal(h_fetch(f->peer, context, 0, picks, 3), KVC_OK);
+    assert_int_equal(f->peer->n_missing, 1);
+    assert_int_equal(f->peer->missing[0].index, 0);
+    assert_int_equal(f->peer->missing[0].status, KVC_IO);
+    assert_int_equal(f->peer->data_bytes, 2 * ROW);
+    assert_true(h_row_is(1, 0, 3, ROW, f->peer->data));
+    h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 3);
+}
+
+/* Slow reads and a short deadline: the call times out, the server goes on. */
+static void test_deadline_on_disk(void **state)
+{
+    fixture *f = *state;
+    uint64_t context;
+    uint32_t picks[40];
+    put_many(f, 0, 40, KVC_PROMISE_DURABLE);
+    restart_with_faults(f, NULL, "read=delay_us:20000");
+    for (uint32_t i = 0; i < 40; i++)
+        picks[i] = i * H_TOKENS;
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 40, 0, &context), KVC_OK);
+    f->peer->timeout_ns = 50000000;
+    assert_int_equal(h_fetch(f->peer, context, 0, picks, 40), KVC_TIMED_OUT);
+    f->peer->timeout_ns = 20000000000ull;
+    h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 2);
+}
+
+/* With dram refusing everything, puts write through to lmdb; with lmdb full too, they get AGAIN. */
+static void test_dram_refuses(void **state)
+{
+    fixture *f = *state;
+    uint64_t context;
+    const uint32_t picks[] = {5, 70};
+    restart_with_faults(f, "reserve=every:1:AGAIN", NULL);
+    put_many(f, 0, 2, KVC_PROMISE_MEMORY);
+    put_many(f, 2, 2, KVC_PROMISE_DURABLE);
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 4, 0, &context), KVC_OK);
+    h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 2);
+    assert_int_equal(f->peer->xfer.reply.u.fetch_rows.rows_lmdb, 2);
+    restart_with_faults(f, "reserve=every:1:AGAIN", "write=every:1:AGAIN");
+    assert_int_equal(h_put1(f->peer, &f->schema, 9, 0, KVC_PROMISE_MEMORY), KVC_AGAIN);
+    assert_int_equal(h_put1(f->peer, &f->schema, 9, 0, KVC_PROMISE_DURABLE), KVC_AGAIN);
+    assert_int_equal(count_hits(f, 9, 1), 0);
+}
+
 /* A schema found in lmdb belongs to the tenant that registered it. */
 static void test_other_tenant_is_kept_apart(void **state)
 {
@@ -310,6 +400,10 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_lmdb_full, setup, teardown),
         cmocka_unit_test_setup_teardown(test_corrupt_rows, setup, teardown),
         cmocka_unit_test_setup_teardown(test_promotion, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_failing_writes, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_failing_reads, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_deadline_on_disk, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_dram_refuses, setup, teardown),
         cmocka_unit_test_setup_teardown(test_other_tenant_is_kept_apart, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
