@@ -377,6 +377,27 @@ static void check_vote(const subject *s, void *arg)
     free_all();
 }
 
+/* One head with max 0 and sum 1 shows the exponential itself: 2 ulp, exact at 0, 0 far below. */
+static void check_exp(const subject *s, void *arg)
+{
+    enum { N = 20000 };
+    float *x = get_floats(N), *out = get_floats(N), max = 0, sum = 1;
+
+    (void)arg;
+    for (size_t j = 0; j < N; j++)
+        x[j] = -87.0f * (float)j / N;
+    x[1] = -INFINITY;
+    x[2] = -200;
+    x[3] = NAN;
+    CALL(s, vote, x, N, 1, N, &max, &sum, out);
+    assert_true(out[0] == 1 && out[1] == 0 && out[2] < 1e-38f && isnan(out[3]));
+    for (size_t j = 4; j < N; j++) {
+        double want = exp((double)x[j]);
+        assert_near(s, "exp", j, (double)out[j], want, want * 2 * 0x1p-23);
+    }
+    free_all();
+}
+
 /* Eq. 4 in pieces equals eq. 4 written out. */
 static void check_eq4(const subject *s, void *arg)
 {
@@ -437,6 +458,7 @@ OVER_SUBJECTS(score_index)
 OVER_SUBJECTS(topk)
 OVER_SUBJECTS(topk_bad_sample)
 OVER_SUBJECTS(vote)
+OVER_SUBJECTS(exp)
 OVER_SUBJECTS(eq4)
 OVER_SUBJECTS(window)
 
@@ -455,6 +477,7 @@ int main(void)
         cmocka_unit_test(test_topk),
         cmocka_unit_test(test_topk_bad_sample),
         cmocka_unit_test(test_vote),
+        cmocka_unit_test(test_exp),
         cmocka_unit_test(test_eq4),
         cmocka_unit_test(test_window),
     };
