@@ -42,7 +42,8 @@ typedef struct bench {
     uint8_t *memory; /* [blocks of 1 MiB] */
     kvc_region *region;
     raw_tcp *tcp;
-    uint32_t seed;
+    uint32_t seed;   /* of the next blocks' names */
+    uint64_t random; /* where the picks fall */
 } bench;
 
 /* One case: moves bytes once; 0 on success. */
@@ -144,7 +145,8 @@ static int fetch_random(bench *b, uint32_t part, uint32_t row, double *bytes_p)
 {
     uint32_t picks[N_ROWS], n_tokens = b->blocks * BLOCK_TOKENS, stride = n_tokens / N_ROWS;
     for (uint32_t i = 0; i < N_ROWS; i++) {
-        picks[i] = i * stride + (uint32_t)rand() % stride;
+        b->random = b->random * 6364136223846793005u + 1442695040888963407u;
+        picks[i] = i * stride + (uint32_t)(b->random >> 33) % stride;
     }
     *bytes_p = (double)N_ROWS * row;
     return fetch(b, part, row, picks, N_ROWS);
