@@ -34,12 +34,12 @@ static void nap_ms(long ms)
 }
 
 /* Runs the daemon with arguments; its output goes to a file. */
-static pid_t spawn(char *const *argv, const char *output)
+static pid_t spawn(const daemon_proc *d, char *const *argv)
 {
     posix_spawn_file_actions_t actions;
     pid_t pid = 0;
     posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_addopen(&actions, 1, output, O_WRONLY | O_CREAT | O_APPEND, 0600);
+    posix_spawn_file_actions_addopen(&actions, 1, d->log, O_WRONLY | O_CREAT | O_APPEND, 0600);
     posix_spawn_file_actions_adddup2(&actions, 1, 2);
     assert_int_equal(posix_spawn(&pid, argv[0], &actions, NULL, argv, environ), 0);
     posix_spawn_file_actions_destroy(&actions);
@@ -91,7 +91,7 @@ static void start(daemon_proc *d)
                     "--max-value-bytes",
                     "64KiB",
                     NULL};
-    d->pid = spawn(argv, d->log);
+    d->pid = spawn(d, argv);
     FILE *file = NULL;
     for (int tries = 0; !file && tries < 1000; tries++) {
         file = fopen(d->ready, "r");
@@ -219,7 +219,7 @@ static int run_with(daemon_proc *d, const char *flag, const char *value)
     snprintf(f, sizeof(f), "%s", flag);
     snprintf(v, sizeof(v), "%s", value ? value : "");
     char *argv[] = {CACHESVC_BIN, f, value ? v : NULL, NULL};
-    return wait_exit(spawn(argv, d->log));
+    return wait_exit(spawn(d, argv));
 }
 
 static bool log_has(const daemon_proc *d, const char *text)

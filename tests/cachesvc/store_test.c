@@ -214,7 +214,7 @@ static void damage(const char *dir, const void *row)
     FILE *list = popen(command, "r");
     assert_non_null(list);
     while (fgets(path, sizeof(path), list)) {
-        struct stat st;
+        struct stat st = {0};
         path[strcspn(path, "\n")] = '\0';
         int fd = open(path, O_RDWR);
         assert_true(fd >= 0 && fstat(fd, &st) == 0);
