@@ -37,9 +37,11 @@ static void nap_ms(long ms)
 static pid_t spawn(const daemon_proc *d, char *const *argv)
 {
     posix_spawn_file_actions_t actions;
+    char output[300];
     pid_t pid = 0;
+    snprintf(output, sizeof(output), "%s", d->log);
     posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_addopen(&actions, 1, d->log, O_WRONLY | O_CREAT | O_APPEND, 0600);
+    posix_spawn_file_actions_addopen(&actions, 1, output, O_WRONLY | O_CREAT | O_APPEND, 0600);
     posix_spawn_file_actions_adddup2(&actions, 1, 2);
     assert_int_equal(posix_spawn(&pid, argv[0], &actions, NULL, argv, environ), 0);
     posix_spawn_file_actions_destroy(&actions);

@@ -218,7 +218,7 @@ static void damage(const char *dir, const void *row)
         path[strcspn(path, "\n")] = '\0';
         int fd = open(path, O_RDWR);
         assert_true(fd >= 0 && fstat(fd, &st) == 0);
-        char *bytes = malloc((size_t)st.st_size);
+        char *bytes = malloc((size_t)st.st_size + 1);
         assert_true(pread(fd, bytes, (size_t)st.st_size, 0) == st.st_size);
         for (off_t at = 0; at + ROW <= st.st_size; at += 16) {
             if (memcmp(bytes + at, row, ROW) != 0)
