@@ -8,7 +8,8 @@ static const problem_shape shapes[] = {
     {20, 9, 3, 64, 280, KVK_BF16, true, true, 0}, {40, 4, 4, 22, 130, KVK_F16, true, true, 0},
     {5, 8, 1, 66, 257, KVK_F32, true, true, 30},  {30, 6, 2, 128, 140, KVK_F32, false, true, 0},
     {2, 2, 2, 7, 50, KVK_I8, false, true, 0},     {33, 32, 8, 128, 70, KVK_BF16, false, false, 50},
-    {60, 2, 1, 64, 20, KVK_BF16, true, true, 0}, /* the first queries see nothing */
+    {17, 2, 1, 64, 200, KVK_F32, false, true, 1}, /* logits around the cap */
+    {60, 2, 1, 64, 20, KVK_BF16, true, true, 0},  /* the first queries see nothing */
     {3, 2, 1, 576, 40, KVK_BF16, true, false, 0},
 };
 

@@ -107,10 +107,13 @@ static void attend_pack(const kvki_attend_pack *p)
     *p->finite_p = finite;
 }
 
+/* s [n] becomes cap * tanh(s / cap), in whole vectors: the row has room. */
 static void softcap_row(float *s, uint32_t n, float cap)
 {
-    for (uint32_t j = 0; j < n; j++)
-        s[j] = cap * tanhf(s[j] / cap);
+    vf c = vf_set1(cap);
+
+    for (uint32_t j = 0; j < n; j += VF_LANES)
+        vf_store(s + j, vf_mul(c, vf_tanh(vf_load(s + j) / c)));
 }
 
 /* s [n] becomes exp(s - max), zero in [n, padded); max and sum are the row's. */

@@ -32,6 +32,14 @@ typedef int32_t v4i __attribute__((vector_size(16)));
 #include "vec_portable.h"
 #endif
 
+/* The bits of a vector, for masks: a comparison of two vf gives all ones where it holds. */
+typedef int32_t vf_bits __attribute__((vector_size(4 * VF_LANES)));
+
+KVKI_INLINE vf vf_select(vf_bits mask, vf yes, vf no)
+{
+    return (vf)(((vf_bits)yes & mask) | ((vf_bits)no & ~mask));
+}
+
 KVKI_INLINE v4f v4f_of(v4i x)
 {
     return __builtin_convertvector(x, v4f);

@@ -6,7 +6,7 @@
 #define GEMM_NV  2
 
 typedef float vf __attribute__((vector_size(16)));
-typedef int32_t vf_int __attribute__((vector_size(16)));
+typedef v4i vf_int;
 
 KVKI_INLINE vf vf_zero(void)
 {
