@@ -87,9 +87,10 @@ static int try_commit(kvsi_batch *batch, uint32_t n, uint32_t *n_fit_p)
 static kvc_status create_class(kvs_tier *tier, kvsi_class *class)
 {
     char name[32];
-    uint64_t claimed = kvsi_claim(tier, 0, KVSI_ENV_SLACK_PAGES + 64 + 2 * class->record_pages);
+    uint64_t claimed =
+        kvsi_claim(tier, 0, KVSI_ENV_SLACK_PAGES + KVSI_CLASS_PAGES + 2 * class->record_pages);
 
-    if (claimed < KVSI_ENV_SLACK_PAGES + 64) {
+    if (claimed < KVSI_ENV_SLACK_PAGES + KVSI_CLASS_PAGES) {
         kvsi_unclaim(tier, claimed);
         return KVC_AGAIN;
     }

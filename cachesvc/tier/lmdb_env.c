@@ -67,8 +67,10 @@ uint64_t kvsi_env_file_pages(int root_fd, const char *name)
     snprintf(path, sizeof(path), "%s/data.mdb", name);
     if (fstatat(root_fd, path, &st, 0) != 0)
         return 0;
-    uint64_t allotted = (uint64_t)st.st_blocks * 512, size = (uint64_t)st.st_size;
-    return ((allotted > size ? allotted : size) + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES;
+    uint64_t allotted = ((uint64_t)st.st_blocks * 512 + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES;
+    uint64_t size = ((uint64_t)st.st_size + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES;
+    allotted -= allotted < KVSI_ENV_SLACK_PAGES ? allotted : KVSI_ENV_SLACK_PAGES;
+    return allotted > size ? allotted : size;
 }
 
 /* Room on the disk for the whole map. A file system that cannot do it is taken as it is. */

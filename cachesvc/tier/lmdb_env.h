@@ -14,7 +14,9 @@
 #include "base/thread.h"
 #include "lmdb_record.h"
 
-#define KVSI_ENV_READERS 64u /* read transactions of one environment at a time; more wait */
+#define KVSI_ENV_SLACK_PAGES 16u /* beside a map: its lock file and the file system's own blocks   \
+                                  */
+#define KVSI_ENV_READERS     64u /* read transactions of one environment at a time; more wait */
 
 typedef struct kvsi_env {
     char name[32]; /* folder: "meta" or "class-<pages>" */
@@ -39,7 +41,10 @@ typedef struct kvsi_env_pages {
 /* OK, or what an LMDB or system error code means: AGAIN for a full map, NO_SPACE, ... */
 kvc_status kvsi_lmdb_status(int rc);
 
-/* Pages the folder's file takes on the disk already; 0 when there is none. */
+/*
+ * Pages that a map needs for the folder's file as it is: its length, or what is allotted to it less
+ * the slack, which is where the file system's own blocks belong. 0 when there is none.
+ */
 uint64_t kvsi_env_file_pages(int root_fd, const char *name);
 
 /*

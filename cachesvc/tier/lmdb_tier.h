@@ -13,14 +13,14 @@
 #include "lmdb_env.h"
 #include "lmdb_sums.h"
 
-#define KVSI_MAX_CLASSES     8u
-#define KVSI_MAX_QUEUED      4096u /* writes */
-#define KVSI_ENV_SLACK_PAGES 16u
-#define KVSI_META_PAGES      128u /* the meta map's first size */
-#define KVSI_MIN_CAPACITY    (4ull << 20)
-#define KVSI_MAX_META_NAME   500u
-#define KVSI_MAX_META_BYTES  (16u << 20)
-#define KVSI_RANK_META       ((kvc_lock_rank)(KVC_RANK_TIER - 1))
+#define KVSI_MAX_CLASSES    8u
+#define KVSI_MAX_QUEUED     4096u /* writes */
+#define KVSI_CLASS_PAGES    64u   /* a class's map is never smaller */
+#define KVSI_META_PAGES     128u  /* the meta map's first size */
+#define KVSI_MIN_CAPACITY   (4ull << 20)
+#define KVSI_MAX_META_NAME  500u
+#define KVSI_MAX_META_BYTES (16u << 20)
+#define KVSI_RANK_META      ((kvc_lock_rank)(KVC_RANK_TIER - 1))
 
 /* One size class: values of this many pages each, in an environment of their own. */
 typedef struct kvsi_class {

@@ -106,17 +106,12 @@ static kvc_status open_folder(kvs_tier *tier, const char *path)
     return KVC_OK;
 }
 
-/*
- * Claims what a folder of ours takes on the disk already; at least min_pages. What the disk has
- * allotted includes the file system's own blocks, for which the slack is there: counted twice, a
- * full store would not open again.
- */
+/* Claims what a folder of ours takes on the disk already; at least min_pages. */
 static kvc_status claim_existing(kvs_tier *tier, const char *name, uint64_t min_pages,
                                  uint64_t *map_pages_p)
 {
     uint64_t pages = kvsi_env_file_pages(tier->root_fd, name);
 
-    pages -= pages < KVSI_ENV_SLACK_PAGES ? pages : KVSI_ENV_SLACK_PAGES;
     if (pages < min_pages)
         pages = min_pages;
     *map_pages_p = pages;
@@ -151,7 +146,7 @@ static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_p
         KVC_LOG_ERROR(TIER, "lmdb: %s has more than %u size classes", tier->root, KVSI_MAX_CLASSES);
         return KVC_INVALID;
     }
-    kvc_status status = claim_existing(tier, name, 64 + 2 * record_pages, &map_pages);
+    kvc_status status = claim_existing(tier, name, KVSI_CLASS_PAGES, &map_pages);
     if (status != KVC_OK)
         return status;
     status = kvsi_env_open(&class->env, tier->root_fd, tier->root, name, map_pages);

@@ -201,6 +201,35 @@ static void test_full_then_room(void **state)
     assert_int_equal(value_count(t), left);
 }
 
+/* A tier that is full to its cap, of several classes, opens again and is as it was. */
+static void test_full_opens_again(void **state)
+{
+    tier_under_test *t = *state;
+    static const shape some[] = {{4096, 64}, {4096, 16}, {4096, 2}};
+    uint32_t n_full = 0, n = 0;
+
+    if (!(t->ops->caps & KVS_TIER_PERSISTENT))
+        return;
+    /* A class after the other, so that the last ones get what is left of the budget. */
+    for (uint32_t i = 0; i < 3; i++) {
+        for (put_result r = {.status = KVC_OK}; r.status == KVC_OK; n++) {
+            kvs_value_key key = key_of(1, n, i);
+            r = put_value(t, &key, 1, some[i], false);
+            n_full += r.status == KVC_OK;
+        }
+    }
+    settle(t);
+    assert_int_equal(value_count(t), n_full);
+    for (uint32_t round = 0; round < 3; round++) {
+        uint64_t used = used_bytes(t);
+        tut_close(t);
+        assert_true(medium_bytes(t) <= t->opts.capacity_bytes);
+        assert_int_equal(tut_open(t), KVC_OK);
+        assert_int_equal(value_count(t), n_full);
+        assert_int_equal(used_bytes(t), used);
+    }
+}
+
 typedef struct mix {
     tier_under_test *t;
     uint32_t who;
@@ -485,6 +514,7 @@ static int run_over(const kvs_tier_ops *ops)
         cmocka_unit_test_prestate_setup_teardown(test_bad_shapes_are_refused, setup, teardown,
                                                  initial),
         cmocka_unit_test_prestate_setup_teardown(test_full_then_room, setup, teardown, initial),
+        cmocka_unit_test_prestate_setup_teardown(test_full_opens_again, setup, teardown, initial),
         cmocka_unit_test_prestate_setup_teardown(test_concurrent, setup, teardown, initial),
         cmocka_unit_test_prestate_setup_teardown(test_reads_while_it_fills, setup, teardown,
                                                  initial),
