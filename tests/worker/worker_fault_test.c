@@ -1,0 +1,274 @@
+/*
+ * worker_fault_test.c: what happens to a worker when its store is slow, full, or has lost rows.
+ */
+#include "oracle.h"
+
+#include "base/clock.h"
+#include "bench.h"
+#include "selector/selector.h"
+
+/* One forward pass of a token through layer 0. */
+static kvc_status one_step(rig *r, kvw_seq *seq, uint32_t pos, float *out, float *lse)
+{
+    kvc_status st = KVC_OK;
+    assert_ok(kvw_tokens(seq, r->tokens + pos, 1));
+    for (uint32_t layer = r->opts.n_layers; layer-- > 0;) {
+        void *k = rig_bytes(r, r->k, rig_kv_width(r), layer, pos, 1);
+        void *v = rig_bytes(r, r->v, rig_kv_width(r), layer, pos, 1);
+        void *q = rig_bytes(r, r->q, rig_q_width(r), layer, pos, 1);
+        if (layer == 0)
+            st = kvw_forward(seq, layer, q, k, v, 1, out, lse);
+        else
+            assert_ok(kvw_append(seq, layer, k, v, 1));
+        free(k);
+        free(v);
+        free(q);
+    }
+    return st;
+}
+
+/* A store that is full half of the time gets everything in the end, in order, and nothing twice. */
+static void puts_ride_out_a_storm_of_again(void **state)
+{
+    bench *b = *state;
+    rig r;
+    rig_record calm, storm;
+    kvw_stats stats;
+    uint32_t reused = 0;
+    store_rig(&r, "tokenselect", KVW_INDEX_COMPRESSED, b->client);
+    rig_open(&r);
+    run(&r, &calm, 0, &reused, &stats);
+    store_forget(&b->store, true);
+    store_forget(&b->store, false);
+    store_set(&b->store, &(store_faults){.again_every = 2, .again_calls = 3, .extend_failures = 2});
+    run(&r, &storm, 0, &reused, &stats);
+    assert_int_equal(stats.blocks_put, 10);
+    assert_true(stats.put_retries >= 10);
+    assert_true(store_count(&b->store, &b->store.n_again) >= 20);
+    rig_record_equal(&r, &calm, &storm, 0, 700);
+    store_set(&b->store, &(store_faults){0});
+    rig_record warm;
+    run(&r, &warm, 700, &reused, &stats);
+    assert_int_equal(reused, 640);
+    rig_record_equal(&r, &calm, &warm, 640, 700);
+    rig_record_fini(&calm);
+    rig_record_fini(&storm);
+    rig_record_fini(&warm);
+    rig_close(&r);
+}
+
+/* Nothing leaves the worker before it is acknowledged, and the engine waits rather than grow. */
+static void a_full_store_holds_the_engine_back(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0, first = 0;
+    kvc_status st = KVC_OK;
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    r.opts.put_window = 2;
+    r.opts.put_timeout_ns = 50000000ull;
+    rig_open(&r);
+    store_set(&b->store, &(store_faults){.again_every = 1});
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    for (; first < 640; first += 64) {
+        st = kvw_tokens(seq, r.tokens + first, 64);
+        if (st != KVC_OK)
+            break;
+        for (uint32_t layer = 0; layer < 2; layer++) {
+            void *k = rig_bytes(&r, r.k, rig_kv_width(&r), layer, first, 64);
+            assert_ok(kvw_append(seq, layer, k, k, 64));
+            free(k);
+        }
+    }
+    assert_status(st, KVC_TIMED_OUT);
+    assert_int_equal(first, 3 * 64); /* two on their way, a third one full */
+    assert_status(kvw_flush(seq, kvc_deadline_ns(20000000ull)), KVC_TIMED_OUT);
+    store_set(&b->store, &(store_faults){0});
+    do { /* it may be begun again, once the thread has tried again */
+        st = kvw_tokens(seq, r.tokens + first, 64);
+    } while (st == KVC_TIMED_OUT);
+    assert_ok(st);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+static void a_put_that_cannot_succeed_is_an_error(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    store_rig(&r, "esa", KVW_INDEX_EXACT, b->client);
+    rig_open(&r);
+    store_set(&b->store, &(store_faults){.put_status = KVC_NO_SPACE});
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 64, NULL, NULL);
+    assert_status(kvw_flush(seq, kvc_deadline_ns(5000000000ull)), KVC_NO_SPACE);
+    assert_status(kvw_flush(seq, kvc_deadline_ns(5000000000ull)), KVC_NO_SPACE);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+/* A sequence that ends while the store is stuck gives up after put_timeout_ns. */
+static void destroy_does_not_wait_for_ever(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    store_rig(&r, "esa", KVW_INDEX_EXACT, b->client);
+    r.opts.put_timeout_ns = 100000000ull;
+    rig_open(&r);
+    store_set(&b->store, &(store_faults){.again_every = 1});
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 128, NULL, NULL);
+    uint64_t t0 = kvc_now_ns();
+    kvw_seq_destroy(seq);
+    assert_true(kvc_now_ns() - t0 < 3000000000ull);
+    rig_close(&r);
+}
+
+static void fail_policy_reports_lost_and_late_rows(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    float out[64], lse[4];
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    r.opts.fetch_timeout_ns = 100000000ull;
+    rig_open(&r);
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 640, NULL, NULL);
+    assert_ok(kvw_flush(seq, 0));
+    store_set(&b->store, &(store_faults){.lose_every = 2});
+    assert_status(one_step(&r, seq, 640, out, lse), KVC_NOT_FOUND);
+    assert_non_null(strstr(kvw_last_error(), "did not arrive"));
+    store_set(&b->store, &(store_faults){.fetch_delay_ms = 400});
+    uint64_t t0 = kvc_now_ns();
+    assert_status(one_step(&r, seq, 641, out, lse), KVC_TIMED_OUT);
+    assert_true(kvc_now_ns() - t0 < 390000000ull);
+    store_set(&b->store, &(store_faults){0});
+    assert_ok(one_step(&r, seq, 642, out, lse)); /* and the sequence lives on */
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+/* Dropped rows are left out, the others keep the numbers that all picks gave them. */
+static void drop_policy_leaves_rows_out(void **state)
+{
+    bench *b = *state;
+    for (uint32_t i = 0; kvw_selector_at(i) != NULL; i++) {
+        for (uint32_t exact = 0; exact < 2; exact++) {
+            rig r;
+            kvw_seq *seq = NULL;
+            uint32_t reused = 0, n = 0, n_skip = 0, skip[48];
+            const uint32_t *picks = NULL;
+            float out[64], lse[4];
+            double want[64], want_lse[4];
+            store_rig(&r, kvw_selector_at(i)->name, KVW_INDEX_EXACT, b->client);
+            r.opts.policy = KVW_DROP;
+            r.opts.exact = exact;
+            rig_open(&r);
+            /* from the start, so that no lost row was ever resident */
+            store_set(&b->store, &(store_faults){.lose_every = 2});
+            assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+            rig_prefill(&r, seq, 0, 640, NULL, NULL);
+            assert_ok(kvw_flush(seq, 0));
+            kvw_stats before = stats_of(seq);
+            assert_ok(one_step(&r, seq, 640, out, lse));
+            assert_ok(kvw_last_picks(seq, 0, &picks, &n));
+            for (uint32_t j = 0; j < n;
+                 j++) /* block 0 has sinks, those from 576 on recent tokens */
+                if (picks[j] % 2 == 0 && picks[j] >= 64 && picks[j] < 576)
+                    skip[n_skip++] = picks[j];
+            assert_true(n_skip > 0);
+            assert_int_equal(stats_of(seq).rows_dropped - before.rows_dropped, n_skip);
+            oracle_attend(&r, 0, 640, 1, picks, n, oracle_near(&r, 641, 1), skip, n_skip, want,
+                          want_lse);
+            const rig_step done = {.seq = seq, .first = 640, .n = 1, .out = out, .lse = lse};
+            oracle_check_out(&r, &done, want, want_lse);
+            /* what was lost is asked for again once it is back */
+            store_set(&b->store, &(store_faults){0});
+            before = stats_of(seq);
+            assert_ok(one_step(&r, seq, 641, out, lse));
+            assert_int_equal(stats_of(seq).rows_dropped, before.rows_dropped);
+            assert_ok(kvw_last_picks(seq, 0, &picks, &n));
+            oracle_attend(&r, 0, 641, 1, picks, n, oracle_near(&r, 642, 1), NULL, 0, want,
+                          want_lse);
+            const rig_step whole = {.seq = seq, .first = 641, .n = 1, .out = out, .lse = lse};
+            oracle_check_out(&r, &whole, want, want_lse);
+            kvw_seq_destroy(seq);
+            rig_close(&r);
+        }
+    }
+}
+
+/* What was computed with rows left out is nobody else's. */
+static void tainted_blocks_are_not_reused(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    r.opts.policy = KVW_DROP;
+    rig_open(&r);
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 384, NULL, NULL);
+    assert_ok(kvw_flush(seq, 0));
+    store_set(&b->store, &(store_faults){.lose_every = 1});
+    rig_prefill(&r, seq, 384, 640, NULL, NULL);
+    assert_true(stats_of(seq).rows_dropped > 0);
+    kvw_seq_destroy(seq);
+    store_set(&b->store, &(store_faults){0});
+    assert_ok(kvw_seq_create(r.worker, r.tokens, 700, &seq, &reused));
+    assert_true(reused >= 320 && reused < 512);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+/* Rows that go between match and fetch cost the reuse, not the sequence. */
+static void a_prefix_that_vanishes_is_a_cold_start(void **state)
+{
+    bench *b = *state;
+    rig r;
+    rig_record cold, again;
+    kvw_stats stats;
+    uint32_t reused = 0;
+    store_rig(&r, "esa", KVW_INDEX_COMPRESSED, b->client);
+    rig_open(&r);
+    run(&r, &cold, 700, &reused, &stats);
+    store_set(&b->store, &(store_faults){.lose_every = 64});
+    kvw_seq *seq = NULL;
+    assert_ok(kvw_seq_create(r.worker, r.tokens, 700, &seq, &reused));
+    assert_int_equal(reused, 0);
+    store_set(&b->store, &(store_faults){0});
+    rig_record_init(&again, &r);
+    rig_prefill(&r, seq, 0, 660, rig_record_step, &again);
+    rig_decode(&r, seq, 660, 700, rig_record_step, &again);
+    assert_ok(kvw_flush(seq, 0));
+    assert_int_equal(stats_of(seq).blocks_existed, 10);
+    rig_record_equal(&r, &cold, &again, 0, 700);
+    kvw_seq_destroy(seq);
+    rig_record_fini(&cold);
+    rig_record_fini(&again);
+    rig_close(&r);
+}
+
+int main(void)
+{
+#define FAULT_TEST(name) cmocka_unit_test_setup_teardown(name, bench_open, bench_close)
+    const struct CMUnitTest tests[] = {
+        FAULT_TEST(puts_ride_out_a_storm_of_again),
+        FAULT_TEST(a_full_store_holds_the_engine_back),
+        FAULT_TEST(a_put_that_cannot_succeed_is_an_error),
+        FAULT_TEST(destroy_does_not_wait_for_ever),
+        FAULT_TEST(fail_policy_reports_lost_and_late_rows),
+        FAULT_TEST(drop_policy_leaves_rows_out),
+        FAULT_TEST(tainted_blocks_are_not_reused),
+        FAULT_TEST(a_prefix_that_vanishes_is_a_cold_start),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
