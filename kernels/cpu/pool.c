@@ -6,6 +6,7 @@
  * atomic counter. Invariant: outside kvki_pool_run, running == 0 and no thread reads the job.
  */
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -76,9 +77,14 @@ static void *thread_main(void *p)
     return NULL;
 }
 
-static uint32_t online_cores(void)
+/* Cores that this process may run on: in a container fewer than are online. */
+static uint32_t usable_cores(void)
 {
+    cpu_set_t set;
     long n = sysconf(_SC_NPROCESSORS_ONLN);
+
+    if (sched_getaffinity(0, sizeof(set), &set) == 0)
+        n = CPU_COUNT(&set);
     return n < 1 ? 1 : n > THREADS_MAX ? THREADS_MAX : (uint32_t)n;
 }
 
@@ -92,7 +98,7 @@ kvc_status kvki_pool_create(uint32_t n_threads, kvki_pool **pool_p)
     pool = calloc(1, sizeof(*pool));
     if (!pool)
         return KVC_NO_MEMORY;
-    pool->n_threads = n_threads ? n_threads : online_cores();
+    pool->n_threads = n_threads ? n_threads : usable_cores();
     pthread_mutex_init(&pool->busy, NULL);
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->wake, NULL);

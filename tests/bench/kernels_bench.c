@@ -17,6 +17,10 @@
 
 #include "kvk/compute.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define REPEATS     9
 #define THREADS_MAX 64
 
@@ -59,38 +63,36 @@ static int by_value(const void *a, const void *b)
 /* ---- floors ---- */
 
 #if defined(__x86_64__)
-typedef float lanes __attribute__((vector_size(64)));
+#define SPIN_SUMS 12 /* independent: more than latency times ports */
 
 __attribute__((target("avx512f"))) static float spin_avx512(size_t rounds)
 {
-    lanes acc[16], a = {1.0f, 0.5f}, b = {0.999f};
-    for (int i = 0; i < 16; i++)
-        acc[i] = a * (float)i;
+    __m512 acc[SPIN_SUMS], a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(0.999f);
+    for (int i = 0; i < SPIN_SUMS; i++)
+        acc[i] = _mm512_set1_ps((float)i);
     for (size_t r = 0; r < rounds; r++) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++)
-            acc[i] = __builtin_ia32_vfmaddps512_mask(acc[i], b, a, (unsigned short)0xffff, 4);
+#pragma GCC unroll 12
+        for (int i = 0; i < SPIN_SUMS; i++)
+            acc[i] = _mm512_fmadd_ps(acc[i], b, a);
     }
-    for (int i = 1; i < 16; i++)
-        acc[0] += acc[i];
-    return acc[0][0] + acc[0][5];
+    for (int i = 1; i < SPIN_SUMS; i++)
+        acc[0] = _mm512_add_ps(acc[0], acc[i]);
+    return _mm512_reduce_add_ps(acc[0]);
 }
-
-typedef float lanes8 __attribute__((vector_size(32)));
 
 __attribute__((target("avx2,fma"))) static float spin_avx2(size_t rounds)
 {
-    lanes8 acc[12], a = {1.0f, 0.5f}, b = {0.999f};
-    for (int i = 0; i < 12; i++)
-        acc[i] = a * (float)i;
+    __m256 acc[SPIN_SUMS], a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(0.999f);
+    for (int i = 0; i < SPIN_SUMS; i++)
+        acc[i] = _mm256_set1_ps((float)i);
     for (size_t r = 0; r < rounds; r++) {
 #pragma GCC unroll 12
-        for (int i = 0; i < 12; i++)
-            acc[i] = __builtin_ia32_vfmaddps256(acc[i], b, a);
+        for (int i = 0; i < SPIN_SUMS; i++)
+            acc[i] = _mm256_fmadd_ps(acc[i], b, a);
     }
-    for (int i = 1; i < 12; i++)
-        acc[0] += acc[i];
-    return acc[0][0] + acc[0][5];
+    for (int i = 1; i < SPIN_SUMS; i++)
+        acc[0] = _mm256_add_ps(acc[0], acc[i]);
+    return _mm256_cvtss_f32(acc[0]);
 }
 #endif
 
@@ -113,7 +115,7 @@ static void *spin(void *arg)
         x = spin_avx512(job->rounds);
     else if (half)
         x = spin_avx2(job->rounds);
-    job->flops = (double)job->rounds * (wide ? 16 * 16 * 2 : half ? 12 * 8 * 2 : 0);
+    job->flops = (double)job->rounds * SPIN_SUMS * (wide ? 32 : half ? 16 : 0);
 #endif
     job->sink = x > 0;
     return NULL;

@@ -302,7 +302,7 @@ typedef struct kvk_ops {
 
 typedef struct kvk_backend_opts {
     size_t size_bytes;  /* sizeof(kvk_backend_opts) */
-    uint32_t n_threads; /* 0: one per online core */
+    uint32_t n_threads; /* 0: one per core this process may use */
     const char *isa;    /* NULL: best; "portable", "avx2", "avx512", "amx" to force (cpu only) */
 } kvk_backend_opts;
 
