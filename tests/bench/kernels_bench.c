@@ -231,7 +231,7 @@ static void report(const char *op, const char *shape, call_fn fn, void *args, do
     qsort(cpu, (size_t)repeats, sizeof(double), by_value);
     double t = times[repeats / 2], c = cpu[repeats / 2] / opt.threads;
     printf("%-13s %-42s %8.3f ms %8.3f cpu", op, shape, t * 1e3, c * 1e3);
-    if (gflop > 0)
+    if (gflop > 0 && peak_gflops > 0)
         printf(" %7.1f GFLOP/s %5.1f%%", gflop / t, 100 * gflop / c / peak_gflops);
     if (gbytes > 0)
         printf(" %7.2f GB/s %5.1f%%", gbytes / t, 100 * gbytes / c / peak_gbs);
