@@ -39,8 +39,11 @@ typedef struct bench {
     kvc_digest schema;
     kvc_digest *digests; /* [blocks] */
     kvc_context *context;
-    uint8_t *memory; /* [blocks of 1 MiB] */
-    kvc_region *region;
+    uint8_t *memory, *out; /* [blocks of 1 MiB] what is put, where rows land */
+    kvc_region *region, *out_region;
+    uint32_t *picks; /* [blocks * BLOCK_TOKENS] of the last fetch */
+    uint32_t n_picks, row;
+    bool from_lmdb; /* where rows must come from */
     raw_tcp *tcp;
     uint32_t seed;   /* of the next blocks' names */
     uint64_t random; /* where the picks fall */
@@ -124,18 +127,39 @@ static int put_durable(bench *b, double *bytes_p)
     return put_once(b, KVC_PROMISE_DURABLE, bytes_p);
 }
 
-static int fetch(bench *b, uint32_t part, uint32_t row, const uint32_t *picks, uint32_t n)
+/* Fetches b->picks of a part to b->out; every row must come from the tier that the case names. */
+static int fetch(bench *b, uint32_t part, uint32_t row, uint32_t n)
 {
     kvc_pick_group group = {
-        .context = b->context, .part = part, .row_bytes = row, .n_picks = n, .picks = picks};
+        .context = b->context, .part = part, .row_bytes = row, .n_picks = n, .picks = b->picks};
     kvc_fetch_info info;
     kvc_op op;
     kvc_op_init(&op, NULL, NULL);
-    kvc_status status =
-        kvc_fetch(b->client, &group, 1, b->region, NULL, &info, kvc_deadline_ns(60000000000u), &op);
+    kvc_status status = kvc_fetch(b->client, &group, 1, b->out_region, NULL, &info,
+                                  kvc_deadline_ns(60000000000u), &op);
     status = status == KVC_OK ? kvc_op_wait(&op, 0) : status;
-    if (status != KVC_OK || info.rows_missing > 0) {
-        return complain(info.rows_missing ? "rows are missing" : "fetch", status);
+    if (status != KVC_OK) {
+        return complain("fetch", status);
+    }
+    b->n_picks = n;
+    b->row = row;
+    if ((b->from_lmdb ? info.rows_lmdb : info.rows_dram) != n) {
+        fprintf(stderr, "store_bench: of %u rows %u came from dram, %u from lmdb, %u are missing\n",
+                n, info.rows_dram, info.rows_lmdb, info.rows_missing);
+        return 1;
+    }
+    return 0;
+}
+
+/* Whether the last fetch brought the bytes that were put. */
+static int check_rows(const bench *b)
+{
+    for (uint32_t i = 0; i < b->n_picks; i++) {
+        if (memcmp(b->out + (size_t)i * b->row, b->memory + (size_t)b->picks[i] * b->row, b->row) !=
+            0) {
+            fprintf(stderr, "store_bench: row %u is not what was put\n", b->picks[i]);
+            return 1;
+        }
     }
     return 0;
 }
@@ -143,13 +167,13 @@ static int fetch(bench *b, uint32_t part, uint32_t row, const uint32_t *picks, u
 /* Distinct random rows, as a selector picks them: ascending. */
 static int fetch_random(bench *b, uint32_t part, uint32_t row, double *bytes_p)
 {
-    uint32_t picks[N_ROWS], n_tokens = b->blocks * BLOCK_TOKENS, stride = n_tokens / N_ROWS;
+    uint32_t n_tokens = b->blocks * BLOCK_TOKENS, stride = n_tokens / N_ROWS;
     for (uint32_t i = 0; i < N_ROWS; i++) {
         b->random = b->random * 6364136223846793005u + 1442695040888963407u;
-        picks[i] = i * stride + (uint32_t)(b->random >> 33) % stride;
+        b->picks[i] = i * stride + (uint32_t)(b->random >> 33) % stride;
     }
     *bytes_p = (double)N_ROWS * row;
-    return fetch(b, part, row, picks, N_ROWS);
+    return fetch(b, part, row, N_ROWS);
 }
 
 static int rows_big(bench *b, double *bytes_p)
@@ -164,14 +188,12 @@ static int rows_small(bench *b, double *bytes_p)
 
 static int get_values(bench *b, double *bytes_p)
 {
-    uint32_t n = b->blocks * BLOCK_TOKENS, *picks = malloc(n * sizeof *picks);
-    for (uint32_t i = 0; picks && i < n; i++) {
-        picks[i] = i;
+    uint32_t n = b->blocks * BLOCK_TOKENS;
+    for (uint32_t i = 0; i < n; i++) {
+        b->picks[i] = i;
     }
     *bytes_p = (double)n * BIG_ROW;
-    int result = picks ? fetch(b, PART_BIG, BIG_ROW, picks, n) : 1;
-    free(picks);
-    return result;
+    return fetch(b, PART_BIG, BIG_ROW, n);
 }
 
 static int drop_file(const char *path, const struct stat *stat, int type, struct FTW *walk)
@@ -199,7 +221,7 @@ static double raw_gbps(bench *b, const bench_case *c, double bytes)
     uint64_t start_ns = kvc_now_ns();
     for (double left = bytes; left > 0; left -= (double)c->raw_bytes) {
         kvc_status status = c->is_put ? raw_tcp_put(b->tcp, b->memory, c->raw_bytes)
-                                      : raw_tcp_get(b->tcp, b->memory, c->raw_bytes);
+                                      : raw_tcp_get(b->tcp, b->out, c->raw_bytes);
         if (status != KVC_OK) {
             return 0;
         }
@@ -244,6 +266,10 @@ static int start_daemon(bench *b, const char *dram, const char *promote)
     if (status == KVC_OK) {
         status = kvc_region_register(b->client, &desc, &b->region);
     }
+    desc.base = b->out;
+    if (status == KVC_OK) {
+        status = kvc_region_register(b->client, &desc, &b->out_region);
+    }
     return status == KVC_OK ? 0 : complain("start", status);
 }
 
@@ -251,7 +277,8 @@ static void stop_daemon(bench *b)
 {
     kvc_context_close(b->context);
     b->context = NULL;
-    if (b->client && kvc_region_deregister(b->client, b->region) == KVC_OK) {
+    if (b->client && kvc_region_deregister(b->client, b->region) == KVC_OK &&
+        kvc_region_deregister(b->client, b->out_region) == KVC_OK) {
         kvc_client_close(b->client);
     }
     b->client = NULL;
@@ -291,6 +318,9 @@ static int run_case(bench *b, bench_case *c, bool cold)
         }
         double gbps = bytes / (double)(kvc_now_ns() - start_ns);
         cpu_s = bench_cpu_s() + bench_cpu_of_s(b->daemon.pid) - cpu_s;
+        if (i == 0 && !c->is_put && check_rows(b) != 0) {
+            return 1;
+        }
         double raw = raw_gbps(b, c, bytes);
         if (i == 0) {
             continue; /* warm-up */
@@ -361,6 +391,7 @@ static int run_lmdb(bench *b)
                        .once = rows_big,
                        .row = BIG_ROW,
                        .raw_bytes = 1u << 20};
+    b->from_lmdb = true;
     int result = start_daemon(b, "64MiB", "0") || open_context(b);
     if (result == 0) {
         double bytes;
@@ -386,7 +417,10 @@ int main(int argc, char **argv)
     snprintf(b.folder, sizeof b.folder, "%s/kvasir-bench-XXXXXX", base ? base : ".");
     b.digests = calloc(b.blocks, sizeof *b.digests);
     b.memory = calloc(b.blocks, (size_t)BLOCK_TOKENS * BIG_ROW);
-    if (!b.digests || !b.memory || !mkdtemp(b.folder) || raw_tcp_open(&b.tcp) != KVC_OK) {
+    b.out = calloc(b.blocks, (size_t)BLOCK_TOKENS * BIG_ROW);
+    b.picks = calloc((size_t)b.blocks * BLOCK_TOKENS, sizeof *b.picks);
+    if (!b.digests || !b.memory || !b.out || !b.picks || !mkdtemp(b.folder) ||
+        raw_tcp_open(&b.tcp) != KVC_OK) {
         return 1;
     }
     for (size_t i = 0; i < (size_t)b.blocks * BLOCK_TOKENS * BIG_ROW; i += 8) {
@@ -400,5 +434,7 @@ int main(int argc, char **argv)
     (void)nftw(b.folder, remove_file, 16, FTW_DEPTH | FTW_PHYS);
     free(b.digests);
     free(b.memory);
+    free(b.out);
+    free(b.picks);
     return result;
 }

@@ -118,7 +118,8 @@ kvc_status nd_init(nd_data *data, uint32_t n_layers, uint32_t n_tokens, uint32_t
                    uint64_t seed)
 {
     memset(data, 0, sizeof *data);
-    if (n_needles == 0 || n_needles > ND_MAX_NEEDLES || n_tokens / n_needles < 64) {
+    uint32_t room = n_tokens > ND_SINK + ND_RECENT ? n_tokens - ND_SINK - ND_RECENT : 0;
+    if (n_needles == 0 || n_needles > ND_MAX_NEEDLES || room / n_needles < 64) {
         return KVC_INVALID;
     }
     data->n_layers = n_layers;
@@ -133,11 +134,11 @@ kvc_status nd_init(nd_data *data, uint32_t n_layers, uint32_t n_tokens, uint32_t
     }
     uint64_t state = mix(seed);
     make_basis(data->basis, &state);
-    uint32_t stride = n_tokens / n_needles;
+    uint32_t stride = room / n_needles;
     for (uint32_t i = 0; i < n_needles; i++) {
         while (!draw_direction(data, data->direction + (size_t)i * ND_KEY_DIM, &state)) {
         }
-        data->needle_at[i] = i * stride + (uint32_t)(uniform(&state) * stride);
+        data->needle_at[i] = ND_SINK + i * stride + (uint32_t)(uniform(&state) * stride);
     }
     for (uint32_t i = 0; i < NOISE_LEN; i++) {
         data->noise[i] = from_bf16(to_bf16(gaussian(&state)));

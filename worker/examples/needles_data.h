@@ -23,6 +23,9 @@ enum {
     ND_INDEX_DIMS = 126, /* + 2 bytes of scale: 128 bytes a token */
     ND_ROW_BYTES = 2 * ND_KEY_DIM * 2,
     ND_MAX_NEEDLES = 64,
+    ND_SINK =
+        128, /* needles lie between the sinks and the recent tokens, so only a pick finds them */
+    ND_RECENT = 4096,
 };
 
 #define ND_ROPE_THETA 500000.0
@@ -35,7 +38,8 @@ typedef struct nd_data {
     float *noise;                       /* a ring of Gaussian numbers */
 } nd_data;
 
-/* Fills the tables. n_needles <= ND_MAX_NEEDLES, spread over the context past the sinks. */
+/* Fills the tables. n_needles <= ND_MAX_NEEDLES, spread over the context between ND_SINK tokens at
+ * its begin and ND_RECENT at its end; INVALID where that leaves a needle less than 64 tokens. */
 kvc_status nd_init(nd_data *data, uint32_t n_layers, uint32_t n_tokens, uint32_t n_needles,
                    uint64_t seed) KVC_MUST_CHECK;
 void nd_fini(nd_data *data);
