@@ -250,7 +250,7 @@ static kvc_status pull(puller *p, const uint32_t *parts, uint32_t row_bytes, uin
     if (first >= end) {
         return KVC_OK;
     }
-    while (st == KVC_OK && (layer < n_layers || p->half[turn].in_flight)) {
+    while (st == KVC_OK && (layer < n_layers || p->half[0].in_flight || p->half[1].in_flight)) {
         batch *b = &p->half[turn];
         if (b->in_flight) {
             st = collect(p, b, row_bytes, use);
