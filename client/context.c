@@ -260,9 +260,11 @@ void kvc_context_close(kvc_context *context)
         return;
     kvc_client *client = context->client;
     kvc_mutex_lock(&client->lock);
-    kvci_list_remove(&context->node);
+    context->closing = true;
     while (context->busy)
         kvc_cond_wait(&client->done_cond, &client->lock);
+    /* After the wait: until then it may have been queued again. */
+    kvci_list_remove(&context->node);
     uint64_t handle = context->handle;
     bool stale = context->reopening;
     kvc_mutex_unlock(&client->lock);

@@ -245,8 +245,8 @@ struct kvc_context {
     uint64_t handle, gen;
     bool busy;      /* an extend or a reopen owns blocks */
     bool reopening; /* the handle is stale; fetches wait */
-    bool queued;
-    bool suspect; /* the server may hold more blocks than we do: reopen before the next extend */
+    bool closing;   /* its owner waits for busy: not queued again */
+    bool suspect;   /* the server may hold more blocks than we do: reopen before the next extend */
 };
 
 typedef kvc_status kvci_send_fn(void *arg, const kvc_request *req, uint64_t deadline_ns,

@@ -24,6 +24,8 @@ static void enqueue(kvc_context *context)
 {
     kvc_client *client = context->client;
     kvci_list_remove(&context->node);
+    if (context->closing)
+        return;
     kvci_list_push(&client->reopens, &context->node);
     kvc_cond_signal(&client->keeper_cond);
 }

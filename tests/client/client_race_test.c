@@ -144,6 +144,39 @@ static void test_close_races(void **state)
     }
 }
 
+/* A context is closed while it is being opened again, which fails because the server goes away. */
+static void test_close_during_reopen(void **state)
+{
+    (void)state;
+    fixture f;
+    fixture_start(&f);
+    kvc_context *context = fixture_context(&f, 4);
+    static counted c;
+    memset(&c, 0, sizeof(c));
+    kvc_region *region = fixture_region(&f, c.rows, sizeof(c.rows));
+    uint32_t n_opens = fake_calls(&f.fake, KVC_OPEN_CONTEXT);
+    fake_add_rule(&f.fake, &(fake_rule){.method = KVC_OPEN_CONTEXT,
+                                        .action = FAKE_LATE_STATUS,
+                                        .times = 1,
+                                        .status = KVC_UNAVAILABLE,
+                                        .delay_ms = 300});
+    fake_make_stale(&f.fake);
+    kvc_op_init(&c.op, NULL, NULL);
+    fetch_async(&f, context, region, &c, in_ms(100));
+    assert_status(kvc_op_wait(&c.op, 0), KVC_STALE_HANDLE); /* at its deadline */
+    assert_int_equal(fake_calls(&f.fake, KVC_OPEN_CONTEXT), n_opens + 1);
+    kvc_context_close(context);
+    /* Nothing is left that names it, and kvc-link goes on with others. */
+    usleep(100000);
+    assert_int_equal(fake_calls(&f.fake, KVC_OPEN_CONTEXT), n_opens + 1);
+    context = fixture_context(&f, 4);
+    fake_make_stale(&f.fake);
+    fixture_fetch_check(&f, context, 6, 16, 0, 3);
+    assert_ok(kvc_region_deregister(f.client, region));
+    kvc_context_close(context);
+    fixture_stop(&f);
+}
+
 typedef struct hammer {
     fixture *f;
     kvc_context *context;
@@ -215,9 +248,9 @@ static void test_everything_at_once(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_late_answer),        cmocka_unit_test(test_cancel_is_prompt),
-        cmocka_unit_test(test_cancel_races),       cmocka_unit_test(test_close_races),
-        cmocka_unit_test(test_everything_at_once),
+        cmocka_unit_test(test_late_answer),         cmocka_unit_test(test_cancel_is_prompt),
+        cmocka_unit_test(test_cancel_races),        cmocka_unit_test(test_close_races),
+        cmocka_unit_test(test_close_during_reopen), cmocka_unit_test(test_everything_at_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -299,10 +299,13 @@ static void on_call(void *arg, kvt_call *call)
     count_call(fake, call);
     const fake_rule *found = take_rule(fake, call->req.method);
     fake_rule rule = found != NULL ? *found : (fake_rule){0};
-    if (rule.action == FAKE_LATE) {
+    if (rule.action == FAKE_LATE || rule.action == FAKE_LATE_STATUS) {
         KVC_ASSERT(fake->n_late < FAKE_MAX_LATE);
-        fake->late[fake->n_late++] =
-            (fake_late){.call = call, .due_ns = kvc_now_ns() + rule.delay_ms * NS_PER_MS};
+        fake->late[fake->n_late++] = (fake_late){
+            .call = call,
+            .due_ns = kvc_now_ns() + rule.delay_ms * NS_PER_MS,
+            .status = rule.action == FAKE_LATE_STATUS ? rule.status : KVC_OK,
+        };
         kvc_cond_signal(&fake->cond);
         kvc_mutex_unlock(&fake->lock);
         return;
@@ -315,13 +318,14 @@ static void on_call(void *arg, kvt_call *call)
 }
 
 /* Under the lock: a call that is due, or NULL and when the next one is. */
-static kvt_call *take_due(fake_server *fake, uint64_t *next_ns_p)
+static kvt_call *take_due(fake_server *fake, uint64_t *next_ns_p, kvc_status *status_p)
 {
     *next_ns_p = 0;
     for (uint32_t i = 0; i < fake->n_late; i++) {
         fake_late *late = &fake->late[i];
         if (fake->stopping || late->due_ns <= kvc_now_ns()) {
             kvt_call *call = late->call;
+            *status_p = late->status;
             *late = fake->late[--fake->n_late];
             return call;
         }
@@ -337,13 +341,17 @@ static void late_main(void *arg)
     uint64_t next_ns;
     kvc_mutex_lock(&fake->lock);
     while (!fake->stopping || fake->n_late > 0) {
-        kvt_call *call = take_due(fake, &next_ns);
+        kvc_status status = KVC_OK;
+        kvt_call *call = take_due(fake, &next_ns, &status);
         if (call == NULL) {
             (void)kvc_cond_wait_until(&fake->cond, &fake->lock, next_ns);
             continue;
         }
         kvc_mutex_unlock(&fake->lock);
-        answer_well(fake, call, 0);
+        if (status != KVC_OK)
+            answer(fake, call, status, "as the rule says", 0, NULL, NULL, 0);
+        else
+            answer_well(fake, call, 0);
         kvc_mutex_lock(&fake->lock);
     }
     kvc_mutex_unlock(&fake->lock);

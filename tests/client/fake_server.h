@@ -19,6 +19,7 @@
 typedef enum fake_action {
     FAKE_STATUS = 1,   /* answer with the rule's status and hint */
     FAKE_LATE,         /* answer well, delay_ms later */
+    FAKE_LATE_STATUS,  /* answer with the rule's status, delay_ms later */
     FAKE_SHORT,        /* fetch: a byte less than there should be */
     FAKE_LONG,         /* fetch: a byte more */
     FAKE_WILD_MISSING, /* fetch: a missing row beyond the request */
@@ -36,6 +37,7 @@ typedef struct fake_rule {
 typedef struct fake_late {
     kvt_call *call;
     uint64_t due_ns;
+    kvc_status status; /* OK: answer well */
 } fake_late;
 
 typedef struct fake_server {

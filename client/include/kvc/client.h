@@ -133,8 +133,9 @@ kvc_status kvc_context_open(kvc_client *client, const kvc_digest *schema, const 
 /* Appends blocks [n], copied. Blocks. On error the context is as it was. */
 kvc_status kvc_context_extend(kvc_context *context, const kvc_digest *blocks, uint32_t n,
                               uint64_t deadline_ns) KVC_MUST_CHECK;
-/* Closes it on the server (best effort, a second at most) and frees. No fetch may be in flight.
- * NULL is fine. Not from a callback. */
+/* Closes it on the server and frees. Waits for a reopen that is under way, five seconds at most,
+ * and for the server, best effort and a second at most. No fetch or extend may be in flight. NULL
+ * is fine. Not from a callback. */
 void kvc_context_close(kvc_context *context);
 /* Blocks that the context holds. */
 uint32_t kvc_context_blocks(const kvc_context *context);
