@@ -241,6 +241,9 @@ kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens)
         return st;
     }
     uint32_t n = (uint32_t)n_tokens, kept = n - seq->pass.first;
+    if (kept != 0 && kept != seq->pass.n && !seq->worker->opts.reuse_any) {
+        kvwi_blocks_taint(seq); /* what is kept saw the queries of what is not */
+    }
     for (uint32_t i = 0; i < seq->worker->opts.n_layers; i++) {
         kvwi_layer *l = &seq->layers[i];
         l->n_tokens = n;

@@ -333,6 +333,42 @@ static void rejected_drafts_leave_no_trace(void **state)
     rig_close(&r);
 }
 
+/* Ten blocks; the tenth begins with five tokens of which `kept` are accepted (2: no drafts), then
+ * passes of two. How many of its blocks the store had. */
+static uint64_t existed_after_drafts(rig *r, uint32_t n_pass, uint32_t kept)
+{
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    assert_ok(kvw_seq_create(r->worker, NULL, 0, &seq, &reused));
+    rig_prefill(r, seq, 0, 576, NULL, NULL);
+    rig_pass(r, seq, 576, n_pass, NULL, NULL);
+    assert_ok(kvw_truncate(seq, 576 + kept));
+    for (uint32_t pos = 576 + kept; pos < 640; pos += 2)
+        rig_pass(r, seq, pos, 2, NULL, NULL);
+    assert_ok(kvw_flush(seq, 0));
+    uint64_t n = stats_of(seq).blocks_existed;
+    assert_int_equal(stats_of(seq).blocks_put, 10);
+    kvw_seq_destroy(seq);
+    return n;
+}
+
+/* Kept drafts were computed beside the rejected ones: the block is no other sequence's. */
+static void partly_accepted_drafts_have_names_of_their_own(void **state)
+{
+    bench *b = *state;
+    for (uint32_t any = 0; any < 2; any++) {
+        rig r;
+        store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+        r.opts.reuse_any = any;
+        rig_open(&r);
+        assert_int_equal(existed_after_drafts(&r, 5, 2), 0);
+        assert_int_equal(existed_after_drafts(&r, 2, 2), any ? 10 : 9);
+        assert_int_equal(existed_after_drafts(&r, 5, 2), any ? 10 : 9);
+        assert_int_equal(existed_after_drafts(&r, 5, 0), 10);
+        rig_close(&r);
+    }
+}
+
 /* Two sequences on two threads of one worker, the second over the first one's tokens. */
 typedef struct racer {
     rig *r;
@@ -384,6 +420,7 @@ int main(void)
         STORE_TEST(reused_picks_keep_their_recent_tokens),
         STORE_TEST(predicted_queries_are_not_reused_either),
         STORE_TEST(rejected_drafts_leave_no_trace),
+        STORE_TEST(partly_accepted_drafts_have_names_of_their_own),
         STORE_TEST(sequences_run_in_parallel),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
