@@ -244,7 +244,7 @@ static void stage_index(kvw_seq *seq, uint32_t block)
     }
 }
 
-kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens)
+kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens, uint64_t deadline_ns)
 {
     kvw_worker *w = seq->worker;
     uint32_t bt = w->opts.block_tokens;
@@ -259,8 +259,7 @@ kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens)
         }
         stage_index(seq, block);
         uint64_t t0 = kvc_now_ns();
-        st = kvwi_put_submit(seq, block, seq->blocks[block].buf,
-                             kvc_deadline_ns(w->opts.put_timeout_ns));
+        st = kvwi_put_submit(seq, block, seq->blocks[block].buf, deadline_ns);
         seq->stats.ns_put_wait += kvc_now_ns() - t0;
         if (st != KVC_OK) {
             return st;

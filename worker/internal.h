@@ -179,8 +179,9 @@ kvc_status kvwi_blocks_fill(kvw_seq *seq, uint32_t block) KVC_MUST_CHECK;
 void kvwi_blocks_release(kvw_seq *seq);
 /* What is computed from here on is this sequence's alone: its digests get a random number. */
 void kvwi_blocks_taint(kvw_seq *seq);
-/* Digests and hands every full, accepted block to put. n_tokens: accepted. */
-kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
+/* Digests and hands every full, accepted block to put, waiting for its window up to the deadline.
+ * n_tokens: accepted. */
+kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens, uint64_t deadline_ns) KVC_MUST_CHECK;
 /* Row of layer in a block buffer; index rows likewise (all levels, in order). */
 static inline uint8_t *kvwi_block_row(const kvw_worker *w, const kvwi_block *b, uint32_t layer,
                                       uint32_t in_block)

@@ -443,11 +443,18 @@ kvc_status kvwi_put_flush(kvw_seq *seq, uint64_t deadline_ns)
     return st == KVC_OK ? st : kvwi_fail(st, "flush: %s", kvc_status_name(st));
 }
 
-void kvwi_put_abandon(kvw_seq *seq, uint64_t deadline_ns)
+void kvwi_put_close(kvw_seq *seq)
 {
     kvwi_putter *p = seq->worker->putter;
     kvc_mutex_lock(&p->mutex);
     seq->put.closing = true;
+    kvc_mutex_unlock(&p->mutex);
+}
+
+void kvwi_put_abandon(kvw_seq *seq, uint64_t deadline_ns)
+{
+    kvwi_putter *p = seq->worker->putter;
+    kvc_mutex_lock(&p->mutex);
     while (seq->put.n_jobs != 0) {
         uint64_t wait_ns = deadline_ns;
         if (kvc_expired(deadline_ns)) {

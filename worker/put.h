@@ -40,7 +40,9 @@ kvc_status kvwi_put_submit(kvw_seq *seq, uint32_t block, const struct kvwi_block
                            uint64_t deadline_ns) KVC_MUST_CHECK;
 /* Waits until the sequence has no jobs. TIMED_OUT; its put error. */
 kvc_status kvwi_put_flush(kvw_seq *seq, uint64_t deadline_ns) KVC_MUST_CHECK;
-/* As flush, but gives up what fails; on return no job of seq is left. */
+/* From here on the first attempt that fails with another status than AGAIN is the last one. */
+void kvwi_put_close(kvw_seq *seq);
+/* After close: waits like flush, gives up at the deadline; on return no job of seq is left. */
 void kvwi_put_abandon(kvw_seq *seq, uint64_t deadline_ns);
 /* A copy of the sequence's state. */
 kvwi_put_state kvwi_put_look(const kvw_seq *seq);

@@ -135,19 +135,26 @@ static void close_store(kvw_seq *seq)
     }
 }
 
+/* A store that is full is waited for, one that fails is not. */
+static void end_puts(kvw_seq *seq, uint64_t deadline_ns)
+{
+    kvwi_put_close(seq); /* first: the submit may have to wait for the window */
+    kvc_status st = kvwi_blocks_submit(seq, (uint32_t)kvw_seq_tokens(seq), deadline_ns);
+    kvwi_put_abandon(seq, deadline_ns);
+    if (st != KVC_OK || kvwi_put_look(seq).n_acked < seq->n_submitted) {
+        KVC_LOG_WARN(WORKER, "a sequence ends before its blocks are in the store");
+    }
+}
+
 void kvw_seq_destroy(kvw_seq *seq)
 {
     if (seq == NULL) {
         return;
     }
     kvw_worker *w = seq->worker;
-    uint64_t deadline = kvc_deadline_ns(w->opts.put_timeout_ns);
     kvwi_steps_free(seq);
     if (seq->context != NULL) {
-        if (kvw_flush(seq, deadline) != KVC_OK) {
-            KVC_LOG_WARN(WORKER, "a sequence ends before its blocks are in the store");
-        }
-        kvwi_put_abandon(seq, deadline);
+        end_puts(seq, kvc_deadline_ns(w->opts.put_timeout_ns));
     }
     for (uint32_t i = 0; i < seq->n_blocks; i++) {
         if (seq->blocks[i].buf != NULL) {
@@ -210,7 +217,7 @@ kvc_status kvw_tokens(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens)
     }
     kvc_status st = check_settled(seq);
     if (st == KVC_OK) {
-        st = kvwi_blocks_submit(seq, held);
+        st = kvwi_blocks_submit(seq, held, kvc_deadline_ns(seq->worker->opts.put_timeout_ns));
     }
     if (st == KVC_OK) {
         st = reserve_tokens(seq, held + n_tokens);
@@ -276,7 +283,10 @@ kvc_status kvw_flush(kvw_seq *seq, uint64_t deadline_ns)
     if (seq->worker->opts.client == NULL) {
         return KVC_OK;
     }
-    kvc_status st = kvwi_blocks_submit(seq, (uint32_t)kvw_seq_tokens(seq));
+    if (deadline_ns == 0) {
+        deadline_ns = kvc_deadline_ns(seq->worker->opts.put_timeout_ns);
+    }
+    kvc_status st = kvwi_blocks_submit(seq, (uint32_t)kvw_seq_tokens(seq), deadline_ns);
     return st != KVC_OK ? st : kvwi_put_flush(seq, deadline_ns);
 }
 

@@ -129,6 +129,70 @@ static void destroy_does_not_wait_for_ever(void **state)
     rig_close(&r);
 }
 
+/* Passes of a chunk, appended only; OK or what kvw_tokens said. */
+static kvc_status append_chunks(rig *r, kvw_seq *seq, uint32_t end)
+{
+    for (uint32_t first = 0; first < end; first += 64) {
+        kvc_status st = kvw_tokens(seq, r->tokens + first, 64);
+        if (st != KVC_OK)
+            return st;
+        for (uint32_t layer = 0; layer < 2; layer++) {
+            void *k = rig_bytes(r, r->k, rig_kv_width(r), layer, first, 64);
+            assert_ok(kvw_append(seq, layer, k, k, 64));
+            free(k);
+        }
+    }
+    return KVC_OK;
+}
+
+/* Also where the window is full, and where no deadline was given. */
+static void flush_keeps_its_deadline(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    store_rig(&r, "esa", KVW_INDEX_EXACT, b->client);
+    r.opts.put_window = 1;
+    r.opts.put_timeout_ns = 1000000000ull;
+    rig_open(&r);
+    store_set(&b->store, &(store_faults){.again_every = 1});
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    assert_ok(append_chunks(&r, seq, 128)); /* one block on its way, another to be submitted */
+    uint64_t t0 = kvc_now_ns();
+    assert_status(kvw_flush(seq, kvc_deadline_ns(50000000ull)), KVC_TIMED_OUT);
+    assert_true(kvc_now_ns() - t0 < 900000000ull);
+    assert_status(kvw_flush(seq, 1), KVC_TIMED_OUT); /* long ago */
+    t0 = kvc_now_ns();
+    assert_status(kvw_flush(seq, 0), KVC_TIMED_OUT);
+    assert_true(kvc_now_ns() - t0 >= 1000000000ull);
+    store_set(&b->store, &(store_faults){0});
+    assert_ok(kvw_flush(seq, 0));
+    assert_int_equal(stats_of(seq).blocks_put, 2);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+/* A store that fails, as a dead one does, is not waited for; the window may be full of retries. */
+static void destroy_does_not_wait_for_a_dead_store(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    store_rig(&r, "esa", KVW_INDEX_EXACT, b->client);
+    r.opts.put_window = 1;
+    r.opts.put_timeout_ns = 20000000000ull;
+    rig_open(&r);
+    store_set(&b->store, &(store_faults){.put_status = KVC_UNAVAILABLE});
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    assert_ok(append_chunks(&r, seq, 128));
+    uint64_t t0 = kvc_now_ns();
+    kvw_seq_destroy(seq);
+    assert_true(kvc_now_ns() - t0 < 5000000000ull);
+    rig_close(&r);
+}
+
 static void fail_policy_reports_lost_and_late_rows(void **state)
 {
     bench *b = *state;
@@ -265,6 +329,8 @@ int main(void)
         FAULT_TEST(a_full_store_holds_the_engine_back),
         FAULT_TEST(a_put_that_cannot_succeed_is_an_error),
         FAULT_TEST(destroy_does_not_wait_for_ever),
+        FAULT_TEST(flush_keeps_its_deadline),
+        FAULT_TEST(destroy_does_not_wait_for_a_dead_store),
         FAULT_TEST(fail_policy_reports_lost_and_late_rows),
         FAULT_TEST(drop_policy_leaves_rows_out),
         FAULT_TEST(tainted_blocks_are_not_reused),

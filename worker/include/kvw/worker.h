@@ -118,8 +118,9 @@ KVW_API const kvc_digest *kvw_schema_digest(const kvw_worker *worker);
  */
 KVW_API kvc_status kvw_seq_create(kvw_worker *worker, const uint32_t *tokens, uint32_t n_tokens,
                                   kvw_seq **seq_p, uint32_t *n_reused_p) KVC_MUST_CHECK;
-/* Puts the full blocks, waits for puts in flight (up to put_timeout_ns), and drops the worker's
- * memory of it; values stay in the store. Steps that are still open are abandoned. NULL is fine. */
+/* Puts the full blocks, waits for puts in flight (up to put_timeout_ns; a put that fails otherwise
+ * than by AGAIN ends it) and drops the worker's memory of it; values stay in the store. Steps that
+ * are still open are abandoned. NULL is fine. */
 KVW_API void kvw_seq_destroy(kvw_seq *seq);
 /* Tokens held (all layers appended). */
 KVW_API uint64_t kvw_seq_tokens(const kvw_seq *seq);
@@ -177,7 +178,8 @@ KVW_API kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, cons
 
 /*
  * Accepts the last pass, puts what it filled, and waits until every full block has been
- * acknowledged with the worker's promise. TIMED_OUT; the error of a put that can never succeed.
+ * acknowledged with the worker's promise. deadline_ns 0: put_timeout_ns from now. TIMED_OUT; the
+ * error of a put that can never succeed.
  */
 KVW_API kvc_status kvw_flush(kvw_seq *seq, uint64_t deadline_ns) KVC_MUST_CHECK;
 
