@@ -15,6 +15,7 @@
 #include <grpc/grpc_security.h>
 
 #include "base/log.h"
+#include "transport/grpc/grpc_internal.h"
 
 #define CALL_TAG ((void *)1)
 
@@ -327,6 +328,30 @@ static void any_protobuf_reads_it(void **state)
     assert_int_equal(atomic_load(&f.n_released), 2);
 }
 
+/* Deadlines that peers name, up to the farthest that the header grpc-timeout can say. */
+static void far_deadlines(void **state)
+{
+    (void)state;
+    static const struct {
+        int64_t sec;
+        uint64_t want_ns;
+    } cases[] = {
+        {-5, 1},
+        {7, 7000000123ull},
+        {18446744072, 18446744072000000123ull},
+        {18446744073, UINT64_MAX},
+        {20000000000, UINT64_MAX},
+        {359999996400, UINT64_MAX},
+        {INT64_MAX - 1, UINT64_MAX},
+        {INT64_MAX, 0},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        gpr_timespec at = {
+            .tv_sec = cases[i].sec, .tv_nsec = 123, .clock_type = GPR_CLOCK_MONOTONIC};
+        assert_true(kvti_from_timespec(at) == cases[i].want_ns);
+    }
+}
+
 /* A peer that greets like an HTTP/2 server, grants all the window there is, and never reads. */
 static int stalled_listener(char uri[64])
 {
@@ -398,6 +423,7 @@ int main(void)
         cmocka_unit_test(health_check),          cmocka_unit_test(health_watch),
         cmocka_unit_test(foreign_calls),         cmocka_unit_test(huge_message),
         cmocka_unit_test(any_protobuf_reads_it), cmocka_unit_test(stalled_peer),
+        cmocka_unit_test(far_deadlines),
     };
     suite_uri = "grpc://127.0.0.1:0";
     kvc_log_set_level(KVC_LOG_LEVEL_OFF);

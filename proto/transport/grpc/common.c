@@ -150,6 +150,8 @@ uint64_t kvti_from_timespec(gpr_timespec deadline)
         return 0;
     if (at.tv_sec < 0)
         return 1;
+    if ((uint64_t)at.tv_sec >= UINT64_MAX / NS_PER_S)
+        return UINT64_MAX; /* a peer may name a deadline as far away as it likes */
     return (uint64_t)at.tv_sec * NS_PER_S + (uint64_t)at.tv_nsec;
 }
 

@@ -57,6 +57,7 @@ grpc_status_code kvti_to_grpc(kvc_status status);
 /* The nearest status for a code that came without kvc-status; message decides where needed. */
 kvc_status kvti_from_grpc(grpc_status_code code, const char *message);
 gpr_timespec kvti_to_timespec(uint64_t deadline_ns);
+/* 0: none; UINT64_MAX: beyond what nanoseconds can say. */
 uint64_t kvti_from_timespec(gpr_timespec deadline);
 grpc_arg kvti_arg(const char *key, int value);
 /* Slices of bb as iovecs in arena; NULL when memory is out. They live as long as bb. */
