@@ -283,13 +283,14 @@ uint64_t kvs_index_dirty_count(kvs_index *index)
     return n;
 }
 
-bool kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint32_t part,
-                         const kvc_digest *digest, kvs_slot lmdb)
+kvc_status kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                               const kvc_digest *digest, kvs_slot lmdb)
 {
     uint32_t id = KVS_NIL;
     kvc_mutex_lock(&index->lock);
     uint32_t block = kvs_block_find(index, schema->id, digest);
-    if (block == KVS_NIL || kvs_value_find(index, block, part) == KVS_NIL)
+    bool there = block != KVS_NIL && kvs_value_find(index, block, part) != KVS_NIL;
+    if (!there)
         id = value_create(index, schema, part, digest);
     if (id != KVS_NIL) {
         kvs_value *value = kvs_value_at(index, id);
@@ -299,5 +300,7 @@ bool kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint32_t pa
         index->n_visible++;
     }
     kvc_mutex_unlock(&index->lock);
-    return id != KVS_NIL;
+    if (there)
+        return KVC_EXISTS;
+    return id != KVS_NIL ? KVC_OK : KVC_NO_MEMORY;
 }

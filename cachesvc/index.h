@@ -115,9 +115,9 @@ uint64_t kvs_index_dirty_count(kvs_index *index);
 void kvs_index_key(kvs_index *index, uint32_t id, kvs_value_key *key_p);
 const kvs_schema *kvs_index_schema(kvs_index *index, uint32_t id, uint32_t *part_p);
 
-/* Puts a value found by recover into the index. False: it is there already, or memory is out. */
-bool kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint32_t part,
-                         const kvc_digest *digest, kvs_slot lmdb);
+/* Puts a value found by recover into the index. EXISTS: it is there already. NO_MEMORY. */
+kvc_status kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                               const kvc_digest *digest, kvs_slot lmdb) KVC_MUST_CHECK;
 
 /* Leading digests for which every part of parts [n_parts] (places) is there; windowed: a part
    whose window ended before the last hits is not asked for. */

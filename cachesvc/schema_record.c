@@ -81,14 +81,27 @@ static kvc_status load_one(kvs_server *server, const char *name, const void *dat
     return status;
 }
 
+typedef struct loading {
+    kvs_server *server;
+    kvc_status status; /* CORRUPT: a record was left out */
+} loading;
+
 static bool each_record(void *arg, const char *name, const void *data, size_t len_bytes)
 {
-    if (strncmp(name, PREFIX, sizeof(PREFIX) - 1) == 0)
-        (void)load_one(arg, name, data, len_bytes);
-    return true;
+    loading *l = arg;
+    if (strncmp(name, PREFIX, sizeof(PREFIX) - 1) != 0)
+        return true;
+    kvc_status status = load_one(l->server, name, data, len_bytes);
+    if (status != KVC_OK)
+        l->status = status == KVC_NO_MEMORY ? status : KVC_CORRUPT;
+    return status != KVC_NO_MEMORY;
 }
 
 kvc_status kvs_schema_records_load(kvs_server *server)
 {
-    return server->lmdb.ops->meta_each(server->lmdb.tier, each_record, server);
+    loading l = {.server = server, .status = KVC_OK};
+    kvc_status status = server->lmdb.ops->meta_each(server->lmdb.tier, each_record, &l);
+    if (status == KVC_OK || l.status == KVC_NO_MEMORY)
+        status = l.status;
+    return status;
 }

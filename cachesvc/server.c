@@ -68,21 +68,22 @@ typedef struct orphan {
 typedef struct recovery {
     kvs_server *server;
     const kvs_schema *last;
-    uint64_t n_values, n_orphans, n_kept;
-    orphan *orphans; /* values that no schema explains: released after the walk */
+    uint64_t n_values, n_orphans, n_listed;
+    orphan *orphans; /* [n_listed] values that no schema explains: released after the walk */
+    kvc_status status;
 } recovery;
 
 static void add_orphan(recovery *r, const kvs_value_key *key, kvs_slot slot)
 {
     r->n_orphans++;
-    if ((r->n_kept & (r->n_kept - 1)) == 0) {
-        uint64_t cap = r->n_kept ? 2 * r->n_kept : 1;
+    if ((r->n_listed & (r->n_listed - 1)) == 0) {
+        uint64_t cap = r->n_listed ? 2 * r->n_listed : 1;
         orphan *more = realloc(r->orphans, cap * sizeof(*more));
         if (!more)
             return; /* it stays in lmdb until the next start */
         r->orphans = more;
     }
-    r->orphans[r->n_kept++] = (orphan){.key = *key, .slot = slot};
+    r->orphans[r->n_listed++] = (orphan){.key = *key, .slot = slot};
 }
 
 static bool found_value(void *arg, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
@@ -95,30 +96,50 @@ static bool found_value(void *arg, const kvs_value_key *key, kvs_slot slot, uint
         !kvc_digest_equal(&schema->tenant, &key->tenant))
         schema = r->last = kvs_schemas_find(server->schemas, &key->tenant, &key->schema);
     int part = schema ? kvs_schema_part(schema, key->part) : -1;
-    if (part < 0 || schema->parts[part].row_bytes != row_bytes || schema->block_tokens != n_rows ||
-        !kvs_index_recovered(server->index, schema, (uint32_t)part, &key->block, slot))
+    kvc_status status = KVC_EXISTS;
+    if (part >= 0 && schema->parts[part].row_bytes == row_bytes && schema->block_tokens == n_rows)
+        status = kvs_index_recovered(server->index, schema, (uint32_t)part, &key->block, slot);
+    if (status == KVC_OK)
+        r->n_values++;
+    else if (status == KVC_EXISTS)
         add_orphan(r, key, slot);
     else
-        r->n_values++;
-    return true;
+        r->status = status; /* a value without a place in the index is not an orphan */
+    return r->status == KVC_OK;
+}
+
+/* Values without a schema are garbage only where every schema is known. */
+static void settle_orphans(recovery *r, bool all_schemas)
+{
+    kvs_store *lmdb = &r->server->lmdb;
+    for (uint64_t i = 0; all_schemas && i < r->n_listed; i++)
+        lmdb->ops->release(lmdb->tier, &r->orphans[i].key, r->orphans[i].slot);
+    if (r->n_orphans && all_schemas)
+        KVC_LOG_WARN(SERVER, "%llu values of lmdb fit no schema; released",
+                     (unsigned long long)r->n_orphans);
+    else if (r->n_orphans)
+        KVC_LOG_ERROR(SERVER,
+                      "%llu values of lmdb fit no schema, and schemas were lost: the values stay; "
+                      "register the schemas again and restart to have them back",
+                      (unsigned long long)r->n_orphans);
 }
 
 static kvc_status recover(kvs_server *server)
 {
-    recovery r = {.server = server};
+    recovery r = {.server = server, .status = KVC_OK};
     kvc_status status = kvs_schema_records_load(server);
-    if (status == KVC_OK || status == KVC_CORRUPT) /* a bad record was logged and left out */
+    bool all_schemas = status == KVC_OK; /* CORRUPT: some were logged and left out */
+    if (status == KVC_OK || status == KVC_CORRUPT)
         status = server->lmdb.ops->recover(server->lmdb.tier, found_value, &r);
-    for (uint64_t i = 0; i < r.n_kept; i++)
-        server->lmdb.ops->release(server->lmdb.tier, &r.orphans[i].key, r.orphans[i].slot);
+    if (status == KVC_OK)
+        status = r.status;
+    if (status == KVC_OK)
+        settle_orphans(&r, all_schemas);
     free(r.orphans);
     if (status != KVC_OK) {
         KVC_LOG_ERROR(SERVER, "the lmdb tier does not recover: %s", kvc_status_name(status));
         return status;
     }
-    if (r.n_orphans)
-        KVC_LOG_WARN(SERVER, "%llu values of lmdb fit no schema; released",
-                     (unsigned long long)r.n_orphans);
     KVC_COUNT_N(recovered_values, r.n_values);
     KVC_LOG_INFO(SERVER, "recovered %u schemas and %llu values from lmdb",
                  kvs_schemas_count(server->schemas), (unsigned long long)r.n_values);

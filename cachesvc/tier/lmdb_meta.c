@@ -134,5 +134,5 @@ kvc_status kvsi_meta_each(kvs_tier *tier,
     kvsi_env_read_end(env, txn);
     if (rc != MDB_SUCCESS && rc != MDB_NOTFOUND)
         return kvsi_lmdb_status(rc);
-    return status;
+    return tier->meta_lost ? KVC_CORRUPT : status;
 }

@@ -11,8 +11,8 @@
  * server's disk threads, and commits complete later through done. PERSISTENT tiers find their
  * values again after a restart (recover).
  *
- * Conformance: tests/cachesvc/tier_conformance.c runs over every registered tier, wrapped in the
- * fault tier too.
+ * Conformance: tests/cachesvc/tier/tier_conformance.c runs over every registered tier, wrapped in
+ * the fault tier too.
  */
 #ifndef KVS_TIER_H
 #define KVS_TIER_H
@@ -118,10 +118,11 @@ typedef struct kvs_tier_ops {
     /* BLOCKING: REQ. Waits until everything written before is synced. Disk thread. */
     kvc_status (*sync)(kvs_tier *tier);
 
-    /* PERSISTENT: REQ. Finds every value; before any other use of an opened tier. */
+    /* PERSISTENT: REQ. Finds every value; before any other use of an opened tier but meta_each. */
     kvc_status (*recover)(kvs_tier *tier, kvs_tier_found *found, void *arg);
     /* PERSISTENT: REQ. Small named records beside the values (schemas): put (durable; blocks;
-       INVALID for an empty name or one over 500 bytes), and each (must not call meta_put). */
+       INVALID for an empty name or one over 500 bytes), and each (must not call meta_put), which
+       answers CORRUPT where records were lost, after all that are left. */
     kvc_status (*meta_put)(kvs_tier *tier, const char *name, const void *data, size_t len_bytes);
     kvc_status (*meta_each)(kvs_tier *tier,
                             bool (*each)(void *arg, const char *name, const void *data,

@@ -175,6 +175,7 @@ static kvc_status open_meta(kvs_tier *tier)
     status = kvsi_env_open(&tier->meta, tier->root_fd, tier->root, "meta", map_pages);
     if (status == KVC_CORRUPT) {
         status = set_aside(tier, "meta");
+        tier->claimed_pages -= map_pages + KVSI_ENV_SLACK_PAGES; /* open_classes counts it */
         if (status == KVC_OK)
             status = claim_existing(tier, "meta", KVSI_META_PAGES, &map_pages);
         if (status == KVC_OK)
@@ -201,8 +202,10 @@ static kvc_status open_entry(kvs_tier *tier, const char *name)
     unsigned record_pages = 0;
     uint64_t pages;
 
-    if (ends_with(name, ".bad"))
+    if (ends_with(name, ".bad")) {
+        tier->meta_lost |= strncmp(name, "meta.", 5) == 0;
         return claim_existing(tier, name, 0, &pages);
+    }
     if (sscanf(name, "class-%u", &record_pages) != 1 || record_pages == 0)
         return KVC_OK;
     snprintf(canonical, sizeof(canonical), "class-%u", record_pages);
