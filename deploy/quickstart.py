@@ -182,7 +182,11 @@ def prefill(run, attachment, ceiling):
     """Reads the context. Returns (cache, shadow, its note, facts about the time)."""
     start = time.monotonic()
     cache = attachment.cache(run.context.ids + run.context.tail[:1])
-    opened = time.monotonic() - start
+    if cache.n_reused < run.args.tokens // 4:
+        # So little saves no time, and from the beginning on (b) can be measured.
+        cache.close()
+        cache = attachment.cache()
+    opened, before = time.monotonic() - start, cache.stats()
     announce(run, cache, ceiling)
     shadow, note = make_shadow(run, attachment, cache)
     bar = Bar("prefill", run.args.tokens, "tokens")
@@ -191,7 +195,8 @@ def prefill(run, attachment, ceiling):
     attachment.prefill(cache, run.context.ids, bar)
     cache.flush(600)
     bar.close()
-    return cache, shadow, note, {"seconds": time.monotonic() - start, "opened": opened}
+    times = {"seconds": time.monotonic() - start, "opened": opened, "before": before}
+    return cache, shadow, note, times
 
 
 def layers_with(cache, positions, n_layers):
@@ -204,26 +209,35 @@ def layers_with(cache, positions, n_layers):
     return count
 
 
+def add_up(totals, before, after, seconds, n_tokens):
+    """Adds what happened between two snapshots of a sequence's counters."""
+    totals["seconds"] = totals.get("seconds", 0.0) + seconds
+    totals["tokens"] = totals.get("tokens", 0) + n_tokens
+    for name in STATS.split():
+        totals[name] = totals.get(name, 0) + after[name] - before[name]
+
+
 def ask(run, attachment, question, totals):
-    """One question over the prefix, on a sequence of its own; decoded token by token."""
+    """
+    One question over the prefix, on a sequence of its own, token by token. The first token finds an
+    empty residency, so it is counted by itself: totals["first"], totals["decode"].
+    """
     with attachment.cache(run.context.ids + question.ask) as cache:
         if cache.n_reused < run.args.tokens:
             attachment.prefill(cache, run.context.ids)
-        before, answer, layers = cache.stats(), [], 0
-        start, fed = time.monotonic(), list(question.ask)
+        answer, layers, fed = [], 0, list(question.ask)
         while len(answer) < len(question.answer):
+            first = len(fed) == len(question.ask)
             token = fed.pop(0) if fed else answer[-1]
+            before, start = cache.stats(), time.monotonic()
             ids = torch.tensor([[token]])
             logits = run.model(ids, past_key_values=cache, logits_to_keep=1).logits
+            seconds = time.monotonic() - start
+            add_up(totals["first" if first else "decode"], before, cache.stats(), seconds, 1)
             if not fed:
                 if not answer:
                     layers = layers_with(cache, question.positions, run.geometry.n_layers)
                 answer.append(int(logits[0, -1].argmax()))
-        totals["seconds"] += time.monotonic() - start
-        after = cache.stats()
-    totals["tokens"] += len(question.ask) + len(answer) - 1
-    for name in STATS.split():
-        totals[name] = totals.get(name, 0) + after[name] - before[name]
     n_right = sum(a == b for a, b in zip(answer, question.answer))
     return {
         "kind": question.kind,
@@ -270,20 +284,17 @@ def measure(run, attachment, want, ceiling):
         kept.write_text(json.dumps(known))
     n_reused = cache.n_reused
     cache.close()
-    decode, answers = {"seconds": 0.0, "tokens": 0}, []
+    totals, answers = {"first": {}, "decode": {}}, []
     bar = Bar("questions", len(run.context.questions), "")
     for i, question in enumerate(run.context.questions):
-        answers.append(ask(run, attachment, question, decode))
+        answers.append(ask(run, attachment, question, totals))
         bar(i + 1)
     bar.close()
     say("comparing with stock full attention")
     inside = compare.inside(run.model, run.base, attachment, run.context.ids, want)
     worker_bytes = {k: stats[f"bytes_{k}"] for k in ("index", "residency", "window")}
-    read = {
-        "seconds": times["seconds"],
-        "tokens": args.tokens - n_reused,
-        **{name: stats[name] for name in STATS.split()},
-    }
+    read = {}
+    add_up(read, times["before"], stats, times["seconds"], args.tokens - n_reused)
     return {
         "answers": answers,
         "inside": inside,
@@ -296,7 +307,8 @@ def measure(run, attachment, want, ceiling):
         },
         "index_bytes": round(stats["bytes_index"] / g.n_layers / max(1, stats["tokens"])),
         "prefill": per_token(read),
-        "decode": per_token(decode),
+        "first": per_token(totals["first"]),
+        "decode": per_token(totals["decode"]),
         "reuse": {
             "n_reused": n_reused,
             "seconds": times["opened"],

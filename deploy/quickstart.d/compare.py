@@ -45,10 +45,11 @@ def inside(model, base, attachment, ids, want):
             if cache.n_tokens > first:
                 raise RuntimeError(f"reused {cache.n_tokens} tokens, at most {first} were wanted")
             attachment.prefill(cache, ids[:first])
-            taps = Taps(base)
+            taps, before = Taps(base), cache.stats()
             chunk = torch.tensor([ids[first : first + CHUNK]])
             logits = model(chunk, past_key_values=cache).logits[0]
             result[first] = difference(logits, want_logits, taps.close(), want_out)
+            result[first]["full"] = cache.stats()["full_steps"] > before["full_steps"]
     return result
 
 

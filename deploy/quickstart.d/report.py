@@ -63,20 +63,21 @@ def _memory(r):
 
 def _traffic(r):
     lines = ["Traffic and time per token"]
-    for name in ("prefill", "decode"):
+    for name in ("prefill", "first", "decode"):
         t = r[name]
-        if not t["tokens"]:
+        n, rows = t["tokens"], t["hits"] + t["misses"]
+        if not n:
             continue
-        picks = t["picks"] or 1
         lines.append(
-            f"  {name:<8}{1000 * t['seconds'] / t['tokens']:8.2f} ms/token; fetched "
-            f"{t['misses'] / t['tokens']:,.0f} rows, {size(t['bytes_fetched'] / t['tokens'])} a token"
+            f"  {name:<8}{1000 * t['seconds'] / n:8.2f} ms/token; fetched "
+            f"{t['misses'] / n:,.0f} rows, {size(t['bytes_fetched'] / n)} a token"
         )
         lines.append(
-            f"          of the rows picked: resident {percent(t['hits'], picks)}, dram "
-            f"{percent(t['rows_dram'], picks)}, lmdb {percent(t['rows_lmdb'], picks)}; select "
+            f"          of the rows picked: resident {percent(t['hits'], rows)}, dram "
+            f"{percent(t['rows_dram'], rows)}, lmdb {percent(t['rows_lmdb'], rows)}; select "
             f"{t['select_ms']:.2f}, wait {t['wait_ms']:.2f}, attend {t['attend_ms']:.2f} ms/token"
         )
+    lines.append("  (first: a question's first token, whose residency is empty)")
     return lines
 
 
@@ -92,7 +93,8 @@ def _agreement(r):
     lines = ["Agreement, teacher-forced (errors of earlier layers included)"]
     for first, d in r["inside"].items():
         end = int(first) + d["positions"]
-        lines.append(f"  (a) stock full attention, tokens {int(first):,} to {end:,}:")
+        note = ", all of them attended" if d["full"] else ""
+        lines.append(f"  (a) stock full attention, tokens {int(first):,} to {end:,}{note}:")
         lines.append(f"      {_difference(d)}")
     b = r["beyond"]
     if b is None:
@@ -123,8 +125,8 @@ def _reuse(r):
 def text(r):
     """The whole report."""
     head = (
-        f"Kvasir quickstart: {r['model']}, window {r['window']:,}; {r['tokens']:,} tokens read with "
-        f"{r['selector']}, {r['index']} index ({r['index_bytes']} B/token a layer; keys and values "
+        f"Kvasir quickstart: {r['model']}, window {r['window']:,}; {r['tokens']:,} tokens read "
+        f"with {r['selector']}, {r['index']} index ({r['index_bytes']} B/token a layer; keys and values "
         f"have {r['row_bytes']}); {r['seconds']:.0f} s in all"
     )
     parts = [[head], _answers(r), _ceiling(r), _memory(r), _traffic(r), _reuse(r), _agreement(r)]
