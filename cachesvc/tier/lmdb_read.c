@@ -174,7 +174,7 @@ kvc_status kvsi_read(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot, ui
 
 typedef struct listing {
     kvs_tier *tier;
-    kvs_tier_found *found;
+    kvs_tier_found *found; /* NULL: only walk, to see whether the walk gets through */
     void *arg;
     bool stopped;
     uint64_t n_bad;
@@ -218,7 +218,10 @@ static int list_class(listing *list, uint32_t number, MDB_cursor *cursor)
 
     while (!list->stopped &&
            (rc = mdb_cursor_get(cursor, &name, &record, MDB_NEXT)) == MDB_SUCCESS) {
-        if (!parse_entry(class, &name, &record, &key, &row_bytes, &n_rows))
+        bool fits = parse_entry(class, &name, &record, &key, &row_bytes, &n_rows);
+        if (list->found == NULL)
+            continue;
+        if (!fits)
             drop_bad(list, number, &name);
         else if (!list->found(list->arg, &key, kvsi_slot(number, row_bytes, n_rows), row_bytes,
                               n_rows))
@@ -227,7 +230,7 @@ static int list_class(listing *list, uint32_t number, MDB_cursor *cursor)
     return list->stopped || rc == MDB_NOTFOUND ? MDB_SUCCESS : rc;
 }
 
-static kvc_status recover_class(listing *list, uint32_t number)
+static kvc_status walk_class(listing *list, uint32_t number)
 {
     kvsi_env *env = &list->tier->classes[number].env;
     MDB_cursor *cursor;
@@ -245,6 +248,30 @@ static kvc_status recover_class(listing *list, uint32_t number)
     if (rc != MDB_SUCCESS)
         KVC_LOG_ERROR(TIER, "lmdb: %s: listing its values: %s", env->name, mdb_strerror(rc));
     return kvsi_lmdb_status(rc);
+}
+
+/* The next write of this size makes the class anew. Nothing was read or written here since open. */
+static kvc_status lose_class(kvs_tier *tier, kvsi_class *class)
+{
+    char name[sizeof(class->env.name)];
+
+    memcpy(name, class->env.name, sizeof(name));
+    kvsi_env_close(&class->env);
+    kvc_mutex_lock(&tier->lock);
+    class->map_pages = class->live_pages = class->tree_pages = class->values = 0;
+    kvc_mutex_unlock(&tier->lock);
+    return kvsi_set_aside(tier, name);
+}
+
+/* Walks once before anything is given away: what is given cannot be taken back. */
+static kvc_status recover_class(listing *list, uint32_t number)
+{
+    listing dry = {.tier = list->tier};
+    kvc_status status = walk_class(&dry, number);
+
+    if (status == KVC_OK)
+        return walk_class(list, number);
+    return status == KVC_CORRUPT ? lose_class(list->tier, &list->tier->classes[number]) : status;
 }
 
 kvc_status kvsi_recover(kvs_tier *tier, kvs_tier_found *found, void *arg)

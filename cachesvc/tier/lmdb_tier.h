@@ -93,6 +93,9 @@ void kvsi_unclaim(kvs_tier *tier, uint64_t pages);
 /* Pages that a class's trees, free lists and fragments may take beyond its records. */
 uint64_t kvsi_reserve_pages(const kvsi_class *class);
 
+/* Renames a damaged, closed environment to *.bad; its claim stays. IO. */
+kvc_status kvsi_set_aside(kvs_tier *tier, const char *name) KVC_MUST_CHECK;
+
 /* --- lmdb_writer.c --- */
 
 void kvsi_writer_main(void *arg); /* a kvs_tier */

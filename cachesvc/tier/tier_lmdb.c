@@ -124,7 +124,7 @@ static kvc_status claim_existing(kvs_tier *tier, const char *name, uint64_t min_
     return KVC_INVALID;
 }
 
-static kvc_status set_aside(kvs_tier *tier, const char *name)
+kvc_status kvsi_set_aside(kvs_tier *tier, const char *name)
 {
     char bad[96];
 
@@ -151,7 +151,7 @@ static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_p
         return status;
     status = kvsi_env_open(&class->env, tier->root_fd, tier->root, name, map_pages);
     if (status == KVC_CORRUPT)
-        return set_aside(tier, name);
+        return kvsi_set_aside(tier, name);
     if (status != KVC_OK)
         return status;
     class->record_pages = record_pages;
@@ -174,7 +174,7 @@ static kvc_status open_meta(kvs_tier *tier)
         return status;
     status = kvsi_env_open(&tier->meta, tier->root_fd, tier->root, "meta", map_pages);
     if (status == KVC_CORRUPT) {
-        status = set_aside(tier, "meta");
+        status = kvsi_set_aside(tier, "meta");
         tier->claimed_pages -= map_pages + KVSI_ENV_SLACK_PAGES; /* open_classes counts it */
         if (status == KVC_OK)
             status = claim_existing(tier, "meta", KVSI_META_PAGES, &map_pages);

@@ -180,11 +180,61 @@ static void test_meta_set_aside(void **state)
     assert_int_equal(count_names(f, "meta.", ".bad", name), 1);
 }
 
+/* Takes the mark of a leaf from every page that is one, but leaves LMDB's own lists alone. */
+static void damage_leaves(file *class, size_t key_bytes)
+{
+    uint32_t n = 0;
+    for (size_t page = 2; (page + 1) * 4096 <= class->size; page++) {
+        unsigned char *at = class->bytes + page * 4096;
+        uint64_t number;
+        uint16_t flags, first, name_bytes;
+        memcpy(&number, at, 8);
+        memcpy(&flags, at + 10, 2);
+        memcpy(&first, at + 16, 2);
+        if (number != page || flags != 2 || first < 16 || first > 4088)
+            continue;
+        memcpy(&name_bytes, at + first + 6, 2);
+        if (name_bytes != key_bytes)
+            continue;
+        memset(at + 10, 0, 2);
+        n++;
+    }
+    assert_true(n > 0);
+}
+
+/* A size class that LMDB cannot walk is lost; the others and the service are not. */
+static void test_class_set_aside(void **state)
+{
+    fixture *f = *state;
+    h_schema large;
+    char name[256];
+    h_schema_init(&large, "large", 3, 8 * ROW, false);
+    assert_int_equal(h_register(f->peer, &large), KVC_OK);
+    put_durable(f, &f->schema, 0, 40);
+    assert_int_equal(count_names(f, "class-", "", name), 1);
+    put_durable(f, &large, 100, 20);
+    close_server(f);
+    file class = load(f, name);
+    damage_leaves(&class, 108);
+    store(&class);
+    open_server(f);
+    assert_int_equal(count_hits(f, &f->schema, 0, 40), 0);
+    assert_int_equal(count_hits(f, &large, 100, 21), 20);
+    assert_int_equal(count_names(f, name, ".bad", name), 1);
+    /* The class is made anew. */
+    put_durable(f, &f->schema, 0, 5);
+    close_server(f);
+    open_server(f);
+    check_served(f, 0, 5);
+    assert_int_equal(count_hits(f, &large, 100, 21), 20);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_corrupt_schema_record, setup, teardown),
         cmocka_unit_test_setup_teardown(test_meta_set_aside, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_class_set_aside, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
