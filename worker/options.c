@@ -138,6 +138,9 @@ static kvc_status check_store(kvw_opts *o, size_t row_bytes)
     if (o->policy != KVW_FAIL && o->policy != KVW_DROP) {
         return bad("policy", "must be FAIL or DROP");
     }
+    if (o->policy == KVW_DROP && o->tp_size > 1) {
+        return bad("policy", "must be FAIL where tp_size is above 1: ranks would drop other rows");
+    }
     o->fetch_timeout_ns = o->fetch_timeout_ns == 0 ? DEFAULT_FETCH_NS : o->fetch_timeout_ns;
     o->put_timeout_ns = o->put_timeout_ns == 0 ? DEFAULT_PUT_NS : o->put_timeout_ns;
     default_u32(&o->put_window, DEFAULT_WINDOW);

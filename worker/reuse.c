@@ -398,16 +398,64 @@ static kvc_status bring_all(kvw_seq *seq, uint32_t n, uint32_t n_indexed)
     return st;
 }
 
+/*
+ * The least of every rank's numbers, so that all go on at one position. Ranks whose st is not OK
+ * take part with 0, since the others wait for them; their st is returned.
+ */
+static kvc_status agree(const kvw_worker *w, kvc_status st, uint32_t *n, uint32_t *n_indexed)
+{
+    float x[2] = {-(float)*n, -(float)*n_indexed}; /* multiples of 64 below 2^30 are exact */
+    if (w->opts.all_reduce == NULL) {
+        return st;
+    }
+    if (st != KVC_OK) {
+        x[0] = 0;
+        x[1] = 0;
+    }
+    kvc_status reduced = w->opts.all_reduce(w->opts.all_reduce_arg, "max", x, 2);
+    if (reduced != KVC_OK) {
+        return kvwi_fail(reduced, "all_reduce: %s", kvc_status_name(reduced));
+    }
+    *n = (uint32_t)-x[0];
+    *n_indexed = (uint32_t)-x[1];
+    return st;
+}
+
+/*
+ * What the whole group has. A shared index is not rebuilt by a group: its keys would be summed over
+ * the ranks row by row, while each of them may lose rows of its own.
+ */
+static kvc_status agree_prefix(const kvw_worker *w, kvc_status st, uint32_t *n, uint32_t *n_indexed)
+{
+    st = agree(w, st, n, n_indexed);
+    if (w->opts.all_reduce != NULL && w->selector->form == KVWI_SHARED && w->index_row_bytes != 0) {
+        *n = cut(w, *n_indexed / w->opts.block_tokens, *n_indexed + 1u);
+    }
+    *n_indexed = kvwi_min_u32(*n_indexed, *n);
+    return st;
+}
+
+/* NOT_FOUND where a rank could not bring back what was agreed. */
+static kvc_status agree_brought(const kvw_worker *w, kvc_status st, uint32_t n)
+{
+    uint32_t brought = n, none = 0;
+    st = agree(w, st, &brought, &none);
+    return st == KVC_OK && brought < n ? kvwi_fail(KVC_NOT_FOUND, "another rank lacks rows") : st;
+}
+
 kvc_status kvwi_reuse(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens)
 {
-    uint32_t n = 0, n_indexed = 0, bt = seq->worker->opts.block_tokens;
+    const kvw_worker *w = seq->worker;
+    uint32_t n = 0, n_indexed = 0, bt = w->opts.block_tokens;
     kvc_status st = match_prefix(seq, tokens, n_tokens, &n, &n_indexed);
+    st = agree_prefix(w, st, &n, &n_indexed);
     if (st == KVC_OK) {
         seq->n_blocks = n / bt;
         st = open_context(seq, n / bt);
     }
-    if (st == KVC_OK && n != 0) {
-        st = bring_all(seq, n, n_indexed);
+    if (n != 0) {
+        st = st == KVC_OK ? bring_all(seq, n, n_indexed) : st;
+        st = agree_brought(w, st, n);
     }
     if (st == KVC_NOT_FOUND && n != 0) {
         KVC_LOG_INFO(WORKER, "reuse: cold start, since %s", kvw_last_error());

@@ -204,7 +204,8 @@ static const uint8_t *find_row(const store *s, const kvc_row_group *g, uint32_t 
     uint32_t bt = s->schema->block_tokens;
     if (pos / bt >= c->n)
         return NULL;
-    if (s->faults.lose_every != 0 && g->part % 2000 < 1000 && pos % s->faults.lose_every == 0)
+    if (s->faults.lose_every != 0 && g->part >= s->faults.lose_from_part && g->part % 2000 < 1000 &&
+        pos % s->faults.lose_every == 0)
         return NULL;
     const store_value *v = find(s, &c->digests[pos / bt], g->part);
     if (v == NULL)

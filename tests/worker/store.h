@@ -21,6 +21,7 @@ typedef struct store_faults {
     uint32_t again_calls;     /* so many put calls fail as a whole with AGAIN */
     kvc_status put_status;    /* every value gets this instead; 0: none */
     uint32_t lose_every;      /* kv rows of positions divisible by it are NOT_FOUND; 0: none */
+    uint32_t lose_from_part;  /* ... of parts from this one on */
     uint32_t fetch_delay_ms;  /* answers to fetches come so late */
     uint32_t delay_calls;     /* ... this many of them; 0: all */
     uint32_t extend_failures; /* so many extends fail with UNAVAILABLE */

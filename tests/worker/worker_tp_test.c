@@ -4,6 +4,8 @@
  */
 #include "oracle.h"
 
+#include "bench.h"
+
 #include <math.h>
 #include <pthread.h>
 
@@ -75,7 +77,7 @@ static void keep_picks(void *arg, const rig *r, const rig_step *step)
         memcpy(t->picks[step->first][step->layer], picks, n * sizeof(*picks));
 }
 
-static void *run(void *arg)
+static void *run_rank(void *arg)
 {
     trace *t = arg;
     kvw_seq *seq = NULL;
@@ -146,13 +148,13 @@ static void split_heads(const char *selector, kvw_index_kind index)
     assert_int_equal(pthread_mutex_init(&m.lock, NULL), 0);
     assert_int_equal(pthread_barrier_init(&m.all, NULL, RANKS), 0);
     trace *whole = new_trace(selector, index, 0, 1, NULL);
-    (void)run(whole);
+    (void)run_rank(whole);
     for (uint32_t i = 0; i < RANKS; i++)
         part[i] = new_trace(selector, index, i, RANKS, &m);
     assert_memory_equal(kvw_schema_digest(part[0]->r.worker), kvw_schema_digest(part[1]->r.worker),
                         32);
     for (uint32_t i = 0; i < RANKS; i++)
-        assert_int_equal(pthread_create(&thread[i], NULL, run, part[i]), 0);
+        assert_int_equal(pthread_create(&thread[i], NULL, run_rank, part[i]), 0);
     for (uint32_t i = 0; i < RANKS; i++)
         assert_int_equal(pthread_join(thread[i], NULL), 0);
     assert_true(m.n_calls > 10);
@@ -191,12 +193,90 @@ static void tokenselect_sums_votes(void **state)
     split_heads("tokenselect", KVW_INDEX_RERANKED);
 }
 
+/* ---- a group over a store ---- */
+
+typedef struct member {
+    rig r;
+    uint32_t reused[3]; /* with all there; rank 1's rows lost; no index */
+    bench *b;
+    pthread_barrier_t *all;
+} member;
+
+static uint32_t reuse_once(member *m)
+{
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    assert_ok(kvw_seq_create(m->r.worker, m->r.tokens, 420, &seq, &reused));
+    rig_pass(&m->r, seq, reused, 64, NULL, NULL); /* goes wrong where ranks begin apart */
+    kvw_seq_destroy(seq);
+    return reused;
+}
+
+static void *reuse_as_a_member(void *arg)
+{
+    member *m = arg;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    assert_ok(kvw_seq_create(m->r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&m->r, seq, 0, 320, NULL, NULL);
+    kvw_seq_destroy(seq);
+    for (int i = 0; i < 3; i++) {
+        bool first = pthread_barrier_wait(m->all) == PTHREAD_BARRIER_SERIAL_THREAD;
+        if (first && i == 1)
+            store_set(&m->b->store, &(store_faults){.lose_every = 64, .lose_from_part = 2000});
+        if (first && i == 2) {
+            store_set(&m->b->store, &(store_faults){0});
+            store_forget(&m->b->store, true);
+        }
+        (void)pthread_barrier_wait(m->all);
+        m->reused[i] = reuse_once(m);
+    }
+    return NULL;
+}
+
+/* All ranks go on at one position, also where only one of them lacks rows. */
+static void ranks_reuse_the_same_prefix(void **state)
+{
+    bench *b = *state;
+    for (int esa = 0; esa < 2; esa++) {
+        meeting m = {.sum = NULL};
+        member rank[RANKS];
+        pthread_t thread[RANKS];
+        pthread_barrier_t all;
+        assert_int_equal(pthread_mutex_init(&m.lock, NULL), 0);
+        assert_int_equal(pthread_barrier_init(&m.all, NULL, RANKS), 0);
+        assert_int_equal(pthread_barrier_init(&all, NULL, RANKS), 0);
+        for (uint32_t i = 0; i < RANKS; i++) {
+            rank[i] = (member){.b = b, .all = &all};
+            rank_rig(&rank[i].r, esa ? "esa" : "tokenselect",
+                     esa ? KVW_INDEX_COMPRESSED : KVW_INDEX_EXACT, i, RANKS, &m);
+            rank[i].r.opts.client = b->client;
+            rig_open(&rank[i].r);
+        }
+        for (uint32_t i = 0; i < RANKS; i++)
+            assert_int_equal(pthread_create(&thread[i], NULL, reuse_as_a_member, &rank[i]), 0);
+        for (uint32_t i = 0; i < RANKS; i++)
+            assert_int_equal(pthread_join(thread[i], NULL), 0);
+        for (uint32_t i = 0; i < RANKS; i++) {
+            assert_int_equal(rank[i].reused[0], 320);
+            assert_int_equal(rank[i].reused[1], 0);
+            assert_int_equal(rank[i].reused[2], esa ? 0 : 384); /* a shared index: not rebuilt */
+            rig_close(&rank[i].r);
+        }
+        pthread_mutex_destroy(&m.lock);
+        pthread_barrier_destroy(&m.all);
+        pthread_barrier_destroy(&all);
+        free(m.sum);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(esa_sums_projections),
         cmocka_unit_test(esa_sums_scores_of_exact_keys),
         cmocka_unit_test(tokenselect_sums_votes),
+        cmocka_unit_test_setup_teardown(ranks_reuse_the_same_prefix, bench_open, bench_close),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

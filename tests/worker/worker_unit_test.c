@@ -218,6 +218,12 @@ static void the_parser_refuses_what_is_wrong(void **state)
 
 /* ---- options ---- */
 
+static kvc_status no_sum(void *arg, const char *op, float *x, uint32_t n)
+{
+    (void)arg, (void)op, (void)x, (void)n;
+    return KVC_OK;
+}
+
 typedef void bend(kvw_opts *o);
 #define BEND(name, text)                                                                           \
     static void name(kvw_opts *o)                                                                  \
@@ -242,6 +248,7 @@ BEND(few_slots, o->residency_slots = 47)
 BEND(bad_cos, o->reselect_cos = 1.5)
 BEND(nan_cos, o->reselect_cos = NAN)
 BEND(bad_policy, o->policy = (kvw_policy)9)
+BEND(group_drop, o->tp_size = 2; o->all_reduce = no_sum; o->policy = KVW_DROP)
 BEND(bad_promise, o->promise = (kvc_promise)9)
 BEND(bad_exact, o->exact = 2)
 BEND(bad_backend, o->backend = "abacus")
@@ -273,6 +280,7 @@ static void open_names_the_bad_option(void **state)
         {bad_cos, "reselect_cos"},
         {nan_cos, "reselect_cos"},
         {bad_policy, "policy"},
+        {group_drop, "policy"},
         {bad_promise, "promise"},
         {bad_exact, "exact"},
         {bad_backend, "abacus"},
