@@ -10,7 +10,7 @@
 #include "base/thread.h"
 #include "kvc/types.h"
 
-#define KVS_MAX_SCHEMAS 65535u /* of all tenants */
+#define KVS_MAX_SCHEMAS 4096u /* of all tenants; a Describe reply lists no more */
 
 /* One part as the server uses it; sorted by id, so its place is its number inside a block. */
 typedef struct kvs_part {

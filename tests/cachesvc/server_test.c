@@ -287,6 +287,23 @@ static void test_schemas(void **state)
     assert_int_equal(f->peer->xfer.reply.u.describe.limits.max_contexts, 3);
 }
 
+/* One schema more than a Describe can list is refused, and Describe goes on. */
+static void test_many_schemas(void **state)
+{
+    fixture *f = *state;
+    h_schema schema;
+    char model[32];
+    kvc_request req = {.method = KVC_DESCRIBE};
+    for (uint32_t i = 1; i <= KVS_MAX_SCHEMAS; i++) {
+        snprintf(model, sizeof(model), "model-%u", i);
+        h_schema_init(&schema, model, 1, ROW, false);
+        assert_int_equal(h_register(f->peer, &schema), i < KVS_MAX_SCHEMAS ? KVC_OK : KVC_NO_SPACE);
+    }
+    assert_int_equal(h_call(f->peer, &req), KVC_OK);
+    assert_int_equal(f->peer->xfer.reply.u.describe.n_schemas, KVS_MAX_SCHEMAS);
+    assert_int_equal(h_register(f->peer, &f->schema), KVC_OK);
+}
+
 /* ---- calls without a transport, to choose tenant and deadline ---------------------------------
  */
 
@@ -475,6 +492,7 @@ int main(void)
         BOTH(test_contexts),
         BOTH(test_limits),
         BOTH(test_schemas),
+        BOTH(test_many_schemas),
         {"test_ttl", test_ttl, setup, teardown, NULL},
         {"test_tenants_apart", test_tenants_apart, setup, teardown, NULL},
         {"test_deadline", test_deadline, setup, teardown, NULL},
