@@ -11,7 +11,9 @@
  *   the transport, with no lock held, also after cancel, deadline, or close.
  * - on_call may run on several transport threads at once and must not block. The server answers
  * each call exactly once, from any thread, with kvt_call_reply.
- * - Deadlines travel with the request. A call whose client has gone away may still be answered; the
+ * - Deadlines travel with the request. The listener gives calls without one, or with one too far
+ *   away, its own; past it the call is cancelled, also while its answer waits for a client that
+ *   does not read. A call whose client has gone away may still be answered; the
  *   answer is dropped, and its slices are released.
  * - Payloads are not copied. So done waits until the transport has let go of the request's data:
  *   normally by then it has; bytes queued for a stalled peer may hold it past a cancel or a
@@ -54,13 +56,13 @@ struct kvt_call {
     const kvt_ops *ops;
     kvc_request req;
     kvc_arena arena;      /* the server may allocate its reply here */
-    uint64_t deadline_ns; /* CLOCK_MONOTONIC; 0: none */
+    uint64_t deadline_ns; /* CLOCK_MONOTONIC; never 0: within max_deadline_ns of the listener */
     const char *tenant;   /* identity of the peer; "default" without certificates */
     void *user;
     int cancelled; /* set by the transport; read it with kvt_call_cancelled */
 };
 
-/* Limits that are 0 get the transport's defaults: 1 MiB, 1,024 calls, 64 MiB. */
+/* Limits that are 0 get the transport's defaults: 1 MiB, 1,024 calls, 64 MiB, 10 minutes. */
 typedef struct kvt_listen_opts {
     size_t size_bytes; /* of this struct */
     const char *uri;
@@ -70,6 +72,7 @@ typedef struct kvt_listen_opts {
     uint32_t max_calls;          /* in flight at once; beyond: AGAIN */
     uint64_t max_inflight_bytes; /* of requests held at once; beyond: AGAIN */
     uint32_t n_threads;          /* 0: min(cores, 4) */
+    uint64_t max_deadline_ns;    /* from arrival; calls without a nearer deadline get this one */
 } kvt_listen_opts;
 
 /* ---- client end ---------------------------------------------------------------------------- */

@@ -18,6 +18,7 @@
 /* What listen takes for options that are 0. */
 #define KVTI_MAX_CALLS          1024u
 #define KVTI_MAX_INFLIGHT_BYTES ((uint64_t)64 << 20)
+#define KVTI_MAX_DEADLINE_NS    (600ull * 1000000000)
 
 extern const kvt_ops kvt_inproc_ops;
 extern const kvt_ops kvt_grpc_ops;

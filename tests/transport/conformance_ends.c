@@ -71,7 +71,7 @@ void deadline_is_told(void **state)
     job_init(&j[1], &f, sample_request(KVC_STATS, 0, &f.arena), 0);
     job_submit(&j[1]);
     wait_held(&f, 2);
-    assert_int_equal(f.held[1]->deadline_ns, 0);
+    assert_true(f.held[1]->deadline_ns > kvc_now_ns()); /* the listener's own */
     assert_int_equal(answer_held(&f), 2);
     wait_done(&f, 2);
     job_fini(&j[0]);
@@ -267,6 +267,36 @@ void drain_gives_up(void **state)
     assert_true(j.status == KVC_UNAVAILABLE || j.status == KVC_CANCELLED);
     assert_int_equal(answer_held(&f), 1); /* the server still answers; nobody listens */
     job_fini(&j);
+    fixture_close(&f);
+}
+
+/* A call without a deadline ends at the listener's, and the server hears of it. */
+void listener_deadline(void **state)
+{
+    (void)state;
+    fixture f;
+    job j;
+    fixture_init(&f);
+    f.listen.max_deadline_ns = 300 * MS;
+    fixture_listen(&f);
+    fixture_connect(&f, 1);
+    fixture_handle(&f, hold_handler);
+    for (uint32_t i = 0; i < 2; i++) {
+        uint64_t start_ns = kvc_now_ns();
+        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), i == 0 ? 0 : 3600 * SECOND);
+        job_submit(&j);
+        wait_held(&f, 1);
+        assert_true(f.held[0]->deadline_ns >= start_ns + 300 * MS);
+        assert_true(f.held[0]->deadline_ns < kvc_now_ns() + 300 * MS);
+        wait_done(&f, i + 1);
+        assert_true(j.status == KVC_TIMED_OUT || j.status == KVC_CANCELLED);
+        assert_true(kvc_now_ns() - start_ns >= 300 * MS);
+        for (int k = 0; k < 1000 && !kvt_call_cancelled(f.held[0]); k++)
+            usleep(1000);
+        assert_true(kvt_call_cancelled(f.held[0]));
+        assert_int_equal(answer_held(&f), 1);
+        job_fini(&j);
+    }
     fixture_close(&f);
 }
 

@@ -30,7 +30,7 @@ static int run_suite(const char *name, const char *uri)
         cmocka_unit_test(close_in_flight),    cmocka_unit_test(nobody_there),
         cmocka_unit_test(server_dies),        cmocka_unit_test(drain_waits),
         cmocka_unit_test(drain_gives_up),     cmocka_unit_test(bad_uris),
-        cmocka_unit_test(name_is_taken),
+        cmocka_unit_test(name_is_taken),      cmocka_unit_test(listener_deadline),
     };
     suite_uri = uri;
     print_message("suite %s on %s\n", name, uri);

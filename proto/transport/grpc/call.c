@@ -15,7 +15,7 @@
 #include "grpc_internal.h"
 #include "wire/wire.h"
 
-struct call {
+struct kvti_call {
     kvt_call base; /* first, so that the server's pointer is ours */
     kvti_queue *queue;
     int slot;
@@ -26,6 +26,8 @@ struct call {
     grpc_byte_buffer *request, *answer;
     kvti_tag arrived, closed, sent;
     int n_refs;
+    uint64_t give_up_ns; /* 0: not among the queue's calls any more */
+    struct kvti_call *older, *newer;
     int cancelled;
     uint64_t charged_bytes;
     grpc_slice details_text;
@@ -33,7 +35,7 @@ struct call {
     char trailer_texts[2][12];
 };
 
-static void uncharge(struct call *call)
+static void uncharge(struct kvti_call *call)
 {
     kvt_listener *listener = call->queue->listener;
     if (call->charged_bytes == 0)
@@ -44,8 +46,48 @@ static void uncharge(struct call *call)
     call->charged_bytes = 0;
 }
 
+static void join_queue(struct kvti_call *call)
+{
+    kvti_queue *queue = call->queue;
+    call->give_up_ns = kvc_now_ns() + queue->listener->opts.max_deadline_ns;
+    call->older = queue->newest;
+    if (call->older != NULL)
+        call->older->newer = call;
+    else
+        queue->oldest = call;
+    queue->newest = call;
+}
+
+static void leave_queue(struct kvti_call *call)
+{
+    kvti_queue *queue = call->queue;
+    if (call->give_up_ns == 0)
+        return;
+    call->give_up_ns = 0;
+    if (call->older != NULL)
+        call->older->newer = call->newer;
+    else
+        queue->oldest = call->newer;
+    if (call->newer != NULL)
+        call->newer->older = call->older;
+    else
+        queue->newest = call->older;
+}
+
+void kvti_serve_queue(kvti_queue *queue)
+{
+    /* In the order of arrival, so the first to give up is the oldest. */
+    while (kvti_run_one(queue->cq, queue->oldest == NULL ? 0 : queue->oldest->give_up_ns)) {
+        while (queue->oldest != NULL && kvc_expired(queue->oldest->give_up_ns)) {
+            struct kvti_call *call = queue->oldest;
+            leave_queue(call);
+            (void)grpc_call_cancel(call->call, NULL);
+        }
+    }
+}
+
 /* Lets go of what the request points at. */
-static void free_request(struct call *call)
+static void free_request(struct kvti_call *call)
 {
     if (call->request != NULL)
         grpc_byte_buffer_destroy(call->request);
@@ -54,7 +96,7 @@ static void free_request(struct call *call)
     uncharge(call);
 }
 
-static void free_call(struct call *call)
+static void free_call(struct kvti_call *call)
 {
     free_request(call);
     if (call->answer != NULL)
@@ -68,11 +110,12 @@ static void free_call(struct call *call)
     free(call);
 }
 
-static void unref_call(struct call *call)
+static void unref_call(struct kvti_call *call)
 {
     kvt_listener *listener = call->queue->listener;
     if (--call->n_refs > 0)
         return;
+    leave_queue(call);
     free_call(call);
     kvc_mutex_lock(&listener->mutex);
     listener->n_calls--;
@@ -83,7 +126,7 @@ static void unref_call(struct call *call)
 
 static void on_closed(kvti_tag *tag, bool ok)
 {
-    struct call *call = KVTI_CONTAINER(tag, struct call, closed);
+    struct kvti_call *call = KVTI_CONTAINER(tag, struct kvti_call, closed);
     (void)ok;
     if (call->cancelled != 0)
         __atomic_store_n(&call->base.cancelled, 1, __ATOMIC_RELEASE);
@@ -93,10 +136,10 @@ static void on_closed(kvti_tag *tag, bool ok)
 static void on_sent(kvti_tag *tag, bool ok)
 {
     (void)ok;
-    unref_call(KVTI_CONTAINER(tag, struct call, sent));
+    unref_call(KVTI_CONTAINER(tag, struct kvti_call, sent));
 }
 
-static void add_trailer(struct call *call, uint32_t i, const char *key, uint32_t value)
+static void add_trailer(struct kvti_call *call, uint32_t i, const char *key, uint32_t value)
 {
     (void)snprintf(call->trailer_texts[i], sizeof(call->trailer_texts[i]), "%u", value);
     call->trailers[i].key = grpc_slice_from_static_string(key);
@@ -105,7 +148,8 @@ static void add_trailer(struct call *call, uint32_t i, const char *key, uint32_t
 
 /* Sends the answer: call->answer if there is one, and the status. Any thread; the call may be gone
  * when this returns. */
-static void send(struct call *call, kvc_status status, const char *detail, uint32_t retry_after_ms)
+static void send(struct kvti_call *call, kvc_status status, const char *detail,
+                 uint32_t retry_after_ms)
 {
     char text[KVT_DETAIL_BYTES + 32];
     grpc_op ops[3] = {
@@ -171,7 +215,7 @@ static grpc_byte_buffer *build_answer(const void *head, size_t head_bytes, const
 void kvti_call_reply(kvt_call *base, kvc_status status, const char *detail, uint32_t retry_after_ms,
                      const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices)
 {
-    struct call *call = (struct call *)base;
+    struct kvti_call *call = (struct kvti_call *)base;
     KVC_ASSERT(n_slices <= KVT_MAX_SLICES);
     if (status == KVC_OK) {
         kvc_reply whole = reply == NULL ? (kvc_reply){0} : *reply;
@@ -198,7 +242,7 @@ void kvti_call_reply(kvt_call *base, kvc_status status, const char *detail, uint
 }
 
 /* Counts the call in and judges whether it may go on. */
-static kvc_status admit(struct call *call, const char **why_p)
+static kvc_status admit(struct kvti_call *call, const char **why_p)
 {
     kvt_listener *listener = call->queue->listener;
     uint64_t len_bytes = call->request == NULL ? 0 : grpc_byte_buffer_length(call->request);
@@ -228,7 +272,7 @@ static kvc_status admit(struct call *call, const char **why_p)
     return status;
 }
 
-static kvc_status decode(struct call *call, const char **why_p)
+static kvc_status decode(struct kvti_call *call, const char **why_p)
 {
     uint32_t n_pieces;
     *why_p = "the request has no message";
@@ -250,7 +294,7 @@ static kvc_status decode(struct call *call, const char **why_p)
                                                                                      : KVC_OK;
 }
 
-static void answer_health(struct call *call)
+static void answer_health(struct kvti_call *call)
 {
     const char *why = NULL;
     kvc_status status =
@@ -258,7 +302,7 @@ static void answer_health(struct call *call)
     send(call, status, why, 0);
 }
 
-static void serve(struct call *call)
+static void serve(struct kvti_call *call)
 {
     kvt_listener *listener = call->queue->listener;
     const char *why = NULL;
@@ -277,13 +321,15 @@ static void serve(struct call *call)
         send(call, status, why, status == KVC_AGAIN ? KVTI_RETRY_MS : 0);
         return;
     }
-    call->base.deadline_ns = kvti_from_timespec(call->deadline);
+    uint64_t deadline_ns = kvti_from_timespec(call->deadline);
+    bool own = deadline_ns == 0 || deadline_ns > call->give_up_ns;
+    call->base.deadline_ns = own ? call->give_up_ns : deadline_ns;
     listener->opts.on_call(listener->opts.arg, &call->base);
 }
 
 static void on_arrived(kvti_tag *tag, bool ok)
 {
-    struct call *call = KVTI_CONTAINER(tag, struct call, arrived);
+    struct kvti_call *call = KVTI_CONTAINER(tag, struct kvti_call, arrived);
     if (!ok) {
         free_call(call);
         return;
@@ -300,6 +346,7 @@ static void on_arrived(kvti_tag *tag, bool ok)
     grpc_op closed = {.op = GRPC_OP_RECV_CLOSE_ON_SERVER};
     closed.data.recv_close_on_server.cancelled = &call->cancelled;
     call->n_refs = 2;
+    join_queue(call);
     kvti_start(call->call, &closed, 1, &call->closed);
     serve(call);
 }
@@ -307,7 +354,7 @@ static void on_arrived(kvti_tag *tag, bool ok)
 void kvti_arm(kvti_queue *queue, int slot)
 {
     grpc_server *server = queue->listener->server;
-    struct call *call = calloc(1, sizeof(*call));
+    struct kvti_call *call = calloc(1, sizeof(*call));
     if (call == NULL) {
         KVC_LOG_ERROR(GRPC, "memory is out: one request slot fewer");
         return;

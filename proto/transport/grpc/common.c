@@ -177,19 +177,23 @@ struct iovec *kvti_byte_buffer_pieces(grpc_byte_buffer *bb, kvc_arena *arena, ui
     return pieces;
 }
 
+bool kvti_run_one(grpc_completion_queue *cq, uint64_t deadline_ns)
+{
+    grpc_event event = grpc_completion_queue_next(cq, kvti_to_timespec(deadline_ns), NULL);
+    if (event.type == GRPC_QUEUE_SHUTDOWN)
+        return false;
+    if (event.type != GRPC_OP_COMPLETE)
+        return true;
+    kvti_tag *tag = event.tag;
+    (void)atomic_load_explicit(&tag->turn, memory_order_acquire);
+    tag->fn(tag, event.success != 0);
+    return true;
+}
+
 void kvti_run_queue(grpc_completion_queue *cq)
 {
-    for (;;) {
-        grpc_event event =
-            grpc_completion_queue_next(cq, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
-        if (event.type == GRPC_QUEUE_SHUTDOWN)
-            return;
-        if (event.type != GRPC_OP_COMPLETE)
-            continue;
-        kvti_tag *tag = event.tag;
-        (void)atomic_load_explicit(&tag->turn, memory_order_acquire);
-        tag->fn(tag, event.success != 0);
-    }
+    while (kvti_run_one(cq, 0))
+        ;
 }
 
 void kvti_start(grpc_call *call, const grpc_op *ops, size_t n_ops, kvti_tag *tag)

@@ -64,6 +64,8 @@ grpc_arg kvti_arg(const char *key, int value);
 struct iovec *kvti_byte_buffer_pieces(grpc_byte_buffer *bb, kvc_arena *arena, uint32_t *n_p);
 /* Runs the events of cq until it is shut down and empty. */
 void kvti_run_queue(grpc_completion_queue *cq);
+/* Runs one event, waiting for it until deadline_ns (0: for ever). False: shut down and empty. */
+bool kvti_run_one(grpc_completion_queue *cq, uint64_t deadline_ns);
 void kvti_start(grpc_call *call, const grpc_op *ops, size_t n_ops, kvti_tag *tag);
 
 /* ---- the server end ------------------------------------------------------------------------- */
@@ -72,6 +74,7 @@ typedef struct kvti_queue {
     kvt_listener *listener;
     grpc_completion_queue *cq;
     kvc_thread thread;
+    struct kvti_call *oldest, *newest; /* calls in flight; only the queue's thread */
 } kvti_queue;
 
 /* Slots beyond kvc_method of a listener's table. */
@@ -99,6 +102,8 @@ struct kvt_listener {
     uint32_t n_watches;
 };
 
+/* Runs the queue's events until it is shut down and empty; cancels calls past max_deadline_ns. */
+void kvti_serve_queue(kvti_queue *queue);
 /* Offers one slot of a method to the queue. */
 void kvti_arm(kvti_queue *queue, int slot);
 void kvti_call_reply(kvt_call *base, kvc_status status, const char *detail, uint32_t retry_after_ms,

@@ -34,8 +34,7 @@
 
 static void run_queue(void *arg)
 {
-    kvti_queue *queue = arg;
-    kvti_run_queue(queue->cq);
+    kvti_serve_queue(arg);
 }
 
 static void on_shutdown(kvti_tag *tag, bool ok)
@@ -74,6 +73,8 @@ static kvc_status take_opts(kvt_listener *listener, const kvt_listen_opts *opts,
         listener->opts.max_calls = KVTI_MAX_CALLS;
     if (listener->opts.max_inflight_bytes == 0)
         listener->opts.max_inflight_bytes = KVTI_MAX_INFLIGHT_BYTES;
+    if (listener->opts.max_deadline_ns == 0)
+        listener->opts.max_deadline_ns = KVTI_MAX_DEADLINE_NS;
     listener->opts.n_threads = threads_wanted(opts->n_threads);
     return kvti_grpc_target(opts->uri, target_p);
 }
@@ -149,7 +150,7 @@ static void close_queues(kvt_listener *listener)
         if (listener->queues[i].thread.started)
             kvc_thread_join(&listener->queues[i].thread);
         else
-            kvti_run_queue(listener->queues[i].cq);
+            kvti_serve_queue(&listener->queues[i]);
     }
 }
 

@@ -59,7 +59,7 @@ static uint64_t end_late(kvt_conn *conn)
     uint64_t first_ns = 0, now_ns = kvc_now_ns();
     kvti_inop *next;
     for (kvti_inop *op = conn->waiting; op != NULL; op = next) {
-        uint64_t deadline_ns = op->xfer->deadline_ns;
+        uint64_t deadline_ns = op->deadline_ns;
         next = op->next;
         if (deadline_ns == 0)
             continue;
@@ -178,6 +178,7 @@ static bool hand_over(kvt_conn *conn, kvti_inop *op, kvti_incall *call)
         kvti_inproc_finish(op, status, why, status == KVC_AGAIN ? KVTI_RETRY_MS : 0);
         return false;
     }
+    op->deadline_ns = call->base.deadline_ns;
     call->op = op;
     op->call = call;
     kvc_cond_signal(&conn->work); /* its deadline may be the first */

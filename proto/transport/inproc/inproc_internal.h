@@ -36,6 +36,7 @@ struct kvti_inop {
     kvti_inop *next, *prev; /* waiting at the connection */
     kvti_inop *finished;    /* next to be delivered */
     kvti_incall *call;      /* at the server; NULL: answered or let go */
+    uint64_t deadline_ns;   /* the call's; 0: none */
     bool waiting;
     kvc_status status;
     char detail[KVT_DETAIL_BYTES];

@@ -73,6 +73,8 @@ kvc_status kvti_inproc_listen(const kvt_listen_opts *opts, kvt_listener **listen
         listener->opts.max_calls = KVTI_MAX_CALLS;
     if (listener->opts.max_inflight_bytes == 0)
         listener->opts.max_inflight_bytes = KVTI_MAX_INFLIGHT_BYTES;
+    if (listener->opts.max_deadline_ns == 0)
+        listener->opts.max_deadline_ns = KVTI_MAX_DEADLINE_NS;
     kvc_cond_init(&listener->work);
     kvc_cond_init(&listener->changed);
     kvc_status status = kvc_thread_start(&listener->thread, "kvt-inproc", run_listener, listener);
@@ -127,6 +129,10 @@ kvc_status kvti_inproc_enqueue(kvt_listener *listener, kvti_incall *call, const 
     if (listener->inflight_bytes > 0 &&
         listener->inflight_bytes + call->len_bytes > listener->opts.max_inflight_bytes)
         return KVC_AGAIN;
+    uint64_t give_up_ns = kvc_now_ns() + listener->opts.max_deadline_ns;
+    uint64_t deadline_ns = call->base.deadline_ns;
+    call->base.deadline_ns =
+        deadline_ns == 0 || deadline_ns > give_up_ns ? give_up_ns : deadline_ns;
     listener->n_calls++;
     listener->inflight_bytes += call->len_bytes;
     call->listener = listener;
