@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "convert.h"
 #include "internal.h"
 
 /* The leading `dims` of each head: in [n, heads, dims_in] -> out [n, heads, dims]. */
@@ -140,6 +141,10 @@ kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v
     }
     if (l->step != NULL) {
         return kvwi_fail(KVC_INVALID, "layer %u: a step is open", layer);
+    }
+    const kvw_opts *o = &seq->worker->opts;
+    if (!kvwi_all_finite(k, (size_t)n_tokens * o->n_kv_heads * o->head_dim, o->dtype)) {
+        return kvwi_fail(KVC_INVALID, "layer %u: a key is not finite", layer);
     }
     uint64_t t0 = kvc_now_ns();
     uint32_t end = seq->pass.first + n_tokens;

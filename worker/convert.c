@@ -62,3 +62,26 @@ void kvwi_from_f32(const float *in, size_t n, kvk_dtype dtype, void *out)
         o[i] = dtype == KVK_BF16 ? to_bf16(in[i]) : to_f16(in[i]);
     }
 }
+
+bool kvwi_all_finite(const void *in, size_t n, kvk_dtype dtype)
+{
+    /* an exponent of all ones, found without branches so that the loop is vectorised */
+    uint32_t bad = 0;
+    if (dtype == KVK_F32) {
+        const uint8_t *x = in;
+        for (size_t i = 0; i < n; i++) {
+            uint32_t u;
+            memcpy(&u, x + i * sizeof(u), sizeof(u));
+            bad |= (u & 0x7f800000u) == 0x7f800000u ? 1u : 0u;
+        }
+        return bad == 0;
+    }
+    const uint16_t mask = dtype == KVK_BF16 ? 0x7f80u : 0x7c00u;
+    const uint8_t *x = in;
+    for (size_t i = 0; i < n; i++) {
+        uint16_t u;
+        memcpy(&u, x + i * sizeof(u), sizeof(u));
+        bad |= (u & mask) == mask ? 1u : 0u;
+    }
+    return bad == 0;
+}

@@ -10,6 +10,7 @@
 
 #include "base/assert.h"
 #include "base/sum.h"
+#include "convert.h"
 #include "internal.h"
 
 static void free_step(kvw_step *step)
@@ -73,6 +74,10 @@ static kvc_status check_begin(const kvw_seq *seq, uint32_t layer, const void *q,
     }
     if (seq->layers[layer].step != NULL) {
         return kvwi_fail(KVC_AGAIN, "layer %u: a step is open", layer);
+    }
+    const kvw_opts *o = &seq->worker->opts;
+    if (!kvwi_all_finite(q, (size_t)n_q * o->n_q_heads * o->head_dim, o->dtype)) {
+        return kvwi_fail(KVC_INVALID, "layer %u: a query is not finite", layer);
     }
     return KVC_OK;
 }

@@ -359,28 +359,52 @@ static void calls_out_of_order_are_refused(void **state)
     rig_close(&r);
 }
 
-/* A key that is not finite is refused where it would be quantised, and the layer lives on. */
-static void keys_must_be_finite_to_be_compressed(void **state)
+/* Keys and queries that are not finite are refused, whatever the index and dtype, and the layer
+ * lives on. */
+static void refuse_non_finite(const char *selector, kvw_index_kind index, kvk_dtype dtype, double x)
 {
-    (void)state;
     rig r;
     kvw_seq *seq = NULL;
+    kvw_step *step = NULL;
     uint32_t reused = 0;
-    rig_init(&r, "esa", 200);
-    r.opts.index = KVW_INDEX_COMPRESSED;
-    rig_project(&r, 8);
+    rig_init(&r, selector, 200);
+    r.opts.index = index;
+    r.opts.dtype = dtype;
+    if (index != KVW_INDEX_EXACT)
+        rig_project(&r, 8);
     rig_open(&r);
-    float *k = rig_bytes(&r, r.k, rig_kv_width(&r), 0, 0, 8);
+    void *k = rig_bytes(&r, r.k, rig_kv_width(&r), 0, 0, 8);
+    void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, 0, 8);
+    size_t k_last = 8 * rig_kv_width(&r) - 1, q_last = 8 * rig_q_width(&r) - 1;
+    double k_was = rig_get(dtype, k, k_last), q_was = rig_get(dtype, q, q_last);
     assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
     assert_ok(kvw_tokens(seq, r.tokens, 8));
-    float was = k[5];
-    k[5] = NAN;
+    rig_set(dtype, k, k_last, x);
     assert_status(kvw_append(seq, 0, k, k, 8), KVC_INVALID);
-    k[5] = was;
+    assert_non_null(strstr(kvw_last_error(), "finite"));
+    rig_set(dtype, k, k_last, k_was);
     assert_ok(kvw_append(seq, 0, k, k, 8));
+    rig_set(dtype, q, q_last, x);
+    assert_status(kvw_step_begin(seq, 0, q, 8, &step), KVC_INVALID);
+    assert_non_null(strstr(kvw_last_error(), "finite"));
+    rig_set(dtype, q, q_last, q_was);
+    assert_ok(kvw_step_begin(seq, 0, q, 8, &step));
     kvw_seq_destroy(seq);
     free(k);
+    free(q);
     rig_close(&r);
+}
+
+static void keys_and_queries_must_be_finite(void **state)
+{
+    static const kvk_dtype dtypes[] = {KVK_F32, KVK_F16, KVK_BF16};
+    (void)state;
+    refuse_non_finite("esa", KVW_INDEX_COMPRESSED, KVK_F32, NAN);
+    for (size_t i = 0; i < sizeof(dtypes) / sizeof(dtypes[0]); i++) {
+        refuse_non_finite("esa", KVW_INDEX_EXACT, dtypes[i], INFINITY);
+        refuse_non_finite("tokenselect", KVW_INDEX_EXACT, dtypes[i], -INFINITY);
+        refuse_non_finite("tokenselect", KVW_INDEX_EXACT, dtypes[i], NAN);
+    }
 }
 
 /* Opts of a caller that was built before the last fields were added. */
@@ -407,7 +431,7 @@ int main(void)
         cmocka_unit_test(open_names_the_bad_option),
         cmocka_unit_test(open_refuses_a_foreign_projection),
         cmocka_unit_test(calls_out_of_order_are_refused),
-        cmocka_unit_test(keys_must_be_finite_to_be_compressed),
+        cmocka_unit_test(keys_and_queries_must_be_finite),
         cmocka_unit_test(an_older_struct_is_understood),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -159,7 +159,7 @@ KVW_API kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const
  * Begins attention of layer for the last n_q tokens appended: q_select [n_q, n_q_heads, head_dim]
  * in dtype, before RoPE, the real query or a prediction (borrowed). Selects, resolves, submits at
  * most one fetch per server; never waits for the network. Several steps may be open, one per layer.
- * AGAIN: a step of this layer is open.
+ * INVALID: the pass is not appended, or q_select is not finite. AGAIN: a step of this layer is open.
  */
 KVW_API kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
                                   kvw_step **step_p) KVC_MUST_CHECK;
