@@ -23,6 +23,7 @@ void kvs_evict_dram_add(kvs_index *index, uint32_t id)
         cls->dram_tail = id;
     cls->dram_head = id;
     cls->n_dram++;
+    cls->dram_bytes += kvs_value_part(index, value)->value_bytes;
 }
 
 void kvs_evict_dram_remove(kvs_index *index, uint32_t id)
@@ -41,6 +42,7 @@ void kvs_evict_dram_remove(kvs_index *index, uint32_t id)
         cls->dram_tail = value->dram_prev;
     value->dram_prev = value->dram_next = KVS_NIL;
     cls->n_dram--;
+    cls->dram_bytes -= kvs_value_part(index, value)->value_bytes;
 }
 
 void kvs_evict_lmdb_add(kvs_index *index, uint32_t id)
@@ -78,7 +80,7 @@ static void victim_fill(kvs_index *index, uint32_t id, kvs_slot slot, kvs_victim
     const kvs_value *value = kvs_value_at(index, id);
     victim_p->value = id;
     victim_p->slot = slot;
-    victim_p->value_bytes = kvs_value_class(index, value)->value_bytes;
+    victim_p->value_bytes = kvs_value_part(index, value)->value_bytes;
     kvs_key_locked(index, id, &victim_p->key);
 }
 
@@ -141,10 +143,8 @@ static bool dram_from_any(kvs_index *index, kvs_victim *victim_p)
     uint32_t best = 0;
     uint64_t best_bytes = 0;
     for (uint32_t i = 0; i < index->n_classes; i++) {
-        const kvs_class *cls = &index->classes[i];
-        uint64_t bytes = cls->n_dram * (cls->value_bytes ? cls->value_bytes : 1);
-        if (bytes > best_bytes) {
-            best_bytes = bytes;
+        if (index->classes[i].dram_bytes > best_bytes) {
+            best_bytes = index->classes[i].dram_bytes;
             best = i;
         }
     }
@@ -169,8 +169,9 @@ bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 {
     kvc_mutex_lock(&index->lock);
     bool found = lmdb_from(index, &index->classes[cls], victim_p);
-    for (uint32_t i = 0; !found && i < index->n_classes; i++)
-        found = index->classes[i].value_bytes == index->classes[cls].value_bytes &&
+    uint32_t pages = index->classes[cls].record_pages;
+    for (uint32_t i = 0; !found && pages && i < index->n_classes; i++)
+        found = index->classes[i].record_pages == pages &&
                 lmdb_from(index, &index->classes[i], victim_p);
     kvc_mutex_unlock(&index->lock);
     return found;

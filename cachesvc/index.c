@@ -14,7 +14,9 @@
 #include "base/digest.h"
 #include "evict.h"
 
-#define CLASS_ROUND 4096u /* as the tiers cut their size classes */
+#define CLASS_ROUND      4096u /* as the tiers cut their size classes */
+#define RECORD_HEAD      144u  /* lmdb keeps this much, ... */
+#define RECORD_ROW_BYTES 4u    /* ... a sum for each row and padding in front of the rows */
 
 _Static_assert(sizeof(kvs_value) == 64, "memory per value is promised");
 
@@ -46,13 +48,21 @@ void kvs_index_destroy(kvs_index *index)
     free(index);
 }
 
-uint32_t kvs_index_class(void *arg, const kvc_digest *tenant, uint32_t value_bytes)
+static uint32_t pages_of(uint32_t bytes)
+{
+    return (uint32_t)(((uint64_t)bytes + CLASS_ROUND - 1) / CLASS_ROUND);
+}
+
+uint32_t kvs_index_class(void *arg, const kvc_digest *tenant, uint32_t value_bytes, uint32_t n_rows)
 {
     kvs_index *index = arg;
-    value_bytes = (value_bytes + CLASS_ROUND - 1) / CLASS_ROUND * CLASS_ROUND;
+    uint32_t pages = pages_of(value_bytes);
+    uint32_t record_pages = pages + pages_of(RECORD_HEAD + RECORD_ROW_BYTES * n_rows);
+    value_bytes = pages * CLASS_ROUND;
     kvc_mutex_lock(&index->lock);
     uint32_t cls = 1;
     while (cls < index->n_classes && (index->classes[cls].value_bytes != value_bytes ||
+                                      index->classes[cls].record_pages != record_pages ||
                                       !kvc_digest_equal(&index->classes[cls].tenant, tenant)))
         cls++;
     if (cls == KVS_MAX_CLASSES) {
@@ -60,6 +70,7 @@ uint32_t kvs_index_class(void *arg, const kvc_digest *tenant, uint32_t value_byt
     } else if (cls == index->n_classes) {
         index->classes[cls].tenant = *tenant;
         index->classes[cls].value_bytes = value_bytes;
+        index->classes[cls].record_pages = record_pages;
         index->n_classes++;
     }
     kvc_mutex_unlock(&index->lock);
@@ -103,10 +114,15 @@ void kvs_value_free_locked(kvs_index *index, uint32_t id)
     kvs_block_settle(index, block_id);
 }
 
-kvs_class *kvs_value_class(kvs_index *index, const kvs_value *value)
+const kvs_part *kvs_value_part(const kvs_index *index, const kvs_value *value)
 {
     const kvs_schema *schema = index->schemas[kvs_block_at(index, value->block)->schema];
-    return &index->classes[schema->parts[value->part].cls];
+    return &schema->parts[value->part];
+}
+
+kvs_class *kvs_value_class(kvs_index *index, const kvs_value *value)
+{
+    return &index->classes[kvs_value_part(index, value)->cls];
 }
 
 void kvs_key_locked(kvs_index *index, uint32_t id, kvs_value_key *key_p)

@@ -50,10 +50,12 @@ typedef struct kvs_block {
 /* Values of one size of one tenant share the dram segments and the lmdb environment. */
 typedef struct kvs_class {
     kvc_digest tenant;
-    uint32_t value_bytes;
+    uint32_t value_bytes;  /* rounded up to pages */
+    uint32_t record_pages; /* in lmdb, with the row sums: its size class there; 0: mixed */
     uint32_t dram_head, dram_tail, hand; /* head: newest */
     uint32_t lmdb_head, lmdb_tail;
     uint64_t n_dram, n_lmdb; /* in the lists */
+    uint64_t dram_bytes;     /* of the values in the dram list */
 } kvs_class;
 
 #define KVS_MAX_CLASSES     1024u /* beyond it, values share class 0 */
@@ -80,8 +82,9 @@ typedef struct kvs_index {
 kvs_index *kvs_index_create(kvs_schema *const *schemas);
 void kvs_index_destroy(kvs_index *index);
 
-/* The class of a value size; as kvs_schemas_add wants it (arg: the index). Any thread. */
-uint32_t kvs_index_class(void *arg, const kvc_digest *tenant, uint32_t value_bytes);
+/* The class of a value shape; as kvs_schemas_add wants it (arg: the index). Any thread. */
+uint32_t kvs_index_class(void *arg, const kvc_digest *tenant, uint32_t value_bytes,
+                         uint32_t n_rows);
 
 /* What a put found. */
 typedef enum kvs_claim {
@@ -185,6 +188,7 @@ uint32_t kvs_block_get(kvs_index *index, uint32_t schema, const kvc_digest *dige
 /* Frees a block that nothing needs any more. */
 void kvs_block_settle(kvs_index *index, uint32_t id);
 void kvs_value_unref_locked(kvs_index *index, uint32_t id);
+const kvs_part *kvs_value_part(const kvs_index *index, const kvs_value *value);
 kvs_class *kvs_value_class(kvs_index *index, const kvs_value *value);
 void kvs_key_locked(kvs_index *index, uint32_t id, kvs_value_key *key_p);
 /* Frees a value that has no flags and no readers, and its block where nothing needs it. */

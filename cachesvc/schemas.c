@@ -117,7 +117,7 @@ err_entry:
 
 kvc_status kvs_schemas_add(kvs_schemas *schemas, const kvc_digest *tenant, const kvc_schema *schema,
                            uint32_t (*class_of)(void *arg, const kvc_digest *tenant,
-                                                uint32_t value_bytes),
+                                                uint32_t value_bytes, uint32_t n_rows),
                            void *arg, const kvs_schema **schema_p, bool *new_p)
 {
     *schema_p = NULL;
@@ -126,7 +126,8 @@ kvc_status kvs_schemas_add(kvs_schemas *schemas, const kvc_digest *tenant, const
     if (status != KVC_OK)
         return status;
     for (uint32_t i = 0; i < entry->n_parts; i++)
-        entry->parts[i].cls = class_of(arg, tenant, entry->parts[i].value_bytes);
+        entry->parts[i].cls =
+            class_of(arg, tenant, entry->parts[i].value_bytes, entry->block_tokens);
     kvc_mutex_lock(&schemas->lock);
     kvs_schema *old = find_locked(schemas, tenant, &entry->digest);
     if (!old && schemas->n == KVS_MAX_SCHEMAS) {

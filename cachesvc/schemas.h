@@ -17,7 +17,7 @@ typedef struct kvs_part {
     uint32_t id;
     uint32_t row_bytes;
     uint32_t value_bytes;
-    uint32_t cls;           /* eviction class: values of equal size of one tenant */
+    uint32_t cls; /* eviction class: values of equal size, with and without sums, of one tenant */
     uint32_t window_blocks; /* leading blocks further behind than this are not needed; 0: all are */
     bool is_index;          /* compressed keys: optional in a prefix match */
 } kvs_part;
@@ -47,11 +47,11 @@ const kvs_schema *kvs_schemas_find(kvs_schemas *schemas, const kvc_digest *tenan
                                    const kvc_digest *digest);
 /*
  * Adds a checked schema (copied) or finds it there. *new_p (may be NULL) says which. class_of gives
- * the eviction class of a value size. NO_SPACE: KVS_MAX_SCHEMAS reached. NO_MEMORY, INVALID, IO.
+ * the eviction class of a value shape. NO_SPACE: KVS_MAX_SCHEMAS reached. NO_MEMORY, INVALID, IO.
  */
 kvc_status kvs_schemas_add(kvs_schemas *schemas, const kvc_digest *tenant, const kvc_schema *schema,
                            uint32_t (*class_of)(void *arg, const kvc_digest *tenant,
-                                                uint32_t value_bytes),
+                                                uint32_t value_bytes, uint32_t n_rows),
                            void *arg, const kvs_schema **schema_p, bool *new_p) KVC_MUST_CHECK;
 /* Digests of the tenant's schemas, at most max; returns how many were written. */
 uint32_t kvs_schemas_list(kvs_schemas *schemas, const kvc_digest *tenant, kvc_digest *out,

@@ -9,6 +9,9 @@
 #include <time.h>
 
 #include "evict.h"
+#ifdef KVASIR_LMDB
+#include "lmdb_record.h"
+#endif
 
 typedef struct fixture {
     kvs_schemas *schemas;
@@ -73,6 +76,47 @@ static kvs_read ref(fixture *f, uint32_t block, uint32_t part, uint32_t promote_
     kvs_read read = {.block = block, .n_rows = 10};
     kvs_index_ref(f->index, f->schema, part, promote_rows, 1, &read, 1);
     return read;
+}
+
+#ifdef KVASIR_LMDB
+/* A class is a size class of lmdb too, row sums and all. */
+static void test_classes_of_lmdb(void **state)
+{
+    fixture *f = *state;
+    const uint32_t rows[] = {1, 64, 128, 987, 988, 989, 1024, 2012, 4096};
+    for (uint32_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        for (uint32_t row_bytes = 64; row_bytes <= 4096; row_bytes += 96) {
+            uint32_t cls = kvs_index_class(f->index, &f->tenant, rows[i] * row_bytes, rows[i]);
+            assert_int_not_equal(cls, 0);
+            assert_int_equal(f->index->classes[cls].record_pages,
+                             kvsi_record_pages(row_bytes, rows[i]));
+        }
+    }
+}
+#endif
+
+/* Equal bytes in other blocks live in another environment: there is no room to be made there. */
+static void test_classes_of_rows(void **state)
+{
+    fixture *f = *state;
+    kvc_digest other = h_digest(1001);
+    uint32_t value_bytes = f->schema->parts[0].value_bytes;
+    uint32_t own = f->schema->parts[0].cls;
+    uint32_t tall = kvs_index_class(f->index, &f->tenant, value_bytes, 4096);
+    uint32_t theirs = kvs_index_class(f->index, &other, value_bytes, H_TOKENS);
+    kvs_victim victim;
+    assert_int_not_equal(tall, own);
+    assert_int_not_equal(theirs, own);
+    kvs_index_publish_lmdb(f->index, claim(f, 1, 0), (kvs_slot){1, 0}, true, NULL);
+    put_dram(f, 2, 0, false);
+    assert_int_equal(f->index->classes[own].dram_bytes, value_bytes);
+    assert_false(kvs_evict_lmdb(f->index, tall, &victim));
+    assert_true(kvs_evict_lmdb(f->index, theirs, &victim));
+    assert_int_equal(victim.value_bytes, value_bytes);
+    kvs_evict_finish(f->index, &victim);
+    assert_true(kvs_evict_dram(f->index, KVS_ANY_CLASS, &victim));
+    kvs_evict_finish(f->index, &victim);
+    assert_int_equal(f->index->classes[own].dram_bytes, 0);
 }
 
 static void test_claim(void **state)
@@ -360,6 +404,10 @@ static void test_contexts(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+#ifdef KVASIR_LMDB
+        cmocka_unit_test_setup_teardown(test_classes_of_lmdb, setup, teardown),
+#endif
+        cmocka_unit_test_setup_teardown(test_classes_of_rows, setup, teardown),
         cmocka_unit_test_setup_teardown(test_claim, setup, teardown),
         cmocka_unit_test_setup_teardown(test_many_blocks, setup, teardown),
         cmocka_unit_test_setup_teardown(test_dram_order, setup, teardown),
