@@ -28,12 +28,7 @@ static void free_step(kvw_step *step)
 void kvwi_steps_free(kvw_seq *seq)
 {
     for (uint32_t i = 0; seq->layers != NULL && i < seq->worker->opts.n_layers; i++) {
-        kvw_step *step = seq->layers[i].step;
-        if (step != NULL) {
-            kvwi_fetch_abandon(step);
-            free_step(step);
-            seq->layers[i].step = NULL;
-        }
+        kvw_step_abandon(seq->layers[i].step);
     }
     while (seq->free_steps != NULL) {
         kvw_step *step = seq->free_steps;
@@ -188,6 +183,14 @@ kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
     }
     give_step(step);
     return st;
+}
+
+void kvw_step_abandon(kvw_step *step)
+{
+    if (step != NULL) {
+        kvwi_fetch_abandon(step);
+        give_step(step);
+    }
 }
 
 kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, const void *k, const void *v,

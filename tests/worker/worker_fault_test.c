@@ -219,6 +219,40 @@ static void fail_policy_reports_lost_and_late_rows(void **state)
     rig_close(&r);
 }
 
+/* A step that is given up while its rows travel leaves the layer free for another. */
+static void an_abandoned_step_can_begin_again(void **state)
+{
+    bench *b = *state;
+    rig r;
+    kvw_seq *seq = NULL;
+    kvw_step *step = NULL;
+    uint32_t reused = 0;
+    float out[64], again[64], lse[4];
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    rig_open(&r);
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, 640, NULL, NULL);
+    assert_ok(kvw_flush(seq, 0));
+    store_set(&b->store, &(store_faults){.fetch_delay_ms = 300, .delay_calls = 1});
+    assert_ok(one_step(&r, seq, 640, out, lse)); /* late, and waited for */
+    kvw_step_abandon(NULL);
+    void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, 100, 1);
+    store_set(&b->store, &(store_faults){.fetch_delay_ms = 300, .delay_calls = 1});
+    assert_ok(kvw_step_begin(seq, 0, q, 1, &step));
+    kvw_step_abandon(step);
+    assert_ok(kvw_step_begin(seq, 0, q, 1, &step));
+    assert_ok(kvw_step_attend(step, q));
+    kvw_step_abandon(step);
+    free(q);
+    q = rig_bytes(&r, r.q, rig_q_width(&r), 0, 640, 1);
+    assert_ok(kvw_step_begin(seq, 0, q, 1, &step));
+    assert_ok(kvw_step_finish(step, q, again, lse));
+    assert_memory_equal(out, again, sizeof(out));
+    free(q);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
 /* Dropped rows are left out, the others keep the numbers that all picks gave them. */
 static void drop_policy_leaves_rows_out(void **state)
 {
@@ -332,6 +366,7 @@ int main(void)
         FAULT_TEST(flush_keeps_its_deadline),
         FAULT_TEST(destroy_does_not_wait_for_a_dead_store),
         FAULT_TEST(fail_policy_reports_lost_and_late_rows),
+        FAULT_TEST(an_abandoned_step_can_begin_again),
         FAULT_TEST(drop_policy_leaves_rows_out),
         FAULT_TEST(tainted_blocks_are_not_reused),
         FAULT_TEST(a_prefix_that_vanishes_is_a_cold_start),

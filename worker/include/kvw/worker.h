@@ -159,7 +159,8 @@ KVW_API kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const
  * Begins attention of layer for the last n_q tokens appended: q_select [n_q, n_q_heads, head_dim]
  * in dtype, before RoPE, the real query or a prediction (borrowed). Selects, resolves, submits at
  * most one fetch per server; never waits for the network. Several steps may be open, one per layer.
- * INVALID: the pass is not appended, or q_select is not finite. AGAIN: a step of this layer is open.
+ * INVALID: the pass is not appended, or q_select is not finite. AGAIN: a step of this layer is
+ * open.
  */
 KVW_API kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
                                   kvw_step **step_p) KVC_MUST_CHECK;
@@ -172,7 +173,15 @@ KVW_API kvc_status kvw_step_attend(kvw_step *step, const void *q) KVC_MUST_CHECK
  */
 KVW_API kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out,
                                    float *lse) KVC_MUST_CHECK;
-/* append + begin + attend + finish. q, k, v, out as above; n_tokens new tokens. */
+/* Takes the step and drops it: cancels what is in flight and waits for it to end. The layer's
+ * tokens stay and another step may begin. NULL is fine. */
+KVW_API void kvw_step_abandon(kvw_step *step);
+/*
+ * append + begin + attend + finish. q, k, v, out as above; n_tokens new tokens. No step is open
+ * afterwards. Where it fails, the layer has the tokens unless kvw_append was what failed: then the
+ * call may be repeated, else kvw_step_begin goes on with them, or kvw_truncate takes the pass back
+ * once every layer has appended it.
+ */
 KVW_API kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, const void *k,
                                const void *v, uint32_t n_tokens, void *out,
                                float *lse) KVC_MUST_CHECK;

@@ -181,6 +181,7 @@ CALLS = {
     "kvw_step_begin": (_int, [_vp, _u32, _vp, _u32, _vpp]),
     "kvw_step_attend": (_int, [_vp, _vp]),
     "kvw_step_finish": (_int, [_vp, _vp, _vp, _vp]),
+    "kvw_step_abandon": (None, [_vp]),
     "kvw_forward": (_int, [_vp, _u32, _vp, _vp, _vp, _u32, _vp, _vp]),
     "kvw_flush": (_int, [_vp, _u64]),
     "kvw_last_picks": (_int, [_vp, _u32, C.POINTER(u32p), u32p]),
