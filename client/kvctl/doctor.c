@@ -29,7 +29,6 @@ static const char help[] =
     "    limits    locked memory and open files that a process started from here may have\n"
     "    cpu       AVX-512 or AVX2 for the kernels\n"
     "    memory    shared memory and huge pages\n"
-    "    io_uring  whether the kernel allows it (cold rows)\n"
     "    rdma      devices, for information\n"
     "    lmdb      the folder's owner, permissions, file system and free space\n"
     "\n"

@@ -127,19 +127,6 @@ static void check_memory(doctor *d)
         doctor_report(d, DOCTOR_OK, "memory", "huge pages for shared memory are allowed");
 }
 
-static void check_io_uring(doctor *d)
-{
-    char line[LINE_BYTES];
-    doctor_line("/proc/sys/kernel/io_uring_disabled", line, sizeof(line));
-    if (strcmp(line, "2") == 0 || strcmp(line, "1") == 0) {
-        doctor_report(d, DOCTOR_WARN, "io_uring", "the kernel refuses it (io_uring_disabled is %s)",
-                      line);
-        doctor_fix(d, "sysctl kernel.io_uring_disabled=0: cold rows are read through it");
-    } else {
-        doctor_report(d, DOCTOR_OK, "io_uring", "the kernel does not forbid it");
-    }
-}
-
 static void check_rdma(doctor *d)
 {
     DIR *folder = opendir("/sys/class/infiniband");
@@ -168,9 +155,8 @@ void doctor_check_machine(doctor *d)
                 "ulimit -n 65536, or LimitNOFILE=65536 in the service: each client takes several");
     check_limit(d, RLIMIT_MEMLOCK, WANTED_MEMLOCK, "locked memory",
                 "ulimit -l unlimited, or LimitMEMLOCK=infinity in the service: registered memory "
-                "(CUDA, RDMA, io_uring) counts against it");
+                "(CUDA, RDMA) counts against it");
     check_cpu(d);
     check_memory(d);
-    check_io_uring(d);
     check_rdma(d);
 }
