@@ -18,7 +18,7 @@
 #include "tier/tier.h"
 #include "transport/transport.h"
 
-#define KVS_VERSION "0.1.0"
+#define KVS_VERSION KVASIR_VERSION
 
 typedef struct kvs_writer kvs_writer;
 

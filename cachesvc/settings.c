@@ -83,7 +83,7 @@ static const kvc_setting table[] = {
 
 const kvc_config_program kvs_program = {
     .name = "cachesvc",
-    .version = "0.1.0",
+    .version = KVASIR_VERSION,
     .brief = "tiered store for the keys and values of LLM contexts",
     .synopsis = "[--config FILE] [OPTION]...",
     .description =

@@ -13,7 +13,7 @@
 
 #include "kvc/client.h"
 
-#define KVCTL_VERSION        "0.1.0"
+#define KVCTL_VERSION        KVASIR_VERSION
 #define KVCTL_DEFAULT_SERVER "grpc://127.0.0.1:7811"
 
 typedef enum kvctl_exit {
