@@ -13,20 +13,20 @@
 #include "base/assert.h"
 #include "base/clock.h"
 #include "base/digest.h"
+#include "base/sum.h"
 #include "index.h"
 
 #define HASH_PAGE (1u << KVS_HASH_PAGE_SHIFT)
 
 /* ---- hash ------------------------------------------------------------------------------------ */
 
+/* Digests come from callers, who may choose them: every byte counts, and the seed is secret. */
 static uint64_t hash_of(const kvs_index *index, uint32_t schema, const kvc_digest *digest)
 {
-    uint64_t a, b;
-    memcpy(&a, digest->bytes, sizeof(a));
-    memcpy(&b, digest->bytes + 8, sizeof(b));
-    a = (a ^ index->seed) * 0x9e3779b97f4a7c15ull;
-    a = (a ^ (a >> 32) ^ b ^ schema) * 0xd6e8feb86659fd93ull;
-    return a ^ (a >> 29);
+    uint8_t bytes[sizeof(*digest) + sizeof(schema)];
+    memcpy(bytes, digest, sizeof(*digest));
+    memcpy(bytes + sizeof(*digest), &schema, sizeof(schema));
+    return kvc_seeded_sum(bytes, sizeof(bytes), index->seed);
 }
 
 static uint32_t *bucket_at(kvs_index *index, uint32_t bucket)

@@ -13,6 +13,11 @@ uint64_t kvc_value_sum(const void *value, size_t len_bytes)
     return XXH3_64bits(value, len_bytes);
 }
 
+uint64_t kvc_seeded_sum(const void *bytes, size_t len_bytes, uint64_t seed)
+{
+    return XXH3_64bits_withSeed(bytes, len_bytes, seed);
+}
+
 uint32_t kvc_row_sum(const void *row, size_t row_bytes)
 {
     return (uint32_t)XXH3_64bits(row, row_bytes);

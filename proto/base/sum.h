@@ -11,6 +11,8 @@
 uint32_t kvc_row_sum(const void *row, size_t row_bytes);
 /* XXH3-64 of a whole value. */
 uint64_t kvc_value_sum(const void *value, size_t len_bytes);
+/* XXH3-64 with a secret seed: for hash tables whose keys others choose. Never stored. */
+uint64_t kvc_seeded_sum(const void *bytes, size_t len_bytes, uint64_t seed);
 /* sums[i] = kvc_row_sum of row i; rows are dense. */
 void kvc_row_sums(const void *rows, size_t row_bytes, uint32_t n, uint32_t *sums);
 
