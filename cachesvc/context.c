@@ -40,9 +40,10 @@ typedef struct tenant_count {
 
 struct kvs_contexts {
     kvs_contexts_opts opts;
-    kvc_mutex lock;  /* rank CONTEXT; guards all below and refs of every context */
-    slot_rec *slots; /* [KVS_CONTEXT_SLOTS], touched as needed */
-    uint32_t n_slots, free_head, n_open; /* slot numbers from 1 */
+    kvc_mutex lock;                /* rank CONTEXT; guards all below and refs of every context */
+    slot_rec *slots;               /* [KVS_CONTEXT_SLOTS], touched as needed */
+    uint32_t n_slots, n_open;      /* slot numbers from 1 */
+    uint32_t free_head, free_tail; /* the longest free slot goes first: its handles are oldest */
     tenant_count *tenants;
     uint32_t n_tenants;
     atomic_uint_least64_t n_blocks; /* in all contexts */
@@ -114,8 +115,14 @@ static bool remove_locked(kvs_contexts *contexts, kvs_context *context)
         return false;
     slot->context = NULL;
     slot->generation = (slot->generation + 1) & GENERATION_MASK;
-    slot->next_free = contexts->free_head;
-    contexts->free_head = number;
+    if (slot->generation == 0)
+        slot->generation = 1;
+    slot->next_free = 0;
+    if (contexts->free_head)
+        contexts->slots[contexts->free_tail].next_free = number;
+    else
+        contexts->free_head = number;
+    contexts->free_tail = number;
     contexts->n_open--;
     tenant_locked(contexts, &context->tenant)->n--;
     KVC_GAUGE_SUB(contexts_open, 1);
@@ -149,7 +156,7 @@ static kvc_status insert(kvs_contexts *contexts, kvs_context *context, const cha
         if (number)
             contexts->free_head = contexts->slots[number].next_free;
         else
-            number = contexts->n_slots++;
+            contexts->slots[number = contexts->n_slots++].generation = 1;
         slot_rec *slot = &contexts->slots[number];
         slot->context = context;
         context->handle = contexts->opts.boot_id << (SLOT_BITS + GENERATION_BITS) |

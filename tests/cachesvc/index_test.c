@@ -342,6 +342,42 @@ static void test_match_window(void **state)
     assert_int_equal(kvs_index_match(f->index, f->schema, parts, 1, false, digests, 10), 10);
 }
 
+/* Slots are used again in the order in which they became free; no handle has generation 0. */
+static void test_handles(void **state)
+{
+    fixture *f = *state;
+    const uint32_t slot_mask = (1u << 20) - 1;
+    kvs_contexts_opts opts = {.index = f->index,
+                              .max_per_tenant = 9,
+                              .max_context_blocks = 9,
+                              .max_blocks = 9,
+                              .default_ttl_ns = 1000000000,
+                              .max_ttl_ns = 1000000000};
+    kvs_contexts *contexts = kvs_contexts_create(&opts);
+    uint64_t handles[5];
+    for (uint32_t i = 0; i < 5; i++) {
+        kvs_context *open[3];
+        const char *why;
+        uint32_t n = i == 0 ? 3 : 1;
+        for (uint32_t k = 0; k < n; k++) {
+            assert_int_equal(kvs_context_open(contexts, f->schema, NULL, 0, 0, &open[k], &why),
+                             KVC_OK);
+            assert_true((open[k]->handle >> 20 & slot_mask) != 0);
+        }
+        handles[i] = open[0]->handle;
+        for (uint32_t k = 0; k < n; k++) {
+            kvs_context_close(contexts, open[k]);
+            kvs_context_put(contexts, open[k]);
+        }
+    }
+    assert_int_equal(handles[1] & slot_mask, handles[0] & slot_mask);
+    assert_int_equal(handles[2] & slot_mask, (handles[1] & slot_mask) + 1);
+    assert_int_equal(handles[3] & slot_mask, (handles[2] & slot_mask) + 1);
+    assert_int_equal(handles[4] & slot_mask, handles[1] & slot_mask);
+    assert_true(handles[4] != handles[1] && handles[1] != handles[0]);
+    kvs_contexts_destroy(contexts);
+}
+
 static void test_contexts(void **state)
 {
     fixture *f = *state;
@@ -415,6 +451,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_doom, setup, teardown),
         cmocka_unit_test_setup_teardown(test_promotion, setup, teardown),
         cmocka_unit_test_setup_teardown(test_match_window, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_handles, setup, teardown),
         cmocka_unit_test_setup_teardown(test_contexts, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
