@@ -98,6 +98,9 @@ kvc_status kvw_seq_create(kvw_worker *worker, const uint32_t *tokens, uint32_t n
     }
     *seq_p = NULL;
     *n_reused_p = 0;
+    if (n_tokens > KVWI_MAX_TOKENS) {
+        return kvwi_fail(KVC_INVALID, "n_tokens: a sequence has at most 2^30 tokens");
+    }
     kvw_seq *seq = calloc(1, sizeof(*seq));
     if (seq == NULL) {
         return kvwi_fail(KVC_NO_MEMORY, "out of memory");
