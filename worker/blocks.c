@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <unistd.h>
 
 #include "base/clock.h"
 #include "base/digest.h"
@@ -212,8 +213,16 @@ static kvc_status digest_extra(kvw_seq *seq, uint32_t block, kvwi_buf *out, uint
 
 void kvwi_blocks_taint(kvw_seq *seq)
 {
-    if (!seq->tainted) {
-        seq->tainted = getrandom(seq->taint, sizeof(seq->taint), 0) == (ssize_t)sizeof(seq->taint);
+    if (seq->tainted) {
+        return;
+    }
+    seq->tainted = true;
+    if (getrandom(seq->taint, sizeof(seq->taint), 0) != (ssize_t)sizeof(seq->taint)) {
+        /* no randomness to be had: the moment, and who */
+        const uint64_t who = (uint64_t)(uintptr_t)seq ^ ((uint64_t)getpid() << 44);
+        const uint64_t words[2] = {kvc_wall_ns(), kvc_now_ns() ^ who};
+        _Static_assert(sizeof(words) == sizeof(seq->taint), "fills the taint");
+        memcpy(seq->taint, words, sizeof(words));
     }
 }
 
