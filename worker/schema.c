@@ -35,11 +35,12 @@ static void write_recipe(const kvw_worker *w, char *text, size_t cap)
     (void)snprintf(text, cap,
                    "selector=%s;index=%s;projection=%s;index_dims=%u;rerank_dims=%u;"
                    "rerank_factor=%u;n_sink=%u;n_recent=%u;k=%u;eps=%u;far_position=%u;"
-                   "reselect_cos=%.17g;chunk_tokens=%u;exact=%u;passes=%s",
+                   "reselect_cos=%.17g;chunk_tokens=%u;exact=%u;passes=%s;backend=%s;isa=%s",
                    o->selector, index_names[o->index], hex, o->index_dims, o->rerank_dims,
                    o->rerank_factor, o->n_sink, o->n_recent, o->k, o->eps,
                    w->selector->positions == KVW_FAR_NEAR ? o->far_position : 0, o->reselect_cos,
-                   o->chunk_tokens, o->exact, o->reuse_any ? "any" : "chunks");
+                   o->chunk_tokens, o->exact, o->reuse_any ? "any" : "chunks",
+                   o->backend[0] != '\0' ? o->backend : "cpu", kvk_backend_isa(w->be));
 }
 
 static void write_codec(const kvw_worker *w, char *text, size_t cap)
@@ -94,7 +95,7 @@ static kvc_part kv_part(const kvw_worker *w, uint32_t rank, uint32_t layer)
         .q_dim = o->head_dim,
         .v_dim = o->head_dim,
         .rope = part_rope(w),
-        .attention_scale = (double)o->attention_scale,
+        .attention_scale = (double)w->scale,
     };
 }
 
