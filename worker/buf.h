@@ -2,7 +2,7 @@
  * buf.h: growable scratch memory, so that a step allocates nothing once it has warmed up.
  *
  * Not thread-safe: a buffer belongs to whoever owns the struct that it lies in. kvwi_buf_need may
- * lose the contents, kvwi_buf_grow keeps them. Pointers into a buffer die at its next growth.
+ * lose the contents. Pointers into a buffer die at its next growth.
  */
 #ifndef KVWI_BUF_H
 #define KVWI_BUF_H
@@ -19,8 +19,6 @@ typedef struct kvwi_buf {
 
 /* At least len_bytes (64-byte aligned); contents are lost when it has to grow. */
 kvc_status kvwi_buf_need(kvwi_buf *buf, size_t len_bytes) KVC_MUST_CHECK;
-/* At least len_bytes, contents kept; grows by half at a time. */
-kvc_status kvwi_buf_grow(kvwi_buf *buf, size_t len_bytes) KVC_MUST_CHECK;
 
 static inline void kvwi_buf_fini(kvwi_buf *buf)
 {

@@ -171,6 +171,10 @@ static kvc_status check_windows(kvw_opts *o, const kvw_selector_ops *selector)
     if (o->reselect_cos != 0 && !selector->reuses) {
         return bad("reselect_cos", "this selector has no Selection Cache");
     }
+    if (o->reselect_cos != 0 && o->chunk_tokens == 1) {
+        /* prefill would fill the cache, and a reused prefix begins without one */
+        return bad("reselect_cos", "needs a chunk_tokens above 1");
+    }
     default_u32(&o->residency_slots, 2u * o->k);
     if (o->residency_slots < o->k || o->residency_slots > 2u * MAX_WINDOW_TOKENS) {
         return bad("residency_slots", "must be at least k, since a step may fetch k rows");
@@ -181,10 +185,10 @@ static kvc_status check_windows(kvw_opts *o, const kvw_selector_ops *selector)
     return KVC_OK;
 }
 
-static kvc_status check_index(kvw_opts *o, const kvw_selector_ops *selector)
+static kvc_status check_index(kvw_opts *o, kvw_index_kind default_index)
 {
     if (o->index == 0) {
-        o->index = selector->default_index;
+        o->index = default_index;
     }
     if (o->index < KVW_INDEX_EXACT || o->index > KVW_INDEX_RERANKED) {
         return bad("index", "must be EXACT, COMPRESSED or RERANKED");
@@ -205,8 +209,7 @@ static kvc_status check_index(kvw_opts *o, const kvw_selector_ops *selector)
     if (o->rerank_factor > 1024) {
         return bad("rerank_factor", "must be at most 1024");
     }
-    const char *option = selector->check == NULL ? NULL : selector->check(o);
-    return option == NULL ? KVC_OK : bad(option, "does not suit the selector");
+    return KVC_OK;
 }
 
 static kvc_status derive(kvw_worker *w)
@@ -252,7 +255,7 @@ kvc_status kvwi_options_fill(kvw_worker *worker, const kvw_opts *opts)
         (st = check_windows(o, worker->selector)) != KVC_OK) {
         return st;
     }
-    return check_index(o, worker->selector);
+    return check_index(o, worker->selector->default_index);
 }
 
 void kvwi_options_fini(kvw_worker *worker)

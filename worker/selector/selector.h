@@ -80,8 +80,6 @@ typedef struct kvw_selector_ops {
     /* REQ. out [source->n]: one score per row, higher is better; the whole group agrees on it. */
     kvc_status (*aggregate)(kvw_select_ctx *ctx, const kvw_query *query, const kvw_source *source,
                             float *out);
-    /* OPT (NULL: anything goes). NULL, or the name of the option that does not suit it. */
-    const char *(*check)(const kvw_opts *opts);
 } kvw_selector_ops;
 
 /* The selector by name; NULL: none. */
