@@ -7,10 +7,12 @@
 #include "projection.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/digest.h"
@@ -229,7 +231,9 @@ kvc_status kvwi_projection_parse(const void *data, size_t len_bytes, kvwi_projec
     *proj_p = NULL;
     kvwi_projection *p = calloc(1, sizeof(*p));
     if (p == NULL) {
-        return KVC_NO_MEMORY;
+        why = "out of memory";
+        st = KVC_NO_MEMORY;
+        goto err_proj;
     }
     p->nested = true;
     why = parse_header(p, data, len_bytes, &body);
@@ -247,7 +251,7 @@ kvc_status kvwi_projection_parse(const void *data, size_t len_bytes, kvwi_projec
     }
     st = copy_matrices(p, (const char *)data + body);
     if (st != KVC_OK) {
-        why = "a matrix element is not finite";
+        why = st == KVC_NO_MEMORY ? "out of memory" : "a matrix element is not finite";
         goto err_proj;
     }
     st = kvc_sha256(data, len_bytes, &p->digest);
@@ -265,18 +269,41 @@ err_proj:
     return st;
 }
 
-/* Reads the whole file; *data_p is malloc'd. */
-static kvc_status read_file(FILE *f, char **data_p, size_t *len_p)
+/* Without waiting, since the path may name a pipe. NULL: *st_p says why. */
+static FILE *open_file(const char *path, kvc_status *st_p)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    *st_p = fd >= 0 ? KVC_OK : errno == ENOENT ? KVC_NOT_FOUND : KVC_IO;
+    if (fd < 0) {
+        return NULL;
+    }
+    FILE *f = fdopen(fd, "rb");
+    if (f == NULL) {
+        (void)close(fd);
+        *st_p = KVC_NO_MEMORY;
+    }
+    return f;
+}
+
+/* Reads the whole file; *data_p is malloc'd. *why_p is set where a better text is known. */
+static kvc_status read_file(FILE *f, char **data_p, size_t *len_p, const char **why_p)
 {
     off_t len = 0;
+    struct stat about;
+    if (fstat(fileno(f), &about) != 0 || !S_ISREG(about.st_mode)) {
+        *why_p = "it is not a regular file";
+        return KVC_INVALID;
+    }
     if (fseeko(f, 0, SEEK_END) != 0 || (len = ftello(f)) < 0 || fseeko(f, 0, SEEK_SET) != 0) {
         return KVC_IO;
     }
     if ((uint64_t)len > MAX_FILE_BYTES) {
+        *why_p = "it is longer than 8 GiB";
         return KVC_INVALID;
     }
     char *data = malloc((size_t)len + 1u);
     if (data == NULL) {
+        *why_p = "out of memory";
         return KVC_NO_MEMORY;
     }
     if (fread(data, 1, (size_t)len, f) != (size_t)len) {
@@ -293,19 +320,20 @@ kvc_status kvwi_projection_load(const char *path, kvwi_projection **proj_p, cons
     char *data = NULL;
     size_t len = 0;
     *proj_p = NULL;
-    if (why_p != NULL) {
-        *why_p = "it cannot be read";
+    const char *why = "it cannot be read";
+    kvc_status st = KVC_OK;
+    FILE *f = open_file(path, &st);
+    if (f != NULL) {
+        st = read_file(f, &data, &len, &why);
+        (void)fclose(f);
     }
-    FILE *f = fopen(path, "rb");
-    if (f == NULL) {
-        return errno == ENOENT ? KVC_NOT_FOUND : KVC_IO;
-    }
-    kvc_status st = read_file(f, &data, &len);
-    (void)fclose(f);
     if (st == KVC_OK) {
-        st = kvwi_projection_parse(data, len, proj_p, why_p);
+        st = kvwi_projection_parse(data, len, proj_p, &why);
     }
     free(data);
+    if (why_p != NULL) {
+        *why_p = why;
+    }
     return st;
 }
 
@@ -361,7 +389,7 @@ static bool writable(const kvwi_projection *p)
            p->dims <= KVWI_PROJECTION_MAX_DIMS;
 }
 
-kvc_status kvw_projection_write(const char *path, const kvwi_projection *proj)
+kvc_status kvwi_projection_write(const char *path, const kvwi_projection *proj)
 {
     char tmp[4096];
     kvwi_projection p = *proj;

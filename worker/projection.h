@@ -52,6 +52,6 @@ void kvwi_projection_drop_matrices(kvwi_projection *proj);
  * Writes proj (digest and derived counts are ignored; a, b as above) to path, whole or not at all.
  * INVALID: a field out of range; IO.
  */
-kvc_status kvw_projection_write(const char *path, const kvwi_projection *proj) KVC_MUST_CHECK;
+kvc_status kvwi_projection_write(const char *path, const kvwi_projection *proj) KVC_MUST_CHECK;
 
 #endif

@@ -135,7 +135,7 @@ void rig_project(rig *r, uint32_t dims)
     const char *base = getenv("TMPDIR");
     (void)snprintf(r->projection, sizeof(r->projection), "%s/kvasir-proj-%d-%s-%u.bin",
                    base == NULL ? "." : base, (int)getpid(), o->selector, o->tp_rank);
-    assert_ok(kvw_projection_write(r->projection, &p));
+    assert_ok(kvwi_projection_write(r->projection, &p));
     free(p.a);
     free(p.b);
     r->opts.projection_path = r->projection;

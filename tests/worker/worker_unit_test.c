@@ -156,7 +156,7 @@ static void the_artefact_is_read_as_written(void **state)
     const char *base = getenv("TMPDIR"), *why = NULL;
     (void)snprintf(path, sizeof(path), "%s/kvasir-unit-%d.bin", base == NULL ? "." : base,
                    (int)getpid());
-    assert_ok(kvw_projection_write(path, p));
+    assert_ok(kvwi_projection_write(path, p));
     kvwi_projection *again = NULL;
     assert_ok(kvwi_projection_load(path, &again, &why));
     assert_memory_equal(again->a, p->a, 32 * 4);
@@ -246,6 +246,7 @@ BEND(needless_dims, o->index_dims = 8)
 BEND(needless_factor, o->rerank_factor = 2)
 BEND(few_slots, o->residency_slots = 47)
 BEND(bad_cos, o->reselect_cos = 1.5)
+BEND(cos_of_ones, o->reselect_cos = 0.5; o->chunk_tokens = 1)
 BEND(nan_cos, o->reselect_cos = NAN)
 BEND(bad_policy, o->policy = (kvw_policy)9)
 BEND(group_drop, o->tp_size = 2; o->all_reduce = no_sum; o->policy = KVW_DROP)
@@ -254,6 +255,7 @@ BEND(bad_exact, o->exact = 2)
 BEND(bad_backend, o->backend = "abacus")
 BEND(bad_size, o->size_bytes = sizeof(*o) + 8)
 BEND(no_file, o->index = KVW_INDEX_COMPRESSED; o->projection_path = "/nonexistent/file")
+BEND(directory, o->index = KVW_INDEX_COMPRESSED; o->projection_path = "/")
 BEND(esa_cache, o->selector = "esa"; o->reselect_cos = 0.9)
 
 static void open_names_the_bad_option(void **state)
@@ -279,6 +281,7 @@ static void open_names_the_bad_option(void **state)
         {few_slots, "residency_slots"},
         {bad_cos, "reselect_cos"},
         {nan_cos, "reselect_cos"},
+        {cos_of_ones, "chunk_tokens"},
         {bad_policy, "policy"},
         {group_drop, "policy"},
         {bad_promise, "promise"},
@@ -286,6 +289,7 @@ static void open_names_the_bad_option(void **state)
         {bad_backend, "abacus"},
         {bad_size, "size_bytes"},
         {no_file, "/nonexistent"},
+        {directory, "regular file"},
         {esa_cache, "reselect_cos"},
     };
     (void)state;
@@ -338,6 +342,10 @@ static void calls_out_of_order_are_refused(void **state)
     void *k = rig_bytes(&r, r.k, rig_kv_width(&r), 0, 0, 8);
     void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, 0, 8);
     assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    kvw_seq *other = NULL;
+    assert_status(kvw_seq_create(r.worker, r.tokens, (1u << 30) + 1u, &other, &reused),
+                  KVC_INVALID);
+    assert_non_null(strstr(kvw_last_error(), "n_tokens"));
     assert_status(kvw_append(seq, 0, k, k, 8), KVC_INVALID);   /* no pass */
     assert_status(kvw_tokens(seq, r.tokens, 65), KVC_INVALID); /* more than a chunk */
     assert_status(kvw_tokens(seq, r.tokens, 0), KVC_INVALID);
@@ -420,6 +428,24 @@ static void an_older_struct_is_understood(void **state)
     kvw_close(worker);
 }
 
+/* The default scale is the number that it stands for; another backend computes other bits. */
+static void the_schema_names_what_computes(void **state)
+{
+    (void)state;
+    kvc_digest digest[3];
+    for (int i = 0; i < 3; i++) {
+        rig r;
+        rig_init(&r, "tokenselect", 10);
+        r.opts.attention_scale = i == 1 ? 0.25f : 0; /* of head_dim 16 */
+        r.opts.backend = i == 2 ? "reference" : "cpu";
+        rig_open(&r);
+        digest[i] = *kvw_schema_digest(r.worker);
+        rig_close(&r);
+    }
+    assert_memory_equal(&digest[0], &digest[1], sizeof(digest[0]));
+    assert_memory_not_equal(&digest[0], &digest[2], sizeof(digest[0]));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -432,6 +458,7 @@ int main(void)
         cmocka_unit_test(open_refuses_a_foreign_projection),
         cmocka_unit_test(calls_out_of_order_are_refused),
         cmocka_unit_test(keys_and_queries_must_be_finite),
+        cmocka_unit_test(the_schema_names_what_computes),
         cmocka_unit_test(an_older_struct_is_understood),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -69,7 +69,7 @@ static kvc_status write_projection(demo *d)
                                 .rope = KVWI_PROJECTION_RAW,
                                 .a = all,
                                 .b = all};
-        status = kvw_projection_write(d->projection_path, &proj);
+        status = kvwi_projection_write(d->projection_path, &proj);
     }
     free(one);
     free(all);
