@@ -10,6 +10,7 @@
 #include <stdlib.h>
 
 #include "base/digest.h"
+#include "base/fault.h"
 #include "base/log.h"
 #include "base/metrics.h"
 
@@ -73,6 +74,8 @@ kvc_status kvs_cascade_reserve(kvs_server *server, const kvs_schema *schema, uin
 {
     kvs_value_key key;
     part_key(schema, part, block, &key);
+    if (KVC_FAULT("put.reserve"))
+        return KVC_AGAIN;
     return reserve(server, schema, part, &key, true, slot_p, addr_p);
 }
 

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/fault.h"
 #include "base/metrics.h"
 #include "cascade.h"
 #include "fetch.h"
@@ -113,7 +114,7 @@ void kvs_gather_read(kvs_fetch *fetch, uint32_t read)
     kvs_row_range ranges[MAX_RANGES];
     kvs_value_key key;
     uint32_t pick = extra->first_pick;
-    kvc_status status = KVC_OK;
+    kvc_status status = KVC_FAULT("fetch.read") ? KVC_IO : KVC_OK;
     kvs_index_key(server->index, fetch->reads[read].value, &key);
     while (status == KVC_OK && pick != KVS_NO_READ) {
         uint32_t n = fill_ranges(fetch, &pick, ranges);

@@ -11,7 +11,9 @@
 #include <errno.h>
 #include <stdio.h>
 
+#include "base/fault.h"
 #include "base/log.h"
+#include "base/metrics.h"
 #include "lmdb_tier.h"
 
 #define MAX_TRIES 4u
@@ -69,6 +71,8 @@ static int try_commit(kvsi_batch *batch, uint32_t n, uint32_t *n_fit_p)
         i += rc == MDB_SUCCESS;
     }
     *n_fit_p = i;
+    if (rc == MDB_SUCCESS && KVC_FAULT("lmdb.commit"))
+        rc = EIO;
     if (rc != MDB_SUCCESS) {
         mdb_txn_abort(txn);
         return rc;
@@ -78,6 +82,7 @@ static int try_commit(kvsi_batch *batch, uint32_t n, uint32_t *n_fit_p)
         *n_fit_p = n / 2;
         return rc;
     }
+    KVC_COUNT(lmdb_commits);
     batch->drops_done = true;
     batch->class->dirty = true;
     return MDB_SUCCESS;

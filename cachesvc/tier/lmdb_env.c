@@ -14,7 +14,9 @@
 #include <unistd.h>
 
 #include "base/assert.h"
+#include "base/fault.h"
 #include "base/log.h"
+#include "base/metrics.h"
 #include "lmdb_env.h"
 
 /*
@@ -299,14 +301,20 @@ kvc_status kvsi_env_tick(kvsi_env *env)
         return kvsi_lmdb_status(rc);
     }
     rc = mdb_txn_commit(txn);
-    return rc == MDB_SUCCESS ? KVC_OK : failed(env, "mdb_txn_commit", rc);
+    if (rc != MDB_SUCCESS)
+        return failed(env, "mdb_txn_commit", rc);
+    KVC_COUNT(lmdb_commits);
+    return KVC_OK;
 }
 
 kvc_status kvsi_env_sync(kvsi_env *env)
 {
-    int rc = mdb_env_sync(env->env, 1);
+    int rc = KVC_FAULT("lmdb.sync") ? EIO : mdb_env_sync(env->env, 1);
 
-    return rc == MDB_SUCCESS ? KVC_OK : failed(env, "mdb_env_sync", rc);
+    if (rc != MDB_SUCCESS)
+        return failed(env, "mdb_env_sync", rc);
+    KVC_COUNT(lmdb_syncs);
+    return KVC_OK;
 }
 
 kvc_status kvsi_env_count(kvsi_env *env, kvsi_env_pages *pages_p)

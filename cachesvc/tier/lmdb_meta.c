@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base/log.h"
+#include "base/metrics.h"
 #include "base/sum.h"
 #include "lmdb_tier.h"
 
@@ -29,7 +30,10 @@ static int put_once(kvsi_env *env, const char *name, const void *data, size_t le
     }
     memcpy(value.mv_data, &sum, SUM_BYTES);
     memcpy((uint8_t *)value.mv_data + SUM_BYTES, data, len_bytes);
-    return mdb_txn_commit(txn);
+    rc = mdb_txn_commit(txn);
+    if (rc == MDB_SUCCESS)
+        KVC_COUNT(lmdb_commits);
+    return rc;
 }
 
 /* After a full map: more budget where there is some, else pages that were freed before. */

@@ -34,8 +34,8 @@ static void count_some(void *arg)
     for (int i = 0; i < PER_EACH; i++) {
         KVC_COUNT(requests);
         KVC_COUNT_N(put_bytes, 3);
-        KVC_GAUGE_ADD(connections, 2);
-        KVC_GAUGE_SUB(connections, 1);
+        KVC_GAUGE_ADD(requests_in_flight, 2);
+        KVC_GAUGE_SUB(requests_in_flight, 1);
         (void)kvc_metric_get(KVC_M_requests);
     }
 }
@@ -52,9 +52,9 @@ static void counts_of_all_threads_add_up(void **state)
     kvc_metrics_snapshot(values);
     assert_int_equal(values[KVC_M_requests].value, THREADS * PER_EACH);
     assert_int_equal(values[KVC_M_put_bytes].value, 3 * THREADS * PER_EACH);
-    assert_int_equal(values[KVC_M_connections].value, THREADS * PER_EACH);
+    assert_int_equal(values[KVC_M_requests_in_flight].value, THREADS * PER_EACH);
     assert_string_equal(values[KVC_M_put_bytes].name, "put_bytes");
-    assert_int_equal(values[KVC_M_connections].kind, KVC_METRIC_GAUGE);
+    assert_int_equal(values[KVC_M_requests_in_flight].kind, KVC_METRIC_GAUGE);
     kvc_metrics_reset();
     assert_int_equal(kvc_metric_get(KVC_M_requests), 0);
 }

@@ -14,6 +14,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/fault.h"
+#include "base/metrics.h"
+
 #define ROW   512u
 #define MODEL "a-model-with-a-name"
 
@@ -229,12 +232,41 @@ static void test_class_set_aside(void **state)
     assert_int_equal(count_hits(f, &large, 100, 21), 20);
 }
 
+/* A fault on the medium's side fails the put that met it, and that one only; work is counted. */
+static void test_fault_points(void **state)
+{
+    fixture *f = *state;
+    const uint32_t pick = 7;
+    uint64_t context, commits = kvc_metric_get(KVC_M_lmdb_commits);
+    uint64_t syncs = kvc_metric_get(KVC_M_lmdb_syncs);
+    put_durable(f, &f->schema, 0, 1);
+    assert_true(kvc_metric_get(KVC_M_lmdb_commits) > commits);
+    assert_true(kvc_metric_get(KVC_M_lmdb_syncs) > syncs);
+    assert_int_equal(kvc_fault_arm("lmdb.commit=always"), KVC_OK);
+    assert_int_equal(h_put1(f->peer, &f->schema, 1, 0, KVC_PROMISE_DURABLE), KVC_IO);
+    assert_int_equal(kvc_fault_arm("lmdb.commit=once"), KVC_OK);
+    put_durable(f, &f->schema, 1, 1); /* the tier tries again by itself */
+    assert_int_equal(kvc_fault_arm("put.reserve=once"), KVC_OK);
+    put_durable(f, &f->schema, 2, 1); /* straight to lmdb */
+    assert_int_equal(h_open(f->peer, &f->schema, 2, 1, 0, &context), KVC_OK);
+    assert_int_equal(kvc_fault_arm("fetch.read=once"), KVC_OK);
+    assert_int_equal(h_fetch(f->peer, context, 0, &pick, 1), KVC_OK);
+    assert_int_equal(f->peer->n_missing, 1);
+    assert_int_equal(f->peer->missing[0].status, KVC_IO);
+    assert_int_equal(kvc_fault_arm(NULL), KVC_OK);
+    check_served(f, 0, 3);
+    assert_int_equal(kvc_fault_arm("lmdb.sync=once"), KVC_OK);
+    assert_int_equal(h_put1(f->peer, &f->schema, 3, 0, KVC_PROMISE_DURABLE), KVC_IO);
+    assert_int_equal(kvc_fault_arm(NULL), KVC_OK);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_corrupt_schema_record, setup, teardown),
         cmocka_unit_test_setup_teardown(test_meta_set_aside, setup, teardown),
         cmocka_unit_test_setup_teardown(test_class_set_aside, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_fault_points, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
