@@ -49,9 +49,10 @@ static void part_key(const kvs_schema *schema, uint32_t part, const kvc_digest *
 }
 
 /* Its own class first, since that frees a slot of the right size; only a class that has nothing
-   to give takes from the largest other one, until a whole segment is empty. */
+   to give takes from the largest other one, until a whole segment is empty. A promotion moves a
+   copy, so it takes no value that is nowhere else. */
 static kvc_status reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
-                          const kvs_value_key *key, bool others, kvs_slot *slot_p, void **addr_p)
+                          const kvs_value_key *key, bool promotes, kvs_slot *slot_p, void **addr_p)
 {
     const kvs_part *info = &schema->parts[part];
     const kvs_store *dram = &server->dram;
@@ -61,8 +62,10 @@ static kvc_status reserve(kvs_server *server, const kvs_schema *schema, uint32_t
                                                schema->block_tokens, slot_p, addr_p);
         if (status != KVC_AGAIN)
             return status;
-        if (!kvs_evict_dram(server->index, info->cls, &victim) &&
-            !(others && kvs_evict_dram(server->index, KVS_ANY_CLASS, &victim)))
+        bool found = promotes ? kvs_evict_dram_copy(server->index, info->cls, &victim)
+                              : kvs_evict_dram(server->index, info->cls, &victim) ||
+                                    kvs_evict_dram(server->index, KVS_ANY_CLASS, &victim);
+        if (!found)
             return KVC_AGAIN;
         release_dram(server, &victim);
     }
@@ -76,7 +79,7 @@ kvc_status kvs_cascade_reserve(kvs_server *server, const kvs_schema *schema, uin
     part_key(schema, part, block, &key);
     if (KVC_FAULT("put.reserve"))
         return KVC_AGAIN;
-    return reserve(server, schema, part, &key, true, slot_p, addr_p);
+    return reserve(server, schema, part, &key, false, slot_p, addr_p);
 }
 
 uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, uint64_t bytes)
@@ -134,7 +137,7 @@ static void promote_run(kvs_job *job)
     void *addr;
     bool taken = false;
     kvs_index_key(server->index, p->value, &key);
-    kvc_status status = reserve(server, p->schema, p->part, &key, false, &slot, &addr);
+    kvc_status status = reserve(server, p->schema, p->part, &key, true, &slot, &addr);
     if (status == KVC_OK) {
         kvs_row_range range = {.first = 0, .n = p->schema->block_tokens, .dst = addr};
         status = server->lmdb.ops->read(server->lmdb.tier, &key, p->lmdb, info->row_bytes,

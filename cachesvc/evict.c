@@ -11,6 +11,8 @@
 
 #include "base/assert.h"
 
+#define SCAN_STEP 1024u /* values passed over in one critical section */
+
 void kvs_evict_dram_add(kvs_index *index, uint32_t id)
 {
     kvs_value *value = kvs_value_at(index, id);
@@ -97,13 +99,20 @@ static void victim_leave(kvs_index *index, kvs_value *value, uint16_t tier_flags
     }
 }
 
-static bool dram_from(kvs_index *index, kvs_class *cls, kvs_victim *victim_p)
+/* safe: only what is in lmdb too. Lets others at the lock now and then. */
+static bool dram_from(kvs_index *index, kvs_class *cls, bool safe, kvs_victim *victim_p)
 {
     for (uint64_t steps = 2 * cls->n_dram; steps > 0; steps--) {
+        if (steps % SCAN_STEP == 0) {
+            kvc_mutex_unlock(&index->lock);
+            kvc_mutex_lock(&index->lock);
+        }
         uint32_t id = cls->hand ? cls->hand : cls->dram_tail;
+        if (id == KVS_NIL)
+            return false;
         kvs_value *value = kvs_value_at(index, id);
         cls->hand = value->dram_prev;
-        if (value->refs)
+        if (value->refs || (safe && !(value->flags & KVS_LMDB)))
             continue;
         if (value->flags & KVS_VISITED) {
             value->flags &= (uint16_t)~KVS_VISITED;
@@ -148,10 +157,10 @@ static bool dram_from_any(kvs_index *index, kvs_victim *victim_p)
             best = i;
         }
     }
-    if (dram_from(index, &index->classes[best], victim_p))
+    if (dram_from(index, &index->classes[best], false, victim_p))
         return true;
     for (uint32_t i = 0; i < index->n_classes; i++)
-        if (i != best && dram_from(index, &index->classes[i], victim_p))
+        if (i != best && dram_from(index, &index->classes[i], false, victim_p))
             return true;
     return false;
 }
@@ -160,7 +169,15 @@ bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 {
     kvc_mutex_lock(&index->lock);
     bool found = cls == KVS_ANY_CLASS ? dram_from_any(index, victim_p)
-                                      : dram_from(index, &index->classes[cls], victim_p);
+                                      : dram_from(index, &index->classes[cls], false, victim_p);
+    kvc_mutex_unlock(&index->lock);
+    return found;
+}
+
+bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
+{
+    kvc_mutex_lock(&index->lock);
+    bool found = dram_from(index, &index->classes[cls], true, victim_p);
     kvc_mutex_unlock(&index->lock);
     return found;
 }

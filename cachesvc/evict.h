@@ -24,6 +24,8 @@ typedef struct kvs_victim {
 
 /* cls KVS_ANY_CLASS: the class with most bytes first. False: nothing there can give way. */
 bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
+/* A value of the class that lmdb holds too: nothing is lost. */
+bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* From the class, else from others, of any tenant, that share its lmdb environment. */
 bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* After the slot was released. */

@@ -150,14 +150,14 @@ static bool match_block(kvs_index *index, const kvs_schema *schema, const uint16
 uint32_t kvs_index_match(kvs_index *index, const kvs_schema *schema, const uint16_t *parts,
                          uint32_t n_parts, bool windowed, const kvc_digest *digests, uint32_t n)
 {
-    uint32_t hits = 0;
+    uint32_t hits = 0, step = n_parts < KVS_INDEX_STEP ? KVS_INDEX_STEP / (n_parts + 1) + 1 : 1;
     bool more = true;
     uint32_t *run = calloc(n_parts ? n_parts : 1, sizeof(*run));
     if (!run)
         return 0;
     for (uint32_t i = 0; more && i < n;) {
         kvc_mutex_lock(&index->lock);
-        for (uint32_t end = i + KVS_INDEX_STEP; more && i < n && i < end; i++) {
+        for (uint32_t end = i + step; more && i < n && i < end; i++) {
             bool good;
             more = match_block(index, schema, parts, n_parts, windowed,
                                kvs_block_find(index, schema->id, &digests[i]), i, run, &good);

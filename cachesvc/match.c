@@ -29,6 +29,10 @@ static uint16_t *wanted_parts(kvt_call *call, const kvs_schema *schema, uint32_t
         }
         places[(*n_p)++] = (uint16_t)place;
     }
+    if (n_named > schema->n_parts) {
+        kvs_fail(call, KVC_INVALID, "%u parts; the schema has %u", n_named, schema->n_parts);
+        return NULL;
+    }
     for (uint32_t i = 0; n_named == 0 && i < schema->n_parts; i++)
         if (!schema->parts[i].is_index)
             places[(*n_p)++] = (uint16_t)i;

@@ -208,8 +208,14 @@ static void test_dram_order(void **state)
     assert_int_equal(kvs_index_next_dirty(f->index, &slot), KVS_NIL);
     assert_false(kvs_evict_dram(f->index, cls, &victim)); /* it is being written */
     kvs_index_wrote(f->index, dirty, true, (kvs_slot){22, 0}, false);
-    assert_true(kvs_evict_dram(f->index, cls, &victim));
+    put_dram(f, 50, 0, false); /* in dram only: no promotion may cost it */
+    assert_true(kvs_evict_dram_copy(f->index, cls, &victim));
+    assert_int_equal(victim.slot.a, 2);
     assert_false(victim.gone); /* lmdb has it */
+    kvs_evict_finish(f->index, &victim);
+    assert_false(kvs_evict_dram_copy(f->index, cls, &victim));
+    assert_true(kvs_evict_dram(f->index, cls, &victim));
+    assert_true(victim.gone);
     kvs_evict_finish(f->index, &victim);
     kvs_read read = ref(f, blocks[2], 0, 0);
     assert_int_equal(read.where, KVS_IN_LMDB);

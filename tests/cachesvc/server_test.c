@@ -155,6 +155,9 @@ static void test_match(void **state)
     assert_int_equal(hits, 0);
     const uint32_t unknown = 11;
     assert_int_equal(h_match(f->peer, &f->schema, 0, 1, &unknown, 1, &hits), KVC_INVALID);
+    const uint32_t twice[] = {0, 10, 0, 10};
+    uint32_t n_hits;
+    assert_int_equal(h_match(f->peer, &f->schema, 0, 1, twice, 4, &n_hits), KVC_INVALID);
 }
 
 static void test_bad_puts_leave_nothing(void **state)
