@@ -14,9 +14,10 @@
 #include "base/thread.h"
 #include "lmdb_record.h"
 
-#define KVSI_ENV_SLACK_PAGES 16u /* beside a map: its lock file and the file system's own blocks   \
-                                  */
-#define KVSI_ENV_READERS     64u /* read transactions of one environment at a time; more wait */
+#define KVSI_ENV_SLACK_PAGES                                                                       \
+    16u                      /* beside a map: its lock file and the file system's own blocks       \
+                              */
+#define KVSI_ENV_READERS 64u /* read transactions of one environment at a time; more wait */
 
 typedef struct kvsi_env {
     char name[32]; /* folder: "meta" or "class-<pages>" */

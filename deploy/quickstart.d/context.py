@@ -47,7 +47,7 @@ def load_verses(path, cached):
             ).stdout
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(
-                f"quickstart: no text: {error}; install bible-kjv and bible-kjv-text, or give --text"
+                f"quickstart: no text: {error}; install bible-kjv, bible-kjv-text, or give --text"
             ) from error
         source.write_bytes(out)
     lines = source.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -51,7 +51,8 @@ def _memory(r):
         "Memory",
         f"  context: {r['tokens']:,} tokens; full KV {size(m['full_kv'])}",
         f"  in the worker: {size(m['worker'])}, {percent(m['worker'], m['full_kv'])} of it (index "
-        f"{size(m['index'])}, residency {size(m['residency'])}, sink and recent {size(m['window'])})",
+        f"{size(m['index'])}, residency {size(m['residency'])}, "
+        f"sink and recent {size(m['window'])})",
     ]
     for t in r["tiers"]:
         lines.append(
@@ -126,7 +127,8 @@ def text(r):
     """The whole report."""
     head = (
         f"Kvasir quickstart: {r['model']}, window {r['window']:,}; {r['tokens']:,} tokens read "
-        f"with {r['selector']}, {r['index']} index ({r['index_bytes']} B/token a layer; keys and values "
+        f"with {r['selector']}, {r['index']} index ({r['index_bytes']} B/token a layer; "
+        f"keys and values "
         f"have {r['row_bytes']}); {r['seconds']:.0f} s in all"
     )
     parts = [[head], _answers(r), _ceiling(r), _memory(r), _traffic(r), _reuse(r), _agreement(r)]

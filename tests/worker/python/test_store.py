@@ -1,4 +1,4 @@
-"""attach on a real cachesvc: reuse equals a cold run bit for bit, also from LMDB after a restart."""
+"""attach on a real cachesvc: reuse equals a cold run bit for bit, also from LMDB, restarted."""
 
 import os
 import signal
