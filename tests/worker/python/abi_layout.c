@@ -14,6 +14,7 @@
 #define FIELD(type, field)                                                                         \
     printf("%s %s %zu %zu\n", #type, #field, offsetof(type, field), sizeof(((type *)0)->field))
 
+/* clang-format off: it does not settle on lists of macro calls. */
 #define DIGEST(X, t) X(t, bytes)
 #define ROPE(X, t)                                                                                 \
     X(t, type)                                                                                     \
@@ -54,6 +55,7 @@
     X(t, version)                                                                                  \
     X(t, boot_id) X(t, uptime_ms) X(t, limits) X(t, n_tiers) X(t, n_counters) X(t, n_schemas)      \
         X(t, tiers) X(t, counters) X(t, schemas)
+/* clang-format on */
 
 #define PRINT(t, f) FIELD(t, f);
 
