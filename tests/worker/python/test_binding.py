@@ -104,6 +104,24 @@ class Selection(unittest.TestCase):
                     outs.append(out)
         np.testing.assert_array_equal(outs[0], outs[1])
 
+    def test_an_abandoned_step_may_be_begun_again(self):
+        rng = np.random.default_rng(4)
+        q, k, v = rows(rng, 8, 6), rows(rng, 8, 2), rows(rng, 8, 2)
+        with kvasir.Worker(GEOMETRY, "m", "tokenselect", **SMALL) as worker:
+            seq = worker.sequence()
+            seq.tokens(np.arange(8))
+            seq.append(0, k, v)
+            step = seq.step(0, q)
+            with self.assertRaises(kvasir.KvasirError) as caught:
+                seq.step(0, q)
+            self.assertEqual(caught.exception.status, kvasir.Status.AGAIN)
+            step.abandon()
+            step.abandon()
+            out = seq.step(0, q).finish(q)
+            np.testing.assert_allclose(
+                out, Oracle("tokenselect", 16, 32, 48, THETA).attend(q, k, v), atol=2e-5
+            )
+
 
 class Refusals(unittest.TestCase):
     def setUp(self):

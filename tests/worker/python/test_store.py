@@ -129,9 +129,7 @@ class Reuse(unittest.TestCase):
             with self.assertRaises(kvasir.KvasirError) as caught, torch.inference_mode():
                 for i in range(40):
                     self.model(ids_of(1, seed=i), past_key_values=cache)
-        self.assertIn(
-            caught.exception.status, (kvasir.Status.UNAVAILABLE, kvasir.Status.TIMED_OUT)
-        )
+        self.assertIn(caught.exception.status, (kvasir.Status.UNAVAILABLE, kvasir.Status.TIMED_OUT))
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ class Sequence:
 
 
 class Step:
-    """A step under way: attend (optional, while rows travel), then finish, which takes it."""
+    """A step under way: attend (optional, while rows travel), then finish (or abandon)."""
 
     def __init__(self, sequence, layer, q):
         self.sequence, self._n, self._ptr = sequence, len(q), None
@@ -314,6 +314,12 @@ class Step:
         """Attends over resident rows with the real q."""
         code = _lib.load().kvw_step_attend(self._pointer(), self.sequence._q("q", q, self._n))
         _lib.check(code, "kvw_step_attend")
+
+    def abandon(self):
+        """Drops the step; the layer's tokens stay. Twice is fine."""
+        if self._ptr is not None:
+            _lib.load().kvw_step_abandon(self._ptr)
+            self._ptr = None
 
     def finish(self, q, out=None, lse=None):
         """Waits for the misses; returns out like q."""
