@@ -107,9 +107,9 @@ def tidy_one(tidy, entry, build, config, cache):
         with open(stamp, "w", encoding="utf-8"):
             pass
         return None
-    return done.stdout + "\n".join(
-        line for line in done.stderr.split("\n") if "warnings generated" not in line
-    )
+    if not done.stdout.strip():
+        return "%s: clang-tidy ended with %d: %s" % (entry["file"], done.returncode, done.stderr)
+    return done.stdout
 
 
 def check_tidy(tree, build):

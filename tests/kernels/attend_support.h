@@ -20,7 +20,7 @@ typedef struct problem_shape {
 } problem_shape;
 
 /* All memory comes from get(); o and lse are zeroed. */
-problem make_problem(support_random *random, const problem_shape *shape);
+problem make_problem(support_random *random, const problem_shape *p);
 
 /* The bound of kernels/README.md on |o error| and |lse error| of one query head. */
 double attend_bound(const kvk_attend_args *a, size_t query, size_t head);

@@ -15,8 +15,6 @@
 
 enum { MAX_ARGS = 64, WAIT_STEPS = 3000, STEP_NS = 10000000 };
 
-extern char **environ;
-
 static bool read_first_line(const char *path, char *text, size_t text_bytes)
 {
     FILE *stream = fopen(path, "re");

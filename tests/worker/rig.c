@@ -5,7 +5,11 @@
 
 #include <math.h>
 
+#ifdef __clang__
+typedef __fp16 half; /* clang before 15 lacks _Float16 on x86 */
+#else
 __extension__ typedef _Float16 half;
+#endif
 
 /* A number in (-1, 1) with a bell shape, of the key and an index. */
 static double noise(uint64_t key, uint64_t i)

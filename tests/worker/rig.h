@@ -73,7 +73,7 @@ typedef struct rig_record {
 } rig_record;
 void rig_record_init(rig_record *record, const rig *r);
 void rig_record_fini(rig_record *record);
-void rig_record_step(void *record, const rig *r, const rig_step *step); /* a rig_check */
+void rig_record_step(void *arg, const rig *r, const rig_step *step); /* a rig_check */
 /* Largest difference of outputs of positions [first, end) of all layers; 0: equal bits. */
 double rig_record_diff(const rig *r, const rig_record *a, const rig_record *b, uint32_t first,
                        uint32_t end);

@@ -185,7 +185,8 @@ static kvc_status ask(demo *d, uint32_t needle, uint32_t *found_p)
 /* Digests of the context's full blocks, by the published rule alone. NULL when memory is out. */
 static kvc_digest *block_names(const demo *d, uint32_t n_blocks)
 {
-    kvc_digest *names = calloc(n_blocks, sizeof *names);
+    /* One more, so that no blocks at all is not taken for a lack of memory. */
+    kvc_digest *names = calloc((size_t)n_blocks + 1, sizeof *names);
     for (uint32_t i = 0; names && i < n_blocks; i++) {
         uint32_t ids[BLOCK_TOKENS];
         for (uint32_t j = 0; j < BLOCK_TOKENS; j++) {
