@@ -327,13 +327,28 @@ static void serve(struct kvti_call *call)
     listener->opts.on_call(listener->opts.arg, &call->base);
 }
 
-static void on_arrived(kvti_tag *tag, bool ok)
+/* False once the queues are being shut down, when no batch may begin. */
+static bool arrive(kvt_listener *listener)
 {
-    struct kvti_call *call = KVTI_CONTAINER(tag, struct kvti_call, arrived);
-    if (!ok) {
-        free_call(call);
-        return;
-    }
+    kvc_mutex_lock(&listener->mutex);
+    bool open = !listener->closed;
+    if (open)
+        listener->n_arriving++;
+    kvc_mutex_unlock(&listener->mutex);
+    return open;
+}
+
+static void arrived(kvt_listener *listener)
+{
+    kvc_mutex_lock(&listener->mutex);
+    listener->n_arriving--;
+    if (listener->n_arriving == 0)
+        kvc_cond_broadcast(&listener->changed);
+    kvc_mutex_unlock(&listener->mutex);
+}
+
+static void take_call(struct kvti_call *call)
+{
     kvti_arm(call->queue, call->slot);
     if (call->slot == KVTI_HEALTH_WATCH &&
         kvti_watch_begin(call->queue, call->call, call->request)) {
@@ -349,6 +364,19 @@ static void on_arrived(kvti_tag *tag, bool ok)
     join_queue(call);
     kvti_start(call->call, &closed, 1, &call->closed);
     serve(call);
+}
+
+static void on_arrived(kvti_tag *tag, bool ok)
+{
+    struct kvti_call *call = KVTI_CONTAINER(tag, struct kvti_call, arrived);
+    kvt_listener *listener = call->queue->listener;
+    /* A call whose client went away does not keep the server from shutting down meanwhile. */
+    if (!ok || !arrive(listener)) {
+        free_call(call);
+        return;
+    }
+    take_call(call);
+    arrived(listener);
 }
 
 void kvti_arm(kvti_queue *queue, int slot)

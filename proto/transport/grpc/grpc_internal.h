@@ -93,8 +93,10 @@ struct kvt_listener {
 
     /* rank TRANSPORT; guards the rest; nothing is called under it */
     kvc_mutex mutex;
-    kvc_cond changed; /* n_calls fell to 0, or gone was set */
+    kvc_cond changed; /* n_calls or n_arriving fell to 0, or gone was set */
     uint32_t n_calls;
+    uint32_t n_arriving; /* calls handed over by gRPC and not counted in n_calls yet */
+    bool closed;         /* the queues are being shut down: nothing may be started on them */
     uint64_t inflight_bytes;
     bool draining, serving;
     bool gone; /* the server has let go of every call and connection */

@@ -287,6 +287,16 @@ static void wait_until_gone(kvt_listener *listener, uint64_t deadline_ns)
     kvc_mutex_unlock(&listener->mutex);
 }
 
+/* Waits for what gRPC has handed over; whatever it hands over after that is dropped. */
+static void wait_until_quiet(kvt_listener *listener)
+{
+    kvc_mutex_lock(&listener->mutex);
+    while (listener->n_calls > 0 || listener->n_arriving > 0)
+        kvc_cond_wait(&listener->changed, &listener->mutex);
+    listener->closed = true;
+    kvc_mutex_unlock(&listener->mutex);
+}
+
 static void grpc_drain(kvt_listener *listener, uint64_t deadline_ns)
 {
     kvc_mutex_lock(&listener->mutex);
@@ -314,6 +324,7 @@ static void grpc_listener_close(kvt_listener *listener)
         return;
     grpc_drain(listener, 1);
     wait_until_gone(listener, 0);
+    wait_until_quiet(listener);
     close_queues(listener);
     grpc_server_destroy(listener->server);
     destroy_queues(listener);
