@@ -219,14 +219,15 @@ static int remove_file(const char *path, const struct stat *stat, int type, stru
 static double raw_gbps(bench *b, const bench_case *c, double bytes)
 {
     uint64_t start_ns = kvc_now_ns();
-    for (double left = bytes; left > 0; left -= (double)c->raw_bytes) {
+    size_t n = ((size_t)bytes + c->raw_bytes - 1) / c->raw_bytes;
+    for (size_t i = 0; i < n; i++) {
         kvc_status status = c->is_put ? raw_tcp_put(b->tcp, b->memory, c->raw_bytes)
                                       : raw_tcp_get(b->tcp, b->out, c->raw_bytes);
         if (status != KVC_OK) {
             return 0;
         }
     }
-    return bytes / (double)(kvc_now_ns() - start_ns);
+    return (double)(n * c->raw_bytes) / (double)(kvc_now_ns() - start_ns);
 }
 
 static int start_daemon(bench *b, const char *dram, const char *promote)
@@ -419,9 +420,10 @@ int main(int argc, char **argv)
     b.memory = calloc(b.blocks, (size_t)BLOCK_TOKENS * BIG_ROW);
     b.out = calloc(b.blocks, (size_t)BLOCK_TOKENS * BIG_ROW);
     b.picks = calloc((size_t)b.blocks * BLOCK_TOKENS, sizeof *b.picks);
+    int result = 1;
     if (!b.digests || !b.memory || !b.out || !b.picks || !mkdtemp(b.folder) ||
         raw_tcp_open(&b.tcp) != KVC_OK) {
-        return 1;
+        goto out;
     }
     for (size_t i = 0; i < (size_t)b.blocks * BLOCK_TOKENS * BIG_ROW; i += 8) {
         memcpy(b.memory + i, &i, 8);
@@ -429,9 +431,10 @@ int main(int argc, char **argv)
     printf("%s; %u values, %u runs each, 2 channels\n\n", bench_machine(), b.blocks, b.runs);
     printf("| case | GB/s | min-max | rows/s | raw TCP GB/s | ratio | CPU ns/KiB |\n");
     printf("|---|---|---|---|---|---|---|\n");
-    int result = run_dram(&b) || run_lmdb(&b);
+    result = run_dram(&b) || run_lmdb(&b);
     raw_tcp_close(b.tcp);
     (void)nftw(b.folder, remove_file, 16, FTW_DEPTH | FTW_PHYS);
+out:
     free(b.digests);
     free(b.memory);
     free(b.out);
