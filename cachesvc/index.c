@@ -155,7 +155,7 @@ const kvs_schema *kvs_index_schema(kvs_index *index, uint32_t id, uint32_t *part
 
 /* ---- put ------------------------------------------------------------------------------------- */
 
-static kvs_claim claim_old(kvs_index *index, uint32_t id, bool durable, kvs_slot *dram_p)
+static kvs_claim claim_old(kvs_index *index, uint32_t id, bool durable, kvs_slot *slot_p)
 {
     kvs_value *value = kvs_value_at(index, id);
     if (value->flags & (KVS_FILLING | KVS_DOOMED))
@@ -166,24 +166,25 @@ static kvs_claim claim_old(kvs_index *index, uint32_t id, bool durable, kvs_slot
         return KVS_CLAIM_BUSY;
     if (value->flags & KVS_LMDB) {
         value->refs++;
+        *slot_p = value->lmdb;
         return KVS_CLAIM_SYNC;
     }
     kvs_evict_dram_remove(index, id);
     value->flags |= KVS_WRITING;
-    *dram_p = value->dram;
+    *slot_p = value->dram;
     return KVS_CLAIM_WRITE;
 }
 
 kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t part,
                           const kvc_digest *digest, bool durable, uint32_t *value_p,
-                          kvs_slot *dram_p)
+                          kvs_slot *slot_p)
 {
     kvs_claim claim;
     kvc_mutex_lock(&index->lock);
     uint32_t block = kvs_block_find(index, schema->id, digest);
     uint32_t id = block == KVS_NIL ? KVS_NIL : kvs_value_find(index, block, part);
     if (id != KVS_NIL) {
-        claim = claim_old(index, id, durable, dram_p);
+        claim = claim_old(index, id, durable, slot_p);
     } else if ((id = value_create(index, schema, part, digest)) != KVS_NIL) {
         kvs_value_at(index, id)->flags = KVS_FILLING;
         claim = KVS_CLAIM_MINE;

@@ -36,7 +36,7 @@ typedef enum item_kind {
 typedef struct put_item {
     uint32_t value, part;
     item_kind kind;
-    kvs_slot dram;
+    kvs_slot slot;      /* in dram; of ITEM_SYNC: in lmdb */
     const void *rows;   /* dense: dram, the request's bytes, or copy */
     void *copy;         /* of bytes that came in pieces; NULL otherwise */
     kvs_write_job *job; /* NULL: nothing to write */
@@ -186,14 +186,14 @@ static void take_dram(kvs_put *put, uint32_t i, void *addr, cursor *at)
     kvs_server *server = put->server;
     put_item *item = &put->items[i];
     cursor_read(at, addr, put->schema->parts[item->part].value_bytes);
-    server->dram.ops->commit(server->dram.tier, item->dram);
+    server->dram.ops->commit(server->dram.tier, item->slot);
     if (put->durable) {
         item->kind = ITEM_BOTH;
         item->rows = addr;
         return;
     }
     bool dirty = server->writer && server->settings.write_behind == KVS_WRITE_BEHIND_ALL;
-    kvs_index_publish_dram(server->index, item->value, item->dram, dirty);
+    kvs_index_publish_dram(server->index, item->value, item->slot, dirty);
     if (dirty)
         kvs_writer_kick(server->writer);
     settle(put, i, KVC_OK);
@@ -223,7 +223,7 @@ static void take_new(kvs_put *put, uint32_t i, cursor *at)
     void *addr;
     kvc_status status =
         kvs_cascade_reserve(server, put->schema, item->part,
-                            &put->call->req.u.put_blocks.values[i].digest, &item->dram, &addr);
+                            &put->call->req.u.put_blocks.values[i].digest, &item->slot, &addr);
     if (status == KVC_OK) {
         take_dram(put, i, addr, at);
     } else if (server->writer) {
@@ -243,7 +243,7 @@ static void take(kvs_put *put, uint32_t i, cursor *at)
     item->put = put;
     item->part = (uint32_t)kvs_schema_part(put->schema, value->part);
     kvs_claim claim = kvs_index_claim(server->index, put->schema, item->part, &value->digest,
-                                      put->durable, &item->value, &item->dram);
+                                      put->durable, &item->value, &item->slot);
     if (claim == KVS_CLAIM_MINE) {
         take_new(put, i, at);
         return;
@@ -251,7 +251,7 @@ static void take(kvs_put *put, uint32_t i, cursor *at)
     cursor_read(at, NULL, value->len_bytes);
     if (claim == KVS_CLAIM_WRITE) {
         item->kind = ITEM_OLD;
-        item->rows = server->dram.ops->map(server->dram.tier, item->dram);
+        item->rows = server->dram.ops->map(server->dram.tier, item->slot);
     } else if (claim == KVS_CLAIM_SYNC) {
         item->kind = ITEM_SYNC;
         put->wants_sync = true;
@@ -277,12 +277,12 @@ static void written(kvs_put *put, uint32_t i, kvc_status status, kvs_slot lmdb)
     bool in_dram = item->kind == ITEM_BOTH;
     if (status == KVC_OK) {
         kvs_index_publish_lmdb(server->index, item->value, lmdb, put->durable,
-                               in_dram ? &item->dram : NULL);
+                               in_dram ? &item->slot : NULL);
     } else {
         kvs_value_key key;
         kvs_index_key(server->index, item->value, &key);
         if (in_dram)
-            server->dram.ops->release(server->dram.tier, &key, item->dram);
+            server->dram.ops->release(server->dram.tier, &key, item->slot);
         kvs_index_abandon(server->index, item->value);
     }
     settle(put, i, status);
@@ -347,11 +347,24 @@ static void submit_jobs(kvs_put *put)
 
 /* ---- sync ------------------------------------------------------------------------------------ */
 
-static void sync_finish(kvs_put *put, kvc_status status)
+/* The slots of the items that wait, in their order; returns how many. */
+static uint32_t sync_slots(const kvs_put *put, kvs_slot *slots)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < put->n; i++)
+        if (put->items[i].kind == ITEM_SYNC)
+            slots[n++] = put->items[i].slot;
+    return n;
+}
+
+/* results: of the items that wait, in their order; NULL: status for all of them. */
+static void sync_finish(kvs_put *put, const int8_t *results, kvc_status status)
 {
     for (uint32_t i = 0; i < put->n; i++) {
         if (put->items[i].kind != ITEM_SYNC)
             continue;
+        if (results)
+            status = (kvc_status)*results++;
         kvs_index_synced(put->server->index, put->items[i].value, status == KVC_OK);
         settle(put, i, status == KVC_OK ? KVC_EXISTS : status);
     }
@@ -362,7 +375,14 @@ static void sync_finish(kvs_put *put, kvc_status status)
 static void sync_run(kvs_job *job)
 {
     kvs_put *put = (kvs_put *)job;
-    sync_finish(put, put->server->lmdb.ops->sync(put->server->lmdb.tier));
+    kvs_store *lmdb = &put->server->lmdb;
+    kvs_slot *slots = malloc(put->n * sizeof(*slots));
+    int8_t *results = malloc(put->n);
+    if (slots && results)
+        (void)lmdb->ops->sync(lmdb->tier, slots, sync_slots(put, slots), results);
+    sync_finish(put, slots ? results : NULL, KVC_AGAIN);
+    free(results);
+    free(slots);
 }
 
 /* ---- the request ----------------------------------------------------------------------------- */
@@ -405,7 +425,7 @@ static void process(kvs_put *put)
             put->job.run = sync_run;
             kvc_status status = kvs_disk_submit(put->server->disk, &put->job);
             if (status != KVC_OK)
-                sync_finish(put, KVC_AGAIN);
+                sync_finish(put, NULL, KVC_AGAIN);
             return;
         case PUT_REPLY:
             answer(put);

@@ -45,9 +45,10 @@ typedef struct kvsi_drop {
 /* Someone who waits in sync. */
 typedef struct kvsi_waiter {
     struct kvsi_waiter *next;
-    uint64_t ticket; /* done once this many writes were processed and synced */
+    uint64_t ticket;  /* done once this many writes were processed and synced */
+    uint32_t classes; /* one bit for each that is waited for */
+    uint32_t failed;  /* result: those of them that are not synced */
     bool done;
-    kvc_status status;
 } kvsi_waiter;
 
 struct kvs_tier {
@@ -101,7 +102,7 @@ kvc_status kvsi_set_aside(kvs_tier *tier, const char *name) KVC_MUST_CHECK;
 void kvsi_writer_main(void *arg); /* a kvs_tier */
 kvc_status kvsi_write(kvs_tier *tier, kvs_tier_write *write);
 void kvsi_release(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot);
-kvc_status kvsi_sync(kvs_tier *tier);
+kvc_status kvsi_sync(kvs_tier *tier, const kvs_slot *slots, uint32_t n, int8_t *status);
 /* Queues a drop; takes it. */
 void kvsi_drop_push(kvs_tier *tier, kvsi_drop *drop);
 

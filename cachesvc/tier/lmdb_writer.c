@@ -152,10 +152,14 @@ void kvsi_release(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot)
     kvsi_drop_push(tier, drop);
 }
 
-kvc_status kvsi_sync(kvs_tier *tier)
+kvc_status kvsi_sync(kvs_tier *tier, const kvs_slot *slots, uint32_t n, int8_t *status)
 {
-    kvsi_waiter waiter = {.status = KVC_OK};
+    kvsi_waiter waiter = {.classes = n == 0 ? (1u << KVSI_MAX_CLASSES) - 1 : 0};
 
+    for (uint32_t i = 0; i < n; i++) {
+        KVC_ASSERT(slots[i].a < KVSI_MAX_CLASSES);
+        waiter.classes |= 1u << slots[i].a;
+    }
     kvc_mutex_lock(&tier->lock);
     waiter.ticket = tier->accepted;
     waiter.next = tier->waiters;
@@ -164,7 +168,9 @@ kvc_status kvsi_sync(kvs_tier *tier)
     while (!waiter.done)
         kvc_cond_wait(&tier->woken, &tier->lock);
     kvc_mutex_unlock(&tier->lock);
-    return waiter.status;
+    for (uint32_t i = 0; status != NULL && i < n; i++)
+        status[i] = waiter.failed >> slots[i].a & 1 ? KVC_IO : KVC_OK;
+    return waiter.failed == 0 ? KVC_OK : KVC_IO;
 }
 
 /* --- kvs-lmdb-w: taking a group --- */
@@ -343,29 +349,27 @@ static kvc_status sync_class(kvs_tier *tier, kvsi_class *class)
     return status;
 }
 
-/* Syncs what a durable write or a waiter of this group needs. */
+/* Syncs what a durable write or a waiter of this group needs; a class fails only its own. */
 static void sync_group(kvs_tier *tier, group *g)
 {
-    kvc_status all = KVC_OK;
+    uint32_t wanted = 0, failed = 0;
 
+    for (const kvsi_waiter *waiter = g->waiters; waiter != NULL; waiter = waiter->next)
+        wanted |= waiter->classes;
     for (uint32_t i = 0; i < KVSI_MAX_CLASSES; i++) {
         kvsi_batch *batch = &g->batches[i];
-        bool durable = has_durable(batch);
+        kvc_status status = KVC_OK;
+        if (batch->class->dirty && (has_durable(batch) || wanted >> i & 1))
+            status = sync_class(tier, batch->class);
         if (batch->class->broken)
-            all = KVC_IO;
-        if (!batch->class->dirty || !(durable || g->waiters != NULL))
-            continue;
-        kvc_status status = sync_class(tier, batch->class);
-        if (status == KVC_OK)
-            continue;
-        all = status;
-        for (uint32_t k = 0; k < batch->n_writes; k++) {
+            failed |= 1u << i;
+        for (uint32_t k = 0; status != KVC_OK && k < batch->n_writes; k++) {
             if (batch->writes[k] != NULL && batch->writes[k]->status == KVC_OK)
                 batch->writes[k]->status = status;
         }
     }
     for (kvsi_waiter *waiter = g->waiters; waiter != NULL; waiter = waiter->next)
-        waiter->status = all;
+        waiter->failed = waiter->classes & failed;
 }
 
 /* Calls done for the members that are durable, or for those that are not. */

@@ -115,8 +115,11 @@ typedef struct kvs_tier_ops {
        (dst undefined), NOT_FOUND if the value is gone, IO. Called on a disk thread; may block. */
     kvc_status (*read)(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
                        uint32_t n_rows, const kvs_row_range *ranges, uint32_t n_ranges);
-    /* BLOCKING: REQ. Waits until everything written before is synced. Disk thread. */
-    kvc_status (*sync)(kvs_tier *tier);
+    /* BLOCKING: REQ. Waits until the values of slots [n] are synced, with all that was written
+       before; n 0: everything. A slot's status (status [n], NULL if nobody asks) does not depend on
+       what became of others where they are synced apart. Answers the first failure: IO. Disk
+       thread. */
+    kvc_status (*sync)(kvs_tier *tier, const kvs_slot *slots, uint32_t n, int8_t *status);
 
     /* PERSISTENT: REQ. Finds every value; before any other use of an opened tier but meta_each. */
     kvc_status (*recover)(kvs_tier *tier, kvs_tier_found *found, void *arg);

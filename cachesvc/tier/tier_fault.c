@@ -284,11 +284,15 @@ static kvc_status fault_read(kvs_tier *tier, const kvs_value_key *key, kvs_slot 
     return tier->ops->read(tier->inner, key, slot, row_bytes, n_rows, ranges, n_ranges);
 }
 
-static kvc_status fault_sync(kvs_tier *tier)
+static kvc_status fault_sync(kvs_tier *tier, const kvs_slot *slots, uint32_t n, int8_t *status_p)
 {
     kvc_status status = inject(tier, OP_SYNC);
 
-    return status == KVC_OK ? tier->ops->sync(tier->inner) : status;
+    if (status == KVC_OK)
+        return tier->ops->sync(tier->inner, slots, n, status_p);
+    for (uint32_t i = 0; status_p != NULL && i < n; i++)
+        status_p[i] = (int8_t)status;
+    return status;
 }
 
 static kvc_status fault_recover(kvs_tier *tier, kvs_tier_found *found, void *arg)

@@ -257,7 +257,7 @@ static double write_tier(const kvs_tier_ops *ops, bool durable)
     while (w.n_done < all.n_values)
         pthread_cond_wait(&w.cond, &w.lock);
     pthread_mutex_unlock(&w.lock);
-    if (!durable && ops->sync(tier) != KVC_OK)
+    if (!durable && ops->sync(tier, NULL, 0, NULL) != KVC_OK)
         die("sync");
     double result = gbps(start);
     ops->close(tier);

@@ -178,10 +178,10 @@ static void test_sync_covers_lazy_writes(void **state)
         assert_int_equal(put_value(t, &key, 1, (shape){4096, 1 + i % 3}, false).status, KVC_OK);
     }
     assert_true(count_dirty() > 0);
-    assert_int_equal(t->ops->sync(t->tier), KVC_OK);
+    assert_int_equal(t->ops->sync(t->tier, NULL, 0, NULL), KVC_OK);
     assert_int_equal(count_dirty(), 0);
     uint64_t before = all_syncs;
-    assert_int_equal(t->ops->sync(t->tier), KVC_OK); /* nothing left to do */
+    assert_int_equal(t->ops->sync(t->tier, NULL, 0, NULL), KVC_OK); /* nothing left to do */
     assert_int_equal(all_syncs, before);
     assert_int_equal(t->ops->meta_put(t->tier, "name", "data", 4), KVC_OK);
     assert_int_equal(count_dirty(), 0);
@@ -213,7 +213,7 @@ static void test_sync_covers_many_groups(void **state)
                                             .arg = &members[i]};
         assert_int_equal(t->ops->write(t->tier, &members[i].write), KVC_OK);
     }
-    assert_int_equal(t->ops->sync(t->tier), KVC_OK);
+    assert_int_equal(t->ops->sync(t->tier, NULL, 0, NULL), KVC_OK);
     pthread_mutex_lock(&lock);
     assert_int_equal(n_done, N);
     pthread_mutex_unlock(&lock);
@@ -241,11 +241,37 @@ static void test_failed_sync_is_told(void **state)
     assert_int_equal(r.status, KVC_OK);
     assert_int_equal(put_value(t, &later, 1, (shape){4096, 1}, false).status, KVC_OK);
     set_failing(true);
-    assert_int_equal(t->ops->sync(t->tier), KVC_IO);
+    assert_int_equal(t->ops->sync(t->tier, NULL, 0, NULL), KVC_IO);
     set_failing(false);
     assert_int_equal(put_value(t, &later, 2, (shape){4096, 1}, true).status, KVC_IO);
     assert_int_equal(put_value(t, &later, 2, (shape){4096, 2}, true).status, KVC_OK);
     assert_value(t, &key, 1, (shape){4096, 1}, r.slot);
+}
+
+/* A class whose sync failed fails those who wait for it, and nobody who waits for another class. */
+static void test_failed_sync_stays_in_its_class(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_value_key good = key_of(1, 1, 1), bad = key_of(1, 2, 1);
+    int8_t status[3] = {0};
+
+    put_result g = put_value(t, &good, 1, (shape){4096, 1}, true);
+    put_result b = put_value(t, &bad, 1, (shape){4096, 3}, false);
+    assert_int_equal(g.status, KVC_OK);
+    assert_int_equal(b.status, KVC_OK);
+    set_failing(true);
+    kvs_slot slots[3] = {g.slot, b.slot, g.slot};
+    assert_int_equal(t->ops->sync(t->tier, slots, 3, status), KVC_IO);
+    assert_int_equal(status[0], KVC_OK);
+    assert_int_equal(status[1], KVC_IO);
+    assert_int_equal(status[2], KVC_OK);
+    set_failing(false);
+    put_result lazy = put_value(t, &bad, 1, (shape){4096, 1}, false);
+    assert_int_equal(lazy.status, KVC_OK);
+    assert_int_equal(t->ops->sync(t->tier, &lazy.slot, 1, status), KVC_OK);
+    assert_int_equal(count_dirty(), 1); /* the class that failed */
+    assert_int_equal(t->ops->sync(t->tier, &b.slot, 1, NULL), KVC_IO);
+    assert_int_equal(t->ops->sync(t->tier, NULL, 0, NULL), KVC_IO);
 }
 
 /* A release whose commit fails is tried again until it holds. */
@@ -261,7 +287,7 @@ static void test_failed_release_is_tried_again(void **state)
     usleep(60000); /* a few attempts */
     assert_int_equal(value_count(t), 1);
     set_failing(false);
-    assert_int_equal(t->ops->sync(t->tier), KVC_OK);
+    assert_int_equal(t->ops->sync(t->tier, NULL, 0, NULL), KVC_OK);
     assert_int_equal(value_count(t), 0);
     r = put_value(t, &key, 2, (shape){4096, 1}, true);
     assert_int_equal(r.status, KVC_OK);
@@ -276,6 +302,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_sync_covers_many_groups, setup, teardown),
         cmocka_unit_test_setup_teardown(test_close_leaves_nothing_dirty, setup, teardown),
         cmocka_unit_test_setup_teardown(test_failed_sync_is_told, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_failed_sync_stays_in_its_class, setup, teardown),
         cmocka_unit_test_setup_teardown(test_failed_release_is_tried_again, setup, teardown),
     };
 

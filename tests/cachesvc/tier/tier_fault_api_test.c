@@ -135,8 +135,8 @@ static void test_late_failure_leaves_nothing(void **state)
         assert_int_equal(check_rows(t, &key, 1, small, slots[i], 0, small.n_rows, &equal), want);
         assert_true(equal || want != KVC_OK);
     }
-    assert_int_equal(t->ops->sync(t->tier), KVC_IO);
-    assert_int_equal(t->ops->sync(t->tier), KVC_OK);
+    assert_int_equal(t->ops->sync(t->tier, NULL, 0, NULL), KVC_IO);
+    assert_int_equal(t->ops->sync(t->tier, NULL, 0, NULL), KVC_OK);
     assert_int_equal(value_count(t), ok);
     assert_int_equal(t->ops->recover(t->tier, count_found, &found), KVC_OK);
     assert_int_equal(found, ok);
