@@ -15,15 +15,9 @@
 #include "base/metrics.h"
 
 static kvs_handler *const handlers[KVC_METHOD_COUNT] = {
-    [KVC_DESCRIBE] = kvs_on_describe,
-    [KVC_REGISTER_SCHEMA] = kvs_on_register_schema,
-    [KVC_PUT_BLOCKS] = kvs_on_put_blocks,
-    [KVC_MATCH_PREFIX] = kvs_on_match_prefix,
-    [KVC_OPEN_CONTEXT] = kvs_on_open_context,
-    [KVC_EXTEND_CONTEXT] = kvs_on_extend_context,
-    [KVC_CLOSE_CONTEXT] = kvs_on_close_context,
-    [KVC_FETCH_ROWS] = kvs_on_fetch_rows,
-    [KVC_STATS] = kvs_on_stats,
+#define KVC_METHOD(upper, lower, name, flags) kvs_on_##lower,
+#include "wire/methods.def"
+#undef KVC_METHOD
 };
 
 /* The digest of the tenant's name; each thread remembers the last one. */

@@ -13,9 +13,10 @@
 
 typedef void kvs_handler(kvs_server *server, kvt_call *call, const kvc_digest *tenant);
 
-kvs_handler kvs_on_describe, kvs_on_register_schema, kvs_on_put_blocks, kvs_on_match_prefix,
-    kvs_on_open_context, kvs_on_extend_context, kvs_on_close_context, kvs_on_fetch_rows,
-    kvs_on_stats;
+/* kvs_on_describe and so on: one for each row of methods.def. */
+#define KVC_METHOD(upper, lower, name, flags) kvs_handler kvs_on_##lower;
+#include "wire/methods.def"
+#undef KVC_METHOD
 
 /* As kvt_listen_opts.on_call wants it; arg: the server. */
 void kvs_on_call(void *arg, kvt_call *call);

@@ -19,19 +19,14 @@ static void rpc_finish(kvci_call *call)
         *call->u.rpc.resent_p = call->resent;
 }
 
-#define RPC_KIND(method, text, schema)                                                             \
-    [method] = {.name = text, .names_schema = schema, .take = rpc_take, .finish = rpc_finish}
-
 static const kvci_kind kinds[KVC_METHOD_COUNT] = {
-    RPC_KIND(KVC_DESCRIBE, "describe", false),
-    RPC_KIND(KVC_REGISTER_SCHEMA, "schema register", false),
-    RPC_KIND(KVC_PUT_BLOCKS, "put", true),
-    RPC_KIND(KVC_MATCH_PREFIX, "match", true),
-    RPC_KIND(KVC_OPEN_CONTEXT, "context open", true),
-    RPC_KIND(KVC_EXTEND_CONTEXT, "context extend", false),
-    RPC_KIND(KVC_CLOSE_CONTEXT, "context close", false),
-    RPC_KIND(KVC_FETCH_ROWS, "fetch", false),
-    RPC_KIND(KVC_STATS, "stats", false),
+#define KVC_METHOD(upper, lower, method_name, flags)                                               \
+    {.name = method_name,                                                                          \
+     .names_schema = ((flags)&KVC_METHOD_NAMES_SCHEMA) != 0,                                       \
+     .take = rpc_take,                                                                             \
+     .finish = rpc_finish},
+#include "wire/methods.def"
+#undef KVC_METHOD
 };
 
 kvc_status kvci_rpc(kvc_client *client, const kvc_request *req, const kvci_rpc_opts *opts)

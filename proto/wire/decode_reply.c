@@ -6,35 +6,17 @@
  */
 #include "wire_internal.h"
 
-struct job {
-    const ProtobufCMessage *msg;
-    kvc_arena *arena;
-    const char *why;
-};
-
-static kvc_status refuse(struct job *job, const char *why)
-{
-    job->why = why;
-    return KVC_INVALID;
-}
-
-static kvc_status no_memory(struct job *job)
-{
-    job->why = "memory for one message is out";
-    return KVC_NO_MEMORY;
-}
-
-static kvc_status get_tiers(struct job *job, Kvasir__V1__TierStats **msgs, size_t n,
+static kvc_status get_tiers(kvci_job *job, Kvasir__V1__TierStats **msgs, size_t n,
                             const kvc_tier_stats **tiers_p)
 {
     if (n > KVCI_TIERS_MAX)
-        return refuse(job, "more than 64 tiers");
+        return kvci_refuse(job, "more than 64 tiers");
     kvc_tier_stats *tiers = kvc_arena_alloc(job->arena, n * sizeof(*tiers));
     if (tiers == NULL)
-        return no_memory(job);
+        return kvci_no_memory(job);
     for (size_t i = 0; i < n; i++) {
         if (!kvci_fits(msgs[i]->name, KVC_MAX_NAME_BYTES))
-            return refuse(job, "a tier's name has more than 255 bytes");
+            return kvci_refuse(job, "a tier's name has more than 255 bytes");
         tiers[i] = (kvc_tier_stats){
             .name = msgs[i]->name,
             .capacity_bytes = msgs[i]->capacity_bytes,
@@ -65,24 +47,24 @@ static kvc_limits get_limits(const Kvasir__V1__Limits *msg)
     };
 }
 
-static kvc_status get_describe(struct job *job, kvc_reply *reply)
+kvc_status kvci_get_describe_reply(kvci_job *job, kvc_reply *reply)
 {
     const Kvasir__V1__DescribeReply *msg = (const Kvasir__V1__DescribeReply *)job->msg;
     if (msg->limits == NULL)
-        return refuse(job, "the limits are missing");
+        return kvci_refuse(job, "the limits are missing");
     if (msg->n_schemas > KVCI_SCHEMAS_MAX)
-        return refuse(job, "more than 4096 schemas");
+        return kvci_refuse(job, "more than 4096 schemas");
     if (!kvci_fits(msg->version, KVC_MAX_NAME_BYTES))
-        return refuse(job, "the version has more than 255 bytes");
+        return kvci_refuse(job, "the version has more than 255 bytes");
     kvc_status status = get_tiers(job, msg->tiers, msg->n_tiers, &reply->u.describe.tiers);
     if (status != KVC_OK)
         return status;
     kvc_digest *schemas = kvc_arena_alloc(job->arena, msg->n_schemas * sizeof(*schemas));
     if (schemas == NULL)
-        return no_memory(job);
+        return kvci_no_memory(job);
     for (size_t i = 0; i < msg->n_schemas; i++) {
         if (kvci_get_digest(&msg->schemas[i], &schemas[i]) != KVC_OK)
-            return refuse(job, "a schema digest must have 32 bytes");
+            return kvci_refuse(job, "a schema digest must have 32 bytes");
     }
     reply->u.describe.version = msg->version;
     reply->u.describe.boot_id = msg->boot_id;
@@ -93,25 +75,25 @@ static kvc_status get_describe(struct job *job, kvc_reply *reply)
     return KVC_OK;
 }
 
-static kvc_status get_schema(struct job *job, kvc_reply *reply)
+kvc_status kvci_get_register_schema_reply(kvci_job *job, kvc_reply *reply)
 {
     const Kvasir__V1__RegisterSchemaReply *msg = (const Kvasir__V1__RegisterSchemaReply *)job->msg;
     if (kvci_get_digest(&msg->digest, &reply->u.register_schema.digest) != KVC_OK)
-        return refuse(job, "the schema digest must have 32 bytes");
+        return kvci_refuse(job, "the schema digest must have 32 bytes");
     return KVC_OK;
 }
 
-static kvc_status get_put(struct job *job, kvc_reply *reply)
+kvc_status kvci_get_put_blocks_reply(kvci_job *job, kvc_reply *reply)
 {
     const Kvasir__V1__PutBlocksReply *msg = (const Kvasir__V1__PutBlocksReply *)job->msg;
     if (msg->n_status > KVC_MAX_BATCH_VALUES)
-        return refuse(job, "more values than max_batch_values");
+        return kvci_refuse(job, "more values than max_batch_values");
     int8_t *status = kvc_arena_alloc(job->arena, msg->n_status);
     if (status == NULL)
-        return no_memory(job);
+        return kvci_no_memory(job);
     for (size_t i = 0; i < msg->n_status; i++) {
         if ((int)msg->status[i] < 0 || (int)msg->status[i] >= KVC_STATUS_COUNT)
-            return refuse(job, "a value's status is not one of the protocol's");
+            return kvci_refuse(job, "a value's status is not one of the protocol's");
         status[i] = (int8_t) - (int)msg->status[i];
     }
     reply->u.put_blocks.n_values = (uint32_t)msg->n_status;
@@ -119,13 +101,13 @@ static kvc_status get_put(struct job *job, kvc_reply *reply)
     return KVC_OK;
 }
 
-static kvc_status get_match(struct job *job, kvc_reply *reply)
+kvc_status kvci_get_match_prefix_reply(kvci_job *job, kvc_reply *reply)
 {
     reply->u.match_prefix.hits = ((const Kvasir__V1__MatchPrefixReply *)job->msg)->hits;
     return KVC_OK;
 }
 
-static kvc_status get_open(struct job *job, kvc_reply *reply)
+kvc_status kvci_get_open_context_reply(kvci_job *job, kvc_reply *reply)
 {
     const Kvasir__V1__OpenContextReply *msg = (const Kvasir__V1__OpenContextReply *)job->msg;
     reply->u.open_context.context = msg->context;
@@ -134,33 +116,33 @@ static kvc_status get_open(struct job *job, kvc_reply *reply)
     return KVC_OK;
 }
 
-static kvc_status get_extend(struct job *job, kvc_reply *reply)
+kvc_status kvci_get_extend_context_reply(kvci_job *job, kvc_reply *reply)
 {
     reply->u.extend_context.n_tokens = ((const Kvasir__V1__ExtendContextReply *)job->msg)->n_tokens;
     return KVC_OK;
 }
 
-static kvc_status get_close(struct job *job, kvc_reply *reply)
+kvc_status kvci_get_close_context_reply(kvci_job *job, kvc_reply *reply)
 {
     (void)job;
     (void)reply;
     return KVC_OK;
 }
 
-static kvc_status get_fetch(struct job *job, kvc_reply *reply)
+kvc_status kvci_get_fetch_rows_reply(kvci_job *job, kvc_reply *reply)
 {
     const Kvasir__V1__FetchRowsReply *msg = (const Kvasir__V1__FetchRowsReply *)job->msg;
     if (msg->n_missing > KVC_MAX_PICKS)
-        return refuse(job, "more missing rows than max_picks");
+        return kvci_refuse(job, "more missing rows than max_picks");
     kvc_missing_row *missing = kvc_arena_alloc(job->arena, msg->n_missing * sizeof(*missing));
     if (missing == NULL)
-        return no_memory(job);
+        return kvci_no_memory(job);
     for (size_t i = 0; i < msg->n_missing; i++) {
         const Kvasir__V1__MissingRow *row = msg->missing[i];
         if (row->index >= KVC_MAX_PICKS || (i > 0 && row->index <= missing[i - 1].index))
-            return refuse(job, "missing rows must come in ascending order");
+            return kvci_refuse(job, "missing rows must come in ascending order");
         if ((int)row->status <= 0 || (int)row->status >= KVC_STATUS_COUNT)
-            return refuse(job, "a missing row's status is not one of the protocol's");
+            return kvci_refuse(job, "a missing row's status is not one of the protocol's");
         missing[i].index = row->index;
         missing[i].status = (kvc_status) - (int)row->status;
     }
@@ -172,20 +154,20 @@ static kvc_status get_fetch(struct job *job, kvc_reply *reply)
     return KVC_OK;
 }
 
-static kvc_status get_stats(struct job *job, kvc_reply *reply)
+kvc_status kvci_get_stats_reply(kvci_job *job, kvc_reply *reply)
 {
     const Kvasir__V1__StatsReply *msg = (const Kvasir__V1__StatsReply *)job->msg;
     if (msg->n_counters > KVCI_COUNTERS_MAX)
-        return refuse(job, "more than 4096 counters");
+        return kvci_refuse(job, "more than 4096 counters");
     kvc_status status = get_tiers(job, msg->tiers, msg->n_tiers, &reply->u.stats.tiers);
     if (status != KVC_OK)
         return status;
     kvc_counter *counters = kvc_arena_alloc(job->arena, msg->n_counters * sizeof(*counters));
     if (counters == NULL)
-        return no_memory(job);
+        return kvci_no_memory(job);
     for (size_t i = 0; i < msg->n_counters; i++) {
         if (!kvci_fits(msg->counters[i]->name, KVC_MAX_NAME_BYTES))
-            return refuse(job, "a counter's name has more than 255 bytes");
+            return kvci_refuse(job, "a counter's name has more than 255 bytes");
         counters[i] = (kvc_counter){msg->counters[i]->name, msg->counters[i]->value};
     }
     reply->u.stats.uptime_ms = msg->uptime_ms;
@@ -196,15 +178,13 @@ static kvc_status get_stats(struct job *job, kvc_reply *reply)
     return KVC_OK;
 }
 
-static kvc_status convert(kvc_method method, struct job *job, kvc_reply *reply)
+static kvc_status convert(kvc_method method, kvci_job *job, kvc_reply *reply)
 {
-    typedef kvc_status get_fn(struct job *, kvc_reply *);
+    typedef kvc_status get_fn(kvci_job *, kvc_reply *);
     static get_fn *const table[KVC_METHOD_COUNT] = {
-        [KVC_DESCRIBE] = get_describe,   [KVC_REGISTER_SCHEMA] = get_schema,
-        [KVC_PUT_BLOCKS] = get_put,      [KVC_MATCH_PREFIX] = get_match,
-        [KVC_OPEN_CONTEXT] = get_open,   [KVC_EXTEND_CONTEXT] = get_extend,
-        [KVC_CLOSE_CONTEXT] = get_close, [KVC_FETCH_ROWS] = get_fetch,
-        [KVC_STATS] = get_stats,
+#define KVC_METHOD(upper, lower, name, flags) kvci_get_##lower##_reply,
+#include "wire/methods.def"
+#undef KVC_METHOD
     };
     return table[method](job, reply);
 }
@@ -214,7 +194,7 @@ kvc_status kvc_wire_decode_reply(kvc_method method, const struct iovec *in, uint
 {
     kvci_split split;
     ProtobufCMessage *msg;
-    struct job job = {.arena = arena};
+    kvci_job job = {.arena = arena};
     *reply_p = (kvc_reply){.method = method};
     kvc_status status =
         kvci_unpack(kvci_reply_type(method), in, n_in, arena, &split, &msg, &job.why);

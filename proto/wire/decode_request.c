@@ -6,25 +6,6 @@
  */
 #include "wire_internal.h"
 
-/* One conversion: from msg into req, with room in arena. *why_p names the fault. */
-struct job {
-    const ProtobufCMessage *msg;
-    kvc_arena *arena;
-    const char *why;
-};
-
-static kvc_status refuse(struct job *job, const char *why)
-{
-    job->why = why;
-    return KVC_INVALID;
-}
-
-static kvc_status no_memory(struct job *job)
-{
-    job->why = "memory for one message is out";
-    return KVC_NO_MEMORY;
-}
-
 static kvc_rope get_rope(const Kvasir__V1__Rope *msg)
 {
     if (msg == NULL)
@@ -65,24 +46,24 @@ static kvc_part get_part(const Kvasir__V1__Part *msg)
     };
 }
 
-static kvc_status get_schema(struct job *job, kvc_request *req)
+kvc_status kvci_get_register_schema_request(kvci_job *job, kvc_request *req)
 {
     const Kvasir__V1__Schema *msg = ((const Kvasir__V1__RegisterSchemaRequest *)job->msg)->schema;
     if (msg == NULL)
-        return refuse(job, "the schema is missing");
+        return kvci_refuse(job, "the schema is missing");
     if (msg->n_parts > KVC_MAX_PARTS)
-        return refuse(job, "a schema has 1 to 4096 parts");
+        return kvci_refuse(job, "a schema has 1 to 4096 parts");
     if (!kvci_fits(msg->model, KVC_MAX_NAME_BYTES) || !kvci_fits(msg->revision, KVC_MAX_NAME_BYTES))
-        return refuse(job, "model and revision must have at most 255 bytes");
+        return kvci_refuse(job, "model and revision must have at most 255 bytes");
     if (!kvci_fits(msg->recipe, KVC_MAX_RECIPE_BYTES))
-        return refuse(job, "recipe must have at most 4096 bytes");
+        return kvci_refuse(job, "recipe must have at most 4096 bytes");
     kvc_schema *schema = kvc_arena_alloc(job->arena, sizeof(*schema));
     kvc_part *parts = kvc_arena_alloc(job->arena, msg->n_parts * sizeof(*parts));
     if (schema == NULL || parts == NULL)
-        return no_memory(job);
+        return kvci_no_memory(job);
     for (size_t i = 0; i < msg->n_parts; i++) {
         if (!kvci_fits(msg->parts[i]->codec, KVC_MAX_NAME_BYTES))
-            return refuse(job, "codec is above 255 bytes");
+            return kvci_refuse(job, "codec is above 255 bytes");
         parts[i] = get_part(msg->parts[i]);
     }
     *schema = (kvc_schema){
@@ -98,21 +79,21 @@ static kvc_status get_schema(struct job *job, kvc_request *req)
     return KVC_OK;
 }
 
-static kvc_status get_put(struct job *job, kvc_request *req)
+kvc_status kvci_get_put_blocks_request(kvci_job *job, kvc_request *req)
 {
     const Kvasir__V1__PutBlocksRequest *msg = (const Kvasir__V1__PutBlocksRequest *)job->msg;
     if (kvci_get_digest(&msg->schema, &req->u.put_blocks.schema) != KVC_OK)
-        return refuse(job, "the schema digest must have 32 bytes");
+        return kvci_refuse(job, "the schema digest must have 32 bytes");
     if ((int)msg->promise != KVC_PROMISE_MEMORY && (int)msg->promise != KVC_PROMISE_DURABLE)
-        return refuse(job, "promise must be MEMORY or DURABLE");
+        return kvci_refuse(job, "promise must be MEMORY or DURABLE");
     if (msg->n_values > KVC_MAX_BATCH_VALUES)
-        return refuse(job, "more values than max_batch_values");
+        return kvci_refuse(job, "more values than max_batch_values");
     kvc_put_value *values = kvc_arena_alloc(job->arena, msg->n_values * sizeof(*values));
     if (values == NULL)
-        return no_memory(job);
+        return kvci_no_memory(job);
     for (size_t i = 0; i < msg->n_values; i++) {
         if (kvci_get_digest(&msg->values[i]->digest, &values[i].digest) != KVC_OK)
-            return refuse(job, "a value's digest must have 32 bytes");
+            return kvci_refuse(job, "a value's digest must have 32 bytes");
         values[i].part = msg->values[i]->part;
         values[i].len_bytes = msg->values[i]->len_bytes;
     }
@@ -122,68 +103,68 @@ static kvc_status get_put(struct job *job, kvc_request *req)
     return KVC_OK;
 }
 
-static const char bad_schema[] = "the schema digest must have 32 bytes";
-static const char bad_digests[] = "digests must be a run of 32 bytes each, at most max_digests";
+const char kvci_bad_schema[] = "the schema digest must have 32 bytes";
+const char kvci_bad_digests[] = "digests must be a run of 32 bytes each, at most max_digests";
 
-static kvc_status get_match(struct job *job, kvc_request *req)
+kvc_status kvci_get_match_prefix_request(kvci_job *job, kvc_request *req)
 {
     const Kvasir__V1__MatchPrefixRequest *msg = (const Kvasir__V1__MatchPrefixRequest *)job->msg;
     if (kvci_get_digest(&msg->schema, &req->u.match_prefix.schema) != KVC_OK)
-        return refuse(job, bad_schema);
+        return kvci_refuse(job, kvci_bad_schema);
     if (kvci_get_digests(&msg->digests, &req->u.match_prefix.n_digests,
                          &req->u.match_prefix.digests) != KVC_OK)
-        return refuse(job, bad_digests);
+        return kvci_refuse(job, kvci_bad_digests);
     if (msg->n_parts > KVC_MAX_PARTS)
-        return refuse(job, "more parts than a schema can have");
+        return kvci_refuse(job, "more parts than a schema can have");
     req->u.match_prefix.n_parts = (uint32_t)msg->n_parts;
     req->u.match_prefix.parts = msg->parts;
     return KVC_OK;
 }
 
-static kvc_status get_open(struct job *job, kvc_request *req)
+kvc_status kvci_get_open_context_request(kvci_job *job, kvc_request *req)
 {
     const Kvasir__V1__OpenContextRequest *msg = (const Kvasir__V1__OpenContextRequest *)job->msg;
     if (kvci_get_digest(&msg->schema, &req->u.open_context.schema) != KVC_OK)
-        return refuse(job, bad_schema);
+        return kvci_refuse(job, kvci_bad_schema);
     if (kvci_get_digests(&msg->digests, &req->u.open_context.n_digests,
                          &req->u.open_context.digests) != KVC_OK)
-        return refuse(job, bad_digests);
+        return kvci_refuse(job, kvci_bad_digests);
     req->u.open_context.ttl_ms = msg->ttl_ms;
     return KVC_OK;
 }
 
-static kvc_status get_extend(struct job *job, kvc_request *req)
+kvc_status kvci_get_extend_context_request(kvci_job *job, kvc_request *req)
 {
     const Kvasir__V1__ExtendContextRequest *msg =
         (const Kvasir__V1__ExtendContextRequest *)job->msg;
     if (kvci_get_digests(&msg->digests, &req->u.extend_context.n_digests,
                          &req->u.extend_context.digests) != KVC_OK)
-        return refuse(job, bad_digests);
+        return kvci_refuse(job, kvci_bad_digests);
     req->u.extend_context.context = msg->context;
     req->u.extend_context.n_blocks_before = msg->n_blocks_before;
     return KVC_OK;
 }
 
-static kvc_status get_close(struct job *job, kvc_request *req)
+kvc_status kvci_get_close_context_request(kvci_job *job, kvc_request *req)
 {
     req->u.close_context.context = ((const Kvasir__V1__CloseContextRequest *)job->msg)->context;
     return KVC_OK;
 }
 
-static kvc_status get_fetch(struct job *job, kvc_request *req)
+kvc_status kvci_get_fetch_rows_request(kvci_job *job, kvc_request *req)
 {
     const Kvasir__V1__FetchRowsRequest *msg = (const Kvasir__V1__FetchRowsRequest *)job->msg;
     if (msg->n_groups > KVC_MAX_GROUPS)
-        return refuse(job, "more groups than max_groups");
+        return kvci_refuse(job, "more groups than max_groups");
     kvc_row_group *groups = kvc_arena_alloc(job->arena, msg->n_groups * sizeof(*groups));
     if (groups == NULL)
-        return no_memory(job);
+        return kvci_no_memory(job);
     uint64_t n_picks = 0;
     for (size_t i = 0; i < msg->n_groups; i++) {
         const Kvasir__V1__RowGroup *group = msg->groups[i];
         n_picks += group->n_picks;
         if (n_picks > KVC_MAX_PICKS)
-            return refuse(job, "more picks than max_picks");
+            return kvci_refuse(job, "more picks than max_picks");
         groups[i] = (kvc_row_group){
             .context = group->context,
             .part = group->part,
@@ -196,22 +177,27 @@ static kvc_status get_fetch(struct job *job, kvc_request *req)
     return KVC_OK;
 }
 
-static kvc_status get_empty(struct job *job, kvc_request *req)
+kvc_status kvci_get_describe_request(kvci_job *job, kvc_request *req)
 {
     (void)job;
     (void)req;
     return KVC_OK;
 }
 
-static kvc_status convert(kvc_method method, struct job *job, kvc_request *req)
+kvc_status kvci_get_stats_request(kvci_job *job, kvc_request *req)
 {
-    typedef kvc_status get_fn(struct job *, kvc_request *);
+    (void)job;
+    (void)req;
+    return KVC_OK;
+}
+
+static kvc_status convert(kvc_method method, kvci_job *job, kvc_request *req)
+{
+    typedef kvc_status get_fn(kvci_job *, kvc_request *);
     static get_fn *const table[KVC_METHOD_COUNT] = {
-        [KVC_DESCRIBE] = get_empty,      [KVC_REGISTER_SCHEMA] = get_schema,
-        [KVC_PUT_BLOCKS] = get_put,      [KVC_MATCH_PREFIX] = get_match,
-        [KVC_OPEN_CONTEXT] = get_open,   [KVC_EXTEND_CONTEXT] = get_extend,
-        [KVC_CLOSE_CONTEXT] = get_close, [KVC_FETCH_ROWS] = get_fetch,
-        [KVC_STATS] = get_empty,
+#define KVC_METHOD(upper, lower, name, flags) kvci_get_##lower##_request,
+#include "wire/methods.def"
+#undef KVC_METHOD
     };
     return table[method](job, req);
 }
@@ -221,7 +207,7 @@ kvc_status kvc_wire_decode_request(kvc_method method, const struct iovec *in, ui
 {
     kvci_split split;
     ProtobufCMessage *msg;
-    struct job job = {.arena = arena};
+    kvci_job job = {.arena = arena};
     *req_p = (kvc_request){.method = method};
     kvc_status status =
         kvci_unpack(kvci_request_type(method), in, n_in, arena, &split, &msg, &job.why);

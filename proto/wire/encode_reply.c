@@ -6,13 +6,7 @@
  */
 #include "wire_internal.h"
 
-struct out {
-    kvc_arena *arena;
-    const void **head_p;
-    size_t *head_bytes_p;
-};
-
-static kvc_status pack(const struct out *out, const ProtobufCMessage *msg, uint64_t data_bytes)
+static kvc_status pack(const kvci_out *out, const ProtobufCMessage *msg, uint64_t data_bytes)
 {
     return kvci_pack(msg, data_bytes, out->arena, out->head_p, out->head_bytes_p);
 }
@@ -60,7 +54,7 @@ static Kvasir__V1__Limits put_limits(const kvc_limits *limits)
     return msg;
 }
 
-static kvc_status put_describe(const kvc_reply *reply, const struct out *out)
+kvc_status kvci_put_describe_reply(const kvc_reply *reply, const kvci_out *out)
 {
     uint32_t n = reply->u.describe.n_schemas;
     Kvasir__V1__DescribeReply msg = KVASIR__V1__DESCRIBE_REPLY__INIT;
@@ -84,7 +78,7 @@ static kvc_status put_describe(const kvc_reply *reply, const struct out *out)
     return pack(out, &msg.base, 0);
 }
 
-static kvc_status put_schema(const kvc_reply *reply, const struct out *out)
+kvc_status kvci_put_register_schema_reply(const kvc_reply *reply, const kvci_out *out)
 {
     Kvasir__V1__RegisterSchemaReply msg = KVASIR__V1__REGISTER_SCHEMA_REPLY__INIT;
     msg.digest = kvci_put_digest(&reply->u.register_schema.digest);
@@ -100,7 +94,7 @@ static kvc_status put_status(int status, Kvasir__V1__ItemStatus *item_p)
     return KVC_OK;
 }
 
-static kvc_status put_blocks(const kvc_reply *reply, const struct out *out)
+kvc_status kvci_put_put_blocks_reply(const kvc_reply *reply, const kvci_out *out)
 {
     uint32_t n = reply->u.put_blocks.n_values;
     if (n > KVC_MAX_BATCH_VALUES)
@@ -118,14 +112,14 @@ static kvc_status put_blocks(const kvc_reply *reply, const struct out *out)
     return pack(out, &msg.base, 0);
 }
 
-static kvc_status put_match(const kvc_reply *reply, const struct out *out)
+kvc_status kvci_put_match_prefix_reply(const kvc_reply *reply, const kvci_out *out)
 {
     Kvasir__V1__MatchPrefixReply msg = KVASIR__V1__MATCH_PREFIX_REPLY__INIT;
     msg.hits = reply->u.match_prefix.hits;
     return pack(out, &msg.base, 0);
 }
 
-static kvc_status put_open(const kvc_reply *reply, const struct out *out)
+kvc_status kvci_put_open_context_reply(const kvc_reply *reply, const kvci_out *out)
 {
     Kvasir__V1__OpenContextReply msg = KVASIR__V1__OPEN_CONTEXT_REPLY__INIT;
     msg.context = reply->u.open_context.context;
@@ -134,21 +128,21 @@ static kvc_status put_open(const kvc_reply *reply, const struct out *out)
     return pack(out, &msg.base, 0);
 }
 
-static kvc_status put_extend(const kvc_reply *reply, const struct out *out)
+kvc_status kvci_put_extend_context_reply(const kvc_reply *reply, const kvci_out *out)
 {
     Kvasir__V1__ExtendContextReply msg = KVASIR__V1__EXTEND_CONTEXT_REPLY__INIT;
     msg.n_tokens = reply->u.extend_context.n_tokens;
     return pack(out, &msg.base, 0);
 }
 
-static kvc_status put_close(const kvc_reply *reply, const struct out *out)
+kvc_status kvci_put_close_context_reply(const kvc_reply *reply, const kvci_out *out)
 {
     Kvasir__V1__CloseContextReply msg = KVASIR__V1__CLOSE_CONTEXT_REPLY__INIT;
     (void)reply;
     return pack(out, &msg.base, 0);
 }
 
-static kvc_status put_fetch(const kvc_reply *reply, const struct out *out)
+kvc_status kvci_put_fetch_rows_reply(const kvc_reply *reply, const kvci_out *out)
 {
     uint32_t n = reply->u.fetch_rows.n_missing;
     if (n > KVC_MAX_PICKS || !kvci_data_fits(reply->data, reply->n_data, reply->data_bytes))
@@ -174,7 +168,7 @@ static kvc_status put_fetch(const kvc_reply *reply, const struct out *out)
     return pack(out, &msg.base, reply->data_bytes);
 }
 
-static kvc_status put_stats(const kvc_reply *reply, const struct out *out)
+kvc_status kvci_put_stats_reply(const kvc_reply *reply, const kvci_out *out)
 {
     uint32_t n = reply->u.stats.n_counters;
     Kvasir__V1__StatsReply msg = KVASIR__V1__STATS_REPLY__INIT;
@@ -206,20 +200,18 @@ static kvc_status put_stats(const kvc_reply *reply, const struct out *out)
 kvc_status kvc_wire_encode_reply(const kvc_reply *reply, kvc_arena *arena, const void **head_p,
                                  size_t *head_bytes_p)
 {
-    typedef kvc_status put_fn(const kvc_reply *, const struct out *);
+    typedef kvc_status put_fn(const kvc_reply *, const kvci_out *);
     static put_fn *const table[KVC_METHOD_COUNT] = {
-        [KVC_DESCRIBE] = put_describe,   [KVC_REGISTER_SCHEMA] = put_schema,
-        [KVC_PUT_BLOCKS] = put_blocks,   [KVC_MATCH_PREFIX] = put_match,
-        [KVC_OPEN_CONTEXT] = put_open,   [KVC_EXTEND_CONTEXT] = put_extend,
-        [KVC_CLOSE_CONTEXT] = put_close, [KVC_FETCH_ROWS] = put_fetch,
-        [KVC_STATS] = put_stats,
+#define KVC_METHOD(upper, lower, name, flags) kvci_put_##lower##_reply,
+#include "wire/methods.def"
+#undef KVC_METHOD
     };
-    struct out out = {arena, head_p, head_bytes_p};
+    kvci_out out = {arena, head_p, head_bytes_p};
     *head_p = NULL;
     *head_bytes_p = 0;
     if ((int)reply->method < 0 || reply->method >= KVC_METHOD_COUNT)
         return KVC_INVALID;
-    if (reply->data_bytes != 0 && reply->method != KVC_FETCH_ROWS)
+    if (reply->data_bytes != 0 && !(kvc_method_flags(reply->method) & KVC_METHOD_BULK_REPLY))
         return KVC_INVALID;
     return table[reply->method](reply, &out);
 }

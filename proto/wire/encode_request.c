@@ -7,13 +7,7 @@
 #include "wire_internal.h"
 
 /* Where the packed bytes go; one argument instead of three. */
-struct out {
-    kvc_arena *arena;
-    const void **head_p;
-    size_t *head_bytes_p;
-};
-
-static kvc_status pack(const struct out *out, const ProtobufCMessage *msg, uint64_t data_bytes)
+static kvc_status pack(const kvci_out *out, const ProtobufCMessage *msg, uint64_t data_bytes)
 {
     return kvci_pack(msg, data_bytes, out->arena, out->head_p, out->head_bytes_p);
 }
@@ -72,7 +66,7 @@ static bool schema_fits(const kvc_schema *schema)
     return true;
 }
 
-static kvc_status put_schema(const kvc_request *req, const struct out *out)
+kvc_status kvci_put_register_schema_request(const kvc_request *req, const kvci_out *out)
 {
     const kvc_schema *schema = req->u.register_schema.schema;
     if (!schema_fits(schema))
@@ -101,7 +95,7 @@ static kvc_status put_schema(const kvc_request *req, const struct out *out)
     return pack(out, &top.base, 0);
 }
 
-static kvc_status put_blocks(const kvc_request *req, const struct out *out)
+kvc_status kvci_put_put_blocks_request(const kvc_request *req, const kvci_out *out)
 {
     uint32_t n = req->u.put_blocks.n_values;
     bool data_fits = req->data_bytes == 0 || req->data != NULL;
@@ -128,7 +122,7 @@ static kvc_status put_blocks(const kvc_request *req, const struct out *out)
     return pack(out, &msg.base, req->data_bytes);
 }
 
-static kvc_status put_match(const kvc_request *req, const struct out *out)
+kvc_status kvci_put_match_prefix_request(const kvc_request *req, const kvci_out *out)
 {
     if (req->u.match_prefix.n_digests > KVC_MAX_DIGESTS ||
         req->u.match_prefix.n_parts > KVC_MAX_PARTS)
@@ -141,7 +135,7 @@ static kvc_status put_match(const kvc_request *req, const struct out *out)
     return pack(out, &msg.base, 0);
 }
 
-static kvc_status put_open(const kvc_request *req, const struct out *out)
+kvc_status kvci_put_open_context_request(const kvc_request *req, const kvci_out *out)
 {
     if (req->u.open_context.n_digests > KVC_MAX_DIGESTS)
         return KVC_INVALID;
@@ -152,7 +146,7 @@ static kvc_status put_open(const kvc_request *req, const struct out *out)
     return pack(out, &msg.base, 0);
 }
 
-static kvc_status put_extend(const kvc_request *req, const struct out *out)
+kvc_status kvci_put_extend_context_request(const kvc_request *req, const kvci_out *out)
 {
     if (req->u.extend_context.n_digests > KVC_MAX_DIGESTS)
         return KVC_INVALID;
@@ -163,14 +157,14 @@ static kvc_status put_extend(const kvc_request *req, const struct out *out)
     return pack(out, &msg.base, 0);
 }
 
-static kvc_status put_close(const kvc_request *req, const struct out *out)
+kvc_status kvci_put_close_context_request(const kvc_request *req, const kvci_out *out)
 {
     Kvasir__V1__CloseContextRequest msg = KVASIR__V1__CLOSE_CONTEXT_REQUEST__INIT;
     msg.context = req->u.close_context.context;
     return pack(out, &msg.base, 0);
 }
 
-static kvc_status put_fetch(const kvc_request *req, const struct out *out)
+kvc_status kvci_put_fetch_rows_request(const kvc_request *req, const kvci_out *out)
 {
     uint32_t n = req->u.fetch_rows.n_groups;
     if (n > KVC_MAX_GROUPS)
@@ -198,30 +192,38 @@ static kvc_status put_fetch(const kvc_request *req, const struct out *out)
     return pack(out, &msg.base, 0);
 }
 
-static kvc_status put_empty(const kvc_request *req, const struct out *out)
+static kvc_status put_empty(const kvc_request *req, const kvci_out *out)
 {
     ProtobufCMessage msg;
     protobuf_c_message_init(kvci_request_type(req->method), &msg);
     return pack(out, &msg, 0);
 }
 
+kvc_status kvci_put_describe_request(const kvc_request *req, const kvci_out *out)
+{
+    return put_empty(req, out);
+}
+
+kvc_status kvci_put_stats_request(const kvc_request *req, const kvci_out *out)
+{
+    return put_empty(req, out);
+}
+
 kvc_status kvc_wire_encode_request(const kvc_request *req, kvc_arena *arena, const void **head_p,
                                    size_t *head_bytes_p)
 {
-    typedef kvc_status put_fn(const kvc_request *, const struct out *);
+    typedef kvc_status put_fn(const kvc_request *, const kvci_out *);
     static put_fn *const table[KVC_METHOD_COUNT] = {
-        [KVC_DESCRIBE] = put_empty,      [KVC_REGISTER_SCHEMA] = put_schema,
-        [KVC_PUT_BLOCKS] = put_blocks,   [KVC_MATCH_PREFIX] = put_match,
-        [KVC_OPEN_CONTEXT] = put_open,   [KVC_EXTEND_CONTEXT] = put_extend,
-        [KVC_CLOSE_CONTEXT] = put_close, [KVC_FETCH_ROWS] = put_fetch,
-        [KVC_STATS] = put_empty,
+#define KVC_METHOD(upper, lower, name, flags) kvci_put_##lower##_request,
+#include "wire/methods.def"
+#undef KVC_METHOD
     };
-    struct out out = {arena, head_p, head_bytes_p};
+    kvci_out out = {arena, head_p, head_bytes_p};
     *head_p = NULL;
     *head_bytes_p = 0;
     if ((int)req->method < 0 || req->method >= KVC_METHOD_COUNT)
         return KVC_INVALID;
-    if (req->data_bytes != 0 && req->method != KVC_PUT_BLOCKS)
+    if (req->data_bytes != 0 && !(kvc_method_flags(req->method) & KVC_METHOD_BULK_REQUEST))
         return KVC_INVALID;
     return table[req->method](req, &out);
 }

@@ -15,20 +15,21 @@
 #include "kvc/types.h"
 
 typedef enum kvc_method {
-    KVC_DESCRIBE = 0,
-    KVC_REGISTER_SCHEMA,
-    KVC_PUT_BLOCKS,
-    KVC_MATCH_PREFIX,
-    KVC_OPEN_CONTEXT,
-    KVC_EXTEND_CONTEXT,
-    KVC_CLOSE_CONTEXT,
-    KVC_FETCH_ROWS,
-    KVC_STATS,
+#define KVC_METHOD(upper, lower, name, flags) KVC_##upper,
+#include "wire/methods.def"
+#undef KVC_METHOD
     KVC_METHOD_COUNT,
 } kvc_method;
 
+/* What sets a method apart; see methods.def. */
+#define KVC_METHOD_BULK_REQUEST 1u /* its request may carry a payload */
+#define KVC_METHOD_BULK_REPLY   2u /* its reply may */
+#define KVC_METHOD_NAMES_SCHEMA 4u /* NOT_FOUND may mean that the server forgot the schema */
+
 /* "FetchRows" and so on; never NULL. */
 const char *kvc_method_name(kvc_method method);
+/* KVC_METHOD_* of a method; 0 for a number that is none. */
+uint32_t kvc_method_flags(kvc_method method);
 
 typedef struct kvc_put_value {
     kvc_digest digest;

@@ -55,6 +55,46 @@ kvc_status kvci_get_digests(const ProtobufCBinaryData *bytes, uint32_t *n_p,
 /* True if text has at most max_bytes. */
 bool kvci_fits(const char *text, size_t max_bytes);
 
+/* ---- one method's messages; the files encode_*.c, decode_*.c and those named after methods ----
+ */
+
+/* Where an encoder's bytes go; as kvci_pack. */
+typedef struct kvci_out {
+    kvc_arena *arena;
+    const void **head_p;
+    size_t *head_bytes_p;
+} kvci_out;
+
+/* One conversion of an unpacked message, with room in arena; why names the fault. */
+typedef struct kvci_job {
+    const ProtobufCMessage *msg;
+    kvc_arena *arena;
+    const char *why;
+} kvci_job;
+
+/* Gives the fault and returns INVALID. */
+static inline kvc_status kvci_refuse(kvci_job *job, const char *why)
+{
+    job->why = why;
+    return KVC_INVALID;
+}
+
+static inline kvc_status kvci_no_memory(kvci_job *job)
+{
+    job->why = "memory for one message is out";
+    return KVC_NO_MEMORY;
+}
+
+#define KVC_METHOD(upper, lower, name, flags)                                                      \
+    kvc_status kvci_put_##lower##_request(const kvc_request *req, const kvci_out *out);            \
+    kvc_status kvci_get_##lower##_request(kvci_job *job, kvc_request *req);                        \
+    kvc_status kvci_put_##lower##_reply(const kvc_reply *reply, const kvci_out *out);              \
+    kvc_status kvci_get_##lower##_reply(kvci_job *job, kvc_reply *reply);
+#include "wire/methods.def"
+#undef KVC_METHOD
+
+extern const char kvci_bad_schema[], kvci_bad_digests[]; /* texts of decode_request.c */
+
 /* Packs msg and, where data_bytes is not 0, appends the bulk field's tag and length. */
 kvc_status kvci_pack(const ProtobufCMessage *msg, uint64_t data_bytes, kvc_arena *arena,
                      const void **head_p, size_t *head_bytes_p) KVC_MUST_CHECK;

@@ -56,15 +56,9 @@ kvc_status kvti_grpc_target(const char *uri, char target_p[KVTI_TARGET_BYTES])
 const char *kvti_method_path(kvc_method method)
 {
     static const char *const paths[KVC_METHOD_COUNT] = {
-        [KVC_DESCRIBE] = "/kvasir.v1.KvCache/Describe",
-        [KVC_REGISTER_SCHEMA] = "/kvasir.v1.KvCache/RegisterSchema",
-        [KVC_PUT_BLOCKS] = "/kvasir.v1.KvCache/PutBlocks",
-        [KVC_MATCH_PREFIX] = "/kvasir.v1.KvCache/MatchPrefix",
-        [KVC_OPEN_CONTEXT] = "/kvasir.v1.KvCache/OpenContext",
-        [KVC_EXTEND_CONTEXT] = "/kvasir.v1.KvCache/ExtendContext",
-        [KVC_CLOSE_CONTEXT] = "/kvasir.v1.KvCache/CloseContext",
-        [KVC_FETCH_ROWS] = "/kvasir.v1.KvCache/FetchRows",
-        [KVC_STATS] = "/kvasir.v1.KvCache/Stats",
+#define KVC_METHOD(upper, lower, name, flags) "/kvasir.v1.KvCache/" name,
+#include "wire/methods.def"
+#undef KVC_METHOD
     };
     return paths[method];
 }

@@ -25,6 +25,8 @@
 #define KVTI_MESSAGE_SLACK_BYTES KVC_MAX_HEADER_BYTES
 #define KVTI_METADATA_BYTES      (16 << 10)
 #define KVTI_MAX_WATCHES         256u
+/* Flags of methods with a payload, which many calls at a time want. */
+#define KVTI_BULK                (KVC_METHOD_BULK_REQUEST | KVC_METHOD_BULK_REPLY)
 
 #define KVTI_STATUS_KEY "kvc-status"
 #define KVTI_RETRY_KEY  "retry-after-ms"

@@ -206,9 +206,9 @@ static void arm_all(kvt_listener *listener)
 {
     for (uint32_t q = 0; q < listener->n_queues; q++) {
         for (int slot = 0; slot < KVTI_SLOTS; slot++) {
-            uint32_t n = slot >= KVC_METHOD_COUNT                           ? ARMED_HEALTH
-                         : slot == KVC_PUT_BLOCKS || slot == KVC_FETCH_ROWS ? ARMED_BULK
-                                                                            : ARMED_OTHER;
+            uint32_t n = slot >= KVC_METHOD_COUNT                         ? ARMED_HEALTH
+                         : kvc_method_flags((kvc_method)slot) & KVTI_BULK ? ARMED_BULK
+                                                                          : ARMED_OTHER;
             for (uint32_t i = 0; i < n; i++)
                 kvti_arm(&listener->queues[q], slot);
         }
