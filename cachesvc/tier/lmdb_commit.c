@@ -92,12 +92,13 @@ static int try_commit(kvsi_batch *batch, uint32_t n, uint32_t *n_fit_p)
 static kvc_status create_class(kvs_tier *tier, kvsi_class *class)
 {
     char name[32];
-    uint64_t claimed =
-        kvsi_claim(tier, 0, KVSI_ENV_SLACK_PAGES + KVSI_CLASS_PAGES + 2 * class->record_pages);
+    uint64_t claimed = kvsi_claim(tier, 0, kvsi_first_claim(class));
 
-    if (claimed < KVSI_ENV_SLACK_PAGES + KVSI_CLASS_PAGES) {
+    if (claimed < kvsi_first_claim(class)) {
         kvsi_unclaim(tier, claimed);
-        return KVC_AGAIN;
+        KVC_LOG_ERROR(TIER, "lmdb: no capacity is left for values of %u pages",
+                      class->record_pages);
+        return KVC_NO_SPACE;
     }
     snprintf(name, sizeof(name), "class-%u", class->record_pages);
     kvc_status status =

@@ -69,7 +69,8 @@ struct kvs_tier {
     kvc_cond work;  /* something for the writer */
     kvc_cond woken; /* a waiter is done */
     uint64_t claimed_pages;
-    uint32_t n_classes; /* classes[0 .. n_classes) never change place */
+    uint32_t n_classes;     /* classes[0 .. n_classes) never change place */
+    uint32_t refused_pages; /* the size class that was last refused, and logged */
     kvsi_class classes[KVSI_MAX_CLASSES];
     kvs_tier_write *writes, **writes_end;
     kvsi_drop *drops, **drops_end;
@@ -93,6 +94,8 @@ uint64_t kvsi_claim(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages);
 void kvsi_unclaim(kvs_tier *tier, uint64_t pages);
 /* Pages that a class's trees, free lists and fragments may take beyond its records. */
 uint64_t kvsi_reserve_pages(const kvsi_class *class);
+/* What a class must be able to claim before its environment is worth creating. */
+uint64_t kvsi_first_claim(const kvsi_class *class);
 
 /* Renames a damaged, closed environment to *.bad; its claim stays. IO. */
 kvc_status kvsi_set_aside(kvs_tier *tier, const char *name) KVC_MUST_CHECK;

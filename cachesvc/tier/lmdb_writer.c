@@ -37,18 +37,33 @@ static kvsi_class *find_class(kvs_tier *tier, uint32_t pages)
     return NULL;
 }
 
-/* The caller holds the lock. */
-static void refuse_class(kvs_tier *tier, uint32_t pages)
+/* A size class that cannot be had is named, once; the caller holds the lock. */
+static kvc_status refuse_class(kvs_tier *tier, uint32_t pages, const char *why)
 {
     char list[KVSI_MAX_CLASSES * 12] = "";
     size_t n = 0;
 
+    if (tier->refused_pages == pages)
+        return KVC_NO_SPACE;
+    tier->refused_pages = pages;
     for (uint32_t i = 0; i < tier->n_classes; i++)
         n += (size_t)snprintf(list + n, sizeof(list) - n, "%s%u", i > 0 ? ", " : "",
                               tier->classes[i].record_pages);
-    KVC_LOG_ERROR(TIER,
-                  "lmdb: a value of %u pages needs a ninth size class; those of %s pages exist",
-                  pages, list);
+    KVC_LOG_ERROR(TIER, "lmdb: values of %u pages are refused: %s; those of %s pages exist", pages,
+                  why, list);
+    return KVC_NO_SPACE;
+}
+
+/* Whether the class could hold a value if it held no other; else releases help nobody. */
+static bool could_hold(const kvs_tier *tier, const kvsi_class *class)
+{
+    uint64_t left = tier->capacity_pages - tier->claimed_pages;
+
+    if (class->map_pages == 0)
+        return kvsi_first_claim(class) <= left;
+    return class->live_pages > 0 || class->queued_pages > 0 ||
+           class->tree_pages + kvsi_reserve_pages(class) + class->record_pages <=
+               class->map_pages + left;
 }
 
 /* Whether the write may be queued; the caller holds the lock. */
@@ -58,10 +73,8 @@ static kvc_status admit(kvs_tier *tier, uint32_t pages, kvsi_class **class_p)
 
     if (tier->stop)
         return KVC_CLOSED;
-    if (class == NULL && tier->n_classes == KVSI_MAX_CLASSES) {
-        refuse_class(tier, pages);
-        return KVC_NO_SPACE;
-    }
+    if (class == NULL && tier->n_classes == KVSI_MAX_CLASSES)
+        return refuse_class(tier, pages, "it would be a ninth size class");
     if (tier->n_queued == KVSI_MAX_QUEUED)
         return KVC_AGAIN;
     if (class == NULL) {
@@ -70,6 +83,8 @@ static kvc_status admit(kvs_tier *tier, uint32_t pages, kvsi_class **class_p)
     }
     if (class->broken)
         return KVC_IO;
+    if (!could_hold(tier, class))
+        return refuse_class(tier, pages, "other size classes have claimed the whole capacity");
     uint64_t room = class->map_pages + tier->capacity_pages - tier->claimed_pages;
     uint64_t need = class->live_pages + class->tree_pages + kvsi_reserve_pages(class) +
                     class->queued_pages + pages;
@@ -93,7 +108,7 @@ static void note_queued(kvs_tier *tier)
 kvc_status kvsi_write(kvs_tier *tier, kvs_tier_write *write)
 {
     uint64_t bytes = (uint64_t)write->row_bytes * write->n_rows;
-    kvsi_class *class;
+    kvsi_class *class = NULL;
 
     if (bytes == 0 || write->n_rows > KVSI_MAX_ROWS || bytes > tier->max_value_bytes)
         return KVC_INVALID;

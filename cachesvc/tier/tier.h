@@ -107,9 +107,10 @@ typedef struct kvs_tier_ops {
     const void *(*map)(kvs_tier *tier, kvs_slot slot);
 
     /* BLOCKING: REQ, else NULL. Queues a write; does not block. AGAIN: the queue or the cap is
-       full; NO_SPACE: a size class too many; INVALID: a shape out of range; CLOSED; IO. After OK,
-       done runs once, with AGAIN or NO_SPACE again where room was short after all, or IO. A write
-       of a key that was released before replaces it: their order holds. */
+       full and releases help; NO_SPACE: a size class too many, or none of the cap is left for it;
+       INVALID: a shape out of range; CLOSED; IO. After OK, done runs once, with AGAIN or NO_SPACE
+       again where room was short after all, or IO. A write of a key that was released before
+       replaces it: their order holds. */
     kvc_status (*write)(kvs_tier *tier, kvs_tier_write *write);
     /* BLOCKING: REQ. Reads row ranges of one value, verifying every row's sum; CORRUPT if one fails
        (dst undefined), NOT_FOUND if the value is gone, IO. Called on a disk thread; may block. */

@@ -60,6 +60,11 @@ uint64_t kvsi_reserve_pages(const kvsi_class *class)
     return RESERVE_PAGES + 2 * class->tree_pages + class->live_pages / RESERVE_PART;
 }
 
+uint64_t kvsi_first_claim(const kvsi_class *class)
+{
+    return KVSI_ENV_SLACK_PAGES + KVSI_CLASS_PAGES + 2ull * class->record_pages;
+}
+
 /* --- opening --- */
 
 static kvc_status check_opts(const kvs_tier_opts *opts)

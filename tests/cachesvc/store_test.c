@@ -102,6 +102,28 @@ static uint32_t count_hits(fixture *f, uint64_t first, uint32_t n)
     return hits;
 }
 
+/* The capacity of lmdb went to another size class: told at once, and dram serves on. */
+static void test_no_lmdb_for_another_size(void **state)
+{
+    fixture *f = *state;
+    h_schema wide;
+    uint64_t context;
+    uint32_t picks[] = {0, 5, H_TOKENS - 1};
+    close_server(f, false);
+    f->h.settings.lmdb_bytes = 4u << 20;
+    open_server(f);
+    for (uint64_t b = 0; b < 300; b++)
+        assert_int_equal(h_put1(f->peer, &f->schema, b, 0, KVC_PROMISE_DURABLE), KVC_OK);
+    h_schema_init(&wide, "wide", 1, 4 * ROW, false);
+    assert_int_equal(h_register(f->peer, &wide), KVC_OK);
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(h_put1(f->peer, &wide, 1, 0, KVC_PROMISE_DURABLE), KVC_NO_SPACE);
+    assert_int_equal(h_put1(f->peer, &wide, 1, 0, KVC_PROMISE_MEMORY), KVC_OK);
+    assert_int_equal(h_open(f->peer, &wide, 1, 1, 0, &context), KVC_OK);
+    h_fetch_equal(f->peer, &wide, context, 1, 0, picks, 3);
+    assert_int_equal(h_put1(f->peer, &f->schema, 300, 0, KVC_PROMISE_DURABLE), KVC_OK);
+}
+
 static void test_rows_from_lmdb(void **state)
 {
     fixture *f = *state;
@@ -393,6 +415,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_rows_from_lmdb, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_no_lmdb_for_another_size, setup, teardown),
         cmocka_unit_test_setup_teardown(test_durable_survives, setup, teardown),
         cmocka_unit_test_setup_teardown(test_write_behind, setup, teardown),
         cmocka_unit_test_setup_teardown(test_flush, setup, teardown),
