@@ -1,6 +1,8 @@
 """attach on tiny random models: equal to stock within the budget, to the oracle beyond it."""
 
+import gc
 import unittest
+import weakref
 
 import need
 
@@ -273,6 +275,22 @@ class Refusals(unittest.TestCase):
         with self.assertRaises((ValueError, NotImplementedError)):
             generate(self.model, self.ids, 2, num_beams=2, past_key_values=self.kv.cache())
 
+    def test_training(self):
+        self.model.train()
+        self.refuse("model.eval", input_ids=self.ids)
+        self.model.eval()
+        self.model.model.layers[1].self_attn.train()
+        self.refuse("model.eval", input_ids=self.ids)
+
+    def test_dropout(self):
+        self.model.config.attention_dropout = 0.1
+        self.model.model.layers[0].self_attn.attention_dropout = 0.1
+        cache = self.kv.cache()
+        with torch.inference_mode():
+            self.model(self.ids, past_key_values=cache)
+        self.model.model.layers[0].self_attn.train()
+        self.refuse("model.eval", input_ids=self.ids)
+
     def test_twice(self):
         with self.assertRaisesRegex(RuntimeError, "attached already"):
             kvasir.attach(self.model, **SMALL)
@@ -335,6 +353,30 @@ class Models(unittest.TestCase):
             model.model.layers[0].mlp.up_proj.weight += 0.01
         self.assertNotEqual(before, hf_model.fingerprint(model))
 
+    def test_fingerprint_sees_every_element(self):
+        """One row of a fine-tuned embedding, one element, one bit, and what is not a parameter."""
+        model = make(vocab_size=8192)
+        model.register_buffer("scales", torch.ones(3))
+        weight = model.model.embed_tokens.weight
+        seen = {hf_model.fingerprint(model)}
+        with torch.no_grad():
+            for change in (
+                lambda: weight[4999].mul_(1.5),
+                lambda: weight.view(-1)[-1].add_(1.0),
+                lambda: weight.view(torch.int32).view(-1)[777].bitwise_xor_(1),
+                lambda: model.scales[1].fill_(2.0),
+            ):
+                change()
+                seen.add(hf_model.fingerprint(model))
+        self.assertEqual(len(seen), 5)
+
+    def test_fingerprint_of_every_dtype_and_layout(self):
+        model = make().bfloat16()
+        before = hf_model.fingerprint(model)
+        model.lm_head.weight.data = model.lm_head.weight.data.t().contiguous().t()
+        self.assertEqual(before, hf_model.fingerprint(model))
+        self.assertNotEqual(before, hf_model.fingerprint(make()))
+
 
 class Attaching(unittest.TestCase):
     def test_the_name_alone_says_what_to_do(self):
@@ -357,6 +399,49 @@ class Attaching(unittest.TestCase):
         self.assertNotIn("forward", vars(model.model))
         self.assertTrue(torch.equal(stock_logits(model, ids), want))
         kvasir.attach(model, **SMALL).detach()
+
+    def test_detach_gives_back_a_forward_of_the_models_own(self):
+        model, ids, seen = make(), ids_of(8), []
+        stock = model.model.forward
+
+        def own(*args, **kwargs):
+            seen.append(1)
+            return stock(*args, **kwargs)
+
+        model.model.forward = own
+        with kvasir.attach(model, **SMALL) as kv, torch.inference_mode():
+            model(ids, past_key_values=kv.cache())
+            self.assertEqual(len(seen), 1)
+        self.assertIs(model.model.forward, own)
+
+    def test_attach_that_fails_half_way_changes_nothing(self):
+        model, ids = make(), ids_of(8)
+        rotary, want, set_real = model.model.rotary_emb, stock_logits(model, ids), hf.RawRotary
+
+        class Fail(hf.RawRotary):
+            def __init__(self, real):
+                raise MemoryError("on purpose")
+
+        hf.RawRotary = Fail
+        try:
+            with self.assertRaisesRegex(MemoryError, "on purpose"):
+                kvasir.attach(model, **SMALL)
+        finally:
+            hf.RawRotary = set_real
+        self.assertEqual(model.config._attn_implementation, "sdpa")
+        self.assertIs(model.model.rotary_emb, rotary)
+        self.assertNotIn("forward", vars(model.model))
+        self.assertTrue(torch.equal(stock_logits(model, ids), want))
+        kvasir.attach(model, **SMALL).detach()
+
+    def test_an_attached_model_that_is_dropped_goes(self):
+        model = make()
+        kv = kvasir.attach(model, **SMALL)
+        cache = kv.cache()
+        gone = [weakref.ref(x) for x in (model, model.model, kv, kv.worker, cache.sequence)]
+        del model, kv, cache
+        gc.collect()
+        self.assertEqual([x() for x in gone], 5 * [None])
 
     def test_crop_takes_back_drafts(self):
         model, ids = make(), ids_of(20)

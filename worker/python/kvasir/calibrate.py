@@ -64,7 +64,6 @@ def load_model(path, dtype):
 def token_slice(tokenizer, text_path, n_tokens, skip_chars=0):
     """n_tokens ids of a text file from skip_chars on; fewer where the text ends."""
     with open(text_path, encoding="utf-8", errors="replace") as f:
-        f.seek(0)
         text = f.read()[skip_chars:]
     ids = []
     while text and len(ids) < n_tokens:

@@ -1,10 +1,11 @@
 """Client: a connection to a store (kvc/client.h). Any thread."""
 
 import ctypes
-import weakref
+import sys
 from dataclasses import dataclass
 
 from . import _abi, _lib
+from ._handle import Handle
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class Client:
     """
 
     def __init__(self, uris, connect_timeout_s=None, timeout_s=None, n_channels=0):
-        self._ptr = None
-        self._users = weakref.WeakSet()
+        self._handle = None
         opts = _abi.ClientOpts(
             size_bytes=ctypes.sizeof(_abi.ClientOpts),
             uris=uris.encode(),
@@ -61,32 +61,28 @@ class Client:
             default_timeout_ns=_lib.ns(timeout_s),
             n_channels=n_channels,
         )
-        ptr = ctypes.c_void_p()
-        code = _lib.load().kvc_client_open(ctypes.byref(opts), ctypes.byref(ptr))
+        lib, ptr = _lib.load(), ctypes.c_void_p()
+        code = lib.kvc_client_open(ctypes.byref(opts), ctypes.byref(ptr))
         _lib.check(code, "kvc_client_open", "kvc_last_error")
-        self._ptr = ptr
+        self._handle = Handle("kvc_client", "the client", ptr, lib.kvc_client_close)
 
     @property
-    def pointer(self):
-        """The kvc_client *, borrowed."""
-        if self._ptr is None:
-            raise ValueError("the client is closed")
-        return self._ptr
-
-    def add_user(self, worker):
-        """Notes a worker that must be closed before this client."""
-        self._users.add(worker)
+    def handle(self):
+        """Handle of the kvc_client: `with client.handle as pointer`."""
+        return self._handle
 
     @property
     def limits(self):
         """Limits that the server advertised at connect, by name."""
-        return _plain(_lib.load().kvc_client_limits(self.pointer).contents)
+        with self._handle as ptr:
+            return _plain(_lib.load().kvc_client_limits(ptr).contents)
 
     def stats(self, timeout_s=None):
         """ServerStats of the server now. Blocks."""
         lib, out = _lib.load(), ctypes.POINTER(_abi.ServerStats)()
-        code = lib.kvc_stats(self.pointer, _lib.deadline_ns(timeout_s), ctypes.byref(out))
-        _lib.check(code, "kvc_stats", "kvc_last_error")
+        with self._handle as ptr:
+            code = lib.kvc_stats(ptr, _lib.deadline_ns(timeout_s), ctypes.byref(out))
+            _lib.check(code, "kvc_stats", "kvc_last_error")
         try:
             s = out.contents
             return ServerStats(
@@ -104,15 +100,16 @@ class Client:
             lib.kvc_stats_free(out)
 
     def close(self):
-        """Closes its workers and then itself; twice is fine."""
-        if self._ptr is not None:
-            for worker in list(self._users):
-                worker.close()
-            _lib.load().kvc_client_close(self._ptr)
-            self._ptr = None
+        """Closes its workers and then itself; twice, and from any thread, is fine. Blocks."""
+        if self._handle is not None:
+            self._handle.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+    def __del__(self):
+        if not sys.is_finalizing():
+            self.close()

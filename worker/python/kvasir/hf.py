@@ -40,7 +40,14 @@ NOT_ATTACHED = (
     "past_key_values"
 )
 
-_attachments = weakref.WeakKeyDictionary()  # decoder -> Attachment
+TRAINING = (
+    "kvasir: the model is in training mode; call model.eval(): training is not served, since "
+    "dropout and gradients would need keys and values that are not kept"
+)
+
+# decoder -> weak reference to its Attachment, which the decoder's own forward keeps alive. A strong
+# one would, through Attachment.model, keep every model that was ever attached.
+_attachments = weakref.WeakKeyDictionary()
 
 
 class RawRotary(nn.Module):
@@ -66,6 +73,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         raise RuntimeError(NOT_ATTACHED)
     if kwargs.get("s_aux") is not None or kwargs.get("softcap"):
         raise UnsupportedModel("attention sinks or softcapped logits")
+    if dropout or module.training:
+        raise ValueError(TRAINING)
     geometry = cache.attachment.geometry
     if scaling is not None and abs(scaling - geometry.attention_scale) > 1e-6:
         raise UnsupportedModel(f"layer {module.layer_idx} scales attention by {scaling}")
@@ -128,29 +137,45 @@ class Attachment:
                     progress(cache.n_tokens, end)
 
     def install(self):
-        """Changes the model; see the head of this file."""
+        """Changes the model (see the head of this file), wholly or not at all."""
         model, base = self.model, self._base
-        self._saved = (model.config._attn_implementation, base.rotary_emb)
-        model.set_attn_implementation(NAME)
-        base.rotary_emb = RawRotary(base.rotary_emb)
         stock = base.forward
+        self._saved = (
+            model.config._attn_implementation,
+            base.rotary_emb,
+            vars(base).get("forward"),
+        )
 
         def forward(*args, **kwargs):
             return self._forward(stock, *args, **kwargs)
 
-        base.forward = forward
-        _attachments[base] = self
+        try:
+            model.set_attn_implementation(NAME)
+            base.rotary_emb = RawRotary(base.rotary_emb)
+            base.forward = forward
+            _attachments[base] = weakref.ref(self)
+        except BaseException:
+            self._restore()
+            raise
+
+    def _restore(self):
+        implementation, rotary, forward = self._saved
+        self._saved = None
+        vars(self._base).pop("forward", None)
+        if forward is not None:  # the model had one of its own
+            self._base.forward = forward
+        self._base.rotary_emb = rotary
+        _attachments.pop(self._base, None)
+        self.model.set_attn_implementation(implementation)
 
     def detach(self):
         """Puts the model back, closes the worker (and the client that attach opened)."""
         if self._saved is None:
             return
-        implementation, rotary = self._saved
-        self._saved = None
-        del self._base.forward
-        self._base.rotary_emb = rotary
-        self.model.set_attn_implementation(implementation)
-        _attachments.pop(self._base, None)
+        self._restore()
+        self._close()
+
+    def _close(self):
         self.worker.close()
         if self._own_client is not None:
             self._own_client.close()
@@ -171,6 +196,8 @@ class Attachment:
         inputs_embeds=None,
         **kwargs,
     ):
+        if self._base.training:
+            raise ValueError(TRAINING)
         cache = self._check_cache(past_key_values)
         _check_input(cache, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         chunk, n = self.worker.chunk_tokens, input_ids.shape[1]
@@ -237,6 +264,12 @@ def _check_input(cache, input_ids, attention_mask, position_ids, inputs_embeds, 
         raise ValueError("kvasir: attention weights are never computed as a whole")
 
 
+def _attached(base):
+    """The Attachment of a decoder, or None."""
+    reference = _attachments.get(base)
+    return None if reference is None else reference()
+
+
 def attach(model, client=None, selector="tokenselect", model_id=None, revision=None, **options):
     """
     Makes model attend through a worker; returns an Attachment. client: a Client, a URI (opened and
@@ -244,7 +277,7 @@ def attach(model, client=None, selector="tokenselect", model_id=None, revision=N
     name the weights in the store; by default the config's name and a fingerprint of the weights.
     Other keywords are Worker's. UnsupportedModel says why a model cannot be done.
     """
-    if hf_model.base_of(model) in _attachments:
+    if _attached(hf_model.base_of(model)) is not None:
         raise RuntimeError("kvasir: this model is attached already; detach it first")
     geometry, base = hf_model.geometry_of(model)
     own = Client(client) if isinstance(client, str) else None
@@ -262,13 +295,17 @@ def attach(model, client=None, selector="tokenselect", model_id=None, revision=N
             own.close()
         raise
     attachment = Attachment(model, base, geometry, worker, own)
-    attachment.install()
+    try:
+        attachment.install()
+    except BaseException:
+        attachment._close()
+        raise
     return attachment
 
 
 def detach(model):
     """Undoes attach(model); a model that is not attached is left alone."""
-    attachment = _attachments.get(hf_model.base_of(model))
+    attachment = _attached(hf_model.base_of(model))
     if attachment is not None:
         attachment.detach()
 

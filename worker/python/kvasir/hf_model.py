@@ -6,13 +6,16 @@ wrongly.
 """
 
 import hashlib
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from .worker import Geometry, Rope
 
+PIECE_BYTES = 16 << 20  # hashed at a time; enters the fingerprint
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -159,15 +162,33 @@ def model_id(model):
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
+def _weights(model):
+    """(name, tensor) of what the model computes with and would be saved; shared ones once."""
+    seen = set()
+    for name, x in model.state_dict(keep_vars=True).items():
+        if not isinstance(x, torch.Tensor) or id(x) in seen:
+            continue
+        seen.add(id(x))
+        yield name, x
+
+
+def _pieces(model):
+    """Each weight's description, then its bytes as arrays of at most PIECE_BYTES."""
+    for name, x in _weights(model):
+        yield f"{name} {tuple(x.shape)} {x.dtype}".encode()
+        flat = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        for i in range(0, flat.numel(), PIECE_BYTES):
+            yield flat[i : i + PIECE_BYTES].numpy()
+
+
 def fingerprint(model):
     """
-    Hexadecimal digest of the config and of a sample of every weight. It is the schema's revision
-    unless one is given: two fine-tunings of one model must not share keys and values.
+    Hexadecimal digest of the config and of every byte of every weight. It is the schema's revision
+    unless one is given: two fine-tunings of one model must not share keys and values. SHA-256 on
+    all cores, 1.3 GB/s a core with SHA instructions: 270 MB take 0.1 to 0.3 s on two, 16 GB 6 s.
     """
     h = hashlib.sha256(repr(sorted(model.config.to_diff_dict().items())).encode())
-    for name, p in model.named_parameters():
-        flat = p.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)][:512]
-        h.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        h.update(sample.float().cpu().numpy().tobytes())
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for digest in pool.map(lambda piece: hashlib.sha256(piece).digest(), _pieces(model)):
+            h.update(digest)
     return h.hexdigest()[:32]

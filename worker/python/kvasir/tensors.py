@@ -63,13 +63,6 @@ def empty_like(x, shape):
     return x.new_empty(shape) if is_torch(x) else np.empty(shape, x.dtype)
 
 
-def new_lse(x, shape):
-    """A float32 array of x's kind for log-sum-exps."""
-    if is_torch(x):
-        return x.new_empty(shape).float()
-    return np.empty(shape, np.float32)
-
-
 def token_ids(tokens):
     """tokens (a list, array or tensor of one dimension) as contiguous uint32."""
     if is_torch(tokens):

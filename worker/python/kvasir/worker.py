@@ -6,12 +6,13 @@ on this side. A Sequence is used by one thread at a time; different ones may run
 
 import ctypes
 import sys
-import weakref
 from dataclasses import dataclass
 
 import numpy as np
 
 from . import _abi, _lib, tensors
+from ._handle import Handle
+from .errors import KvasirError, Status
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Geometry:
         return 2 * self.n_kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
 
 
+CHUNK_TOKENS = 512  # what a Worker asks for unless told otherwise
+
+
 def _choice(what, table, value):
     if value is None:
         return 0
@@ -70,6 +74,8 @@ def _choice(what, table, value):
 def _bytes(text):
     return None if text is None else str(text).encode()
 
+
+_u32 = ctypes.c_uint32
 
 # Options that pass through to kvw_opts as they are; 0 is the C side's default.
 _COUNTS = (
@@ -104,15 +110,14 @@ class Worker:
         backend=None,
         **counts,
     ):
-        self._ptr = None
-        self._sequences = weakref.WeakSet()
+        self._handle = None
         unknown = set(counts) - set(_COUNTS)
         if unknown:
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}")
         g = self.geometry = geometry
         self.client = client
         self.dtype = tensors.dtype_name(g.dtype)
-        self.chunk_tokens = counts.get("chunk_tokens") or 512
+        self.chunk_tokens = counts["chunk_tokens"] = counts.get("chunk_tokens") or CHUNK_TOKENS
         opts = _abi.WorkerOpts(
             size_bytes=ctypes.sizeof(_abi.WorkerOpts),
             model=_bytes(model),
@@ -124,7 +129,6 @@ class Worker:
             dtype=tensors.DTYPES[self.dtype],
             rope=g.rope.params(),
             attention_scale=g.attention_scale,
-            client=None if client is None else client.pointer,
             promise=_choice("promise", _abi.PROMISE, promise),
             fetch_timeout_ns=_lib.ns(fetch_timeout_s),
             policy=_choice("policy", _abi.POLICY, policy),
@@ -136,36 +140,39 @@ class Worker:
             put_timeout_ns=_lib.ns(put_timeout_s),
             **counts,
         )
-        ptr = ctypes.c_void_p()
-        code = _lib.load().kvw_open(ctypes.byref(opts), ctypes.byref(ptr))
-        _lib.check(code, "kvw_open")
-        self._ptr = ptr
-        if client is not None:
-            client.add_user(self)
+        if client is None:
+            self._handle = self._open(opts, None)
+        else:
+            with client.handle as opts.client:
+                self._handle = self._open(opts, client.handle)
+
+    @staticmethod
+    def _open(opts, parent):
+        lib, ptr = _lib.load(), ctypes.c_void_p()
+        _lib.check(lib.kvw_open(ctypes.byref(opts), ctypes.byref(ptr)), "kvw_open")
+        return Handle("kvw_worker", "the worker", ptr, lib.kvw_close, parent)
 
     @property
-    def pointer(self):
-        """The kvw_worker *, borrowed."""
-        if self._ptr is None:
-            raise ValueError("the worker is closed")
-        return self._ptr
+    def handle(self):
+        """Handle of the kvw_worker: `with worker.handle as pointer`."""
+        return self._handle
 
     @property
     def schema_digest(self):
         """The digest of the schema that this worker's values have, in hexadecimal."""
-        return bytes(_lib.load().kvw_schema_digest(self.pointer).contents.bytes).hex()
+        with self._handle as ptr:
+            return bytes(_lib.load().kvw_schema_digest(ptr).contents.bytes).hex()
 
     def sequence(self, tokens=()):
-        """A Sequence over tokens known beforehand; .n_reused of them need no prefill. Blocks."""
+        """
+        A Sequence over tokens known beforehand; .n_reused of them need no prefill. Blocks.
+        """
         return Sequence(self, tokens)
 
     def close(self):
-        """Closes its sequences and then itself; twice is fine."""
-        if self._ptr is not None:
-            for sequence in list(self._sequences):
-                sequence.close()
-            _lib.load().kvw_close(self._ptr)
-            self._ptr = None
+        """Closes its sequences and then itself; twice, and from any thread, is fine. Blocks."""
+        if self._handle is not None:
+            self._handle.close()
 
     def __enter__(self):
         return self
@@ -173,46 +180,49 @@ class Worker:
     def __exit__(self, *_):
         self.close()
 
+    def __del__(self):
+        if not sys.is_finalizing():
+            self.close()
+
 
 class Sequence:
-    """One context being read and written; made by Worker.sequence."""
+    """
+    One context being read and written; made by Worker.sequence. Calls of other threads wait for
+    each other; after close() (also the worker's or client's) they raise KvasirError CLOSED.
+    """
 
     def __init__(self, worker, tokens):
-        self._ptr = None
+        self._handle = None
         self.worker = worker
-        ids, ptr, reused = tensors.token_ids(tokens), ctypes.c_void_p(), ctypes.c_uint32()
-        code = _lib.load().kvw_seq_create(
-            worker.pointer,
-            tensors.u32_pointer(ids),
-            ids.size,
-            ctypes.byref(ptr),
-            ctypes.byref(reused),
-        )
-        _lib.check(code, "kvw_seq_create")
-        self._ptr = ptr
+        lib, ids, ptr, reused = _lib.load(), tensors.token_ids(tokens), ctypes.c_void_p(), _u32()
+        with worker.handle as owner:
+            code = lib.kvw_seq_create(
+                owner, tensors.u32_pointer(ids), ids.size, ctypes.byref(ptr), ctypes.byref(reused)
+            )
+            _lib.check(code, "kvw_seq_create")
+            self._handle = Handle(
+                "kvw_seq", "the sequence", ptr, lib.kvw_seq_destroy, worker.handle, exclusive=True
+            )
         self.n_reused = reused.value
-        worker._sequences.add(self)
 
-    @property
-    def pointer(self):
-        """The kvw_seq *, borrowed."""
-        if self._ptr is None:
-            raise ValueError("the sequence is closed")
-        return self._ptr
+    def _call(self, name, *args):
+        """A call of the library on this sequence, checked."""
+        with self._handle as ptr:
+            _lib.check(getattr(_lib.load(), name)(ptr, *args), name)
 
     def __len__(self):
         """Tokens held by all layers."""
-        return _lib.load().kvw_seq_tokens(self.pointer)
+        with self._handle as ptr:
+            return _lib.load().kvw_seq_tokens(ptr)
 
     def tokens(self, ids):
         """Begins a pass over the next ids (1 .. chunk_tokens)."""
         ids = tensors.token_ids(ids)
-        code = _lib.load().kvw_tokens(self.pointer, tensors.u32_pointer(ids), ids.size)
-        _lib.check(code, "kvw_tokens")
+        self._call("kvw_tokens", tensors.u32_pointer(ids), ids.size)
 
     def truncate(self, n_tokens):
         """Takes back tokens of the last pass; n_tokens remain."""
-        _lib.check(_lib.load().kvw_truncate(self.pointer, n_tokens), "kvw_truncate")
+        self._call("kvw_truncate", n_tokens)
 
     def _kv(self, what, x, n):
         g = self.worker.geometry
@@ -225,10 +235,7 @@ class Sequence:
     def append(self, layer, k, v):
         """The pass's K (before RoPE) and V in one layer: [n, n_kv_heads, head_dim]."""
         n = len(k)
-        code = _lib.load().kvw_append(
-            self.pointer, layer, self._kv("k", k, n), self._kv("v", v, n), n
-        )
-        _lib.check(code, "kvw_append")
+        self._call("kvw_append", layer, self._kv("k", k, n), self._kv("v", v, n), n)
 
     def step(self, layer, q):
         """Begins attention of q [n, n_q_heads, head_dim], real or predicted. A Step."""
@@ -238,8 +245,8 @@ class Sequence:
         """append, then a whole step. Returns out [n, n_q_heads, head_dim], new unless given."""
         n = len(q)
         out = tensors.empty_like(q, tuple(q.shape)) if out is None else out
-        code = _lib.load().kvw_forward(
-            self.pointer,
+        self._call(
+            "kvw_forward",
             layer,
             self._q("q", q, n),
             self._kv("k", k, n),
@@ -248,7 +255,6 @@ class Sequence:
             self._q("out", out, n),
             self._lse(lse, n),
         )
-        _lib.check(code, "kvw_forward")
         return out
 
     def _lse(self, lse, n):
@@ -258,29 +264,27 @@ class Sequence:
 
     def flush(self, timeout_s=None):
         """Waits until every full block has been acknowledged."""
-        code = _lib.load().kvw_flush(self.pointer, _lib.deadline_ns(timeout_s))
-        _lib.check(code, "kvw_flush")
+        self._call("kvw_flush", _lib.deadline_ns(timeout_s))
 
     def picks(self, layer):
         """Positions of the layer's last selection, ascending, as a new uint32 array."""
-        out, n = _abi.u32p(), ctypes.c_uint32()
-        code = _lib.load().kvw_last_picks(self.pointer, layer, ctypes.byref(out), ctypes.byref(n))
-        _lib.check(code, "kvw_last_picks")
-        if n.value == 0:
-            return np.zeros(0, np.uint32)
-        return np.ctypeslib.as_array(out, (n.value,)).copy()
+        out, n = _abi.u32p(), _u32()
+        with self._handle:  # the picks are the sequence's
+            self._call("kvw_last_picks", layer, ctypes.byref(out), ctypes.byref(n))
+            if n.value == 0:
+                return np.zeros(0, np.uint32)
+            return np.ctypeslib.as_array(out, (n.value,)).copy()
 
     def stats(self):
         """Counters since the start of the sequence, by name (see kvw_stats)."""
         s = _abi.WorkerStats(size_bytes=ctypes.sizeof(_abi.WorkerStats))
-        _lib.check(_lib.load().kvw_seq_stats(self.pointer, ctypes.byref(s)), "kvw_seq_stats")
+        self._call("kvw_seq_stats", ctypes.byref(s))
         return {name: getattr(s, name) for name, _ in s._fields_ if name != "size_bytes"}
 
     def close(self):
-        """Puts what is full and forgets the rest; twice is fine. Blocks."""
-        if self._ptr is not None:
-            _lib.load().kvw_seq_destroy(self._ptr)
-            self._ptr = None
+        """Puts what is full and forgets the rest; twice, and from any thread, is fine. Blocks."""
+        if self._handle is not None:
+            self._handle.close()
 
     def __enter__(self):
         return self
@@ -294,32 +298,39 @@ class Sequence:
 
 
 class Step:
-    """A step under way: attend (optional, while rows travel), then finish (or abandon)."""
+    """
+    A step under way: attend (optional, while rows travel), then finish (or abandon). KvasirError
+    CLOSED once it is finished or its sequence is closed.
+    """
 
     def __init__(self, sequence, layer, q):
         self.sequence, self._n, self._ptr = sequence, len(q), None
-        ptr = ctypes.c_void_p()
-        code = _lib.load().kvw_step_begin(
-            sequence.pointer, layer, sequence._q("q", q, self._n), self._n, ctypes.byref(ptr)
-        )
-        _lib.check(code, "kvw_step_begin")
-        self._ptr = ptr
+        address, ptr = sequence._q("q", q, self._n), ctypes.c_void_p()
+        with sequence._handle:
+            sequence._call("kvw_step_begin", layer, address, self._n, ctypes.byref(ptr))
+            self._ptr = ptr
 
     def _pointer(self):
+        """Inside the sequence's handle only: closing it frees its steps."""
         if self._ptr is None:
-            raise ValueError("the step is finished")
+            raise KvasirError(Status.CLOSED, "kvw_step", "the step is finished")
         return self._ptr
 
     def attend(self, q):
         """Attends over resident rows with the real q."""
-        code = _lib.load().kvw_step_attend(self._pointer(), self.sequence._q("q", q, self._n))
-        _lib.check(code, "kvw_step_attend")
+        address = self.sequence._q("q", q, self._n)
+        with self.sequence._handle:
+            _lib.check(_lib.load().kvw_step_attend(self._pointer(), address), "kvw_step_attend")
 
     def abandon(self):
-        """Drops the step; the layer's tokens stay. Twice is fine."""
-        if self._ptr is not None:
-            _lib.load().kvw_step_abandon(self._ptr)
-            self._ptr = None
+        """Drops the step; the layer's tokens stay. Fine at any time, also afterwards."""
+        try:
+            with self.sequence._handle:
+                ptr, self._ptr = self._ptr, None
+                _lib.load().kvw_step_abandon(ptr)
+        except KvasirError as error:
+            if error.status != Status.CLOSED:
+                raise
 
     def finish(self, q, out=None, lse=None):
         """Waits for the misses; returns out like q."""
@@ -329,6 +340,7 @@ class Step:
             self.sequence._q("out", out, self._n),
             self.sequence._lse(lse, self._n),
         )
-        ptr, self._ptr = self._pointer(), None
-        _lib.check(_lib.load().kvw_step_finish(ptr, *args), "kvw_step_finish")
+        with self.sequence._handle:
+            ptr, self._ptr = self._pointer(), None
+            _lib.check(_lib.load().kvw_step_finish(ptr, *args), "kvw_step_finish")
         return out
