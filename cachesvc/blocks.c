@@ -101,6 +101,55 @@ uint32_t kvs_block_get(kvs_index *index, uint32_t schema, const kvc_digest *dige
     return id;
 }
 
+/* ---- the values of a block ------------------------------------------------------------------- */
+
+/* Gives the table another size; the parts follow the ids. */
+static bool table_resize(kvs_block *block, uint32_t room)
+{
+    uint32_t *values = malloc(room * (sizeof(uint32_t) + sizeof(uint16_t)));
+    if (!values)
+        return false;
+    if (block->values) {
+        memcpy(values, block->values, block->n_values * sizeof(uint32_t));
+        memcpy(values + room, kvs_block_parts(block), block->n_values * sizeof(uint16_t));
+        free(block->values);
+    }
+    block->values = values;
+    block->room = (uint16_t)room;
+    return true;
+}
+
+bool kvs_block_add_value(kvs_block *block, uint32_t part, uint32_t value)
+{
+    if (block->n_values == block->room && !table_resize(block, block->room ? 2u * block->room : 1))
+        return false;
+    uint32_t at = kvs_block_place(block, part), behind = block->n_values - at;
+    uint16_t *parts = kvs_block_parts(block);
+    KVC_ASSERT(behind == 0 || parts[at] != part);
+    memmove(block->values + at + 1, block->values + at, behind * sizeof(*block->values));
+    memmove(parts + at + 1, parts + at, behind * sizeof(*parts));
+    block->values[at] = value;
+    parts[at] = (uint16_t)part;
+    block->n_values++;
+    return true;
+}
+
+void kvs_block_remove_value(kvs_block *block, uint32_t part)
+{
+    uint32_t at = kvs_block_place(block, part), behind = block->n_values - at - 1;
+    uint16_t *parts = kvs_block_parts(block);
+    memmove(block->values + at, block->values + at + 1, behind * sizeof(*block->values));
+    memmove(parts + at, parts + at + 1, behind * sizeof(*parts));
+    block->n_values--;
+    if (block->n_values == 0) {
+        free(block->values);
+        block->values = NULL;
+        block->room = 0;
+    } else if (block->n_values <= block->room / 4) {
+        (void)table_resize(block, block->room / 2); /* a table too large serves as well */
+    }
+}
+
 void kvs_block_settle(kvs_index *index, uint32_t id)
 {
     kvs_block *block = kvs_block_at(index, id);

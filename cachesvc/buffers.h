@@ -15,18 +15,19 @@ typedef struct kvs_buffers kvs_buffers;
 typedef struct kvs_buffer {
     kvs_buffers *pool;
     struct kvs_buffer *next;
-    uint32_t size_bytes;
-    atomic_uint out; /* 1 while handed out; a transport may give it back on any thread */
+    size_t total_bytes; /* this head included */
+    atomic_uint out;    /* 1 while handed out; a transport may give it back on any thread */
     _Alignas(64) char bytes[];
 } kvs_buffer;
 
 struct kvs_buffers {
     kvc_mutex lock;       /* rank LEAF; guards all below */
-    kvs_buffer *free_big; /* each big_bytes */
+    kvs_buffer *free_big; /* kept for reuse, each for big_bytes */
     uint32_t big_bytes;
-    uint64_t used_bytes, cap_bytes; /* handed out */
+    uint64_t held_bytes, cap_bytes; /* of all buffers, handed out or kept */
 };
 
+/* cap_bytes: of all the memory that the pool takes. */
 void kvs_buffers_init(kvs_buffers *pool, uint32_t big_bytes, uint64_t cap_bytes);
 void kvs_buffers_fini(kvs_buffers *pool); /* every buffer must be back */
 /* At least len_bytes <= big_bytes. AGAIN: the cap is reached; NO_MEMORY. Any thread. */

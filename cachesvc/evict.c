@@ -126,12 +126,16 @@ static bool dram_from(kvs_index *index, kvs_class *cls, bool safe, kvs_victim *v
     return false;
 }
 
-static bool lmdb_from(kvs_index *index, kvs_class *cls, kvs_victim *victim_p)
+/* A value in use goes to the young end, so that the next call does not meet it again. *steps_p: how
+   many values may still be looked at. */
+static bool lmdb_from(kvs_index *index, kvs_class *cls, uint32_t *steps_p, kvs_victim *victim_p)
 {
-    for (uint32_t id = cls->lmdb_tail; id != KVS_NIL;) {
+    for (uint64_t left = cls->n_lmdb; left > 0 && *steps_p > 0; left--, (*steps_p)--) {
+        uint32_t id = cls->lmdb_tail;
         kvs_value *value = kvs_value_at(index, id);
         if (value->refs || value->flags & (KVS_WRITING | KVS_LOADING)) {
-            id = value->lmdb_prev;
+            kvs_evict_lmdb_remove(index, id);
+            kvs_evict_lmdb_add(index, id);
             continue;
         }
         kvs_evict_lmdb_remove(index, id);
@@ -184,12 +188,13 @@ bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 
 bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 {
+    uint32_t steps = KVS_EVICT_LMDB_SCAN;
     kvc_mutex_lock(&index->lock);
-    bool found = lmdb_from(index, &index->classes[cls], victim_p);
+    bool found = lmdb_from(index, &index->classes[cls], &steps, victim_p);
     uint32_t pages = index->classes[cls].record_pages;
     for (uint32_t i = 0; !found && pages && i < index->n_classes; i++)
         found = index->classes[i].record_pages == pages &&
-                lmdb_from(index, &index->classes[i], victim_p);
+                lmdb_from(index, &index->classes[i], &steps, victim_p);
     kvc_mutex_unlock(&index->lock);
     return found;
 }

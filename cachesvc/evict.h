@@ -3,7 +3,8 @@
  *
  * dram: SIEVE. Values enter their class's list at the head once they are clean (safe in lmdb, or
  * allowed to be dropped); a hand walks from the tail, spares values read since it last passed, and
- * takes the first that was not. lmdb: oldest first. Neither takes a value that is being read.
+ * takes the first that was not. lmdb: oldest first, what was in use when its turn came counting as
+ * new. Neither takes a value that is being read.
  * A victim has left the index when it is handed out; the caller releases its slot, then finishes.
  */
 #ifndef KVS_EVICT_H
@@ -11,7 +12,8 @@
 
 #include "index.h"
 
-#define KVS_ANY_CLASS UINT32_MAX
+#define KVS_ANY_CLASS       UINT32_MAX
+#define KVS_EVICT_LMDB_SCAN 1024u /* values that one call looks at; those in use go to the head */
 
 typedef struct kvs_victim {
     uint32_t value;
@@ -26,7 +28,8 @@ typedef struct kvs_victim {
 bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* A value of the class that lmdb holds too: nothing is lost. */
 bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
-/* From the class, else from others, of any tenant, that share its lmdb environment. */
+/* From the class, else from others, of any tenant, that share its lmdb environment. False also
+   where the first KVS_EVICT_LMDB_SCAN values were all in use; the next call looks at others. */
 bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* After the slot was released. */
 void kvs_evict_finish(kvs_index *index, const kvs_victim *victim);

@@ -85,17 +85,15 @@ static uint32_t value_create(kvs_index *index, const kvs_schema *schema, uint32_
     uint32_t block_id = kvs_block_get(index, schema->id, digest);
     if (block_id == KVS_NIL)
         return KVS_NIL;
-    kvs_block *block = kvs_block_at(index, block_id);
-    if (!block->values)
-        block->values = calloc(schema->n_parts, sizeof(*block->values));
-    uint32_t id = block->values ? kvs_slab_alloc(&index->values) : KVS_NIL;
+    uint32_t id = kvs_slab_alloc(&index->values);
+    if (id != KVS_NIL && !kvs_block_add_value(kvs_block_at(index, block_id), part, id)) {
+        kvs_slab_free(&index->values, id);
+        id = KVS_NIL;
+    }
     if (id == KVS_NIL) {
         kvs_block_settle(index, block_id);
         return KVS_NIL;
     }
-    KVC_ASSERT(block->values[part] == KVS_NIL);
-    block->values[part] = id;
-    block->n_values++;
     kvs_value *value = kvs_value_at(index, id);
     value->block = block_id;
     value->part = (uint16_t)part;
@@ -105,11 +103,9 @@ static uint32_t value_create(kvs_index *index, const kvs_schema *schema, uint32_
 void kvs_value_free_locked(kvs_index *index, uint32_t id)
 {
     kvs_value *value = kvs_value_at(index, id);
-    kvs_block *block = kvs_block_at(index, value->block);
-    KVC_ASSERT(value->refs == 0 && block->values[value->part] == id);
     uint32_t block_id = value->block;
-    block->values[value->part] = KVS_NIL;
-    block->n_values--;
+    KVC_ASSERT(value->refs == 0 && kvs_value_find(index, block_id, value->part) == id);
+    kvs_block_remove_value(kvs_block_at(index, block_id), value->part);
     kvs_slab_free(&index->values, id);
     kvs_block_settle(index, block_id);
 }

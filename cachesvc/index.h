@@ -1,12 +1,12 @@
 /*
  * index.h: which values the server holds, in which tiers, and who is reading them.
  *
- * A block record (digest, schema) has one small table of value ids, by part place; a value record
- * holds its slots and links in 64 bytes. One ranked lock guards all of it: a critical section is
- * some 50 ns a value, a fetch takes it once per batch of blocks, and the eviction lists are global
- * anyway; shards would buy little before millions of rows per second and cost that simplicity.
- * No tier is called under the lock. Slots leave the index first and are released afterwards, by
- * whoever took them out, while the value stays invisible and claimed (kvs_evict_*).
+ * A block record (digest, schema) has one small table of the values that it has, sorted by part; a
+ * value record holds its slots and links in 64 bytes. One ranked lock guards all of it: a critical
+ * section is some 50 ns a value, a fetch takes it once per batch of blocks, and the eviction lists
+ * are global anyway; shards would buy little before millions of rows per second and cost that
+ * simplicity. No tier is called under the lock. Slots leave the index first and are released
+ * afterwards, by whoever took them out, while the value stays invisible and claimed (kvs_evict_*).
  */
 #ifndef KVS_INDEX_H
 #define KVS_INDEX_H
@@ -43,8 +43,8 @@ typedef struct kvs_block {
     uint32_t schema;    /* id */
     uint32_t hash_next; /* block id */
     uint32_t contexts;  /* times it stands in open contexts */
-    uint32_t n_values;
-    uint32_t *values; /* [n_parts of the schema]; NULL until the first */
+    uint16_t n_values, room;
+    uint32_t *values; /* [room] ids by ascending part, then [room] uint16_t: their parts; or NULL */
 } kvs_block;
 
 /* Values of one size of one tenant share the dram segments and the lmdb environment. */
@@ -124,9 +124,11 @@ kvc_status kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint3
                                const kvc_digest *digest, kvs_slot lmdb) KVC_MUST_CHECK;
 
 /* Leading digests for which every part of parts [n_parts] (places) is there; windowed: a part
-   whose window ended before the last hits is not asked for. */
-uint32_t kvs_index_match(kvs_index *index, const kvs_schema *schema, const uint16_t *parts,
-                         uint32_t n_parts, bool windowed, const kvc_digest *digests, uint32_t n);
+   whose window ended before the last hits is not asked for. TIMED_OUT: deadline_ns (0: none) came
+   first; NO_MEMORY. */
+kvc_status kvs_index_match(kvs_index *index, const kvs_schema *schema, const uint16_t *parts,
+                           uint32_t n_parts, bool windowed, const kvc_digest *digests, uint32_t n,
+                           uint64_t deadline_ns, uint32_t *hits_p) KVC_MUST_CHECK;
 
 /* Block ids for a context, created where unknown, each counted once per mention. NO_MEMORY: none
    is held. */
@@ -170,10 +172,34 @@ static inline kvs_block *kvs_block_at(const kvs_index *index, uint32_t id)
 {
     return kvs_slab_at(&index->blocks, id);
 }
+static inline uint16_t *kvs_block_parts(const kvs_block *block)
+{
+    return (uint16_t *)(block->values + block->room);
+}
+/* Where a part's value is or would be inserted. A part is never further back than its number, and
+   exactly there where every part before it has a value. */
+static inline uint32_t kvs_block_place(const kvs_block *block, uint32_t part)
+{
+    uint32_t lo = 0, hi = part < block->n_values ? part : block->n_values;
+    if (block->n_values == 0)
+        return 0;
+    const uint16_t *parts = kvs_block_parts(block);
+    if (hi < block->n_values && parts[hi] == part)
+        return hi;
+    while (lo < hi) {
+        uint32_t mid = (lo + hi) / 2;
+        if (parts[mid] < part)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    return lo;
+}
 static inline uint32_t kvs_value_find(const kvs_index *index, uint32_t block_id, uint32_t part)
 {
     const kvs_block *block = kvs_block_at(index, block_id);
-    return block->values ? block->values[part] : KVS_NIL;
+    uint32_t at = kvs_block_place(block, part);
+    return at < block->n_values && kvs_block_parts(block)[at] == part ? block->values[at] : KVS_NIL;
 }
 /* Whether a read finds it. */
 static inline bool kvs_value_visible(const kvs_value *value)
@@ -186,6 +212,10 @@ void kvs_blocks_fini(kvs_index *index);
 uint32_t kvs_block_find(kvs_index *index, uint32_t schema, const kvc_digest *digest);
 /* Finds or adds; KVS_NIL: no memory. */
 uint32_t kvs_block_get(kvs_index *index, uint32_t schema, const kvc_digest *digest);
+/* Puts a value that is not there into the block's table. False: no memory. */
+bool kvs_block_add_value(kvs_block *block, uint32_t part, uint32_t value);
+/* Takes one that is there out. */
+void kvs_block_remove_value(kvs_block *block, uint32_t part);
 /* Frees a block that nothing needs any more. */
 void kvs_block_settle(kvs_index *index, uint32_t id);
 void kvs_value_unref_locked(kvs_index *index, uint32_t id);

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "base/assert.h"
+#include "base/clock.h"
 #include "evict.h"
 #include "index.h"
 
@@ -147,15 +148,20 @@ static bool match_block(kvs_index *index, const kvs_schema *schema, const uint16
     return true;
 }
 
-uint32_t kvs_index_match(kvs_index *index, const kvs_schema *schema, const uint16_t *parts,
-                         uint32_t n_parts, bool windowed, const kvc_digest *digests, uint32_t n)
+kvc_status kvs_index_match(kvs_index *index, const kvs_schema *schema, const uint16_t *parts,
+                           uint32_t n_parts, bool windowed, const kvc_digest *digests, uint32_t n,
+                           uint64_t deadline_ns, uint32_t *hits_p)
 {
     uint32_t hits = 0, step = n_parts < KVS_INDEX_STEP ? KVS_INDEX_STEP / (n_parts + 1) + 1 : 1;
-    bool more = true;
+    bool more = true, late = false;
     uint32_t *run = calloc(n_parts ? n_parts : 1, sizeof(*run));
+    *hits_p = 0;
     if (!run)
-        return 0;
+        return KVC_NO_MEMORY;
     for (uint32_t i = 0; more && i < n;) {
+        late = kvc_expired(deadline_ns);
+        if (late)
+            break;
         kvc_mutex_lock(&index->lock);
         for (uint32_t end = i + step; more && i < n && i < end; i++) {
             bool good;
@@ -167,5 +173,8 @@ uint32_t kvs_index_match(kvs_index *index, const kvs_schema *schema, const uint1
         kvc_mutex_unlock(&index->lock);
     }
     free(run);
-    return hits;
+    if (late)
+        return KVC_TIMED_OUT;
+    *hits_p = hits;
+    return KVC_OK;
 }

@@ -8,42 +8,56 @@
 #include "base/metrics.h"
 #include "request.h"
 
-/* The places of the parts asked for; all but compressed keys where none are named. NULL after
-   kvs_fail. */
-static uint16_t *wanted_parts(kvt_call *call, const kvs_schema *schema, uint32_t *n_p)
+/* The places of the parts that the request names. NULL after kvs_fail. */
+static uint16_t *named_parts(kvt_call *call, const kvs_schema *schema, uint32_t n)
 {
-    uint32_t n_named = call->req.u.match_prefix.n_parts;
-    uint16_t *places =
-        kvc_arena_calloc(&call->arena, n_named ? n_named : schema->n_parts, sizeof(*places));
+    const uint32_t *ids = call->req.u.match_prefix.parts;
+    if (n > schema->n_parts) {
+        kvs_fail(call, KVC_INVALID, "%u parts; the schema has %u", n, schema->n_parts);
+        return NULL;
+    }
+    uint16_t *places = kvc_arena_calloc(&call->arena, n, sizeof(*places));
+    bool *seen = kvc_arena_calloc(&call->arena, schema->n_parts, sizeof(*seen));
+    if (!places || !seen) {
+        kvs_fail(call, KVC_NO_MEMORY, "no memory for the list of parts");
+        return NULL;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        int place = kvs_schema_part(schema, ids[i]);
+        if (place < 0 || seen[place]) {
+            kvs_fail(call, KVC_INVALID, "part %u is %s", ids[i],
+                     place < 0 ? "not in the schema" : "named twice");
+            return NULL;
+        }
+        seen[place] = true;
+        places[i] = (uint16_t)place;
+    }
+    return places;
+}
+
+/* Where none are named: all but compressed keys, unless the schema has nothing else. NULL after
+   kvs_fail. */
+static uint16_t *default_parts(kvt_call *call, const kvs_schema *schema, uint32_t *n_p)
+{
+    uint16_t *places = kvc_arena_calloc(&call->arena, schema->n_parts, sizeof(*places));
     *n_p = 0;
     if (!places) {
         kvs_fail(call, KVC_NO_MEMORY, "no memory for the list of parts");
         return NULL;
     }
-    for (uint32_t i = 0; i < n_named; i++) {
-        int place = kvs_schema_part(schema, call->req.u.match_prefix.parts[i]);
-        if (place < 0) {
-            kvs_fail(call, KVC_INVALID, "part %u is not in the schema",
-                     call->req.u.match_prefix.parts[i]);
-            return NULL;
-        }
-        places[(*n_p)++] = (uint16_t)place;
-    }
-    if (n_named > schema->n_parts) {
-        kvs_fail(call, KVC_INVALID, "%u parts; the schema has %u", n_named, schema->n_parts);
-        return NULL;
-    }
-    for (uint32_t i = 0; n_named == 0 && i < schema->n_parts; i++)
+    for (uint32_t i = 0; i < schema->n_parts; i++)
         if (!schema->parts[i].is_index)
             places[(*n_p)++] = (uint16_t)i;
-    for (uint32_t i = 0; *n_p == i && i < schema->n_parts; i++) /* nothing but compressed keys */
+    for (uint32_t i = 0; *n_p == i && i < schema->n_parts; i++)
         places[(*n_p)++] = (uint16_t)i;
     return places;
 }
 
 void kvs_on_match_prefix(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
 {
-    uint32_t n_digests = call->req.u.match_prefix.n_digests, n_parts;
+    uint32_t n_digests = call->req.u.match_prefix.n_digests;
+    uint32_t n_parts = call->req.u.match_prefix.n_parts;
+    bool named = n_parts > 0;
     kvc_reply reply = {.method = KVC_MATCH_PREFIX};
     if (n_digests > server->limits.max_digests) {
         kvs_fail(call, KVC_INVALID, "%u digests; max_digests is %u", n_digests,
@@ -52,12 +66,20 @@ void kvs_on_match_prefix(kvs_server *server, kvt_call *call, const kvc_digest *t
     }
     const kvs_schema *schema =
         kvs_want_schema(server, call, tenant, &call->req.u.match_prefix.schema);
-    uint16_t *parts = schema ? wanted_parts(call, schema, &n_parts) : NULL;
+    if (!schema)
+        return;
+    uint16_t *parts =
+        named ? named_parts(call, schema, n_parts) : default_parts(call, schema, &n_parts);
     if (!parts)
         return;
-    reply.u.match_prefix.hits = kvs_index_match(server->index, schema, parts, n_parts,
-                                                call->req.u.match_prefix.n_parts == 0,
-                                                call->req.u.match_prefix.digests, n_digests);
+    kvc_status status = kvs_index_match(server->index, schema, parts, n_parts, !named,
+                                        call->req.u.match_prefix.digests, n_digests,
+                                        call->deadline_ns, &reply.u.match_prefix.hits);
+    if (status != KVC_OK) {
+        kvs_fail(call, status, "%u digests of %u parts were not matched in time", n_digests,
+                 n_parts);
+        return;
+    }
     KVC_COUNT_N(match_digests, n_digests);
     KVC_COUNT_N(match_hits, reply.u.match_prefix.hits);
     kvs_answer(call, &reply, NULL, 0);

@@ -22,6 +22,21 @@ typedef struct block_map {
     uint32_t mask;
 } block_map;
 
+static uint32_t map_size(uint32_t n_picks)
+{
+    uint32_t size = 16;
+    while (size < 2 * n_picks)
+        size *= 2;
+    return size;
+}
+
+/* Empties as much of the map as n picks need, so that a small group costs little. */
+static void map_clear(block_map *map, uint32_t n_picks)
+{
+    map->mask = map_size(n_picks) - 1;
+    memset(map->slots, 0, ((size_t)map->mask + 1) * sizeof(*map->slots));
+}
+
 /* The slot of a place; its read is 0 the first time. */
 static block_slot *map_find(block_map *map, uint32_t place)
 {
@@ -142,7 +157,7 @@ static void plan_group(kvs_fetch *fetch, const kvc_row_group *group, kvs_context
     uint32_t block_tokens = context->schema->block_tokens;
     uint32_t part = (uint32_t)kvs_schema_part(context->schema, group->part);
     uint32_t last_place = UINT32_MAX, last_read = KVS_NO_READ;
-    memset(map->slots, 0, ((size_t)map->mask + 1) * sizeof(*map->slots));
+    map_clear(map, group->n_picks);
     for (uint32_t i = 0; i < group->n_picks; i++) {
         uint32_t place = group->picks[i] / block_tokens;
         if (place >= n_blocks) {
@@ -186,15 +201,12 @@ static void ref_group(kvs_fetch *fetch, const kvs_schema *schema, uint32_t part,
 static kvc_status plan_groups(kvs_fetch *fetch)
 {
     const kvc_request *req = &fetch->call->req;
-    uint32_t size = 16, first = 0, most = 0;
-    block_map map;
+    uint32_t first = 0, most = 0;
+    block_map map = {0};
     for (uint32_t g = 0; g < req->u.fetch_rows.n_groups; g++)
         if (req->u.fetch_rows.groups[g].n_picks > most)
             most = req->u.fetch_rows.groups[g].n_picks;
-    while (size < 2 * most)
-        size *= 2;
-    map.mask = size - 1;
-    map.slots = calloc(size, sizeof(*map.slots));
+    map.slots = malloc(map_size(most) * sizeof(*map.slots));
     if (!map.slots) {
         kvs_fail(fetch->call, KVC_NO_MEMORY, "no memory for %u picks", fetch->n_picks);
         return KVC_NO_MEMORY;

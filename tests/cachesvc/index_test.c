@@ -328,6 +328,16 @@ static void test_promotion(void **state)
     kvs_index_drop_blocks(f->index, &block, 1);
 }
 
+static uint32_t match(fixture *f, const uint16_t *parts, uint32_t n_parts, bool windowed,
+                      const kvc_digest *digests, uint32_t n)
+{
+    uint32_t hits;
+    assert_int_equal(kvs_index_match(f->index, f->schema, parts, n_parts, windowed, digests, n,
+                                     kvc_deadline_ns(10000000000ull), &hits),
+                     KVC_OK);
+    return hits;
+}
+
 /* Windowed parts are asked for only where the window of the matched end still reaches. */
 static void test_match_window(void **state)
 {
@@ -342,10 +352,10 @@ static void test_match_window(void **state)
         if (b == 4 || b == 5 || b == 6 || b == 9)
             put_dram(f, b, 1, false);
     }
-    assert_int_equal(kvs_index_match(f->index, f->schema, parts, 2, true, digests, 10), 7);
-    assert_int_equal(kvs_index_match(f->index, f->schema, parts, 2, true, digests, 5), 0);
-    assert_int_equal(kvs_index_match(f->index, f->schema, parts, 2, false, digests, 10), 0);
-    assert_int_equal(kvs_index_match(f->index, f->schema, parts, 1, false, digests, 10), 10);
+    assert_int_equal(match(f, parts, 2, true, digests, 10), 7);
+    assert_int_equal(match(f, parts, 2, true, digests, 5), 0);
+    assert_int_equal(match(f, parts, 2, false, digests, 10), 0);
+    assert_int_equal(match(f, parts, 1, false, digests, 10), 10);
 }
 
 /* Slots are used again in the order in which they became free; no handle has generation 0. */

@@ -158,6 +158,50 @@ static void test_match(void **state)
     const uint32_t twice[] = {0, 10, 0, 10};
     uint32_t n_hits;
     assert_int_equal(h_match(f->peer, &f->schema, 0, 1, twice, 4, &n_hits), KVC_INVALID);
+    assert_string_equal(f->peer->xfer.detail, "4 parts; the schema has 3");
+    assert_int_equal(h_match(f->peer, &f->schema, 0, 1, twice, 3, &n_hits), KVC_INVALID);
+    assert_string_equal(f->peer->xfer.detail, "part 0 is named twice");
+}
+
+/* The least time of a few tries to fetch groups: one of n_large picks, and n_small of one pick. */
+static uint64_t fetch_ns(fixture *f, uint64_t context, uint32_t n_large, uint32_t n_small)
+{
+    static uint32_t picks[60000];
+    static kvc_row_group groups[KVC_MAX_GROUPS];
+    kvc_request req = {.method = KVC_FETCH_ROWS};
+    uint64_t least = UINT64_MAX;
+    for (uint32_t i = 0; i < n_large; i++)
+        picks[i] = i % (4 * H_TOKENS);
+    groups[0] = (kvc_row_group){.context = context, .n_picks = n_large, .picks = picks};
+    for (uint32_t i = 0; i < n_small; i++)
+        groups[1 + i] = (kvc_row_group){.context = context, .n_picks = 1, .picks = picks};
+    req.u.fetch_rows.groups = n_large ? groups : groups + 1;
+    req.u.fetch_rows.n_groups = (n_large > 0) + n_small;
+    for (int i = 0; i < 5; i++) {
+        uint64_t start = kvc_now_ns();
+        assert_int_equal(h_call(f->peer, &req), KVC_OK);
+        uint64_t took = kvc_now_ns() - start;
+        least = took < least ? took : least;
+    }
+    return least;
+}
+
+/* Small groups beside a large one cost what they cost alone, not a large table each. */
+static void test_small_groups_are_cheap(void **state)
+{
+    fixture *f = *state;
+    uint64_t context;
+    h_schema_init(&f->schema, "narrow", 1, 16, false);
+    assert_int_equal(h_register(f->peer, &f->schema), KVC_OK);
+    for (uint64_t b = 0; b < 4; b++)
+        assert_int_equal(h_put1(f->peer, &f->schema, b, 0, KVC_PROMISE_MEMORY), KVC_OK);
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 4, 0, &context), KVC_OK);
+    uint64_t large = fetch_ns(f, context, 60000, 0);
+    uint64_t small = fetch_ns(f, context, 0, 1000);
+    uint64_t both = fetch_ns(f, context, 60000, 1000);
+    if (both > 3 * (large + small))
+        fail_msg("%llu us and %llu us alone, %llu us together", (unsigned long long)large / 1000,
+                 (unsigned long long)small / 1000, (unsigned long long)both / 1000);
 }
 
 static void test_bad_puts_leave_nothing(void **state)
@@ -492,6 +536,7 @@ int main(void)
         BOTH(test_first_put_wins),
         BOTH(test_match),
         BOTH(test_bad_puts_leave_nothing),
+        cmocka_unit_test_setup_teardown(test_small_groups_are_cheap, setup, teardown),
         BOTH(test_contexts),
         BOTH(test_limits),
         BOTH(test_schemas),
