@@ -1,5 +1,5 @@
 /*
- * registry.c: the list of transports built in, and process-wide set-up.
+ * registry.c: the list of transports built in, process-wide set-up, and what they count alike.
  *
  * Static, any thread. A new transport is one line here.
  */
@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <string.h>
 
+#include "base/metrics.h"
 #include "transport_internal.h"
 
 #define MALLOC_KEEP_BYTES (64 << 20)
@@ -40,6 +41,17 @@ const kvt_ops *kvt_find(const char *uri)
 const kvt_ops *kvt_at(uint32_t i)
 {
     return i < N_TRANSPORTS ? transports[i] : NULL;
+}
+
+void kvti_count_refusal(kvc_status status)
+{
+    KVC_COUNT(requests);
+    if (status == KVC_AGAIN)
+        KVC_COUNT(requests_refused);
+    else
+        KVC_COUNT(requests_failed);
+    if (status == KVC_TIMED_OUT)
+        KVC_COUNT(requests_timed_out);
 }
 
 /* Messages of megabytes come and go: without these, glibc hands their pages back to the kernel

@@ -125,7 +125,8 @@ struct kvt_ops {
     /* Takes no new calls (they get CLOSED) and blocks until all are answered or deadline_ns; what
        is left then is cancelled. */
     void (*drain)(kvt_listener *listener, uint64_t deadline_ns);
-    /* Blocks until every thread is gone. After drain only. */
+    /* Blocks until every thread is gone and every slice released (inproc: also those that a client
+       of this process still looks at in done). After drain only. */
     void (*listener_close)(kvt_listener *listener);
     /* Answers a call. status OK: reply (borrowed; may be NULL for an empty one) and slices (the
        array is borrowed, the memory kept until released). Else detail (may be NULL) says why, and

@@ -23,6 +23,10 @@
 extern const kvt_ops kvt_inproc_ops;
 extern const kvt_ops kvt_grpc_ops;
 
+/* Counts a call of ours that is answered without the server having seen it, in the metrics that the
+   server keeps of the calls that it sees. */
+void kvti_count_refusal(kvc_status status);
+
 /* Switches that gRPC's libraries need before first use. Once, from kvt_init. */
 void kvti_grpc_prepare(void);
 

@@ -5,6 +5,7 @@
  */
 #include "fixture.h"
 
+#include "base/metrics.h"
 #include "conformance.h"
 
 static const kvc_request *expected_request;
@@ -225,9 +226,13 @@ void limits_of_messages(void **state)
     job_init(&j, &f, sample_request(KVC_PUT_BLOCKS, 65536, &f.arena), 10 * SECOND);
     assert_ok(job_run(&j));
     job_fini(&j);
+    uint64_t answered = kvc_metric_get(KVC_M_requests);
+    uint64_t failed = kvc_metric_get(KVC_M_requests_failed);
     job_init(&j, &f, sample_request(KVC_PUT_BLOCKS, 65537, &f.arena), 10 * SECOND);
     assert_status(job_run(&j), KVC_INVALID);
     assert_non_null(strstr(j.xfer.detail, "max_message_bytes"));
+    assert_int_equal(kvc_metric_get(KVC_M_requests), answered + 1);
+    assert_int_equal(kvc_metric_get(KVC_M_requests_failed), failed + 1);
     job_fini(&j);
     assert_int_equal(atomic_load(&f.n_calls), 1);
     fixture_close(&f);
@@ -249,6 +254,8 @@ void limits_of_calls(void **state)
         job_submit(&held[i]);
         wait_held(&f, (uint32_t)i + 1);
     }
+    uint64_t answered = kvc_metric_get(KVC_M_requests);
+    uint64_t refused = kvc_metric_get(KVC_M_requests_refused);
     job_init(&j, &f, sample_request(KVC_PUT_BLOCKS, 100000, &f.arena), 10 * SECOND);
     assert_status(job_run(&j), KVC_AGAIN); /* too many bytes */
     assert_true(j.xfer.retry_after_ms > 0);
@@ -259,6 +266,8 @@ void limits_of_calls(void **state)
     job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
     assert_status(job_run(&j), KVC_AGAIN); /* too many calls */
     assert_true(j.xfer.retry_after_ms > 0);
+    assert_int_equal(kvc_metric_get(KVC_M_requests), answered + 2);
+    assert_int_equal(kvc_metric_get(KVC_M_requests_refused), refused + 2);
     job_fini(&j);
     assert_int_equal(answer_held(&f), 4);
     wait_done(&f, 6);

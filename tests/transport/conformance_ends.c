@@ -329,6 +329,52 @@ void bad_uris(void **state)
     assert_null(kvt_at(1000));
 }
 
+static void (*plain_done)(kvt_xfer *xfer);
+static atomic_uint in_done;
+
+/* Stays in done for a while, with the answer's bytes in hand. */
+static void slow_done(kvt_xfer *xfer)
+{
+    char bytes[8] = {0};
+    atomic_store(&in_done, 1);
+    usleep(300000);
+    if (xfer->status == KVC_OK && xfer->reply.n_data == 1 && xfer->reply.data_bytes == 8)
+        memcpy(bytes, xfer->reply.data[0].iov_base, 8);
+    atomic_store(&in_done, memcmp(bytes, "lent out", 8) == 0 ? 2 : 3);
+    plain_done(xfer);
+}
+
+static void lending_handler(fixture *f, kvt_call *call)
+{
+    kvt_slice slice = counted_slice(f, "lent out", 8);
+    kvc_reply reply = sample_reply(call->req.method, 0, &call->arena);
+    fixture_reply(f, call, KVC_OK, NULL, 0, &reply, &slice, 1);
+}
+
+/* What a server lends to an answer is its own again once its listener is closed. */
+void close_waits_for_slices(void **state)
+{
+    (void)state;
+    fixture f;
+    job j;
+    fixture_open(&f, 1);
+    fixture_handle(&f, lending_handler);
+    atomic_store(&in_done, 0);
+    job_init(&j, &f, sample_request(KVC_FETCH_ROWS, 0, &f.arena), 20 * SECOND);
+    plain_done = j.xfer.done;
+    j.xfer.done = slow_done;
+    job_submit(&j);
+    for (int i = 0; i < 2000 && atomic_load(&in_done) == 0; i++)
+        usleep(5000);
+    fixture_close_server(&f);
+    assert_int_equal(atomic_load(&f.n_released), 1);
+    wait_done(&f, 1);
+    assert_ok(j.status);
+    assert_int_equal(atomic_load(&in_done), 2);
+    job_fini(&j);
+    fixture_close(&f);
+}
+
 void name_is_taken(void **state)
 {
     (void)state;

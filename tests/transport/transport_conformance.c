@@ -21,16 +21,27 @@ static const struct {
 static int run_suite(const char *name, const char *uri)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_method),       cmocka_unit_test(payload_sizes),
-        cmocka_unit_test(many_slices),        cmocka_unit_test(every_error),
-        cmocka_unit_test(limits_of_messages), cmocka_unit_test(limits_of_calls),
-        cmocka_unit_test(thousand_at_once),   cmocka_unit_test(submit_refuses),
-        cmocka_unit_test(deadline_passes),    cmocka_unit_test(deadline_is_told),
-        cmocka_unit_test(cancel_in_flight),   cmocka_unit_test(cancel_early),
-        cmocka_unit_test(close_in_flight),    cmocka_unit_test(nobody_there),
-        cmocka_unit_test(server_dies),        cmocka_unit_test(drain_waits),
-        cmocka_unit_test(drain_gives_up),     cmocka_unit_test(bad_uris),
-        cmocka_unit_test(name_is_taken),      cmocka_unit_test(listener_deadline),
+        cmocka_unit_test(every_method),
+        cmocka_unit_test(payload_sizes),
+        cmocka_unit_test(many_slices),
+        cmocka_unit_test(every_error),
+        cmocka_unit_test(limits_of_messages),
+        cmocka_unit_test(limits_of_calls),
+        cmocka_unit_test(thousand_at_once),
+        cmocka_unit_test(submit_refuses),
+        cmocka_unit_test(deadline_passes),
+        cmocka_unit_test(deadline_is_told),
+        cmocka_unit_test(cancel_in_flight),
+        cmocka_unit_test(cancel_early),
+        cmocka_unit_test(close_in_flight),
+        cmocka_unit_test(nobody_there),
+        cmocka_unit_test(server_dies),
+        cmocka_unit_test(drain_waits),
+        cmocka_unit_test(drain_gives_up),
+        cmocka_unit_test(bad_uris),
+        cmocka_unit_test(name_is_taken),
+        cmocka_unit_test(listener_deadline),
+        cmocka_unit_test(close_waits_for_slices),
     };
     suite_uri = uri;
     print_message("suite %s on %s\n", name, uri);

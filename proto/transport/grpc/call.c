@@ -318,6 +318,8 @@ static void serve(struct kvti_call *call)
     if (status == KVC_OK)
         status = decode(call, &why);
     if (status != KVC_OK) {
+        if (call->slot != KVTI_HEALTH_WATCH)
+            kvti_count_refusal(status);
         send(call, status, why, status == KVC_AGAIN ? KVTI_RETRY_MS : 0);
         return;
     }

@@ -49,7 +49,8 @@ static void deliver(kvti_inop *op)
     if (xfer->status != KVC_OK)
         (void)snprintf(xfer->detail, sizeof(xfer->detail), "%s", detail);
     xfer->done(xfer);
-    kvti_release_slices(op->slices, op->n_slices);
+    if (op->lender != NULL)
+        kvti_inproc_release(op->lender, op->slices, op->n_slices);
     free_op(op);
 }
 
@@ -173,6 +174,8 @@ static bool hand_over(kvt_conn *conn, kvti_inop *op, kvti_incall *call)
         status = KVC_UNAVAILABLE;
     } else {
         status = kvti_inproc_enqueue(listener, call, &why);
+        if (status != KVC_OK)
+            kvti_count_refusal(status);
     }
     if (status != KVC_OK) {
         kvti_inproc_finish(op, status, why, status == KVC_AGAIN ? KVTI_RETRY_MS : 0);

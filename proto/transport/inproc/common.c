@@ -90,12 +90,16 @@ void kvti_incall_free(kvti_incall *call)
     free(call);
 }
 
-void kvti_release_slices(const kvt_slice *slices, uint32_t n_slices)
+void kvti_inproc_release(kvt_listener *listener, const kvt_slice *slices, uint32_t n_slices)
 {
     for (uint32_t i = 0; i < n_slices; i++) {
         if (slices[i].release != NULL)
             slices[i].release(slices[i].arg);
     }
+    kvti_inproc_lock();
+    listener->n_lent -= n_slices;
+    kvc_cond_broadcast(&listener->changed);
+    kvti_inproc_unlock();
 }
 
 static const char *const schemes[] = {"inproc", NULL};

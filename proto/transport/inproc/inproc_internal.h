@@ -45,6 +45,7 @@ struct kvti_inop {
     size_t head_bytes;
     kvt_slice *slices; /* [n_slices] malloc'd; released after done */
     uint32_t n_slices;
+    kvt_listener *lender; /* whose slices they are; NULL: there are none */
 };
 
 struct kvt_listener {
@@ -53,10 +54,11 @@ struct kvt_listener {
     char uri[KVTI_NAME_BYTES];
     kvc_thread thread;
     kvc_cond work;    /* something queued, or stopping */
-    kvc_cond changed; /* n_calls fell */
+    kvc_cond changed; /* n_calls or n_lent fell */
     kvti_incall *queue, **queue_end;
     kvti_incall *calls;
     uint32_t n_calls;
+    uint32_t n_lent; /* slices of answers, not yet released */
     uint64_t inflight_bytes;
     bool draining, stopping, serving;
 };
@@ -91,7 +93,8 @@ void kvti_inproc_finish(kvti_inop *op, kvc_status status, const char *detail,
                         uint32_t retry_after_ms);
 
 void kvti_incall_free(kvti_incall *call);
-void kvti_release_slices(const kvt_slice *slices, uint32_t n_slices);
+/* Releases slices that were counted in listener->n_lent; not with the mutex held. */
+void kvti_inproc_release(kvt_listener *listener, const kvt_slice *slices, uint32_t n_slices);
 
 /* ---- the table's slots ----------------------------------------------------------------------- */
 kvc_status kvti_inproc_listen(const kvt_listen_opts *opts, kvt_listener **listener_p);

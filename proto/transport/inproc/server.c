@@ -39,10 +39,12 @@ static void dispatch(kvt_listener *listener, kvti_incall *call)
         status = KVC_INVALID;
         why = "the message's data is longer than max_message_bytes";
     }
-    if (status == KVC_OK)
+    if (status == KVC_OK) {
         listener->opts.on_call(listener->opts.arg, &call->base);
-    else
+    } else {
+        kvti_count_refusal(status);
         kvti_inproc_reply(&call->base, status, why, 0, NULL, NULL, 0);
+    }
 }
 
 static void run_listener(void *arg)
@@ -201,6 +203,7 @@ void kvti_inproc_reply(kvt_call *base, kvc_status status, const char *detail,
                        uint32_t n_slices)
 {
     kvti_incall *call = (kvti_incall *)base;
+    kvt_listener *listener = call->listener;
     struct answer answer = {0};
     KVC_ASSERT(n_slices <= KVT_MAX_SLICES);
     if (status == KVC_OK) {
@@ -221,11 +224,13 @@ void kvti_inproc_reply(kvt_call *base, kvc_status status, const char *detail,
         op->head_bytes = answer.head_bytes;
         op->slices = answer.slices;
         op->n_slices = status == KVC_OK ? n_slices : 0;
+        op->lender = op->n_slices > 0 ? listener : NULL;
     }
+    listener->n_lent += n_slices;
     leave_listener(call);
     kvti_inproc_unlock();
     if (op == NULL || status != KVC_OK)
-        kvti_release_slices(slices, n_slices);
+        kvti_inproc_release(listener, slices, n_slices);
     if (op == NULL) {
         free(answer.head);
         free(answer.slices);
@@ -264,7 +269,7 @@ void kvti_inproc_listener_close(kvt_listener *listener)
         return;
     kvti_inproc_drain(listener, 1);
     kvti_inproc_lock();
-    while (listener->n_calls > 0)
+    while (listener->n_calls > 0 || listener->n_lent > 0)
         kvc_cond_wait(&listener->changed, kvti_inproc_mutex());
     listener->stopping = true;
     kvc_cond_signal(&listener->work);
