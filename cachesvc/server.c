@@ -47,6 +47,7 @@ static kvc_status open_store(kvs_server *server, const char *name, uint64_t capa
         .group_commit_ns = server->settings.group_commit_ns,
         .group_commit_bytes = server->settings.group_commit_bytes,
         .row_sums_bytes = server->settings.row_sums_bytes,
+        .checker = server->settings.lmdb_checker,
         .fault = fault ? spec : NULL,
     };
     kvc_status status = ops->open(&opts, &store->tier);

@@ -34,6 +34,8 @@ typedef struct kvs_settings {
     bool print_config;
     /* Not an operator's: specs of the fault tier around a tier, for tests; NULL: none. */
     const char *dram_fault, *lmdb_fault;
+    /* The program that checks lmdb's files after an unclean stop: main's own. NULL: none. */
+    const char *lmdb_checker;
 } kvs_settings;
 
 extern const kvc_config_program kvs_program;

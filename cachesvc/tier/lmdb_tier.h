@@ -63,6 +63,8 @@ struct kvs_tier {
     kvc_mutex meta_lock; /* rank META: one meta_put at a time; tier lock and pool lock under it */
     kvsi_env meta;
     uint64_t meta_used_pages; /* under lock */
+    char *checker;            /* opts.checker, or NULL */
+    bool was_clean;           /* the last server that had the folder closed it in order */
     bool meta_lost; /* since open: a damaged meta was set aside, now or at an earlier start */
 
     kvc_mutex lock; /* rank TIER: everything below and the counters of the classes */

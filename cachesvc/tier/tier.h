@@ -50,7 +50,10 @@ typedef struct kvs_tier_opts {
     uint64_t group_commit_ns;    /* lmdb: gather this long, or ... */
     uint64_t group_commit_bytes; /* ... this much */
     uint64_t row_sums_bytes;     /* lmdb: sums of hot blocks kept in RAM */
-    const char *fault;           /* fault tier: "inner[:op=rate,...]" */
+    /* lmdb: a program run as `checker --check-env FOLDER` (kvs_tier_check_main) for each
+       environment after an unclean stop, before it is mapped. NULL: checked in this process. */
+    const char *checker;
+    const char *fault; /* fault tier: "inner[:op=rate,...]" */
 } kvs_tier_opts;
 
 /* A range of rows of one value: rows first .. first + n - 1 go dense to dst. */
@@ -133,6 +136,12 @@ typedef struct kvs_tier_ops {
                                          size_t len_bytes),
                             void *arg);
 } kvs_tier_ops;
+
+/*
+ * The checker's whole work on one environment's folder, for a program's main: reads it through
+ * LMDB, which may kill the process. Gives the exit status: 0 only if it is sound; why is logged.
+ */
+int kvs_tier_check_main(const char *folder);
 
 /*
  * The registered tier by name, or NULL. Slots were checked against caps. Each tier is there once

@@ -5,8 +5,9 @@
  * on disk threads (lmdb_read.c). Invariants: one process has the folder (flock); claimed_pages
  * never passes capacity_pages, and no file outgrows its claim.
  *
- * Folder: lock, meta/, class-<pages>/ each with LMDB's data.mdb and lock.mdb. A folder that LMDB
- * refuses is renamed to *.bad, counted against the budget and never touched again.
+ * Folder: lock, clean (while nobody has it, after a stop in order), meta/, class-<pages>/ each with
+ * LMDB's data.mdb and lock.mdb. A folder that the check or LMDB refuses is renamed to *.bad,
+ * counted against the budget and never touched again.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -21,9 +22,12 @@
 #include "base/assert.h"
 #include "base/clock.h"
 #include "base/log.h"
+#include "base/metrics.h"
+#include "lmdb_check.h"
 #include "lmdb_tier.h"
 #include "tier_registry.h"
 
+#define CLEAN_MARK          "clean"
 #define MAX_PATH_BYTES      4000u
 #define STEPS               64u /* the budget is claimed in about this many steps */
 #define MIN_STEP_PAGES      64u
@@ -87,6 +91,36 @@ static kvc_status check_opts(const kvs_tier_opts *opts)
     return KVC_OK;
 }
 
+/*
+ * The mark of a clean stop is there only while nobody has the folder: whoever opens it takes it
+ * away for good before anything else.
+ */
+static kvc_status take_mark(kvs_tier *tier)
+{
+    tier->was_clean = unlinkat(tier->root_fd, CLEAN_MARK, 0) == 0;
+    if (!tier->was_clean && errno != ENOENT) {
+        KVC_LOG_ERROR(TIER, "lmdb: cannot write in %s: %s", tier->root, strerror(errno));
+        return KVC_IO;
+    }
+    if (tier->was_clean && fsync(tier->root_fd) != 0) {
+        KVC_LOG_ERROR(TIER, "lmdb: cannot sync %s: %s", tier->root, strerror(errno));
+        return KVC_IO;
+    }
+    return KVC_OK;
+}
+
+/* Without it the next start looks at everything, which is right as well. */
+static void leave_mark(kvs_tier *tier)
+{
+    int fd = openat(tier->root_fd, CLEAN_MARK, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+
+    if (fd < 0)
+        return;
+    if (fsync(fd) != 0 || fsync(tier->root_fd) != 0)
+        (void)unlinkat(tier->root_fd, CLEAN_MARK, 0);
+    close(fd);
+}
+
 /* The folder and the lock that keeps a second server out. */
 static kvc_status open_folder(kvs_tier *tier, const char *path)
 {
@@ -108,7 +142,7 @@ static kvc_status open_folder(kvs_tier *tier, const char *path)
         KVC_LOG_ERROR(TIER, "lmdb: %s is in use by another server", path);
         return KVC_EXISTS;
     }
-    return KVC_OK;
+    return take_mark(tier);
 }
 
 /* Claims what a folder of ours takes on the disk already; at least min_pages. */
@@ -136,9 +170,22 @@ kvc_status kvsi_set_aside(kvs_tier *tier, const char *name)
     snprintf(bad, sizeof(bad), "%s.%llu.bad", name, (unsigned long long)kvc_wall_ns());
     if (renameat(tier->root_fd, name, tier->root_fd, bad) != 0)
         return KVC_IO;
+    KVC_COUNT(lmdb_set_aside);
     KVC_LOG_ERROR(TIER, "lmdb: %s/%s is damaged: set aside as %s; remove it to regain its room",
                   tier->root, name, bad);
     return KVC_OK;
+}
+
+/* After an unclean stop the checker looks first; else a quick look, since disks rot too. */
+static kvc_status check_and_open(kvs_tier *tier, kvsi_env *env, const char *name,
+                                 uint64_t map_pages)
+{
+    kvc_status status = kvsi_check_env(tier->root_fd, tier->root, name,
+                                       tier->was_clean ? NULL : tier->checker, !tier->was_clean);
+
+    if (status == KVC_OK)
+        status = kvsi_env_open(env, tier->root_fd, tier->root, name, map_pages);
+    return status;
 }
 
 static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_pages)
@@ -154,7 +201,7 @@ static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_p
     kvc_status status = claim_existing(tier, name, KVSI_CLASS_PAGES, &map_pages);
     if (status != KVC_OK)
         return status;
-    status = kvsi_env_open(&class->env, tier->root_fd, tier->root, name, map_pages);
+    status = check_and_open(tier, &class->env, name, map_pages);
     if (status == KVC_CORRUPT)
         return kvsi_set_aside(tier, name);
     if (status != KVC_OK)
@@ -177,7 +224,7 @@ static kvc_status open_meta(kvs_tier *tier)
 
     if (status != KVC_OK)
         return status;
-    status = kvsi_env_open(&tier->meta, tier->root_fd, tier->root, "meta", map_pages);
+    status = check_and_open(tier, &tier->meta, "meta", map_pages);
     if (status == KVC_CORRUPT) {
         status = kvsi_set_aside(tier, "meta");
         tier->claimed_pages -= map_pages + KVSI_ENV_SLACK_PAGES; /* open_classes counts it */
@@ -249,6 +296,7 @@ static void close_all(kvs_tier *tier)
     kvc_cond_fini(&tier->work);
     kvc_mutex_fini(&tier->lock);
     kvc_mutex_fini(&tier->meta_lock);
+    free(tier->checker);
     free(tier->root);
     free(tier);
 }
@@ -276,6 +324,7 @@ static kvs_tier *create(const kvs_tier_opts *opts)
     kvc_cond_init(&tier->work);
     kvc_cond_init(&tier->woken);
     tier->root = strdup(opts->path);
+    tier->checker = opts->checker != NULL ? strdup(opts->checker) : NULL;
     return tier;
 }
 
@@ -314,10 +363,16 @@ static void lmdb_close(kvs_tier *tier)
     kvc_cond_signal(&tier->work);
     kvc_mutex_unlock(&tier->lock);
     kvc_thread_join(&tier->writer);
+    bool clean = true;
     for (uint32_t i = 0; i < tier->n_classes; i++) {
-        if (tier->classes[i].dirty && kvsi_env_sync(&tier->classes[i].env) != KVC_OK)
+        clean &= !tier->classes[i].broken;
+        if (tier->classes[i].dirty && kvsi_env_sync(&tier->classes[i].env) != KVC_OK) {
             KVC_LOG_WARN(TIER, "lmdb: the last values written without a promise may be lost");
+            clean = false;
+        }
     }
+    if (clean)
+        leave_mark(tier);
     close_all(tier);
 }
 

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "base/assert.h"
+#include "base/log.h"
 #include "tier_registry.h"
 
 #define FAULT_PREFIX "fault:"
@@ -52,6 +53,14 @@ static void build_tables(void)
         kvsi_fault_ops(faulty_names[i], tiers[i], &faulty[i]);
     }
 }
+
+#ifndef KVS_WITH_LMDB
+int kvs_tier_check_main(const char *folder)
+{
+    KVC_LOG_ERROR(TIER, "check: %s: this build has no lmdb tier", folder);
+    return 1;
+}
+#endif
 
 const kvs_tier_ops *kvs_tier_at(uint32_t i)
 {

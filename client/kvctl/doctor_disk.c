@@ -1,6 +1,7 @@
 /*
  * doctor_disk.c: the folder of the lmdb tier, where it is on this machine.
  */
+#include <dirent.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -89,6 +90,26 @@ static void check_space(doctor *d)
     }
 }
 
+/* Environments that a server found damaged and renamed; it serves on without them. */
+static void check_set_aside(doctor *d)
+{
+    DIR *dir = opendir(d->lmdb_path);
+    const struct dirent *entry;
+
+    if (dir == NULL)
+        return;
+    while ((entry = readdir(dir)) != NULL) {
+        size_t len = strlen(entry->d_name);
+        if (len < 4 || strcmp(entry->d_name + len - 4, ".bad") != 0)
+            continue;
+        doctor_report(d, DOCTOR_WARN, "lmdb", "%s was found damaged and set aside", entry->d_name);
+        doctor_fix(d, "its values are lost and its bytes count against lmdb_bytes: look at the "
+                      "disk, then remove %s/%s",
+                   d->lmdb_path, entry->d_name);
+    }
+    closedir(dir);
+}
+
 void doctor_check_disk(doctor *d)
 {
     struct stat st;
@@ -109,4 +130,5 @@ void doctor_check_disk(doctor *d)
     check_permissions(d, &st);
     check_file_system(d);
     check_space(d);
+    check_set_aside(d);
 }

@@ -278,7 +278,7 @@ static void test_schema_file(void **state)
 static void test_doctor(void **state)
 {
     (void)state;
-    char lmdb[320], missing[320];
+    char lmdb[320], missing[320], bad[352];
     (void)snprintf(lmdb, sizeof(lmdb), "%s/values", shared.folder);
     (void)snprintf(missing, sizeof(missing), "%s/missing", shared.folder);
     expect(NULL, WORDS(ON, "doctor", "--lmdb-path", lmdb), 0,
@@ -289,6 +289,12 @@ static void test_doctor(void **state)
            WORDS("{\"failed\":false,\"findings\":[{\"level\":\"OK\",\"check\":\"server\""), NULL);
     expect(NULL, WORDS(ON, "doctor", "--lmdb-path", missing), 1,
            WORDS("FAIL  lmdb", "-> make the folder", "1 failed"), NULL);
+    (void)snprintf(bad, sizeof(bad), "%s/class-9.1.bad", lmdb);
+    assert_int_equal(mkdir(bad, 0700), 0);
+    expect(NULL, WORDS(ON, "doctor", "--lmdb-path", lmdb), 0,
+           WORDS("WARN  lmdb      class-9.1.bad was found damaged and set aside", "then remove"),
+           NULL);
+    assert_int_equal(rmdir(bad), 0);
     assert_int_equal(chmod(lmdb, 0777), 0);
     expect(NULL, WORDS(ON, "doctor", "--lmdb-path", lmdb), 1, WORDS("FAIL  lmdb", "chmod 700"),
            NULL);
