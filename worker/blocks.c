@@ -1,5 +1,5 @@
 /*
- * blocks.c: block buffers, block digests, and when a buffer may go.
+ * blocks.c: block buffers, when they are handed to put, and when they may go.
  *
  * Runs on the sequence's thread; the pool has a leaf lock, since all sequences of a worker share
  * it. A buffer's layout is that of the block's values, so they are put from where they lie. A
@@ -9,11 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/random.h>
-#include <unistd.h>
 
 #include "base/clock.h"
-#include "base/digest.h"
 #include "internal.h"
 
 /* Free buffers that the pool keeps, rather than giving them back to the system. */
@@ -176,69 +173,6 @@ void kvwi_blocks_release(kvw_seq *seq)
     }
 }
 
-/*
- * What a block's digest says beyond its tokens: nothing where every pass that touched it was a
- * whole chunk on the grid, else the passes; once rows were dropped, or selected by a query that
- * turned out otherwise, a number nobody else has.
- */
-static kvc_status digest_extra(kvw_seq *seq, uint32_t block, kvwi_buf *out, uint32_t *len_p)
-{
-    const kvw_opts *o = &seq->worker->opts;
-    uint32_t first = block * o->block_tokens, end = first + o->block_tokens, n = 0;
-    bool on_grid = true;
-    kvc_status st =
-        kvwi_buf_need(out, sizeof(seq->taint) + 2u * o->block_tokens * sizeof(uint32_t));
-    if (st != KVC_OK) {
-        return st;
-    }
-    uint32_t *words = out->p;
-    for (uint32_t i = seq->n_passes; i-- > 0;) {
-        kvwi_pass p = seq->passes[i];
-        if (p.first + p.n <= first) {
-            break;
-        }
-        if (p.first < end && p.first + p.n > first) {
-            on_grid = on_grid && p.n == o->chunk_tokens && p.first % o->chunk_tokens == 0;
-            words[n++] = p.first;
-            words[n++] = p.n;
-        }
-    }
-    *len_p = on_grid || o->reuse_any ? 0 : n * (uint32_t)sizeof(uint32_t);
-    if (seq->tainted) {
-        memcpy((uint8_t *)out->p + *len_p, seq->taint, sizeof(seq->taint));
-        *len_p += (uint32_t)sizeof(seq->taint);
-    }
-    return KVC_OK;
-}
-
-void kvwi_blocks_taint(kvw_seq *seq)
-{
-    if (seq->tainted) {
-        return;
-    }
-    seq->tainted = true;
-    if (getrandom(seq->taint, sizeof(seq->taint), 0) != (ssize_t)sizeof(seq->taint)) {
-        /* no randomness to be had: the moment, and who */
-        const uint64_t who = (uint64_t)(uintptr_t)seq ^ ((uint64_t)getpid() << 44);
-        const uint64_t words[2] = {kvc_wall_ns(), kvc_now_ns() ^ who};
-        _Static_assert(sizeof(words) == sizeof(seq->taint), "fills the taint");
-        memcpy(seq->taint, words, sizeof(words));
-    }
-}
-
-static kvc_status digest_block(kvw_seq *seq, uint32_t block)
-{
-    const kvw_worker *w = seq->worker;
-    uint32_t bt = w->opts.block_tokens, extra_bytes = 0;
-    const kvc_digest *parent = block == 0 ? NULL : &seq->blocks[block - 1u].digest;
-    kvc_status st = digest_extra(seq, block, &seq->append_buf, &extra_bytes);
-    if (st != KVC_OK) {
-        return st;
-    }
-    return kvc_block_digest(&w->schema, parent, seq->tokens + (size_t)block * bt, bt,
-                            seq->append_buf.p, extra_bytes, &seq->blocks[block].digest);
-}
-
 /* The block's index rows, copied from the pages into its buffer: each row holds all levels. */
 static void stage_index(kvw_seq *seq, uint32_t block)
 {
@@ -262,7 +196,7 @@ kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens, uint64_t deadline
     }
     while ((seq->n_submitted + 1u) * bt <= n_tokens) {
         uint32_t block = seq->n_submitted;
-        kvc_status st = digest_block(seq, block);
+        kvc_status st = kvwi_names_block(seq, block);
         if (st != KVC_OK) {
             return kvwi_fail(st, "block %u: its digest could not be computed", block);
         }

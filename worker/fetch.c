@@ -111,7 +111,7 @@ kvc_status kvwi_fetch_wait(kvw_step *step)
     }
     if (seq->worker->opts.policy == KVW_DROP) {
         seq->stats.rows_dropped += lost;
-        kvwi_blocks_taint(seq);
+        kvwi_names_taint(seq);
         KVC_LOG_DEBUG(WORKER, "layer %u: %u of %u rows dropped: %s", step->layer, lost,
                       step->n_misses, kvc_status_name(first));
         return KVC_OK;

@@ -114,6 +114,8 @@ struct kvw_seq {
     kvwi_put_state put; /* guarded by the put queue */
     kvw_select_ctx select;
     kvwi_buf append_buf;
+    char label[2u * KVC_MAX_NAME_BYTES + 24u]; /* of digests, see names.c; not terminated */
+    uint32_t label_bytes;
     kvw_step *free_steps;
     uint8_t taint[16]; /* rows were dropped or a query predicted: nobody may reuse what follows */
     bool tainted;
@@ -177,8 +179,6 @@ kvc_status kvwi_blocks_reserve(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
 kvc_status kvwi_blocks_fill(kvw_seq *seq, uint32_t block) KVC_MUST_CHECK;
 /* Gives back buffers of blocks that the store has and no window needs. */
 void kvwi_blocks_release(kvw_seq *seq);
-/* What is computed from here on is this sequence's alone: its digests get a random number. */
-void kvwi_blocks_taint(kvw_seq *seq);
 /* Digests and hands every full, accepted block to put, waiting for its window up to the deadline.
  * n_tokens: accepted. */
 kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens, uint64_t deadline_ns) KVC_MUST_CHECK;
@@ -192,6 +192,19 @@ static inline uint8_t *kvwi_block_index(const kvw_worker *w, const kvwi_block *b
 {
     return b->base + w->block_kv_bytes + (size_t)layer * w->opts.block_tokens * w->index_row_bytes;
 }
+
+/* names.c ---------------------------------------------------------------------------------------
+ */
+
+/* Keeps what sets this sequence's blocks apart from those of others; NULL or "": nothing. Once.
+ * INVALID: too long, or with a line's end. */
+kvc_status kvwi_names_label(kvw_seq *seq, const char *adapter, const char *salt) KVC_MUST_CHECK;
+/* Digest of a block as a cold prefill of whole chunks computes it; the parent has its own. */
+kvc_status kvwi_names_cold(kvw_seq *seq, const uint32_t *tokens, uint32_t block) KVC_MUST_CHECK;
+/* Digest of a block as it was computed here. */
+kvc_status kvwi_names_block(kvw_seq *seq, uint32_t block) KVC_MUST_CHECK;
+/* What is computed from here on is this sequence's alone: its digests get a random number. */
+void kvwi_names_taint(kvw_seq *seq);
 
 /* append.c --------------------------------------------------------------------------------------
  */

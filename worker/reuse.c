@@ -1,17 +1,17 @@
 /*
  * reuse.c: a sequence starts over what the store already has of its tokens.
  *
- * Runs inside kvw_seq_create, on its thread, and blocks. Only blocks named by their tokens alone
- * match (see digest_extra in blocks.c), and the prefix is cut to whole chunks, so the engine goes
- * on exactly where a cold run would have begun a chunk. Brought back: the blocks that hold sinks
- * and recent, whole; index rows, from their own parts where stored, else rebuilt from the keys of
- * fetched rows. What cannot be brought back is as good as not matched: the sequence starts cold.
+ * Runs inside kvw_seq_create, on its thread, and blocks. Only blocks named by their tokens (and the
+ * sequence's label) alone match (see names.c), and the prefix is cut to whole chunks, so the engine
+ * goes on exactly where a cold run would have begun a chunk. Brought back: the blocks that hold
+ * sinks and recent, whole; index rows, from their own parts where stored, else rebuilt from the
+ * keys of fetched rows. What cannot be brought back is as good as not matched: the sequence starts
+ * cold.
  */
 #include <string.h>
 #include <sys/mman.h>
 
 #include "base/clock.h"
-#include "base/digest.h"
 #include "base/log.h"
 #include "internal.h"
 
@@ -23,8 +23,6 @@
 /* Names of the first n_blocks blocks, as a cold prefill computes them. */
 static kvc_status name_blocks(kvw_seq *seq, const uint32_t *tokens, uint32_t n_blocks)
 {
-    const kvw_worker *w = seq->worker;
-    uint32_t bt = w->opts.block_tokens;
     if (n_blocks > seq->cap_blocks) {
         kvwi_seq_block *blocks = realloc(seq->blocks, n_blocks * sizeof(*blocks));
         if (blocks == NULL) {
@@ -35,9 +33,7 @@ static kvc_status name_blocks(kvw_seq *seq, const uint32_t *tokens, uint32_t n_b
     }
     for (uint32_t b = 0; b < n_blocks; b++) {
         seq->blocks[b] = (kvwi_seq_block){0};
-        kvc_status st =
-            kvc_block_digest(&w->schema, b == 0 ? NULL : &seq->blocks[b - 1u].digest,
-                             tokens + (size_t)b * bt, bt, NULL, 0, &seq->blocks[b].digest);
+        kvc_status st = kvwi_names_cold(seq, tokens, b);
         if (st != KVC_OK) {
             return kvwi_fail(st, "a block digest could not be computed");
         }

@@ -89,34 +89,53 @@ static kvc_status reserve_tokens(kvw_seq *seq, uint32_t n)
     return KVC_OK;
 }
 
-kvc_status kvw_seq_create(kvw_worker *worker, const uint32_t *tokens, uint32_t n_tokens,
-                          kvw_seq **seq_p, uint32_t *n_reused_p)
+static kvc_status check_create(const kvw_worker *worker, const kvw_seq_opts *opts, kvw_seq **seq_p,
+                               const uint32_t *n_reused_p)
 {
-    if (worker == NULL || seq_p == NULL || n_reused_p == NULL ||
-        (tokens == NULL && n_tokens != 0)) {
-        return kvwi_fail(KVC_INVALID, "worker, tokens, seq_p and n_reused_p must not be NULL");
+    if (worker == NULL || opts == NULL || seq_p == NULL || n_reused_p == NULL) {
+        return kvwi_fail(KVC_INVALID, "worker, opts, seq_p and n_reused_p must not be NULL");
+    }
+    if (opts->size_bytes != sizeof(*opts)) {
+        return kvwi_fail(KVC_INVALID, "size_bytes is not that of this library's kvw_seq_opts");
+    }
+    if ((opts->tokens == NULL && opts->n_tokens != 0) || opts->n_tokens > KVWI_MAX_TOKENS) {
+        return kvwi_fail(KVC_INVALID, "tokens must not be NULL, n_tokens at most 2^30");
+    }
+    return KVC_OK;
+}
+
+static kvc_status start(kvw_seq *seq, const kvw_seq_opts *opts)
+{
+    kvc_status st = kvwi_names_label(seq, opts->adapter, opts->salt);
+    if (st == KVC_OK) {
+        st = open_slab(seq);
+    }
+    if (st == KVC_OK) {
+        st = open_layers(seq);
+    }
+    if (st != KVC_OK || seq->worker->opts.client == NULL) {
+        return st;
+    }
+    st = reserve_tokens(seq, opts->n_tokens);
+    return st == KVC_OK ? kvwi_reuse(seq, opts->tokens, opts->n_tokens) : st;
+}
+
+kvc_status kvw_seq_open(kvw_worker *worker, const kvw_seq_opts *opts, kvw_seq **seq_p,
+                        uint32_t *n_reused_p)
+{
+    kvc_status st = check_create(worker, opts, seq_p, n_reused_p);
+    if (st != KVC_OK) {
+        return st;
     }
     *seq_p = NULL;
     *n_reused_p = 0;
-    if (n_tokens > KVWI_MAX_TOKENS) {
-        return kvwi_fail(KVC_INVALID, "n_tokens: a sequence has at most 2^30 tokens");
-    }
     kvw_seq *seq = calloc(1, sizeof(*seq));
     if (seq == NULL) {
         return kvwi_fail(KVC_NO_MEMORY, "out of memory");
     }
     seq->worker = worker;
     seq->select.worker = worker;
-    kvc_status st = open_slab(seq);
-    if (st == KVC_OK) {
-        st = open_layers(seq);
-    }
-    if (st == KVC_OK && worker->opts.client != NULL) {
-        st = reserve_tokens(seq, n_tokens);
-    }
-    if (st == KVC_OK && worker->opts.client != NULL) {
-        st = kvwi_reuse(seq, tokens, n_tokens);
-    }
+    st = start(seq, opts);
     if (st != KVC_OK) {
         kvw_seq_destroy(seq);
         return st;
@@ -124,6 +143,13 @@ kvc_status kvw_seq_create(kvw_worker *worker, const uint32_t *tokens, uint32_t n
     *seq_p = seq;
     *n_reused_p = seq->n_reused;
     return KVC_OK;
+}
+
+kvc_status kvw_seq_create(kvw_worker *worker, const uint32_t *tokens, uint32_t n_tokens,
+                          kvw_seq **seq_p, uint32_t *n_reused_p)
+{
+    const kvw_seq_opts opts = {.size_bytes = sizeof(opts), .tokens = tokens, .n_tokens = n_tokens};
+    return kvw_seq_open(worker, &opts, seq_p, n_reused_p);
 }
 
 static void close_store(kvw_seq *seq)
@@ -252,7 +278,7 @@ kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens)
     }
     uint32_t n = (uint32_t)n_tokens, kept = n - seq->pass.first;
     if (kept != 0 && kept != seq->pass.n && !seq->worker->opts.reuse_any) {
-        kvwi_blocks_taint(seq); /* what is kept saw the queries of what is not */
+        kvwi_names_taint(seq); /* what is kept saw the queries of what is not */
     }
     for (uint32_t i = 0; i < seq->worker->opts.n_layers; i++) {
         kvwi_layer *l = &seq->layers[i];

@@ -179,7 +179,7 @@ kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
     }
     if (step->foretold && !step->seq->worker->opts.reuse_any &&
         query_sum(step, q) != step->select_sum) {
-        kvwi_blocks_taint(step->seq);
+        kvwi_names_taint(step->seq);
     }
     give_step(step);
     return st;

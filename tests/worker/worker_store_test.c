@@ -234,6 +234,93 @@ static void blocks_off_the_grid_have_other_names(void **state)
 }
 
 /* Tokens that left recent since the reselect are kept, not fetched. */
+static uint32_t labelled(rig *r, const char *adapter, const char *salt)
+{
+    const kvw_seq_opts opts = {.size_bytes = sizeof(opts),
+                               .tokens = r->tokens,
+                               .n_tokens = 400,
+                               .adapter = adapter,
+                               .salt = salt};
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    assert_ok(kvw_seq_open(r->worker, &opts, &seq, &reused));
+    rig_prefill(r, seq, reused, 400, NULL, NULL);
+    kvw_seq_destroy(seq);
+    return reused;
+}
+
+/* Adapters and salts share nothing with each other or with plain sequences. */
+static void labels_keep_sequences_apart(void **state)
+{
+    static const char *const labels[][2] = {
+        {NULL, NULL}, {"a", NULL},        {"b", NULL}, {NULL, "a"},
+        {"a", "b"},   {"a salt=b", NULL}, {"b", "a"},  {NULL, "adapter=a"},
+    };
+    bench *b = *state;
+    rig r;
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    rig_open(&r);
+    for (uint32_t again = 0; again < 2; again++)
+        for (size_t i = 0; i < sizeof(labels) / sizeof(labels[0]); i++)
+            assert_int_equal(labelled(&r, labels[i][0], labels[i][1]), again ? 384 : 0);
+    assert_int_equal(labelled(&r, "", ""), 384); /* as good as none */
+    rig_close(&r);
+}
+
+static void labels_that_do_not_fit_are_refused(void **state)
+{
+    bench *b = *state;
+    char text[KVC_MAX_NAME_BYTES + 2];
+    kvw_seq_opts opts = {.size_bytes = sizeof(opts), .adapter = text, .salt = text};
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    rig r;
+    store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
+    rig_open(&r);
+    memset(text, 'x', sizeof(text));
+    text[KVC_MAX_NAME_BYTES] = '\0';
+    assert_ok(kvw_seq_open(r.worker, &opts, &seq, &reused));
+    kvw_seq_destroy(seq);
+    text[KVC_MAX_NAME_BYTES] = 'x';
+    text[KVC_MAX_NAME_BYTES + 1] = '\0';
+    assert_int_equal(kvw_seq_open(r.worker, &opts, &seq, &reused), KVC_INVALID);
+    assert_null(seq);
+    assert_non_null(strstr(kvw_last_error(), "adapter"));
+    opts.adapter = NULL;
+    (void)snprintf(text, sizeof(text), "two\nlines");
+    assert_int_equal(kvw_seq_open(r.worker, &opts, &seq, &reused), KVC_INVALID);
+    assert_non_null(strstr(kvw_last_error(), "salt"));
+    opts.size_bytes--;
+    assert_int_equal(kvw_seq_open(r.worker, &opts, &seq, &reused), KVC_INVALID);
+    rig_close(&r);
+}
+
+/* Chunks shorter than blocks: reuse goes by blocks, and equals a cold run bit for bit. */
+static void chunks_shorter_than_blocks_are_reused(void **state)
+{
+    bench *b = *state;
+    static const char *const selectors[] = {"esa", "tokenselect"};
+    for (int i = 0; i < 2; i++) {
+        rig r;
+        rig_record cold, warm;
+        kvw_stats stats;
+        uint32_t reused = 0;
+        store_rig(&r, selectors[i], KVW_INDEX_EXACT, b->client);
+        r.opts.chunk_tokens = 16;
+        rig_open(&r);
+        run(&r, &cold, 0, &reused, &stats);
+        run(&r, &warm, 700, &reused, &stats);
+        assert_int_equal(reused, 640); /* the next block is not full */
+        rig_record_equal(&r, &cold, &warm, reused, 700);
+        rig_record_fini(&cold);
+        rig_record_fini(&warm);
+        run(&r, &warm, 140, &reused, &stats);
+        assert_int_equal(reused, 128);
+        rig_record_fini(&warm);
+        rig_close(&r);
+    }
+}
+
 static void reused_picks_keep_their_recent_tokens(void **state)
 {
     bench *b = *state;
@@ -417,6 +504,9 @@ int main(void)
         STORE_TEST(steps_of_layers_may_overlap),
         STORE_TEST(blocks_off_the_grid_are_not_reused),
         STORE_TEST(blocks_off_the_grid_have_other_names),
+        STORE_TEST(labels_keep_sequences_apart),
+        STORE_TEST(labels_that_do_not_fit_are_refused),
+        STORE_TEST(chunks_shorter_than_blocks_are_reused),
         STORE_TEST(reused_picks_keep_their_recent_tokens),
         STORE_TEST(predicted_queries_are_not_reused_either),
         STORE_TEST(rejected_drafts_leave_no_trace),

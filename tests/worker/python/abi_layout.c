@@ -30,6 +30,8 @@
     X(t, far_position) X(t, reselect_cos) X(t, all_reduce) X(t, all_reduce_arg) \
     X(t, residency_slots) X(t, exact) X(t, index_dims) X(t, rerank_dims) X(t, rerank_factor) \
     X(t, put_window) X(t, put_timeout_ns) X(t, reuse_any)
+#define SEQ_OPTS(X, t) \
+    X(t, size_bytes) X(t, tokens) X(t, n_tokens) X(t, adapter) X(t, salt)
 #define STATS(X, t) \
     X(t, size_bytes) X(t, tokens) X(t, tokens_reused) X(t, steps) X(t, reselects) X(t, picks) \
     X(t, hits) X(t, misses) X(t, rows_gpu) X(t, rows_dram) X(t, rows_lmdb) X(t, rows_dropped) \
@@ -64,6 +66,8 @@ int main(void)
     ROPE(PRINT, kvk_rope_params)
     STRUCT(kvw_opts);
     OPTS(PRINT, kvw_opts)
+    STRUCT(kvw_seq_opts);
+    SEQ_OPTS(PRINT, kvw_seq_opts)
     STRUCT(kvw_stats);
     STATS(PRINT, kvw_stats)
     STRUCT(kvc_client_opts);

@@ -112,6 +112,15 @@ class Reuse(unittest.TestCase):
             self.model.model.layers[0].mlp.up_proj.weight += 0.01
         self.run_once(0)
 
+    def test_adapters_and_salts_share_nothing(self):
+        self.run_once(0)
+        with kvasir.attach(self.model, self.uri, **OPTIONS) as kv:
+            labels = ({}, {"adapter": "x@1"}, {"adapter": "x@2"}, {"salt": "x@1"})
+            for label, n in [(x, 0) for x in labels[1:]] + [(x, 64 * 6) for x in labels]:
+                with kv.cache(self.ids, **label) as cache:
+                    self.assertEqual(cache.n_reused, n)
+                    kv.prefill(cache, self.ids[0])
+
     def test_server_statistics(self):
         with kvasir.Client(self.uri) as client:
             stats = client.stats()

@@ -111,12 +111,34 @@ KVW_API const char *kvw_last_error(void);
 /* The schema that this worker's values have. */
 KVW_API const kvc_digest *kvw_schema_digest(const kvw_worker *worker);
 
+typedef struct kvw_seq_opts {
+    size_t size_bytes;      /* sizeof(kvw_seq_opts) */
+    const uint32_t *tokens; /* [n_tokens] known beforehand: the prompt; borrowed */
+    uint32_t n_tokens;      /* may be 0 */
+    /*
+     * What else decides this sequence's keys and values, or who may share them; NULL or "":
+     * nothing. Both enter every block's digest, so that sequences share blocks only where both are
+     * equal. At most 255 bytes each, without a line's end; borrowed. All ranks of a group say the
+     * same.
+     */
+    const char *adapter; /* id and revision of the weights on top of the model's (LoRA) */
+    const char *salt; /* of a user, session or customer whose prompts must not be found by others */
+} kvw_seq_opts;
+
 /*
- * Starts a sequence over tokens [n_tokens] that are known beforehand (the prompt; may be 0).
- * Matches its prefix in the store, cut to a multiple of chunk_tokens and block_tokens and to at
- * most n_tokens - 1, and brings back the index, sink and recent rows of what matched. *n_reused_p
- * tokens need no prefill: the engine goes on at that position. Blocks.
+ * Starts a sequence. Matches the prefix of its tokens in the store, cut to a multiple of
+ * chunk_tokens and block_tokens and to at most n_tokens - 1, and brings back the index, sink and
+ * recent rows of what matched. *n_reused_p tokens need no prefill: the engine goes on at that
+ * position. INVALID; NO_MEMORY; what the store answers.
+ *
+ * Blocks: for a few round trips and the time that the index needs to travel (bytes_index in
+ * kvw_stats, so dims + 2 bytes a token, layer and head). Where index values are missing, or the
+ * index is EXACT, it is rebuilt here from the K and V rows of every token: row_bytes a token and
+ * layer travel and are projected. index_rows_rebuilt counts them.
  */
+KVW_API kvc_status kvw_seq_open(kvw_worker *worker, const kvw_seq_opts *opts, kvw_seq **seq_p,
+                                uint32_t *n_reused_p) KVC_MUST_CHECK;
+/* The same with nothing but tokens. */
 KVW_API kvc_status kvw_seq_create(kvw_worker *worker, const uint32_t *tokens, uint32_t n_tokens,
                                   kvw_seq **seq_p, uint32_t *n_reused_p) KVC_MUST_CHECK;
 /* Puts the full blocks, waits for puts in flight (up to put_timeout_ns; a put that fails otherwise

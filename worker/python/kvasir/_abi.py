@@ -77,6 +77,16 @@ class WorkerOpts(C.Structure):
     ]
 
 
+class SeqOpts(C.Structure):
+    _fields_ = [
+        ("size_bytes", C.c_size_t),
+        ("tokens", u32p),
+        ("n_tokens", C.c_uint32),
+        ("adapter", C.c_char_p),
+        ("salt", C.c_char_p),
+    ]
+
+
 class WorkerStats(C.Structure):
     _fields_ = [("size_bytes", C.c_size_t)] + [
         (name, C.c_uint64)
@@ -150,6 +160,7 @@ STRUCTS = {
     "kvc_digest": Digest,
     "kvk_rope_params": RopeParams,
     "kvw_opts": WorkerOpts,
+    "kvw_seq_opts": SeqOpts,
     "kvw_stats": WorkerStats,
     "kvc_client_opts": ClientOpts,
     "kvc_limits": Limits,
@@ -172,7 +183,7 @@ CALLS = {
     "kvw_close": (None, [_vp]),
     "kvw_last_error": (C.c_char_p, []),
     "kvw_schema_digest": (C.POINTER(Digest), [_vp]),
-    "kvw_seq_create": (_int, [_vp, u32p, _u32, _vpp, u32p]),
+    "kvw_seq_open": (_int, [_vp, C.POINTER(SeqOpts), _vpp, u32p]),
     "kvw_seq_destroy": (None, [_vp]),
     "kvw_seq_tokens": (_u64, [_vp]),
     "kvw_tokens": (_int, [_vp, u32p, _u32]),

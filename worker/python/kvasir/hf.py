@@ -109,14 +109,16 @@ class Attachment:
         self._saved = None
         self.observer = None  # an Observer, for tests and reports
 
-    def cache(self, tokens=()):
+    def cache(self, tokens=(), adapter=None, salt=None):
         """
         A KvasirCache over a prompt's token ids, all of it, known beforehand (may be empty):
-        .n_reused of them are in the store and need no prefill.
+        .n_reused of them are in the store and need no prefill. adapter: id and revision of the
+        weights that were put on the model after attach (LoRA); salt: of a user or session. Caches
+        share blocks only where both are equal.
         """
         if hasattr(tokens, "dim") and tokens.dim() == 2:
             tokens = tokens[0]
-        return KvasirCache(self, self.worker.sequence(tokens))
+        return KvasirCache(self, self.worker.sequence(tokens, adapter, salt))
 
     def prefill(self, cache, tokens, progress=None):
         """

@@ -163,11 +163,13 @@ class Worker:
         with self._handle as ptr:
             return bytes(_lib.load().kvw_schema_digest(ptr).contents.bytes).hex()
 
-    def sequence(self, tokens=()):
+    def sequence(self, tokens=(), adapter=None, salt=None):
         """
-        A Sequence over tokens known beforehand; .n_reused of them need no prefill. Blocks.
+        A Sequence over tokens known beforehand; .n_reused of them need no prefill. Sequences share
+        blocks only where adapter (id and revision of weights on top of the model's) and salt (of a
+        user or session) are equal. Blocks.
         """
-        return Sequence(self, tokens)
+        return Sequence(self, tokens, adapter, salt)
 
     def close(self):
         """Closes its sequences and then itself; twice, and from any thread, is fine. Blocks."""
@@ -191,15 +193,22 @@ class Sequence:
     each other; after close() (also the worker's or client's) they raise KvasirError CLOSED.
     """
 
-    def __init__(self, worker, tokens):
+    def __init__(self, worker, tokens, adapter=None, salt=None):
         self._handle = None
         self.worker = worker
         lib, ids, ptr, reused = _lib.load(), tensors.token_ids(tokens), ctypes.c_void_p(), _u32()
+        opts = _abi.SeqOpts(
+            ctypes.sizeof(_abi.SeqOpts),
+            tensors.u32_pointer(ids),
+            ids.size,
+            _bytes(adapter),
+            _bytes(salt),
+        )
         with worker.handle as owner:
-            code = lib.kvw_seq_create(
-                owner, tensors.u32_pointer(ids), ids.size, ctypes.byref(ptr), ctypes.byref(reused)
+            code = lib.kvw_seq_open(
+                owner, ctypes.byref(opts), ctypes.byref(ptr), ctypes.byref(reused)
             )
-            _lib.check(code, "kvw_seq_create")
+            _lib.check(code, "kvw_seq_open")
             self._handle = Handle(
                 "kvw_seq", "the sequence", ptr, lib.kvw_seq_destroy, worker.handle, exclusive=True
             )
