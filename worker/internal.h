@@ -264,6 +264,16 @@ kvc_status kvwi_schema_open(kvw_worker *worker) KVC_MUST_CHECK;
 /* Matches tokens in the store and brings back what the worker needs; opens the context. */
 kvc_status kvwi_reuse(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens) KVC_MUST_CHECK;
 
+/* group.c ---------------------------------------------------------------------------------------
+ */
+
+/* INVALID where ranks differ in heads or in anything that the schema names. */
+kvc_status kvwi_group_check(const kvw_worker *worker) KVC_MUST_CHECK;
+/* The least of every rank's numbers, so that all go on at one position. A rank whose st is not OK
+ * takes part with 0; its st is returned. */
+kvc_status kvwi_group_least(const kvw_worker *worker, kvc_status st, uint32_t *n,
+                            uint32_t *n_indexed) KVC_MUST_CHECK;
+
 /* step.c ----------------------------------------------------------------------------------------
  */
 

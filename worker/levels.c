@@ -26,8 +26,14 @@ static kvc_status check_projection(const kvw_worker *w)
     if (strcmp(p->model, o->model) != 0) {
         return misfit(w, "it was made for another model");
     }
-    if (p->n_layers != o->n_layers || p->n_kv_heads != o->n_kv_heads * o->tp_size ||
-        p->head_dim != o->head_dim) {
+    if (p->n_kv_heads != o->n_kv_heads * o->tp_size) {
+        return kvwi_fail(KVC_INVALID,
+                         "projection_path: %s: it has n_kv_heads=%u, but %u on each of tp_size %u "
+                         "ranks make %u: heads must divide evenly",
+                         o->projection_path, p->n_kv_heads, o->n_kv_heads, o->tp_size,
+                         o->n_kv_heads * o->tp_size);
+    }
+    if (p->n_layers != o->n_layers || p->head_dim != o->head_dim) {
         return misfit(w, "its shape is not the model's");
     }
     if (p->rope != KVWI_PROJECTION_RAW && (uint32_t)p->rope != position) {

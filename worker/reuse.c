@@ -395,35 +395,12 @@ static kvc_status bring_all(kvw_seq *seq, uint32_t n, uint32_t n_indexed)
 }
 
 /*
- * The least of every rank's numbers, so that all go on at one position. Ranks whose st is not OK
- * take part with 0, since the others wait for them; their st is returned.
- */
-static kvc_status agree(const kvw_worker *w, kvc_status st, uint32_t *n, uint32_t *n_indexed)
-{
-    float x[2] = {-(float)*n, -(float)*n_indexed}; /* multiples of 64 below 2^30 are exact */
-    if (w->opts.all_reduce == NULL) {
-        return st;
-    }
-    if (st != KVC_OK) {
-        x[0] = 0;
-        x[1] = 0;
-    }
-    kvc_status reduced = w->opts.all_reduce(w->opts.all_reduce_arg, "max", x, 2);
-    if (reduced != KVC_OK) {
-        return kvwi_fail(reduced, "all_reduce: %s", kvc_status_name(reduced));
-    }
-    *n = (uint32_t)-x[0];
-    *n_indexed = (uint32_t)-x[1];
-    return st;
-}
-
-/*
  * What the whole group has. A shared index is not rebuilt by a group: its keys would be summed over
  * the ranks row by row, while each of them may lose rows of its own.
  */
 static kvc_status agree_prefix(const kvw_worker *w, kvc_status st, uint32_t *n, uint32_t *n_indexed)
 {
-    st = agree(w, st, n, n_indexed);
+    st = kvwi_group_least(w, st, n, n_indexed);
     if (w->opts.all_reduce != NULL && w->selector->form == KVWI_SHARED && w->index_row_bytes != 0) {
         *n = cut(w, *n_indexed / w->opts.block_tokens, *n_indexed + 1u);
     }
@@ -435,7 +412,7 @@ static kvc_status agree_prefix(const kvw_worker *w, kvc_status st, uint32_t *n, 
 static kvc_status agree_brought(const kvw_worker *w, kvc_status st, uint32_t n)
 {
     uint32_t brought = n, none = 0;
-    st = agree(w, st, &brought, &none);
+    st = kvwi_group_least(w, st, &brought, &none);
     return st == KVC_OK && brought < n ? kvwi_fail(KVC_NOT_FOUND, "another rank lacks rows") : st;
 }
 

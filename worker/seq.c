@@ -106,7 +106,10 @@ static kvc_status check_create(const kvw_worker *worker, const kvw_seq_opts *opt
 
 static kvc_status start(kvw_seq *seq, const kvw_seq_opts *opts)
 {
-    kvc_status st = kvwi_names_label(seq, opts->adapter, opts->salt);
+    kvc_status st = kvwi_group_check(seq->worker);
+    if (st == KVC_OK) {
+        st = kvwi_names_label(seq, opts->adapter, opts->salt);
+    }
     if (st == KVC_OK) {
         st = open_slab(seq);
     }

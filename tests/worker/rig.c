@@ -79,6 +79,11 @@ void rig_init(rig *r, const char *selector, uint32_t n_tokens)
     };
 }
 
+static double grained(const rig *r, double x)
+{
+    return r->grain == 0 ? x : r->grain * nearbyint(x / r->grain);
+}
+
 /* Data of the whole model, from which a rank takes its heads. */
 static void fill_one(const rig *r, uint64_t what, uint32_t heads, double scale, double *out)
 {
@@ -90,7 +95,7 @@ static void fill_one(const rig *r, uint64_t what, uint32_t heads, double scale, 
             uint32_t p = what == 0 && r->repeat != 0 ? t % r->repeat : t;
             uint64_t key = ((r->seed * 3u + what) * 1009u + layer) * 1000003u + p;
             for (uint32_t i = 0; i < width; i++) {
-                rig_set(o->dtype, cell, 0, scale * noise(key, first + i));
+                rig_set(o->dtype, cell, 0, grained(r, scale * noise(key, first + i)));
                 *out++ = rig_get(o->dtype, cell, 0);
             }
         }
@@ -133,8 +138,8 @@ void rig_project(rig *r, uint32_t dims)
     p.b = malloc(n * sizeof(float));
     assert_true(p.a != NULL && p.b != NULL);
     for (size_t i = 0; i < n; i++) {
-        p.b[i] = (float)(noise(r->seed + 77u, i) / sqrt((double)dims));
-        p.a[i] = p.b[i] + (float)(0.1 * noise(r->seed + 78u, i));
+        p.b[i] = (float)grained(r, noise(r->seed + 77u, i) / sqrt((double)dims));
+        p.a[i] = (float)grained(r, (double)p.b[i] + 0.1 * noise(r->seed + 78u, i));
     }
     const char *base = getenv("TMPDIR");
     (void)snprintf(r->projection, sizeof(r->projection), "%s/kvasir-proj-%d-%s-%u.bin",

@@ -19,6 +19,7 @@ typedef struct rig {
     uint32_t repeat;      /* keys of position p are those of p % repeat; 0: all differ */
     uint32_t head_groups; /* total kv heads that data is made for (tensor parallel: all ranks') */
     double k_scale, q_scale;
+    double grain; /* data and projections are multiples of it, so that sums are exact; 0: not */
     /* [n_layers][n_tokens][heads * head_dim], as double, of this rank's heads */
     double *k, *v, *q;
     uint32_t *tokens;

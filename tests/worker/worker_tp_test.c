@@ -1,6 +1,6 @@
 /*
- * worker_tp_test.c: tensor parallelism: two workers with half of the heads each, on two threads
- * with a real all-reduce between them, against one worker with all heads.
+ * worker_tp_test.c: tensor parallelism: one to four workers with a share of the heads each, on
+ * threads of their own with a real all-reduce between them, against one worker with all heads.
  */
 #include "oracle.h"
 
@@ -9,7 +9,7 @@
 #include <math.h>
 #include <pthread.h>
 
-enum { RANKS = 2 };
+enum { RANKS = 2, MAX_RANKS = 4, Q_HEADS = 24, KV_HEADS = 12, HEAD_DIM = 16 };
 
 /* An all-reduce through shared memory: everybody adds, everybody copies. */
 typedef struct meeting {
@@ -40,18 +40,37 @@ static kvc_status all_reduce(void *arg, const char *op, float *x, uint32_t n)
     return KVC_OK;
 }
 
+static void meeting_open(meeting *m, uint32_t ranks)
+{
+    *m = (meeting){.sum = NULL};
+    assert_int_equal(pthread_mutex_init(&m->lock, NULL), 0);
+    assert_int_equal(pthread_barrier_init(&m->all, NULL, ranks), 0);
+}
+
+static void meeting_close(meeting *m)
+{
+    pthread_mutex_destroy(&m->lock);
+    pthread_barrier_destroy(&m->all);
+    free(m->sum);
+}
+
+/* exact: data of which every sum is exact in f32, in any order; nothing is rotated. */
 static void rank_rig(rig *r, const char *selector, kvw_index_kind index, uint32_t rank,
-                     uint32_t ranks, meeting *m)
+                     uint32_t ranks, bool exact, meeting *m)
 {
     rig_init(r, selector, 420);
-    r->opts.n_q_heads = 8 / ranks;
-    r->opts.n_kv_heads = 4 / ranks;
+    r->opts.n_q_heads = Q_HEADS / ranks;
+    r->opts.n_kv_heads = KV_HEADS / ranks;
     r->opts.tp_size = ranks;
     r->opts.tp_rank = rank;
-    r->opts.all_reduce = ranks > 1 ? all_reduce : NULL;
+    r->opts.all_reduce = m != NULL ? all_reduce : NULL;
     r->opts.all_reduce_arg = m;
     r->opts.index = index;
     r->opts.reselect_cos = strcmp(selector, "tokenselect") == 0 ? 0.05 : 0;
+    if (exact) {
+        r->grain = 1.0 / 16.0;
+        r->opts.rope.theta = 0;
+    }
     if (index == KVW_INDEX_RERANKED)
         r->opts.index_dims = 8;
     if (index != KVW_INDEX_EXACT)
@@ -93,11 +112,11 @@ static void *run_rank(void *arg)
 }
 
 static trace *new_trace(const char *selector, kvw_index_kind index, uint32_t rank, uint32_t ranks,
-                        meeting *m)
+                        bool exact, meeting *m)
 {
     trace *t = calloc(1, sizeof(*t));
     assert_non_null(t);
-    rank_rig(&t->r, selector, index, rank, ranks, m);
+    rank_rig(&t->r, selector, index, rank, ranks, exact, m);
     rig_open(&t->r);
     rig_record_init(&t->record, &t->r);
     return t;
@@ -110,87 +129,180 @@ static void free_trace(trace *t)
     free(t);
 }
 
-/* Outputs of a rank are those of its heads in the whole; where picks agree. */
-static void compare(const trace *whole, trace *const part[RANKS])
+/* Outputs of one position are those of the rank's heads in the whole. */
+static void compare_out(const trace *whole, trace *const *part, uint32_t ranks, uint32_t layer,
+                        uint32_t pos)
+{
+    size_t row = Q_HEADS * HEAD_DIM, share = row / ranks, at = (size_t)layer * 420 + pos;
+    const float *w = (const float *)(void *)whole->record.out + at * row;
+    for (uint32_t rank = 0; rank < ranks; rank++) {
+        const float *p = (const float *)(void *)part[rank]->record.out + at * share;
+        for (uint32_t i = 0; i < share; i++)
+            assert_true(fabsf(p[i] - w[rank * share + i]) < 1e-5f);
+    }
+}
+
+static void compare(const trace *whole, trace *const *part, uint32_t ranks, bool exact)
 {
     uint32_t steps = 0, same = 0;
-    size_t row = 8 * 16;
     for (uint32_t pos = 0; pos < 420; pos++) {
         for (uint32_t layer = 0; layer < 2; layer++) {
-            /* both ranks always have the same picks */
-            assert_memory_equal(part[0]->picks[pos][layer], part[1]->picks[pos][layer], 48 * 4);
+            for (uint32_t rank = 1; rank < ranks; rank++) /* ranks always have the same picks */
+                assert_memory_equal(part[0]->picks[pos][layer], part[rank]->picks[pos][layer],
+                                    sizeof(part[0]->picks[pos][layer]));
             if (whole->picks[pos][layer][0] == 0)
                 continue; /* not a step's first position, or nothing was selected */
             steps++;
-            if (memcmp(whole->picks[pos][layer], part[0]->picks[pos][layer], 48 * 4) != 0)
+            if (memcmp(whole->picks[pos][layer], part[0]->picks[pos][layer],
+                       sizeof(whole->picks[pos][layer])) != 0)
                 continue;
             same++;
-            if (pos < 400)
-                continue; /* a chunk's first position stands for it */
-            const float *w = (const float *)(void *)whole->record.out + (layer * 420 + pos) * row;
-            for (uint32_t rank = 0; rank < RANKS; rank++) {
-                const float *p =
-                    (const float *)(void *)part[rank]->record.out + (layer * 420 + pos) * row / 2;
-                for (uint32_t i = 0; i < row / 2; i++)
-                    assert_true(fabsf(p[i] - w[rank * row / 2 + i]) < 1e-5f);
-            }
+            if (pos >= 400) /* else a chunk's first position stands for it */
+                compare_out(whole, part, ranks, layer, pos);
         }
     }
-    /* sums in another order may move an int8 step or swap two near ties */
-    assert_true(steps > 40 && same * 10 >= steps * 9);
+    assert_true(steps > 40);
+    if (exact)
+        assert_int_equal(same, steps);
+    else /* sums in another order may move an int8 step or swap two near ties */
+        assert_true(same * 10 >= steps * 9);
 }
 
-static void split_heads(const char *selector, kvw_index_kind index)
+static void split_heads(const char *selector, kvw_index_kind index, uint32_t ranks, bool exact)
 {
-    meeting m = {.sum = NULL};
-    trace *part[RANKS];
-    pthread_t thread[RANKS];
-    assert_int_equal(pthread_mutex_init(&m.lock, NULL), 0);
-    assert_int_equal(pthread_barrier_init(&m.all, NULL, RANKS), 0);
-    trace *whole = new_trace(selector, index, 0, 1, NULL);
+    meeting m;
+    trace *part[MAX_RANKS];
+    pthread_t thread[MAX_RANKS];
+    meeting_open(&m, ranks);
+    trace *whole = new_trace(selector, index, 0, 1, exact, NULL);
     (void)run_rank(whole);
-    for (uint32_t i = 0; i < RANKS; i++)
-        part[i] = new_trace(selector, index, i, RANKS, &m);
-    assert_memory_equal(kvw_schema_digest(part[0]->r.worker), kvw_schema_digest(part[1]->r.worker),
-                        32);
-    for (uint32_t i = 0; i < RANKS; i++)
+    for (uint32_t i = 0; i < ranks; i++)
+        part[i] = new_trace(selector, index, i, ranks, exact, &m);
+    for (uint32_t i = 1; i < ranks; i++)
+        assert_memory_equal(kvw_schema_digest(part[0]->r.worker),
+                            kvw_schema_digest(part[i]->r.worker), 32);
+    for (uint32_t i = 0; i < ranks; i++)
         assert_int_equal(pthread_create(&thread[i], NULL, run_rank, part[i]), 0);
-    for (uint32_t i = 0; i < RANKS; i++)
+    for (uint32_t i = 0; i < ranks; i++)
         assert_int_equal(pthread_join(thread[i], NULL), 0);
     assert_true(m.n_calls > 10);
-    compare(whole, part);
-    assert_int_equal(part[0]->reselects, part[1]->reselects);
+    compare(whole, part, ranks, exact);
+    for (uint32_t i = 0; i < ranks; i++)
+        assert_int_equal(part[i]->reselects, part[0]->reselects);
     if (strcmp(selector, "tokenselect") == 0) {
         assert_int_equal(part[0]->reselects, whole->reselects);
         assert_true(whole->reselects < 2 * 26); /* the Selection Cache has hit */
     }
     free_trace(whole);
-    for (uint32_t i = 0; i < RANKS; i++)
+    for (uint32_t i = 0; i < ranks; i++)
         free_trace(part[i]);
-    pthread_mutex_destroy(&m.lock);
-    pthread_barrier_destroy(&m.all);
-    free(m.sum);
+    meeting_close(&m);
+}
+
+static void over_ranks(const char *selector, kvw_index_kind index, bool exact)
+{
+    for (uint32_t ranks = 1; ranks <= MAX_RANKS; ranks++)
+        split_heads(selector, index, ranks, exact);
+}
+
+/* Where no sum rounds, splitting changes nothing at all: index, scores and picks are the same. */
+static void esa_split_picks_exactly_the_same(void **state)
+{
+    (void)state;
+    over_ranks("esa", KVW_INDEX_COMPRESSED, true);
+    over_ranks("esa", KVW_INDEX_RERANKED, true);
+    over_ranks("esa", KVW_INDEX_EXACT, true);
 }
 
 static void esa_sums_projections(void **state)
 {
     (void)state;
-    split_heads("esa", KVW_INDEX_COMPRESSED);
-    split_heads("esa", KVW_INDEX_RERANKED);
+    over_ranks("esa", KVW_INDEX_COMPRESSED, false);
+    split_heads("esa", KVW_INDEX_RERANKED, 2, false);
 }
 
 static void esa_sums_scores_of_exact_keys(void **state)
 {
     (void)state;
-    split_heads("esa", KVW_INDEX_EXACT);
+    split_heads("esa", KVW_INDEX_EXACT, 2, false);
+    split_heads("esa", KVW_INDEX_EXACT, 3, false);
 }
 
 static void tokenselect_sums_votes(void **state)
 {
     (void)state;
-    split_heads("tokenselect", KVW_INDEX_EXACT);
-    split_heads("tokenselect", KVW_INDEX_COMPRESSED);
-    split_heads("tokenselect", KVW_INDEX_RERANKED);
+    over_ranks("tokenselect", KVW_INDEX_EXACT, false);
+    over_ranks("tokenselect", KVW_INDEX_COMPRESSED, false);
+    split_heads("tokenselect", KVW_INDEX_RERANKED, 2, false);
+}
+
+/* ---- groups that do not fit together ---- */
+
+typedef struct misfit {
+    rig r;
+    kvc_status st;
+    char why[256];
+} misfit;
+
+static void *open_misfit(void *arg)
+{
+    misfit *m = arg;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    m->st = kvw_seq_create(m->r.worker, NULL, 0, &seq, &reused);
+    (void)snprintf(m->why, sizeof(m->why), "%s", kvw_last_error());
+    kvw_seq_destroy(seq);
+    return NULL;
+}
+
+static void refuse_group(misfit *rank, uint32_t ranks, const char *why)
+{
+    pthread_t thread[MAX_RANKS];
+    for (uint32_t i = 0; i < ranks; i++)
+        rig_open(&rank[i].r);
+    for (uint32_t i = 0; i < ranks; i++)
+        assert_int_equal(pthread_create(&thread[i], NULL, open_misfit, &rank[i]), 0);
+    for (uint32_t i = 0; i < ranks; i++)
+        assert_int_equal(pthread_join(thread[i], NULL), 0);
+    for (uint32_t i = 0; i < ranks; i++) {
+        assert_int_equal(rank[i].st, KVC_INVALID);
+        assert_non_null(strstr(rank[i].why, why));
+        rig_close(&rank[i].r);
+    }
+}
+
+/* Four kv heads on three ranks, and ranks that were opened with different options. */
+static void ranks_must_be_alike(void **state)
+{
+    (void)state;
+    for (int heads = 0; heads < 2; heads++) {
+        meeting m;
+        misfit rank[3];
+        meeting_open(&m, 3);
+        for (uint32_t i = 0; i < 3; i++) {
+            rank_rig(&rank[i].r, "tokenselect", KVW_INDEX_EXACT, i, 3, false, &m);
+            if (heads && i == 0) {
+                rank[i].r.opts.n_kv_heads *= 2;
+                rank[i].r.opts.n_q_heads *= 2;
+            }
+            rank[i].r.opts.k += !heads && i == 2;
+        }
+        refuse_group(rank, 3, heads ? "heads" : "options");
+        meeting_close(&m);
+    }
+}
+
+/* A projection knows how many heads there are in all. */
+static void heads_that_do_not_divide_are_refused(void **state)
+{
+    (void)state;
+    rig r;
+    rank_rig(&r, "esa", KVW_INDEX_COMPRESSED, 0, 4, false, NULL);
+    r.opts.all_reduce = all_reduce;
+    r.opts.tp_size = 3; /* 12 heads in the file, 3 here: 9 */
+    assert_int_equal(kvw_open(&r.opts, &r.worker), KVC_INVALID);
+    assert_non_null(strstr(kvw_last_error(), "n_kv_heads"));
+    rig_close(&r);
 }
 
 /* ---- a group over a store ---- */
@@ -239,17 +351,16 @@ static void ranks_reuse_the_same_prefix(void **state)
 {
     bench *b = *state;
     for (int esa = 0; esa < 2; esa++) {
-        meeting m = {.sum = NULL};
+        meeting m;
         member rank[RANKS];
         pthread_t thread[RANKS];
         pthread_barrier_t all;
-        assert_int_equal(pthread_mutex_init(&m.lock, NULL), 0);
-        assert_int_equal(pthread_barrier_init(&m.all, NULL, RANKS), 0);
+        meeting_open(&m, RANKS);
         assert_int_equal(pthread_barrier_init(&all, NULL, RANKS), 0);
         for (uint32_t i = 0; i < RANKS; i++) {
             rank[i] = (member){.b = b, .all = &all};
             rank_rig(&rank[i].r, esa ? "esa" : "tokenselect",
-                     esa ? KVW_INDEX_COMPRESSED : KVW_INDEX_EXACT, i, RANKS, &m);
+                     esa ? KVW_INDEX_COMPRESSED : KVW_INDEX_EXACT, i, RANKS, false, &m);
             rank[i].r.opts.client = b->client;
             rank[i].r.n_tokens = 448; /* 384 reused and a pass of 64 */
             rig_open(&rank[i].r);
@@ -264,16 +375,17 @@ static void ranks_reuse_the_same_prefix(void **state)
             assert_int_equal(rank[i].reused[2], esa ? 0 : 384); /* a shared index: not rebuilt */
             rig_close(&rank[i].r);
         }
-        pthread_mutex_destroy(&m.lock);
-        pthread_barrier_destroy(&m.all);
+        meeting_close(&m);
         pthread_barrier_destroy(&all);
-        free(m.sum);
     }
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(esa_split_picks_exactly_the_same),
+        cmocka_unit_test(ranks_must_be_alike),
+        cmocka_unit_test(heads_that_do_not_divide_are_refused),
         cmocka_unit_test(esa_sums_projections),
         cmocka_unit_test(esa_sums_scores_of_exact_keys),
         cmocka_unit_test(tokenselect_sums_votes),

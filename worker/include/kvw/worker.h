@@ -49,9 +49,9 @@ typedef enum kvw_index_kind {
  * Sums over the workers of a tensor-parallel group; x [n] in place; op: "sum" or "max"; every
  * worker gets the same bits. n_q_heads and n_kv_heads are the local ones, so ESA sums its projected
  * queries and keys (over exact keys: the scores), TokenSelect the votes and the three numbers of
- * the Selection Cache's cosine; its softmax is per head and needs no sum. kvw_seq_create agrees on
- * what is reused by "max". Calls come in the same order on every worker as long as all of them
- * create the same sequences and run the same steps. Blocks.
+ * the Selection Cache's cosine; its softmax is per head and needs no sum. kvw_seq_open compares
+ * heads and options and agrees on what is reused by "max". Calls come in the same order on every
+ * worker as long as all of them create the same sequences and run the same steps. Blocks.
  */
 typedef kvc_status kvw_all_reduce_fn(void *arg, const char *op, float *x, uint32_t n);
 
