@@ -9,6 +9,7 @@ the position that it has, or would have, in the renumbered list of the exact pic
 
 import argparse
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ class Table:
         self.cells = defaultdict(list)
 
     def add(self, row, k, recall, mass, exact_mass):
-        """One layer's numbers."""
+        """One layer's numbers, layers in order."""
         self.cells[row, k].append((recall, mass, exact_mass))
 
     def rows(self):
@@ -251,6 +252,23 @@ def markdown(title, table, exact_bytes):
     return "\n".join(lines)
 
 
+def per_layer(title, table, layers):
+    """Every layer's recall and mass beside exact's; one table for each kind of query and k."""
+    lines = []
+    for kind in dict.fromkeys(row[0] for row in table.rows()):
+        rows = [row for row in table.rows() if row[0] == kind]
+        for k in KS:
+            lines += [f"**{title}; {kind} queries, k = {k}: recall / mass**", ""]
+            lines.append("| layer | " + " | ".join(f"{r[1]} ({r[2]} B)" for r in rows) + " |")
+            lines.append("|---|" + "---|" * len(rows))
+            for i, layer in enumerate(layers):
+                cells = [table.cells[row, k][i] for row in rows]
+                text = (f"{r:.3f} / {mass / max(own, 1e-12):.3f}" for r, mass, own in cells)
+                lines.append(f"| {layer} | " + " | ".join(text) + " |")
+            lines.append("")
+    return "\n".join(lines)
+
+
 def parser():
     """The command line."""
     p = argparse.ArgumentParser(
@@ -274,11 +292,12 @@ def parser():
     p.add_argument("--sink", type=int, default=128)
     p.add_argument("--recent", type=int, default=512, help="TokenSelect's n_recent")
     p.add_argument("--far", type=int, default=4096, help="ESA's far_position")
-    p.add_argument("--dims", type=int, nargs="+", default=[12, 16, 22, 32, 48, 64, 96])
+    p.add_argument("--dims", type=int, nargs="+", default=[6, 14, 22, 30, 46, 62, 94])
     p.add_argument("--per-head-dims", type=int, nargs="+", default=[16, 24, 32, 48])
     p.add_argument("--rerank", type=int, nargs="*", default=[16, 48], help="pairs: scan, finer")
     p.add_argument("--queries", type=int, default=24)
     p.add_argument("--layers", type=int, nargs="*", help="default: all")
+    p.add_argument("--per-layer", metavar="FILE", help="write every layer's numbers there, too")
     p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     p.add_argument("--threads", type=int, default=0)
     return p
@@ -336,10 +355,12 @@ def main(argv=None):
         f"{context.end - context.first} candidates, {how}; {args.queries} single queries and one "
         f"chunk of {CHUNK} per layer, {len(layers)} layers.\n"
     )
-    if esa is not None:
-        print(markdown(f"ESA, far_position {args.far}", tables[0], exact_bytes) + "\n")
-    if votes is not None:
-        print(markdown(f"TokenSelect, n_recent {args.recent}", tables[1], exact_bytes))
+    titles = (f"ESA, far_position {args.far}", f"TokenSelect, n_recent {args.recent}")
+    made = [pair for pair in zip(titles, tables) if pair[1].cells]
+    print("\n\n".join(markdown(title, table, exact_bytes) for title, table in made))
+    if args.per_layer:
+        text = "\n".join(per_layer(title, table, layers) for title, table in made)
+        Path(args.per_layer).write_text(text + "\n", encoding="utf-8")
     return 0
 
 
