@@ -204,6 +204,18 @@ void kvs_index_drop_blocks(kvs_index *index, const uint32_t *blocks, uint32_t n)
     }
 }
 
+void kvs_index_share_blocks(kvs_index *index, const uint32_t *blocks, uint32_t n)
+{
+    for (uint32_t i = 0; i < n;) {
+        kvc_mutex_lock(&index->lock);
+        for (uint32_t end = i + KVS_INDEX_STEP; i < n && i < end; i++) {
+            KVC_ASSERT(kvs_block_at(index, blocks[i])->contexts > 0);
+            kvs_block_at(index, blocks[i])->contexts++;
+        }
+        kvc_mutex_unlock(&index->lock);
+    }
+}
+
 kvc_status kvs_index_hold_blocks(kvs_index *index, const kvs_schema *schema,
                                  const kvc_digest *digests, uint32_t n, uint32_t *blocks)
 {

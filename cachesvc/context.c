@@ -23,6 +23,8 @@
 static const char why_length[] = "the context would have more than max_context_blocks blocks";
 static const char why_total[] = "all open contexts together have max_open_blocks blocks";
 static const char why_tenant[] = "the tenant has max_contexts contexts open: close one";
+static const char why_short[] = "the context has fewer blocks than n_blocks";
+static const char why_closed[] = "the context was closed meanwhile";
 static const char why_memory[] = "memory is out";
 static const char why_before[] = "n_blocks_before is not the context's length, and the digests are "
                                  "not those that are there";
@@ -210,23 +212,59 @@ err_blocks:
     return KVC_NO_MEMORY;
 }
 
-kvc_status kvs_context_open(kvs_contexts *contexts, const kvs_schema *schema,
-                            const kvc_digest *digests, uint32_t n, uint64_t ttl_ns,
-                            kvs_context **context_p, const char **why_p)
+/* Shares the first n blocks of from, which its referencer keeps, with a context that has none. */
+static kvc_status share(kvs_contexts *contexts, kvs_context *context, const kvs_context *from,
+                        uint32_t n, const char **why_p)
 {
-    *context_p = NULL;
-    *why_p = why_memory;
+    if (atomic_fetch_add(&contexts->n_blocks, n) + n > contexts->opts.max_blocks) {
+        atomic_fetch_sub(&contexts->n_blocks, n);
+        *why_p = why_total;
+        return KVC_NO_SPACE;
+    }
+    for (uint32_t c = 0; c < KVS_CONTEXT_CHUNKS && chunk_first(c) < n; c++) {
+        uint32_t size = KVS_CONTEXT_FIRST_BLOCKS << c, left = n - chunk_first(c);
+        uint32_t step = left < size ? left : size;
+        context->chunks[c] = malloc(size * sizeof(uint32_t));
+        if (!context->chunks[c]) {
+            atomic_fetch_sub(&contexts->n_blocks, n - atomic_load(&context->n_blocks));
+            *why_p = why_memory;
+            return KVC_NO_MEMORY;
+        }
+        memcpy(context->chunks[c], from->chunks[c], step * sizeof(uint32_t));
+        kvs_index_share_blocks(contexts->opts.index, context->chunks[c], step);
+        atomic_store(&context->n_blocks, chunk_first(c) + step);
+    }
+    return KVC_OK;
+}
+
+/* An object in no slot, without blocks; NULL: no memory. */
+static kvs_context *create(const kvs_contexts *contexts, const kvs_schema *schema, uint64_t ttl_ns)
+{
     kvs_context *context = calloc(1, sizeof(*context));
     if (!context)
-        return KVC_NO_MEMORY;
+        return NULL;
     context->schema = schema;
     context->tenant = schema->tenant;
     context->ttl_ns = ttl_ns == 0 ? contexts->opts.default_ttl_ns : ttl_ns;
     if (context->ttl_ns > contexts->opts.max_ttl_ns)
         context->ttl_ns = contexts->opts.max_ttl_ns;
     atomic_store(&context->expires_ns, kvc_deadline_ns(context->ttl_ns));
-    kvc_mutex_init(&context->grow_lock, KVC_RANK_CONTEXT);
-    kvc_status status = append(contexts, context, digests, n, why_p);
+    kvc_mutex_init(&context->grow_lock, KVC_RANK_GROW);
+    return context;
+}
+
+/* Digests [n] or, where from is not NULL, its first n blocks. */
+static kvc_status open_with(kvs_contexts *contexts, const kvs_schema *schema,
+                            const kvc_digest *digests, const kvs_context *from, uint32_t n,
+                            uint64_t ttl_ns, kvs_context **context_p, const char **why_p)
+{
+    *context_p = NULL;
+    *why_p = why_memory;
+    kvs_context *context = create(contexts, schema, ttl_ns);
+    if (!context)
+        return KVC_NO_MEMORY;
+    kvc_status status = from ? share(contexts, context, from, n, why_p)
+                             : append(contexts, context, digests, n, why_p);
     if (status == KVC_OK)
         status = insert(contexts, context, why_p);
     if (status != KVC_OK) {
@@ -235,6 +273,74 @@ kvc_status kvs_context_open(kvs_contexts *contexts, const kvs_schema *schema,
     }
     *context_p = context;
     return KVC_OK;
+}
+
+kvc_status kvs_context_open(kvs_contexts *contexts, const kvs_schema *schema,
+                            const kvc_digest *digests, uint32_t n, uint64_t ttl_ns,
+                            kvs_context **context_p, const char **why_p)
+{
+    return open_with(contexts, schema, digests, NULL, n, ttl_ns, context_p, why_p);
+}
+
+kvc_status kvs_context_fork(kvs_contexts *contexts, const kvs_context *from, uint32_t n,
+                            uint64_t ttl_ns, kvs_context **context_p, const char **why_p)
+{
+    uint32_t have = atomic_load(&from->n_blocks);
+    *context_p = NULL;
+    *why_p = why_short;
+    if (n > have)
+        return KVC_INVALID;
+    return open_with(contexts, from->schema, NULL, from, n ? n : have, ttl_ns, context_p, why_p);
+}
+
+/* Puts context where old stands, under the same handle. False: old stands there no more. */
+static bool replace(kvs_contexts *contexts, kvs_context *old, kvs_context *context)
+{
+    kvc_mutex_lock(&contexts->lock);
+    slot_rec *slot = &contexts->slots[(uint32_t)old->handle & SLOT_MASK];
+    bool there = slot->context == old;
+    if (there) {
+        KVC_ASSERT(old->refs > 1);
+        old->refs--;
+        context->handle = old->handle;
+        context->refs = 1;
+        slot->context = context;
+    }
+    kvc_mutex_unlock(&contexts->lock);
+    return there;
+}
+
+static kvc_status truncate_locked(kvs_contexts *contexts, kvs_context *old, uint32_t n,
+                                  const char **why_p)
+{
+    uint32_t have = atomic_load(&old->n_blocks);
+    *why_p = why_short;
+    if (n >= have)
+        return n == have ? KVC_OK : KVC_INVALID;
+    *why_p = why_memory;
+    kvs_context *context = create(contexts, old->schema, old->ttl_ns);
+    if (!context)
+        return KVC_NO_MEMORY;
+    kvc_status status = share(contexts, context, old, n, why_p);
+    if (status == KVC_OK && !replace(contexts, old, context)) {
+        *why_p = why_closed;
+        status = KVC_STALE_HANDLE;
+    }
+    if (status == KVC_OK)
+        old->replaced = true;
+    else
+        context_free(contexts, context);
+    return status;
+}
+
+kvc_status kvs_context_truncate(kvs_contexts *contexts, kvs_context *context, uint32_t n,
+                                const char **why_p)
+{
+    kvc_mutex_lock(&context->grow_lock);
+    kvc_status status =
+        context->replaced ? KVC_AGAIN : truncate_locked(contexts, context, n, why_p);
+    kvc_mutex_unlock(&context->grow_lock);
+    return status;
 }
 
 kvc_status kvs_context_get(kvs_contexts *contexts, const kvc_digest *tenant, uint64_t handle,
@@ -273,7 +379,9 @@ kvc_status kvs_context_extend(kvs_contexts *contexts, kvs_context *context, uint
     kvc_status status;
     kvc_mutex_lock(&context->grow_lock);
     uint32_t have = atomic_load(&context->n_blocks);
-    if (n_before == have) {
+    if (context->replaced) {
+        status = KVC_AGAIN;
+    } else if (n_before == have) {
         status = append(contexts, context, digests, n, why_p);
     } else {
         bool same = n_before < have && n <= have - n_before;

@@ -4,6 +4,7 @@
  * A handle is 64 bits: 24 of the boot id, 20 of the slot's generation, 20 of the slot. Its context
  * lives until it is closed or ttl passes without a use; users in flight keep it a moment longer.
  * The block list grows at its end only, in chunks that never move, so readers take no lock on it.
+ * A truncate puts a shorter object under the handle; readers in flight end with the old one.
  */
 #ifndef KVS_CONTEXT_H
 #define KVS_CONTEXT_H
@@ -22,7 +23,8 @@ typedef struct kvs_context {
     uint64_t handle, ttl_ns;
     atomic_uint_least64_t expires_ns;
     uint32_t refs;       /* the table's one included; guarded by the table's lock */
-    kvc_mutex grow_lock; /* rank CONTEXT, never with the table's: one extender at a time */
+    kvc_mutex grow_lock; /* rank GROW: who extends or truncates; guards replaced */
+    bool replaced;       /* by a truncate: the handle names another object now */
     atomic_uint n_blocks;
     uint32_t *chunks[KVS_CONTEXT_CHUNKS]; /* block ids; chunk c holds 64 << c of them */
 } kvs_context;
@@ -53,8 +55,22 @@ kvc_status kvs_context_get(kvs_contexts *contexts, const kvc_digest *tenant, uin
                            kvs_context **context_p) KVC_MUST_CHECK;
 void kvs_context_put(kvs_contexts *contexts, kvs_context *context);
 /*
+ * Opens a context over the first n blocks of another, which the caller references; n 0: all of
+ * them. Statuses as for open, INVALID also where from is shorter.
+ */
+kvc_status kvs_context_fork(kvs_contexts *contexts, const kvs_context *from, uint32_t n,
+                            uint64_t ttl_ns, kvs_context **context_p,
+                            const char **why_p) KVC_MUST_CHECK;
+/*
+ * Cuts to the first n blocks. The caller's reference stays with the old length; the handle has the
+ * new one. INVALID: it is shorter. STALE_HANDLE: closed meanwhile. AGAIN: another truncate came
+ * first, get it by its handle once more. NO_SPACE, NO_MEMORY.
+ */
+kvc_status kvs_context_truncate(kvs_contexts *contexts, kvs_context *context, uint32_t n,
+                                const char **why_p) KVC_MUST_CHECK;
+/*
  * Appends digests [n]. n_before must be the length, or the digests must be what is there already (a
- * retry). INVALID, NO_SPACE, NO_MEMORY as for open.
+ * retry). INVALID, NO_SPACE, NO_MEMORY as for open; AGAIN as for truncate.
  */
 kvc_status kvs_context_extend(kvs_contexts *contexts, kvs_context *context, uint32_t n_before,
                               const kvc_digest *digests, uint32_t n,

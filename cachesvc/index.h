@@ -124,17 +124,20 @@ kvc_status kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint3
                                const kvc_digest *digest, kvs_slot lmdb) KVC_MUST_CHECK;
 
 /* Leading digests for which every part of parts [n_parts] (places) is there; windowed: a part
-   whose window ended before the last hits is not asked for. TIMED_OUT: deadline_ns (0: none) came
-   first; NO_MEMORY. */
+   whose window ended before the last hits is not asked for. tiers [n] (may be NULL): for each hit
+   the kvc_tier of the slowest part, read from the fastest of its copies. TIMED_OUT: deadline_ns (0:
+   none) came first; NO_MEMORY. */
 kvc_status kvs_index_match(kvs_index *index, const kvs_schema *schema, const uint16_t *parts,
                            uint32_t n_parts, bool windowed, const kvc_digest *digests, uint32_t n,
-                           uint64_t deadline_ns, uint32_t *hits_p) KVC_MUST_CHECK;
+                           uint64_t deadline_ns, uint8_t *tiers, uint32_t *hits_p) KVC_MUST_CHECK;
 
 /* Block ids for a context, created where unknown, each counted once per mention. NO_MEMORY: none
    is held. */
 kvc_status kvs_index_hold_blocks(kvs_index *index, const kvs_schema *schema,
                                  const kvc_digest *digests, uint32_t n,
                                  uint32_t *blocks) KVC_MUST_CHECK;
+/* The same for blocks that somebody else holds already. */
+void kvs_index_share_blocks(kvs_index *index, const uint32_t *blocks, uint32_t n);
 void kvs_index_drop_blocks(kvs_index *index, const uint32_t *blocks, uint32_t n);
 bool kvs_index_block_is(kvs_index *index, uint32_t block, const kvc_digest *digest);
 

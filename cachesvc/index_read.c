@@ -123,26 +123,39 @@ bool kvs_index_loaded(kvs_index *index, uint32_t id, const kvs_slot *slot)
 
 /* ---- match ---------------------------------------------------------------------- */
 
-static bool value_present(kvs_index *index, uint32_t block, uint32_t part)
+/* The tier that a read would take it from; 0: it is not there. */
+static uint8_t value_tier(kvs_index *index, uint32_t block, uint32_t part)
 {
     uint32_t id = block == KVS_NIL ? KVS_NIL : kvs_value_find(index, block, part);
-    return id != KVS_NIL && kvs_value_visible(kvs_value_at(index, id));
+    if (id == KVS_NIL || !kvs_value_visible(kvs_value_at(index, id)))
+        return 0;
+    return kvs_value_at(index, id)->flags & KVS_DRAM ? KVC_TIER_DRAM : KVC_TIER_LMDB;
 }
 
-/* Judges block i given run [n_parts], the lengths of the present runs that end before it. False: a
-   part without a window is missing, so no longer prefix can match. *good_p: i + 1 blocks match. */
-static bool match_block(kvs_index *index, const kvs_schema *schema, const uint16_t *parts,
-                        uint32_t n_parts, bool windowed, uint32_t block, uint32_t i, uint32_t *run,
-                        bool *good_p)
+/* A prefix match under way. run [n_parts]: the lengths of the present runs that end here. */
+typedef struct match {
+    const kvs_schema *schema;
+    const uint16_t *parts;
+    uint32_t n_parts;
+    bool windowed;
+    uint32_t *run;
+    uint8_t tier; /* of the block judged last */
+} match;
+
+/* Judges block i. False: a part without a window is missing, so no longer prefix can match.
+ *good_p: i + 1 blocks match. */
+static bool match_block(kvs_index *index, match *m, uint32_t block, uint32_t i, bool *good_p)
 {
     *good_p = true;
-    for (uint32_t p = 0; p < n_parts; p++) {
-        uint32_t need = windowed ? schema->parts[parts[p]].window_blocks : 0;
-        bool present = value_present(index, block, parts[p]);
-        if (!need && !present)
+    m->tier = KVC_TIER_DRAM;
+    for (uint32_t p = 0; p < m->n_parts; p++) {
+        uint32_t need = m->windowed ? m->schema->parts[m->parts[p]].window_blocks : 0;
+        uint8_t tier = value_tier(index, block, m->parts[p]);
+        if (!need && !tier)
             return false;
-        run[p] = present ? run[p] + 1 : 0;
-        if (need && run[p] < (need < i + 1 ? need : i + 1))
+        m->tier = tier > m->tier ? tier : m->tier;
+        m->run[p] = tier ? m->run[p] + 1 : 0;
+        if (need && m->run[p] < (need < i + 1 ? need : i + 1))
             *good_p = false;
     }
     return true;
@@ -150,13 +163,14 @@ static bool match_block(kvs_index *index, const kvs_schema *schema, const uint16
 
 kvc_status kvs_index_match(kvs_index *index, const kvs_schema *schema, const uint16_t *parts,
                            uint32_t n_parts, bool windowed, const kvc_digest *digests, uint32_t n,
-                           uint64_t deadline_ns, uint32_t *hits_p)
+                           uint64_t deadline_ns, uint8_t *tiers, uint32_t *hits_p)
 {
     uint32_t hits = 0, step = n_parts < KVS_INDEX_STEP ? KVS_INDEX_STEP / (n_parts + 1) + 1 : 1;
     bool more = true, late = false;
-    uint32_t *run = calloc(n_parts ? n_parts : 1, sizeof(*run));
+    match m = {.schema = schema, .parts = parts, .n_parts = n_parts, .windowed = windowed};
+    m.run = calloc(n_parts ? n_parts : 1, sizeof(*m.run));
     *hits_p = 0;
-    if (!run)
+    if (!m.run)
         return KVC_NO_MEMORY;
     for (uint32_t i = 0; more && i < n;) {
         late = kvc_expired(deadline_ns);
@@ -165,14 +179,15 @@ kvc_status kvs_index_match(kvs_index *index, const kvs_schema *schema, const uin
         kvc_mutex_lock(&index->lock);
         for (uint32_t end = i + step; more && i < n && i < end; i++) {
             bool good;
-            more = match_block(index, schema, parts, n_parts, windowed,
-                               kvs_block_find(index, schema->id, &digests[i]), i, run, &good);
+            more = match_block(index, &m, kvs_block_find(index, schema->id, &digests[i]), i, &good);
             if (more && good)
                 hits = i + 1;
+            if (more && tiers)
+                tiers[i] = m.tier;
         }
         kvc_mutex_unlock(&index->lock);
     }
-    free(run);
+    free(m.run);
     if (late)
         return KVC_TIMED_OUT;
     *hits_p = hits;

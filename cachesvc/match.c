@@ -1,10 +1,8 @@
 /*
- * match.c: MatchPrefix, and the three calls about contexts.
+ * match.c: MatchPrefix.
  *
  * Transport threads; nothing here waits for a medium.
  */
-#include <string.h>
-
 #include "base/metrics.h"
 #include "request.h"
 
@@ -72,96 +70,23 @@ void kvs_on_match_prefix(kvs_server *server, kvt_call *call, const kvc_digest *t
         named ? named_parts(call, schema, n_parts) : default_parts(call, schema, &n_parts);
     if (!parts)
         return;
+    bool want_tiers = call->req.u.match_prefix.want_tiers && n_digests;
+    uint8_t *tiers = want_tiers ? kvc_arena_alloc(&call->arena, n_digests) : NULL;
+    if (want_tiers && !tiers) {
+        kvs_fail(call, KVC_NO_MEMORY, "no memory for %u tiers", n_digests);
+        return;
+    }
     kvc_status status = kvs_index_match(server->index, schema, parts, n_parts, !named,
                                         call->req.u.match_prefix.digests, n_digests,
-                                        call->deadline_ns, &reply.u.match_prefix.hits);
+                                        call->deadline_ns, tiers, &reply.u.match_prefix.hits);
     if (status != KVC_OK) {
         kvs_fail(call, status, "%u digests of %u parts were not matched in time", n_digests,
                  n_parts);
         return;
     }
+    reply.u.match_prefix.tiers = tiers;
+    reply.u.match_prefix.n_tiers = tiers ? reply.u.match_prefix.hits : 0;
     KVC_COUNT_N(match_digests, n_digests);
     KVC_COUNT_N(match_hits, reply.u.match_prefix.hits);
-    kvs_answer(call, &reply, NULL, 0);
-}
-
-static uint64_t n_tokens(const kvs_context *context)
-{
-    return (uint64_t)atomic_load(&context->n_blocks) * context->schema->block_tokens;
-}
-
-void kvs_on_open_context(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
-{
-    kvs_context *context;
-    const char *why;
-    uint32_t n_digests = call->req.u.open_context.n_digests;
-    uint64_t ttl_ms = call->req.u.open_context.ttl_ms;
-    if (n_digests > server->limits.max_digests) {
-        kvs_fail(call, KVC_INVALID, "%u digests; max_digests is %u: extend the context", n_digests,
-                 server->limits.max_digests);
-        return;
-    }
-    const kvs_schema *schema =
-        kvs_want_schema(server, call, tenant, &call->req.u.open_context.schema);
-    if (!schema)
-        return;
-    uint64_t ttl_ns = ttl_ms > UINT64_MAX / 1000000 ? UINT64_MAX : ttl_ms * 1000000;
-    kvc_status status = kvs_context_open(server->contexts, schema, call->req.u.open_context.digests,
-                                         n_digests, ttl_ns, &context, &why);
-    if (status != KVC_OK) {
-        kvs_fail(call, status, "%s", why);
-        return;
-    }
-    kvc_reply reply = {.method = KVC_OPEN_CONTEXT};
-    reply.u.open_context.context = context->handle;
-    reply.u.open_context.ttl_ms = context->ttl_ns / 1000000;
-    reply.u.open_context.n_tokens = n_tokens(context);
-    kvs_context_put(server->contexts, context);
-    kvs_answer(call, &reply, NULL, 0);
-}
-
-/* References the context of a handle; NULL after kvs_fail. */
-static kvs_context *want_context(kvs_server *server, kvt_call *call, const kvc_digest *tenant,
-                                 uint64_t handle)
-{
-    kvs_context *context;
-    kvc_status status = kvs_context_get(server->contexts, tenant, handle, &context);
-    if (status != KVC_OK)
-        kvs_fail(call, status, "context %016llx is not open here: open it again",
-                 (unsigned long long)handle);
-    return context;
-}
-
-void kvs_on_extend_context(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
-{
-    const char *why;
-    if (call->req.u.extend_context.n_digests > server->limits.max_digests) {
-        kvs_fail(call, KVC_INVALID, "%u digests; max_digests is %u",
-                 call->req.u.extend_context.n_digests, server->limits.max_digests);
-        return;
-    }
-    kvs_context *context = want_context(server, call, tenant, call->req.u.extend_context.context);
-    if (!context)
-        return;
-    kvc_status status = kvs_context_extend(
-        server->contexts, context, call->req.u.extend_context.n_blocks_before,
-        call->req.u.extend_context.digests, call->req.u.extend_context.n_digests, &why);
-    kvc_reply reply = {.method = KVC_EXTEND_CONTEXT};
-    reply.u.extend_context.n_tokens = n_tokens(context);
-    kvs_context_put(server->contexts, context);
-    if (status == KVC_OK)
-        kvs_answer(call, &reply, NULL, 0);
-    else
-        kvs_fail(call, status, "%s", why);
-}
-
-void kvs_on_close_context(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
-{
-    kvs_context *context = want_context(server, call, tenant, call->req.u.close_context.context);
-    if (!context)
-        return;
-    kvs_context_close(server->contexts, context);
-    kvs_context_put(server->contexts, context);
-    kvc_reply reply = {.method = KVC_CLOSE_CONTEXT};
     kvs_answer(call, &reply, NULL, 0);
 }

@@ -30,6 +30,14 @@ void kvs_fail(kvt_call *call, kvc_status status, const char *fmt, ...)
 /* The tenant's schema by digest, or NULL after kvs_fail. */
 const kvs_schema *kvs_want_schema(kvs_server *server, kvt_call *call, const kvc_digest *tenant,
                                   const kvc_digest *digest);
+/* References the context of a handle, for kvs_context_put; NULL after kvs_fail. */
+kvs_context *kvs_want_context(kvs_server *server, kvt_call *call, const kvc_digest *tenant,
+                              uint64_t handle);
+/* A TTL of a request in nanoseconds. */
+static inline uint64_t kvs_ttl_ns(uint64_t ttl_ms)
+{
+    return ttl_ms > UINT64_MAX / 1000000 ? UINT64_MAX : ttl_ms * 1000000;
+}
 /* Sizes of the tiers; returns how many there are (at most 2). */
 uint32_t kvs_tier_stats(kvs_server *server, kvc_tier_stats *stats);
 

@@ -55,8 +55,8 @@ kvc_status kvci_open_chain(const kvc_context *context, uint32_t n, uint32_t max_
     return status;
 }
 
-static kvc_status send_rpc(void *arg, const kvc_request *req, uint64_t deadline_ns,
-                           kvci_take_fn *take, void *take_arg)
+kvc_status kvci_send_rpc(void *arg, const kvc_request *req, uint64_t deadline_ns,
+                         kvci_take_fn *take, void *take_arg)
 {
     kvci_rpc_opts opts = {
         .deadline_ns = deadline_ns,
@@ -66,8 +66,8 @@ static kvc_status send_rpc(void *arg, const kvc_request *req, uint64_t deadline_
     return kvci_rpc(arg, req, &opts);
 }
 
-/* Tells the server to forget a handle; its TTL would do so later anyway. */
-static void close_handle(kvc_client *client, uint64_t handle)
+/* Its TTL would do so later anyway. */
+void kvci_handle_close(kvc_client *client, uint64_t handle)
 {
     kvc_mutex_lock(&client->lock);
     bool connected = client->link != NULL && !client->link_suspect && !client->closing;
@@ -79,7 +79,7 @@ static void close_handle(kvc_client *client, uint64_t handle)
     (void)kvci_rpc(client, &req, &opts);
 }
 
-static void context_free(kvc_context *context)
+void kvci_context_free(kvc_context *context)
 {
     free(context->blocks);
     free(context);
@@ -101,9 +101,27 @@ static kvc_status reserve(kvc_context *context, uint32_t n)
     return KVC_OK;
 }
 
-static uint64_t or_default(const kvc_client *client, uint64_t deadline_ns)
+uint64_t kvci_deadline(const kvc_client *client, uint64_t deadline_ns)
 {
     return deadline_ns != 0 ? deadline_ns : kvc_deadline_ns(client->default_timeout_ns);
+}
+
+kvc_context *kvci_context_new(kvc_client *client, const kvc_digest *schema,
+                              const kvc_digest *blocks, uint32_t n, uint64_t ttl_ms)
+{
+    kvc_context *context = calloc(1, sizeof(*context));
+    if (context == NULL || reserve(context, n) != KVC_OK) {
+        free(context);
+        (void)kvci_fail(KVC_NO_MEMORY, "context: no memory");
+        return NULL;
+    }
+    context->client = client;
+    context->schema = *schema;
+    context->ttl_ms = ttl_ms;
+    if (n > 0)
+        memcpy(context->blocks, blocks, n * sizeof(*blocks));
+    atomic_store(&context->n_blocks, n);
+    return context;
 }
 
 kvc_status kvc_context_open(kvc_client *client, const kvc_digest *schema, const kvc_digest *blocks,
@@ -115,27 +133,17 @@ kvc_status kvc_context_open(kvc_client *client, const kvc_digest *schema, const 
     if (n > limits.max_context_blocks)
         return kvci_fail(KVC_INVALID, "context: %u blocks, at most %u", n,
                          limits.max_context_blocks);
-    kvc_context *context = calloc(1, sizeof(*context));
+    kvc_context *context = kvci_context_new(client, schema, blocks, n, ttl_ms);
     if (context == NULL)
-        return kvci_fail(KVC_NO_MEMORY, "context: no memory");
-    context->client = client;
-    context->schema = *schema;
-    context->ttl_ms = ttl_ms;
-    kvc_status status = reserve(context, n);
-    if (status != KVC_OK)
-        goto err_free;
-    if (n > 0)
-        memcpy(context->blocks, blocks, n * sizeof(*blocks));
-    status = kvci_open_chain(context, n, limits.max_digests, send_rpc, client,
-                             or_default(client, deadline_ns), &context->handle);
-    if (status != KVC_OK)
-        goto err_free;
-    atomic_store(&context->n_blocks, n);
+        return KVC_NO_MEMORY;
+    kvc_status status = kvci_open_chain(context, n, limits.max_digests, kvci_send_rpc, client,
+                                        kvci_deadline(client, deadline_ns), &context->handle);
+    if (status != KVC_OK) {
+        kvci_context_free(context);
+        return status;
+    }
     *context_p = context;
     return KVC_OK;
-err_free:
-    context_free(context);
-    return status;
 }
 
 /* Extends the handle in messages of max_digests. *resent_p: an attempt may have been carried out
@@ -161,8 +169,7 @@ static kvc_status extend_handle(const kvc_context *context, uint64_t handle, uin
     return status;
 }
 
-/* Waits for whoever else works on the context. TIMED_OUT. */
-static kvc_status take_busy(kvc_context *context, uint64_t deadline_ns)
+kvc_status kvci_context_take(kvc_context *context, uint64_t deadline_ns)
 {
     kvc_client *client = context->client;
     kvc_status status = KVC_OK;
@@ -174,14 +181,26 @@ static kvc_status take_busy(kvc_context *context, uint64_t deadline_ns)
         status = KVC_OK;
     }
     kvc_mutex_unlock(&client->lock);
-    return status;
+    if (status != KVC_OK)
+        return kvci_fail(status, "context: another change of it or a reopen took too long");
+    return KVC_OK;
 }
 
-/* Ends an extend: publishes the new handle if there is one, lets waiting fetches go on. */
-static void give_busy(kvc_context *context, kvc_status status, bool ambiguous, uint64_t handle)
+bool kvci_context_is_stale(kvc_context *context)
+{
+    kvc_mutex_lock(&context->client->lock);
+    bool stale = context->suspect || context->reopening;
+    kvc_mutex_unlock(&context->client->lock);
+    return stale;
+}
+
+void kvci_context_give(kvc_context *context, kvc_status status, bool ambiguous, uint64_t handle,
+                       uint32_t n_blocks)
 {
     kvc_client *client = context->client;
     kvc_mutex_lock(&client->lock);
+    if (status == KVC_OK)
+        atomic_store(&context->n_blocks, n_blocks);
     if (status == KVC_OK && handle != context->handle) {
         context->handle = handle;
         context->gen++;
@@ -203,13 +222,9 @@ static kvc_status extend_busy(kvc_context *context, uint32_t n_old, uint32_t n_n
                               uint64_t deadline_ns, bool *ambiguous_p, uint64_t *handle_p)
 {
     kvc_client *client = context->client;
-    kvc_mutex_lock(&client->lock);
-    uint64_t old_handle = context->handle;
-    bool stale = context->suspect || context->reopening;
-    kvc_mutex_unlock(&client->lock);
-    *handle_p = old_handle;
+    uint64_t old_handle = *handle_p;
     kvc_status status = KVC_STALE_HANDLE;
-    if (!stale)
+    if (!kvci_context_is_stale(context))
         status = extend_handle(context, old_handle, n_old, n_new, deadline_ns, ambiguous_p);
     /* Longer there than here, by an attempt of ours whose answer was lost: start over. */
     bool differs = status == KVC_INVALID && *ambiguous_p;
@@ -217,7 +232,7 @@ static kvc_status extend_busy(kvc_context *context, uint32_t n_old, uint32_t n_n
         *ambiguous_p = *ambiguous_p || (status != KVC_INVALID && status != KVC_NO_SPACE);
         return status;
     }
-    status = kvci_open_chain(context, n_new, kvci_limits(client).max_digests, send_rpc, client,
+    status = kvci_open_chain(context, n_new, kvci_limits(client).max_digests, kvci_send_rpc, client,
                              deadline_ns, handle_p);
     /* The old handle is what it was, also if it is stale: no worse than before. */
     *ambiguous_p = true;
@@ -229,12 +244,12 @@ kvc_status kvc_context_extend(kvc_context *context, const kvc_digest *blocks, ui
 {
     kvc_client *client = context->client;
     uint32_t max_blocks = kvci_limits(client).max_context_blocks;
-    deadline_ns = or_default(client, deadline_ns);
+    deadline_ns = kvci_deadline(client, deadline_ns);
     if (n == 0)
         return KVC_OK;
-    kvc_status status = take_busy(context, deadline_ns);
+    kvc_status status = kvci_context_take(context, deadline_ns);
     if (status != KVC_OK)
-        return kvci_fail(status, "context extend: another extend or a reopen took too long");
+        return status;
     uint32_t n_old = atomic_load(&context->n_blocks);
     bool ambiguous = false;
     uint64_t old_handle = context->handle, handle = old_handle;
@@ -246,11 +261,9 @@ kvc_status kvc_context_extend(kvc_context *context, const kvc_digest *blocks, ui
         memcpy(context->blocks + n_old, blocks, n * sizeof(*blocks));
         status = extend_busy(context, n_old, n_old + n, deadline_ns, &ambiguous, &handle);
     }
-    if (status == KVC_OK)
-        atomic_store(&context->n_blocks, n_old + n);
-    give_busy(context, status, ambiguous, handle);
+    kvci_context_give(context, status, ambiguous, handle, n_old + n);
     if (status == KVC_OK && handle != old_handle)
-        close_handle(client, old_handle);
+        kvci_handle_close(client, old_handle);
     return status;
 }
 
@@ -269,8 +282,8 @@ void kvc_context_close(kvc_context *context)
     bool stale = context->reopening;
     kvc_mutex_unlock(&client->lock);
     if (!stale)
-        close_handle(client, handle);
-    context_free(context);
+        kvci_handle_close(client, handle);
+    kvci_context_free(context);
 }
 
 uint32_t kvc_context_blocks(const kvc_context *context)

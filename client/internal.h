@@ -146,6 +146,7 @@ struct kvci_call {
         struct {
             uint32_t *hits_p;
             uint32_t *hits; /* [n_msgs] */
+            uint8_t *tiers; /* [digests]; may be NULL */
         } match;
         struct {
             kvci_take_fn *take;
@@ -249,9 +250,30 @@ struct kvc_context {
     bool suspect;   /* the server may hold more blocks than we do: reopen before the next extend */
 };
 
+/* A context over blocks [n], copied, without a handle; NULL after kvci_fail. */
+kvc_context *kvci_context_new(kvc_client *client, const kvc_digest *schema,
+                              const kvc_digest *blocks, uint32_t n, uint64_t ttl_ms);
+void kvci_context_free(kvc_context *context);
+/* Waits for whoever else works on the context and becomes its busy owner. TIMED_OUT, said. */
+kvc_status kvci_context_take(kvc_context *context, uint64_t deadline_ns);
+/*
+ * Ends that: OK publishes n_blocks and, where it is another, the new handle, and lets waiting
+ * fetches go on. ambiguous: after a failure the server's length is not known.
+ */
+void kvci_context_give(kvc_context *context, kvc_status status, bool ambiguous, uint64_t handle,
+                       uint32_t n_blocks);
+/* The busy owner's: whether the handle must be opened anew before it is used. */
+bool kvci_context_is_stale(kvc_context *context);
+/* Tells the server to forget a handle, best effort and a second at most. */
+void kvci_handle_close(kvc_client *client, uint64_t handle);
+/* deadline_ns, or that of the client's default. */
+uint64_t kvci_deadline(const kvc_client *client, uint64_t deadline_ns);
+
 typedef kvc_status kvci_send_fn(void *arg, const kvc_request *req, uint64_t deadline_ns,
                                 kvci_take_fn *take, void *take_arg);
 
+/* A kvci_send_fn through the queue, with its retries; arg is the client. */
+kvci_send_fn kvci_send_rpc;
 /* OpenContext and as many ExtendContext as n blocks need. *handle_p is set on OK. */
 kvc_status kvci_open_chain(const kvc_context *context, uint32_t n, uint32_t max_digests,
                            kvci_send_fn *send, void *send_arg, uint64_t deadline_ns,

@@ -15,6 +15,13 @@ static kvc_status match_take(kvci_msg *msg, const kvc_reply *reply, const char *
         *why_p = "more hits than digests";
         return KVC_PROTOCOL;
     }
+    uint8_t *tiers = msg->call->u.match.tiers;
+    if (tiers != NULL && reply->u.match_prefix.n_tiers != reply->u.match_prefix.hits) {
+        *why_p = "the tiers are missing";
+        return KVC_PROTOCOL;
+    }
+    if (tiers != NULL && reply->u.match_prefix.hits > 0)
+        memcpy(tiers + msg->first, reply->u.match_prefix.tiers, reply->u.match_prefix.hits);
     msg->call->u.match.hits[msg - msg->call->msgs] = reply->u.match_prefix.hits;
     return KVC_OK;
 }
@@ -42,6 +49,14 @@ kvc_status kvc_match(kvc_client *client, const kvc_digest *schema, const kvc_dig
                      uint32_t n, const uint32_t *parts, uint32_t n_parts, uint32_t *hits_p,
                      uint64_t deadline_ns, kvc_op *op)
 {
+    return kvc_match_tiers(client, schema, digests, n, parts, n_parts, NULL, hits_p, deadline_ns,
+                           op);
+}
+
+kvc_status kvc_match_tiers(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                           uint32_t n, const uint32_t *parts, uint32_t n_parts, uint8_t *tiers,
+                           uint32_t *hits_p, uint64_t deadline_ns, kvc_op *op)
+{
     *hits_p = 0;
     if (n_parts > KVC_MAX_PARTS)
         return kvci_fail(KVC_INVALID, "match: %u parts, at most %u", n_parts, KVC_MAX_PARTS);
@@ -60,6 +75,7 @@ kvc_status kvc_match(kvc_client *client, const kvc_digest *schema, const kvc_dig
     if (n_parts > 0)
         memcpy(own_parts, parts, n_parts * sizeof(*parts));
     call->u.match.hits_p = hits_p;
+    call->u.match.tiers = tiers;
     call->u.match.hits = kvci_carve(call, n_msgs, sizeof(uint32_t));
     for (uint32_t i = 0; i < n_msgs; i++) {
         kvci_msg *msg = &call->msgs[i];
@@ -71,6 +87,7 @@ kvc_status kvc_match(kvc_client *client, const kvc_digest *schema, const kvc_dig
         msg->req.u.match_prefix.digests = own_digests + msg->first;
         msg->req.u.match_prefix.n_parts = n_parts;
         msg->req.u.match_prefix.parts = own_parts;
+        msg->req.u.match_prefix.want_tiers = tiers != NULL;
     }
     return kvci_call_start(call, op);
 }

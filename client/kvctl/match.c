@@ -15,9 +15,9 @@ static const char help[] =
     "    kvctl match - how many leading blocks of a context the server holds\n"
     "\n"
     "SYNOPSIS\n"
-    "    kvctl [--server URI] [--json] match --schema SCHEMA [--parts PARTS] DIGEST...\n"
-    "    kvctl [--server URI] [--json] match --schema SCHEMA [--parts PARTS] [--block-tokens N]\n"
-    "          --digests FILE | --tokens FILE\n"
+    "    kvctl [--server URI] [--json] match --schema SCHEMA [--parts PARTS] [--tiers] DIGEST...\n"
+    "    kvctl [--server URI] [--json] match --schema SCHEMA [--parts PARTS] [--tiers]\n"
+    "          [--block-tokens N] --digests FILE | --tokens FILE\n"
     "\n"
     "DESCRIPTION\n"
     "    Prints the length of the leading run of blocks of which the server holds every part "
@@ -32,6 +32,10 @@ static const char help[] =
     "        whose SHA-256 is the digest. Required.\n"
     "    --parts N[,N]... or FIRST-LAST\n"
     "        The parts that must be there. Default: all of the schema but index parts.\n"
+    "    --tiers\n"
+    "        Also say how many of the blocks are read from which tier: of several parts the "
+    "slowest\n"
+    "        counts, of several copies the fastest. With --json a list, one tier for each hit.\n"
     "    --digests FILE\n"
     "        Digests of 64 hex digits, apart by white space. '-' is standard input.\n"
     "    --tokens FILE\n"
@@ -60,7 +64,15 @@ typedef struct match_args {
     uint32_t *parts, n_parts;
     kvc_digest *digests;
     uint32_t n_digests;
+    uint8_t *tiers; /* [n_digests]; NULL: not asked for */
+    bool want_tiers;
 } match_args;
+
+static const char *const tier_names[] = {
+    [KVC_TIER_GPU] = "gpu",
+    [KVC_TIER_DRAM] = "dram",
+    [KVC_TIER_LMDB] = "lmdb",
+};
 
 static bool parse_option(int option, match_args *args)
 {
@@ -74,6 +86,9 @@ static bool parse_option(int option, match_args *args)
         return true;
     case 't':
         args->tokens_path = optarg;
+        return true;
+    case 'T':
+        args->want_tiers = true;
         return true;
     case 'b':
         return kvctl_number_parse("--block-tokens", optarg, KVC_BLOCK_TOKENS_MIN,
@@ -113,6 +128,31 @@ static bool read_digests(int argc, char **argv, match_args *args)
     return good;
 }
 
+static void print_text(const match_args *args, uint32_t hits)
+{
+    uint32_t n[KVC_TIER_LMDB + 1] = {0};
+    (void)printf("%u of %u leading blocks are there\n", hits, args->n_digests);
+    for (uint32_t i = 0; args->tiers != NULL && i < hits; i++)
+        n[args->tiers[i]]++;
+    for (int tier = KVC_TIER_GPU; tier <= KVC_TIER_LMDB; tier++)
+        if (n[tier] > 0)
+            (void)printf("  %-5s %u\n", tier_names[tier], n[tier]);
+}
+
+static void print_json(const match_args *args, uint32_t hits)
+{
+    kvctl_json_open(NULL, '{');
+    kvctl_json_number("hits", hits);
+    kvctl_json_number("blocks", args->n_digests);
+    if (args->tiers != NULL) {
+        kvctl_json_open("tiers", '[');
+        for (uint32_t i = 0; i < hits; i++)
+            kvctl_json_text(NULL, tier_names[args->tiers[i]]);
+        kvctl_json_close();
+    }
+    kvctl_json_close();
+}
+
 static kvctl_exit ask(const kvctl_globals *globals, const match_args *args)
 {
     kvc_client *client = NULL;
@@ -123,20 +163,16 @@ static kvctl_exit ask(const kvctl_globals *globals, const match_args *args)
     uint32_t hits = 0;
     kvc_op_init(&op, NULL, NULL);
     kvc_status status =
-        kvc_match(client, &args->schema.digest, args->digests, args->n_digests, args->parts,
-                  args->n_parts, &hits, kvctl_deadline_ns(globals), &op);
+        kvc_match_tiers(client, &args->schema.digest, args->digests, args->n_digests, args->parts,
+                        args->n_parts, args->tiers, &hits, kvctl_deadline_ns(globals), &op);
     if (status == KVC_OK)
         status = kvctl_wait(&op, "matching");
-    if (status != KVC_OK) {
+    if (status != KVC_OK)
         result = kvctl_failed(status);
-    } else if (globals->json) {
-        kvctl_json_open(NULL, '{');
-        kvctl_json_number("hits", hits);
-        kvctl_json_number("blocks", args->n_digests);
-        kvctl_json_close();
-    } else {
-        (void)printf("%u of %u leading blocks are there\n", hits, args->n_digests);
-    }
+    else if (globals->json)
+        print_json(args, hits);
+    else
+        print_text(args, hits);
     kvc_client_close(client);
     return result;
 }
@@ -144,9 +180,13 @@ static kvctl_exit ask(const kvctl_globals *globals, const match_args *args)
 static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
 {
     static const struct option options[] = {
-        {"schema", required_argument, NULL, 's'},       {"parts", required_argument, NULL, 'p'},
-        {"digests", required_argument, NULL, 'd'},      {"tokens", required_argument, NULL, 't'},
-        {"block-tokens", required_argument, NULL, 'b'}, {0},
+        {"schema", required_argument, NULL, 's'},
+        {"parts", required_argument, NULL, 'p'},
+        {"digests", required_argument, NULL, 'd'},
+        {"tokens", required_argument, NULL, 't'},
+        {"block-tokens", required_argument, NULL, 'b'},
+        {"tiers", no_argument, NULL, 'T'},
+        {0},
     };
     match_args args = {0};
     kvctl_exit result = KVCTL_USAGE;
@@ -168,9 +208,13 @@ static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
         result = kvctl_usage("match", "digests come from one place: words, --digests or --tokens");
     else if (args.tokens_path != NULL && args.block_tokens == 0)
         result = kvctl_usage("match", "--tokens needs --block-tokens, or a file as --schema");
-    else if (read_digests(argc, argv, &args))
-        result = ask(globals, &args);
+    else if (read_digests(argc, argv, &args)) {
+        if (args.want_tiers)
+            args.tiers = calloc(args.n_digests + 1, 1);
+        result = args.want_tiers && args.tiers == NULL ? KVCTL_FAILED : ask(globals, &args);
+    }
 done:
+    free(args.tiers);
     free(args.schema.text);
     free(args.parts);
     free(args.digests);

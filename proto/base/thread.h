@@ -17,7 +17,8 @@
 typedef enum kvc_lock_rank {
     KVC_RANK_CLIENT = 1,
     KVC_RANK_WORKER = 2,
-    KVC_RANK_CONTEXT = 4, /* cachesvc/context.c */
+    KVC_RANK_GROW = 3,    /* cachesvc/context.c: the length of one context */
+    KVC_RANK_CONTEXT = 4, /* cachesvc/context.c: the table */
     KVC_RANK_SCHEMA = 5,  /* cachesvc/schemas.c */
     KVC_RANK_INDEX = 8,   /* cachesvc/index.c */
     KVC_RANK_TIER = 12,   /* inside one tier */

@@ -118,6 +118,7 @@ kvc_status kvci_get_match_prefix_request(kvci_job *job, kvc_request *req)
         return kvci_refuse(job, "more parts than a schema can have");
     req->u.match_prefix.n_parts = (uint32_t)msg->n_parts;
     req->u.match_prefix.parts = msg->parts;
+    req->u.match_prefix.want_tiers = msg->want_tiers != 0;
     return KVC_OK;
 }
 

@@ -35,6 +35,11 @@ kvc_status kvci_pack(const ProtobufCMessage *msg, uint64_t data_bytes, kvc_arena
     return KVC_OK;
 }
 
+kvc_status kvci_put(const kvci_out *out, const ProtobufCMessage *msg, uint64_t data_bytes)
+{
+    return kvci_pack(msg, data_bytes, out->arena, out->head_p, out->head_bytes_p);
+}
+
 ProtobufCBinaryData kvci_put_digest(const kvc_digest *digest)
 {
     return kvci_put_digests(digest, 1);

@@ -6,11 +6,6 @@
  */
 #include "wire_internal.h"
 
-static kvc_status pack(const kvci_out *out, const ProtobufCMessage *msg, uint64_t data_bytes)
-{
-    return kvci_pack(msg, data_bytes, out->arena, out->head_p, out->head_bytes_p);
-}
-
 /* tiers [n] as a list that protobuf-c takes, in the arena. INVALID: too many, or a long name. */
 static kvc_status put_tiers(kvc_arena *arena, const kvc_tier_stats *tiers, uint32_t n,
                             Kvasir__V1__TierStats ***list_p)
@@ -75,14 +70,14 @@ kvc_status kvci_put_describe_reply(const kvc_reply *reply, const kvci_out *out)
     msg.limits = &limits;
     msg.n_tiers = reply->u.describe.n_tiers;
     msg.n_schemas = n;
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 kvc_status kvci_put_register_schema_reply(const kvc_reply *reply, const kvci_out *out)
 {
     Kvasir__V1__RegisterSchemaReply msg = KVASIR__V1__REGISTER_SCHEMA_REPLY__INIT;
     msg.digest = kvci_put_digest(&reply->u.register_schema.digest);
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 /* A status as the wire has it: without the sign. INVALID for a number that is no status. */
@@ -109,14 +104,23 @@ kvc_status kvci_put_put_blocks_reply(const kvc_reply *reply, const kvci_out *out
         if (status != KVC_OK)
             return status;
     }
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 kvc_status kvci_put_match_prefix_reply(const kvc_reply *reply, const kvci_out *out)
 {
     Kvasir__V1__MatchPrefixReply msg = KVASIR__V1__MATCH_PREFIX_REPLY__INIT;
+    uint32_t n = reply->u.match_prefix.n_tiers;
+    if (n != 0 && (n != reply->u.match_prefix.hits || n > KVC_MAX_DIGESTS))
+        return KVC_INVALID;
+    msg.tiers = kvc_arena_alloc(out->arena, n * sizeof(*msg.tiers));
+    if (msg.tiers == NULL)
+        return KVC_NO_MEMORY;
+    for (uint32_t i = 0; i < n; i++)
+        msg.tiers[i] = (Kvasir__V1__Tier)reply->u.match_prefix.tiers[i];
+    msg.n_tiers = n;
     msg.hits = reply->u.match_prefix.hits;
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 kvc_status kvci_put_open_context_reply(const kvc_reply *reply, const kvci_out *out)
@@ -125,21 +129,21 @@ kvc_status kvci_put_open_context_reply(const kvc_reply *reply, const kvci_out *o
     msg.context = reply->u.open_context.context;
     msg.ttl_ms = reply->u.open_context.ttl_ms;
     msg.n_tokens = reply->u.open_context.n_tokens;
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 kvc_status kvci_put_extend_context_reply(const kvc_reply *reply, const kvci_out *out)
 {
     Kvasir__V1__ExtendContextReply msg = KVASIR__V1__EXTEND_CONTEXT_REPLY__INIT;
     msg.n_tokens = reply->u.extend_context.n_tokens;
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 kvc_status kvci_put_close_context_reply(const kvc_reply *reply, const kvci_out *out)
 {
     Kvasir__V1__CloseContextReply msg = KVASIR__V1__CLOSE_CONTEXT_REPLY__INIT;
     (void)reply;
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 kvc_status kvci_put_fetch_rows_reply(const kvc_reply *reply, const kvci_out *out)
@@ -165,7 +169,7 @@ kvc_status kvci_put_fetch_rows_reply(const kvc_reply *reply, const kvci_out *out
     msg.rows_gpu = reply->u.fetch_rows.rows_gpu;
     msg.rows_dram = reply->u.fetch_rows.rows_dram;
     msg.rows_lmdb = reply->u.fetch_rows.rows_lmdb;
-    return pack(out, &msg.base, reply->data_bytes);
+    return kvci_put(out, &msg.base, reply->data_bytes);
 }
 
 kvc_status kvci_put_stats_reply(const kvc_reply *reply, const kvci_out *out)
@@ -194,7 +198,7 @@ kvc_status kvci_put_stats_reply(const kvc_reply *reply, const kvci_out *out)
     msg.boot_id = reply->u.stats.boot_id;
     msg.n_tiers = reply->u.stats.n_tiers;
     msg.n_counters = n;
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 kvc_status kvc_wire_encode_reply(const kvc_reply *reply, kvc_arena *arena, const void **head_p,

@@ -7,11 +7,6 @@
 #include "wire_internal.h"
 
 /* Where the packed bytes go; one argument instead of three. */
-static kvc_status pack(const kvci_out *out, const ProtobufCMessage *msg, uint64_t data_bytes)
-{
-    return kvci_pack(msg, data_bytes, out->arena, out->head_p, out->head_bytes_p);
-}
-
 static Kvasir__V1__Rope put_rope(const kvc_rope *rope)
 {
     Kvasir__V1__Rope msg = KVASIR__V1__ROPE__INIT;
@@ -92,7 +87,7 @@ kvc_status kvci_put_register_schema_request(const kvc_request *req, const kvci_o
     msg.parts = list;
     Kvasir__V1__RegisterSchemaRequest top = KVASIR__V1__REGISTER_SCHEMA_REQUEST__INIT;
     top.schema = &msg;
-    return pack(out, &top.base, 0);
+    return kvci_put(out, &top.base, 0);
 }
 
 kvc_status kvci_put_put_blocks_request(const kvc_request *req, const kvci_out *out)
@@ -119,7 +114,7 @@ kvc_status kvci_put_put_blocks_request(const kvc_request *req, const kvci_out *o
     msg.promise = (Kvasir__V1__Promise)req->u.put_blocks.promise;
     msg.n_values = n;
     msg.values = list;
-    return pack(out, &msg.base, req->data_bytes);
+    return kvci_put(out, &msg.base, req->data_bytes);
 }
 
 kvc_status kvci_put_match_prefix_request(const kvc_request *req, const kvci_out *out)
@@ -132,7 +127,8 @@ kvc_status kvci_put_match_prefix_request(const kvc_request *req, const kvci_out 
     msg.digests = kvci_put_digests(req->u.match_prefix.digests, req->u.match_prefix.n_digests);
     msg.n_parts = req->u.match_prefix.n_parts;
     msg.parts = (uint32_t *)(uintptr_t)req->u.match_prefix.parts;
-    return pack(out, &msg.base, 0);
+    msg.want_tiers = req->u.match_prefix.want_tiers;
+    return kvci_put(out, &msg.base, 0);
 }
 
 kvc_status kvci_put_open_context_request(const kvc_request *req, const kvci_out *out)
@@ -143,7 +139,7 @@ kvc_status kvci_put_open_context_request(const kvc_request *req, const kvci_out 
     msg.schema = kvci_put_digest(&req->u.open_context.schema);
     msg.digests = kvci_put_digests(req->u.open_context.digests, req->u.open_context.n_digests);
     msg.ttl_ms = req->u.open_context.ttl_ms;
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 kvc_status kvci_put_extend_context_request(const kvc_request *req, const kvci_out *out)
@@ -154,14 +150,14 @@ kvc_status kvci_put_extend_context_request(const kvc_request *req, const kvci_ou
     msg.context = req->u.extend_context.context;
     msg.n_blocks_before = req->u.extend_context.n_blocks_before;
     msg.digests = kvci_put_digests(req->u.extend_context.digests, req->u.extend_context.n_digests);
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 kvc_status kvci_put_close_context_request(const kvc_request *req, const kvci_out *out)
 {
     Kvasir__V1__CloseContextRequest msg = KVASIR__V1__CLOSE_CONTEXT_REQUEST__INIT;
     msg.context = req->u.close_context.context;
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 kvc_status kvci_put_fetch_rows_request(const kvc_request *req, const kvci_out *out)
@@ -189,14 +185,14 @@ kvc_status kvci_put_fetch_rows_request(const kvc_request *req, const kvci_out *o
     Kvasir__V1__FetchRowsRequest msg = KVASIR__V1__FETCH_ROWS_REQUEST__INIT;
     msg.n_groups = n;
     msg.groups = list;
-    return pack(out, &msg.base, 0);
+    return kvci_put(out, &msg.base, 0);
 }
 
 static kvc_status put_empty(const kvc_request *req, const kvci_out *out)
 {
     ProtobufCMessage msg;
     protobuf_c_message_init(kvci_request_type(req->method), &msg);
-    return pack(out, &msg, 0);
+    return kvci_put(out, &msg, 0);
 }
 
 kvc_status kvci_put_describe_request(const kvc_request *req, const kvci_out *out)

@@ -69,6 +69,7 @@ typedef struct kvc_request {
             uint32_t n_digests, n_parts;
             const kvc_digest *digests;
             const uint32_t *parts;
+            bool want_tiers;
         } match_prefix;
         struct {
             kvc_digest schema;
@@ -84,6 +85,14 @@ typedef struct kvc_request {
         struct {
             uint64_t context;
         } close_context;
+        struct {
+            uint64_t context;
+            uint32_t n_blocks;
+        } truncate_context;
+        struct {
+            uint64_t context, ttl_ms;
+            uint32_t n_blocks;
+        } fork_context;
         struct {
             uint32_t n_groups;
             const kvc_row_group *groups;
@@ -113,7 +122,8 @@ typedef struct kvc_reply {
             const int8_t *status; /* kvc_status each */
         } put_blocks;
         struct {
-            uint32_t hits;
+            uint32_t hits, n_tiers; /* n_tiers: hits, or 0 where they were not asked for */
+            const uint8_t *tiers;   /* kvc_tier each */
         } match_prefix;
         struct {
             uint64_t context, ttl_ms, n_tokens;
@@ -121,6 +131,12 @@ typedef struct kvc_reply {
         struct {
             uint64_t n_tokens;
         } extend_context;
+        struct {
+            uint64_t n_tokens;
+        } truncate_context;
+        struct {
+            uint64_t context, ttl_ms, n_tokens;
+        } fork_context;
         struct {
             uint32_t n_missing;
             const kvc_missing_row *missing;

@@ -72,6 +72,10 @@ typedef struct kvci_job {
     const char *why;
 } kvci_job;
 
+/* kvci_pack to where out says. */
+kvc_status kvci_put(const kvci_out *out, const ProtobufCMessage *msg,
+                    uint64_t data_bytes) KVC_MUST_CHECK;
+
 /* Gives the fault and returns INVALID. */
 static inline kvc_status kvci_refuse(kvci_job *job, const char *why)
 {

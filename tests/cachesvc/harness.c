@@ -188,6 +188,8 @@ static void copy_reply(h_peer *peer)
         memcpy(peer->missing, reply->u.fetch_rows.missing,
                peer->n_missing * sizeof(peer->missing[0]));
     }
+    if (reply->method == KVC_MATCH_PREFIX && peer->tiers && reply->u.match_prefix.n_tiers)
+        memcpy(peer->tiers, reply->u.match_prefix.tiers, reply->u.match_prefix.n_tiers);
     if (reply->method == KVC_PUT_BLOCKS && reply->u.put_blocks.n_values <= H_MAX_BATCH)
         memcpy(peer->status, reply->u.put_blocks.status, reply->u.put_blocks.n_values);
 }
@@ -318,8 +320,8 @@ kvc_status h_close(h_peer *peer, uint64_t context)
     return h_call(peer, &req);
 }
 
-kvc_status h_match(h_peer *peer, const h_schema *schema, uint64_t first, uint32_t n,
-                   const uint32_t *parts, uint32_t n_parts, uint32_t *hits_p)
+kvc_status h_match_tiers(h_peer *peer, const h_schema *schema, uint64_t first, uint32_t n,
+                         const uint32_t *parts, uint32_t n_parts, uint8_t *tiers, uint32_t *hits_p)
 {
     kvc_digest *digests = digests_of(first, n);
     kvc_request req = {.method = KVC_MATCH_PREFIX};
@@ -328,10 +330,19 @@ kvc_status h_match(h_peer *peer, const h_schema *schema, uint64_t first, uint32_
     req.u.match_prefix.n_digests = n;
     req.u.match_prefix.parts = parts;
     req.u.match_prefix.n_parts = n_parts;
+    req.u.match_prefix.want_tiers = tiers != NULL;
+    peer->tiers = tiers;
     kvc_status status = h_call(peer, &req);
+    peer->tiers = NULL;
     *hits_p = status == KVC_OK ? peer->xfer.reply.u.match_prefix.hits : 0;
     free(digests);
     return status;
+}
+
+kvc_status h_match(h_peer *peer, const h_schema *schema, uint64_t first, uint32_t n,
+                   const uint32_t *parts, uint32_t n_parts, uint32_t *hits_p)
+{
+    return h_match_tiers(peer, schema, first, n, parts, n_parts, NULL, hits_p);
 }
 
 kvc_status h_fetch(h_peer *peer, uint64_t context, uint32_t part, const uint32_t *picks, uint32_t n)

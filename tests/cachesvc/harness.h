@@ -62,6 +62,7 @@ typedef struct h_peer {
     kvc_missing_row missing[65536];
     uint32_t n_missing;
     int8_t status[H_MAX_BATCH];
+    uint8_t *tiers; /* where those of a match go; NULL: nowhere */
 } h_peer;
 h_peer *h_connect(const char *uri, const char *tenant);
 void h_disconnect(h_peer *peer);
@@ -82,6 +83,9 @@ kvc_status h_extend(h_peer *peer, uint64_t context, uint32_t before, uint64_t fi
 kvc_status h_close(h_peer *peer, uint64_t context);
 kvc_status h_match(h_peer *peer, const h_schema *schema, uint64_t first, uint32_t n,
                    const uint32_t *parts, uint32_t n_parts, uint32_t *hits_p);
+/* tiers [n]: NULL: not asked for. */
+kvc_status h_match_tiers(h_peer *peer, const h_schema *schema, uint64_t first, uint32_t n,
+                         const uint32_t *parts, uint32_t n_parts, uint8_t *tiers, uint32_t *hits_p);
 kvc_status h_fetch(h_peer *peer, uint64_t context, uint32_t part, const uint32_t *picks,
                    uint32_t n);
 /* Fetches picks of a context over blocks first.. and asserts every row bit-equal. */

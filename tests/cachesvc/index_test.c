@@ -333,7 +333,7 @@ static uint32_t match(fixture *f, const uint16_t *parts, uint32_t n_parts, bool 
 {
     uint32_t hits;
     assert_int_equal(kvs_index_match(f->index, f->schema, parts, n_parts, windowed, digests, n,
-                                     kvc_deadline_ns(10000000000ull), &hits),
+                                     kvc_deadline_ns(10000000000ull), NULL, &hits),
                      KVC_OK);
     return hits;
 }

@@ -107,6 +107,14 @@ static void answer_match(fake_server *fake, kvt_call *call)
     while (hits < req->u.match_prefix.n_digests && req->u.match_prefix.digests[hits].bytes[0] == 1)
         hits++;
     reply.u.match_prefix.hits = hits;
+    if (req->u.match_prefix.want_tiers && !fake->no_tiers) {
+        uint8_t *tiers = kvc_arena_alloc(&call->arena, hits + 1);
+        KVC_ASSERT(tiers != NULL);
+        for (uint32_t i = 0; i < hits; i++)
+            tiers[i] = req->u.match_prefix.digests[i].bytes[1] % 2 ? KVC_TIER_LMDB : KVC_TIER_DRAM;
+        reply.u.match_prefix.tiers = tiers;
+        reply.u.match_prefix.n_tiers = hits;
+    }
     answer(fake, call, KVC_OK, NULL, 0, &reply, NULL, 0);
 }
 
@@ -136,6 +144,32 @@ static void answer_extend(fake_server *fake, kvt_call *call)
            : fits ? KVC_OK
                   : KVC_INVALID,
            "extend", 0, &reply, NULL, 0);
+}
+
+static void answer_truncate(fake_server *fake, kvt_call *call)
+{
+    kvc_reply reply = {.method = KVC_TRUNCATE_CONTEXT};
+    const kvc_request *req = &call->req;
+    kvc_mutex_lock(&fake->lock);
+    bool stale = req->u.truncate_context.context < fake->stale_below;
+    if (!stale)
+        fake->n_blocks_last_open = req->u.truncate_context.n_blocks;
+    kvc_mutex_unlock(&fake->lock);
+    answer(fake, call, stale ? KVC_STALE_HANDLE : KVC_OK, "truncate", 0, &reply, NULL, 0);
+}
+
+static void answer_fork(fake_server *fake, kvt_call *call)
+{
+    kvc_reply reply = {.method = KVC_FORK_CONTEXT};
+    const kvc_request *req = &call->req;
+    kvc_mutex_lock(&fake->lock);
+    bool stale = req->u.fork_context.context < fake->stale_below;
+    if (!stale) {
+        reply.u.fork_context.context = fake->next_context++;
+        fake->n_blocks_last_open = req->u.fork_context.n_blocks;
+    }
+    kvc_mutex_unlock(&fake->lock);
+    answer(fake, call, stale ? KVC_STALE_HANDLE : KVC_OK, "fork", 0, &reply, NULL, 0);
 }
 
 static uint32_t count_picks(const kvc_request *req)
@@ -263,6 +297,12 @@ static void answer_well(fake_server *fake, kvt_call *call, fake_action action)
         return;
     case KVC_EXTEND_CONTEXT:
         answer_extend(fake, call);
+        return;
+    case KVC_TRUNCATE_CONTEXT:
+        answer_truncate(fake, call);
+        return;
+    case KVC_FORK_CONTEXT:
+        answer_fork(fake, call);
         return;
     case KVC_FETCH_ROWS:
         answer_fetch(fake, call, action);

@@ -53,6 +53,7 @@ typedef struct fake_server {
     uint32_t n_blocks_last_open, n_extends;
     uint32_t missing_every; /* fetch: each token divisible by it is missing; 0: none */
     uint32_t row_bytes[FAKE_MAX_PARTS];
+    bool no_tiers;     /* match: leave out the tiers that were asked for */
     bool schema_known; /* puts, matches and opens answer NOT_FOUND until one is registered */
     fake_rule rules[FAKE_MAX_RULES];
     uint32_t n_rules;

@@ -6,6 +6,7 @@ Needs python3-grpcio, python3-protobuf, protobuf-compiler and protobuf-compiler-
 the same from elsewhere. Exit status 77, which ctest counts as skipped, where they are missing.
 """
 
+import atexit
 import hashlib
 import os
 import random
@@ -35,6 +36,7 @@ if not shutil.which("protoc") or not shutil.which("grpc_python_plugin"):
     sys.exit(77)
 
 FOLDER = tempfile.mkdtemp(prefix="kvasir-stubs-")
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 pb, rpc, health_pb, health_rpc = stubs(FOLDER)
 
 BLOCK_TOKENS = 64
@@ -584,7 +586,4 @@ class Lives(Case):
 
 
 if __name__ == "__main__":
-    try:
-        unittest.main(verbosity=2)
-    finally:
-        shutil.rmtree(FOLDER, ignore_errors=True)
+    unittest.main(verbosity=2)

@@ -189,6 +189,10 @@ static void test_match(void **state)
            0, WORDS("{\"hits\":8,\"blocks\":10}\n"), NULL);
     all[64] = '\0'; /* the first digest, as a word */
     expect(NULL, WORDS(ON, "match", "--schema", schema_hex, all), 0, WORDS("1 of 1"), NULL);
+    expect(NULL, WORDS(ON, "match", "--schema", schema_hex, "--tiers", "--digests", digests_path),
+           0, WORDS("8 of 10", "dram  8"), NULL);
+    expect(NULL, WORDS(ON, "--json", "match", "--schema", schema_hex, "--tiers", all), 0,
+           WORDS("\"tiers\":[\"dram\"]"), NULL);
     expect(NULL, WORDS(ON, "match", "--schema", all, all), 1, NULL, "NOT_FOUND");
     expect(NULL, WORDS(ON, "match", "--schema", schema_hex, "--parts", "77", all), 1, NULL,
            "part 77");

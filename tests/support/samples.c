@@ -128,6 +128,7 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
         req.u.match_prefix.digests = sample_digests(20, arena);
         req.u.match_prefix.n_parts = 4;
         req.u.match_prefix.parts = parts;
+        req.u.match_prefix.want_tiers = true;
         break;
     case KVC_OPEN_CONTEXT:
         req.u.open_context.schema = sample_digest(92);
@@ -143,6 +144,15 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
         break;
     case KVC_CLOSE_CONTEXT:
         req.u.close_context.context = 77;
+        break;
+    case KVC_TRUNCATE_CONTEXT:
+        req.u.truncate_context.context = 78;
+        req.u.truncate_context.n_blocks = 79;
+        break;
+    case KVC_FORK_CONTEXT:
+        req.u.fork_context.context = 80;
+        req.u.fork_context.n_blocks = 81;
+        req.u.fork_context.ttl_ms = 82;
         break;
     case KVC_FETCH_ROWS:
         req.u.fetch_rows.n_groups = 4;
@@ -195,6 +205,7 @@ static void fill_stats_reply(kvc_reply *reply, kvc_arena *arena)
 
 kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
 {
+    static const uint8_t tiers[] = {KVC_TIER_DRAM, KVC_TIER_LMDB, KVC_TIER_GPU};
     static const int8_t status[] = {KVC_OK, KVC_EXISTS, KVC_AGAIN, KVC_DENIED};
     kvc_reply reply = {.method = method};
     switch (method) {
@@ -215,7 +226,9 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
         reply.u.put_blocks.status = status;
         break;
     case KVC_MATCH_PREFIX:
-        reply.u.match_prefix.hits = 321;
+        reply.u.match_prefix.hits = 3;
+        reply.u.match_prefix.n_tiers = 3;
+        reply.u.match_prefix.tiers = tiers;
         break;
     case KVC_OPEN_CONTEXT:
         reply.u.open_context.context = 0xffffffffffffffffull;
@@ -224,6 +237,14 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
         break;
     case KVC_EXTEND_CONTEXT:
         reply.u.extend_context.n_tokens = 4242;
+        break;
+    case KVC_TRUNCATE_CONTEXT:
+        reply.u.truncate_context.n_tokens = 4243;
+        break;
+    case KVC_FORK_CONTEXT:
+        reply.u.fork_context.context = 4244;
+        reply.u.fork_context.ttl_ms = 4245;
+        reply.u.fork_context.n_tokens = 4246;
         break;
     case KVC_FETCH_ROWS:
         fill_fetch_reply(&reply, data_bytes, arena);

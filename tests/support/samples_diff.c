@@ -119,6 +119,13 @@ static const char *context_diff(const kvc_request *a, const kvc_request *b)
         SAME_BYTES(u.extend_context.digests, a->u.extend_context.n_digests * sizeof(kvc_digest));
     } else if (a->method == KVC_CLOSE_CONTEXT) {
         SAME(u.close_context.context);
+    } else if (a->method == KVC_TRUNCATE_CONTEXT) {
+        SAME(u.truncate_context.context);
+        SAME(u.truncate_context.n_blocks);
+    } else if (a->method == KVC_FORK_CONTEXT) {
+        SAME(u.fork_context.context);
+        SAME(u.fork_context.n_blocks);
+        SAME(u.fork_context.ttl_ms);
     }
     return NULL;
 }
@@ -142,6 +149,7 @@ const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
         SAME_BYTES(u.match_prefix.schema.bytes, KVC_DIGEST_BYTES);
         SAME(u.match_prefix.n_digests);
         SAME(u.match_prefix.n_parts);
+        SAME(u.match_prefix.want_tiers);
         SAME_BYTES(u.match_prefix.digests, a->u.match_prefix.n_digests * sizeof(kvc_digest));
         SAME_BYTES(u.match_prefix.parts, a->u.match_prefix.n_parts * sizeof(uint32_t));
         return NULL;
@@ -237,6 +245,16 @@ const char *sample_reply_diff(const kvc_reply *a, const kvc_reply *b)
         return NULL;
     case KVC_MATCH_PREFIX:
         SAME(u.match_prefix.hits);
+        SAME(u.match_prefix.n_tiers);
+        SAME_BYTES(u.match_prefix.tiers, a->u.match_prefix.n_tiers);
+        return NULL;
+    case KVC_TRUNCATE_CONTEXT:
+        SAME(u.truncate_context.n_tokens);
+        return NULL;
+    case KVC_FORK_CONTEXT:
+        SAME(u.fork_context.context);
+        SAME(u.fork_context.ttl_ms);
+        SAME(u.fork_context.n_tokens);
         return NULL;
     case KVC_OPEN_CONTEXT:
         SAME(u.open_context.context);

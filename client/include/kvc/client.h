@@ -124,6 +124,15 @@ kvc_status kvc_match(kvc_client *client, const kvc_digest *schema, const kvc_dig
                      uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
 
 /*
+ * The same, with the tier of each hit: tiers [n], kept until completion, gets a kvc_tier for each
+ * of the *hits_p leading digests: that of the slowest of parts, read from the fastest of its
+ * copies. The rest of tiers is undefined.
+ */
+kvc_status kvc_match_tiers(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                           uint32_t n, const uint32_t *parts, uint32_t n_parts, uint8_t *tiers,
+                           uint32_t *hits_p, uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+
+/*
  * Opens a context over blocks [n] (copied; n may be 0). Blocks. The library keeps the digest list
  * and reopens by itself when the server answers STALE_HANDLE. ttl_ms 0: the server's default.
  */
@@ -133,6 +142,18 @@ kvc_status kvc_context_open(kvc_client *client, const kvc_digest *schema, const 
 /* Appends blocks [n], copied. Blocks. On error the context is as it was. */
 kvc_status kvc_context_extend(kvc_context *context, const kvc_digest *blocks, uint32_t n,
                               uint64_t deadline_ns) KVC_MUST_CHECK;
+/*
+ * Keeps the first n_blocks, as when drafted tokens were refused. Blocks. Fetches that are in flight
+ * may still find the rows behind them. On error the context is as it was. INVALID: it is shorter.
+ */
+kvc_status kvc_context_truncate(kvc_context *context, uint32_t n_blocks,
+                                uint64_t deadline_ns) KVC_MUST_CHECK;
+/*
+ * A second context over the first n_blocks of this one, as for a beam; each goes its own way then.
+ * Blocks. ttl_ms 0: the server's default. INVALID: it is shorter. *context_p is NULL on error.
+ */
+kvc_status kvc_context_fork(kvc_context *context, uint32_t n_blocks, uint64_t ttl_ms,
+                            uint64_t deadline_ns, kvc_context **context_p) KVC_MUST_CHECK;
 /* Closes it on the server and frees. Waits for a reopen that is under way, five seconds at most,
  * and for the server, best effort and a second at most. No fetch or extend may be in flight. NULL
  * is fine. Not from a callback. */

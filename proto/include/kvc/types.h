@@ -42,6 +42,13 @@ typedef enum kvc_promise {
     KVC_PROMISE_DURABLE = 2, /* committed to LMDB and synced when acknowledged */
 } kvc_promise;
 
+/* A place where the server keeps values, the fastest first. */
+typedef enum kvc_tier {
+    KVC_TIER_GPU = 1,
+    KVC_TIER_DRAM = 2,
+    KVC_TIER_LMDB = 3,
+} kvc_tier;
+
 typedef enum kvc_part_kind {
     KVC_PART_KV = 1,       /* K then V of all heads of the slice */
     KVC_PART_LATENT = 2,   /* MLA latent */
