@@ -21,11 +21,33 @@ double bench_median(bench_series *series);
 double bench_min(bench_series *series);
 double bench_max(bench_series *series);
 
+/* One of those that move the same bytes in turn. */
+typedef struct bench_entrant {
+    const char *name;
+    /* Moves bytes once; 0 on success, else it has said what failed. */
+    int (*once)(void *ctx, double *bytes_p);
+    void *ctx;
+    int pid;      /* whose CPU counts beside ours; 0: nobody's */
+    bool settles; /* work goes on after once: its CPU counts, its time does not */
+    /* Before each turn, not timed; may change pid. NULL: nothing to do. */
+    int (*prepare)(void *ctx, int *pid_p);
+} bench_entrant;
+
+/* The head of the table that bench_contest adds lines to. */
+void bench_table_head(void);
+/*
+ * Runs every entrant once to warm up and then runs times, in turn, and prints a line for each. The
+ * first is the floor: ratios are taken within a turn and their median is printed. unit_bytes: what
+ * the column "a second" counts. 0 on success.
+ */
+int bench_contest(const char *title, bench_entrant *entrants, uint32_t n, uint32_t runs,
+                  uint32_t unit_bytes);
+
 /* "CPU model, N cores, kernel release" for the head of a table; static storage. */
 const char *bench_machine(void);
 /* CPU seconds that this process has used, its finished children's not. */
 double bench_cpu_s(void);
-/* CPU seconds that another process has used, from /proc; 0 where unknown. */
+/* CPU seconds that another process has used; 0 where unknown. */
 double bench_cpu_of_s(int pid);
 
 #endif
