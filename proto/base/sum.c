@@ -6,7 +6,13 @@
  */
 #include "base/sum.h"
 
+/* Debian's libxxhash is built for the oldest CPU of its architecture; on x86-64 it has faster
+ * versions beside that and picks one at run time. The sums are the same. */
+#ifdef __x86_64__
+#include <xxh_x86dispatch.h>
+#else
 #include <xxhash.h>
+#endif
 
 uint64_t kvc_value_sum(const void *value, size_t len_bytes)
 {

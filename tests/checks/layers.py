@@ -67,7 +67,7 @@ THIRD_PARTY = [
     (r"cudaTypedefs\.h", r"kernels/cuda/.*"),
     (r"microhttpd\.h", r"cachesvc/.*http.*"),
     (r"openssl/.*", r"proto/base/digest\.c"),
-    (r"xxhash\.h", r"proto/base/sum\.c"),
+    (r"xxhash\.h|xxh_x86dispatch\.h", r"proto/base/sum\.c"),
     (r"cyaml/.*", r"proto/base/config_yaml\.c"),
     (
         r"protobuf-c/.*|.*\.pb-c\.h",
