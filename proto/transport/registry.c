@@ -11,6 +11,7 @@
 #include "transport_internal.h"
 
 #define MALLOC_KEEP_BYTES (64 << 20)
+#define MALLOC_MMAP_BYTES (32 << 20) /* the most that glibc takes */
 
 static const kvt_ops *const transports[] = {
     &kvt_inproc_ops,
@@ -55,11 +56,14 @@ void kvti_count_refusal(kvc_status status)
 }
 
 /* Messages of megabytes come and go: without these, glibc hands their pages back to the kernel
- * after each and faults them in again, which halves the bandwidth. */
+ * after each and faults them in again, which halves the bandwidth. Once one of them is set, glibc
+ * no longer raises the size from which it maps each block afresh (128 KiB), so that is set too:
+ * LMDB allocates the pages of every value before it writes them. */
 static void init_once(void)
 {
     (void)mallopt(M_TRIM_THRESHOLD, MALLOC_KEEP_BYTES);
     (void)mallopt(M_TOP_PAD, MALLOC_KEEP_BYTES);
+    (void)mallopt(M_MMAP_THRESHOLD, MALLOC_MMAP_BYTES);
 #ifdef KVASIR_GRPC
     kvti_grpc_prepare();
 #endif
