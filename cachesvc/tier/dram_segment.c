@@ -19,6 +19,11 @@
 #ifndef F_SEAL_FUTURE_WRITE
 #define F_SEAL_FUTURE_WRITE 0x0010
 #endif
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+#define POPULATE_BYTES (UINT64_C(256) << 10) /* at least so much at once */
 
 static kvc_status map_sealed(kvsi_segment *segment)
 {
@@ -114,6 +119,25 @@ uint32_t kvsi_segment_take(kvsi_segment *segment)
         segment->summary[s] &= segment->summary[s] - 1;
     segment->n_used++;
     return slot;
+}
+
+struct iovec kvsi_segment_untouched(kvsi_segment *segment, uint32_t slot)
+{
+    uint64_t from = segment->touched_bytes;
+    uint64_t end = (slot + UINT64_C(1)) * segment->class_bytes;
+
+    if (end <= from)
+        return (struct iovec){NULL, 0};
+    end = (end + POPULATE_BYTES - 1) / POPULATE_BYTES * POPULATE_BYTES;
+    segment->touched_bytes = end < segment->len_bytes ? end : segment->len_bytes;
+    return (struct iovec){segment->base + from, (size_t)(segment->touched_bytes - from)};
+}
+
+void kvsi_segment_populate(struct iovec pages)
+{
+    /* A kernel without it (before 5.14) faults the pages in one by one, as they are written. */
+    if (pages.iov_len > 0)
+        (void)madvise(pages.iov_base, pages.iov_len, MADV_POPULATE_WRITE);
 }
 
 bool kvsi_segment_is_used(const kvsi_segment *segment, uint32_t slot)

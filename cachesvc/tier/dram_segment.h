@@ -20,6 +20,7 @@ typedef struct kvsi_segment {
     int fd;
     uint8_t *base;
     uint64_t len_bytes, class_bytes;
+    uint64_t touched_bytes; /* from the start on: its pages are there */
     uint32_t number, generation, n_slots, n_used;
     uint64_t summary[KVSI_SEGMENT_WORDS / 64]; /* bit w: free[w] is not zero */
     uint64_t free[KVSI_SEGMENT_WORDS];         /* bit set: slot is free */
@@ -35,6 +36,13 @@ void kvsi_segment_destroy(kvsi_segment *segment); /* unmaps and closes; NULL is 
 void kvsi_segment_layout(kvsi_segment *segment, uint64_t class_bytes);
 /* Takes a free slot; the segment has one. O(1). */
 uint32_t kvsi_segment_take(kvsi_segment *segment);
+/*
+ * The pages up to the end of a slot that nobody has touched yet (length 0: none); from now on they
+ * count as touched. To be populated once the lock is left, while the slot is held: a page fault
+ * for every 4 KiB costs more than the copy that follows.
+ */
+struct iovec kvsi_segment_untouched(kvsi_segment *segment, uint32_t slot);
+void kvsi_segment_populate(struct iovec pages); /* no lock needed */
 /* Gives a used slot back. True if it had been committed. */
 bool kvsi_segment_give(kvsi_segment *segment, uint32_t slot);
 bool kvsi_segment_is_used(const kvsi_segment *segment, uint32_t slot);

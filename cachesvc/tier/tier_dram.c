@@ -328,6 +328,7 @@ static kvc_status dram_reserve(kvs_tier *tier, const kvs_value_key *key, uint32_
                                uint32_t n_rows, kvs_slot *slot_p, void **addr_p)
 {
     uint64_t class_bytes = round_up((uint64_t)row_bytes * n_rows, KVS_DRAM_PAGE_BYTES);
+    struct iovec untouched = {NULL, 0};
     kvsi_segment *segment;
 
     *slot_p = (kvs_slot){0, 0};
@@ -343,8 +344,10 @@ static kvc_status dram_reserve(kvs_tier *tier, const kvs_value_key *key, uint32_
         tier->used_bytes += class_bytes;
         *slot_p = (kvs_slot){segment->number, PACK(segment->generation, slot)};
         *addr_p = segment->base + slot * class_bytes;
+        untouched = kvsi_segment_untouched(segment, slot);
     }
     kvc_mutex_unlock(&tier->lock);
+    kvsi_segment_populate(untouched); /* the slot keeps the segment where it is */
     return status;
 }
 

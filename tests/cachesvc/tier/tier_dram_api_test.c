@@ -229,6 +229,25 @@ static void test_many_small_slots(void **state)
     free(slots);
 }
 
+/* Reserving brings the slot's pages at once, and not the whole segment's. */
+static void test_reserve_populates(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_value_key key = key_of(1, 1, 1);
+    unsigned char there[256], further;
+    kvs_slot slot;
+    void *addr;
+
+    open_with(t, 256u << 20, 1u << 20);
+    assert_int_equal(t->ops->reserve(t->tier, &key, 4096, 256, &slot, &addr), KVC_OK);
+    assert_int_equal(mincore(addr, 1u << 20, there), 0);
+    for (uint32_t i = 0; i < 256; i++)
+        assert_true(there[i] & 1);
+    assert_int_equal(mincore((char *)addr + (4u << 20), 1, &further), 0);
+    assert_false(further & 1);
+    t->ops->release(t->tier, &key, slot);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -239,6 +258,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_change_of_tenant_gives_fresh_memory, setup, teardown),
         cmocka_unit_test_setup_teardown(test_empty_segment_changes_class, setup, teardown),
         cmocka_unit_test_setup_teardown(test_many_small_slots, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_reserve_populates, setup, teardown),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
