@@ -427,11 +427,3 @@ uint32_t kvs_contexts_sweep(kvs_contexts *contexts, uint64_t now_ns)
         }
     }
 }
-
-uint32_t kvs_contexts_count(kvs_contexts *contexts)
-{
-    kvc_mutex_lock(&contexts->lock);
-    uint32_t n = contexts->n_open;
-    kvc_mutex_unlock(&contexts->lock);
-    return n;
-}

@@ -79,7 +79,6 @@ kvc_status kvs_context_extend(kvs_contexts *contexts, kvs_context *context, uint
 void kvs_context_close(kvs_contexts *contexts, kvs_context *context);
 /* Drops what expired before now_ns; returns how many. */
 uint32_t kvs_contexts_sweep(kvs_contexts *contexts, uint64_t now_ns);
-uint32_t kvs_contexts_count(kvs_contexts *contexts);
 
 /* Block id at place i < n_blocks. */
 static inline uint32_t kvs_context_block(const kvs_context *context, uint32_t i)

@@ -34,7 +34,8 @@ static uint32_t store_stats(kvs_store *store, kvc_tier_stats *stats)
     return 1;
 }
 
-uint32_t kvs_tier_stats(kvs_server *server, kvc_tier_stats *stats)
+/* Sizes of the tiers; how many there are (at most 2). */
+static uint32_t tier_stats(kvs_server *server, kvc_tier_stats *stats)
 {
     uint32_t n = store_stats(&server->dram, stats);
     return n + store_stats(&server->lmdb, stats + n);
@@ -56,7 +57,7 @@ void kvs_on_describe(kvs_server *server, kvt_call *call, const kvc_digest *tenan
     reply.u.describe.boot_id = server->boot_id;
     reply.u.describe.limits = server->limits;
     reply.u.describe.tiers = tiers;
-    reply.u.describe.n_tiers = kvs_tier_stats(server, tiers);
+    reply.u.describe.n_tiers = tier_stats(server, tiers);
     reply.u.describe.schemas = schemas;
     reply.u.describe.n_schemas = kvs_schemas_list(server->schemas, tenant, schemas, max);
     kvs_answer(call, &reply, NULL, 0);
@@ -75,7 +76,7 @@ void kvs_on_stats(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
     reply.u.stats.uptime_ms = (kvc_now_ns() - server->start_ns) / 1000000;
     reply.u.stats.boot_id = server->boot_id;
     reply.u.stats.tiers = tiers;
-    reply.u.stats.n_tiers = kvs_tier_stats(server, tiers);
+    reply.u.stats.n_tiers = tier_stats(server, tiers);
     reply.u.stats.counters = counters;
     reply.u.stats.n_counters = KVC_METRIC_COUNT;
     kvs_answer(call, &reply, NULL, 0);

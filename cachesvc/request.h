@@ -38,7 +38,5 @@ static inline uint64_t kvs_ttl_ns(uint64_t ttl_ms)
 {
     return ttl_ms > UINT64_MAX / 1000000 ? UINT64_MAX : ttl_ms * 1000000;
 }
-/* Sizes of the tiers; returns how many there are (at most 2). */
-uint32_t kvs_tier_stats(kvs_server *server, kvc_tier_stats *stats);
 
 #endif

@@ -172,11 +172,3 @@ void kvsi_sums_drop(kvsi_sums *sums, const uint8_t key[KVSI_KEY_BYTES])
         uncache(sums, link);
     kvc_mutex_unlock(&sums->lock);
 }
-
-uint64_t kvsi_sums_bytes(kvsi_sums *sums)
-{
-    kvc_mutex_lock(&sums->lock);
-    uint64_t bytes = sums->used_bytes;
-    kvc_mutex_unlock(&sums->lock);
-    return bytes;
-}

@@ -32,6 +32,5 @@ kvsi_sums_entry *kvsi_sums_add(kvsi_sums *sums, const uint8_t key[KVSI_KEY_BYTES
 void kvsi_sums_put(kvsi_sums *sums, kvsi_sums_entry *entry);
 /* Forgets a key: its value goes away or is rewritten. */
 void kvsi_sums_drop(kvsi_sums *sums, const uint8_t key[KVSI_KEY_BYTES]);
-uint64_t kvsi_sums_bytes(kvsi_sums *sums);
 
 #endif

@@ -50,8 +50,6 @@ void kvc_digest_hex(const kvc_digest *digest, char out[KVC_DIGEST_HEX_BYTES]);
 /* INVALID unless text is exactly 64 hex digits. */
 kvc_status kvc_digest_parse(const char *text, kvc_digest *digest_p) KVC_MUST_CHECK;
 
-/* Index of the part with this id in schema->parts, or -1. */
-int kvc_schema_find_part(const kvc_schema *schema, uint32_t part);
 /* Deep copy in one malloc'd piece (free it); NULL when memory is out. */
 kvc_schema *kvc_schema_copy(const kvc_schema *schema);
 

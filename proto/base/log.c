@@ -56,18 +56,6 @@ bool kvc_log_enabled(kvc_log_level level)
     return (int)level <= atomic_load_explicit(&g_level, memory_order_relaxed);
 }
 
-kvc_status kvc_log_level_parse(const char *text, kvc_log_level *level_p)
-{
-    *level_p = KVC_LOG_LEVEL_OFF;
-    for (size_t i = 0; i < sizeof(level_names) / sizeof(level_names[0]); i++) {
-        if (strcmp(text, level_names[i]) == 0) {
-            *level_p = (kvc_log_level)i;
-            return KVC_OK;
-        }
-    }
-    return KVC_INVALID;
-}
-
 static void put_bytes(struct line *line, const char *bytes, size_t len_bytes)
 {
     if (len_bytes > LINE_BYTES - line->len_bytes)

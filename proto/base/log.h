@@ -32,8 +32,6 @@ void kvc_log_set_format(kvc_log_format format);
 /* NULL restores standard error. Call before threads start. */
 void kvc_log_set_sink(kvc_log_sink *sink, void *arg);
 bool kvc_log_enabled(kvc_log_level level);
-/* Parses "error", "warn", "info", "debug", "trace", "off". INVALID otherwise. */
-kvc_status kvc_log_level_parse(const char *text, kvc_log_level *level_p) KVC_MUST_CHECK;
 /* Writes always; the macros below ask kvc_log_enabled first. */
 void kvc_log(kvc_log_level level, const char *area, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));

@@ -91,11 +91,3 @@ void kvc_queue_close(kvc_queue *queue)
     kvc_cond_broadcast(&queue->not_empty);
     kvc_mutex_unlock(&queue->lock);
 }
-
-uint32_t kvc_queue_length(kvc_queue *queue)
-{
-    kvc_mutex_lock(&queue->lock);
-    uint32_t length = queue->length;
-    kvc_mutex_unlock(&queue->lock);
-    return length;
-}

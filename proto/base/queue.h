@@ -20,6 +20,5 @@ kvc_status kvc_queue_push(kvc_queue *queue, void *item) KVC_MUST_CHECK;
 /* Blocks to deadline_ns (0: for ever). TIMED_OUT; CLOSED once closed and empty. */
 kvc_status kvc_queue_pop(kvc_queue *queue, uint64_t deadline_ns, void **item_p) KVC_MUST_CHECK;
 void kvc_queue_close(kvc_queue *queue);
-uint32_t kvc_queue_length(kvc_queue *queue);
 
 #endif

@@ -266,15 +266,6 @@ kvc_status kvc_schema_digest(const kvc_schema *schema, kvc_digest *digest_p)
     return status;
 }
 
-int kvc_schema_find_part(const kvc_schema *schema, uint32_t part)
-{
-    for (uint32_t i = 0; i < schema->n_parts; i++) {
-        if (schema->parts[i].part == part)
-            return (int)i;
-    }
-    return -1;
-}
-
 static size_t name_bytes(const char *name)
 {
     return name == NULL ? 0 : strlen(name) + 1;

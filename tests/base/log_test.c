@@ -115,18 +115,6 @@ static void long_lines_are_cut_and_whole(void **state)
     }
 }
 
-static void levels_parse(void **state)
-{
-    (void)state;
-    kvc_log_level level;
-    assert_ok(kvc_log_level_parse("trace", &level));
-    assert_int_equal(level, KVC_LOG_LEVEL_TRACE);
-    assert_ok(kvc_log_level_parse("off", &level));
-    assert_int_equal(level, KVC_LOG_LEVEL_OFF);
-    assert_status(kvc_log_level_parse("WARN", &level), KVC_INVALID);
-    assert_status(kvc_log_level_parse("", &level), KVC_INVALID);
-}
-
 #define WRITERS  4
 #define PER_EACH 500
 
@@ -203,7 +191,6 @@ int main(void)
         cmocka_unit_test_setup_teardown(text_line, setup, teardown),
         cmocka_unit_test_setup_teardown(json_line, setup, teardown),
         cmocka_unit_test_setup_teardown(long_lines_are_cut_and_whole, setup, teardown),
-        cmocka_unit_test_setup_teardown(levels_parse, setup, teardown),
         cmocka_unit_test_setup_teardown(lines_stay_whole, setup, teardown),
         cmocka_unit_test_setup_teardown(asserts_stay_on, setup, teardown),
     };

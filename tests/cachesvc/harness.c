@@ -6,11 +6,13 @@
  */
 #include "harness.h"
 
+#include <dirent.h>
 #include <ftw.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -146,6 +148,56 @@ void h_remove_dir(const char *path)
     nftw(path, remove_one, 16, FTW_DEPTH | FTW_PHYS);
 }
 
+uint64_t h_segment_bytes(void)
+{
+    uint64_t bytes = 0;
+    struct dirent *entry;
+    DIR *dir = opendir("/proc/self/fd");
+    assert_non_null(dir);
+    while ((entry = readdir(dir)) != NULL) {
+        char target[64] = "";
+        struct stat st;
+        ssize_t n = readlinkat(dirfd(dir), entry->d_name, target, sizeof(target) - 1);
+        if (n > 0 && strncmp(target, "/memfd:kvasir-dram", 18) == 0 &&
+            fstat((int)strtol(entry->d_name, NULL, 10), &st) == 0)
+            bytes += (uint64_t)st.st_size;
+    }
+    closedir(dir);
+    return bytes;
+}
+
+static _Thread_local uint64_t disk_bytes;
+
+static int add_file(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+    (void)path;
+    (void)ftw;
+    if (type == FTW_F)
+        disk_bytes += (uint64_t)st->st_blocks * 512;
+    return 0;
+}
+
+uint64_t h_disk_bytes(const char *path)
+{
+    disk_bytes = 0;
+    assert_int_equal(nftw(path, add_file, 16, FTW_PHYS), 0);
+    return disk_bytes;
+}
+
+void h_check_caps(const h_server *h)
+{
+    kvs_tier_usage usage;
+    h->server->dram.ops->usage(h->server->dram.tier, &usage);
+    uint64_t segments = h_segment_bytes();
+    assert_true(segments >= usage.used_bytes); /* else it looks at the wrong thing */
+    assert_true(segments <= h->settings.dram_bytes);
+    if (h->settings.lmdb_path[0]) {
+        uint64_t disk = h_disk_bytes(h->settings.lmdb_path);
+        assert_true(disk > 0);
+        assert_true(disk <= h->settings.lmdb_bytes);
+    }
+}
+
 /* ---- peer ------------------------------------------------------------------------------------ */
 
 h_peer *h_connect(const char *uri, const char *tenant)
@@ -242,8 +294,8 @@ kvc_status h_register(h_peer *peer, const h_schema *schema)
 
 static uint32_t row_bytes_of(const h_schema *schema, uint32_t part)
 {
-    int i = kvc_schema_find_part(&schema->schema, part);
-    return i < 0 ? 64 : schema->parts[i].row_bytes;
+    uint32_t i = part / 10;
+    return part % 10 || i >= schema->schema.n_parts ? 64 : schema->parts[i].row_bytes;
 }
 
 kvc_status h_put(h_peer *peer, const h_schema *schema, uint64_t b, const uint32_t *parts,

@@ -47,6 +47,12 @@ void h_server_fini(h_server *h);
 /* A fresh folder under the system's temporary one, and its removal with all it holds. */
 void h_temp_dir(char path[256]);
 void h_remove_dir(const char *path);
+/* What the system says that the tiers take: memory of this process's dram segments, and blocks of
+   the files in a folder. Never asks the tiers themselves. */
+uint64_t h_segment_bytes(void);
+uint64_t h_disk_bytes(const char *path);
+/* Asserts that both stay within the settings of a server, the only one in this process. */
+void h_check_caps(const h_server *h);
 
 /* A connection and the last reply. */
 typedef struct h_peer {

@@ -167,11 +167,12 @@ static void test_match_keeps_its_deadline(void **state)
         digests[b] = h_digest(b);
         put(f, b, part, false);
     }
-    assert_int_equal(kvs_index_match(f->index, f->schema, &part, 1, false, digests, 600, 0, &hits),
-                     KVC_OK);
+    assert_int_equal(
+        kvs_index_match(f->index, f->schema, &part, 1, false, digests, 600, 0, NULL, &hits),
+        KVC_OK);
     assert_int_equal(hits, 600);
     assert_int_equal(kvs_index_match(f->index, f->schema, &part, 1, false, digests, 600,
-                                     kvc_now_ns() - 1, &hits),
+                                     kvc_now_ns() - 1, NULL, &hits),
                      KVC_TIMED_OUT);
     assert_int_equal(hits, 0);
 }

@@ -296,7 +296,7 @@ static void test_ttl(void **state)
     }
     assert_int_equal(h_fetch(f->peer, short_one, 0, &pick, 1), KVC_STALE_HANDLE);
     kvs_server_tick(f->h.server);
-    assert_int_equal(kvs_contexts_count(f->h.server->contexts), 1);
+    assert_int_equal(kvc_metric_get(KVC_M_contexts_open), 1);
 }
 
 static void test_limits(void **state)

@@ -77,20 +77,11 @@ static void nap_ms(long ms)
     nanosleep(&t, NULL);
 }
 
-static void check_caps(fixture *f)
-{
-    kvs_tier_usage usage;
-    f->h.server->dram.ops->usage(f->h.server->dram.tier, &usage);
-    assert_true(usage.used_bytes <= f->h.settings.dram_bytes);
-    f->h.server->lmdb.ops->usage(f->h.server->lmdb.tier, &usage);
-    assert_true(usage.used_bytes <= f->h.settings.lmdb_bytes);
-}
-
 static void put_many(fixture *f, uint64_t first, uint32_t n, kvc_promise promise)
 {
     for (uint32_t b = 0; b < n; b++) {
         assert_int_equal(h_put1(f->peer, &f->schema, first + b, 0, promise), KVC_OK);
-        check_caps(f);
+        h_check_caps(&f->h);
     }
 }
 
@@ -137,7 +128,7 @@ static void test_rows_from_lmdb(void **state)
             picks[i] = (uint32_t)(h_random(&seed) % (100 * H_TOKENS));
         h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 1024);
         rows_lmdb += f->peer->xfer.reply.u.fetch_rows.rows_lmdb;
-        check_caps(f);
+        h_check_caps(&f->h);
     }
     assert_true(rows_lmdb > 5000);
 }

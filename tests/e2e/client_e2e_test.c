@@ -81,7 +81,9 @@ static void test_write_behind(void **state)
     store_open(&s, "8MiB", true);
     assert_int_equal(store_put(&s, 0, 64, KVC_PROMISE_MEMORY), 64 * STORE_PARTS);
     kvc_context *context = store_context(&s, s.client, 64);
-    store_expect(&s, context, 64 * STORE_BLOCK_TOKENS, NULL);
+    kvc_fetch_info info = {0};
+    store_expect(&s, context, 64 * STORE_BLOCK_TOKENS, &info);
+    assert_true(info.rows_lmdb > 0);
     kvc_context_close(context);
     store_close(&s);
 }

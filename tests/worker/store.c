@@ -84,8 +84,10 @@ static void keep(store *s, const kvc_request *req, const kvc_put_value *value, u
         s->values = realloc(s->values, s->cap_values * sizeof(*s->values));
         KVC_ASSERT(s->values != NULL);
     }
-    int part = kvc_schema_find_part(s->schema, value->part);
-    KVC_ASSERT(part >= 0);
+    uint32_t part = 0;
+    while (part < s->schema->n_parts && s->schema->parts[part].part != value->part)
+        part++;
+    KVC_ASSERT(part < s->schema->n_parts);
     store_value *v = &s->values[s->n_values++];
     v->digest = value->digest;
     v->part = value->part;
