@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/digest.h"
+#include "base/metrics.h"
 #include "base/thread.h"
 #include "request.h"
 
@@ -119,7 +120,7 @@ static void test_truncate(void **state)
     assert_int_equal(h_extend(f->peer, context, 0, 0, 2), KVC_OK);
     assert_int_equal(h_close(f->peer, context), KVC_OK);
     assert_int_equal(cut(f->peer, context, 0), KVC_STALE_HANDLE);
-    assert_int_equal(kvs_contexts_count(f->h.server->contexts), 0);
+    assert_int_equal(kvc_metric_get(KVC_M_contexts_open), 0);
 }
 
 static void test_fork(void **state)
