@@ -120,7 +120,13 @@ static void register_run(kvs_job *job)
 {
     register_job *r = (register_job *)job;
     kvt_call *call = r->call;
-    kvc_status status =
+    kvc_status status = kvs_given_up(call);
+    if (status != KVC_OK) {
+        kvs_fail(call, status, "nobody waited any more when a disk thread was free");
+        free(r);
+        return;
+    }
+    status =
         kvs_schema_record_put(&r->server->lmdb, &r->tenant, call->req.u.register_schema.schema);
     if (status == KVC_OK)
         register_finish(r->server, call, &r->tenant);

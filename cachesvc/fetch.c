@@ -13,7 +13,6 @@
 #include <string.h>
 
 #include "base/assert.h"
-#include "base/clock.h"
 #include "base/metrics.h"
 
 #define LENT_PART        4u /* of dram: the most that slices may point at */
@@ -146,14 +145,6 @@ static void answer_buffer(kvs_fetch *fetch)
 
 /* ---- rows in lmdb ---------------------------------------------------------------------------- */
 
-/* OK, or why nobody waits for the answer any more. */
-static kvc_status given_up(const kvs_fetch *fetch)
-{
-    if (kvt_call_cancelled(fetch->call))
-        return KVC_CANCELLED;
-    return kvc_expired(fetch->call->deadline_ns) ? KVC_TIMED_OUT : KVC_OK;
-}
-
 static void worker_leaves(kvs_fetch *fetch)
 {
     if (atomic_fetch_sub(&fetch->n_working, 1) == 1) {
@@ -167,7 +158,7 @@ static void worker_run(kvs_job *job)
     kvs_fetch *fetch = ((kvs_fetch_worker *)job)->fetch;
     for (;;) {
         uint32_t i = atomic_fetch_add(&fetch->next_lmdb, 1);
-        if (i >= fetch->n_lmdb || given_up(fetch) != KVC_OK)
+        if (i >= fetch->n_lmdb || kvs_given_up(fetch->call) != KVC_OK)
             break;
         kvs_gather_read(fetch, fetch->lmdb_reads[i]);
     }
@@ -246,7 +237,7 @@ static void get_buffer(kvs_fetch *fetch)
 
 static void copy(kvs_fetch *fetch)
 {
-    kvc_status status = fetch->n_lmdb ? given_up(fetch) : KVC_OK;
+    kvc_status status = fetch->n_lmdb ? kvs_given_up(fetch->call) : KVC_OK;
     if (status != KVC_OK) {
         give_up(fetch, status, "nobody waited any more while rows were read from lmdb");
         return;

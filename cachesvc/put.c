@@ -160,6 +160,7 @@ static kvc_status item_status(kvc_status status)
     case KVC_NO_SPACE:
     case KVC_INVALID:
         return status;
+    case KVC_CANCELLED:
     case KVC_TIMED_OUT:
     case KVC_NO_MEMORY:
         return KVC_AGAIN;
@@ -376,6 +377,11 @@ static void sync_run(kvs_job *job)
 {
     kvs_put *put = (kvs_put *)job;
     kvs_store *lmdb = &put->server->lmdb;
+    kvc_status gone = kvs_given_up(put->call);
+    if (gone != KVC_OK) {
+        sync_finish(put, NULL, gone);
+        return;
+    }
     kvs_slot *slots = malloc(put->n * sizeof(*slots));
     int8_t *results = malloc(put->n);
     if (slots && results)

@@ -51,8 +51,8 @@ void kvs_on_call(void *arg, kvt_call *call)
         kvs_fail(call, status, "the tenant's name must have 1 to %u bytes", KVC_MAX_NAME_BYTES);
     } else if (call->req.method >= KVC_METHOD_COUNT) {
         kvs_fail(call, KVC_UNSUPPORTED, "unknown method");
-    } else if (kvc_expired(call->deadline_ns)) {
-        kvs_fail(call, KVC_TIMED_OUT, "the deadline passed before the request was looked at");
+    } else if ((status = kvs_given_up(call)) != KVC_OK) {
+        kvs_fail(call, status, "nobody waited any more when the request was looked at");
     } else {
         handlers[call->req.method](arg, call, &tenant);
     }
@@ -87,6 +87,13 @@ void kvs_fail(kvt_call *call, kvc_status status, const char *fmt, ...)
                   detail);
     kvt_call_reply(call, status, detail, status == KVC_AGAIN ? KVS_RETRY_MS : 0, NULL, NULL, 0);
     atomic_fetch_sub(&server->n_calls, 1);
+}
+
+kvc_status kvs_given_up(const kvt_call *call)
+{
+    if (kvt_call_cancelled(call))
+        return KVC_CANCELLED;
+    return kvc_expired(call->deadline_ns) ? KVC_TIMED_OUT : KVC_OK;
 }
 
 const kvs_schema *kvs_want_schema(kvs_server *server, kvt_call *call, const kvc_digest *tenant,

@@ -27,6 +27,10 @@ void kvs_answer(kvt_call *call, const kvc_reply *reply, const kvt_slice *slices,
 void kvs_fail(kvt_call *call, kvc_status status, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 
+/* OK, or why nobody waits for the answer any more: CANCELLED, TIMED_OUT. To be asked wherever a
+   call has waited in a queue. */
+kvc_status kvs_given_up(const kvt_call *call);
+
 /* The tenant's schema by digest, or NULL after kvs_fail. */
 const kvs_schema *kvs_want_schema(kvs_server *server, kvt_call *call, const kvc_digest *tenant,
                                   const kvc_digest *digest);

@@ -121,6 +121,25 @@ static void leave_mark(kvs_tier *tier)
     close(fd);
 }
 
+/* Values lie in the folder in the clear: a folder that was there already is made 0700 too. */
+static kvc_status close_to_others(kvs_tier *tier, const char *path)
+{
+    struct stat st;
+
+    if (fstat(tier->root_fd, &st) != 0)
+        return KVC_IO;
+    if ((st.st_mode & 077) == 0)
+        return KVC_OK;
+    if (fchmod(tier->root_fd, st.st_mode & 0700) != 0) {
+        KVC_LOG_ERROR(TIER, "lmdb: %s is open to other users (mode %03o): %s", path,
+                      (unsigned)st.st_mode & 0777, strerror(errno));
+        return KVC_INVALID;
+    }
+    KVC_LOG_WARN(TIER, "lmdb: %s was open to other users (mode %03o); it is 0700 now", path,
+                 (unsigned)st.st_mode & 0777);
+    return KVC_OK;
+}
+
 /* The folder and the lock that keeps a second server out. */
 static kvc_status open_folder(kvs_tier *tier, const char *path)
 {
@@ -133,6 +152,9 @@ static kvc_status open_folder(kvs_tier *tier, const char *path)
         KVC_LOG_ERROR(TIER, "lmdb: cannot open %s: %s", path, strerror(errno));
         return errno == ENOTDIR ? KVC_INVALID : KVC_IO;
     }
+    kvc_status status = close_to_others(tier, path);
+    if (status != KVC_OK)
+        return status;
     tier->lock_fd = openat(tier->root_fd, "lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     if (tier->lock_fd < 0) {
         KVC_LOG_ERROR(TIER, "lmdb: cannot write in %s: %s", path, strerror(errno));

@@ -215,6 +215,27 @@ static void test_terminate(void **state)
     assert_int_equal(stop(d, SIGINT), 0);
 }
 
+/* A stop that has much to write is cut short by a second signal, at once and with a status of its
+   own. */
+static void test_second_signal(void **state)
+{
+    daemon_proc *d = *state;
+    d->group_commit = "10s"; /* what was put without a promise is written that late */
+    start(d);
+    assert_int_equal(h_register(d->peer, &d->schema), KVC_OK);
+    assert_int_equal(h_put1(d->peer, &d->schema, 1, 10, KVC_PROMISE_MEMORY), KVC_OK);
+    h_disconnect(d->peer);
+    d->peer = NULL;
+    kill(d->pid, SIGTERM);
+    nap_ms(1000);
+    assert_int_equal(waitpid(d->pid, NULL, WNOHANG), 0);
+    uint64_t before = kvc_now_ns();
+    kill(d->pid, SIGTERM);
+    assert_int_equal(wait_exit(d->pid), 3);
+    assert_true(kvc_now_ns() - before < 3000000000ull);
+    d->pid = 0;
+}
+
 static int run_with(daemon_proc *d, const char *flag, const char *value)
 {
     char f[64], v[256];
@@ -266,6 +287,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_kill, setup, teardown),
         cmocka_unit_test_setup_teardown(test_kill_at_once, setup, teardown),
         cmocka_unit_test_setup_teardown(test_terminate, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_second_signal, setup, teardown),
         cmocka_unit_test_setup_teardown(test_settings, setup, teardown),
         cmocka_unit_test_setup_teardown(test_port_in_use, setup, teardown),
     };

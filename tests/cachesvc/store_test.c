@@ -372,6 +372,37 @@ static void test_deadline_on_disk(void **state)
     h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 2);
 }
 
+/* What waited for a disk thread until nobody wanted it is not done any more. */
+static void test_deadline_in_the_disk_queue(void **state)
+{
+    fixture *f = *state;
+    const uint32_t pick = 0;
+    const uint64_t long_ns = f->peer->timeout_ns;
+    uint64_t context;
+    uint32_t hits;
+    h_schema late;
+    put_many(f, 0, 1, KVC_PROMISE_DURABLE);
+    f->h.settings.disk_threads = 1;
+    restart_with_faults(f, NULL, "read=delay_us:600000");
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 1, 0, &context), KVC_OK);
+    uint64_t behind = kvc_metric_get(KVC_M_written_behind_values);
+    put_many(f, 1, 1, KVC_PROMISE_MEMORY);
+    for (int i = 0; i < 1000 && kvc_metric_get(KVC_M_written_behind_values) == behind; i++)
+        nap_ms(5);
+    f->peer->timeout_ns = 50000000;
+    assert_int_equal(h_fetch(f->peer, context, 0, &pick, 1), KVC_TIMED_OUT);
+    uint64_t syncs = kvc_metric_get(KVC_M_lmdb_syncs); /* the one disk thread is busy now */
+    h_schema_init(&late, "late", 1, ROW, false);
+    assert_int_equal(h_put1(f->peer, &f->schema, 1, 0, KVC_PROMISE_DURABLE), KVC_TIMED_OUT);
+    assert_int_equal(h_register(f->peer, &late), KVC_TIMED_OUT);
+    f->peer->timeout_ns = long_ns;
+    nap_ms(800);
+    assert_int_equal(kvc_metric_get(KVC_M_lmdb_syncs), syncs);
+    assert_int_equal(h_match(f->peer, &late, 0, 1, NULL, 0, &hits), KVC_NOT_FOUND);
+    assert_int_equal(h_put1(f->peer, &f->schema, 1, 0, KVC_PROMISE_DURABLE), KVC_EXISTS);
+    assert_true(kvc_metric_get(KVC_M_lmdb_syncs) > syncs);
+}
+
 /* With dram refusing everything, puts write through to lmdb; with lmdb full too, they get AGAIN. */
 static void test_dram_refuses(void **state)
 {
@@ -417,6 +448,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_failing_writes, setup, teardown),
         cmocka_unit_test_setup_teardown(test_failing_reads, setup, teardown),
         cmocka_unit_test_setup_teardown(test_deadline_on_disk, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_deadline_in_the_disk_queue, setup, teardown),
         cmocka_unit_test_setup_teardown(test_dram_refuses, setup, teardown),
         cmocka_unit_test_setup_teardown(test_other_tenant_is_kept_apart, setup, teardown),
     };

@@ -214,6 +214,11 @@ static void test_modes(void **state)
     assert_int_equal(t->ops->open(&opts, &tier), KVC_OK);
     t->ops->close(tier);
     assert_int_equal(mode_of(t, "sub"), 0700);
+    assert_int_equal(chmod(sub, 0755), 0);
+    assert_int_equal(t->ops->open(&opts, &tier), KVC_OK);
+    assert_int_equal(mode_of(t, "sub"), 0700);
+    t->ops->close(tier);
+    assert_non_null(strstr(log_text, "was open to other users (mode 755)"));
 }
 
 /* --- damaged bytes --- */
