@@ -71,6 +71,14 @@ static inline uint32_t kvs_fetch_row_bytes(const kvs_fetch *fetch, uint32_t read
     return extra->schema->parts[extra->part].row_bytes;
 }
 
+/* The group and pick limits of the request; INVALID: the call has been failed. */
+kvc_status kvs_fetch_check_limits(kvs_server *server, kvt_call *call,
+                                  uint32_t *n_picks_p) KVC_MUST_CHECK;
+/* References the context of group g and finds the place of its part. Anything but OK: nothing is
+ * referenced, the call has been failed. */
+kvc_status kvs_fetch_group(kvs_server *server, kvt_call *call, const kvc_digest *tenant, uint32_t g,
+                           kvs_context **context_p, uint32_t *part_p) KVC_MUST_CHECK;
+
 /* Sets pick_off and data_bytes, leaving out the rows known to be missing. */
 void kvs_gather_place(kvs_fetch *fetch);
 /* Slices for rows in dram where runs are long: count, or 0 where copying is better. All reads must

@@ -158,6 +158,11 @@ typedef struct kvs_read {
  */
 void kvs_index_ref(kvs_index *index, const kvs_schema *schema, uint32_t part, uint32_t promote_rows,
                    uint32_t window, kvs_read *reads, uint32_t n);
+/* The same by name: value i is part parts[i] (a place) of the block digests[i]; the caller fills in
+ * nothing. Nothing is promoted, and unknown blocks are not created. */
+void kvs_index_ref_named(kvs_index *index, const kvs_schema *schema,
+                         const kvc_digest *const *digests, const uint16_t *parts, kvs_read *reads,
+                         uint32_t n);
 void kvs_index_unref(kvs_index *index, const uint32_t *values, uint32_t n);
 /* The caller, who holds a reference, found the lmdb copy bad: no lookup finds it any more. False:
    somebody else said so before, or a good copy in dram keeps serving. */

@@ -78,6 +78,22 @@ void kvs_index_ref(kvs_index *index, const kvs_schema *schema, uint32_t part, ui
     }
 }
 
+void kvs_index_ref_named(kvs_index *index, const kvs_schema *schema,
+                         const kvc_digest *const *digests, const uint16_t *parts, kvs_read *reads,
+                         uint32_t n)
+{
+    for (uint32_t i = 0; i < n;) {
+        kvc_mutex_lock(&index->lock);
+        for (uint32_t end = i + KVS_INDEX_STEP; i < n && i < end; i++) {
+            KVC_ASSERT(parts[i] < schema->n_parts);
+            reads[i] = (kvs_read){.block = kvs_block_find(index, schema->id, digests[i])};
+            if (reads[i].block != KVS_NIL)
+                read_ref(index, parts[i], 0, 0, &reads[i]);
+        }
+        kvc_mutex_unlock(&index->lock);
+    }
+}
+
 void kvs_index_unref(kvs_index *index, const uint32_t *values, uint32_t n)
 {
     for (uint32_t i = 0; i < n;) {

@@ -47,25 +47,24 @@ static block_slot *map_find(block_map *map, uint32_t place)
     return &map->slots[i];
 }
 
-static kvc_status check_limits(kvs_fetch *fetch)
+kvc_status kvs_fetch_check_limits(kvs_server *server, kvt_call *call, uint32_t *n_picks_p)
 {
-    const kvc_request *req = &fetch->call->req;
-    const kvc_limits *limits = &fetch->server->limits;
+    const kvc_request *req = &call->req;
+    const kvc_limits *limits = &server->limits;
     uint64_t n_picks = 0;
     if (req->u.fetch_rows.n_groups > limits->max_groups) {
-        kvs_fail(fetch->call, KVC_INVALID, "%u groups; max_groups is %u",
-                 req->u.fetch_rows.n_groups, limits->max_groups);
+        kvs_fail(call, KVC_INVALID, "%u groups; max_groups is %u", req->u.fetch_rows.n_groups,
+                 limits->max_groups);
         return KVC_INVALID;
     }
     for (uint32_t g = 0; g < req->u.fetch_rows.n_groups; g++)
         n_picks += req->u.fetch_rows.groups[g].n_picks;
     if (n_picks > limits->max_picks) {
-        kvs_fail(fetch->call, KVC_INVALID, "%llu picks; max_picks is %u",
-                 (unsigned long long)n_picks, limits->max_picks);
+        kvs_fail(call, KVC_INVALID, "%llu picks; max_picks is %u", (unsigned long long)n_picks,
+                 limits->max_picks);
         return KVC_INVALID;
     }
-    fetch->n_picks = (uint32_t)n_picks;
-    fetch->n_groups = req->u.fetch_rows.n_groups;
+    *n_picks_p = (uint32_t)n_picks;
     return KVC_OK;
 }
 
@@ -89,29 +88,40 @@ static kvc_status alloc_tables(kvs_fetch *fetch)
     return KVC_OK;
 }
 
+kvc_status kvs_fetch_group(kvs_server *server, kvt_call *call, const kvc_digest *tenant, uint32_t g,
+                           kvs_context **context_p, uint32_t *part_p)
+{
+    const kvc_row_group *group = &call->req.u.fetch_rows.groups[g];
+    kvc_status status = kvs_context_get(server->contexts, tenant, group->context, context_p);
+    if (status != KVC_OK) {
+        kvs_fail(call, status, "group %u: context %016llx is not open here: open it again", g,
+                 (unsigned long long)group->context);
+        return status;
+    }
+    int part = kvs_schema_part((*context_p)->schema, group->part);
+    if (part < 0) {
+        kvs_context_put(server->contexts, *context_p);
+        *context_p = NULL;
+        kvs_fail(call, KVC_INVALID, "group %u: part %u is not in the schema", g, group->part);
+        return KVC_INVALID;
+    }
+    *part_p = (uint32_t)part;
+    return KVC_OK;
+}
+
 /* References each group's context and checks its part; data_bytes: if every row is there. */
 static kvc_status find_contexts(kvs_fetch *fetch)
 {
     const kvc_request *req = &fetch->call->req;
     uint64_t data_bytes = 0;
     for (uint32_t g = 0; g < req->u.fetch_rows.n_groups; g++) {
-        const kvc_row_group *group = &req->u.fetch_rows.groups[g];
-        kvc_status status = kvs_context_get(fetch->server->contexts, fetch->tenant, group->context,
-                                            &fetch->contexts[g]);
-        if (status != KVC_OK) {
-            kvs_fail(fetch->call, status,
-                     "group %u: context %016llx is not open here: open it again", g,
-                     (unsigned long long)group->context);
+        uint32_t part;
+        kvc_status status = kvs_fetch_group(fetch->server, fetch->call, fetch->tenant, g,
+                                            &fetch->contexts[g], &part);
+        if (status != KVC_OK)
             return status;
-        }
-        const kvs_schema *schema = fetch->contexts[g]->schema;
-        int part = kvs_schema_part(schema, group->part);
-        if (part < 0) {
-            kvs_fail(fetch->call, KVC_INVALID, "group %u: part %u is not in the schema", g,
-                     group->part);
-            return KVC_INVALID;
-        }
-        data_bytes += (uint64_t)group->n_picks * schema->parts[part].row_bytes;
+        data_bytes += (uint64_t)req->u.fetch_rows.groups[g].n_picks *
+                      fetch->contexts[g]->schema->parts[part].row_bytes;
     }
     if (data_bytes > fetch->server->limits.max_message_bytes) {
         kvs_fail(fetch->call, KVC_INVALID,
@@ -226,9 +236,10 @@ static kvc_status plan_groups(kvs_fetch *fetch)
 
 kvc_status kvs_fetch_plan(kvs_fetch *fetch)
 {
-    kvc_status status = check_limits(fetch);
+    kvc_status status = kvs_fetch_check_limits(fetch->server, fetch->call, &fetch->n_picks);
     if (status != KVC_OK)
         return status;
+    fetch->n_groups = fetch->call->req.u.fetch_rows.n_groups;
     status = alloc_tables(fetch);
     if (status != KVC_OK)
         return status;

@@ -15,6 +15,10 @@
  *   away, its own; past it the call is cancelled, also while its answer waits for a client that
  *   does not read. A call whose client has gone away may still be answered; the
  *   answer is dropped, and its slices are released.
+ * - A method that streams its reply (KVC_METHOD_STREAM_REPLY) sends any number of messages before
+ * the answer, which then carries a status only. One message is under way at a time, at both ends:
+ * the server may send the next once sent has run, and that waits for the peer, so a slow reader
+ * slows the sender down and costs the memory of a few messages, however long the stream is.
  * - Payloads are not copied. So done waits until the transport has let go of the request's data:
  *   normally by then it has; bytes queued for a stalled peer may hold it past a cancel or a
  * deadline until the connection is given up (seconds, never for ever).
@@ -59,7 +63,11 @@ struct kvt_call {
     uint64_t deadline_ns; /* CLOCK_MONOTONIC; never 0: within max_deadline_ns of the listener */
     const char *tenant;   /* identity of the peer; "default" without certificates */
     void *user;
-    int cancelled; /* set by the transport; read it with kvt_call_cancelled */
+    /* Set by the server before its first kvt_call_send: the message was passed on (ok), or the
+     * client has gone (not ok). A transport thread, no lock held, once for each send. */
+    void (*sent)(kvt_call *call, bool ok);
+    const kvt_call *within; /* of a call that the server makes itself: for which; else NULL */
+    int cancelled;          /* set by the transport; read it with kvt_call_cancelled */
 };
 
 /* Limits that are 0 get the transport's defaults: 1 MiB, 1,024 calls, 64 MiB, 10 minutes. */
@@ -96,6 +104,9 @@ struct kvt_xfer {
     uint64_t deadline_ns;
     uint32_t channel; /* stripe: taken modulo n_channels */
     void (*done)(kvt_xfer *xfer);
+    /* Of a reply that streams, else NULL: called for each message before done, on done's thread;
+     * reply is valid until it returns, and the next message is asked for then. */
+    void (*message)(kvt_xfer *xfer);
     void *arg;
     /* result */
     kvc_status status;
@@ -133,6 +144,11 @@ struct kvt_ops {
        retry_after_ms (0: none) goes with AGAIN. Any thread; takes the call. */
     void (*reply)(kvt_call *call, kvc_status status, const char *detail, uint32_t retry_after_ms,
                   const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices);
+    /* Sends one message of a reply that streams; reply and slices as for reply, the slices being
+       taken on failure too. OK: call->sent runs once, never from within send, and until then the
+       call is neither sent to nor answered. INVALID, NO_MEMORY: it does not encode. Any thread. */
+    kvc_status (*send)(kvt_call *call, const kvc_reply *reply, const kvt_slice *slices,
+                       uint32_t n_slices);
     /* Does not wait for the peer: a dead one shows up in the first transfer. */
     kvc_status (*connect)(const kvt_connect_opts *opts, kvt_conn **conn_p);
     /* Any thread. AGAIN: too many in flight; INVALID; CLOSED. */
@@ -160,10 +176,23 @@ static inline void kvt_call_reply(kvt_call *call, kvc_status status, const char 
     call->ops->reply(call, status, detail, retry_after_ms, reply, slices, n_slices);
 }
 
+static inline kvc_status KVC_MUST_CHECK kvt_call_send(kvt_call *call, const kvc_reply *reply,
+                                                      const kvt_slice *slices, uint32_t n_slices)
+{
+    return call->ops->send(call, reply, slices, n_slices);
+}
+
+static inline bool kvt_streams_reply(kvc_method method)
+{
+    return (kvc_method_flags(method) & KVC_METHOD_STREAM_REPLY) != 0;
+}
+
 /* True once the client has gone away or given up: work for this call may be dropped, but the call
  * still has to be answered. Any thread. */
 static inline bool kvt_call_cancelled(const kvt_call *call)
 {
+    if (call->within != NULL)
+        call = call->within;
     return __atomic_load_n(&call->cancelled, __ATOMIC_ACQUIRE) != 0;
 }
 

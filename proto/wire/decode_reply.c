@@ -142,16 +142,16 @@ kvc_status kvci_get_close_context_reply(kvci_job *job, kvc_reply *reply)
     return KVC_OK;
 }
 
-kvc_status kvci_get_fetch_rows_reply(kvci_job *job, kvc_reply *reply)
+kvc_status kvci_get_missing(kvci_job *job, Kvasir__V1__MissingRow **msgs, size_t n,
+                            kvc_reply *reply)
 {
-    const Kvasir__V1__FetchRowsReply *msg = (const Kvasir__V1__FetchRowsReply *)job->msg;
-    if (msg->n_missing > KVC_MAX_PICKS)
+    if (n > KVC_MAX_PICKS)
         return kvci_refuse(job, "more missing rows than max_picks");
-    kvc_missing_row *missing = kvc_arena_alloc(job->arena, msg->n_missing * sizeof(*missing));
+    kvc_missing_row *missing = kvc_arena_alloc(job->arena, n * sizeof(*missing));
     if (missing == NULL)
         return kvci_no_memory(job);
-    for (size_t i = 0; i < msg->n_missing; i++) {
-        const Kvasir__V1__MissingRow *row = msg->missing[i];
+    for (size_t i = 0; i < n; i++) {
+        const Kvasir__V1__MissingRow *row = msgs[i];
         if (row->index >= KVC_MAX_PICKS || (i > 0 && row->index <= missing[i - 1].index))
             return kvci_refuse(job, "missing rows must come in ascending order");
         if ((int)row->status <= 0 || (int)row->status >= KVC_STATUS_COUNT)
@@ -159,12 +159,18 @@ kvc_status kvci_get_fetch_rows_reply(kvci_job *job, kvc_reply *reply)
         missing[i].index = row->index;
         missing[i].status = (kvc_status) - (int)row->status;
     }
-    reply->u.fetch_rows.n_missing = (uint32_t)msg->n_missing;
+    reply->u.fetch_rows.n_missing = (uint32_t)n;
     reply->u.fetch_rows.missing = missing;
+    return KVC_OK;
+}
+
+kvc_status kvci_get_fetch_rows_reply(kvci_job *job, kvc_reply *reply)
+{
+    const Kvasir__V1__FetchRowsReply *msg = (const Kvasir__V1__FetchRowsReply *)job->msg;
     reply->u.fetch_rows.rows_gpu = msg->rows_gpu;
     reply->u.fetch_rows.rows_dram = msg->rows_dram;
     reply->u.fetch_rows.rows_lmdb = msg->rows_lmdb;
-    return KVC_OK;
+    return kvci_get_missing(job, msg->missing, msg->n_missing, reply);
 }
 
 kvc_status kvci_get_stats_reply(kvci_job *job, kvc_reply *reply)
@@ -213,6 +219,7 @@ kvc_status kvc_wire_decode_reply(kvc_method method, const struct iovec *in, uint
         kvci_unpack(kvci_reply_type(method), in, n_in, arena, &split, &msg, &job.why);
     if (status == KVC_OK) {
         job.msg = msg;
+        job.data_bytes = split.data_bytes;
         status = convert(method, &job, reply_p);
     }
     if (status == KVC_OK) {

@@ -152,17 +152,16 @@ kvc_status kvci_get_close_context_request(kvci_job *job, kvc_request *req)
     return KVC_OK;
 }
 
-kvc_status kvci_get_fetch_rows_request(kvci_job *job, kvc_request *req)
+kvc_status kvci_get_groups(kvci_job *job, Kvasir__V1__RowGroup **msgs, size_t n, kvc_request *req)
 {
-    const Kvasir__V1__FetchRowsRequest *msg = (const Kvasir__V1__FetchRowsRequest *)job->msg;
-    if (msg->n_groups > KVC_MAX_GROUPS)
+    if (n > KVC_MAX_GROUPS)
         return kvci_refuse(job, "more groups than max_groups");
-    kvc_row_group *groups = kvc_arena_alloc(job->arena, msg->n_groups * sizeof(*groups));
+    kvc_row_group *groups = kvc_arena_alloc(job->arena, n * sizeof(*groups));
     if (groups == NULL)
         return kvci_no_memory(job);
     uint64_t n_picks = 0;
-    for (size_t i = 0; i < msg->n_groups; i++) {
-        const Kvasir__V1__RowGroup *group = msg->groups[i];
+    for (size_t i = 0; i < n; i++) {
+        const Kvasir__V1__RowGroup *group = msgs[i];
         n_picks += group->n_picks;
         if (n_picks > KVC_MAX_PICKS)
             return kvci_refuse(job, "more picks than max_picks");
@@ -173,9 +172,15 @@ kvc_status kvci_get_fetch_rows_request(kvci_job *job, kvc_request *req)
             .picks = group->picks,
         };
     }
-    req->u.fetch_rows.n_groups = (uint32_t)msg->n_groups;
+    req->u.fetch_rows.n_groups = (uint32_t)n;
     req->u.fetch_rows.groups = groups;
     return KVC_OK;
+}
+
+kvc_status kvci_get_fetch_rows_request(kvci_job *job, kvc_request *req)
+{
+    const Kvasir__V1__FetchRowsRequest *msg = (const Kvasir__V1__FetchRowsRequest *)job->msg;
+    return kvci_get_groups(job, msg->groups, msg->n_groups, req);
 }
 
 kvc_status kvci_get_describe_request(kvci_job *job, kvc_request *req)
@@ -214,6 +219,7 @@ kvc_status kvc_wire_decode_request(kvc_method method, const struct iovec *in, ui
         kvci_unpack(kvci_request_type(method), in, n_in, arena, &split, &msg, &job.why);
     if (status == KVC_OK) {
         job.msg = msg;
+        job.data_bytes = split.data_bytes;
         status = convert(method, &job, req_p);
     }
     if (status == KVC_OK) {

@@ -81,7 +81,7 @@ kvc_status kvci_put_register_schema_reply(const kvc_reply *reply, const kvci_out
 }
 
 /* A status as the wire has it: without the sign. INVALID for a number that is no status. */
-static kvc_status put_status(int status, Kvasir__V1__ItemStatus *item_p)
+kvc_status kvci_put_status(int status, Kvasir__V1__ItemStatus *item_p)
 {
     if (status > 0 || -status >= KVC_STATUS_COUNT)
         return KVC_INVALID;
@@ -100,7 +100,7 @@ kvc_status kvci_put_put_blocks_reply(const kvc_reply *reply, const kvci_out *out
     if (msg.status == NULL)
         return KVC_NO_MEMORY;
     for (uint32_t i = 0; i < n; i++) {
-        kvc_status status = put_status(reply->u.put_blocks.status[i], &msg.status[i]);
+        kvc_status status = kvci_put_status(reply->u.put_blocks.status[i], &msg.status[i]);
         if (status != KVC_OK)
             return status;
     }
@@ -146,26 +146,35 @@ kvc_status kvci_put_close_context_reply(const kvc_reply *reply, const kvci_out *
     return kvci_put(out, &msg.base, 0);
 }
 
-kvc_status kvci_put_fetch_rows_reply(const kvc_reply *reply, const kvci_out *out)
+kvc_status kvci_put_missing(const kvc_reply *reply, kvc_arena *arena,
+                            Kvasir__V1__MissingRow ***list_p)
 {
     uint32_t n = reply->u.fetch_rows.n_missing;
     if (n > KVC_MAX_PICKS || !kvci_data_fits(reply->data, reply->n_data, reply->data_bytes))
         return KVC_INVALID;
-    Kvasir__V1__MissingRow *rows = kvc_arena_alloc(out->arena, n * sizeof(*rows));
-    Kvasir__V1__MissingRow **list = kvc_arena_alloc(out->arena, n * sizeof(*list));
+    Kvasir__V1__MissingRow *rows = kvc_arena_alloc(arena, n * sizeof(*rows));
+    Kvasir__V1__MissingRow **list = kvc_arena_alloc(arena, n * sizeof(*list));
     if (rows == NULL || list == NULL)
         return KVC_NO_MEMORY;
     for (uint32_t i = 0; i < n; i++) {
         rows[i] = (Kvasir__V1__MissingRow)KVASIR__V1__MISSING_ROW__INIT;
         rows[i].index = reply->u.fetch_rows.missing[i].index;
-        kvc_status status = put_status(reply->u.fetch_rows.missing[i].status, &rows[i].status);
+        kvc_status status = kvci_put_status(reply->u.fetch_rows.missing[i].status, &rows[i].status);
         if (status != KVC_OK)
             return status;
         list[i] = &rows[i];
     }
+    *list_p = list;
+    return KVC_OK;
+}
+
+kvc_status kvci_put_fetch_rows_reply(const kvc_reply *reply, const kvci_out *out)
+{
     Kvasir__V1__FetchRowsReply msg = KVASIR__V1__FETCH_ROWS_REPLY__INIT;
-    msg.n_missing = n;
-    msg.missing = list;
+    kvc_status status = kvci_put_missing(reply, out->arena, &msg.missing);
+    if (status != KVC_OK)
+        return status;
+    msg.n_missing = reply->u.fetch_rows.n_missing;
     msg.rows_gpu = reply->u.fetch_rows.rows_gpu;
     msg.rows_dram = reply->u.fetch_rows.rows_dram;
     msg.rows_lmdb = reply->u.fetch_rows.rows_lmdb;

@@ -160,13 +160,13 @@ kvc_status kvci_put_close_context_request(const kvc_request *req, const kvci_out
     return kvci_put(out, &msg.base, 0);
 }
 
-kvc_status kvci_put_fetch_rows_request(const kvc_request *req, const kvci_out *out)
+kvc_status kvci_put_groups(const kvc_request *req, kvc_arena *arena, Kvasir__V1__RowGroup ***list_p)
 {
     uint32_t n = req->u.fetch_rows.n_groups;
     if (n > KVC_MAX_GROUPS)
         return KVC_INVALID;
-    Kvasir__V1__RowGroup *groups = kvc_arena_alloc(out->arena, n * sizeof(*groups));
-    Kvasir__V1__RowGroup **list = kvc_arena_alloc(out->arena, n * sizeof(*list));
+    Kvasir__V1__RowGroup *groups = kvc_arena_alloc(arena, n * sizeof(*groups));
+    Kvasir__V1__RowGroup **list = kvc_arena_alloc(arena, n * sizeof(*list));
     if (groups == NULL || list == NULL)
         return KVC_NO_MEMORY;
     uint64_t n_picks = 0;
@@ -180,11 +180,17 @@ kvc_status kvci_put_fetch_rows_request(const kvc_request *req, const kvci_out *o
         list[i] = &groups[i];
         n_picks += group->n_picks;
     }
-    if (n_picks > KVC_MAX_PICKS)
-        return KVC_INVALID;
+    *list_p = list;
+    return n_picks > KVC_MAX_PICKS ? KVC_INVALID : KVC_OK;
+}
+
+kvc_status kvci_put_fetch_rows_request(const kvc_request *req, const kvci_out *out)
+{
     Kvasir__V1__FetchRowsRequest msg = KVASIR__V1__FETCH_ROWS_REQUEST__INIT;
-    msg.n_groups = n;
-    msg.groups = list;
+    kvc_status status = kvci_put_groups(req, out->arena, &msg.groups);
+    if (status != KVC_OK)
+        return status;
+    msg.n_groups = req->u.fetch_rows.n_groups;
     return kvci_put(out, &msg.base, 0);
 }
 

@@ -25,6 +25,7 @@ typedef enum kvc_method {
 #define KVC_METHOD_BULK_REQUEST 1u /* its request may carry a payload */
 #define KVC_METHOD_BULK_REPLY   2u /* its reply may */
 #define KVC_METHOD_NAMES_SCHEMA 4u /* NOT_FOUND may mean that the server forgot the schema */
+#define KVC_METHOD_STREAM_REPLY 8u /* any number of replies, then a status */
 
 /* "FetchRows" and so on; never NULL. */
 const char *kvc_method_name(kvc_method method);
@@ -46,6 +47,14 @@ typedef struct kvc_missing_row {
     uint32_t index;
     kvc_status status;
 } kvc_missing_row;
+
+/* One value of a FetchBlocks reply. */
+typedef struct kvc_block_value {
+    uint32_t block, part;
+    kvc_status status;
+    kvc_tier tier;      /* 0 unless status is OK */
+    uint32_t len_bytes; /* 0 unless status is OK */
+} kvc_block_value;
 
 typedef struct kvc_counter {
     const char *name;
@@ -96,7 +105,13 @@ typedef struct kvc_request {
         struct {
             uint32_t n_groups;
             const kvc_row_group *groups;
-        } fetch_rows;
+        } fetch_rows; /* and of FetchRowsStream */
+        struct {
+            kvc_digest schema;
+            uint32_t n_digests, n_parts;
+            const kvc_digest *digests;
+            const uint32_t *parts;
+        } fetch_blocks;
     } u;
     const struct iovec *data; /* payload; on decode, into the received bytes */
     uint32_t n_data;
@@ -141,7 +156,12 @@ typedef struct kvc_reply {
             uint32_t n_missing;
             const kvc_missing_row *missing;
             uint32_t rows_gpu, rows_dram, rows_lmdb;
+            uint32_t n_picks; /* FetchRowsStream only: answered by this message */
         } fetch_rows;
+        struct {
+            uint32_t n_values;
+            const kvc_block_value *values;
+        } fetch_blocks;
         struct {
             uint64_t uptime_ms, boot_id;
             uint32_t n_tiers, n_counters;

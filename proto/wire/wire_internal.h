@@ -69,6 +69,7 @@ typedef struct kvci_out {
 typedef struct kvci_job {
     const ProtobufCMessage *msg;
     kvc_arena *arena;
+    uint64_t data_bytes; /* of the message's payload */
     const char *why;
 } kvci_job;
 
@@ -96,6 +97,17 @@ static inline kvc_status kvci_no_memory(kvci_job *job)
     kvc_status kvci_get_##lower##_reply(kvci_job *job, kvc_reply *reply);
 #include "wire/methods.def"
 #undef KVC_METHOD
+
+/* What FetchRows and FetchRowsStream share; errors as of the functions above. */
+kvc_status kvci_put_groups(const kvc_request *req, kvc_arena *arena,
+                           Kvasir__V1__RowGroup ***list_p);
+kvc_status kvci_get_groups(kvci_job *job, Kvasir__V1__RowGroup **msgs, size_t n, kvc_request *req);
+kvc_status kvci_put_missing(const kvc_reply *reply, kvc_arena *arena,
+                            Kvasir__V1__MissingRow ***list_p);
+kvc_status kvci_get_missing(kvci_job *job, Kvasir__V1__MissingRow **msgs, size_t n,
+                            kvc_reply *reply);
+/* A status as the wire has it: without the sign. INVALID for a number that is no status. */
+kvc_status kvci_put_status(int status, Kvasir__V1__ItemStatus *item_p);
 
 extern const char kvci_bad_schema[], kvci_bad_digests[]; /* texts of decode_request.c */
 

@@ -227,10 +227,31 @@ void h_disconnect(h_peer *peer)
     free(peer);
 }
 
+static void copy_message(h_peer *peer, const kvc_reply *reply)
+{
+    if (reply->method == KVC_FETCH_ROWS_STREAM) {
+        memcpy(peer->missing + peer->n_missing, reply->u.fetch_rows.missing,
+               reply->u.fetch_rows.n_missing * sizeof(peer->missing[0]));
+        peer->n_missing += reply->u.fetch_rows.n_missing;
+        peer->n_picks += reply->u.fetch_rows.n_picks;
+        peer->rows_dram += reply->u.fetch_rows.rows_dram;
+        peer->rows_lmdb += reply->u.fetch_rows.rows_lmdb;
+    } else {
+        assert_true(peer->n_values + reply->u.fetch_blocks.n_values <=
+                    sizeof(peer->values) / sizeof(peer->values[0]));
+        memcpy(peer->values + peer->n_values, reply->u.fetch_blocks.values,
+               reply->u.fetch_blocks.n_values * sizeof(peer->values[0]));
+        peer->n_values += reply->u.fetch_blocks.n_values;
+    }
+}
+
 static void copy_reply(h_peer *peer)
 {
     const kvc_reply *reply = &peer->xfer.reply;
-    peer->data = malloc(reply->data_bytes ? reply->data_bytes : 1);
+    peer->data = realloc(peer->data, peer->data_bytes + reply->data_bytes + 1);
+    assert_non_null(peer->data);
+    if (reply->data_bytes > peer->max_data_bytes)
+        peer->max_data_bytes = reply->data_bytes;
     for (uint32_t i = 0; i < reply->n_data; i++) {
         memcpy(peer->data + peer->data_bytes, reply->data[i].iov_base, reply->data[i].iov_len);
         peer->data_bytes += reply->data[i].iov_len;
@@ -246,10 +267,20 @@ static void copy_reply(h_peer *peer)
         memcpy(peer->status, reply->u.put_blocks.status, reply->u.put_blocks.n_values);
 }
 
+static void on_message(kvt_xfer *xfer)
+{
+    h_peer *peer = xfer->arg;
+    copy_reply(peer);
+    copy_message(peer, &xfer->reply);
+    peer->n_messages++;
+    if (peer->on_message)
+        peer->on_message(peer);
+}
+
 static void on_done(kvt_xfer *xfer)
 {
     h_peer *peer = xfer->arg;
-    if (xfer->status == KVC_OK)
+    if (xfer->status == KVC_OK && !xfer->message)
         copy_reply(peer);
     kvc_mutex_lock(&peer->lock);
     peer->done = true;
@@ -262,12 +293,15 @@ kvc_status h_call(h_peer *peer, const kvc_request *req)
     free(peer->data);
     peer->data = NULL;
     peer->data_bytes = 0;
-    peer->n_missing = 0;
+    peer->n_missing = peer->n_messages = peer->n_picks = peer->n_values = 0;
+    peer->rows_dram = peer->rows_lmdb = 0;
+    peer->max_data_bytes = 0;
     peer->done = false;
     memset(&peer->xfer, 0, sizeof(peer->xfer));
     peer->xfer.req = req;
     peer->xfer.deadline_ns = kvc_deadline_ns(peer->timeout_ns);
     peer->xfer.done = on_done;
+    peer->xfer.message = kvt_streams_reply(req->method) ? on_message : NULL;
     peer->xfer.arg = peer;
     kvc_status status = peer->ops->submit(peer->conn, &peer->xfer);
     if (status != KVC_OK)

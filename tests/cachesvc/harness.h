@@ -55,7 +55,8 @@ uint64_t h_disk_bytes(const char *path);
 void h_check_caps(const h_server *h);
 
 /* A connection and the last reply. */
-typedef struct h_peer {
+typedef struct h_peer h_peer;
+struct h_peer {
     const kvt_ops *ops;
     kvt_conn *conn;
     kvt_xfer xfer;
@@ -69,7 +70,12 @@ typedef struct h_peer {
     uint32_t n_missing;
     int8_t status[H_MAX_BATCH];
     uint8_t *tiers; /* where those of a match go; NULL: nowhere */
-} h_peer;
+    /* Of a reply that streams; data and missing are those of all its messages. */
+    uint32_t n_messages, n_picks, n_values, rows_dram, rows_lmdb;
+    uint64_t max_data_bytes; /* of one message */
+    kvc_block_value values[8192];
+    void (*on_message)(h_peer *peer); /* NULL: nothing */
+};
 h_peer *h_connect(const char *uri, const char *tenant);
 void h_disconnect(h_peer *peer);
 /* Sends and waits; the reply is in peer->xfer.reply (its pointers are not), data and missing. */

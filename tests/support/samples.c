@@ -158,6 +158,17 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
         req.u.fetch_rows.n_groups = 4;
         req.u.fetch_rows.groups = sample_groups(4, arena);
         break;
+    case KVC_FETCH_ROWS_STREAM:
+        req.u.fetch_rows.n_groups = 3;
+        req.u.fetch_rows.groups = sample_groups(3, arena);
+        break;
+    case KVC_FETCH_BLOCKS:
+        req.u.fetch_blocks.schema = sample_digest(93);
+        req.u.fetch_blocks.n_digests = 7;
+        req.u.fetch_blocks.digests = sample_digests(7, arena);
+        req.u.fetch_blocks.n_parts = 3;
+        req.u.fetch_blocks.parts = parts;
+        break;
     case KVC_DESCRIBE:
     case KVC_STATS:
     case KVC_METHOD_COUNT:
@@ -185,6 +196,24 @@ static void fill_fetch_reply(kvc_reply *reply, size_t data_bytes, kvc_arena *are
     reply->u.fetch_rows.rows_gpu = 1;
     reply->u.fetch_rows.rows_dram = 22;
     reply->u.fetch_rows.rows_lmdb = 333;
+    reply->data = sample_data(data_bytes, arena);
+    reply->n_data = PIECES;
+    reply->data_bytes = data_bytes;
+}
+
+static void fill_blocks_reply(kvc_reply *reply, size_t data_bytes, kvc_arena *arena)
+{
+    kvc_block_value *values = zeroed(arena, 3, sizeof(*values));
+    values[0] = (kvc_block_value){.block = 4, .part = 10, .status = KVC_NOT_FOUND};
+    values[1] = (kvc_block_value){.block = KVC_MAX_DIGESTS - 1,
+                                  .part = KVC_MAX_PART_ID,
+                                  .tier = KVC_TIER_LMDB,
+                                  .len_bytes = (uint32_t)data_bytes};
+    values[2] = (kvc_block_value){.block = 5, .part = 11, .status = KVC_CORRUPT};
+    if (data_bytes == 0)
+        values[1].status = KVC_AGAIN;
+    reply->u.fetch_blocks.n_values = 3;
+    reply->u.fetch_blocks.values = values;
     reply->data = sample_data(data_bytes, arena);
     reply->n_data = PIECES;
     reply->data_bytes = data_bytes;
@@ -251,6 +280,13 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
         break;
     case KVC_STATS:
         fill_stats_reply(&reply, arena);
+        break;
+    case KVC_FETCH_ROWS_STREAM:
+        fill_fetch_reply(&reply, data_bytes, arena);
+        reply.u.fetch_rows.n_picks = 4321;
+        break;
+    case KVC_FETCH_BLOCKS:
+        fill_blocks_reply(&reply, data_bytes, arena);
         break;
     case KVC_CLOSE_CONTEXT:
     case KVC_METHOD_COUNT:

@@ -153,6 +153,14 @@ const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
         SAME_BYTES(u.match_prefix.digests, a->u.match_prefix.n_digests * sizeof(kvc_digest));
         SAME_BYTES(u.match_prefix.parts, a->u.match_prefix.n_parts * sizeof(uint32_t));
         return NULL;
+    case KVC_FETCH_BLOCKS:
+        SAME_BYTES(u.fetch_blocks.schema.bytes, KVC_DIGEST_BYTES);
+        SAME(u.fetch_blocks.n_digests);
+        SAME(u.fetch_blocks.n_parts);
+        SAME_BYTES(u.fetch_blocks.digests, a->u.fetch_blocks.n_digests * sizeof(kvc_digest));
+        SAME_BYTES(u.fetch_blocks.parts, a->u.fetch_blocks.n_parts * sizeof(uint32_t));
+        return NULL;
+    case KVC_FETCH_ROWS_STREAM:
     case KVC_FETCH_ROWS:
         SAME(u.fetch_rows.n_groups);
         return groups_diff(a->u.fetch_rows.groups, b->u.fetch_rows.groups,
@@ -222,9 +230,23 @@ static const char *fetch_diff(const kvc_reply *a, const kvc_reply *b)
     SAME(u.fetch_rows.rows_gpu);
     SAME(u.fetch_rows.rows_dram);
     SAME(u.fetch_rows.rows_lmdb);
+    SAME(u.fetch_rows.n_picks);
     for (uint32_t i = 0; i < a->u.fetch_rows.n_missing; i++) {
         SAME(u.fetch_rows.missing[i].index);
         SAME(u.fetch_rows.missing[i].status);
+    }
+    return data_diff(a->data, b->data, a->data_bytes);
+}
+
+static const char *blocks_diff(const kvc_reply *a, const kvc_reply *b)
+{
+    SAME(u.fetch_blocks.n_values);
+    for (uint32_t i = 0; i < a->u.fetch_blocks.n_values; i++) {
+        SAME(u.fetch_blocks.values[i].block);
+        SAME(u.fetch_blocks.values[i].part);
+        SAME(u.fetch_blocks.values[i].status);
+        SAME(u.fetch_blocks.values[i].tier);
+        SAME(u.fetch_blocks.values[i].len_bytes);
     }
     return data_diff(a->data, b->data, a->data_bytes);
 }
@@ -264,8 +286,11 @@ const char *sample_reply_diff(const kvc_reply *a, const kvc_reply *b)
     case KVC_EXTEND_CONTEXT:
         SAME(u.extend_context.n_tokens);
         return NULL;
+    case KVC_FETCH_ROWS_STREAM:
     case KVC_FETCH_ROWS:
         return fetch_diff(a, b);
+    case KVC_FETCH_BLOCKS:
+        return blocks_diff(a, b);
     case KVC_STATS:
         return stats_diff(a, b);
     default:

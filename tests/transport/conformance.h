@@ -31,4 +31,15 @@ void listener_deadline(void **state);
 void bad_uris(void **state);
 void name_is_taken(void **state);
 
+/* conformance_streams.c: replies that stream */
+void stream_in_order(void **state);
+void stream_waits_for_reader(void **state);
+void stream_ends_badly(void **state);
+void stream_cancelled(void **state);
+void stream_deadline(void **state);
+void stream_outlives_drain(void **state);
+void stream_ends_go_away(void **state);
+void stream_submit_refuses(void **state);
+void streams_side_by_side(void **state);
+
 #endif

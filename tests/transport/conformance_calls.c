@@ -17,12 +17,12 @@ static void mirror_handler(fixture *f, kvt_call *call)
     const char *diff = sample_request_diff(expected_request, &call->req);
     if (diff != NULL)
         request_diff = diff;
-    if (call->req.method != KVC_FETCH_ROWS) {
+    if (!(kvc_method_flags(call->req.method) & KVC_METHOD_BULK_REPLY)) {
         sample_handler(f, call);
         return;
     }
     /* The pieces live in the call's arena, which goes with the call: take copies. */
-    kvc_reply reply = sample_reply(KVC_FETCH_ROWS, 5000, &call->arena);
+    kvc_reply reply = sample_reply(call->req.method, 5000, &call->arena);
     kvt_slice slices[8];
     for (uint32_t i = 0; i < reply.n_data; i++) {
         void *copy = kvc_arena_alloc(&f->arena, reply.data[i].iov_len + 1);
@@ -38,6 +38,7 @@ void every_method(void **state)
     fixture f;
     job j;
     kvc_arena arena;
+    uint32_t n_bulk = 0;
     kvc_arena_init(&arena, 64u << 20);
     fixture_open(&f, 1);
     fixture_handle(&f, mirror_handler);
@@ -51,12 +52,14 @@ void every_method(void **state)
         if (job_run(&j) != KVC_OK)
             fail_msg("%s: %s: %s", kvc_method_name((kvc_method)m), kvc_status_name(j.status),
                      j.xfer.detail);
+        assert_int_equal(atomic_load(&j.n_messages), kvt_streams_reply(req.method));
+        n_bulk += (kvc_method_flags(req.method) & KVC_METHOD_BULK_REPLY) != 0;
         if (request_diff != NULL)
             fail_msg("%s: request field %s differs", kvc_method_name((kvc_method)m), request_diff);
         job_fini(&j);
     }
     fixture_close(&f);
-    assert_int_equal(atomic_load(&f.n_released), 5);
+    assert_int_equal(atomic_load(&f.n_released), 5 * n_bulk);
     kvc_arena_reset(&arena);
 }
 

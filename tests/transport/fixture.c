@@ -92,12 +92,24 @@ void fixture_handle(fixture *f, handler_fn *handler)
     kvc_mutex_unlock(&f->mutex);
 }
 
+/* After the only message of a stream. */
+static void end_stream(kvt_call *call, bool ok)
+{
+    kvt_call_reply(call, ok ? KVC_OK : KVC_CANCELLED, "the client has gone", 0, NULL, NULL, 0);
+}
+
 void fixture_reply(fixture *f, kvt_call *call, kvc_status status, const char *detail,
                    uint32_t retry_after_ms, const kvc_reply *reply, const kvt_slice *slices,
                    uint32_t n_slices)
 {
     kvc_mutex_lock(&f->mutex); /* see on_call */
     kvc_mutex_unlock(&f->mutex);
+    if (status == KVC_OK && reply != NULL && kvt_streams_reply(call->req.method)) {
+        call->sent = end_stream;
+        if (kvt_call_send(call, reply, slices, n_slices) != KVC_OK)
+            kvt_call_reply(call, KVC_IO, "the message does not encode", 0, NULL, NULL, 0);
+        return;
+    }
     kvt_call_reply(call, status, detail, retry_after_ms, reply, slices, n_slices);
 }
 
@@ -154,6 +166,18 @@ uint32_t answer_held(fixture *f)
     }
 }
 
+static void on_message(kvt_xfer *xfer)
+{
+    job *j = (job *)xfer;
+    kvc_mutex_lock(&j->f->mutex); /* as in on_done */
+    kvc_mutex_unlock(&j->f->mutex);
+    if (j->want != NULL)
+        j->diff = sample_reply_diff(j->want, &xfer->reply);
+    if (j->on_message != NULL)
+        j->on_message(j);
+    atomic_fetch_add(&j->n_messages, 1);
+}
+
 static void on_done(kvt_xfer *xfer)
 {
     job *j = (job *)xfer;
@@ -162,7 +186,7 @@ static void on_done(kvt_xfer *xfer)
     kvc_mutex_unlock(&f->mutex);
     j->done_ns = kvc_now_ns();
     j->status = xfer->status;
-    if (xfer->status == KVC_OK && j->want != NULL)
+    if (xfer->status == KVC_OK && j->want != NULL && xfer->message == NULL)
         j->diff = sample_reply_diff(j->want, &xfer->reply);
     atomic_fetch_add(&j->n_done, 1);
     kvc_mutex_lock(&f->mutex);
@@ -178,6 +202,7 @@ void job_init(job *j, fixture *f, kvc_request req, uint64_t timeout_ns)
     j->req = req;
     j->xfer.req = &j->req;
     j->xfer.done = on_done;
+    j->xfer.message = kvt_streams_reply(req.method) ? on_message : NULL;
     j->xfer.deadline_ns = kvc_deadline_ns(timeout_ns);
 }
 

@@ -24,17 +24,21 @@ typedef struct fixture fixture;
 typedef void handler_fn(fixture *f, kvt_call *call);
 
 /* One transfer with its request; done records and wakes. */
-typedef struct job {
+typedef struct job job;
+struct job {
     kvt_xfer xfer; /* first */
     fixture *f;
     kvc_request req;
+    atomic_uint n_messages;     /* of a reply that streams */
+    void (*on_message)(job *j); /* NULL: nothing; reply as in kvt_xfer.message */
+    void *arg;
     atomic_uint n_done;
     kvc_status status;
     uint64_t done_ns;
     /* checked inside done, where the payload is still valid; NULL: nothing */
     const kvc_reply *want;
     const char *diff;
-} job;
+};
 
 struct fixture {
     const kvt_ops *ops;
@@ -68,7 +72,8 @@ void fixture_close_server(fixture *f);
 
 /* Calls that arrive from now on go to handler. */
 void fixture_handle(fixture *f, handler_fn *handler);
-/* kvt_call_reply; what the handler did before it is ordered before done. */
+/* kvt_call_reply; what the handler did before it is ordered before done. A reply that streams: the
+ * reply is its only message. */
 void fixture_reply(fixture *f, kvt_call *call, kvc_status status, const char *detail,
                    uint32_t retry_after_ms, const kvc_reply *reply, const kvt_slice *slices,
                    uint32_t n_slices);

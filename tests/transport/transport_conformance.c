@@ -42,6 +42,15 @@ static int run_suite(const char *name, const char *uri)
         cmocka_unit_test(name_is_taken),
         cmocka_unit_test(listener_deadline),
         cmocka_unit_test(close_waits_for_slices),
+        cmocka_unit_test(stream_in_order),
+        cmocka_unit_test(stream_waits_for_reader),
+        cmocka_unit_test(stream_ends_badly),
+        cmocka_unit_test(stream_cancelled),
+        cmocka_unit_test(stream_deadline),
+        cmocka_unit_test(stream_outlives_drain),
+        cmocka_unit_test(stream_ends_go_away),
+        cmocka_unit_test(stream_submit_refuses),
+        cmocka_unit_test(streams_side_by_side),
     };
     suite_uri = uri;
     print_message("suite %s on %s\n", name, uri);

@@ -15,26 +15,6 @@
 #include "grpc_internal.h"
 #include "wire/wire.h"
 
-struct kvti_call {
-    kvt_call base; /* first, so that the server's pointer is ours */
-    kvti_queue *queue;
-    int slot;
-    grpc_call *call;
-    grpc_call_details details; /* KVTI_UNKNOWN only */
-    grpc_metadata_array metadata;
-    gpr_timespec deadline;
-    grpc_byte_buffer *request, *answer;
-    kvti_tag arrived, closed, sent;
-    int n_refs;
-    uint64_t give_up_ns; /* 0: not among the queue's calls any more */
-    struct kvti_call *older, *newer;
-    int cancelled;
-    uint64_t charged_bytes;
-    grpc_slice details_text;
-    grpc_metadata trailers[2];
-    char trailer_texts[2][12];
-};
-
 static void uncharge(struct kvti_call *call)
 {
     kvt_listener *listener = call->queue->listener;
@@ -153,31 +133,36 @@ static void send(struct kvti_call *call, kvc_status status, const char *detail,
 {
     char text[KVT_DETAIL_BYTES + 32];
     grpc_op ops[3] = {
-        {.op = GRPC_OP_SEND_INITIAL_METADATA},
         {.op = GRPC_OP_SEND_STATUS_FROM_SERVER},
         {.op = GRPC_OP_SEND_MESSAGE},
+        {.op = GRPC_OP_SEND_INITIAL_METADATA},
     };
-    ops[1].data.send_status_from_server.status = kvti_to_grpc(status);
+    size_t n_ops = 1;
+    ops[0].data.send_status_from_server.status = kvti_to_grpc(status);
     if (status != KVC_OK) {
         (void)snprintf(text, sizeof(text), "%s: %s", kvc_status_name(status),
                        detail == NULL ? "" : detail);
         call->details_text = grpc_slice_from_copied_string(text);
-        ops[1].data.send_status_from_server.status_details = &call->details_text;
+        ops[0].data.send_status_from_server.status_details = &call->details_text;
         add_trailer(call, 0, KVTI_STATUS_KEY, (uint32_t)-status);
-        ops[1].data.send_status_from_server.trailing_metadata_count = 1;
-        ops[1].data.send_status_from_server.trailing_metadata = call->trailers;
+        ops[0].data.send_status_from_server.trailing_metadata_count = 1;
+        ops[0].data.send_status_from_server.trailing_metadata = call->trailers;
     }
     if (status == KVC_AGAIN && retry_after_ms > 0) {
         add_trailer(call, 1, KVTI_RETRY_KEY, retry_after_ms);
-        ops[1].data.send_status_from_server.trailing_metadata_count = 2;
+        ops[0].data.send_status_from_server.trailing_metadata_count = 2;
     }
-    if (call->answer != NULL)
-        ops[2].data.send_message.send_message = call->answer;
+    if (call->answer != NULL) {
+        ops[n_ops].data.send_message.send_message = call->answer;
+        n_ops++;
+    }
+    if (!call->greeted)
+        ops[n_ops++] = (grpc_op){.op = GRPC_OP_SEND_INITIAL_METADATA};
     free_request(call);
-    kvti_start(call->call, ops, call->answer == NULL ? 2 : 3, &call->sent);
+    kvti_start(call->call, ops, n_ops, &call->sent);
 }
 
-static void release_all(const kvt_slice *slices, uint32_t n_slices)
+void kvti_release_all(const kvt_slice *slices, uint32_t n_slices)
 {
     for (uint32_t i = 0; i < n_slices; i++) {
         if (slices[i].release != NULL)
@@ -193,9 +178,8 @@ static grpc_slice wrap(const kvt_slice *slice)
                                          slice->release, slice->arg);
 }
 
-/* Header and slices as one message. Takes the slices' memory. */
-static grpc_byte_buffer *build_answer(const void *head, size_t head_bytes, const kvt_slice *slices,
-                                      uint32_t n_slices)
+grpc_byte_buffer *kvti_build_answer(const void *head, size_t head_bytes, const kvt_slice *slices,
+                                    uint32_t n_slices)
 {
     grpc_slice list[KVT_MAX_SLICES + 1];
     uint32_t n = 0;
@@ -204,7 +188,7 @@ static grpc_byte_buffer *build_answer(const void *head, size_t head_bytes, const
         if (slices[i].len_bytes > 0)
             list[n++] = wrap(&slices[i]);
         else
-            release_all(&slices[i], 1);
+            kvti_release_all(&slices[i], 1);
     }
     grpc_byte_buffer *answer = grpc_raw_byte_buffer_create(list, n);
     for (uint32_t i = 0; i < n; i++)
@@ -217,7 +201,7 @@ void kvti_call_reply(kvt_call *base, kvc_status status, const char *detail, uint
 {
     struct kvti_call *call = (struct kvti_call *)base;
     KVC_ASSERT(n_slices <= KVT_MAX_SLICES);
-    if (status == KVC_OK) {
+    if (status == KVC_OK && !kvt_streams_reply(base->req.method)) {
         kvc_reply whole = reply == NULL ? (kvc_reply){0} : *reply;
         const void *head;
         size_t head_bytes;
@@ -228,7 +212,7 @@ void kvti_call_reply(kvt_call *base, kvc_status status, const char *detail, uint
             whole.data_bytes += slices[i].len_bytes;
         kvc_status encoded = kvc_wire_encode_reply(&whole, &base->arena, &head, &head_bytes);
         if (encoded == KVC_OK) {
-            call->answer = build_answer(head, head_bytes, slices, n_slices);
+            call->answer = kvti_build_answer(head, head_bytes, slices, n_slices);
             n_slices = 0;
         } else {
             KVC_LOG_ERROR(GRPC, "the server's answer to %s does not encode: %s",
@@ -237,7 +221,7 @@ void kvti_call_reply(kvt_call *base, kvc_status status, const char *detail, uint
             detail = "the server's answer is beyond the protocol's limits";
         }
     }
-    release_all(slices, n_slices);
+    kvti_release_all(slices, n_slices);
     send(call, status, detail, retry_after_ms);
 }
 
@@ -397,6 +381,7 @@ void kvti_arm(kvti_queue *queue, int slot)
     call->arrived.fn = on_arrived;
     call->closed.fn = on_closed;
     call->sent.fn = on_sent;
+    call->part_sent.fn = kvti_on_part_sent;
     kvc_arena_init(&call->base.arena, KVTI_ARENA_BYTES);
     grpc_metadata_array_init(&call->metadata);
     grpc_call_error error;

@@ -82,6 +82,29 @@ typedef struct kvti_queue {
 /* Slots beyond kvc_method of a listener's table. */
 enum { KVTI_HEALTH_CHECK = KVC_METHOD_COUNT, KVTI_HEALTH_WATCH, KVTI_UNKNOWN, KVTI_SLOTS };
 
+/* One request at the server; call.c has its life. */
+struct kvti_call {
+    kvt_call base; /* first, so that the server's pointer is ours */
+    kvti_queue *queue;
+    int slot;
+    grpc_call *call;
+    grpc_call_details details; /* KVTI_UNKNOWN only */
+    grpc_metadata_array metadata;
+    gpr_timespec deadline;
+    grpc_byte_buffer *request, *answer;
+    grpc_byte_buffer *part; /* stream.c: the message under way */
+    bool greeted;           /* initial metadata has been sent */
+    kvti_tag arrived, closed, sent, part_sent;
+    int n_refs;
+    uint64_t give_up_ns; /* 0: not among the queue's calls any more */
+    struct kvti_call *older, *newer;
+    int cancelled;
+    uint64_t charged_bytes;
+    grpc_slice details_text;
+    grpc_metadata trailers[2];
+    char trailer_texts[2][12];
+};
+
 typedef struct kvti_watch kvti_watch;
 
 struct kvt_listener {
@@ -113,6 +136,15 @@ void kvti_arm(kvti_queue *queue, int slot);
 void kvti_call_reply(kvt_call *base, kvc_status status, const char *detail, uint32_t retry_after_ms,
                      const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices);
 
+/* Header and slices as one message. Takes the slices' memory. */
+grpc_byte_buffer *kvti_build_answer(const void *head, size_t head_bytes, const kvt_slice *slices,
+                                    uint32_t n_slices);
+void kvti_release_all(const kvt_slice *slices, uint32_t n_slices);
+/* stream.c */
+kvc_status kvti_call_send(kvt_call *base, const kvc_reply *reply, const kvt_slice *slices,
+                          uint32_t n_slices);
+void kvti_on_part_sent(kvti_tag *tag, bool ok);
+
 /* Body of the answer to Check, and its status. The caller gives bb to gRPC and destroys it. */
 kvc_status kvti_health_check(kvt_listener *listener, grpc_byte_buffer *request,
                              grpc_byte_buffer **bb_p, const char **why_p) KVC_MUST_CHECK;
@@ -125,6 +157,21 @@ void kvti_watch_publish(kvt_listener *listener);
 /* ---- the client end ------------------------------------------------------------------------- */
 
 typedef struct kvti_xfer kvti_xfer;
+
+/* pull.c: the messages of a reply that streams, taken one after the other. On the connection's
+ * thread. */
+typedef struct kvti_pull {
+    kvt_xfer *xfer;
+    grpc_call *call; /* referenced until over */
+    kvti_tag got;
+    grpc_byte_buffer *message;
+    kvc_status status; /* why no more is taken; OK: the server's status decides */
+    const char *why;   /* static */
+    void (*over)(struct kvti_pull *pull); /* once, after the last message */
+} kvti_pull;
+
+/* Takes the first message. call must have its other batches started. */
+void kvti_pull_begin(kvti_pull *pull);
 
 typedef struct kvti_channel {
     grpc_channel *channel;

@@ -346,6 +346,7 @@ const kvt_ops kvt_grpc_ops = {
     .drain = grpc_drain,
     .listener_close = grpc_listener_close,
     .reply = kvti_call_reply,
+    .send = kvti_call_send,
     .connect = kvti_connect,
     .submit = kvti_submit,
     .cancel = kvti_cancel,

@@ -31,6 +31,7 @@ struct kvti_xfer {
     grpc_metadata_array initial, trailing;
     grpc_status_code code;
     grpc_slice details;
+    kvti_pull pull; /* of a reply that streams; a reference of its own */
 };
 
 static void finish(kvti_xfer *op);
@@ -61,6 +62,13 @@ static void on_ended(kvti_tag *tag, bool ok)
     grpc_byte_buffer_destroy(op->request);
     op->request = NULL;
     grpc_call_unref(call);
+    if (atomic_fetch_sub(&op->n_refs, 1) == 1)
+        finish(op);
+}
+
+static void on_pull_over(kvti_pull *pull)
+{
+    kvti_xfer *op = KVTI_CONTAINER(pull, kvti_xfer, pull);
     if (atomic_fetch_sub(&op->n_refs, 1) == 1)
         finish(op);
 }
@@ -135,6 +143,16 @@ static void take_reply(kvti_xfer *op)
     (void)snprintf(xfer->detail, sizeof(xfer->detail), "%s", why);
 }
 
+/* A stream that ended well, or whose messages made no sense. */
+static void take_end(kvti_xfer *op)
+{
+    kvt_xfer *xfer = op->xfer;
+    xfer->reply = (kvc_reply){.method = xfer->req->method};
+    xfer->status = op->pull.status;
+    if (xfer->status != KVC_OK)
+        (void)snprintf(xfer->detail, sizeof(xfer->detail), "%s", op->pull.why);
+}
+
 static void free_op(kvti_xfer *op)
 {
     if (op->request != NULL)
@@ -203,7 +221,9 @@ static void finish(kvti_xfer *op)
     kvc_mutex_lock(&conn->mutex);
     unlink_op(conn, op);
     kvc_mutex_unlock(&conn->mutex);
-    if (op->code == GRPC_STATUS_OK)
+    if (op->pull.status != KVC_OK || (op->pull.call != NULL && op->code == GRPC_STATUS_OK))
+        take_end(op);
+    else if (op->code == GRPC_STATUS_OK)
         take_reply(op);
     else
         take_error(op);
@@ -265,15 +285,28 @@ static void start(kvti_xfer *op)
     grpc_op ops[6] = {
         {.op = GRPC_OP_SEND_INITIAL_METADATA},  {.op = GRPC_OP_SEND_MESSAGE},
         {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT}, {.op = GRPC_OP_RECV_INITIAL_METADATA},
-        {.op = GRPC_OP_RECV_MESSAGE},           {.op = GRPC_OP_RECV_STATUS_ON_CLIENT},
+        {.op = GRPC_OP_RECV_STATUS_ON_CLIENT},  {.op = GRPC_OP_RECV_MESSAGE},
     };
+    bool streams = op->pull.call != NULL;
     ops[1].data.send_message.send_message = op->request;
     ops[3].data.recv_initial_metadata.recv_initial_metadata = &op->initial;
-    ops[4].data.recv_message.recv_message = &op->reply;
-    ops[5].data.recv_status_on_client.trailing_metadata = &op->trailing;
-    ops[5].data.recv_status_on_client.status = &op->code;
-    ops[5].data.recv_status_on_client.status_details = &op->details;
-    kvti_start(op->call, ops, 6, &op->ended);
+    ops[4].data.recv_status_on_client.trailing_metadata = &op->trailing;
+    ops[4].data.recv_status_on_client.status = &op->code;
+    ops[4].data.recv_status_on_client.status_details = &op->details;
+    ops[5].data.recv_message.recv_message = &op->reply;
+    kvti_start(op->call, ops, streams ? 5 : 6, &op->ended);
+    if (streams)
+        kvti_pull_begin(&op->pull);
+}
+
+/* Its messages are taken one by one, and it is not over before the last. */
+static void prepare_pull(kvti_xfer *op)
+{
+    op->pull.xfer = op->xfer;
+    op->pull.over = on_pull_over;
+    op->pull.call = op->call;
+    grpc_call_ref(op->call);
+    atomic_fetch_add(&op->n_refs, 1);
 }
 
 /* From here on cancel and close find the transfer, if there is one. CLOSED: they have looked. */
@@ -298,7 +331,8 @@ kvc_status kvti_submit(kvt_conn *conn, kvt_xfer *xfer)
     xfer->detail[0] = '\0';
     xfer->retry_after_ms = 0;
     xfer->priv = NULL;
-    if (req == NULL || xfer->done == NULL || req->n_data > KVT_MAX_SLICES)
+    if (req == NULL || xfer->done == NULL || req->n_data > KVT_MAX_SLICES ||
+        kvt_streams_reply(req->method) != (xfer->message != NULL))
         return KVC_INVALID;
     kvc_status status = take_place(conn);
     if (status != KVC_OK)
@@ -317,6 +351,8 @@ kvc_status kvti_submit(kvt_conn *conn, kvt_xfer *xfer)
     status = publish(conn, op);
     if (status != KVC_OK)
         goto err_op;
+    if (xfer->message != NULL)
+        prepare_pull(op);
     op->late = kvc_expired(xfer->deadline_ns);
     if (op->late) /* gRPC may answer before its timer notices */
         (void)grpc_call_cancel(op->call, NULL);

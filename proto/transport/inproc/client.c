@@ -13,45 +13,55 @@
 #include "inproc_internal.h"
 #include "wire/wire.h"
 
-static void free_op(kvti_inop *op)
-{
-    free(op->head);
-    free(op->slices);
-    free(op);
-}
-
 /* Header and slices as one message; it is decoded as a message from a socket would be. */
-static kvc_status take_reply(kvti_inop *op, const char **why_p)
+static kvc_status take_message(kvt_xfer *xfer, const kvti_answer *answer, const char **why_p)
 {
-    kvt_xfer *xfer = op->xfer;
-    struct iovec *pieces = kvc_arena_alloc(&xfer->arena, (op->n_slices + 1) * sizeof(*pieces));
+    struct iovec *pieces = kvc_arena_alloc(&xfer->arena, (answer->n_slices + 1) * sizeof(*pieces));
     *why_p = "memory for one message is out";
     if (pieces == NULL)
         return KVC_NO_MEMORY;
-    pieces[0] = (struct iovec){op->head, op->head_bytes};
-    for (uint32_t i = 0; i < op->n_slices; i++)
+    pieces[0] = (struct iovec){answer->head, answer->head_bytes};
+    for (uint32_t i = 0; i < answer->n_slices; i++)
         pieces[i + 1] =
-            (struct iovec){(void *)(uintptr_t)op->slices[i].base, op->slices[i].len_bytes};
-    kvc_status status = kvc_wire_decode_reply(xfer->req->method, pieces, op->n_slices + 1,
+            (struct iovec){(void *)(uintptr_t)answer->slices[i].base, answer->slices[i].len_bytes};
+    kvc_status status = kvc_wire_decode_reply(xfer->req->method, pieces, answer->n_slices + 1,
                                               &xfer->arena, &xfer->reply, why_p);
     return status == KVC_INVALID ? KVC_PROTOCOL : status;
 }
 
 /* The transfer is its caller's again once done has been called. */
-static void deliver(kvti_inop *op)
+static void deliver_end(kvti_inop *op, kvti_answer *answer)
 {
     kvt_xfer *xfer = op->xfer;
     const char *detail = op->detail;
     xfer->status = op->status;
     xfer->retry_after_ms = op->retry_after_ms;
-    if (xfer->status == KVC_OK)
-        xfer->status = take_reply(op, &detail);
+    xfer->reply = (kvc_reply){.method = xfer->req->method};
+    if (xfer->status == KVC_OK && xfer->message == NULL)
+        xfer->status = take_message(xfer, answer, &detail);
     if (xfer->status != KVC_OK)
         (void)snprintf(xfer->detail, sizeof(xfer->detail), "%s", detail);
     xfer->done(xfer);
-    if (op->lender != NULL)
-        kvti_inproc_release(op->lender, op->slices, op->n_slices);
-    free_op(op);
+    kvti_answer_free(answer);
+    free(op);
+}
+
+/* One message of a stream. Then its sender may send the next; a bad message ends the transfer. */
+static void deliver_message(kvti_inop *op, kvti_answer *answer)
+{
+    kvt_xfer *xfer = op->xfer;
+    const char *why;
+    kvc_status status = take_message(xfer, answer, &why);
+    if (status == KVC_OK)
+        xfer->message(xfer);
+    kvc_arena_reset(&xfer->arena);
+    kvti_answer_free(answer);
+    kvti_inproc_lock();
+    if (op->waiting && status != KVC_OK)
+        kvti_inproc_finish(op, status, why, 0);
+    else if (op->call != NULL)
+        kvti_inproc_sent(op->call, true);
+    kvti_inproc_unlock();
 }
 
 /* With the mutex held: ends what is late, and gives the next deadline (0: none). */
@@ -72,8 +82,8 @@ static uint64_t end_late(kvt_conn *conn)
     return first_ns;
 }
 
-/* The next op to deliver; NULL: the connection is being closed. */
-static kvti_inop *next_finished(kvt_conn *conn)
+/* The next op to deliver, with what it has; NULL: the connection is being closed. */
+static kvti_inop *next_finished(kvt_conn *conn, kvti_answer *answer_p, bool *ended_p)
 {
     kvti_inproc_lock();
     uint64_t deadline_ns = end_late(conn);
@@ -86,7 +96,12 @@ static kvti_inop *next_finished(kvt_conn *conn)
         conn->finished = op->finished;
         if (conn->finished == NULL)
             conn->finished_end = &conn->finished;
-        op->xfer->priv = NULL;
+        op->listed = false;
+        *answer_p = op->answer;
+        op->answer = (kvti_answer){0};
+        *ended_p = !op->waiting;
+        if (*ended_p)
+            op->xfer->priv = NULL;
     }
     kvti_inproc_unlock();
     return op;
@@ -95,9 +110,15 @@ static kvti_inop *next_finished(kvt_conn *conn)
 static void run_conn(void *arg)
 {
     kvt_conn *conn = arg;
+    kvti_answer answer;
+    bool ended;
     kvti_inop *op;
-    while ((op = next_finished(conn)) != NULL) {
-        deliver(op);
+    while ((op = next_finished(conn, &answer, &ended)) != NULL) {
+        if (!ended) {
+            deliver_message(op, &answer);
+            continue;
+        }
+        deliver_end(op, &answer);
         kvti_inproc_lock();
         conn->n_ops--;
         if (conn->n_ops == 0)
@@ -208,7 +229,8 @@ kvc_status kvti_inproc_submit(kvt_conn *conn, kvt_xfer *xfer)
     xfer->detail[0] = '\0';
     xfer->retry_after_ms = 0;
     xfer->priv = NULL;
-    if (xfer->req == NULL || xfer->done == NULL || xfer->req->n_data > KVT_MAX_SLICES)
+    if (xfer->req == NULL || xfer->done == NULL || xfer->req->n_data > KVT_MAX_SLICES ||
+        kvt_streams_reply(xfer->req->method) != (xfer->message != NULL))
         return KVC_INVALID;
     kvti_incall *call = create_call(xfer);
     kvti_inop *op = calloc(1, sizeof(*op));

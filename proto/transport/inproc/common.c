@@ -65,6 +65,8 @@ void kvti_inproc_finish(kvti_inop *op, kvc_status status, const char *detail,
     if (op->call != NULL) {
         op->call->op = NULL;
         __atomic_store_n(&op->call->base.cancelled, 1, __ATOMIC_RELEASE);
+        if (op->call->sending)
+            kvti_inproc_sent(op->call, false);
         op->call = NULL;
     }
     op->waiting = false;
@@ -77,10 +79,30 @@ void kvti_inproc_finish(kvti_inop *op, kvc_status status, const char *detail,
         conn->waiting = op->next;
     if (op->next != NULL)
         op->next->prev = op->prev;
+    kvti_inproc_list(op);
+}
+
+void kvti_inproc_list(kvti_inop *op)
+{
+    kvt_conn *conn = op->conn;
+    if (op->listed)
+        return;
+    op->listed = true;
     op->finished = NULL;
     *conn->finished_end = op;
     conn->finished_end = &op->finished;
     kvc_cond_signal(&conn->work);
+}
+
+void kvti_inproc_sent(kvti_incall *call, bool ok)
+{
+    kvt_listener *listener = call->listener;
+    call->sending = false;
+    call->sent_ok = ok;
+    call->queued = NULL;
+    *listener->queue_end = call;
+    listener->queue_end = &call->queued;
+    kvc_cond_signal(&listener->work);
 }
 
 void kvti_incall_free(kvti_incall *call)
@@ -102,6 +124,15 @@ void kvti_inproc_release(kvt_listener *listener, const kvt_slice *slices, uint32
     kvti_inproc_unlock();
 }
 
+void kvti_answer_free(kvti_answer *answer)
+{
+    if (answer->n_slices > 0)
+        kvti_inproc_release(answer->lender, answer->slices, answer->n_slices);
+    free(answer->head);
+    free(answer->slices);
+    *answer = (kvti_answer){0};
+}
+
 static const char *const schemes[] = {"inproc", NULL};
 
 const kvt_ops kvt_inproc_ops = {
@@ -113,6 +144,7 @@ const kvt_ops kvt_inproc_ops = {
     .drain = kvti_inproc_drain,
     .listener_close = kvti_inproc_listener_close,
     .reply = kvti_inproc_reply,
+    .send = kvti_inproc_send,
     .connect = kvti_inproc_connect,
     .submit = kvti_inproc_submit,
     .cancel = kvti_inproc_cancel,

@@ -25,11 +25,23 @@ struct kvti_incall {
     kvti_incall *queued;      /* next to be dispatched */
     kvti_incall *next, *prev; /* in flight at the listener */
     kvti_inop *op;            /* who waits; NULL: gone */
+    bool dispatched;          /* on_call has been called */
+    bool sending, sent_ok;    /* a message is under way; how it ended, while queued */
     uint8_t *bytes;           /* the message */
     size_t len_bytes;
 };
 
-/* A transfer at the client. Waiting until it is put on the connection's finished list. */
+/* A message on its way to the client: its header and the payload's slices. */
+typedef struct kvti_answer {
+    uint8_t *head; /* malloc'd; NULL: there is none */
+    size_t head_bytes;
+    kvt_slice *slices; /* [n_slices] malloc'd; released once the client is done with them */
+    uint32_t n_slices;
+    kvt_listener *lender; /* whose slices they are */
+} kvti_answer;
+
+/* A transfer at the client. Waiting until it is put on the connection's finished list for good; a
+ * message of a stream puts it there too. */
 struct kvti_inop {
     kvt_conn *conn;
     kvt_xfer *xfer;
@@ -38,14 +50,11 @@ struct kvti_inop {
     kvti_incall *call;      /* at the server; NULL: answered or let go */
     uint64_t deadline_ns;   /* the call's; 0: none */
     bool waiting;
+    bool listed; /* in the finished list */
     kvc_status status;
     char detail[KVT_DETAIL_BYTES];
     uint32_t retry_after_ms;
-    uint8_t *head; /* of the reply; malloc'd */
-    size_t head_bytes;
-    kvt_slice *slices; /* [n_slices] malloc'd; released after done */
-    uint32_t n_slices;
-    kvt_listener *lender; /* whose slices they are; NULL: there are none */
+    kvti_answer answer; /* the reply, or the next message of a stream */
 };
 
 struct kvt_listener {
@@ -92,9 +101,16 @@ kvc_status kvti_inproc_enqueue(kvt_listener *listener, kvti_incall *call,
 void kvti_inproc_finish(kvti_inop *op, kvc_status status, const char *detail,
                         uint32_t retry_after_ms);
 
+/* Puts an op that has something to deliver on the finished list, unless it is there. */
+void kvti_inproc_list(kvti_inop *op);
+/* The message under way has been taken, or its client has gone: the server's thread hears of it. */
+void kvti_inproc_sent(kvti_incall *call, bool ok);
+
 void kvti_incall_free(kvti_incall *call);
 /* Releases slices that were counted in listener->n_lent; not with the mutex held. */
 void kvti_inproc_release(kvt_listener *listener, const kvt_slice *slices, uint32_t n_slices);
+/* Releases the slices and frees the rest; empty afterwards. Not with the mutex held. */
+void kvti_answer_free(kvti_answer *answer);
 
 /* ---- the table's slots ----------------------------------------------------------------------- */
 kvc_status kvti_inproc_listen(const kvt_listen_opts *opts, kvt_listener **listener_p);
@@ -105,6 +121,8 @@ void kvti_inproc_listener_close(kvt_listener *listener);
 void kvti_inproc_reply(kvt_call *base, kvc_status status, const char *detail,
                        uint32_t retry_after_ms, const kvc_reply *reply, const kvt_slice *slices,
                        uint32_t n_slices);
+kvc_status kvti_inproc_send(kvt_call *base, const kvc_reply *reply, const kvt_slice *slices,
+                            uint32_t n_slices);
 kvc_status kvti_inproc_connect(const kvt_connect_opts *opts, kvt_conn **conn_p);
 kvc_status kvti_inproc_submit(kvt_conn *conn, kvt_xfer *xfer);
 void kvti_inproc_cancel(kvt_conn *conn, kvt_xfer *xfer);

@@ -31,6 +31,11 @@ static kvti_incall *next_call(kvt_listener *listener)
 
 static void dispatch(kvt_listener *listener, kvti_incall *call)
 {
+    if (call->dispatched) {
+        call->base.sent(&call->base, call->sent_ok);
+        return;
+    }
+    call->dispatched = true;
     const char *why = NULL;
     struct iovec piece = {call->bytes, call->len_bytes};
     kvc_status status = kvc_wire_decode_request(call->base.req.method, &piece, 1, &call->base.arena,
@@ -163,16 +168,10 @@ static void leave_listener(kvti_incall *call)
     kvc_cond_broadcast(&listener->changed);
 }
 
-/* The reply as malloc'd pieces that the client's side may keep. */
-struct answer {
-    uint8_t *head;
-    size_t head_bytes;
-    kvt_slice *slices;
-};
-
 static kvc_status build_answer(kvti_incall *call, const kvc_reply *reply, const kvt_slice *slices,
-                               uint32_t n_slices, struct answer *answer_p)
+                               uint32_t n_slices, kvti_answer *answer_p)
 {
+    kvc_arena arena; /* not the call's, which would grow with a stream */
     kvc_reply whole = reply == NULL ? (kvc_reply){0} : *reply;
     const void *head;
     size_t head_bytes;
@@ -181,20 +180,62 @@ static kvc_status build_answer(kvti_incall *call, const kvc_reply *reply, const 
     whole.data_bytes = 0;
     for (uint32_t i = 0; i < n_slices; i++)
         whole.data_bytes += slices[i].len_bytes;
-    kvc_status status = kvc_wire_encode_reply(&whole, &call->base.arena, &head, &head_bytes);
-    if (status != KVC_OK)
-        return status;
-    answer_p->head = malloc(head_bytes + 1);
-    answer_p->slices = calloc(n_slices + 1, sizeof(*slices));
-    if (answer_p->head == NULL || answer_p->slices == NULL) {
-        free(answer_p->head);
-        free(answer_p->slices);
-        return KVC_NO_MEMORY;
+    kvc_arena_init(&arena, KVTI_ARENA_BYTES);
+    kvc_status status = kvc_wire_encode_reply(&whole, &arena, &head, &head_bytes);
+    if (status == KVC_OK) {
+        answer_p->head = malloc(head_bytes + 1);
+        answer_p->slices = calloc(n_slices + 1, sizeof(*slices));
+        if (answer_p->head == NULL || answer_p->slices == NULL)
+            status = KVC_NO_MEMORY;
     }
-    memcpy(answer_p->head, head, head_bytes);
-    answer_p->head_bytes = head_bytes;
-    if (n_slices > 0)
-        memcpy(answer_p->slices, slices, n_slices * sizeof(*slices));
+    if (status == KVC_OK) {
+        memcpy(answer_p->head, head, head_bytes);
+        answer_p->head_bytes = head_bytes;
+        if (n_slices > 0)
+            memcpy(answer_p->slices, slices, n_slices * sizeof(*slices));
+        answer_p->n_slices = n_slices;
+        answer_p->lender = call->listener;
+    } else {
+        kvti_answer_free(answer_p);
+        KVC_LOG_ERROR(INPROC, "the server's answer to %s does not encode: %s",
+                      kvc_method_name(whole.method), kvc_status_name(status));
+    }
+    kvc_arena_reset(&arena);
+    return status;
+}
+
+/* Slices that the caller has handed over, from here until they are released. */
+static void lend(kvt_listener *listener, uint32_t n_slices)
+{
+    kvti_inproc_lock();
+    listener->n_lent += n_slices;
+    kvti_inproc_unlock();
+}
+
+kvc_status kvti_inproc_send(kvt_call *base, const kvc_reply *reply, const kvt_slice *slices,
+                            uint32_t n_slices)
+{
+    kvti_incall *call = (kvti_incall *)base;
+    kvti_answer answer = {0};
+    KVC_ASSERT(n_slices <= KVT_MAX_SLICES && !call->sending && base->sent != NULL);
+    lend(call->listener, n_slices);
+    kvc_status status = build_answer(call, reply, slices, n_slices, &answer);
+    if (status != KVC_OK) {
+        kvti_inproc_release(call->listener, slices, n_slices);
+        return status;
+    }
+    kvti_inproc_lock();
+    bool gone = call->op == NULL;
+    if (gone) {
+        kvti_inproc_sent(call, false);
+    } else {
+        call->sending = true;
+        call->op->answer = answer;
+        kvti_inproc_list(call->op);
+    }
+    kvti_inproc_unlock();
+    if (gone)
+        kvti_answer_free(&answer);
     return KVC_OK;
 }
 
@@ -204,37 +245,31 @@ void kvti_inproc_reply(kvt_call *base, kvc_status status, const char *detail,
 {
     kvti_incall *call = (kvti_incall *)base;
     kvt_listener *listener = call->listener;
-    struct answer answer = {0};
-    KVC_ASSERT(n_slices <= KVT_MAX_SLICES);
-    if (status == KVC_OK) {
+    kvti_answer answer = {0};
+    KVC_ASSERT(n_slices <= KVT_MAX_SLICES && !call->sending);
+    lend(listener, n_slices);
+    if (status == KVC_OK && !kvt_streams_reply(base->req.method)) {
         status = build_answer(call, reply, slices, n_slices, &answer);
         if (status != KVC_OK) {
-            KVC_LOG_ERROR(INPROC, "the server's answer to %s does not encode: %s",
-                          kvc_method_name(base->req.method), kvc_status_name(status));
             status = KVC_IO;
             detail = "the server's answer is beyond the protocol's limits";
         }
     }
+    bool kept = answer.head != NULL;
     kvti_inproc_lock();
     kvti_inop *op = call->op;
     if (op != NULL) {
         op->call = NULL;
+        op->answer = answer;
         kvti_inproc_finish(op, status, detail, status == KVC_AGAIN ? retry_after_ms : 0);
-        op->head = answer.head;
-        op->head_bytes = answer.head_bytes;
-        op->slices = answer.slices;
-        op->n_slices = status == KVC_OK ? n_slices : 0;
-        op->lender = op->n_slices > 0 ? listener : NULL;
     }
-    listener->n_lent += n_slices;
     leave_listener(call);
     kvti_inproc_unlock();
-    if (op == NULL || status != KVC_OK)
+    /* Without slices of its own, the call no longer keeps the listener. */
+    if (!kept && n_slices > 0)
         kvti_inproc_release(listener, slices, n_slices);
-    if (op == NULL) {
-        free(answer.head);
-        free(answer.slices);
-    }
+    else if (op == NULL)
+        kvti_answer_free(&answer);
     kvti_incall_free(call);
 }
 
