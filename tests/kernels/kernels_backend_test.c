@@ -45,6 +45,53 @@ static void test_open_best(void **state)
     kvk_backend_close(be);
 }
 
+/* Whether /proc/cpuinfo lists every one of these, which end with NULL. */
+static bool cpu_has(const char *const *flags)
+{
+    static char line[1 << 14];
+    FILE *f = fopen("/proc/cpuinfo", "re");
+    bool found = false;
+
+    while (f != NULL && !found && fgets(line, sizeof(line), f) != NULL)
+        found = strncmp(line, "flags", 5) == 0;
+    if (f != NULL)
+        (void)fclose(f);
+    line[strcspn(line, "\n")] = ' ';
+    for (; found && *flags != NULL; flags++) {
+        char word[32];
+        (void)snprintf(word, sizeof(word), " %s ", *flags);
+        found = strstr(line, word) != NULL;
+    }
+    return found;
+}
+
+/* What the kernel says this CPU has must open, else tests of that isa would pass by not running. */
+static void test_every_isa_of_this_cpu_opens(void **state)
+{
+    static const struct {
+        const char *name;
+        const char *flags[9];
+    } isas[] = {
+        {"portable", {NULL}},
+        {"avx2", {"avx2", "fma", "f16c", NULL}},
+        {"avx512",
+         {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni",
+          NULL}},
+        {"amx", {"avx512_vnni", "avx512bw", "amx_tile", "amx_int8", NULL}},
+    };
+
+    (void)state;
+    for (size_t i = 0; i < sizeof(isas) / sizeof(isas[0]); i++) {
+        kvk_backend_opts opts = {.size_bytes = sizeof(opts), .isa = isas[i].name};
+        kvk_backend *be = NULL;
+        bool here = isas[i].flags[0] == NULL || cpu_has(isas[i].flags);
+        assert_status(kvk_backend_open("cpu", &opts, &be), here ? KVC_OK : KVC_UNSUPPORTED);
+        if (here)
+            assert_string_equal(kvk_backend_isa(be), isas[i].name);
+        kvk_backend_close(be);
+    }
+}
+
 #define CALLERS 4
 #define ROUNDS  20
 
@@ -99,9 +146,8 @@ static void test_many_callers(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_names),
-        cmocka_unit_test(test_open_refuses),
-        cmocka_unit_test(test_open_best),
+        cmocka_unit_test(test_names),        cmocka_unit_test(test_open_refuses),
+        cmocka_unit_test(test_open_best),    cmocka_unit_test(test_every_isa_of_this_cpu_opens),
         cmocka_unit_test(test_many_callers),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

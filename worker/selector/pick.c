@@ -116,16 +116,25 @@ static void window_sparse(const uint32_t *pos, const float *in, uint32_t n, uint
     }
 }
 
+/* Rows of positions pos [n], dense; their addresses lie in the same scratch, before them. */
 static kvc_status gather(kvw_select_ctx *ctx, const kvwi_pages *pages, const uint32_t *pos,
                          uint32_t n, const uint8_t **rows_p)
 {
-    uint8_t *rows = NULL;
-    kvc_status st = need(ctx, KVW_SCRATCH_ROWS, n, pages->row_bytes, &rows);
-    for (uint32_t i = 0; st == KVC_OK && i < n; i++) {
-        memcpy(rows + i * pages->row_bytes, kvwi_pages_row(pages, pos[i], NULL), pages->row_bytes);
+    const kvw_worker *w = ctx->worker;
+    const void **addresses = NULL;
+    kvc_status st =
+        need(ctx, KVW_SCRATCH_ROWS, n, sizeof(*addresses) + pages->row_bytes, &addresses);
+    if (st != KVC_OK) {
+        return st;
     }
+    for (uint32_t i = 0; i < n; i++) {
+        addresses[i] = kvwi_pages_row(pages, pos[i], NULL);
+    }
+    uint8_t *rows = (uint8_t *)(addresses + n);
+    const kvk_gather_args args = {
+        .rows = addresses, .n = n, .row_bytes = pages->row_bytes, .out = rows};
     *rows_p = rows;
-    return st;
+    return w->ops->gather(w->be, &args, NULL);
 }
 
 /* The k best of candidates pos [n] (ascending) by the finer level. */
