@@ -91,6 +91,7 @@ typedef struct kvt_connect_opts {
     const char *tenant;
     uint32_t n_channels;        /* bulk is striped over them; 0: 1 */
     uint32_t max_message_bytes; /* largest reply payload to accept */
+    uint32_t n_threads;         /* that replies arrive on, no more than channels; 0: by cores */
 } kvt_connect_opts;
 
 /*

@@ -55,6 +55,7 @@ void fixture_connect(fixture *f, uint32_t n_channels)
         .size_bytes = sizeof(opts),
         .uri = f->uri,
         .n_channels = n_channels,
+        .n_threads = n_channels, /* whatever the machine has */
     };
     assert_ok(f->ops->connect(&opts, &f->conn));
 }

@@ -1,16 +1,20 @@
 /*
- * client.c: a connection: its channels, its completion queue and the thread on it ("kvc-prog").
+ * client.c: a connection: its channels, its completion queues and their threads ("kvc-grpc-N").
  *
  * Channels do not share a socket: each has its own subchannel pool, so that bulk can be striped.
+ * One thread copies some 3 GB/s, so channels are spread over several queues where there are cores.
  * conn->mutex guards the list of transfers; no call into gRPC is made under it.
  */
+#include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "base/assert.h"
 #include "base/log.h"
 #include "grpc_internal.h"
 
 #define CHANNELS_MAX     64u
+#define LANES_AUTO       8u
 #define CHANNEL_ARG      "kvasir.channel"
 #define BACKOFF_FIRST_MS 100
 #define BACKOFF_MIN_MS   2000 /* also the time that one attempt to connect gets */
@@ -18,10 +22,55 @@
 #define KEEPALIVE_MS     10000
 #define KEEPALIVE_OUT_MS 5000
 
-static void run_conn(void *arg)
+static void run_lane(void *arg)
 {
-    kvt_conn *conn = arg;
-    kvti_run_queue(conn->cq);
+    kvti_lane *lane = arg;
+    kvti_run_queue(lane->cq);
+}
+
+/* Half of the cores, since the peer or the caller's own work has the rest; never more than there
+ * are channels. */
+static uint32_t lanes_wanted(uint32_t n_threads, uint32_t n_channels)
+{
+    if (n_threads == 0) {
+        long cores = sysconf(_SC_NPROCESSORS_ONLN);
+        n_threads = cores < 4 ? 1 : (uint32_t)cores / 2;
+        n_threads = n_threads < LANES_AUTO ? n_threads : LANES_AUTO;
+    }
+    return n_threads < n_channels ? n_threads : n_channels;
+}
+
+/* On failure those made so far are closed by close_lanes. */
+static kvc_status open_lanes(kvt_conn *conn, uint32_t n)
+{
+    conn->lanes = calloc(n, sizeof(*conn->lanes));
+    if (conn->lanes == NULL)
+        return KVC_NO_MEMORY;
+    for (uint32_t i = 0; i < n; i++) {
+        char name[16];
+        (void)snprintf(name, sizeof(name), "kvc-grpc-%u", i % CHANNELS_MAX);
+        conn->lanes[i].cq = grpc_completion_queue_create_for_next(NULL);
+        conn->n_lanes++;
+        kvc_status status =
+            kvc_thread_start(&conn->lanes[i].thread, name, run_lane, &conn->lanes[i]);
+        if (status != KVC_OK)
+            return status;
+    }
+    return KVC_OK;
+}
+
+static void close_lanes(kvt_conn *conn)
+{
+    for (uint32_t i = 0; i < conn->n_lanes; i++) {
+        kvti_lane *lane = &conn->lanes[i];
+        grpc_completion_queue_shutdown(lane->cq);
+        if (lane->thread.started)
+            kvc_thread_join(&lane->thread);
+        else
+            kvti_run_queue(lane->cq);
+        grpc_completion_queue_destroy(lane->cq);
+    }
+    free(conn->lanes);
 }
 
 static grpc_channel *create_channel(const char *target, uint32_t i, uint32_t max_message_bytes)
@@ -59,9 +108,10 @@ static void open_channels(kvt_conn *conn, const char *target, uint32_t max_messa
             channel->methods[m] = grpc_channel_register_call(
                 channel->channel, kvti_method_path((kvc_method)m), NULL, NULL);
     }
-    conn->poster = grpc_channel_create_registered_call(
-        conn->channels[0].channel, NULL, GRPC_PROPAGATE_DEFAULTS, conn->cq,
-        conn->channels[0].methods[KVC_STATS], gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
+    for (uint32_t i = 0; i < conn->n_lanes; i++)
+        conn->lanes[i].poster = grpc_channel_create_registered_call(
+            conn->channels[i].channel, NULL, GRPC_PROPAGATE_DEFAULTS, conn->lanes[i].cq,
+            conn->channels[i].methods[KVC_STATS], gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
 }
 
 kvc_status kvti_connect(const kvt_connect_opts *opts, kvt_conn **conn_p)
@@ -84,23 +134,20 @@ kvc_status kvti_connect(const kvt_connect_opts *opts, kvt_conn **conn_p)
     if (conn->channels == NULL)
         goto err_conn;
     grpc_init();
-    conn->cq = grpc_completion_queue_create_for_next(NULL);
     kvc_mutex_init(&conn->mutex, KVC_RANK_TRANSPORT);
     kvc_cond_init(&conn->idle);
-    status = kvc_thread_start(&conn->thread, "kvc-prog", run_conn, conn);
+    status = open_lanes(conn, lanes_wanted(opts->n_threads, conn->n_channels));
     if (status != KVC_OK)
-        goto err_cq;
+        goto err_lanes;
     open_channels(conn, target,
                   opts->max_message_bytes == 0 ? KVC_MAX_VALUE_BYTES : opts->max_message_bytes);
     *conn_p = conn;
     return KVC_OK;
 
-err_cq:
+err_lanes:
+    close_lanes(conn);
     kvc_cond_fini(&conn->idle);
     kvc_mutex_fini(&conn->mutex);
-    grpc_completion_queue_shutdown(conn->cq);
-    kvti_run_queue(conn->cq);
-    grpc_completion_queue_destroy(conn->cq);
     grpc_shutdown();
     free(conn->channels);
 err_conn:
@@ -127,10 +174,9 @@ void kvti_conn_close(kvt_conn *conn)
     while (conn->n_xfers > 0)
         kvc_cond_wait(&conn->idle, &conn->mutex);
     kvc_mutex_unlock(&conn->mutex);
-    grpc_call_unref(conn->poster);
-    grpc_completion_queue_shutdown(conn->cq);
-    kvc_thread_join(&conn->thread);
-    grpc_completion_queue_destroy(conn->cq);
+    for (uint32_t i = 0; i < conn->n_lanes; i++)
+        grpc_call_unref(conn->lanes[i].poster);
+    close_lanes(conn);
     kvc_cond_fini(&conn->idle);
     kvc_mutex_fini(&conn->mutex);
     free(conn->channels);

@@ -178,12 +178,18 @@ typedef struct kvti_channel {
     void *methods[KVC_METHOD_COUNT];
 } kvti_channel;
 
-struct kvt_conn {
-    kvti_channel *channels;
-    uint32_t n_channels;
+/* One completion queue of a connection and its thread; channel i belongs to lane i % n_lanes. */
+typedef struct kvti_lane {
     grpc_completion_queue *cq;
     kvc_thread thread;
     grpc_call *poster; /* never started: only for empty batches, which wake the thread with a tag */
+} kvti_lane;
+
+struct kvt_conn {
+    kvti_channel *channels;
+    uint32_t n_channels;
+    kvti_lane *lanes;
+    uint32_t n_lanes;
 
     /* rank TRANSPORT; guards the rest and every xfer->priv; nothing is called under it */
     kvc_mutex mutex;

@@ -5,8 +5,8 @@
  * done never runs while a socket may yet read that memory: after a cancel or a deadline, bytes
  * already queued for a stalled peer keep the transfer until they are written or keepalive gives the
  * connection up. The call is let go as soon as its batch has ended, since its stream may hold
- * slices too. Whoever drops the last reference ends up on the connection's thread: the batch's own
- * event does, and a slice's destructor posts an empty batch on the connection's poster.
+ * slices too. Whoever drops the last reference ends up on the thread of the transfer's lane: the
+ * batch's own event does, and a slice's destructor posts an empty batch on the lane's poster.
  */
 #include <stdatomic.h>
 #include <stdio.h>
@@ -21,6 +21,7 @@
 struct kvti_xfer {
     kvti_xfer *next, *prev; /* the connection's list */
     kvt_conn *conn;
+    kvti_lane *lane;
     kvt_xfer *xfer;
     grpc_call *call; /* until the batch has ended; then NULL, under the connection's mutex */
     atomic_uint n_refs;
@@ -47,7 +48,7 @@ static void on_slice_free(void *arg)
 {
     kvti_xfer *op = arg;
     if (atomic_fetch_sub(&op->n_refs, 1) == 1)
-        kvti_start(op->conn->poster, NULL, 0, &op->last_slice);
+        kvti_start(op->lane->poster, NULL, 0, &op->last_slice);
 }
 
 static void on_ended(kvti_tag *tag, bool ok)
@@ -213,7 +214,7 @@ static void leave_place(kvt_conn *conn)
     kvc_mutex_unlock(&conn->mutex);
 }
 
-/* On the connection's thread. The transfer is its caller's again once done has been called. */
+/* On the lane's thread. The transfer is its caller's again once done has been called. */
 static void finish(kvti_xfer *op)
 {
     kvt_conn *conn = op->conn;
@@ -344,9 +345,11 @@ kvc_status kvti_submit(kvt_conn *conn, kvt_xfer *xfer)
     status = encode(op);
     if (status != KVC_OK)
         goto err_start;
-    kvti_channel *channel = &conn->channels[xfer->channel % conn->n_channels];
+    uint32_t number = xfer->channel % conn->n_channels;
+    kvti_channel *channel = &conn->channels[number];
+    op->lane = &conn->lanes[number % conn->n_lanes];
     op->call = grpc_channel_create_registered_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS,
-                                                   conn->cq, channel->methods[req->method],
+                                                   op->lane->cq, channel->methods[req->method],
                                                    kvti_to_timespec(xfer->deadline_ns), NULL);
     status = publish(conn, op);
     if (status != KVC_OK)
