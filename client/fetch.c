@@ -2,8 +2,9 @@
  * fetch.c: rows of any tokens into the caller's slots.
  *
  * The picks of all groups are cut into messages within max_message_bytes, max_picks and max_groups;
- * the cut is walked twice, to count and to fill. All messages are in flight at once; each scatters
- * its reply on the transport thread that brought it and writes the statuses of its own picks.
+ * the cut is walked twice, to count and to fill. As many are in flight as send.c's window holds;
+ * each scatters its reply on the transport thread that brought it and writes the statuses of its
+ * own picks.
  */
 #include <string.h>
 
@@ -147,6 +148,8 @@ static void fill(kvci_call *call, cut c, uint8_t *base, kvci_seg *segs, kvc_row_
         msg->row_groups = rows;
         msg->n_segs = cut_next(&c, base, segs, rows, &msg->n_items);
         msg->first = first;
+        for (uint32_t g = 0; g < msg->n_segs; g++)
+            msg->flight_bytes += segs[g].n * segs[g].row_bytes;
         msg->req.method = KVC_FETCH_ROWS;
         msg->req.u.fetch_rows.n_groups = msg->n_segs;
         msg->req.u.fetch_rows.groups = rows;

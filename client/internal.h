@@ -19,8 +19,8 @@
 #include "list.h"
 #include "transport/transport.h"
 
-#define KVCI_MAX_INFLIGHT       64u  /* messages of one client in flight; the rest is queued */
-#define KVCI_MAX_INFLIGHT_PUT   32u  /* of them puts, so that bulk writes leave room for reads */
+#define KVCI_MAX_INFLIGHT       128u /* messages of one client in flight; the rest is queued */
+#define KVCI_MAX_INFLIGHT_PUT   96u  /* of them puts, so that bulk writes leave room for reads */
 #define KVCI_MAX_IOVECS         256u /* pieces of one put message */
 #define KVCI_MAX_REOPENS        8u   /* of a fetch message's contexts before it gives up */
 #define KVCI_MAX_URIS           16u
@@ -28,6 +28,7 @@
 #define KVCI_POOL_CALLS         32u
 #define KVCI_POOL_BYTES         ((size_t)512 << 10) /* scratch that a pooled call may keep */
 #define KVCI_STRIPE_MIN_BYTES   (256u << 10)        /* below it one message beats two channels */
+#define KVCI_WINDOW_BYTES       (2u << 20)          /* for each lane and channel: under way */
 #define KVCI_REPLY_ARENA_BYTES  ((size_t)16 << 20)
 #define KVCI_DEFAULT_TIMEOUT_NS (30ull * 1000000000)
 #define KVCI_CONNECT_TIMEOUT_NS (5ull * 1000000000)
@@ -97,6 +98,7 @@ struct kvci_msg {
     kvc_status last;   /* of the last attempt; OK before the first */
     uint64_t due_ns;
     uint32_t first, n_items; /* the op's items (values, picks, digests) that it carries */
+    uint32_t flight_bytes;   /* of the window that it takes while in flight */
     uint32_t n_segs;
     kvci_seg *segs; /* fetch only, as row_groups */
     kvc_row_group *row_groups;
@@ -340,7 +342,8 @@ struct kvc_client {
     kvci_node lanes[KVCI_LANES], timed, wait_link, wait_context, reopens;
     kvci_node calls, finished, pool;
     uint32_t n_pooled, inflight, inflight_put, next_channel;
-    uint32_t live; /* calls whose completion has not been seen yet */
+    uint64_t inflight_bytes[KVCI_LANES]; /* flight_bytes of those in flight */
+    uint32_t live;                       /* calls whose completion has not been seen yet */
     uint32_t waiters, pumpers;
     uint64_t next_due_ns, seed;
     bool closing, stopping;

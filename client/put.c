@@ -91,6 +91,8 @@ static void fill(kvci_msg *msg, const kvc_digest *schema, kvc_promise promise,
             iov[n_iov++] = (struct iovec){.iov_base = start, .iov_len = value->len_bytes};
         msg->req.data_bytes += value->len_bytes;
     }
+    /* A DURABLE put waits for a group commit, and the group for many of them. */
+    msg->flight_bytes = promise == KVC_PROMISE_MEMORY ? (uint32_t)msg->req.data_bytes : 0;
     msg->req.method = KVC_PUT_BLOCKS;
     msg->req.u.put_blocks.schema = *schema;
     msg->req.u.put_blocks.promise = promise;

@@ -2,9 +2,11 @@
  * send.c: messages to the transport and back.
  *
  * Everything here runs under client->lock except submit itself and a reply's check and copy.
- * Bounds: KVCI_MAX_INFLIGHT messages in flight, KVCI_MAX_INFLIGHT_PUT of them bulk puts; the rest
- * waits in the lanes and is sent from completions. Invariant: inflight counts the messages that are
- * SENDING or SENT.
+ * Bounds: KVCI_MAX_INFLIGHT messages in flight, KVCI_MAX_INFLIGHT_PUT of them bulk puts, and
+ * KVCI_WINDOW_BYTES for each lane and channel, since what is under way and not yet worked on only
+ * falls out of the caches at both ends; the rest waits in the lanes and is sent from completions.
+ * Invariant: inflight counts the messages that are SENDING or SENT, inflight_bytes their
+ * flight_bytes.
  */
 #include <stdio.h>
 #include <string.h>
@@ -23,6 +25,11 @@ static bool in_flight(const kvci_msg *msg)
     return msg->state == KVCI_SENDING || msg->state == KVCI_SENT;
 }
 
+static int lane_of(const kvci_msg *msg)
+{
+    return msg->call->kind->bulk_lane ? KVCI_LANE_BULK : KVCI_LANE_URGENT;
+}
+
 static void move_to(kvci_msg *msg, kvci_node *list, kvci_msg_state state)
 {
     kvci_list_remove(&msg->node);
@@ -35,8 +42,7 @@ void kvci_msg_requeue(kvc_client *client, kvci_msg *msg)
 {
     kvci_list_remove(&msg->node);
     msg->state = KVCI_QUEUED;
-    bool bulk = msg->call->kind->bulk_lane;
-    kvci_list_push_front(&client->lanes[bulk ? KVCI_LANE_BULK : KVCI_LANE_URGENT], &msg->node);
+    kvci_list_push_front(&client->lanes[lane_of(msg)], &msg->node);
     kvci_wake_at(client, msg->call->deadline_ns);
 }
 
@@ -171,6 +177,7 @@ void kvci_settle(kvc_client *client, kvci_msg *msg, kvc_status status, const cha
 static void leave_flight(kvc_client *client, const kvci_msg *msg)
 {
     client->inflight--;
+    client->inflight_bytes[lane_of(msg)] -= msg->flight_bytes;
     if (msg->call->kind->bulk_lane)
         client->inflight_put--;
 }
@@ -198,6 +205,24 @@ static void msg_done(kvt_xfer *xfer)
     kvc_mutex_unlock(&client->lock);
 }
 
+/* One message always fits, and one that takes nothing of the window too. */
+static bool window_has_room(const kvc_client *client, const kvci_msg *msg)
+{
+    uint64_t room_bytes = (uint64_t)client->n_channels * KVCI_WINDOW_BYTES;
+    uint64_t taken_bytes = client->inflight_bytes[lane_of(msg)];
+    return taken_bytes == 0 || msg->flight_bytes == 0 ||
+           taken_bytes + msg->flight_bytes <= room_bytes;
+}
+
+/* The first of a lane whose contexts are open, or NULL. */
+static kvci_msg *head_of(kvc_client *client, int lane)
+{
+    kvci_msg *msg;
+    while ((msg = (kvci_msg *)kvci_list_first(&client->lanes[lane])) != NULL && kvci_msg_waits(msg))
+        move_to(msg, &client->wait_context, KVCI_WAIT_CONTEXT);
+    return msg;
+}
+
 /* The first message that may be sent now, or NULL. */
 static kvci_msg *next_sendable(kvc_client *client)
 {
@@ -208,12 +233,9 @@ static kvci_msg *next_sendable(kvc_client *client)
             return NULL;
         if (lane == KVCI_LANE_BULK && client->inflight_put >= KVCI_MAX_INFLIGHT_PUT)
             return NULL;
-        kvci_msg *msg;
-        while ((msg = (kvci_msg *)kvci_list_first(&client->lanes[lane])) != NULL) {
-            if (!kvci_msg_waits(msg))
-                return msg;
-            move_to(msg, &client->wait_context, KVCI_WAIT_CONTEXT);
-        }
+        kvci_msg *msg = head_of(client, lane);
+        if (msg != NULL && window_has_room(client, msg))
+            return msg;
     }
     return NULL;
 }
@@ -247,6 +269,7 @@ static void send_one(kvc_client *client, kvci_msg *msg)
     uint32_t flight = ++msg->sends;
     KVC_COUNT(client_requests);
     client->inflight++;
+    client->inflight_bytes[lane_of(msg)] += msg->flight_bytes;
     if (call->kind->bulk_lane)
         client->inflight_put++;
     link->submitting++;

@@ -425,8 +425,28 @@ static void test_inflight_bound(void **state)
     kvc_context *context = fixture_context(&f, 16);
     fixture_fetch_check(&f, context, 5, 2400, 0, 1);
     assert_int_equal(fake_calls(&f.fake, KVC_FETCH_ROWS), 300);
-    assert_true(f.fake.max_in_flight <= 64);
+    assert_true(f.fake.max_in_flight <= 128);
     assert_true(f.fake.max_in_flight > 16);
+    kvc_context_close(context);
+    fixture_stop(&f);
+}
+
+/* Bulk is bounded by bytes: 2 MiB for each of the 2 channels, in messages of 1 MiB. */
+static void test_bytes_in_flight_bound(void **state)
+{
+    enum { ROW = 65536, N = 256 };
+    (void)state;
+    fixture f = {0};
+    fake_init(&f.fake);
+    f.fake.row_bytes[5] = ROW;
+    fixture_open(&f);
+    fake_add_rule(
+        &f.fake,
+        &(fake_rule){.method = KVC_FETCH_ROWS, .action = FAKE_LATE, .times = 16, .delay_ms = 20});
+    kvc_context *context = fixture_context(&f, 16);
+    fixture_fetch_check(&f, context, 5, N, 0, 1);
+    assert_int_equal(fake_calls(&f.fake, KVC_FETCH_ROWS), 16);
+    assert_int_equal(f.fake.max_in_flight, 4);
     kvc_context_close(context);
     fixture_stop(&f);
 }
@@ -448,6 +468,7 @@ int main(void)
         cmocka_unit_test(test_schema_and_stats),
         cmocka_unit_test(test_callbacks),
         cmocka_unit_test(test_inflight_bound),
+        cmocka_unit_test(test_bytes_in_flight_bound),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -179,9 +179,10 @@ typedef struct kvc_fetch_info {
 
 /*
  * Fetches rows into dst. More rows than a message holds are split and striped over the channels,
- * all in flight at once. Borrows groups (the array); keeps picks, dst_slots, dst, status and info_p
- * until completion. status [total picks] may be NULL; a missing row leaves its bytes untouched and
- * has status[i] = NOT_FOUND (or AGAIN, IO, CORRUPT); the op is still OK. info_p may be NULL.
+ * up to 2 MiB for each channel in flight at once. Borrows groups (the array); keeps picks,
+ * dst_slots, dst, status and info_p until completion. status [total picks] may be NULL; a missing
+ * row leaves its bytes untouched and has status[i] = NOT_FOUND (or AGAIN, IO, CORRUPT); the op is
+ * still OK. info_p may be NULL.
  */
 kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,
                      const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,
