@@ -13,7 +13,7 @@
 #include "cascade.h"
 #include "fetch.h"
 
-#define MIN_SLICE_BYTES 16384u /* below it, copying a row is cheaper than sending a slice */
+#define MIN_SLICE_BYTES 4096u /* below it, copying a row is cheaper than sending a slice */
 #define MAX_RANGES      1024u
 
 static bool pick_found(const kvs_fetch *fetch, uint32_t pick)
