@@ -7,7 +7,6 @@ in the state folder. The reusable parts are in the package kvasir; quickstart.d 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -25,7 +24,7 @@ import transformers
 import compare
 import report
 import stock
-from context import Builder, load_verses
+from context import Builder, digest, load_verses
 from kvasir import Client, attach, hf_model
 from kvasir.activations import collect
 from kvasir.calibrate import fit
@@ -33,9 +32,11 @@ from kvasir.progress import Bar
 
 CALIBRATION_TOKENS = 24576
 BEYOND_TOKENS = 32
+SCAN_NS = 10  # a token of prefill costs so much for each token before it: selection, all layers
 # ESA's published recent window is 4,096; of a model trained for 8,192 that leaves too little.
-SELECTORS = {"tokenselect": {}, "esa": {"n_recent": 1024, "eps": 1}}
-ROPE = {"tokenselect": 512, "esa": 1024}
+SELECTORS = {"tokenselect": {"n_recent": 512}, "esa": {"n_recent": 1024, "eps": 1}}
+N_SINK = 128
+ROPE = {"tokenselect": 512, "esa": 1024}  # n_recent; far_position, which is n_recent, too
 # Columns kept: 102 B/token a layer for TokenSelect (3 heads), 24 for ESA; re-ranked 54 + 150.
 DIMS = {
     ("tokenselect", "compressed"): {"index_dims": 32},
@@ -44,6 +45,7 @@ DIMS = {
     ("esa", "reranked"): {"index_dims": 22, "rerank_dims": 62},
 }
 ARTEFACT_DIMS = {"tokenselect": 48, "esa": 96}
+MEMORY = ("index", "residency", "window")
 STATS = "misses hits picks rows_dram rows_lmdb bytes_fetched ns_select ns_fetch_wait ns_attend"
 
 
@@ -65,7 +67,7 @@ def parse(argv=None):
     p.add_argument("--tokens", type=int, default=32768)
     p.add_argument("--selector", choices=sorted(SELECTORS), default="tokenselect")
     p.add_argument("--index", choices=("exact", "compressed", "reranked"), default="compressed")
-    p.add_argument("--passkeys", type=int, default=4)
+    p.add_argument("--passkeys", type=int, default=4, choices=range(1, 17), metavar="N")
     p.add_argument("--verses", type=int, default=3)
     p.add_argument("--seed", type=int, default=11)
     p.add_argument("--threads", type=int, default=0, help="default: one per core")
@@ -93,8 +95,7 @@ class Run:
 
     def named(self, what, *parts):
         """A file in the state folder for this model and these parameters."""
-        text = json.dumps([self.key, *map(str, parts)])
-        return self.args.state / f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return self.args.state / f"{what}-{digest(self.key, *map(str, parts))}"
 
     def ceiling(self):
         """The stock model's own rate."""
@@ -142,6 +143,7 @@ class Run:
             "selector": a.selector,
             "index": a.index,
             "projection": self.projection(),
+            "n_sink": N_SINK,
             "promise": "durable",
             "n_threads": a.threads,
             **options,
@@ -174,8 +176,9 @@ def announce(run, cache, ceiling):
         say(f"the store has {cache.n_reused:,} of them")
     left = n - cache.n_reused
     if left > 0:
-        # Selection, fetching and putting cost about as much again as the model's own pass.
-        say(f"prefill: about {2 * left / ceiling['tokens_per_s'] / 60:.1f} minutes")
+        # Fetching, attending and putting cost about as much again as the model's own pass.
+        scan = left * (n + cache.n_reused) / 2 * SCAN_NS / 1e9
+        say(f"prefill: about {(2 * left / ceiling['tokens_per_s'] + scan) / 60:.1f} minutes")
 
 
 def prefill(run, attachment, ceiling):
@@ -195,16 +198,17 @@ def prefill(run, attachment, ceiling):
     attachment.prefill(cache, run.context.ids, bar)
     cache.flush(600)
     bar.close()
-    times = {"seconds": time.monotonic() - start, "opened": opened, "before": before}
+    seconds = time.monotonic() - start - (shadow.seconds if shadow else 0.0)
+    times = {"seconds": seconds, "opened": opened, "before": before}
     return cache, shadow, note, times
 
 
-def layers_with(cache, positions, n_layers):
+def layers_with(run, cache, positions):
     """Layers whose attention reaches more than half of positions: picks, sinks and recent."""
-    end, count = len(cache.sequence), 0
-    for layer in range(n_layers):
+    near, count = len(cache.sequence) - SELECTORS[run.args.selector]["n_recent"], 0
+    for layer in range(run.geometry.n_layers):
         picks = set(cache.picks(layer).tolist())
-        held = sum(p in picks or p < 128 or p >= end - 512 for p in positions)
+        held = sum(p in picks or p < N_SINK or p >= near for p in positions)
         count += 2 * held > len(positions)
     return count
 
@@ -217,10 +221,17 @@ def add_up(totals, before, after, seconds, n_tokens):
         totals[name] = totals.get(name, 0) + after[name] - before[name]
 
 
+def keep_most(most, stats):
+    """Raises most's bytes in the worker to what stats has."""
+    for name in MEMORY:
+        most[name] = max(most.get(name, 0), stats[f"bytes_{name}"])
+
+
 def ask(run, attachment, question, totals):
     """
     One question over the prefix, on a sequence of its own, token by token. The first token finds an
-    empty residency, so it is counted by itself: totals["first"], totals["decode"].
+    empty residency, so it is counted by itself: totals["first"], totals["decode"]. Bytes in the
+    worker go to totals["most"].
     """
     with attachment.cache(run.context.ids + question.ask) as cache:
         if cache.n_reused < run.args.tokens:
@@ -236,9 +247,9 @@ def ask(run, attachment, question, totals):
             add_up(totals["first" if first else "decode"], before, cache.stats(), seconds, 1)
             if not fed:
                 if not answer:
-                    layers = layers_with(cache, question.positions, run.geometry.n_layers)
+                    layers = layers_with(run, cache, question.positions)
                 answer.append(int(logits[0, -1].argmax()))
-    n_right = sum(a == b for a, b in zip(answer, question.answer))
+        keep_most(totals["most"], cache.stats())
     return {
         "kind": question.kind,
         "name": question.name,
@@ -246,7 +257,7 @@ def ask(run, attachment, question, totals):
         "expected": run.tokenizer.decode(question.answer),
         "answered": run.tokenizer.decode(answer),
         "right": answer == question.answer,
-        "n_right": n_right,
+        "n_right": stock.leading(answer, question.answer),
         "n_asked": len(answer),
         "layers_with_it": layers,
         "layers": run.geometry.n_layers,
@@ -268,9 +279,8 @@ def measure(run, attachment, want, ceiling):
     """Everything that happens with the model attached; the report's numbers."""
     args, g = run.args, run.geometry
     cache, shadow, note, times = prefill(run, attachment, ceiling)
-    stats, kept = cache.stats(), run.named(
-        "read", attachment.worker.schema_digest, args.tokens, args.seed, args.passkeys, args.text
-    )
+    stats = cache.stats()
+    kept = run.named("read", attachment.worker.schema_digest, run.context.digest())
     known = json.loads(kept.read_text()) if kept.exists() else {}
     beyond = known.get("beyond")
     if shadow is not None:
@@ -284,7 +294,8 @@ def measure(run, attachment, want, ceiling):
         kept.write_text(json.dumps(known))
     n_reused = cache.n_reused
     cache.close()
-    totals, answers = {"first": {}, "decode": {}}, []
+    totals, answers = {"first": {}, "decode": {}, "most": {}}, []
+    keep_most(totals["most"], stats)
     bar = Bar("questions", len(run.context.questions), "")
     for i, question in enumerate(run.context.questions):
         answers.append(ask(run, attachment, question, totals))
@@ -292,7 +303,6 @@ def measure(run, attachment, want, ceiling):
     bar.close()
     say("comparing with stock full attention")
     inside = compare.inside(run.model, run.base, attachment, run.context.ids, want)
-    worker_bytes = {k: stats[f"bytes_{k}"] for k in ("index", "residency", "window")}
     read = {}
     add_up(read, times["before"], stats, times["seconds"], args.tokens - n_reused)
     return {
@@ -301,8 +311,8 @@ def measure(run, attachment, want, ceiling):
         "beyond": beyond,
         "beyond_note": note,
         "memory": {
-            **worker_bytes,
-            "worker": sum(worker_bytes.values()),
+            **totals["most"],
+            "worker": sum(totals["most"].values()),
             "full_kv": args.tokens * g.n_layers * g.row_bytes,
         },
         "index_bytes": round(stats["bytes_index"] / g.n_layers / max(1, stats["tokens"])),

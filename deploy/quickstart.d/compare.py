@@ -5,6 +5,8 @@
     without a store keeps every row; it gets the first one's K and V while the prefix is read.
 """
 
+import time
+
 import torch
 
 from kvasir import Worker
@@ -59,6 +61,7 @@ class Shadow(Observer):
     def __init__(self, geometry, selector, options):
         self.worker = Worker(geometry, "shadow", selector, index="exact", **options)
         self.sequence = self.worker.sequence()
+        self.seconds = 0.0  # spent here, inside the first worker's passes
 
     @staticmethod
     def bytes_needed(geometry, n_tokens):
@@ -67,11 +70,15 @@ class Shadow(Observer):
 
     def on_pass(self, cache, ids):
         """Follows the pass."""
+        start = time.monotonic()
         self.sequence.tokens(ids)
+        self.seconds += time.monotonic() - start
 
     def on_layer(self, cache, layer, q, k, v, out):
         """Takes the same keys and values."""
+        start = time.monotonic()
         self.sequence.append(layer, k, v)
+        self.seconds += time.monotonic() - start
 
     def close(self):
         """Frees its rows."""

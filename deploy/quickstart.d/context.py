@@ -1,19 +1,31 @@
 """The text that is read: verses with passkeys hidden among them, and the questions to it.
 
 A passkey is three like lines, "## Berlin: 48213"; its question is the line's beginning, and the
-model continues. A verse is asked for by its first tokens. Everything follows from the seed.
+model continues. Up to four passkeys have forms of their own: so small a model takes lines that
+begin alike for one another. A verse is asked for by its first tokens. Everything follows from the
+seed.
 """
 
+import hashlib
+import json
 import random
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-CITIES = (
-    "Berlin Toronto Madrid Chicago Oslo Sydney Lima Nairobi Kyoto Dublin Warsaw Havana Cairo "
-    "Boston Prague Vienna Athens Lisbon Geneva Denver"
-).split()
+# (the hidden line, the question, the names it is used with)
+FORMS = (
+    ("## {x}: {v}", "\n## {x}:", "Berlin Toronto Madrid Chicago Oslo Sydney Lima Nairobi"),
+    ("Call {x} at {v}.", "\nCall {x} at", "Martha Victor Oscar Julia Walter Helen Bruno Alice"),
+    ("{x} = {v}", "\n{x} =", "banana guitar window rocket pencil tiger bottle garden"),
+    ("The pass key for {x} is {v}.", "\nThe pass key for {x} is", "Kyoto Dublin Warsaw Havana"),
+)
 VERSE_SHOWN, VERSE_ASKED = 10, 10  # tokens
+
+
+def digest(*parts):
+    """A short name for what was computed from parts: lists, numbers, text, None."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -35,6 +47,10 @@ class Context:
     ids: list
     tail: list
     questions: list
+
+    def digest(self):
+        """Differs as soon as a token, a question or an answer does."""
+        return digest(asdict(self))
 
 
 def load_verses(path, cached):
@@ -66,18 +82,12 @@ class Builder:
     def build(self, n_tokens, n_passkeys, n_verses, seed, start=0, n_tail=64):
         """A Context of exactly n_tokens, passkeys spread over its depth, from verse `start` on."""
         rng = random.Random(seed)
-        names = rng.sample(CITIES, n_passkeys)
-        values = ["".join(rng.choice("0123456789") for _ in range(5)) for _ in names]
-        needles = [self.encode(f"## {x}: {v}\n" * 3) for x, v in zip(names, values)]
+        keys = self._passkeys(rng, n_passkeys)
         depths = [(i + 0.5) / n_passkeys for i in range(n_passkeys)]
         ids, questions, verses, hidden, at = [], [], [], 0, start
         while len(ids) < n_tokens + n_tail:
             while hidden < n_passkeys and len(ids) >= depths[hidden] * n_tokens:
-                place = list(range(len(ids), len(ids) + len(needles[hidden])))
-                questions.append(
-                    self._passkey(names[hidden], values[hidden], place, len(ids) / n_tokens)
-                )
-                ids += needles[hidden]
+                questions.append(self._hide(ids, keys[hidden], n_tokens))
                 hidden += 1
             verse = self.encode(self.verses[at % len(self.verses)] + "\n")
             if len(verse) >= VERSE_SHOWN + VERSE_ASKED + 1 and len(ids) + len(verse) < n_tokens:
@@ -89,10 +99,25 @@ class Builder:
             questions.append(self._verse(first, verse, first / n_tokens))
         return Context(ids[:n_tokens], ids[n_tokens : n_tokens + n_tail], questions)
 
-    def _passkey(self, name, value, place, depth):
-        return Question(
-            "passkey", name, self.encode(f"\n## {name}:"), self.encode(f" {value}"), place, depth
-        )
+    @staticmethod
+    def _passkeys(rng, n):
+        """n of (line, question, name, value), forms in turn, no name twice."""
+        left = [rng.sample(names.split(), len(names.split())) for _, _, names in FORMS]
+        keys = []
+        for i in range(n):
+            line, question, _ = FORMS[i % len(FORMS)]
+            name, value = left[i % len(FORMS)].pop(), "".join(rng.choices("0123456789", k=5))
+            keys.append((line.format(x=name, v=value) + "\n", question.format(x=name), name, value))
+        return keys
+
+    def _hide(self, ids, key, n_tokens):
+        """Appends a passkey's lines to ids; its Question."""
+        line, question, name, value = key
+        needle, first = self.encode(line * 3), len(ids)
+        ids += needle
+        place = list(range(first, len(ids)))
+        ask, answer = self.encode(question), self.encode(f" {value}")
+        return Question("passkey", name, ask, answer, place, first / n_tokens)
 
     def _verse(self, first, verse, depth):
         asked = VERSE_SHOWN + VERSE_ASKED

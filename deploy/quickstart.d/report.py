@@ -16,7 +16,7 @@ def percent(part, whole):
 
 
 def _answers(r):
-    lines = ["Answers (greedy, token by token)"]
+    lines = ["Answers (greedy, token by token; a verse counts up to its first wrong token)"]
     for a in r["answers"]:
         mark = "right" if a["right"] else "wrong"
         if a["kind"] == "verse":
@@ -26,16 +26,23 @@ def _answers(r):
             f"  {a['kind']:<8}{a['name']:<9}depth {100 * a['depth']:3.0f} %  {mark:<16}{layers}"
         )
         lines.append(f"      expected {a['expected']!r}\n      answered {a['answered']!r}")
-    right = sum(a["right"] for a in r["answers"] if a["kind"] == "passkey")
-    asked = sum(a["kind"] == "passkey" for a in r["answers"])
-    lines.append(f"  passkeys right: {right} of {asked}")
+    keys = [a for a in r["answers"] if a["kind"] == "passkey"]
+    verses = [a for a in r["answers"] if a["kind"] == "verse"]
+    tokens = percent(sum(a["n_right"] for a in verses), sum(a["n_asked"] for a in verses))
+    lines.append(
+        f"  in all: passkeys {sum(a['right'] for a in keys)} of {len(keys)}, verses {tokens} of "
+        "their tokens"
+    )
     return lines
 
 
 def _ceiling(r):
     c = r["ceiling"]
     note = ", from an earlier run" if c["cached"] else ""
-    lines = [f"The model's own rate with stock full attention{note}"]
+    lines = [
+        "The model's own rate with stock full attention within its window, like lines hidden, "
+        f"like questions{note}"
+    ]
     for n, row in c["rates"].items():
         (key, keys), (verse, verses) = row["passkey"], row["verse"]
         lines.append(
@@ -50,7 +57,7 @@ def _memory(r):
     lines = [
         "Memory",
         f"  context: {r['tokens']:,} tokens; full KV {size(m['full_kv'])}",
-        f"  in the worker: {size(m['worker'])}, {percent(m['worker'], m['full_kv'])} of it (index "
+        f"  in the worker, at most: {size(m['worker'])}, {percent(m['worker'], m['full_kv'])} of it (index "
         f"{size(m['index'])}, residency {size(m['residency'])}, "
         f"sink and recent {size(m['window'])})",
     ]

@@ -1,6 +1,5 @@
 """The model itself: found, converted once, loaded; and what it can do with stock full attention."""
 
-import hashlib
 import importlib.util
 import json
 import time
@@ -9,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
+
+from context import digest
 
 CHUNK = 512
 # Lengths inside the model's own window, and seeds: each is one context of 4 passkeys, 2 verses.
@@ -58,7 +59,7 @@ def load(model_dir, gguf, state, say):
     return model, AutoTokenizer.from_pretrained(model_dir)
 
 
-def _leading(have, want):
+def leading(have, want):
     """Equal tokens before the first difference."""
     n = 0
     while n < len(want) and have[n] == want[n]:
@@ -74,19 +75,28 @@ def _ask(model, cache, question):
     return logits[len(question.ask) - 1 : -1].argmax(-1).tolist()
 
 
+def ceiling_contexts(builder):
+    """What the probe reads."""
+    return [builder.build(n, 4, 2, seed, start=3000 + 977 * seed) for n, seed in CEILING]
+
+
+def ceiling_name(key, contexts):
+    """The file that keeps the probe's result for one model over these contexts."""
+    return f"ceiling-{digest(key, CHUNK, [c.digest() for c in contexts])}.json"
+
+
 def ceiling(model, builder, key, state, progress):
     """
     How often the stock model answers like questions within its own window: {length: {kind:
     [right, asked]}}, tokens per second of its prefill, and whether it came from the cache.
     """
-    text = json.dumps([key, CEILING, CHUNK])
-    path = state / f"ceiling-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    contexts = ceiling_contexts(builder)
+    path = state / ceiling_name(key, contexts)
     if path.exists():
         return {**json.loads(path.read_text()), "cached": True}
     rates, n_done, seconds = {}, 0, 0.0
     total = sum(n for n, _ in CEILING)
-    for n, seed in CEILING:
-        context = builder.build(n, 4, 2, seed, start=3000 + 977 * seed)
+    for (n, _), context in zip(CEILING, contexts):
         cache, start = DynamicCache(config=model.config), time.monotonic()
         for i in range(0, n, CHUNK):
             ids = torch.tensor([context.ids[i : i + CHUNK]])
@@ -96,7 +106,7 @@ def ceiling(model, builder, key, state, progress):
         n_done += n
         row = rates.setdefault(str(n), {"passkey": [0, 0], "verse": [0, 0]})
         for question in context.questions:
-            right = _leading(_ask(model, cache, question), question.answer)
+            right = leading(_ask(model, cache, question), question.answer)
             part = (
                 (right == len(question.answer))
                 if question.kind == "passkey"

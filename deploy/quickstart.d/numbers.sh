@@ -1,0 +1,40 @@
+# Sizes for deploy/quickstart, which sources this; nothing here writes or starts anything.
+
+# plain_number TEXT: 32k, 1m, 4096 as a plain number; exits with 2 on anything else
+plain_number() {
+    local text=${1,,} factor=1
+    case "$text" in
+    *k) factor=1024 text=${text%k} ;;
+    *m) factor=1048576 text=${text%m} ;;
+    esac
+    if ! [[ "$text" =~ ^[1-9][0-9]{0,8}$ ]]; then
+        printf '%s\n' "quickstart: '$1' is not a number of tokens" >&2
+        exit 2
+    fi
+    echo $((text * factor))
+}
+
+# people BYTES: with a unit, for people
+people() {
+    local n=$1 unit=MiB
+    n=$((n >> 20))
+    [ "$n" -lt 10240 ] || { n=$((n >> 10)); unit=GiB; }
+    echo "$n $unit"
+}
+
+# disk_bytes TOKENS SYNTHETIC: what their values take at most. SmolLM2-135M has 30 layers of 768 B
+# and up to 204 B of index a token; needles 2 of 4,096 and 128 B; LMDB's pages add a twentieth.
+disk_bytes() {
+    if [ "$2" = 1 ]; then echo $(($1 * 9 * 1024)); else echo $(($1 * 30 * 1024)); fi
+}
+
+# lmdb_bytes NEED: the cap of the lmdb tier: twice the need, for another selector's values beside
+# them, and never under 8 GiB, so that runs of other lengths stay
+lmdb_bytes() {
+    local floor=$((8 << 30)) twice=$((2 * $1))
+    echo $((twice > floor ? twice : floor))
+}
+
+# free_bytes FOLDER, used_bytes FOLDER: of the disk under it, and by the files in it
+free_bytes() { df --output=avail -B1 "$1" | tail -n 1 | tr -d ' '; }
+used_bytes() { du -s -B1 "$1" | cut -f1; }

@@ -1,0 +1,62 @@
+"""deploy/quickstart: numbers of tokens, sizes, and the arguments that it refuses."""
+
+import subprocess
+import unittest
+
+from paths import PARTS, ROOT
+
+
+def bash(call):
+    """(exit status, what it printed) of a call of numbers.sh."""
+    script = f'set -euo pipefail; . "{PARTS}/numbers.sh"; {call}'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout.strip()
+
+
+class Numbers(unittest.TestCase):
+    def test_units(self):
+        for text, n in (("32k", 32768), ("1m", 1048576), ("2M", 2097152), ("4096", 4096)):
+            self.assertEqual(bash(f"plain_number {text}"), (0, str(n)))
+
+    def test_what_is_no_number(self):
+        for text in ("", "k", "0", "-1", "1.5k", "08k", "12x", "1kk", "1234567890", "1;ls"):
+            status, out = bash(f"plain_number '{text}'")
+            self.assertEqual((status, out), (2, ""), text)
+
+    def test_a_million_tokens_need_more_disk_than_their_rows(self):
+        _, need = bash("disk_bytes 1048576 0")
+        self.assertGreater(int(need), 1048576 * 30 * (768 + 204))
+        _, need = bash("disk_bytes 1048576 1")
+        self.assertGreater(int(need), 1048576 * 2 * (4096 + 128))
+
+    def test_the_cap_has_room_for_two_selectors(self):
+        self.assertEqual(bash(f"lmdb_bytes {30 << 30}"), (0, str(60 << 30)))
+        self.assertEqual(bash("lmdb_bytes 1000"), (0, str(8 << 30)))
+
+    def test_people(self):
+        self.assertEqual(bash(f"people {3 << 20}"), (0, "3 MiB"))
+        self.assertEqual(bash(f"people {30 << 30}"), (0, "30 GiB"))
+
+
+class Arguments(unittest.TestCase):
+    """Refused before anything is installed or built."""
+
+    def refused(self, *args):
+        done = subprocess.run(
+            [ROOT / "deploy" / "quickstart", *args], capture_output=True, text=True, check=False
+        )
+        self.assertEqual(done.returncode, 2, done.stderr)
+        return done.stderr
+
+    def test_refusals(self):
+        self.assertIn("'3x' is not a number of tokens", self.refused("--tokens", "3x"))
+        self.assertIn("'5000' is no multiple of 512", self.refused("--tokens", "5000"))
+        self.assertIn("'1024' is under 4096", self.refused("--tokens", "1k"))
+        self.assertIn("--tokens needs a value", self.refused("--tokens"))
+        self.assertIn("unknown selector 'gca'", self.refused("--selector", "gca"))
+        self.assertIn("unknown index 'best'", self.refused("--index", "best"))
+        self.assertIn("unknown argument '--fast'", self.refused("--fast"))
+
+
+if __name__ == "__main__":
+    unittest.main()
