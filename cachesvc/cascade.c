@@ -99,8 +99,11 @@ uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, uint64_t bytes)
 void kvs_cascade_reap(kvs_server *server)
 {
     kvs_victim victim;
-    while (kvs_evict_dead(server->index, &victim))
-        release_lmdb(server, &victim);
+    while (kvs_evict_dead(server->index, &victim)) {
+        kvs_store *store = victim.from_lmdb ? &server->lmdb : &server->dram;
+        store->ops->release(store->tier, &victim.key, victim.slot);
+        kvs_evict_finish(server->index, &victim);
+    }
 }
 
 void kvs_cascade_bad(kvs_server *server, uint32_t value, kvc_status status)
@@ -127,34 +130,38 @@ typedef struct promotion {
     kvs_slot lmdb;
 } promotion;
 
-static void promote_run(kvs_job *job)
+kvc_status kvs_cascade_load(kvs_server *server, const kvs_schema *schema, uint32_t part,
+                            uint32_t value, kvs_slot lmdb)
 {
-    promotion *p = (promotion *)job;
-    kvs_server *server = p->server;
-    const kvs_part *info = &p->schema->parts[p->part];
+    const kvs_part *info = &schema->parts[part];
     kvs_value_key key;
     kvs_slot slot;
     void *addr;
-    bool taken = false;
-    kvs_index_key(server->index, p->value, &key);
-    kvc_status status = reserve(server, p->schema, p->part, &key, true, &slot, &addr);
-    if (status == KVC_OK) {
-        kvs_row_range range = {.first = 0, .n = p->schema->block_tokens, .dst = addr};
-        status = server->lmdb.ops->read(server->lmdb.tier, &key, p->lmdb, info->row_bytes,
-                                        p->schema->block_tokens, &range, 1);
-        if (status == KVC_OK)
-            server->dram.ops->commit(server->dram.tier, slot);
-        else if (status == KVC_CORRUPT || status == KVC_NOT_FOUND)
-            kvs_cascade_bad(server, p->value, status);
-        taken = kvs_index_loaded(server->index, p->value, status == KVC_OK ? &slot : NULL);
-        if (!taken)
-            server->dram.ops->release(server->dram.tier, &key, slot);
-        else
-            KVC_COUNT(promoted_values);
-    } else {
-        kvs_index_loaded(server->index, p->value, NULL);
+    kvs_index_key(server->index, value, &key);
+    kvc_status status = reserve(server, schema, part, &key, true, &slot, &addr);
+    if (status != KVC_OK) {
+        kvs_index_loaded(server->index, value, NULL);
+        return status;
     }
-    atomic_fetch_sub(&server->n_promoting, 1);
+    kvs_row_range range = {.first = 0, .n = schema->block_tokens, .dst = addr};
+    status = server->lmdb.ops->read(server->lmdb.tier, &key, lmdb, info->row_bytes,
+                                    schema->block_tokens, &range, 1);
+    if (status == KVC_OK)
+        server->dram.ops->commit(server->dram.tier, slot);
+    else if (status == KVC_CORRUPT || status == KVC_NOT_FOUND)
+        kvs_cascade_bad(server, value, status);
+    if (kvs_index_loaded(server->index, value, status == KVC_OK ? &slot : NULL))
+        KVC_COUNT(promoted_values);
+    else
+        server->dram.ops->release(server->dram.tier, &key, slot);
+    return status;
+}
+
+static void promote_run(kvs_job *job)
+{
+    promotion *p = (promotion *)job;
+    (void)kvs_cascade_load(p->server, p->schema, p->part, p->value, p->lmdb);
+    atomic_fetch_sub(&p->server->n_promoting, 1);
     free(p);
 }
 

@@ -24,6 +24,9 @@ void kvs_cascade_reap(kvs_server *server);
 /* Loads a value that kvs_index_ref marked LOADING on a disk thread; takes its extra reference. */
 void kvs_cascade_promote(kvs_server *server, const kvs_schema *schema, uint32_t part,
                          uint32_t value, kvs_slot lmdb);
+/* Does so on the calling disk thread. AGAIN: no room that loses nothing; CORRUPT, NOT_FOUND, IO. */
+kvc_status kvs_cascade_load(kvs_server *server, const kvs_schema *schema, uint32_t part,
+                            uint32_t value, kvs_slot lmdb);
 /* A reader found the lmdb copy bad (CORRUPT) or gone (NOT_FOUND); the caller holds a reference. */
 void kvs_cascade_bad(kvs_server *server, uint32_t value, kvc_status status);
 

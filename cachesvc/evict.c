@@ -112,7 +112,7 @@ static bool dram_from(kvs_index *index, kvs_class *cls, bool safe, kvs_victim *v
             return false;
         kvs_value *value = kvs_value_at(index, id);
         cls->hand = value->dram_prev;
-        if (value->refs || (safe && !(value->flags & KVS_LMDB)))
+        if (value->refs || ((safe || value->flags & KVS_HELD) && !(value->flags & KVS_LMDB)))
             continue;
         if (value->flags & KVS_VISITED) {
             value->flags &= (uint16_t)~KVS_VISITED;
@@ -133,7 +133,7 @@ static bool lmdb_from(kvs_index *index, kvs_class *cls, uint32_t *steps_p, kvs_v
     for (uint64_t left = cls->n_lmdb; left > 0 && *steps_p > 0; left--, (*steps_p)--) {
         uint32_t id = cls->lmdb_tail;
         kvs_value *value = kvs_value_at(index, id);
-        if (value->refs || value->flags & (KVS_WRITING | KVS_LOADING)) {
+        if (value->refs || value->flags & (KVS_WRITING | KVS_LOADING | KVS_HELD)) {
             kvs_evict_lmdb_remove(index, id);
             kvs_evict_lmdb_add(index, id);
             continue;
@@ -205,12 +205,16 @@ bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p)
     uint32_t id = index->dead_head;
     if (id != KVS_NIL) {
         kvs_value *value = kvs_value_at(index, id);
-        index->dead_head = value->chain;
-        value->chain = KVS_NIL;
-        value->flags = KVS_FILLING;
-        victim_fill(index, id, value->lmdb, victim_p);
-        victim_p->gone = true;
-        victim_p->from_lmdb = true;
+        bool in_dram = value->flags & KVS_DRAM, in_lmdb = value->flags & KVS_LMDB;
+        victim_fill(index, id, in_dram ? value->dram : value->lmdb, victim_p);
+        victim_p->gone = !(in_dram && in_lmdb);
+        victim_p->from_lmdb = !in_dram;
+        value->flags &= (uint16_t)~KVS_DRAM; /* its other copy waits at the head */
+        if (victim_p->gone) {
+            index->dead_head = value->chain;
+            value->chain = KVS_NIL;
+            value->flags = KVS_FILLING;
+        }
     }
     kvc_mutex_unlock(&index->lock);
     return id != KVS_NIL;

@@ -33,7 +33,7 @@ bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* After the slot was released. */
 void kvs_evict_finish(kvs_index *index, const kvs_victim *victim);
-/* A doomed value that nobody reads any more: where says which slots to release. Then finish. */
+/* One copy of a doomed value that nobody reads any more: release its slot, then finish. */
 bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p);
 
 /* ---- list keeping, with the index lock held -------------------------------------------------- */

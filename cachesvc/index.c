@@ -225,6 +225,7 @@ void kvs_index_publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool d
         kvs_evict_dram_add(index, id);
     }
     index->n_visible++;
+    kvs_hold_admit_locked(index, id);
     kvc_mutex_unlock(&index->lock);
 }
 
@@ -243,6 +244,7 @@ void kvs_index_publish_lmdb(kvs_index *index, uint32_t id, kvs_slot lmdb, bool s
         kvs_evict_dram_add(index, id);
     }
     index->n_visible++;
+    kvs_hold_admit_locked(index, id);
     kvc_mutex_unlock(&index->lock);
 }
 

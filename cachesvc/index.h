@@ -24,7 +24,8 @@
 #define KVS_WRITING 16u  /* a write to lmdb is wanted or under way: the dram copy must stay */
 #define KVS_LOADING 32u  /* a promotion to dram is under way */
 #define KVS_VISITED 64u  /* read since the eviction hand last passed */
-#define KVS_DOOMED  128u /* failed its sum: invisible, freed when the last reader leaves */
+#define KVS_DOOMED  128u /* bad or erased: invisible, freed when the last reader leaves */
+#define KVS_HELD    256u /* counted in held_bytes: leaves no tier unless another has it */
 
 typedef struct kvs_value {
     kvs_slot dram, lmdb;
@@ -42,7 +43,8 @@ typedef struct kvs_block {
     kvc_digest digest;
     uint32_t schema;    /* id */
     uint32_t hash_next; /* block id */
-    uint32_t contexts;  /* times it stands in open contexts */
+    uint32_t contexts;  /* times it stands in open contexts and holds */
+    uint32_t holds;     /* of them holds */
     uint16_t n_values, room;
     uint32_t *values; /* [room] ids by ascending part, then [room] uint16_t: their parts; or NULL */
 } kvs_block;
@@ -74,8 +76,11 @@ typedef struct kvs_index {
     uint32_t n_classes;
     uint32_t dirty_head, dirty_tail; /* values that want a write to lmdb, oldest first */
     uint64_t n_dirty;
-    uint32_t dead_head; /* doomed values without readers */
-    uint64_t n_visible; /* values that a read can find */
+    uint32_t dead_head;                            /* doomed values without readers */
+    uint64_t n_visible;                            /* values that a read can find */
+    uint64_t held_bytes[KVS_MAX_SCHEMAS + 1];      /* of HELD values, by schema */
+    uint32_t held_max_schema;                      /* no id above it has ever been held */
+    uint64_t held_total, max_held, max_held_total; /* caps: of one tenant, of all of them */
 } kvs_index;
 
 /* NULL when memory is out. schemas: by id, borrowed, as in kvs_schemas. */
@@ -140,6 +145,28 @@ kvc_status kvs_index_hold_blocks(kvs_index *index, const kvs_schema *schema,
 void kvs_index_share_blocks(kvs_index *index, const uint32_t *blocks, uint32_t n);
 void kvs_index_drop_blocks(kvs_index *index, const uint32_t *blocks, uint32_t n);
 bool kvs_index_block_is(kvs_index *index, uint32_t block, const kvc_digest *digest);
+
+/* ---- index_keep.c: what may not be dropped, and what must be ---- */
+
+/*
+ * Holds blocks [n] that a context has. *tenant_bytes_p: of all HELD values of the schema's tenant,
+ * also on failure. NO_SPACE: a cap is reached; nothing was changed.
+ */
+kvc_status kvs_index_hold(kvs_index *index, const kvs_schema *schema, const uint32_t *blocks,
+                          uint32_t n, uint64_t *tenant_bytes_p) KVC_MUST_CHECK;
+void kvs_index_unhold(kvs_index *index, const uint32_t *blocks, uint32_t n);
+uint64_t kvs_index_held(kvs_index *index, const kvs_schema *schema);
+/* What became of the values of one block that were to be erased. */
+typedef struct kvs_erased {
+    uint64_t values, bytes; /* invisible from now on */
+    uint64_t pending;       /* erased now or before, or in a put's or write's hands: ask again */
+} kvs_erased;
+/* Erases parts [n_parts] (places) of a block, adding to *erased. The caller reaps what is dead. */
+void kvs_index_erase(kvs_index *index, const kvs_schema *schema, const kvc_digest *digest,
+                     const uint16_t *parts, uint32_t n_parts, kvs_erased *erased);
+/* The same by the id of a block that a context has. */
+void kvs_index_erase_block(kvs_index *index, uint32_t block, const uint16_t *parts,
+                           uint32_t n_parts, kvs_erased *erased);
 
 typedef enum kvs_where { KVS_NOWHERE = 0, KVS_IN_DRAM, KVS_IN_LMDB, KVS_BUSY } kvs_where;
 
@@ -227,6 +254,10 @@ void kvs_block_remove_value(kvs_block *block, uint32_t part);
 /* Frees a block that nothing needs any more. */
 void kvs_block_settle(kvs_index *index, uint32_t id);
 void kvs_value_unref_locked(kvs_index *index, uint32_t id);
+/* A value became visible: HELD where its block is and the caps allow. */
+void kvs_hold_admit_locked(kvs_index *index, uint32_t id);
+/* A value is about to leave: HELD no more. */
+void kvs_hold_forget_locked(kvs_index *index, uint32_t id);
 const kvs_part *kvs_value_part(const kvs_index *index, const kvs_value *value);
 kvs_class *kvs_value_class(kvs_index *index, const kvs_value *value);
 void kvs_key_locked(kvs_index *index, uint32_t id, kvs_value_key *key_p);

@@ -113,7 +113,8 @@ bool kvs_index_doom(kvs_index *index, uint32_t id)
     bool doomed = value->flags & KVS_LMDB && !(value->flags & (KVS_DRAM | KVS_DOOMED));
     if (doomed) {
         kvs_evict_lmdb_remove(index, id);
-        value->flags = (uint16_t)((value->flags & KVS_LOADING) | KVS_DOOMED);
+        kvs_hold_forget_locked(index, id);
+        value->flags = (uint16_t)((value->flags & KVS_LOADING) | KVS_LMDB | KVS_DOOMED);
         index->n_visible--;
     }
     kvc_mutex_unlock(&index->lock);

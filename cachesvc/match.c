@@ -6,10 +6,8 @@
 #include "base/metrics.h"
 #include "request.h"
 
-/* The places of the parts that the request names. NULL after kvs_fail. */
-static uint16_t *named_parts(kvt_call *call, const kvs_schema *schema, uint32_t n)
+uint16_t *kvs_named_parts(kvt_call *call, const kvs_schema *schema, const uint32_t *ids, uint32_t n)
 {
-    const uint32_t *ids = call->req.u.match_prefix.parts;
     if (n > schema->n_parts) {
         kvs_fail(call, KVC_INVALID, "%u parts; the schema has %u", n, schema->n_parts);
         return NULL;
@@ -33,9 +31,7 @@ static uint16_t *named_parts(kvt_call *call, const kvs_schema *schema, uint32_t 
     return places;
 }
 
-/* Where none are named: all but compressed keys, unless the schema has nothing else. NULL after
-   kvs_fail. */
-static uint16_t *default_parts(kvt_call *call, const kvs_schema *schema, uint32_t *n_p)
+uint16_t *kvs_default_parts(kvt_call *call, const kvs_schema *schema, uint32_t *n_p)
 {
     uint16_t *places = kvc_arena_calloc(&call->arena, schema->n_parts, sizeof(*places));
     *n_p = 0;
@@ -66,8 +62,8 @@ void kvs_on_match_prefix(kvs_server *server, kvt_call *call, const kvc_digest *t
         kvs_want_schema(server, call, tenant, &call->req.u.match_prefix.schema);
     if (!schema)
         return;
-    uint16_t *parts =
-        named ? named_parts(call, schema, n_parts) : default_parts(call, schema, &n_parts);
+    uint16_t *parts = named ? kvs_named_parts(call, schema, call->req.u.match_prefix.parts, n_parts)
+                            : kvs_default_parts(call, schema, &n_parts);
     if (!parts)
         return;
     bool want_tiers = call->req.u.match_prefix.want_tiers && n_digests;

@@ -107,3 +107,12 @@ const kvs_schema *kvs_want_schema(kvs_server *server, kvt_call *call, const kvc_
     }
     return schema;
 }
+
+bool kvs_slow_job_begin(kvs_server *server)
+{
+    uint32_t most = (kvs_disk_threads(server->disk) + 1) / 2;
+    if (atomic_fetch_add(&server->n_slow_jobs, 1) < most)
+        return true;
+    atomic_fetch_sub(&server->n_slow_jobs, 1);
+    return false;
+}

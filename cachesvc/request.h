@@ -37,10 +37,19 @@ const kvs_schema *kvs_want_schema(kvs_server *server, kvt_call *call, const kvc_
 /* References the context of a handle, for kvs_context_put; NULL after kvs_fail. */
 kvs_context *kvs_want_context(kvs_server *server, kvt_call *call, const kvc_digest *tenant,
                               uint64_t handle);
+/* The places of parts ids [n] of a schema, in the call's arena. NULL after kvs_fail. */
+uint16_t *kvs_named_parts(kvt_call *call, const kvs_schema *schema, const uint32_t *ids,
+                          uint32_t n);
+/* Where none are named: all but compressed keys, unless the schema has nothing else. NULL after
+   kvs_fail. */
+uint16_t *kvs_default_parts(kvt_call *call, const kvs_schema *schema, uint32_t *n_p);
 /* A TTL of a request in nanoseconds. */
 static inline uint64_t kvs_ttl_ns(uint64_t ttl_ms)
 {
     return ttl_ms > UINT64_MAX / 1000000 ? UINT64_MAX : ttl_ms * 1000000;
 }
+/* Counts one more erase or prefetch in n_slow_jobs; false, and none, where half of the disk
+   threads have such work already. */
+bool kvs_slow_job_begin(kvs_server *server);
 
 #endif

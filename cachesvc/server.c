@@ -189,8 +189,12 @@ void kvs_server_tick(kvs_server *server)
         KVC_COUNT_N(contexts_expired, n);
         KVC_LOG_DEBUG(SERVER, "%u contexts expired", n);
     }
-    if (server->lmdb.ops)
-        kvs_cascade_reap(server);
+    n = kvs_holds_sweep(server->holds, now_ns);
+    if (n) {
+        KVC_COUNT_N(holds_expired, n);
+        KVC_LOG_DEBUG(SERVER, "%u holds expired", n);
+    }
+    kvs_cascade_reap(server);
     atomic_store(&server->window, (uint32_t)(now_ns / WINDOW_NS));
 }
 
@@ -257,7 +261,19 @@ static kvc_status create_tables(kvs_server *server)
         .max_ttl_ns = server->limits.max_ttl_ms * 1000000,
     };
     server->contexts = kvs_contexts_create(&opts);
-    return server->contexts ? KVC_OK : KVC_NO_MEMORY;
+    kvs_holds_opts hold_opts = {
+        .index = server->index,
+        .boot_id = server->boot_id,
+        .max_per_tenant = server->limits.max_contexts,
+        .max_blocks = server->settings.max_open_blocks,
+        .default_ttl_ns = server->settings.context_ttl_ns,
+        .max_ttl_ns = server->limits.max_ttl_ms * 1000000,
+    };
+    server->holds = kvs_holds_create(&hold_opts);
+    const kvs_settings *s = &server->settings;
+    server->index->max_held = s->max_hold_bytes ? s->max_hold_bytes : s->dram_bytes / 2;
+    server->index->max_held_total = s->dram_bytes / 10 * 9;
+    return server->contexts && server->holds ? KVC_OK : KVC_NO_MEMORY;
 }
 
 kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
@@ -374,10 +390,11 @@ void kvs_server_close(kvs_server *server, bool flush)
     kvs_disk_destroy(server->disk);
     kvs_writer_destroy(server->writer, flush);
     kvs_contexts_destroy(server->contexts);
-    if (server->lmdb.ops) {
+    kvs_holds_destroy(server->holds);
+    if (server->index)
         kvs_cascade_reap(server);
+    if (server->lmdb.ops)
         server->lmdb.ops->close(server->lmdb.tier);
-    }
     if (server->dram.ops)
         server->dram.ops->close(server->dram.tier);
     kvs_index_destroy(server->index);

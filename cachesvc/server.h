@@ -13,6 +13,7 @@
 #include "buffers.h"
 #include "context.h"
 #include "disk.h"
+#include "hold.h"
 #include "index.h"
 #include "settings.h"
 #include "tier/tier.h"
@@ -36,6 +37,7 @@ typedef struct kvs_server {
     kvs_schemas *schemas;
     kvs_index *index;
     kvs_contexts *contexts;
+    kvs_holds *holds;
     kvs_store dram, lmdb;
     kvs_disk *disk;     /* NULL without lmdb */
     kvs_writer *writer; /* NULL without lmdb */
@@ -44,6 +46,7 @@ typedef struct kvs_server {
     atomic_uint window;               /* number of the promotion window */
     atomic_uint_least64_t lent_bytes; /* of dram values that slices on their way out point at */
     atomic_uint n_promoting;          /* values being loaded to dram */
+    atomic_uint n_slow_jobs;          /* erases and prefetches with the disk threads */
     /* Since the ticker last logged them: evicted from the last tier; write-behind failed. */
     atomic_uint_least64_t lost_values, lost_bytes, unwritten_values;
 

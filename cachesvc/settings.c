@@ -63,6 +63,10 @@ static const kvc_setting table[] = {
     {"max_open_blocks", KVC_CONFIG_UINT, FIELD(max_open_blocks), "4194304", 1, 1000000000, NULL,
      "Blocks in all open contexts together. Each takes 4 bytes, and some 70 more where no value of "
      "the block is here."},
+    {"max_hold_bytes", KVC_CONFIG_BYTES, FIELD(max_hold_bytes), "0", 0, 64 * TIB, NULL,
+     "Bytes of values that one tenant's holds may keep from eviction; beyond it Hold is refused. "
+     "0: "
+     "half of dram_bytes. All tenants together may hold nine tenths of dram_bytes."},
     {"transport_threads", KVC_CONFIG_UINT, FIELD(transport_threads), "0", 0, 64, NULL,
      "Threads for each listener. 0: as many as there are cores, 4 at most."},
     {"disk_threads", KVC_CONFIG_UINT, FIELD(disk_threads), "8", 1, 256, NULL,
@@ -118,6 +122,10 @@ kvc_status kvs_settings_check(const kvs_settings *settings, char why[KVC_CONFIG_
     if (settings->max_value_bytes > settings->dram_bytes) {
         snprintf(why, KVC_CONFIG_WHY_BYTES,
                  "max_value_bytes is larger than dram_bytes: no such value would fit");
+        return KVC_INVALID;
+    }
+    if (settings->max_hold_bytes > settings->dram_bytes / 10 * 9) {
+        snprintf(why, KVC_CONFIG_WHY_BYTES, "max_hold_bytes is above nine tenths of dram_bytes");
         return KVC_INVALID;
     }
     if (settings->lmdb_path[0] && settings->lmdb_bytes && settings->lmdb_bytes < 16 * MIB) {

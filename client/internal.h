@@ -102,6 +102,7 @@ struct kvci_msg {
     uint32_t n_segs;
     kvci_seg *segs; /* fetch only, as row_groups */
     kvc_row_group *row_groups;
+    uint64_t *handle_p; /* in req: where the handle of segs[0] goes; NULL: row_groups have them */
     kvc_request req;
     kvt_xfer xfer;
 };
@@ -155,6 +156,13 @@ struct kvci_call {
             void *arg;
             bool *resent_p;
         } rpc;
+        struct {
+            kvc_erase_info *info_p;
+            kvc_erase_info *infos; /* [n_msgs] */
+        } erase;
+        struct {
+            void *info_p; /* as the kind's take wants it */
+        } keep;
     } u;
 };
 

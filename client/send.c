@@ -244,7 +244,8 @@ static kvci_msg *next_sendable(kvc_client *client)
 static void prepare(kvc_client *client, kvci_msg *msg)
 {
     for (uint32_t i = 0; i < msg->n_segs; i++) {
-        msg->row_groups[i].context = msg->segs[i].context->handle;
+        uint64_t *handle_p = msg->handle_p ? msg->handle_p : &msg->row_groups[i].context;
+        *handle_p = msg->segs[i].context->handle;
         msg->segs[i].gen = msg->segs[i].context->gen;
     }
     kvt_xfer *xfer = &msg->xfer;

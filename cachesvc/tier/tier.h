@@ -119,10 +119,10 @@ typedef struct kvs_tier_ops {
        (dst undefined), NOT_FOUND if the value is gone, IO. Called on a disk thread; may block. */
     kvc_status (*read)(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
                        uint32_t n_rows, const kvs_row_range *ranges, uint32_t n_ranges);
-    /* BLOCKING: REQ. Waits until the values of slots [n] are synced, with all that was written
-       before; n 0: everything. A slot's status (status [n], NULL if nobody asks) does not depend on
-       what became of others where they are synced apart. Answers the first failure: IO. Disk
-       thread. */
+    /* BLOCKING: REQ. Waits until the values of slots [n] are synced, with all that was written and
+       released before; n 0: everything. A slot's status (status [n], NULL if nobody asks) does not
+       depend on what became of others where they are synced apart. Answers the first failure: IO.
+       Disk thread. */
     kvc_status (*sync)(kvs_tier *tier, const kvs_slot *slots, uint32_t n, int8_t *status);
 
     /* PERSISTENT: REQ. Finds every value; before any other use of an opened tier but meta_each. */

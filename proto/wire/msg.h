@@ -103,6 +103,25 @@ typedef struct kvc_request {
             uint32_t n_blocks;
         } fork_context;
         struct {
+            kvc_digest schema; /* unused where context is not 0 */
+            uint64_t context;
+            uint32_t n_digests, n_parts;
+            const kvc_digest *digests;
+            const uint32_t *parts;
+        } erase;
+        struct {
+            uint64_t context, hold, ttl_ms;
+        } hold;
+        struct {
+            uint64_t hold;
+        } release;
+        struct {
+            uint64_t context;
+            uint32_t n_parts, first_block, n_blocks;
+            const uint32_t *parts;
+            kvc_tier tier;
+        } prefetch;
+        struct {
             uint32_t n_groups;
             const kvc_row_group *groups;
         } fetch_rows; /* and of FetchRowsStream */
@@ -152,6 +171,16 @@ typedef struct kvc_reply {
         struct {
             uint64_t context, ttl_ms, n_tokens;
         } fork_context;
+        struct {
+            uint64_t values, bytes;
+        } erase;
+        struct {
+            uint64_t hold, ttl_ms, tenant_bytes, max_bytes;
+            uint32_t n_blocks;
+        } hold;
+        struct {
+            uint64_t there, moved, missing, left, moved_bytes;
+        } prefetch;
         struct {
             uint32_t n_missing;
             const kvc_missing_row *missing;

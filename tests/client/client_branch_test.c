@@ -1,6 +1,6 @@
 /*
- * client_branch_test.c: truncate, fork and the tiers of a match, against a server that is well,
- * forgets handles and answers nothing.
+ * client_branch_test.c: truncate, fork, the tiers of a match, erase, hold, prefetch, against a
+ * server that is well, forgets handles and answers nothing.
  */
 #include "fixture.h"
 
@@ -123,13 +123,112 @@ static void test_tiers(void **state)
     fixture_stop(&f);
 }
 
+static kvc_status wait_for(kvc_status submitted, kvc_op *op)
+{
+    return submitted == KVC_OK ? kvc_op_wait(op, 0) : submitted;
+}
+
+static void test_erase(void **state)
+{
+    (void)state;
+    fixture f = {0};
+    kvc_erase_info info;
+    const uint32_t parts[] = {3, 4};
+    kvc_op op;
+    fake_init(&f.fake);
+    f.fake.limits.max_digests = 100;
+    fixture_open(&f);
+    kvc_digest *digests = fixture_digests(250);
+    kvc_op_init(&op, NULL, NULL);
+    assert_ok(wait_for(kvc_erase(f.client, &f.schema, digests, 250, parts, 2, &info, 0, &op), &op));
+    assert_int_equal(fake_calls(&f.fake, KVC_ERASE), 3);
+    assert_int_equal(info.values, 250);
+    assert_int_equal(info.bytes, 2500);
+    assert_ok(wait_for(kvc_erase(f.client, &f.schema, NULL, 0, NULL, 0, NULL, 0, &op), &op));
+    assert_status(
+        kvc_erase(f.client, &f.schema, digests, 1, parts, KVC_MAX_PARTS + 1, &info, 0, &op),
+        KVC_INVALID);
+    free(digests);
+    fixture_stop(&f);
+}
+
+static void test_hold(void **state)
+{
+    (void)state;
+    fixture f;
+    kvc_hold_info info;
+    kvc_op op;
+    fixture_start(&f);
+    kvc_context *context = fixture_context(&f, 20);
+    kvc_op_init(&op, NULL, NULL);
+    assert_ok(wait_for(kvc_hold(context, 777, &info, 0, &op), &op));
+    uint64_t first = info.hold;
+    assert_true(first > 1000);
+    assert_int_equal(info.ttl_ms, 777);
+    assert_int_equal(info.n_blocks, 12);
+    assert_int_equal(info.tenant_bytes, 13);
+    assert_int_equal(info.max_bytes, 14);
+    assert_ok(wait_for(kvc_hold_renew(f.client, first, 5, &info, 0, &op), &op));
+    assert_int_equal(info.hold, first);
+    assert_status(kvc_hold_renew(f.client, 0, 5, &info, 0, &op), KVC_INVALID);
+    /* A stale handle is opened again, and the hold goes on with the new one. */
+    fake_make_stale(&f.fake);
+    assert_ok(wait_for(kvc_hold(context, 1, &info, 0, &op), &op));
+    assert_true(info.hold > first);
+    assert_int_equal(fake_calls(&f.fake, KVC_OPEN_CONTEXT), 2);
+    assert_ok(wait_for(kvc_release(f.client, info.hold, 0, &op), &op));
+    fake_add_rule(&f.fake, &(fake_rule){.method = KVC_RELEASE,
+                                        .action = FAKE_STATUS,
+                                        .times = 1,
+                                        .status = KVC_NOT_FOUND});
+    assert_status(wait_for(kvc_release(f.client, info.hold, 0, &op), &op), KVC_NOT_FOUND);
+    fake_add_rule(&f.fake, &(fake_rule){.method = KVC_HOLD,
+                                        .action = FAKE_STATUS,
+                                        .times = 1,
+                                        .status = KVC_NO_SPACE});
+    assert_status(wait_for(kvc_hold(context, 1, &info, 0, &op), &op), KVC_NO_SPACE);
+    kvc_context_close(context);
+    fixture_stop(&f);
+}
+
+static void test_prefetch(void **state)
+{
+    (void)state;
+    fixture f;
+    kvc_prefetch_info info;
+    uint32_t parts[] = {3, 4, 5};
+    kvc_op op;
+    fixture_start(&f);
+    kvc_context *context = fixture_context(&f, 20);
+    kvc_op_init(&op, NULL, NULL);
+    fake_make_stale(&f.fake);
+    assert_ok(kvc_prefetch(context, parts, 3, 6, 7, KVC_TIER_DRAM, &info, 0, &op));
+    parts[1] = 99; /* borrowed until the call returned, no longer */
+    assert_ok(kvc_op_wait(&op, 0));
+    assert_int_equal(info.there, 6);
+    assert_int_equal(info.moved, 7);
+    assert_int_equal(info.missing, 3);
+    assert_int_equal(info.left, KVC_TIER_DRAM);
+    assert_int_equal(info.moved_bytes, 4);
+    fake_add_rule(
+        &f.fake,
+        &(fake_rule){.method = KVC_PREFETCH, .action = FAKE_LATE, .times = 1, .delay_ms = 2000});
+    assert_ok(kvc_prefetch(context, parts, 3, 6, 7, KVC_TIER_DRAM, &info, 0, &op));
+    kvc_op_cancel(&op);
+    uint64_t start_ns = kvc_now_ns();
+    assert_status(kvc_op_wait(&op, 0), KVC_CANCELLED);
+    assert_true(kvc_now_ns() - start_ns < 1500 * MS);
+    kvc_context_close(context);
+    fixture_stop(&f);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_truncate),
-        cmocka_unit_test(test_truncate_unknown),
-        cmocka_unit_test(test_fork),
-        cmocka_unit_test(test_tiers),
+        cmocka_unit_test(test_truncate), cmocka_unit_test(test_truncate_unknown),
+        cmocka_unit_test(test_fork),     cmocka_unit_test(test_tiers),
+        cmocka_unit_test(test_erase),    cmocka_unit_test(test_hold),
+        cmocka_unit_test(test_prefetch),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

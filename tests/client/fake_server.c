@@ -172,6 +172,39 @@ static void answer_fork(fake_server *fake, kvt_call *call)
     answer(fake, call, stale ? KVC_STALE_HANDLE : KVC_OK, "fork", 0, &reply, NULL, 0);
 }
 
+static void answer_erase(fake_server *fake, kvt_call *call)
+{
+    kvc_reply reply = {.method = KVC_ERASE};
+    reply.u.erase.values = call->req.u.erase.n_digests;
+    reply.u.erase.bytes = 10ull * call->req.u.erase.n_digests;
+    answer(fake, call, KVC_OK, NULL, 0, &reply, NULL, 0);
+}
+
+/* Hold and prefetch: what they echo says which handle came. */
+static void answer_keep(fake_server *fake, kvt_call *call)
+{
+    kvc_reply reply = {.method = call->req.method};
+    const kvc_request *req = &call->req;
+    uint64_t context = req->method == KVC_HOLD ? req->u.hold.context : req->u.prefetch.context;
+    kvc_mutex_lock(&fake->lock);
+    bool stale = req->method != KVC_RELEASE && context != 0 && context < fake->stale_below;
+    kvc_mutex_unlock(&fake->lock);
+    if (req->method == KVC_HOLD) {
+        reply.u.hold.hold = req->u.hold.hold != 0 ? req->u.hold.hold : 1000 + context;
+        reply.u.hold.ttl_ms = req->u.hold.ttl_ms;
+        reply.u.hold.n_blocks = 12;
+        reply.u.hold.tenant_bytes = 13;
+        reply.u.hold.max_bytes = 14;
+    } else if (req->method == KVC_PREFETCH) {
+        reply.u.prefetch.there = req->u.prefetch.first_block;
+        reply.u.prefetch.moved = req->u.prefetch.n_blocks;
+        reply.u.prefetch.missing = req->u.prefetch.n_parts;
+        reply.u.prefetch.left = (uint64_t)req->u.prefetch.tier;
+        reply.u.prefetch.moved_bytes = req->u.prefetch.parts[1];
+    }
+    answer(fake, call, stale ? KVC_STALE_HANDLE : KVC_OK, "keep", 0, &reply, NULL, 0);
+}
+
 static uint32_t count_picks(const kvc_request *req)
 {
     uint32_t n = 0;
@@ -303,6 +336,14 @@ static void answer_well(fake_server *fake, kvt_call *call, fake_action action)
         return;
     case KVC_FORK_CONTEXT:
         answer_fork(fake, call);
+        return;
+    case KVC_ERASE:
+        answer_erase(fake, call);
+        return;
+    case KVC_HOLD:
+    case KVC_RELEASE:
+    case KVC_PREFETCH:
+        answer_keep(fake, call);
         return;
     case KVC_FETCH_ROWS:
         answer_fetch(fake, call, action);

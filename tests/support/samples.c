@@ -105,9 +105,51 @@ static const kvc_put_value *sample_values(uint32_t n, kvc_arena *arena)
     return values;
 }
 
+static const uint32_t sample_parts[] = {0, 1, 300, 70000};
+
+/* The methods about what stays and what goes. */
+static void fill_keep_request(kvc_request *req, kvc_arena *arena)
+{
+    switch (req->method) {
+    case KVC_TRUNCATE_CONTEXT:
+        req->u.truncate_context.context = 78;
+        req->u.truncate_context.n_blocks = 79;
+        break;
+    case KVC_FORK_CONTEXT:
+        req->u.fork_context.context = 80;
+        req->u.fork_context.n_blocks = 81;
+        req->u.fork_context.ttl_ms = 82;
+        break;
+    case KVC_ERASE:
+        req->u.erase.schema = sample_digest(93);
+        req->u.erase.n_digests = 7;
+        req->u.erase.digests = sample_digests(7, arena);
+        req->u.erase.n_parts = 4;
+        req->u.erase.parts = sample_parts;
+        break;
+    case KVC_HOLD:
+        req->u.hold.context = 83;
+        req->u.hold.hold = 84;
+        req->u.hold.ttl_ms = 85;
+        break;
+    case KVC_RELEASE:
+        req->u.release.hold = 86;
+        break;
+    case KVC_PREFETCH:
+        req->u.prefetch.context = 87;
+        req->u.prefetch.n_parts = 4;
+        req->u.prefetch.parts = sample_parts;
+        req->u.prefetch.first_block = 88;
+        req->u.prefetch.n_blocks = 89;
+        req->u.prefetch.tier = KVC_TIER_DRAM;
+        break;
+    default:
+        break;
+    }
+}
+
 kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *arena)
 {
-    static const uint32_t parts[] = {0, 1, 300, 70000};
     kvc_request req = {.method = method};
     switch (method) {
     case KVC_REGISTER_SCHEMA:
@@ -127,7 +169,7 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
         req.u.match_prefix.n_digests = 20;
         req.u.match_prefix.digests = sample_digests(20, arena);
         req.u.match_prefix.n_parts = 4;
-        req.u.match_prefix.parts = parts;
+        req.u.match_prefix.parts = sample_parts;
         req.u.match_prefix.want_tiers = true;
         break;
     case KVC_OPEN_CONTEXT:
@@ -146,13 +188,12 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
         req.u.close_context.context = 77;
         break;
     case KVC_TRUNCATE_CONTEXT:
-        req.u.truncate_context.context = 78;
-        req.u.truncate_context.n_blocks = 79;
-        break;
     case KVC_FORK_CONTEXT:
-        req.u.fork_context.context = 80;
-        req.u.fork_context.n_blocks = 81;
-        req.u.fork_context.ttl_ms = 82;
+    case KVC_ERASE:
+    case KVC_HOLD:
+    case KVC_RELEASE:
+    case KVC_PREFETCH:
+        fill_keep_request(&req, arena);
         break;
     case KVC_FETCH_ROWS:
         req.u.fetch_rows.n_groups = 4;
@@ -167,7 +208,7 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
         req.u.fetch_blocks.n_digests = 7;
         req.u.fetch_blocks.digests = sample_digests(7, arena);
         req.u.fetch_blocks.n_parts = 3;
-        req.u.fetch_blocks.parts = parts;
+        req.u.fetch_blocks.parts = sample_parts;
         break;
     case KVC_DESCRIBE:
     case KVC_STATS:
@@ -232,6 +273,40 @@ static void fill_stats_reply(kvc_reply *reply, kvc_arena *arena)
     reply->u.stats.counters = counters;
 }
 
+static void fill_keep_reply(kvc_reply *reply)
+{
+    switch (reply->method) {
+    case KVC_TRUNCATE_CONTEXT:
+        reply->u.truncate_context.n_tokens = 4243;
+        break;
+    case KVC_FORK_CONTEXT:
+        reply->u.fork_context.context = 4244;
+        reply->u.fork_context.ttl_ms = 4245;
+        reply->u.fork_context.n_tokens = 4246;
+        break;
+    case KVC_ERASE:
+        reply->u.erase.values = 4247;
+        reply->u.erase.bytes = 4248;
+        break;
+    case KVC_HOLD:
+        reply->u.hold.hold = 4249;
+        reply->u.hold.ttl_ms = 4250;
+        reply->u.hold.n_blocks = 4251;
+        reply->u.hold.tenant_bytes = 4252;
+        reply->u.hold.max_bytes = 4253;
+        break;
+    case KVC_PREFETCH:
+        reply->u.prefetch.there = 4254;
+        reply->u.prefetch.moved = 4255;
+        reply->u.prefetch.missing = 4256;
+        reply->u.prefetch.left = 4257;
+        reply->u.prefetch.moved_bytes = 4258;
+        break;
+    default:
+        break;
+    }
+}
+
 kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
 {
     static const uint8_t tiers[] = {KVC_TIER_DRAM, KVC_TIER_LMDB, KVC_TIER_GPU};
@@ -268,12 +343,11 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
         reply.u.extend_context.n_tokens = 4242;
         break;
     case KVC_TRUNCATE_CONTEXT:
-        reply.u.truncate_context.n_tokens = 4243;
-        break;
     case KVC_FORK_CONTEXT:
-        reply.u.fork_context.context = 4244;
-        reply.u.fork_context.ttl_ms = 4245;
-        reply.u.fork_context.n_tokens = 4246;
+    case KVC_ERASE:
+    case KVC_HOLD:
+    case KVC_PREFETCH:
+        fill_keep_reply(&reply);
         break;
     case KVC_FETCH_ROWS:
         fill_fetch_reply(&reply, data_bytes, arena);
@@ -288,6 +362,7 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
     case KVC_FETCH_BLOCKS:
         fill_blocks_reply(&reply, data_bytes, arena);
         break;
+    case KVC_RELEASE:
     case KVC_CLOSE_CONTEXT:
     case KVC_METHOD_COUNT:
         break;

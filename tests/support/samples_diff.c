@@ -130,6 +130,32 @@ static const char *context_diff(const kvc_request *a, const kvc_request *b)
     return NULL;
 }
 
+static const char *keep_diff(const kvc_request *a, const kvc_request *b)
+{
+    if (a->method == KVC_ERASE) {
+        SAME_BYTES(u.erase.schema.bytes, KVC_DIGEST_BYTES);
+        SAME(u.erase.context);
+        SAME(u.erase.n_digests);
+        SAME(u.erase.n_parts);
+        SAME_BYTES(u.erase.digests, a->u.erase.n_digests * sizeof(kvc_digest));
+        SAME_BYTES(u.erase.parts, a->u.erase.n_parts * sizeof(uint32_t));
+    } else if (a->method == KVC_HOLD) {
+        SAME(u.hold.context);
+        SAME(u.hold.hold);
+        SAME(u.hold.ttl_ms);
+    } else if (a->method == KVC_RELEASE) {
+        SAME(u.release.hold);
+    } else if (a->method == KVC_PREFETCH) {
+        SAME(u.prefetch.context);
+        SAME(u.prefetch.n_parts);
+        SAME_BYTES(u.prefetch.parts, a->u.prefetch.n_parts * sizeof(uint32_t));
+        SAME(u.prefetch.first_block);
+        SAME(u.prefetch.n_blocks);
+        SAME(u.prefetch.tier);
+    }
+    return NULL;
+}
+
 const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
 {
     SAME(method);
@@ -165,6 +191,11 @@ const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
         SAME(u.fetch_rows.n_groups);
         return groups_diff(a->u.fetch_rows.groups, b->u.fetch_rows.groups,
                            a->u.fetch_rows.n_groups);
+    case KVC_ERASE:
+    case KVC_HOLD:
+    case KVC_RELEASE:
+    case KVC_PREFETCH:
+        return keep_diff(a, b);
     default:
         return context_diff(a, b);
     }
@@ -272,6 +303,24 @@ const char *sample_reply_diff(const kvc_reply *a, const kvc_reply *b)
         return NULL;
     case KVC_TRUNCATE_CONTEXT:
         SAME(u.truncate_context.n_tokens);
+        return NULL;
+    case KVC_ERASE:
+        SAME(u.erase.values);
+        SAME(u.erase.bytes);
+        return NULL;
+    case KVC_HOLD:
+        SAME(u.hold.hold);
+        SAME(u.hold.ttl_ms);
+        SAME(u.hold.n_blocks);
+        SAME(u.hold.tenant_bytes);
+        SAME(u.hold.max_bytes);
+        return NULL;
+    case KVC_PREFETCH:
+        SAME(u.prefetch.there);
+        SAME(u.prefetch.moved);
+        SAME(u.prefetch.missing);
+        SAME(u.prefetch.left);
+        SAME(u.prefetch.moved_bytes);
         return NULL;
     case KVC_FORK_CONTEXT:
         SAME(u.fork_context.context);

@@ -188,6 +188,63 @@ kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t 
                      const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,
                      uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
 
+/* ---- what stays and what goes ------------------------------------------------------------------
+ */
+
+typedef struct kvc_erase_info {
+    uint64_t values, bytes; /* that were there */
+} kvc_erase_info;
+
+/*
+ * Removes the values of blocks [n] in parts [n_parts] (0: all) from every tier of the server,
+ * whoever else names them and whatever holds them. OK: no reader has them any more, and no restart
+ * or power loss brings them back; their bytes may stay in freed pages of the server's files until
+ * those are used again. TIMED_OUT, CANCELLED: some may be left; those met are served no more.
+ * Borrows digests and parts; keeps info_p (may be NULL) until completion.
+ */
+kvc_status kvc_erase(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                     uint32_t n, const uint32_t *parts, uint32_t n_parts, kvc_erase_info *info_p,
+                     uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+
+typedef struct kvc_hold_info {
+    uint64_t hold;                    /* its name, for renew and release */
+    uint64_t ttl_ms;                  /* as the server took it */
+    uint64_t tenant_bytes, max_bytes; /* of all holds of the tenant; their cap */
+    uint32_t n_blocks;
+} kvc_hold_info;
+
+/*
+ * Keeps what the context's blocks hold from eviction for ttl_ms (0: the server's default), also
+ * after the context was closed. NO_SPACE: the tenant's cap. A retry after a lost answer may leave
+ * a second hold, which ends with its TTL. Keeps info_p until completion; context must stay open
+ * until then.
+ */
+kvc_status kvc_hold(kvc_context *context, uint64_t ttl_ms, kvc_hold_info *info_p,
+                    uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+/* Its TTL begins anew. NOT_FOUND: it ran out, was released, or the server was restarted. */
+kvc_status kvc_hold_renew(kvc_client *client, uint64_t hold, uint64_t ttl_ms, kvc_hold_info *info_p,
+                          uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+/* Ends a hold. NOT_FOUND as for renew. */
+kvc_status kvc_release(kvc_client *client, uint64_t hold, uint64_t deadline_ns,
+                       kvc_op *op) KVC_MUST_CHECK;
+
+/* Values, by what became of them. */
+typedef struct kvc_prefetch_info {
+    uint64_t there, moved, missing;
+    uint64_t left; /* in a slower tier still: no room, or somebody else has them in hand */
+    uint64_t moved_bytes;
+} kvc_prefetch_info;
+
+/*
+ * Loads parts [n_parts] (0: all but index parts) of blocks first_block .. first_block + n_blocks -
+ * 1 (n_blocks 0: to the end) to tier (KVC_TIER_DRAM), as far as there is room that loses nothing.
+ * Completes when it is done; kvc_op_cancel stops it, and what was loaded stays. Borrows parts;
+ * keeps info_p until completion; context must stay open until then.
+ */
+kvc_status kvc_prefetch(kvc_context *context, const uint32_t *parts, uint32_t n_parts,
+                        uint32_t first_block, uint32_t n_blocks, kvc_tier tier,
+                        kvc_prefetch_info *info_p, uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+
 /* ---- what the server says of itself ------------------------------------------------------------
  */
 

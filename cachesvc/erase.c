@@ -1,0 +1,190 @@
+/*
+ * erase.c: Erase.
+ *
+ * With lmdb it runs on a disk thread and walks the blocks until nothing of them is left: values in
+ * a put's, a write's or a reader's hands are met again in the next walk. Then lmdb is synced, and
+ * only then is it answered. Without lmdb one walk on the transport thread is all, and what is left
+ * is answered AGAIN. Invariant: what a walk has met is invisible from then on, however it ends.
+ */
+#include <stdlib.h>
+#include <time.h>
+
+#include "base/clock.h"
+#include "base/metrics.h"
+#include "cascade.h"
+#include "request.h"
+#include "writer.h"
+
+#define FIRST_PAUSE_NS 500000u
+#define MAX_PAUSE_NS   20000000u
+#define CHECK_BLOCKS   64u /* between looks at the clock */
+
+typedef struct erase {
+    kvs_job job; /* first */
+    kvs_server *server;
+    kvt_call *call;
+    const kvs_schema *schema;
+    kvs_context *context; /* NULL: the request's digests */
+    const uint16_t *parts;
+    uint32_t n_parts, n_blocks;
+    kvs_erased sum; /* pending: of the last walk */
+} erase;
+
+static kvc_status given_up(const erase *e)
+{
+    if (kvt_call_cancelled(e->call))
+        return KVC_CANCELLED;
+    return kvc_expired(e->call->deadline_ns) ? KVC_TIMED_OUT : KVC_OK;
+}
+
+/* One walk; frees what nobody reads any more. */
+static kvc_status walk(erase *e)
+{
+    kvs_index *index = e->server->index;
+    e->sum.pending = 0;
+    for (uint32_t i = 0; i < e->n_blocks; i++) {
+        kvc_status status = i % CHECK_BLOCKS == 0 ? given_up(e) : KVC_OK;
+        if (status != KVC_OK)
+            return status;
+        if (e->context)
+            kvs_index_erase_block(index, kvs_context_block(e->context, i), e->parts, e->n_parts,
+                                  &e->sum);
+        else
+            kvs_index_erase(index, e->schema, &e->call->req.u.erase.digests[i], e->parts,
+                            e->n_parts, &e->sum);
+    }
+    kvs_cascade_reap(e->server);
+    return KVC_OK;
+}
+
+static void finish(erase *e, kvc_status status)
+{
+    KVC_COUNT_N(erased_values, e->sum.values);
+    if (e->context)
+        kvs_context_put(e->server->contexts, e->context);
+    kvc_reply reply = {.method = KVC_ERASE};
+    reply.u.erase.values = e->sum.values;
+    reply.u.erase.bytes = e->sum.bytes;
+    if (status == KVC_OK)
+        kvs_answer(e->call, &reply, NULL, 0);
+    else if (status == KVC_IO)
+        kvs_fail(e->call, status,
+                 "lmdb could not sync the removal: values may be back at a restart");
+    else
+        kvs_fail(e->call, status,
+                 "%llu values were still read or written when it ended; those that were met are "
+                 "served no more: repeat it",
+                 (unsigned long long)e->sum.pending);
+    free(e);
+}
+
+/* Walks until a walk meets nothing. */
+static void erase_run(kvs_job *job)
+{
+    erase *e = (erase *)job;
+    kvs_server *server = e->server;
+    struct timespec pause = {.tv_nsec = FIRST_PAUSE_NS};
+    kvc_status status;
+    while ((status = walk(e)) == KVC_OK && e->sum.pending) {
+        kvs_writer_kick(server->writer);
+        nanosleep(&pause, NULL);
+        if (pause.tv_nsec < (long)MAX_PAUSE_NS)
+            pause.tv_nsec *= 2;
+    }
+    if (status == KVC_OK)
+        status = server->lmdb.ops->sync(server->lmdb.tier, NULL, 0, NULL);
+    atomic_fetch_sub(&server->n_slow_jobs, 1);
+    finish(e, status);
+}
+
+/* Gives up before the first walk. */
+static void drop(erase *e)
+{
+    if (e->context)
+        kvs_context_put(e->server->contexts, e->context);
+    free(e);
+}
+
+/* There is nobody to wait on: the second walk meets what the first freed no more. */
+static void erase_here(erase *e)
+{
+    kvc_status status = walk(e);
+    if (status == KVC_OK && e->sum.pending)
+        status = walk(e);
+    finish(e, status == KVC_OK && e->sum.pending ? KVC_AGAIN : status);
+}
+
+static void start(erase *e)
+{
+    kvs_server *server = e->server;
+    if (!server->disk) {
+        erase_here(e);
+        return;
+    }
+    e->job.run = erase_run;
+    if (!kvs_slow_job_begin(server)) {
+        kvs_fail(e->call, KVC_AGAIN, "too many erases and prefetches at once");
+        drop(e);
+    } else if (kvs_disk_submit(server->disk, &e->job) != KVC_OK) {
+        atomic_fetch_sub(&server->n_slow_jobs, 1);
+        kvs_fail(e->call, KVC_AGAIN, "the disk threads have too much to do");
+        drop(e);
+    }
+}
+
+/* The parts to erase, all where none is named; false after kvs_fail. */
+static bool choose_parts(erase *e)
+{
+    kvt_call *call = e->call;
+    uint32_t n = call->req.u.erase.n_parts;
+    if (n) {
+        e->parts = kvs_named_parts(call, e->schema, call->req.u.erase.parts, n);
+        e->n_parts = n;
+        return e->parts != NULL;
+    }
+    uint16_t *all = kvc_arena_calloc(&call->arena, e->schema->n_parts, sizeof(*all));
+    if (!all) {
+        kvs_fail(call, KVC_NO_MEMORY, "no memory for the list of parts");
+        return false;
+    }
+    for (uint32_t i = 0; i < e->schema->n_parts; i++)
+        all[i] = (uint16_t)i;
+    e->parts = all;
+    e->n_parts = e->schema->n_parts;
+    return true;
+}
+
+/* What is named: a context's blocks, or digests of a schema; false after kvs_fail. */
+static bool choose_blocks(erase *e, const kvc_digest *tenant)
+{
+    kvt_call *call = e->call;
+    uint32_t n = call->req.u.erase.n_digests;
+    if (call->req.u.erase.context) {
+        e->context = kvs_want_context(e->server, call, tenant, call->req.u.erase.context);
+        e->schema = e->context ? e->context->schema : NULL;
+        e->n_blocks = e->context ? atomic_load(&e->context->n_blocks) : 0;
+    } else if (n > e->server->limits.max_digests) {
+        kvs_fail(call, KVC_INVALID, "%u digests; max_digests is %u", n,
+                 e->server->limits.max_digests);
+    } else {
+        e->schema = kvs_want_schema(e->server, call, tenant, &call->req.u.erase.schema);
+        e->n_blocks = n;
+    }
+    return e->schema != NULL;
+}
+
+void kvs_on_erase(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
+{
+    erase *e = calloc(1, sizeof(*e));
+    if (!e) {
+        kvs_fail(call, KVC_NO_MEMORY, "no memory");
+        return;
+    }
+    e->server = server;
+    e->call = call;
+    if (choose_blocks(e, tenant) && choose_parts(e)) {
+        start(e);
+        return;
+    }
+    drop(e);
+}

@@ -1,0 +1,189 @@
+/*
+ * prefetch.c: Prefetch.
+ *
+ * Runs on one disk thread at a time and gives it back after every few loads, so that fetches come
+ * in between. It only uses room that loses nothing: free, or of values that lmdb has too; once a
+ * part found none, its other values stay where they are. Invariant: the context is referenced until
+ * the answer, so its block ids stay valid.
+ */
+#include <stdlib.h>
+
+#include "base/clock.h"
+#include "base/metrics.h"
+#include "cascade.h"
+#include "request.h"
+
+#define TURN_LOADS 8u    /* values loaded before the thread is given back */
+#define TURN_LOOKS 1024u /* values looked at */
+#define DRAM_PART  2u    /* of dram: the most that one call loads */
+
+typedef struct prefetch {
+    kvs_job job; /* first */
+    kvs_server *server;
+    kvt_call *call;
+    kvs_context *context;
+    const uint16_t *parts;
+    bool *full; /* [n_parts] no room was found for this one */
+    uint32_t n_parts, block, end, part;
+    uint64_t there, moved, missing, left, moved_bytes;
+} prefetch;
+
+static void finish(prefetch *p, kvc_status status, const char *why)
+{
+    kvc_reply reply = {.method = KVC_PREFETCH};
+    reply.u.prefetch.there = p->there;
+    reply.u.prefetch.moved = p->moved;
+    reply.u.prefetch.missing = p->missing;
+    reply.u.prefetch.left = p->left;
+    reply.u.prefetch.moved_bytes = p->moved_bytes;
+    KVC_COUNT_N(prefetched_values, p->moved);
+    kvs_context_put(p->server->contexts, p->context);
+    if (p->server->disk)
+        atomic_fetch_sub(&p->server->n_slow_jobs, 1);
+    if (status == KVC_OK)
+        kvs_answer(p->call, &reply, NULL, 0);
+    else
+        kvs_fail(p->call, status, "%s; %llu values were loaded", why, (unsigned long long)p->moved);
+    free(p);
+}
+
+/* Loads a value that the lookup marked for it, or counts it as left. */
+static void load(prefetch *p, const kvs_part *info, const kvs_read *read)
+{
+    kvc_status status =
+        kvs_cascade_load(p->server, p->context->schema, p->parts[p->part], read->value, read->slot);
+    if (status == KVC_OK) {
+        p->moved++;
+        p->moved_bytes += info->value_bytes;
+    } else if (status == KVC_CORRUPT || status == KVC_NOT_FOUND) {
+        p->missing++;
+    } else {
+        p->left++;
+        p->full[p->part] = true;
+    }
+}
+
+/* Looks at one value; true: it was loaded, or an attempt was made. */
+static bool visit(prefetch *p)
+{
+    kvs_server *server = p->server;
+    const kvs_schema *schema = p->context->schema;
+    const kvs_part *info = &schema->parts[p->parts[p->part]];
+    bool may = !p->full[p->part] &&
+               p->moved_bytes + info->value_bytes <= server->settings.dram_bytes / DRAM_PART;
+    kvs_read read = {.block = kvs_context_block(p->context, p->block), .n_rows = 1};
+    kvs_index_ref(server->index, schema, p->parts[p->part], may ? 1 : 0,
+                  atomic_load(&server->window), &read, 1);
+    p->missing += read.where == KVS_NOWHERE;
+    p->there += read.where == KVS_IN_DRAM;
+    p->left += read.where == KVS_BUSY || (read.where == KVS_IN_LMDB && !read.promote);
+    if (read.promote)
+        load(p, info, &read);
+    if (read.where == KVS_IN_DRAM || read.where == KVS_IN_LMDB)
+        kvs_index_unref(server->index, &read.value, 1);
+    return read.promote;
+}
+
+/* Works on for one turn. OK: all is done; AGAIN: there is more. */
+static kvc_status turn(prefetch *p)
+{
+    uint32_t loads = 0, looks = 0;
+    while (p->block < p->end) {
+        if (loads == TURN_LOADS || looks == TURN_LOOKS)
+            return KVC_AGAIN;
+        if (p->part == p->n_parts) {
+            p->part = 0;
+            p->block++;
+            continue;
+        }
+        if (kvt_call_cancelled(p->call))
+            return KVC_CANCELLED;
+        if (kvc_expired(p->call->deadline_ns))
+            return KVC_TIMED_OUT;
+        loads += visit(p);
+        looks++;
+        p->part++;
+    }
+    return KVC_OK;
+}
+
+static void prefetch_run(kvs_job *job)
+{
+    prefetch *p = (prefetch *)job;
+    kvc_status status;
+    do {
+        status = turn(p);
+    } while (status == KVC_AGAIN && kvs_disk_submit(p->server->disk, &p->job) != KVC_OK);
+    if (status != KVC_AGAIN)
+        finish(p, status, "nobody waited any more");
+}
+
+/* Without a slower tier there is nothing to load, only to count. */
+static void start(prefetch *p)
+{
+    kvs_server *server = p->server;
+    kvc_status status = KVC_AGAIN;
+    p->job.run = prefetch_run;
+    if (!server->disk) {
+        while (status == KVC_AGAIN)
+            status = turn(p);
+        finish(p, status, "nobody waited any more");
+        return;
+    }
+    if (kvs_slow_job_begin(server)) {
+        if (kvs_disk_submit(server->disk, &p->job) == KVC_OK)
+            return;
+        finish(p, status, "the disk threads have too much to do");
+        return;
+    }
+    kvs_context_put(server->contexts, p->context);
+    kvs_fail(p->call, status, "too many erases and prefetches at once");
+    free(p);
+}
+
+/* The range and the parts; false after kvs_fail. */
+static bool check(prefetch *p)
+{
+    kvt_call *call = p->call;
+    const kvs_schema *schema = p->context->schema;
+    uint32_t have = atomic_load(&p->context->n_blocks), n = call->req.u.prefetch.n_parts;
+    p->block = call->req.u.prefetch.first_block;
+    if (call->req.u.prefetch.tier != KVC_TIER_DRAM) {
+        kvs_fail(call, KVC_UNSUPPORTED, "this server prefetches to DRAM only");
+        return false;
+    }
+    if (p->block > have || call->req.u.prefetch.n_blocks > have - p->block) {
+        kvs_fail(call, KVC_INVALID, "blocks %u and %u more; the context has %u", p->block,
+                 call->req.u.prefetch.n_blocks, have);
+        return false;
+    }
+    p->end = call->req.u.prefetch.n_blocks ? p->block + call->req.u.prefetch.n_blocks : have;
+    p->n_parts = n;
+    p->parts = n ? kvs_named_parts(call, schema, call->req.u.prefetch.parts, n)
+                 : kvs_default_parts(call, schema, &p->n_parts);
+    if (!p->parts)
+        return false;
+    p->full = kvc_arena_calloc(&call->arena, p->n_parts ? p->n_parts : 1, sizeof(*p->full));
+    if (!p->full)
+        kvs_fail(call, KVC_NO_MEMORY, "no memory for the list of parts");
+    return p->full != NULL;
+}
+
+void kvs_on_prefetch(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
+{
+    prefetch *p = calloc(1, sizeof(*p));
+    if (!p) {
+        kvs_fail(call, KVC_NO_MEMORY, "no memory");
+        return;
+    }
+    p->server = server;
+    p->call = call;
+    p->context = kvs_want_context(server, call, tenant, call->req.u.prefetch.context);
+    if (p->context && check(p)) {
+        start(p);
+        return;
+    }
+    if (p->context)
+        kvs_context_put(server->contexts, p->context);
+    free(p);
+}
