@@ -148,9 +148,13 @@ static void fill(kvci_call *call, cut c, uint8_t *base, kvci_seg *segs, kvc_row_
         msg->row_groups = rows;
         msg->n_segs = cut_next(&c, base, segs, rows, &msg->n_items);
         msg->first = first;
-        for (uint32_t g = 0; g < msg->n_segs; g++)
+        bool streams = call->kind->message != NULL;
+        /* A stream is held back by its own reader. */
+        for (uint32_t g = 0; !streams && g < msg->n_segs; g++)
             msg->flight_bytes += segs[g].n * segs[g].row_bytes;
-        msg->req.method = KVC_FETCH_ROWS;
+        if (streams)
+            msg->window = kvci_carve(call, msg->n_segs, sizeof(*msg->window));
+        msg->req.method = streams ? KVC_FETCH_ROWS_STREAM : KVC_FETCH_ROWS;
         msg->req.u.fetch_rows.n_groups = msg->n_segs;
         msg->req.u.fetch_rows.groups = rows;
         segs += msg->n_segs;
@@ -159,9 +163,9 @@ static void fill(kvci_call *call, cut c, uint8_t *base, kvci_seg *segs, kvc_row_
     }
 }
 
-kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,
-                     const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,
-                     uint64_t deadline_ns, kvc_op *op)
+static kvc_status fetch(kvc_client *client, const kvci_kind *kind, const kvc_pick_group *groups,
+                        uint32_t n_groups, const kvc_region *dst, int8_t *status,
+                        kvc_fetch_info *info_p, uint64_t deadline_ns, kvc_op *op)
 {
     uint64_t bytes = 0;
     kvc_limits limits = kvci_limits(client);
@@ -175,7 +179,9 @@ kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t 
         .n_groups = n_groups,
         .max_picks = limits.max_picks,
         .max_groups = limits.max_groups,
-        .target_bytes = kvci_target_bytes(client, bytes, limits.max_message_bytes),
+        .target_bytes = kind->message != NULL
+                            ? UINT32_MAX
+                            : kvci_target_bytes(client, bytes, limits.max_message_bytes),
     };
     uint32_t n_msgs = 0, n_segs = 0, n_picks = 0;
     cut count = c;
@@ -183,7 +189,9 @@ kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t 
         n_segs += n;
     size_t extra_bytes = kvci_carve_bytes(n_segs, sizeof(kvci_seg)) +
                          kvci_carve_bytes(n_segs, sizeof(kvc_row_group));
-    kvci_call *call = kvci_call_new(client, &fetch_kind, n_msgs, extra_bytes, deadline_ns);
+    if (kind->message != NULL) /* the windows, each rounded up by itself */
+        extra_bytes += ((size_t)n_segs + n_msgs) * sizeof(kvci_seg);
+    kvci_call *call = kvci_call_new(client, kind, n_msgs, extra_bytes, deadline_ns);
     if (call == NULL)
         return kvci_fail(KVC_NO_MEMORY, "fetch: no memory");
     call->region = (kvc_region *)dst; /* counts its users only */
@@ -194,4 +202,19 @@ kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t 
     kvc_row_group *rows = kvci_carve(call, n_segs, sizeof(*rows));
     fill(call, c, dst->base, segs, rows);
     return kvci_call_start(call, op);
+}
+
+kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,
+                     const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,
+                     uint64_t deadline_ns, kvc_op *op)
+{
+    return fetch(client, &fetch_kind, groups, n_groups, dst, status, info_p, deadline_ns, op);
+}
+
+kvc_status kvc_fetch_stream(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,
+                            const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,
+                            uint64_t deadline_ns, kvc_op *op)
+{
+    return fetch(client, &kvci_fetch_stream_kind, groups, n_groups, dst, status, info_p,
+                 deadline_ns, op);
 }

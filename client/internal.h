@@ -105,6 +105,12 @@ struct kvci_msg {
     uint64_t *handle_p; /* in req: where the handle of segs[0] goes; NULL: row_groups have them */
     kvc_request req;
     kvt_xfer xfer;
+    /* Of a reply that streams; transport thread. */
+    uint32_t n_taken;         /* items answered so far in this attempt */
+    kvc_status stream_status; /* not OK: a message of it made no sense */
+    const char *stream_why;   /* static */
+    kvci_seg *window;         /* [n_segs] the rows of one message */
+    kvc_fetch_info info;      /* of the rows answered so far */
 };
 
 /* What differs between the kinds of calls. */
@@ -115,6 +121,9 @@ typedef struct kvci_kind {
     bool stop_on_error; /* the first failed message ends those not yet sent */
     /* Checks and copies a good reply; transport thread, no lock. why_p gets a static text. */
     kvc_status (*take)(kvci_msg *msg, const kvc_reply *reply, const char **why_p);
+    /* Of a reply that streams, else NULL: as take, for each message of it; take then sees the end.
+     * The stream starts again from its first message where the attempt is repeated. */
+    kvc_status (*message)(kvci_msg *msg, const kvc_reply *reply, const char **why_p);
     /* The message failed for good; under the lock. NULL: nothing to do. */
     void (*fail)(kvci_msg *msg, kvc_status status);
     /* Every message is done; under the lock. NULL: nothing to do. */
@@ -146,6 +155,13 @@ struct kvci_call {
             kvc_fetch_info *info_p;
             kvc_fetch_info info;
         } fetch;
+        struct {
+            uint8_t *base; /* of the region */
+            const kvc_block_part *parts;
+            uint32_t n_parts;
+            int8_t *status;
+            uint8_t *tiers;
+        } blocks;
         struct {
             uint32_t *hits_p;
             uint32_t *hits; /* [n_msgs] */
@@ -182,6 +198,9 @@ void kvci_call_drop(kvci_call *call);
 kvc_status kvci_call_start(kvci_call *call, kvc_op *op);
 /* Under the lock, where a call's last reference may go. */
 void kvci_call_put(kvci_call *call);
+
+/* fetch_stream.c: what kvc_fetch_stream does differently. */
+extern const kvci_kind kvci_fetch_stream_kind;
 
 /* ---- send.c, expire.c: under client->lock ---------------------------------------------------- */
 
@@ -305,6 +324,16 @@ bool kvci_msg_waits(const kvci_msg *msg);
  */
 kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
                         int8_t *status, const char **why_p);
+
+/* A place in a reply's payload. */
+typedef struct kvci_cursor {
+    const struct iovec *iov;
+    uint32_t i;
+    size_t off_bytes;
+} kvci_cursor;
+
+/* Copies the next len_bytes, which must be there. */
+void kvci_copy_out(kvci_cursor *cur, uint8_t *dst, size_t len_bytes);
 
 /* ---- region.c, schema.c, error.c ------------------------------------------------------------- */
 

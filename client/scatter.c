@@ -9,13 +9,7 @@
 
 #include "internal.h"
 
-typedef struct cursor {
-    const struct iovec *iov;
-    uint32_t n_iov, i;
-    size_t off_bytes;
-} cursor;
-
-static void copy_out(cursor *cur, uint8_t *dst, size_t len_bytes)
+void kvci_copy_out(kvci_cursor *cur, uint8_t *dst, size_t len_bytes)
 {
     while (len_bytes > 0) {
         const struct iovec *piece = &cur->iov[cur->i];
@@ -75,13 +69,13 @@ static uint32_t slot_of(const kvci_seg *seg, uint32_t i)
 }
 
 /* Copies rows i..end (none missing) of a segment in runs of neighbouring slots. */
-static void copy_rows(const kvci_seg *seg, uint32_t i, uint32_t end, cursor *cur)
+static void copy_rows(const kvci_seg *seg, uint32_t i, uint32_t end, kvci_cursor *cur)
 {
     while (i < end) {
         uint32_t slot = slot_of(seg, i), run = 1;
         while (i + run < end && slot_of(seg, i + run) == (uint64_t)slot + run)
             run++;
-        copy_out(cur, seg->base + (size_t)slot * seg->row_bytes, (size_t)run * seg->row_bytes);
+        kvci_copy_out(cur, seg->base + (size_t)slot * seg->row_bytes, (size_t)run * seg->row_bytes);
         i += run;
     }
 }
@@ -97,7 +91,7 @@ kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *
         *why_p = "the rows' length does not fit the request (is row_bytes the part's?)";
         return KVC_PROTOCOL;
     }
-    cursor cur = {.iov = reply->data, .n_iov = reply->n_data};
+    kvci_cursor cur = {.iov = reply->data};
     uint32_t first = 0, m = 0, n_missing = reply->u.fetch_rows.n_missing;
     const kvc_missing_row *missing = reply->u.fetch_rows.missing;
     for (uint32_t s = 0; s < n_segs; s++) {

@@ -182,6 +182,17 @@ static void leave_flight(kvc_client *client, const kvci_msg *msg)
         client->inflight_put--;
 }
 
+/* One message of a reply that streams. On a transport thread, no lock held. */
+static void msg_message(kvt_xfer *xfer)
+{
+    kvci_msg *msg = xfer->arg;
+    if (msg->stream_status != KVC_OK)
+        return;
+    msg->stream_status = msg->call->kind->message(msg, &xfer->reply, &msg->stream_why);
+    if (msg->stream_status != KVC_OK)
+        msg->link->ops->cancel(msg->link->conn, xfer);
+}
+
 /* On a transport thread, no lock held. */
 static void msg_done(kvt_xfer *xfer)
 {
@@ -190,6 +201,10 @@ static void msg_done(kvt_xfer *xfer)
     kvc_client *client = call->client;
     kvc_status status = xfer->status;
     const char *why = xfer->detail;
+    if (msg->stream_status != KVC_OK) {
+        status = msg->stream_status;
+        why = msg->stream_why;
+    }
     if (status == KVC_OK)
         status = call->kind->take(msg, &xfer->reply, &why);
     if (status != KVC_OK && why != xfer->detail) {
@@ -253,6 +268,9 @@ static void prepare(kvc_client *client, kvci_msg *msg)
     xfer->deadline_ns = msg->call->deadline_ns;
     xfer->channel = client->next_channel++;
     xfer->done = msg_done;
+    xfer->message = msg->call->kind->message != NULL ? msg_message : NULL;
+    msg->n_taken = 0;
+    msg->stream_status = KVC_OK;
     xfer->arg = msg;
     xfer->status = KVC_OK;
     xfer->detail[0] = '\0';

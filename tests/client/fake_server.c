@@ -300,6 +300,11 @@ static void answer_stats(fake_server *fake, kvt_call *call)
     answer(fake, call, KVC_OK, NULL, 0, &reply, NULL, 0);
 }
 
+static void end_stream(fake_server *fake, kvt_call *call, kvc_status status)
+{
+    answer(fake, call, status, "at the end of the stream", 1, NULL, NULL, 0);
+}
+
 static void answer_well(fake_server *fake, kvt_call *call, fake_action action)
 {
     kvc_mutex_lock(&fake->lock);
@@ -350,6 +355,10 @@ static void answer_well(fake_server *fake, kvt_call *call, fake_action action)
         return;
     case KVC_STATS:
         answer_stats(fake, call);
+        return;
+    case KVC_FETCH_ROWS_STREAM:
+    case KVC_FETCH_BLOCKS:
+        fake_stream_answer(fake, call, action, end_stream);
         return;
     default:
         answer(fake, call, KVC_OK, NULL, 0, &(kvc_reply){.method = method}, NULL, 0);

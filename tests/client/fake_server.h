@@ -23,7 +23,8 @@ typedef enum fake_action {
     FAKE_SHORT,        /* fetch: a byte less than there should be */
     FAKE_LONG,         /* fetch: a byte more */
     FAKE_WILD_MISSING, /* fetch: a missing row beyond the request */
-    FAKE_FEW_STATUS,   /* put: one status less than values */
+    FAKE_FEW_STATUS,   /* put: one status less than values; stream: ends after two messages */
+    FAKE_STATUS_LATER, /* stream: AGAIN after its last message */
 } fake_action;
 
 typedef struct fake_rule {
@@ -84,5 +85,8 @@ void fake_add_rule(fake_server *fake, const fake_rule *rule);
 /* Every handle given so far is stale from now on. */
 void fake_make_stale(fake_server *fake);
 uint32_t fake_calls(fake_server *fake, kvc_method method);
+/* Answers a call whose reply streams; over has the status to end it with. The fake server's own. */
+void fake_stream_answer(fake_server *fake, kvt_call *call, fake_action action,
+                        void (*over)(fake_server *fake, kvt_call *call, kvc_status status));
 
 #endif

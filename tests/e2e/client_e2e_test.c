@@ -9,6 +9,52 @@
 
 #include "base/thread.h"
 
+/* Whole values of 16 blocks that are there and of 16 that are not, and their rows as a stream. */
+static void check_streams(store *s, kvc_client *client, kvc_context *context)
+{
+    enum { N = 32, THERE = 16 };
+    static uint32_t picks[N * STORE_BLOCK_TOKENS];
+    uint32_t len = STORE_BLOCK_TOKENS * store_row_bytes[0];
+    uint8_t *bytes = malloc((size_t)N * len);
+    int8_t status[N];
+    uint8_t tiers[N];
+    kvc_op op;
+    kvc_region *region;
+    kvc_region_desc desc = {sizeof(desc), bytes, (size_t)N * len, KVC_MEMORY_HOST, 0};
+    kvc_block_part part = {.value_bytes = len, .stride_bytes = len};
+    kvc_op_init(&op, NULL, NULL);
+    assert_non_null(bytes);
+    assert_ok(kvc_region_register(client, &desc, &region));
+    for (int as_rows = 0; as_rows < 2; as_rows++) {
+        memset(bytes, 0, (size_t)N * len);
+        for (uint32_t i = 0; i < N * STORE_BLOCK_TOKENS; i++)
+            picks[i] = i;
+        kvc_pick_group group = {.context = context,
+                                .row_bytes = store_row_bytes[0],
+                                .n_picks = N * STORE_BLOCK_TOKENS,
+                                .picks = picks};
+        kvc_fetch_info info = {0};
+        if (as_rows)
+            assert_ok(kvc_fetch_stream(client, &group, 1, region, NULL, &info, 0, &op));
+        else
+            assert_ok(kvc_fetch_blocks(client, &s->schema, s->digests, N, &part, 1, region, status,
+                                       tiers, 0, &op));
+        assert_ok(kvc_op_wait(&op, 0));
+        for (uint32_t i = 0; !as_rows && i < N; i++)
+            assert_int_equal(status[i], i < THERE ? KVC_OK : KVC_NOT_FOUND);
+        if (as_rows)
+            assert_int_equal(info.rows_missing, (N - THERE) * STORE_BLOCK_TOKENS);
+        for (size_t b = 0; b < (size_t)N * len; b++) {
+            uint32_t token = (uint32_t)(b / store_row_bytes[0]);
+            uint8_t wanted = store_byte(0, token, (uint32_t)(b % store_row_bytes[0]));
+            if (bytes[b] != (token < THERE * STORE_BLOCK_TOKENS ? wanted : 0))
+                fail_msg("byte %zu is another", b);
+        }
+    }
+    assert_ok(kvc_region_deregister(client, region));
+    free(bytes);
+}
+
 static void check_calls(store *s, const char *uri)
 {
     kvc_client *first = s->client;
@@ -30,6 +76,7 @@ static void check_calls(store *s, const char *uri)
     assert_ok(store_check(s->client, context, 1, 512, 64 * STORE_BLOCK_TOKENS, 6, &info, &wrong));
     assert_false(wrong);
     assert_true(info.rows_missing > 256);
+    check_streams(s, s->client, context);
     kvc_context_close(context);
     kvc_client_close(s->client);
     s->client = first;

@@ -188,6 +188,30 @@ kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t 
                      const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,
                      uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
 
+/* The same in one request for up to max_picks rows, which come as the messages of a stream: for
+ * many rows at once, where latency counts less than one place in the server's queues. */
+kvc_status kvc_fetch_stream(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,
+                            const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,
+                            uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+
+/* Where the values of one part go: that of block i to dst_off_bytes + i * stride_bytes. */
+typedef struct kvc_block_part {
+    uint32_t part, value_bytes; /* block_tokens * row_bytes of the part */
+    size_t dst_off_bytes, stride_bytes;
+} kvc_block_part;
+
+/*
+ * Fetches whole values: of each of digests [n], each of parts [n_parts], for prefix reuse and for
+ * chunks. Borrows digests and parts; keeps dst, status and tiers until completion. status
+ * [n * n_parts], in the order of the digests and then of the parts: OK, NOT_FOUND (its bytes are
+ * untouched), AGAIN, IO, CORRUPT; the op is still OK. tiers [n * n_parts] (may be NULL): kvc_tier
+ * of each value found, else 0. INVALID: no parts, or a place outside dst.
+ */
+kvc_status kvc_fetch_blocks(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                            uint32_t n, const kvc_block_part *parts, uint32_t n_parts,
+                            const kvc_region *dst, int8_t *status, uint8_t *tiers,
+                            uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+
 /* ---- what stays and what goes ------------------------------------------------------------------
  */
 
