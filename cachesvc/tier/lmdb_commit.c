@@ -50,38 +50,63 @@ static int drop_all(MDB_txn *txn, MDB_dbi dbi, const kvsi_drop *drop)
     return rc;
 }
 
-/*
- * One transaction with the releases, if not done yet, and the first n writes. *n_fit_p: how many
- * writes a second attempt should try after MDB_MAP_FULL.
- */
-static int try_commit(kvsi_batch *batch, uint32_t n, uint32_t *n_fit_p)
-{
-    MDB_dbi dbi = batch->class->env.dbi;
-    uint32_t i = 0;
+/* One attempt; what try_commit gives to commit_once and what comes back. */
+typedef struct attempt {
+    kvsi_batch *batch;
+    uint32_t n, n_done; /* writes wanted; put so far */
     MDB_txn *txn;
-    int rc = mdb_txn_begin(batch->class->env.env, NULL, 0, &txn);
+} attempt;
 
-    *n_fit_p = 0;
+static int commit_once(void *arg)
+{
+    attempt *a = arg;
+    kvsi_batch *batch = a->batch;
+    MDB_dbi dbi = batch->class->env.dbi;
+    int rc = mdb_txn_begin(batch->class->env.env, NULL, 0, &a->txn);
+
     if (rc != MDB_SUCCESS)
         return rc;
     if (!batch->drops_done)
-        rc = drop_all(txn, dbi, batch->drops);
-    while (rc == MDB_SUCCESS && i < n) {
-        rc = put_one(txn, dbi, batch->writes[i]);
-        i += rc == MDB_SUCCESS;
+        rc = drop_all(a->txn, dbi, batch->drops);
+    while (rc == MDB_SUCCESS && a->n_done < a->n) {
+        rc = put_one(a->txn, dbi, batch->writes[a->n_done]);
+        a->n_done += rc == MDB_SUCCESS;
     }
-    *n_fit_p = i;
     if (rc == MDB_SUCCESS && KVC_FAULT("lmdb.commit"))
         rc = EIO;
-    if (rc != MDB_SUCCESS) {
+    MDB_txn *txn = a->txn;
+    a->txn = NULL;
+    if (rc == MDB_SUCCESS) {
+        rc = mdb_txn_commit(txn);
+        a->n_done = rc == MDB_SUCCESS ? a->n : a->n / 2;
+    } else {
         mdb_txn_abort(txn);
-        return rc;
     }
-    rc = mdb_txn_commit(txn);
-    if (rc != MDB_SUCCESS) {
-        *n_fit_p = n / 2;
+    return rc;
+}
+
+static int abort_txn(void *arg)
+{
+    mdb_txn_abort(arg);
+    return MDB_SUCCESS;
+}
+
+/*
+ * One transaction with the releases, if not done yet, and the first n writes. *n_fit_p: how many
+ * writes a second attempt should try after MDB_MAP_FULL. Where the file fails under it, nothing is
+ * committed, then or ever again.
+ */
+static int try_commit(kvsi_batch *batch, uint32_t n, uint32_t *n_fit_p)
+{
+    kvsi_env *env = &batch->class->env;
+    attempt a = {.batch = batch, .n = n};
+    int rc = atomic_load(&env->faulted) ? EIO : kvsi_env_run(env, commit_once, &a);
+
+    *n_fit_p = a.n_done;
+    if (atomic_load(&env->faulted) && a.txn != NULL)
+        (void)kvsi_env_run(env, abort_txn, a.txn);
+    if (rc != MDB_SUCCESS)
         return rc;
-    }
     KVC_COUNT(lmdb_commits);
     batch->drops_done = true;
     batch->class->dirty = true;
@@ -104,6 +129,7 @@ static kvc_status create_class(kvs_tier *tier, kvsi_class *class)
     kvc_status status =
         kvsi_env_open(&class->env, tier->root_fd, tier->root, name, claimed - KVSI_ENV_SLACK_PAGES);
     if (status != KVC_OK) {
+        kvsi_env_remove(tier->root_fd, name);
         kvsi_unclaim(tier, claimed);
         return status;
     }
@@ -188,7 +214,8 @@ static uint32_t commit_writes(kvs_tier *tier, kvsi_batch *batch, uint32_t n, kvc
         if (rc != MDB_MAP_FULL && tries == 0)
             KVC_LOG_ERROR(TIER, "lmdb: %s/%s: commit of %u values: %s", batch->class->env.root,
                           batch->class->env.name, fit, mdb_strerror(rc));
-        if (rc != MDB_MAP_FULL && rc != ENOSPC && rc != EIO)
+        if (atomic_load(&batch->class->env.faulted) ||
+            (rc != MDB_MAP_FULL && rc != ENOSPC && rc != EIO))
             break;
         if (tries == 0)
             help_commit(tier, batch, fit, rc);
@@ -216,10 +243,14 @@ void kvsi_commit(kvs_tier *tier, kvsi_batch *batch)
     kvsi_class *class = batch->class;
     kvc_status status = class->broken ? KVC_IO : KVC_OK;
 
+    if (status == KVC_OK && class->map_pages > 0 && !kvsi_env_is_there(&class->env))
+        status = KVC_IO;
+
     if (status == KVC_OK && class->map_pages == 0)
         status = create_class(tier, class);
     if (status != KVC_OK) {
         fail_writes(batch, 0, status);
+        kvsi_class_check(tier, class);
         return;
     }
     uint64_t need = class->live_pages + class->tree_pages + kvsi_reserve_pages(class) +
@@ -241,4 +272,5 @@ void kvsi_commit(kvs_tier *tier, kvsi_batch *batch)
     }
     fail_writes(batch, n, status);
     update_counts(tier, class);
+    kvsi_class_check(tier, class);
 }

@@ -24,7 +24,8 @@
  * between threads. NOMETASYNC: a commit syncs its data but not its meta page; whoever promised
  * durability syncs once more for the whole group.
  */
-#define ENV_FLAGS (MDB_NORDAHEAD | MDB_NOTLS | MDB_NOMETASYNC)
+#define LOCK_FILE_BYTES (16 << 10) /* more than LMDB makes it for KVSI_ENV_READERS */
+#define ENV_FLAGS       (MDB_NORDAHEAD | MDB_NOTLS | MDB_NOMETASYNC)
 
 kvc_status kvsi_lmdb_status(int rc)
 {
@@ -51,6 +52,23 @@ kvc_status kvsi_lmdb_status(int rc)
     default:
         return KVC_IO;
     }
+}
+
+int kvsi_env_run(kvsi_env *env, int (*fn)(void *arg), void *arg)
+{
+    int rc = kvsi_guard_run(fn, arg);
+
+    if (rc != KVSI_GUARD_BUS && rc != KVSI_GUARD_ASSERT)
+        return rc;
+    if (!atomic_exchange(&env->faulted, true))
+        KVC_LOG_ERROR(TIER,
+                      "lmdb: %s/%s: %s; nothing more is written there, and the next start looks at "
+                      "the file",
+                      env->root, env->name,
+                      rc == KVSI_GUARD_BUS
+                          ? "a page of the file cannot be had (SIGBUS: disk full, cut or failing)"
+                          : "LMDB found a page that makes no sense");
+    return EIO;
 }
 
 static kvc_status failed(const kvsi_env *env, const char *what, int rc)
@@ -93,28 +111,33 @@ static kvc_status allot(kvsi_env *env, uint64_t map_pages)
     return kvsi_lmdb_status(rc);
 }
 
-static kvc_status open_database(kvsi_env *env)
+static int begin_database(void *arg)
 {
+    kvsi_env *env = arg;
     MDB_txn *txn;
     int dead = 0;
     int rc = mdb_txn_begin(env->env, NULL, 0, &txn);
 
     if (rc != MDB_SUCCESS)
-        return failed(env, "mdb_txn_begin", rc);
+        return rc;
     rc = mdb_dbi_open(txn, NULL, 0, &env->dbi);
     if (rc != MDB_SUCCESS) {
         mdb_txn_abort(txn);
-        return failed(env, "mdb_dbi_open", rc);
+        return rc;
     }
     rc = mdb_txn_commit(txn);
-    if (rc != MDB_SUCCESS)
-        return failed(env, "mdb_txn_commit", rc);
-    rc = mdb_reader_check(env->env, &dead);
-    if (rc != MDB_SUCCESS)
-        return failed(env, "mdb_reader_check", rc);
+    if (rc == MDB_SUCCESS)
+        rc = mdb_reader_check(env->env, &dead);
     if (dead > 0)
         KVC_LOG_INFO(TIER, "lmdb: %s/%s: cleared %d dead readers", env->root, env->name, dead);
-    return KVC_OK;
+    return rc;
+}
+
+static kvc_status open_database(kvsi_env *env)
+{
+    int rc = kvsi_env_run(env, begin_database, env);
+
+    return rc == MDB_SUCCESS ? KVC_OK : failed(env, "opening the database", rc);
 }
 
 static kvc_status sync_folder(int root_fd, const char *name)
@@ -128,9 +151,35 @@ static kvc_status sync_folder(int root_fd, const char *name)
     return rc == 0 && fsync(root_fd) == 0 ? KVC_OK : KVC_IO;
 }
 
-static kvc_status open_lmdb(kvsi_env *env, uint64_t map_pages)
+/*
+ * LMDB maps its lock file and touches it: on a full disk that would be a SIGBUS, so the blocks are
+ * had first.
+ */
+static int allot_lock_file(const kvsi_env *env)
+{
+    char path[64];
+
+    snprintf(path, sizeof(path), "%s/lock.mdb", env->name);
+    int fd = openat(env->dir_fd, path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return errno;
+    int rc = fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, LOCK_FILE_BYTES) == 0 ? 0 : errno;
+    close(fd);
+    return rc == EOPNOTSUPP || rc == ENOSYS || rc == EINTR ? 0 : rc;
+}
+
+static int open_files(void *arg)
 {
     char path[4096 + 64];
+    kvsi_env *env = arg;
+
+    snprintf(path, sizeof(path), "%s/%s", env->root, env->name);
+    return mdb_env_open(env->env, path, ENV_FLAGS, 0600);
+}
+
+static kvc_status open_lmdb(kvsi_env *env, uint64_t map_pages)
+{
+    char path[64];
     const char *what = "mdb_env_create";
     int rc = mdb_env_create(&env->env);
 
@@ -138,29 +187,43 @@ static kvc_status open_lmdb(kvsi_env *env, uint64_t map_pages)
         env->env = NULL;
         return failed(env, what, rc);
     }
-    snprintf(path, sizeof(path), "%s/%s", env->root, env->name);
     what = "mdb_env_set_maxreaders";
     rc = mdb_env_set_maxreaders(env->env, KVSI_ENV_READERS + 2);
+    if (rc == MDB_SUCCESS)
+        rc = mdb_env_set_assert(env->env, kvsi_guard_assert);
     if (rc == MDB_SUCCESS) {
         what = "mdb_env_set_mapsize";
         rc = mdb_env_set_mapsize(env->env, (size_t)map_pages * KVSI_PAGE_BYTES);
     }
     if (rc == MDB_SUCCESS) {
-        what = "mdb_env_open";
-        rc = mdb_env_open(env->env, path, ENV_FLAGS, 0600);
+        what = "room for the lock file";
+        rc = allot_lock_file(env);
     }
-    return rc == MDB_SUCCESS ? KVC_OK : failed(env, what, rc);
+    if (rc == MDB_SUCCESS) {
+        what = "mdb_env_open";
+        rc = kvsi_env_run(env, open_files, env);
+    }
+    if (atomic_load(&env->faulted))
+        env->env = NULL; /* half open: LMDB cannot close it */
+    if (rc != MDB_SUCCESS)
+        return failed(env, what, rc);
+    snprintf(path, sizeof(path), "%s/data.mdb", env->name);
+    env->direct_fd = openat(env->dir_fd, path, O_RDONLY | O_DIRECT | O_CLOEXEC);
+    return KVC_OK;
 }
 
 kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const char *name,
                          uint64_t map_pages)
 {
+    bool is_new = kvsi_env_file_pages(root_fd, name) == 0;
     kvc_status status = KVC_OK;
 
     memset(env, 0, sizeof(*env));
+    kvsi_guard_install();
     snprintf(env->name, sizeof(env->name), "%s", name);
     env->dir_fd = root_fd;
     env->root = root;
+    env->direct_fd = -1;
     if (mkdirat(root_fd, name, 0700) != 0 && errno != EEXIST)
         return failed(env, "mkdir", errno);
     kvc_mutex_init(&env->pool_lock, KVC_RANK_QUEUE);
@@ -168,6 +231,8 @@ kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const cha
     status = open_lmdb(env, map_pages);
     if (status == KVC_OK)
         status = allot(env, map_pages);
+    if (status == KVC_NO_SPACE && !is_new) /* what it holds can be read and released */
+        status = KVC_OK;
     if (status == KVC_OK)
         status = open_database(env);
     if (status == KVC_OK)
@@ -181,6 +246,32 @@ kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const cha
     return status;
 }
 
+bool kvsi_env_is_there(kvsi_env *env)
+{
+    mdb_filehandle_t fd;
+    struct stat st;
+
+    if (mdb_env_get_fd(env->env, &fd) != MDB_SUCCESS || fstat(fd, &st) != 0 || st.st_nlink > 0)
+        return true;
+    if (!atomic_exchange(&env->faulted, true))
+        KVC_LOG_ERROR(TIER,
+                      "lmdb: %s/%s was removed from under the server: nothing is written any "
+                      "more, restart it",
+                      env->root, env->name);
+    return false;
+}
+
+void kvsi_env_remove(int root_fd, const char *name)
+{
+    char path[64];
+
+    snprintf(path, sizeof(path), "%s/data.mdb", name);
+    (void)unlinkat(root_fd, path, 0);
+    snprintf(path, sizeof(path), "%s/lock.mdb", name);
+    (void)unlinkat(root_fd, path, 0);
+    (void)unlinkat(root_fd, name, AT_REMOVEDIR);
+}
+
 void kvsi_env_close(kvsi_env *env)
 {
     KVC_ASSERT(env->n_active == 0);
@@ -189,6 +280,9 @@ void kvsi_env_close(kvsi_env *env)
     if (env->env != NULL)
         mdb_env_close(env->env);
     env->env = NULL;
+    if (env->direct_fd >= 0)
+        close(env->direct_fd);
+    env->direct_fd = -1;
     kvc_cond_fini(&env->pool_cond);
     kvc_mutex_fini(&env->pool_lock);
 }
@@ -237,24 +331,33 @@ static void leave_place(kvsi_env *env, MDB_txn *txn)
     kvc_mutex_unlock(&env->pool_lock);
 }
 
+typedef struct begin {
+    kvsi_env *env;
+    MDB_txn *txn;
+} begin;
+
+static int begin_read(void *arg)
+{
+    begin *b = arg;
+
+    return b->txn != NULL ? mdb_txn_renew(b->txn)
+                          : mdb_txn_begin(b->env->env, NULL, MDB_RDONLY, &b->txn);
+}
+
 kvc_status kvsi_env_read_begin(kvsi_env *env, MDB_txn **txn_p)
 {
-    MDB_txn *txn = take_place(env);
-    int rc;
+    begin b = {.env = env, .txn = take_place(env)};
+    bool pooled = b.txn != NULL;
 
     *txn_p = NULL;
-    if (txn != NULL) {
-        rc = mdb_txn_renew(txn);
-        if (rc != MDB_SUCCESS)
-            mdb_txn_abort(txn);
-    } else {
-        rc = mdb_txn_begin(env->env, NULL, MDB_RDONLY, &txn);
-    }
+    int rc = atomic_load(&env->dead) ? EIO : kvsi_env_run(env, begin_read, &b);
     if (rc != MDB_SUCCESS) {
+        if (pooled)
+            mdb_txn_abort(b.txn);
         leave_place(env, NULL);
         return failed(env, "read transaction", rc);
     }
-    *txn_p = txn;
+    *txn_p = b.txn;
     return KVC_OK;
 }
 
@@ -266,14 +369,32 @@ void kvsi_env_read_end(kvsi_env *env, MDB_txn *txn)
 
 /* --- the writer's --- */
 
+typedef struct resize {
+    MDB_env *env;
+    size_t bytes;
+} resize;
+
+static int set_size(void *arg)
+{
+    const resize *r = arg;
+
+    return mdb_env_set_mapsize(r->env, r->bytes);
+}
+
 kvc_status kvsi_env_grow(kvsi_env *env, uint64_t map_pages)
 {
-    kvc_status status = allot(env, map_pages);
+    resize r = {env->env, (size_t)map_pages * KVSI_PAGE_BYTES};
+    kvc_status status = atomic_load(&env->faulted) ? KVC_IO : allot(env, map_pages);
 
     if (status != KVC_OK)
         return status;
     gate_close(env);
-    int rc = mdb_env_set_mapsize(env->env, (size_t)map_pages * KVSI_PAGE_BYTES);
+    int rc = kvsi_env_run(env, set_size, &r);
+    atomic_store(&env->map_base, 0);
+    if (rc != MDB_SUCCESS && rc != EINVAL) { /* the old map is gone */
+        atomic_store(&env->faulted, true);
+        atomic_store(&env->dead, true);
+    }
     gate_open(env);
     return rc == MDB_SUCCESS ? KVC_OK : failed(env, "mdb_env_set_mapsize", rc);
 }
@@ -284,25 +405,33 @@ void kvsi_env_drain(kvsi_env *env)
     gate_open(env);
 }
 
-kvc_status kvsi_env_tick(kvsi_env *env)
+static int commit_nothing(void *arg)
 {
     static char name[] = "\0tick";
     MDB_val key = {sizeof(name), name}, data = {1, name};
+    kvsi_env *env = arg;
     MDB_txn *txn;
     int rc = mdb_txn_begin(env->env, NULL, 0, &txn);
 
     if (rc != MDB_SUCCESS)
-        return failed(env, "mdb_txn_begin", rc);
+        return rc;
     rc = mdb_put(txn, env->dbi, &key, &data, 0);
     if (rc == MDB_SUCCESS)
         rc = mdb_del(txn, env->dbi, &key, NULL);
-    if (rc != MDB_SUCCESS) {
-        mdb_txn_abort(txn);
+    if (rc == MDB_SUCCESS)
+        return mdb_txn_commit(txn);
+    mdb_txn_abort(txn);
+    return rc;
+}
+
+kvc_status kvsi_env_tick(kvsi_env *env)
+{
+    int rc = atomic_load(&env->faulted) ? EIO : kvsi_env_run(env, commit_nothing, env);
+
+    if (rc == MDB_MAP_FULL)
         return kvsi_lmdb_status(rc);
-    }
-    rc = mdb_txn_commit(txn);
     if (rc != MDB_SUCCESS)
-        return failed(env, "mdb_txn_commit", rc);
+        return failed(env, "an empty commit", rc);
     KVC_COUNT(lmdb_commits);
     return KVC_OK;
 }
@@ -317,16 +446,28 @@ kvc_status kvsi_env_sync(kvsi_env *env)
     return KVC_OK;
 }
 
+typedef struct count {
+    MDB_env *env;
+    MDB_stat st;
+} count;
+
+static int get_counts(void *arg)
+{
+    count *c = arg;
+
+    return mdb_env_stat(c->env, &c->st);
+}
+
 kvc_status kvsi_env_count(kvsi_env *env, kvsi_env_pages *pages_p)
 {
-    MDB_stat st;
-    int rc = mdb_env_stat(env->env, &st);
+    count c = {.env = env->env};
+    int rc = kvsi_env_run(env, get_counts, &c);
 
     *pages_p = (kvsi_env_pages){0, 0, 0};
     if (rc != MDB_SUCCESS)
         return failed(env, "mdb_env_stat", rc);
-    pages_p->records = st.ms_overflow_pages;
-    pages_p->tree = st.ms_branch_pages + st.ms_leaf_pages + 2; /* and the two meta pages */
-    pages_p->entries = st.ms_entries;
+    pages_p->records = c.st.ms_overflow_pages;
+    pages_p->tree = c.st.ms_branch_pages + c.st.ms_leaf_pages + 2; /* and the two meta pages */
+    pages_p->entries = c.st.ms_entries;
     return KVC_OK;
 }

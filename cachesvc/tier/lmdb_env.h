@@ -9,9 +9,10 @@
 #ifndef KVSI_LMDB_ENV_H
 #define KVSI_LMDB_ENV_H
 
-#include <lmdb.h>
+#include <stdatomic.h>
 
 #include "base/thread.h"
+#include "lmdb_guard.h"
 #include "lmdb_record.h"
 
 #define KVSI_ENV_SLACK_PAGES                                                                       \
@@ -26,18 +27,29 @@ typedef struct kvsi_env {
     MDB_env *env;
     MDB_dbi dbi;
     uint64_t map_pages; /* the caller guards it */
+    int direct_fd;      /* data.mdb with O_DIRECT, or -1 where the file system has no such thing */
+    atomic_bool no_direct;     /* it had, but such reads are refused */
+    atomic_uintptr_t map_base; /* where page 0 is mapped; 0: not known since the last growth */
+    atomic_bool dead;          /* there is no map any more */
+    atomic_bool faulted; /* a page could not be had, or LMDB asserted: nothing is promised here */
 
     kvc_mutex pool_lock; /* rank QUEUE; guards the fields below */
     kvc_cond pool_cond;
     MDB_txn *idle[KVSI_ENV_READERS]; /* reset, ready to be renewed */
     uint32_t n_idle, n_open, n_active;
-    bool gate; /* no read may start */
+    atomic_bool gate; /* no read may start; those under way should let go soon */
 } kvsi_env;
 
 /* Pages of the database as LMDB counts them after the last commit. */
 typedef struct kvsi_env_pages {
     uint64_t records, tree, entries;
 } kvsi_env_pages;
+
+/*
+ * Runs fn(arg) under a guard. EIO, logged once, with env->faulted set, where the file failed under
+ * it; else fn's own result.
+ */
+int kvsi_env_run(kvsi_env *env, int (*fn)(void *arg), void *arg);
 
 /* OK, or what an LMDB or system error code means: AGAIN for a full map, NO_SPACE, ... */
 kvc_status kvsi_lmdb_status(int rc);
@@ -50,11 +62,16 @@ uint64_t kvsi_env_file_pages(int root_fd, const char *name);
 
 /*
  * Opens or creates the environment root/name with a map of map_pages; the file must fit into it.
- * root is borrowed while it is open. CORRUPT: LMDB does not take it for one of its own. IO,
- * NO_SPACE, NO_MEMORY. May block.
+ * root is borrowed while it is open. A full disk keeps only a new one from opening. CORRUPT: LMDB
+ * does not take it for one of its own. IO, NO_SPACE, NO_MEMORY. May block.
  */
 kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const char *name,
                          uint64_t map_pages) KVC_MUST_CHECK;
+/* False, logged: the file has no name any more, so what is written would be gone with the process.
+ */
+bool kvsi_env_is_there(kvsi_env *env);
+/* Removes the folder of an environment that was never more than begun. */
+void kvsi_env_remove(int root_fd, const char *name);
 void kvsi_env_close(kvsi_env *env); /* no read is under way; does not sync */
 
 /* Makes the map larger; the one writer of the environment, with no transaction open. */

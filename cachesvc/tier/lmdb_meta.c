@@ -4,6 +4,8 @@
  * Thread: any; one put at a time under the meta lock, which is held while the disk works. Records
  * are the XXH3-64 of the data, then the data. A put returns after a full sync.
  */
+#include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/log.h"
@@ -14,23 +16,42 @@
 #define SUM_BYTES 8u
 #define MAX_TRIES 3u
 
-static int put_once(kvsi_env *env, const char *name, const void *data, size_t len_bytes)
+typedef struct meta_put {
+    kvsi_env *env;
+    const char *name;
+    const void *data;
+    size_t len_bytes;
+} meta_put;
+
+/* Under a guard. */
+static int put_guarded(void *arg)
 {
-    uint64_t sum = kvc_value_sum(data, len_bytes);
-    MDB_val key = {strlen(name), (void *)(uintptr_t)name}, value = {SUM_BYTES + len_bytes, NULL};
+    const meta_put *p = arg;
+    uint64_t sum = kvc_value_sum(p->data, p->len_bytes);
+    MDB_val key = {strlen(p->name), (void *)(uintptr_t)p->name};
+    MDB_val value = {SUM_BYTES + p->len_bytes, NULL};
     MDB_txn *txn;
-    int rc = mdb_txn_begin(env->env, NULL, 0, &txn);
+    int rc = mdb_txn_begin(p->env->env, NULL, 0, &txn);
 
     if (rc != MDB_SUCCESS)
         return rc;
-    rc = mdb_put(txn, env->dbi, &key, &value, MDB_RESERVE);
+    rc = mdb_put(txn, p->env->dbi, &key, &value, MDB_RESERVE);
     if (rc != MDB_SUCCESS) {
         mdb_txn_abort(txn);
         return rc;
     }
     memcpy(value.mv_data, &sum, SUM_BYTES);
-    memcpy((uint8_t *)value.mv_data + SUM_BYTES, data, len_bytes);
-    rc = mdb_txn_commit(txn);
+    memcpy((uint8_t *)value.mv_data + SUM_BYTES, p->data, p->len_bytes);
+    return mdb_txn_commit(txn);
+}
+
+static int put_once(kvsi_env *env, const char *name, const void *data, size_t len_bytes)
+{
+    meta_put p = {env, name, data, len_bytes};
+
+    if (atomic_load(&env->faulted) || !kvsi_env_is_there(env))
+        return EIO;
+    int rc = kvsi_env_run(env, put_guarded, &p);
     if (rc == MDB_SUCCESS)
         KVC_COUNT(lmdb_commits);
     return rc;
@@ -89,29 +110,73 @@ kvc_status kvsi_meta_put(kvs_tier *tier, const char *name, const void *data, siz
     return status;
 }
 
-/* Gives one record to each; *status_p becomes CORRUPT if its sum is wrong. False: stop. */
-static bool give_record(const MDB_val *key, const MDB_val *value,
-                        bool (*each)(void *arg, const char *name, const void *data,
-                                     size_t len_bytes),
-                        void *arg, kvc_status *status_p)
+/* One record on its way out of the map. */
+typedef struct meta_get {
+    kvsi_env *env;
+    MDB_txn *txn;
+    MDB_cursor *cursor;
+    char name[KVSI_MAX_NAME + 1];
+    size_t name_bytes, len_bytes, room_bytes;
+    uint8_t *bytes; /* malloc'd, room_bytes of it; holds len_bytes if there is room for them */
+} meta_get;
+
+/* Under a guard: the first record after g->name, or the first of all. */
+static int get_next(void *arg)
 {
-    char name[KVSI_MAX_META_NAME + 1];
+    meta_get *g = arg;
+    MDB_val key = {g->name_bytes, g->name}, value;
+    int rc = mdb_cursor_open(g->txn, g->env->dbi, &g->cursor);
+
+    if (rc != MDB_SUCCESS)
+        return rc;
+    rc = mdb_cursor_get(g->cursor, &key, &value, g->name_bytes > 0 ? MDB_SET_RANGE : MDB_FIRST);
+    if (rc == MDB_SUCCESS && key.mv_size == g->name_bytes &&
+        memcmp(key.mv_data, g->name, key.mv_size) == 0)
+        rc = mdb_cursor_get(g->cursor, &key, &value, MDB_NEXT);
+    if (rc != MDB_SUCCESS)
+        return rc;
+    g->len_bytes = value.mv_size;
+    if (value.mv_size > g->room_bytes || key.mv_size > KVSI_MAX_NAME)
+        return key.mv_size > KVSI_MAX_NAME ? MDB_CORRUPTED : MDB_SUCCESS;
+    memcpy(g->bytes, value.mv_data, value.mv_size);
+    memcpy(g->name, key.mv_data, key.mv_size);
+    g->name_bytes = key.mv_size;
+    g->name[key.mv_size] = '\0';
+    return MDB_SUCCESS;
+}
+
+/* The next record, copied; makes room for it where that is missing. NOT_FOUND: there is none. */
+static kvc_status next_record(meta_get *g)
+{
+    for (;;) {
+        kvc_status status = kvsi_env_read_begin(g->env, &g->txn);
+        if (status != KVC_OK)
+            return status;
+        g->cursor = NULL;
+        int rc = kvsi_env_run(g->env, get_next, g);
+        if (g->cursor != NULL)
+            mdb_cursor_close(g->cursor);
+        kvsi_env_read_end(g->env, g->txn);
+        if (rc != MDB_SUCCESS || g->len_bytes <= g->room_bytes)
+            return kvsi_lmdb_status(rc);
+        if (g->len_bytes > KVSI_MAX_META_BYTES + SUM_BYTES)
+            return KVC_CORRUPT;
+        uint8_t *more = realloc(g->bytes, g->len_bytes);
+        if (more == NULL)
+            return KVC_NO_MEMORY;
+        g->bytes = more;
+        g->room_bytes = g->len_bytes;
+    }
+}
+
+static bool is_right(const meta_get *g)
+{
     uint64_t sum;
 
-    if (key->mv_size == 0 || key->mv_size > KVSI_MAX_META_NAME || value->mv_size < SUM_BYTES) {
-        *status_p = KVC_CORRUPT;
-        return true;
-    }
-    memcpy(name, key->mv_data, key->mv_size);
-    name[key->mv_size] = '\0';
-    memcpy(&sum, value->mv_data, SUM_BYTES);
-    const uint8_t *data = (const uint8_t *)value->mv_data + SUM_BYTES;
-    if (sum != kvc_value_sum(data, value->mv_size - SUM_BYTES)) {
-        KVC_LOG_ERROR(TIER, "lmdb: meta record \"%s\" is corrupt", name);
-        *status_p = KVC_CORRUPT;
-        return true;
-    }
-    return each(arg, name, data, value->mv_size - SUM_BYTES);
+    if (g->name_bytes == 0 || g->name_bytes > KVSI_MAX_META_NAME || g->len_bytes < SUM_BYTES)
+        return false;
+    memcpy(&sum, g->bytes, SUM_BYTES);
+    return sum == kvc_value_sum(g->bytes + SUM_BYTES, g->len_bytes - SUM_BYTES);
 }
 
 kvc_status kvsi_meta_each(kvs_tier *tier,
@@ -119,24 +184,20 @@ kvc_status kvsi_meta_each(kvs_tier *tier,
                                        size_t len_bytes),
                           void *arg)
 {
-    kvsi_env *env = &tier->meta;
-    MDB_cursor *cursor;
-    MDB_val key, value;
-    MDB_txn *txn;
-    kvc_status status = kvsi_env_read_begin(env, &txn);
+    meta_get g = {.env = &tier->meta};
+    bool damaged = tier->meta_lost;
+    kvc_status status;
 
-    if (status != KVC_OK)
-        return status;
-    int rc = mdb_cursor_open(txn, env->dbi, &cursor);
-    if (rc == MDB_SUCCESS) {
-        while ((rc = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) == MDB_SUCCESS) {
-            if (!give_record(&key, &value, each, arg, &status))
-                break;
+    while ((status = next_record(&g)) == KVC_OK) {
+        if (!is_right(&g)) {
+            KVC_LOG_ERROR(TIER, "lmdb: meta record \"%s\" is corrupt", g.name);
+            damaged = true;
+        } else if (!each(arg, g.name, g.bytes + SUM_BYTES, g.len_bytes - SUM_BYTES)) {
+            break;
         }
-        mdb_cursor_close(cursor);
     }
-    kvsi_env_read_end(env, txn);
-    if (rc != MDB_SUCCESS && rc != MDB_NOTFOUND)
-        return kvsi_lmdb_status(rc);
-    return tier->meta_lost ? KVC_CORRUPT : status;
+    free(g.bytes);
+    if (status != KVC_OK && status != KVC_NOT_FOUND)
+        return status;
+    return damaged ? KVC_CORRUPT : KVC_OK;
 }

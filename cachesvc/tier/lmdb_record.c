@@ -6,15 +6,14 @@
 #include "base/sum.h"
 #include "lmdb_record.h"
 
-#define OVERFLOW_HEADER_BYTES 16u /* LMDB's, before a large value */
-#define SUMMED_FROM           16u /* the header's magic, version and sum are not under the sum */
+#define SUMMED_FROM 16u /* the header's magic, version and sum are not under the sum */
 
 uint32_t kvsi_record_prefix_bytes(uint32_t n_rows)
 {
     uint32_t need = (uint32_t)sizeof(kvsi_record_header) + n_rows * (uint32_t)sizeof(uint32_t) +
-                    OVERFLOW_HEADER_BYTES;
+                    KVSI_RECORD_OFF;
 
-    return (need + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES * KVSI_PAGE_BYTES - OVERFLOW_HEADER_BYTES;
+    return (need + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES * KVSI_PAGE_BYTES - KVSI_RECORD_OFF;
 }
 
 uint64_t kvsi_record_bytes(uint32_t row_bytes, uint32_t n_rows)
@@ -24,7 +23,7 @@ uint64_t kvsi_record_bytes(uint32_t row_bytes, uint32_t n_rows)
 
 uint32_t kvsi_record_pages(uint32_t row_bytes, uint32_t n_rows)
 {
-    uint64_t bytes = kvsi_record_bytes(row_bytes, n_rows) + OVERFLOW_HEADER_BYTES;
+    uint64_t bytes = kvsi_record_bytes(row_bytes, n_rows) + KVSI_RECORD_OFF;
 
     return (uint32_t)((bytes + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES);
 }

@@ -16,6 +16,7 @@
 
 #define KVSI_PAGE_BYTES     4096u
 #define KVSI_KEY_BYTES      108u
+#define KVSI_RECORD_OFF     16u /* LMDB's header, in a large record's first page */
 #define KVSI_MAX_ROWS       65536u
 #define KVSI_RECORD_MAGIC   0x4c56564bu /* "KVVL" */
 #define KVSI_RECORD_VERSION 1u

@@ -11,6 +11,7 @@
 #include <stdatomic.h>
 
 #include "lmdb_env.h"
+#include "lmdb_ring.h"
 #include "lmdb_sums.h"
 
 #define KVSI_MAX_CLASSES    8u
@@ -19,6 +20,7 @@
 #define KVSI_META_PAGES     128u  /* the meta map's first size */
 #define KVSI_MIN_CAPACITY   (4ull << 20)
 #define KVSI_MAX_META_NAME  500u
+#define KVSI_MAX_NAME       512u /* no LMDB key is longer */
 #define KVSI_MAX_META_BYTES (16u << 20)
 #define KVSI_RANK_META      ((kvc_lock_rank)(KVC_RANK_TIER - 1))
 
@@ -30,8 +32,8 @@ typedef struct kvsi_class {
     uint64_t live_pages, tree_pages; /* after the last commit */
     uint64_t values;
     uint64_t queued_pages, freeing_pages; /* of writes and releases that wait */
-    bool broken;                          /* a sync failed: nothing more is promised here */
-    bool dirty;                           /* the writer's: committed, not yet fully synced */
+    bool broken; /* a sync or the file failed: nothing more is promised here */
+    bool dirty;  /* the writer's: committed, not yet fully synced */
 } kvsi_class;
 
 /* A release on its way to the writer. */
@@ -56,7 +58,9 @@ struct kvs_tier {
     int root_fd, lock_fd;
     uint64_t capacity_pages, step_pages, max_value_bytes;
     uint64_t group_commit_ns, group_commit_bytes;
+    uint64_t reader_ns; /* a read transaction is not held longer */
     kvsi_sums *sums;
+    kvsi_lanes *lanes; /* NULL: no io_uring */
     kvc_thread writer;
     atomic_ullong bytes_read;
 
@@ -99,6 +103,9 @@ uint64_t kvsi_reserve_pages(const kvsi_class *class);
 /* What a class must be able to claim before its environment is worth creating. */
 uint64_t kvsi_first_claim(const kvsi_class *class);
 
+/* Breaks the class if its file failed: no more writes, and no clean stop. Takes the tier lock. */
+void kvsi_class_check(kvs_tier *tier, kvsi_class *class);
+
 /* Renames a damaged, closed environment to *.bad; its claim stays. IO. */
 kvc_status kvsi_set_aside(kvs_tier *tier, const char *name) KVC_MUST_CHECK;
 
@@ -127,7 +134,7 @@ typedef struct kvsi_batch {
 /* Commits what it can and sets each write's status and slot; drops_done if those took effect. */
 void kvsi_commit(kvs_tier *tier, kvsi_batch *batch);
 
-/* --- lmdb_read.c --- */
+/* --- lmdb_read.c, lmdb_recover.c --- */
 
 kvc_status kvsi_read(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
                      uint32_t n_rows, const kvs_row_range *ranges, uint32_t n_ranges);

@@ -49,6 +49,7 @@ typedef struct kvs_tier_opts {
     uint32_t max_value_bytes;
     uint64_t group_commit_ns;    /* lmdb: gather this long, or ... */
     uint64_t group_commit_bytes; /* ... this much */
+    uint64_t reader_ns;          /* lmdb: the longest that a read transaction is held; 0: 100 ms */
     uint64_t row_sums_bytes;     /* lmdb: sums of hot blocks kept in RAM */
     /* lmdb: a program run as `checker --check-env FOLDER` (kvs_tier_check_main) for each
        environment after an unclean stop, before it is mapped. NULL: checked in this process. */

@@ -32,6 +32,7 @@
 #define STEPS               64u /* the budget is claimed in about this many steps */
 #define MIN_STEP_PAGES      64u
 #define DEFAULT_GROUP_BYTES (16ull << 20)
+#define DEFAULT_READER_NS   100000000ull
 #define RESERVE_PAGES       48u
 #define RESERVE_PART        50u /* of the records: fragments of runs */
 
@@ -185,6 +186,15 @@ static kvc_status claim_existing(kvs_tier *tier, const char *name, uint64_t min_
     return KVC_INVALID;
 }
 
+void kvsi_class_check(kvs_tier *tier, kvsi_class *class)
+{
+    if (!atomic_load(&class->env.faulted))
+        return;
+    kvc_mutex_lock(&tier->lock);
+    class->broken = true;
+    kvc_mutex_unlock(&tier->lock);
+}
+
 kvc_status kvsi_set_aside(kvs_tier *tier, const char *name)
 {
     char bad[96];
@@ -283,6 +293,10 @@ static kvc_status open_entry(kvs_tier *tier, const char *name)
     if (sscanf(name, "class-%u", &record_pages) != 1 || record_pages == 0)
         return KVC_OK;
     snprintf(canonical, sizeof(canonical), "class-%u", record_pages);
+    if (strcmp(canonical, name) == 0 && kvsi_env_file_pages(tier->root_fd, name) == 0) {
+        kvsi_env_remove(tier->root_fd, name); /* a stop came before its first page */
+        return KVC_OK;
+    }
     return strcmp(canonical, name) == 0 ? open_class(tier, name, record_pages) : KVC_OK;
 }
 
@@ -309,6 +323,7 @@ static void close_all(kvs_tier *tier)
     }
     if (tier->meta.env != NULL)
         kvsi_env_close(&tier->meta);
+    kvsi_lanes_destroy(tier->lanes);
     kvsi_sums_destroy(tier->sums);
     if (tier->lock_fd >= 0)
         close(tier->lock_fd);
@@ -336,6 +351,7 @@ static kvs_tier *create(const kvs_tier_opts *opts)
         tier->step_pages = MIN_STEP_PAGES;
     tier->max_value_bytes = opts->max_value_bytes > 0 ? opts->max_value_bytes : KVC_MAX_VALUE_BYTES;
     tier->group_commit_ns = opts->group_commit_ns;
+    tier->reader_ns = opts->reader_ns > 0 ? opts->reader_ns : DEFAULT_READER_NS;
     tier->group_commit_bytes =
         opts->group_commit_bytes > 0 ? opts->group_commit_bytes : DEFAULT_GROUP_BYTES;
     tier->writes_end = &tier->writes;
@@ -367,6 +383,8 @@ static kvc_status lmdb_open(const kvs_tier_opts *opts, kvs_tier **tier_p)
     if (status == KVC_OK)
         status = kvsi_sums_create(opts->row_sums_bytes, &tier->sums);
     if (status == KVC_OK)
+        status = kvsi_lanes_create(&tier->lanes);
+    if (status == KVC_OK)
         status = kvc_thread_start(&tier->writer, "kvs-lmdb-w", kvsi_writer_main, tier);
     if (status != KVC_OK) {
         close_all(tier);
@@ -385,9 +403,9 @@ static void lmdb_close(kvs_tier *tier)
     kvc_cond_signal(&tier->work);
     kvc_mutex_unlock(&tier->lock);
     kvc_thread_join(&tier->writer);
-    bool clean = true;
+    bool clean = !atomic_load(&tier->meta.faulted);
     for (uint32_t i = 0; i < tier->n_classes; i++) {
-        clean &= !tier->classes[i].broken;
+        clean &= !tier->classes[i].broken && !atomic_load(&tier->classes[i].env.faulted);
         if (tier->classes[i].dirty && kvsi_env_sync(&tier->classes[i].env) != KVC_OK) {
             KVC_LOG_WARN(TIER, "lmdb: the last values written without a promise may be lost");
             clean = false;
