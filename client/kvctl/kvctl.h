@@ -37,7 +37,8 @@ typedef struct kvctl_command {
     kvctl_exit (*run)(const kvctl_globals *globals, int argc, char **argv);
 } kvctl_command;
 
-extern const kvctl_command kvctl_status, kvctl_match, kvctl_rows, kvctl_doctor;
+extern const kvctl_command kvctl_status, kvctl_top, kvctl_match, kvctl_rows, kvctl_get, kvctl_put,
+    kvctl_prefetch, kvctl_hold, kvctl_release, kvctl_erase, kvctl_doctor;
 extern const char kvctl_help[];
 
 /* ---- main.c ---------------------------------------------------------------------------------- */
@@ -85,6 +86,46 @@ bool kvctl_picks_parse(const char *text, uint32_t **picks_p, uint32_t *n_p);
 /* A decimal number in min..max, or an error about the option. */
 bool kvctl_number_parse(const char *option, const char *text, uint64_t min, uint64_t max,
                         uint64_t *value_p);
+
+/* ---- blocks.c: which blocks, as several commands let people say it ----------------------------
+ */
+
+typedef struct kvctl_blocks {
+    kvctl_schema schema;
+    bool has_schema;
+    const char *digests_path, *tokens_path;
+    uint64_t block_tokens;
+    uint32_t *parts, n_parts;
+    kvc_digest *digests;
+    uint32_t n_digests;
+} kvctl_blocks;
+
+/* For the table of long options; getopt.h must be there. */
+#define KVCTL_BLOCKS_OPTIONS                                                                       \
+    {"schema", required_argument, NULL, 's'}, {"parts", required_argument, NULL, 'p'},             \
+        {"digests", required_argument, NULL, 'd'}, {"tokens", required_argument, NULL, 't'},       \
+    {                                                                                              \
+        "block-tokens", required_argument, NULL, 'b'                                               \
+    }
+/* Their paragraphs in a manual page, but that of --parts. */
+#define KVCTL_BLOCKS_HELP                                                                          \
+    "    --schema SCHEMA\n"                                                                        \
+    "        The schema: its digest (64 hex digits), or a file with its text (lines key=value),\n" \
+    "        whose SHA-256 is the digest. Required.\n"                                             \
+    "    --digests FILE\n"                                                                         \
+    "        Digests of 64 hex digits, apart by white space. '-' is standard input.\n"             \
+    "    --tokens FILE\n"                                                                          \
+    "        Token ids in decimal, apart by white space or commas; a tail that fills no block "    \
+    "is\n"                                                                                         \
+    "        left out. '-' is standard input.\n"                                                   \
+    "    --block-tokens N\n"                                                                       \
+    "        Tokens of a block, for --tokens; not needed where --schema is a file.\n"
+
+/* Takes one of those options. False: it was bad, and why was printed, or it is none of them. */
+bool kvctl_blocks_option(int option, kvctl_blocks *blocks);
+/* Reads the digests from the words left, the file named, or standard input. KVCTL_USAGE: said. */
+kvctl_exit kvctl_blocks_read(const char *command, int argc, char **argv, kvctl_blocks *blocks);
+void kvctl_blocks_free(kvctl_blocks *blocks);
 
 /* ---- json.c -----------------------------------------------------------------------------------
  */

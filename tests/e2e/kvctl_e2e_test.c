@@ -109,13 +109,14 @@ static int close_shared(void **state)
 static void test_help(void **state)
 {
     (void)state;
-    static const char *const commands[] = {"status", "match", "rows", "doctor"};
+    static const char *const commands[] = {"status", "match", "rows",    "doctor",   "top",  "get",
+                                           "put",    "hold",  "release", "prefetch", "erase"};
     static const char *const sections[] = {
         "NAME\n", "SYNOPSIS\n", "DESCRIPTION\n", "OPTIONS\n", "EXIT STATUS\n", "EXAMPLES\n", NULL};
     expect(NULL, WORDS("--help"), 0, sections, NULL);
     expect(NULL, WORDS("help"), 0, sections, NULL);
     expect(NULL, WORDS("--version"), 0, WORDS("kvctl 0.1.0"), NULL);
-    for (int i = 0; i < 4; i++) {
+    for (size_t i = 0; i < sizeof(commands) / sizeof(commands[0]); i++) {
         char name[40];
         (void)snprintf(name, sizeof(name), "kvctl %s - ", commands[i]);
         expect(NULL, WORDS("--help"), 0, WORDS(commands[i]), NULL);
@@ -305,6 +306,120 @@ static void test_doctor(void **state)
     assert_int_equal(chmod(lmdb, 0700), 0);
 }
 
+/* The file has these bytes. */
+static void expect_file(const char *path, const uint8_t *bytes, size_t len_bytes)
+{
+    FILE *stream = fopen(path, "re");
+    assert_non_null(stream);
+    uint8_t *got = malloc(len_bytes + 1);
+    assert_non_null(got);
+    assert_int_equal(fread(got, 1, len_bytes + 1, stream), len_bytes);
+    assert_memory_equal(got, bytes, len_bytes);
+    free(got);
+    (void)fclose(stream);
+}
+
+static void write_file(const char *path, const uint8_t *bytes, size_t len_bytes)
+{
+    FILE *stream = fopen(path, "we");
+    assert_non_null(stream);
+    assert_int_equal(fwrite(bytes, 1, len_bytes, stream), len_bytes);
+    assert_int_equal(fclose(stream), 0);
+}
+
+/* Blocks beyond those that the other tests count on. */
+static void test_put_get(void **state)
+{
+    (void)state;
+    char schema[320], in[320], out[320], hex[KVC_DIGEST_HEX_BYTES];
+    uint8_t bytes[64 * 128];
+    for (uint32_t i = 0; i < sizeof(bytes); i++)
+        bytes[i] = (uint8_t)(i * 7 + (i >> 8));
+    (void)snprintf(schema, sizeof(schema), "%s/put.schema", shared.folder);
+    (void)snprintf(in, sizeof(in), "%s/put.bytes", shared.folder);
+    (void)snprintf(out, sizeof(out), "%s/get.bytes", shared.folder);
+    store_write_schema(schema);
+    write_file(in, bytes, sizeof(bytes));
+    kvc_digest_hex(&shared.digests[100], hex);
+#define PUT(name, ...) WORDS(ON, name, "--schema", schema, "--part", "2", __VA_ARGS__)
+    expect(NULL, PUT("get", hex, out), 1, NULL, "NOT_FOUND");
+    assert_int_not_equal(access(out, F_OK), 0);
+    expect(NULL, PUT("put", "--durable", hex, in), 0, WORDS("stored 8192 bytes"), NULL);
+    expect(NULL, PUT("put", hex, in), 0, WORDS("first put wins"), NULL);
+    expect(NULL, WORDS(ON, "--json", "put", "--schema", schema, "--part", "2", hex, in), 0,
+           WORDS("{\"status\":\"EXISTS\",\"bytes\":8192}"), NULL);
+    expect(NULL, PUT("get", hex, out), 0, WORDS("8192 bytes"), NULL);
+    expect_file(out, bytes, sizeof(bytes));
+    expect(NULL,
+           WORDS(ON, "--json", "get", "--schema", schema_hex, "--part", "2", "--row-bytes", "128",
+                 "--block-tokens", "64", hex, out),
+           0, WORDS("\"bytes\":8192", "\"sum\":\""), NULL);
+    write_file(in, bytes, 100);
+    expect(NULL, PUT("put", hex, in), 1, NULL, "not 100");
+    expect("", PUT("put", hex), 2, NULL, "0 bytes");
+    expect(NULL, PUT("put", "zz", in), 2, NULL, "64 hex digits");
+    expect(NULL, PUT("put", hex, "/nowhere/at/all"), 2, NULL, "/nowhere/at/all");
+    expect(NULL, PUT("get", hex, "/nowhere/at/all"), 1, NULL, "/nowhere/at/all");
+    expect(NULL, WORDS(ON, "--json", "get", "--schema", schema, "--part", "2", hex), 2, NULL,
+           "needs a file");
+    expect(NULL, WORDS(ON, "get", "--schema", schema_hex, "--part", "2", hex), 2, NULL,
+           "--row-bytes");
+    expect(NULL, WORDS(ON, "put", "--schema", schema, hex), 2, NULL, "--part");
+    (void)unlink(in);
+    (void)unlink(out);
+    (void)unlink(schema);
+}
+
+static void test_keep(void **state)
+{
+    (void)state;
+    char text[KVC_DIGEST_HEX_BYTES * 2 + 2], hold[17];
+    store_put(&shared, 110, 2, KVC_PROMISE_DURABLE);
+    kvc_digest_hex(&shared.digests[110], text);
+    text[KVC_DIGEST_HEX_BYTES - 1] = '\n';
+    kvc_digest_hex(&shared.digests[111], text + KVC_DIGEST_HEX_BYTES);
+    expect(text, WORDS(ON, "prefetch", "--schema", schema_hex), 0,
+           WORDS("0 values loaded", "4 were there", "0 are missing"), NULL);
+    expect(text, WORDS(ON, "--json", "prefetch", "--schema", schema_hex, "--parts", "0-2"), 0,
+           WORDS("{\"there\":6,\"moved\":0,\"missing\":0,\"left\":0,\"moved_bytes\":0}"), NULL);
+    output o = run(text, WORDS(ON, "--json", "hold", "--schema", schema_hex, "--ttl", "90s"));
+    assert_int_equal(o.status, 0);
+    expect_text(o.out, "\"ttl_ms\":90000,\"blocks\":2");
+    const char *name = strstr(o.out, "\"hold\":\"");
+    assert_non_null(name);
+    (void)snprintf(hold, sizeof(hold), "%.16s", name + 8);
+    free(o.out);
+    free(o.err);
+    expect(NULL, WORDS(ON, "hold", "--renew", hold, "--ttl", "5m"), 0, WORDS(hold, "5m"), NULL);
+    expect(NULL, WORDS(ON, "--json", "release", hold), 0, WORDS("{\"released\":1}"), NULL);
+    expect(NULL, WORDS(ON, "release", hold), 1, WORDS("0 released"), "NOT_FOUND");
+    expect(NULL, WORDS(ON, "hold", "--renew", hold), 1, NULL, "NOT_FOUND");
+    expect(NULL, WORDS(ON, "hold", "--renew", "xyz"), 2, NULL, "16 hex digits");
+    expect(NULL, WORDS(ON, "hold", "--renew", hold, text), 2, NULL, "no blocks besides");
+    expect(text, WORDS(ON, "hold", "--schema", schema_hex, "--parts", "0"), 2, NULL, "every part");
+    expect(text, WORDS(ON, "hold", "--schema", schema_hex, "--ttl", "soon"), 2, NULL, "duration");
+    expect(NULL, WORDS(ON, "release"), 2, NULL, "which hold");
+    expect(NULL, WORDS(ON, "release", hold, "0"), 2, NULL, "nothing was released");
+    expect(text, WORDS(ON, "erase", "--schema", schema_hex, "--parts", "0"), 0,
+           WORDS("2 values erased (512 KiB)"), NULL);
+    expect(text, WORDS(ON, "--json", "erase", "--schema", schema_hex), 0,
+           WORDS("{\"values\":4,\"bytes\":81920}"), NULL);
+    expect(text, WORDS(ON, "match", "--schema", schema_hex), 0, WORDS("0 of 2"), NULL);
+    expect(text, WORDS(ON, "erase", "--schema", schema_hex, "--parts", "77"), 1, NULL, "part 77");
+}
+
+static void test_top(void **state)
+{
+    (void)state;
+    expect(NULL, WORDS(ON, "top", "--once", "--interval", "100ms"), 0,
+           WORDS("PER SECOND", "rows from dram", "TIER", "dram", "lmdb", "holds 0"), NULL);
+    expect(NULL, WORDS(ON, "--json", "top", "-n", "2", "-i", "100ms"), 0,
+           WORDS("{\"interval_ms\":1", "\"rates\":{\"requests\":", "}\n{\"interval_ms\":"), NULL);
+    expect(NULL, WORDS(ON, "top", "--interval", "1ms"), 2, NULL, "100ms");
+    expect(NULL, WORDS(ON, "top", "--count", "0"), 2, NULL, "--count");
+    expect(NULL, WORDS(ON, "top", "now"), 2, NULL, "now");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -312,7 +427,8 @@ int main(void)
         cmocka_unit_test(test_nobody),      cmocka_unit_test(test_status),
         cmocka_unit_test(test_match),       cmocka_unit_test(test_match_tokens),
         cmocka_unit_test(test_rows),        cmocka_unit_test(test_doctor),
-        cmocka_unit_test(test_schema_file),
+        cmocka_unit_test(test_schema_file), cmocka_unit_test(test_put_get),
+        cmocka_unit_test(test_keep),        cmocka_unit_test(test_top),
     };
     return cmocka_run_group_tests(tests, open_shared, close_shared);
 }
