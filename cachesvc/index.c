@@ -40,8 +40,12 @@ kvs_index *kvs_index_create(kvs_schema *const *schemas)
 
 void kvs_index_destroy(kvs_index *index)
 {
+    uint32_t *sums;
+    kvs_slot slot;
     if (!index)
         return;
+    while (kvs_index_next_dirty(index, &slot, &sums) != KVS_NIL)
+        free(sums);
     kvs_blocks_fini(index);
     kvs_slab_fini(&index->values);
     kvc_mutex_fini(&index->lock);
@@ -211,12 +215,13 @@ static void dirty_push(kvs_index *index, uint32_t id)
     index->n_dirty++;
 }
 
-void kvs_index_publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirty)
+/* The caller holds the lock. */
+static void publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirty)
 {
-    kvc_mutex_lock(&index->lock);
     kvs_value *value = kvs_value_at(index, id);
     KVC_ASSERT(value->flags == KVS_FILLING);
     value->dram = slot;
+    value->lmdb = (kvs_slot){0, 0};
     value->flags = KVS_DRAM;
     if (dirty) {
         value->flags |= KVS_WRITING;
@@ -226,7 +231,28 @@ void kvs_index_publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool d
     }
     index->n_visible++;
     kvs_hold_admit_locked(index, id);
+}
+
+void kvs_index_publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirty)
+{
+    kvc_mutex_lock(&index->lock);
+    publish_dram(index, id, slot, dirty);
     kvc_mutex_unlock(&index->lock);
+}
+
+void kvs_index_publish_dirty(kvs_index *index, uint32_t id, kvs_slot slot, uint32_t *sums,
+                             uint32_t n_rows)
+{
+    uint64_t bytes = (uint64_t)n_rows * sizeof(*sums);
+    kvc_mutex_lock(&index->lock);
+    publish_dram(index, id, slot, true);
+    if (sums && index->sums_bytes + bytes <= KVS_DIRTY_SUMS) {
+        kvs_value_at(index, id)->lmdb = (kvs_slot){(uintptr_t)sums, bytes};
+        index->sums_bytes += bytes;
+        sums = NULL;
+    }
+    kvc_mutex_unlock(&index->lock);
+    free(sums);
 }
 
 void kvs_index_publish_lmdb(kvs_index *index, uint32_t id, kvs_slot lmdb, bool synced,
@@ -273,8 +299,9 @@ void kvs_index_synced(kvs_index *index, uint32_t id, bool ok)
     kvc_mutex_unlock(&index->lock);
 }
 
-uint32_t kvs_index_next_dirty(kvs_index *index, kvs_slot *dram_p)
+uint32_t kvs_index_next_dirty(kvs_index *index, kvs_slot *dram_p, uint32_t **sums_p)
 {
+    *sums_p = NULL;
     kvc_mutex_lock(&index->lock);
     uint32_t id = index->dirty_head;
     if (id != KVS_NIL) {
@@ -285,6 +312,10 @@ uint32_t kvs_index_next_dirty(kvs_index *index, kvs_slot *dram_p)
         value->chain = KVS_NIL;
         index->n_dirty--;
         *dram_p = value->dram;
+        /* Nothing but a slot of lmdb stands there once it is written. */
+        *sums_p = (uint32_t *)(uintptr_t)value->lmdb.a;
+        index->sums_bytes -= value->lmdb.b;
+        value->lmdb = (kvs_slot){0, 0};
     }
     kvc_mutex_unlock(&index->lock);
     return id;

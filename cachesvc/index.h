@@ -28,7 +28,7 @@
 #define KVS_HELD    256u /* counted in held_bytes: leaves no tier unless another has it */
 
 typedef struct kvs_value {
-    kvs_slot dram, lmdb;
+    kvs_slot dram, lmdb;           /* lmdb of a queued dirty value: its row sums, and their bytes */
     uint32_t dram_prev, dram_next; /* eviction list of its class; only clean values are in it */
     uint32_t lmdb_prev, lmdb_next; /* age list of its class */
     uint32_t block;
@@ -60,8 +60,9 @@ typedef struct kvs_class {
     uint64_t dram_bytes;     /* of the values in the dram list */
 } kvs_class;
 
-#define KVS_MAX_CLASSES     1024u /* beyond it, values share class 0 */
-#define KVS_INDEX_STEP      256u  /* values or digests worked on in one critical section */
+#define KVS_MAX_CLASSES     1024u       /* beyond it, values share class 0 */
+#define KVS_DIRTY_SUMS      (16u << 20) /* bytes of row sums kept for dirty values */
+#define KVS_INDEX_STEP      256u        /* values or digests worked on in one critical section */
 #define KVS_HASH_PAGE_SHIFT 14u
 #define KVS_HASH_MAX_PAGES  (1u << 16)
 
@@ -74,12 +75,12 @@ typedef struct kvs_index {
     uint32_t hash_level, hash_split;
     kvs_class classes[KVS_MAX_CLASSES];
     uint32_t n_classes;
-    uint32_t dirty_head, dirty_tail; /* values that want a write to lmdb, oldest first */
-    uint64_t n_dirty;
-    uint32_t dead_head;                            /* doomed values without readers */
-    uint64_t n_visible;                            /* values that a read can find */
-    uint64_t held_bytes[KVS_MAX_SCHEMAS + 1];      /* of HELD values, by schema */
-    uint32_t held_max_schema;                      /* no id above it has ever been held */
+    uint32_t dirty_head, dirty_tail;          /* values that want a write to lmdb, oldest first */
+    uint64_t n_dirty, sums_bytes;             /* of the dirty values' row sums */
+    uint32_t dead_head;                       /* doomed values without readers */
+    uint64_t n_visible;                       /* values that a read can find */
+    uint64_t held_bytes[KVS_MAX_SCHEMAS + 1]; /* of HELD values, by schema */
+    uint32_t held_max_schema;                 /* no id above it has ever been held */
     uint64_t held_total, max_held, max_held_total; /* caps: of one tenant, of all of them */
 } kvs_index;
 
@@ -109,6 +110,10 @@ kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t p
 void kvs_index_abandon(kvs_index *index, uint32_t id);
 /* A claimed value is in dram. dirty: it wants a write to lmdb and is queued for it. */
 void kvs_index_publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirty);
+/* The same for a dirty value with the row sums [n_rows] of what came; takes them (free), or lets
+   them go where KVS_DIRTY_SUMS are kept already. NULL: none. */
+void kvs_index_publish_dirty(kvs_index *index, uint32_t id, kvs_slot slot, uint32_t *sums,
+                             uint32_t n_rows);
 /* A claimed value is in lmdb, and in dram too where dram is not NULL. */
 void kvs_index_publish_lmdb(kvs_index *index, uint32_t id, kvs_slot lmdb, bool synced,
                             const kvs_slot *dram);
@@ -116,8 +121,8 @@ void kvs_index_publish_lmdb(kvs_index *index, uint32_t id, kvs_slot lmdb, bool s
 void kvs_index_wrote(kvs_index *index, uint32_t id, bool ok, kvs_slot lmdb, bool synced);
 /* The sync that KVS_CLAIM_SYNC asked for ended; drops the reference. */
 void kvs_index_synced(kvs_index *index, uint32_t id, bool ok);
-/* The oldest queued dirty value; KVS_NIL: none. It stays WRITING. */
-uint32_t kvs_index_next_dirty(kvs_index *index, kvs_slot *dram_p);
+/* The oldest queued dirty value; KVS_NIL: none. It stays WRITING. Gives its row sums or NULL. */
+uint32_t kvs_index_next_dirty(kvs_index *index, kvs_slot *dram_p, uint32_t **sums_p);
 uint64_t kvs_index_dirty_count(kvs_index *index);
 
 /* The full name of a value, for a tier. The value must be claimed, referenced or WRITING. */

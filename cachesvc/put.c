@@ -12,9 +12,12 @@
 
 #include "base/assert.h"
 #include "base/metrics.h"
+#include "base/sum.h"
 #include "cascade.h"
 #include "request.h"
 #include "writer.h"
+
+#define SUM_STEP_BYTES 32768u
 
 typedef enum put_state {
     PUT_CHECK,
@@ -39,6 +42,7 @@ typedef struct put_item {
     kvs_slot slot;      /* in dram; of ITEM_SYNC: in lmdb */
     const void *rows;   /* dense: dram, the request's bytes, or copy */
     void *copy;         /* of bytes that came in pieces; NULL otherwise */
+    uint32_t *sums;     /* of the rows in dram as they came; NULL: none, or with the job */
     kvs_write_job *job; /* NULL: nothing to write */
     struct kvs_put *put;
 } put_item;
@@ -86,6 +90,23 @@ static void cursor_read(cursor *at, void *dst, size_t len_bytes)
             at->n--;
             at->off_bytes = 0;
         }
+    }
+}
+
+/*
+ * Copies n rows and sums up each soon after, while it is in the cache. The sums are what the value
+ * is worth from then on: bytes that change in memory later do not get through lmdb unnoticed. sums
+ * may be NULL.
+ */
+static void cursor_rows(cursor *at, char *dst, uint32_t row_bytes, uint32_t n, uint32_t *sums)
+{
+    uint32_t step = row_bytes < SUM_STEP_BYTES ? SUM_STEP_BYTES / row_bytes : 1;
+    for (uint32_t i = 0; i < n; i += step) {
+        step = n - i < step ? n - i : step;
+        cursor_read(at, dst, (size_t)step * row_bytes);
+        if (sums)
+            kvc_row_sums(dst, row_bytes, step, sums + i);
+        dst += (size_t)step * row_bytes;
     }
 }
 
@@ -186,17 +207,24 @@ static void take_dram(kvs_put *put, uint32_t i, void *addr, cursor *at)
 {
     kvs_server *server = put->server;
     put_item *item = &put->items[i];
-    cursor_read(at, addr, put->schema->parts[item->part].value_bytes);
+    uint32_t n_rows = put->schema->block_tokens;
+    bool dirty = server->writer && server->settings.write_behind == KVS_WRITE_BEHIND_ALL;
+    if (put->durable || dirty) /* without memory for them the writer computes them */
+        item->sums = malloc(n_rows * sizeof(*item->sums));
+    cursor_rows(at, addr, put->schema->parts[item->part].row_bytes, n_rows, item->sums);
     server->dram.ops->commit(server->dram.tier, item->slot);
     if (put->durable) {
         item->kind = ITEM_BOTH;
         item->rows = addr;
         return;
     }
-    bool dirty = server->writer && server->settings.write_behind == KVS_WRITE_BEHIND_ALL;
-    kvs_index_publish_dram(server->index, item->value, item->slot, dirty);
-    if (dirty)
+    if (dirty) {
+        kvs_index_publish_dirty(server->index, item->value, item->slot, item->sums, n_rows);
+        item->sums = NULL;
         kvs_writer_kick(server->writer);
+    } else {
+        kvs_index_publish_dram(server->index, item->value, item->slot, false);
+    }
     settle(put, i, KVC_OK);
 }
 
@@ -269,7 +297,9 @@ static void written(kvs_put *put, uint32_t i, kvc_status status, kvs_slot lmdb)
     kvs_server *server = put->server;
     put_item *item = &put->items[i];
     free(item->copy);
+    free(item->sums);
     item->copy = NULL;
+    item->sums = NULL;
     if (item->kind == ITEM_OLD) {
         kvs_index_wrote(server->index, item->value, status == KVC_OK, lmdb, true);
         settle(put, i, status == KVC_OK ? KVC_EXISTS : status);
@@ -328,6 +358,8 @@ static void make_jobs(kvs_put *put)
         job->write.n_rows = put->schema->block_tokens;
         job->write.rows = item->rows;
         job->write.durable = put->durable;
+        job->sums = item->sums;
+        item->sums = NULL;
         job->cls = put->schema->parts[item->part].cls;
         job->deadline_ns = put->call->deadline_ns;
         job->done = job_done;

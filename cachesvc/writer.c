@@ -143,8 +143,8 @@ static bool behind_fill(kvs_writer *writer, behind_job *behind)
 {
     kvs_server *server = writer->server;
     kvs_slot slot;
-    uint32_t part;
-    behind->value = kvs_index_next_dirty(server->index, &slot);
+    uint32_t part, *sums;
+    behind->value = kvs_index_next_dirty(server->index, &slot, &sums);
     if (behind->value == KVS_NIL)
         return false;
     const kvs_schema *schema = kvs_index_schema(server->index, behind->value, &part);
@@ -155,6 +155,7 @@ static bool behind_fill(kvs_writer *writer, behind_job *behind)
     job->write.n_rows = schema->block_tokens;
     job->write.rows = server->dram.ops->map(server->dram.tier, slot);
     job->cls = schema->parts[part].cls;
+    job->sums = sums;
     job->done = behind_done;
     job->writer = writer;
     return true;
@@ -253,7 +254,6 @@ void kvs_writer_submit(kvs_writer *writer, kvs_write_job *job)
 {
     job->writer = writer;
     job->tries = 0;
-    job->sums = NULL;
     kvc_mutex_lock(&writer->lock);
     push_locked(writer, job);
     kvc_cond_signal(&writer->wake);

@@ -2,7 +2,8 @@
  * writer.h: the one thread that hands values to the lmdb tier.
  *
  * It takes DURABLE and write-through values first, then the index's dirty ones (write-behind),
- * computes their row sums, and makes room when the tier is full. The tier groups and commits.
+ * computes those row sums that it was not given, and makes room when the tier is full. The tier
+ * groups and commits.
  */
 #ifndef KVS_WRITER_H
 #define KVS_WRITER_H
@@ -11,14 +12,14 @@
 
 typedef struct kvs_write_job {
     kvs_tier_write
-        write;    /* submitter: key, row_bytes, n_rows, rows, durable. Result: status, slot */
-    uint32_t cls; /* eviction class of the value */
+        write;      /* submitter: key, row_bytes, n_rows, rows, durable. Result: status, slot */
+    uint32_t *sums; /* of the rows, taken; NULL: the writer computes them */
+    uint32_t cls;   /* eviction class of the value */
     uint64_t deadline_ns; /* TIMED_OUT if it was not handed to the tier by then; 0: none */
     void (*done)(
         struct kvs_write_job *job); /* the writer's or a tier's thread, once, no lock held */
     void *arg;
-    kvs_writer *writer; /* the writer's, as the three below */
-    uint32_t *sums;
+    kvs_writer *writer; /* the writer's, as the two below */
     uint32_t tries;
     struct kvs_write_job *next;
 } kvs_write_job;

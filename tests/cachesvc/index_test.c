@@ -203,9 +203,10 @@ static void test_dram_order(void **state)
     }
     assert_false(kvs_evict_dram(f->index, cls, &victim));
     kvs_slot slot;
-    uint32_t dirty = kvs_index_next_dirty(f->index, &slot);
+    uint32_t *sums;
+    uint32_t dirty = kvs_index_next_dirty(f->index, &slot, &sums);
     assert_int_equal(slot.a, 2);
-    assert_int_equal(kvs_index_next_dirty(f->index, &slot), KVS_NIL);
+    assert_int_equal(kvs_index_next_dirty(f->index, &slot, &sums), KVS_NIL);
     assert_false(kvs_evict_dram(f->index, cls, &victim)); /* it is being written */
     kvs_index_wrote(f->index, dirty, true, (kvs_slot){22, 0}, false);
     put_dram(f, 50, 0, false); /* in dram only: no promotion may cost it */
@@ -232,12 +233,36 @@ static uint32_t put_lmdb(fixture *f, uint64_t b)
     return value;
 }
 
+/* A dirty value keeps the sums it came with, within a bound for all; what is left goes with the
+   index (the leak sanitizer watches). */
+static void test_sums_of_dirty_values(void **state)
+{
+    enum { ROWS = 1 << 20, N = KVS_DIRTY_SUMS / (ROWS * 4) };
+    fixture *f = *state;
+    uint32_t *sums, *first = malloc(ROWS * sizeof(*first));
+    kvs_slot slot;
+    first[0] = 17;
+    for (uint32_t b = 0; b < N + 2; b++)
+        kvs_index_publish_dirty(f->index, claim(f, b, 0), (kvs_slot){b, 0},
+                                b == 0 ? first : malloc(ROWS * sizeof(*first)), ROWS);
+    for (uint32_t b = 0; b <= N; b++) {
+        uint32_t value = kvs_index_next_dirty(f->index, &slot, &sums);
+        assert_int_equal(slot.a, b);
+        assert_int_equal(sums != NULL, b < N);
+        assert_true(b > 0 || sums == first);
+        free(sums);
+        kvs_index_wrote(f->index, value, true, (kvs_slot){b, 1}, false);
+    }
+    assert_int_equal(f->index->sums_bytes, 0);
+    kvs_index_publish_dirty(f->index, claim(f, 100, 0), (kvs_slot){100, 0}, malloc(64), 16);
+}
+
 static void test_lmdb_order(void **state)
 {
     fixture *f = *state;
     kvs_victim victim;
     kvs_slot slot;
-    uint32_t cls = f->schema->parts[0].cls, other;
+    uint32_t cls = f->schema->parts[0].cls, other, *sums;
     uint32_t block1 = hold(f, 1);
     kvc_digest digest = h_digest(0);
     for (uint64_t b = 0; b < 3; b++)
@@ -257,7 +282,7 @@ static void test_lmdb_order(void **state)
     kvs_index_drop_blocks(f->index, &block1, 1);
     /* A value of both tiers stays in dram, and can be evicted from there. */
     uint32_t value = put_dram(f, 9, 0, true);
-    assert_int_equal(kvs_index_next_dirty(f->index, &slot), value);
+    assert_int_equal(kvs_index_next_dirty(f->index, &slot, &sums), value);
     kvs_index_wrote(f->index, value, true, (kvs_slot){99, 0}, true);
     assert_true(kvs_evict_lmdb(f->index, cls, &victim)); /* the older one */
     assert_int_equal(victim.slot.a, 1);
@@ -468,6 +493,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_promotion, setup, teardown),
         cmocka_unit_test_setup_teardown(test_match_window, setup, teardown),
         cmocka_unit_test_setup_teardown(test_handles, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sums_of_dirty_values, setup, teardown),
         cmocka_unit_test_setup_teardown(test_contexts, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -14,6 +14,7 @@
 
 #include "base/metrics.h"
 #include "base/sum.h"
+#include "tier/tier_dram.h"
 
 #define ROW         512u
 #define VALUE_BYTES (H_TOKENS * ROW)
@@ -278,6 +279,48 @@ static void test_corrupt_rows(void **state)
     h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 5);
 }
 
+/* Flips one byte of a row in dram, as broken memory would. */
+static void damage_dram(kvs_server *server, const void *row)
+{
+    kvs_dram_segment segments[64];
+    uint32_t n, flipped = 0;
+    kvs_dram_segments(server->dram.tier, segments, 64, &n);
+    for (uint32_t i = 0; i < n; i++) {
+        char *base = (char *)(uintptr_t)segments[i].base;
+        for (uint64_t at = 0; at + ROW <= segments[i].len_bytes; at += ROW) {
+            if (memcmp(base + at, row, ROW) == 0) {
+                base[at + 9] ^= 0x40;
+                flipped++;
+            }
+        }
+    }
+    assert_int_equal(flipped, 1);
+}
+
+/* More dirty values than the writer takes at once, the first of them waiting for their commit: a
+   byte that changes in the memory of the last before it is written comes to light from lmdb. */
+static void test_altered_before_write_behind(void **state)
+{
+    enum { N = 160 };
+    fixture *f = *state;
+    uint64_t context;
+    char value[VALUE_BYTES];
+    const uint32_t picks[] = {(N - 1) * H_TOKENS + 5, (N - 1) * H_TOKENS + 6};
+    close_server(f, true);
+    f->h.settings.dram_bytes = 4 * N * VALUE_BYTES;
+    f->h.settings.group_commit_ns = 1000000000;
+    open_server(f);
+    put_many(f, 3000, N, KVC_PROMISE_MEMORY);
+    h_fill(3000 + N - 1, 0, ROW, value);
+    damage_dram(f->h.server, value + 5 * ROW);
+    restart(f, true);
+    assert_int_equal(h_open(f->peer, &f->schema, 3000, N, 0, &context), KVC_OK);
+    assert_int_equal(h_fetch(f->peer, context, 0, picks, 2), KVC_OK);
+    assert_int_equal(f->peer->n_missing, 2);
+    assert_int_equal(f->peer->missing[0].status, KVC_CORRUPT);
+    assert_int_equal(f->peer->data_bytes, 0);
+}
+
 static void test_promotion(void **state)
 {
     fixture *f = *state;
@@ -444,6 +487,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_durable_after_memory, setup, teardown),
         cmocka_unit_test_setup_teardown(test_lmdb_full, setup, teardown),
         cmocka_unit_test_setup_teardown(test_corrupt_rows, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_altered_before_write_behind, setup, teardown),
         cmocka_unit_test_setup_teardown(test_promotion, setup, teardown),
         cmocka_unit_test_setup_teardown(test_failing_writes, setup, teardown),
         cmocka_unit_test_setup_teardown(test_failing_reads, setup, teardown),
