@@ -254,6 +254,7 @@ def ask(run, attachment, question, totals):
         "kind": question.kind,
         "name": question.name,
         "depth": question.depth,
+        "asked": run.tokenizer.decode(question.ask),
         "expected": run.tokenizer.decode(question.answer),
         "answered": run.tokenizer.decode(answer),
         "right": answer == question.answer,

@@ -96,7 +96,7 @@ class Builder:
             at += 1
         for i in range(min(n_verses, len(verses))):
             first, verse = verses[int((i + 0.5) / n_verses * len(verses))]
-            questions.append(self._verse(first, verse, first / n_tokens))
+            questions.append(self._verse(i + 1, first, verse, first / n_tokens))
         return Context(ids[:n_tokens], ids[n_tokens : n_tokens + n_tail], questions)
 
     @staticmethod
@@ -119,11 +119,11 @@ class Builder:
         ask, answer = self.encode(question), self.encode(f" {value}")
         return Question("passkey", name, ask, answer, place, first / n_tokens)
 
-    def _verse(self, first, verse, depth):
+    def _verse(self, number, first, verse, depth):
         asked = VERSE_SHOWN + VERSE_ASKED
         return Question(
             "verse",
-            "verse",
+            str(number),
             self.encode("\n") + verse[:VERSE_SHOWN],
             verse[VERSE_SHOWN:asked],
             list(range(first + VERSE_SHOWN, first + asked)),

@@ -25,7 +25,8 @@ def _answers(r):
         lines.append(
             f"  {a['kind']:<8}{a['name']:<9}depth {100 * a['depth']:3.0f} %  {mark:<16}{layers}"
         )
-        lines.append(f"      expected {a['expected']!r}\n      answered {a['answered']!r}")
+        lines.append(f"      asked {a['asked']!r}, expected {a['expected']!r}")
+        lines.append(f"      answered {a['answered']!r}")
     keys = [a for a in r["answers"] if a["kind"] == "passkey"]
     verses = [a for a in r["answers"] if a["kind"] == "verse"]
     tokens = percent(sum(a["n_right"] for a in verses), sum(a["n_asked"] for a in verses))
@@ -57,8 +58,8 @@ def _memory(r):
     lines = [
         "Memory",
         f"  context: {r['tokens']:,} tokens; full KV {size(m['full_kv'])}",
-        f"  in the worker, at most: {size(m['worker'])}, {percent(m['worker'], m['full_kv'])} of it (index "
-        f"{size(m['index'])}, residency {size(m['residency'])}, "
+        f"  in the worker, at most: {size(m['worker'])}, {percent(m['worker'], m['full_kv'])} of "
+        f"it (index {size(m['index'])}, residency {size(m['residency'])}, "
         f"sink and recent {size(m['window'])})",
     ]
     for t in r["tiers"]:

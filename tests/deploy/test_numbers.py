@@ -55,6 +55,7 @@ class Arguments(unittest.TestCase):
         self.assertIn("--tokens needs a value", self.refused("--tokens"))
         self.assertIn("unknown selector 'gca'", self.refused("--selector", "gca"))
         self.assertIn("unknown index 'best'", self.refused("--index", "best"))
+        self.assertIn("--seed 'x' is not a number", self.refused("--seed", "x"))
         self.assertIn("unknown argument '--fast'", self.refused("--fast"))
 
 

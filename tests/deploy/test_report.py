@@ -8,7 +8,8 @@ import report
 
 def answer(kind, right, n_right, n_asked):
     return {
-        "kind": kind, "name": "x", "depth": 0.25, "expected": " 1", "answered": " 2",
+        "kind": kind, "name": "x", "depth": 0.25, "asked": "\n## x:", "expected": " 1",
+        "answered": " 2",
         "right": right, "n_right": n_right, "n_asked": n_asked, "layers_with_it": 7, "layers": 30,
     }  # fmt: skip
 
@@ -62,6 +63,7 @@ class Report(unittest.TestCase):
         self.assertIn("250.0 MiB, 25.0 % of it", text)
         self.assertIn("resident 75.0 %, dram 10.0 %, lmdb 15.0 %", text)
         self.assertIn("2.00 ms/token", text)
+        self.assertIn("asked '\\n## x:', expected ' 1'", text)
         self.assertIn("picks: 80.0 % of the exact ones", text)
 
     def test_what_did_not_happen_is_left_out(self):

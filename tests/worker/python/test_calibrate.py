@@ -183,6 +183,32 @@ class Artefact(unittest.TestCase):
         self.assertEqual(self.model.config._attn_implementation, "sdpa")
 
 
+class QualityTable(unittest.TestCase):
+    def table(self):
+        table, row = quality.Table(), ("decode", "d'=22", 24)
+        for k in quality.KS:
+            table.add(row, k, 0.9, 0.40, 0.50)
+            table.add(row, k, 0.5, 0.15, 0.10)
+        return table
+
+    def test_recall_of(self):
+        exact = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
+        picks = torch.tensor([[3, 2, 9, 8], [7, 6, 5, 4]])
+        self.assertEqual(quality.recall_of(picks, exact, 10), 0.75)
+
+    def test_means_and_the_worst_layer(self):
+        text = quality.markdown("ESA", self.table(), 384)
+        self.assertIn("| decode | d'=22 | 24 | 0.700 / 0.500 | 0.917 / 0.800 |", text)
+        self.assertIn("0.300 at k=256", text)
+
+    def test_every_layer_has_its_line_in_each_table(self):
+        text = quality.per_layer("ESA", self.table(), [3, 8])
+        self.assertEqual(text.count("| 3 | 0.900 / 0.800 |"), len(quality.KS))
+        self.assertEqual(text.count("| 8 | 0.500 / 1.500 |"), len(quality.KS))
+        for k in quality.KS:
+            self.assertIn(f"**ESA; decode queries, k = {k}: recall / mass**", text)
+
+
 def kv_recent(selector):
     """Tokens behind the candidates when one token was appended."""
     return 32 if selector == "tokenselect" else 33
