@@ -95,6 +95,7 @@ uint32_t kvs_block_get(kvs_index *index, uint32_t schema, const kvc_digest *dige
     kvs_block *block = kvs_block_at(index, id);
     block->digest = *digest;
     block->schema = schema;
+    index->schema_blocks[schema]++;
     uint32_t *head_p = bucket_of(index, hash_of(index, schema, digest));
     block->hash_next = *head_p;
     *head_p = id;
@@ -159,6 +160,7 @@ void kvs_block_settle(kvs_index *index, uint32_t id)
     while (*link_p != id)
         link_p = &kvs_block_at(index, *link_p)->hash_next;
     *link_p = block->hash_next;
+    index->schema_blocks[block->schema]--;
     free(block->values);
     kvs_slab_free(&index->blocks, id);
 }
@@ -235,6 +237,15 @@ kvc_status kvs_index_hold_blocks(kvs_index *index, const kvs_schema *schema,
     if (!ok)
         kvs_index_drop_blocks(index, blocks, i);
     return ok ? KVC_OK : KVC_NO_MEMORY;
+}
+
+bool kvs_index_uses_schema(void *arg, uint32_t schema)
+{
+    kvs_index *index = arg;
+    kvc_mutex_lock(&index->lock);
+    bool uses = index->schema_blocks[schema] > 0;
+    kvc_mutex_unlock(&index->lock);
+    return uses;
 }
 
 bool kvs_index_block_is(kvs_index *index, uint32_t block, const kvc_digest *digest)

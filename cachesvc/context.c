@@ -89,6 +89,7 @@ static void context_free(kvs_contexts *contexts, kvs_context *context)
         free(context->chunks[c]);
     }
     atomic_fetch_sub(&contexts->n_blocks, n);
+    kvs_schemas_put(contexts->opts.schemas, context->schema);
     kvc_mutex_fini(&context->grow_lock);
     free(context);
 }
@@ -244,6 +245,7 @@ static kvs_context *create(const kvs_contexts *contexts, const kvs_schema *schem
     if (!context)
         return NULL;
     context->schema = schema;
+    kvs_schemas_hold(contexts->opts.schemas, schema);
     context->tenant = schema->tenant;
     context->ttl_ns = ttl_ns == 0 ? contexts->opts.default_ttl_ns : ttl_ns;
     if (context->ttl_ns > contexts->opts.max_ttl_ns)

@@ -33,6 +33,7 @@ typedef struct kvs_contexts kvs_contexts;
 
 typedef struct kvs_contexts_opts {
     kvs_index *index;
+    kvs_schemas *schemas; /* a context holds its schema */
     uint64_t boot_id;
     uint32_t max_per_tenant, max_context_blocks;
     uint64_t max_blocks; /* in all open contexts of all tenants */

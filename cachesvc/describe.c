@@ -105,6 +105,8 @@ static void register_finish(kvs_server *server, kvt_call *call, const kvc_digest
         kvs_fail(call, status, "the schema could not be added");
         return;
     }
+    kvs_schemas_put(server->schemas, call->held); /* not before: it might go meanwhile */
+    call->held = schema;
     if (is_new) {
         char hex[KVC_DIGEST_HEX_BYTES];
         kvc_digest_hex(&schema->digest, hex);
@@ -126,12 +128,14 @@ static void register_run(kvs_job *job)
         free(r);
         return;
     }
+    kvc_mutex_lock(&r->server->record_lock);
     status =
         kvs_schema_record_put(&r->server->lmdb, &r->tenant, call->req.u.register_schema.schema);
     if (status == KVC_OK)
         register_finish(r->server, call, &r->tenant);
     else
         kvs_fail(call, status, "the schema could not be written to lmdb");
+    kvc_mutex_unlock(&r->server->record_lock);
     free(r);
 }
 
@@ -147,7 +151,8 @@ void kvs_on_register_schema(kvs_server *server, kvt_call *call, const kvc_digest
         kvs_fail(call, status, "schema: %s", why);
         return;
     }
-    if (!server->lmdb.ops || kvs_schemas_find(server->schemas, tenant, &digest)) {
+    call->held = kvs_schemas_find(server->schemas, tenant, &digest);
+    if (!server->lmdb.ops || call->held) {
         register_finish(server, call, tenant);
         return;
     }

@@ -47,6 +47,7 @@ static void let_go(kvs_holds *holds, hold *h)
     kvs_index_unhold(holds->opts.index, h->blocks, h->n_blocks);
     kvs_index_drop_blocks(holds->opts.index, h->blocks, h->n_blocks);
     KVC_GAUGE_SUB(holds, 1);
+    kvs_schemas_put(holds->opts.schemas, h->schema);
     free(h);
 }
 
@@ -138,6 +139,7 @@ kvc_status kvs_hold_add(kvs_holds *holds, const kvs_context *context, uint64_t t
         return status;
     }
     KVC_GAUGE_ADD(holds, 1);
+    kvs_schemas_hold(holds->opts.schemas, h->schema);
     info_p->ttl_ns = h->ttl_ns;
     info_p->n_blocks = n;
     status = list(holds, h, why_p);
@@ -157,6 +159,7 @@ kvc_status kvs_hold_renew(kvs_holds *holds, const kvc_digest *tenant, uint64_t h
         if (h->handle != handle || !kvc_digest_equal(&h->schema->tenant, tenant))
             continue;
         schema = h->schema;
+        kvs_schemas_hold(holds->opts.schemas, schema); /* the hold may go when the lock does */
         h->ttl_ns = ttl_of(holds, ttl_ns);
         h->expires_ns = kvc_deadline_ns(h->ttl_ns);
         *info_p = (kvs_hold_info){.hold = handle, .ttl_ns = h->ttl_ns, .n_blocks = h->n_blocks};
@@ -164,6 +167,7 @@ kvc_status kvs_hold_renew(kvs_holds *holds, const kvc_digest *tenant, uint64_t h
     kvc_mutex_unlock(&holds->lock);
     if (schema)
         info_p->tenant_bytes = kvs_index_held(holds->opts.index, schema);
+    kvs_schemas_put(holds->opts.schemas, schema);
     return schema ? KVC_OK : KVC_NOT_FOUND;
 }
 

@@ -14,6 +14,7 @@ typedef struct kvs_holds kvs_holds;
 
 typedef struct kvs_holds_opts {
     kvs_index *index;
+    kvs_schemas *schemas; /* a hold keeps its schema */
     uint64_t boot_id;
     uint32_t max_per_tenant;
     uint64_t max_blocks; /* in all holds of all tenants */

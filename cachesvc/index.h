@@ -73,6 +73,7 @@ typedef struct kvs_index {
     kvs_slab blocks, values;
     uint32_t *hash[KVS_HASH_MAX_PAGES]; /* linear hashing: one bucket is split per insertion */
     uint32_t hash_level, hash_split;
+    uint32_t schema_blocks[KVS_MAX_SCHEMAS + 1]; /* block records of each schema, by its id */
     kvs_class classes[KVS_MAX_CLASSES];
     uint32_t n_classes;
     uint32_t dirty_head, dirty_tail;          /* values that want a write to lmdb, oldest first */
@@ -149,6 +150,8 @@ kvc_status kvs_index_hold_blocks(kvs_index *index, const kvs_schema *schema,
 /* The same for blocks that somebody else holds already. */
 void kvs_index_share_blocks(kvs_index *index, const uint32_t *blocks, uint32_t n);
 void kvs_index_drop_blocks(kvs_index *index, const uint32_t *blocks, uint32_t n);
+/* Whether a value or a context needs the schema; as kvs_schemas_retire wants it. */
+bool kvs_index_uses_schema(void *index, uint32_t schema);
 bool kvs_index_block_is(kvs_index *index, uint32_t block, const kvc_digest *digest);
 
 /* ---- index_keep.c: what may not be dropped, and what must be ---- */

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/assert.h"
 #include "base/clock.h"
 #include "base/digest.h"
 #include "base/log.h"
@@ -44,6 +45,7 @@ void kvs_on_call(void *arg, kvt_call *call)
 {
     kvc_digest tenant;
     call->user = arg;
+    call->held = NULL;
     atomic_fetch_add(&((kvs_server *)arg)->n_calls, 1);
     KVC_GAUGE_ADD(requests_in_flight, 1);
     kvc_status status = tenant_digest(call->tenant, &tenant);
@@ -58,11 +60,19 @@ void kvs_on_call(void *arg, kvt_call *call)
     }
 }
 
+/* Lets go of the schema that kvs_want_schema held for the call. */
+static void release_held(kvs_server *server, kvt_call *call)
+{
+    kvs_schemas_put(server->schemas, call->held);
+    call->held = NULL;
+}
+
 void kvs_answer(kvt_call *call, const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices)
 {
     kvs_server *server = call->user;
     KVC_COUNT(requests);
     KVC_GAUGE_SUB(requests_in_flight, 1);
+    release_held(server, call);
     kvt_call_reply(call, KVC_OK, NULL, 0, reply, slices, n_slices);
     atomic_fetch_sub(&server->n_calls, 1);
 }
@@ -85,6 +95,7 @@ void kvs_fail(kvt_call *call, kvc_status status, const char *fmt, ...)
         KVC_COUNT(requests_timed_out);
     KVC_LOG_DEBUG(SERVER, "%s: %s: %s", kvc_method_name(call->req.method), kvc_status_name(status),
                   detail);
+    release_held(server, call);
     kvt_call_reply(call, status, detail, status == KVC_AGAIN ? KVS_RETRY_MS : 0, NULL, NULL, 0);
     atomic_fetch_sub(&server->n_calls, 1);
 }
@@ -104,7 +115,10 @@ const kvs_schema *kvs_want_schema(kvs_server *server, kvt_call *call, const kvc_
         char hex[KVC_DIGEST_HEX_BYTES];
         kvc_digest_hex(digest, hex);
         kvs_fail(call, KVC_NOT_FOUND, "schema %.16s is not registered here", hex);
+        return NULL;
     }
+    KVC_ASSERT(!call->held);
+    call->held = schema;
     return schema;
 }
 

@@ -31,7 +31,8 @@ void kvs_fail(kvt_call *call, kvc_status status, const char *fmt, ...)
    call has waited in a queue. */
 kvc_status kvs_given_up(const kvt_call *call);
 
-/* The tenant's schema by digest, or NULL after kvs_fail. */
+/* The tenant's schema by digest, or NULL after kvs_fail. It is held until the call is answered;
+   once a call. */
 const kvs_schema *kvs_want_schema(kvs_server *server, kvt_call *call, const kvc_digest *tenant,
                                   const kvc_digest *digest);
 /* References the context of a handle, for kvs_context_put; NULL after kvs_fail. */

@@ -17,10 +17,25 @@
 #define NAME_BYTES  (sizeof(PREFIX) + 2 * KVC_DIGEST_HEX_BYTES)
 #define ARENA_BYTES (16u << 20)
 
+static void record_name(const kvc_digest *tenant, const kvc_digest *digest, char name[NAME_BYTES])
+{
+    char tenant_hex[KVC_DIGEST_HEX_BYTES], hex[KVC_DIGEST_HEX_BYTES];
+    kvc_digest_hex(tenant, tenant_hex);
+    kvc_digest_hex(digest, hex);
+    snprintf(name, NAME_BYTES, PREFIX "%s/%s", tenant_hex, hex);
+}
+
+kvc_status kvs_schema_record_drop(kvs_store *store, const kvs_schema *schema)
+{
+    char name[NAME_BYTES];
+    record_name(&schema->tenant, &schema->digest, name);
+    return store->ops->meta_put(store->tier, name, NULL, 0);
+}
+
 kvc_status kvs_schema_record_put(kvs_store *store, const kvc_digest *tenant,
                                  const kvc_schema *schema)
 {
-    char name[NAME_BYTES], tenant_hex[KVC_DIGEST_HEX_BYTES], hex[KVC_DIGEST_HEX_BYTES];
+    char name[NAME_BYTES];
     kvc_request req = {.method = KVC_REGISTER_SCHEMA, .u.register_schema.schema = schema};
     kvc_digest digest;
     kvc_arena arena;
@@ -29,9 +44,7 @@ kvc_status kvs_schema_record_put(kvs_store *store, const kvc_digest *tenant,
     kvc_status status = kvc_schema_digest(schema, &digest);
     if (status != KVC_OK)
         return status;
-    kvc_digest_hex(tenant, tenant_hex);
-    kvc_digest_hex(&digest, hex);
-    snprintf(name, sizeof(name), PREFIX "%s/%s", tenant_hex, hex);
+    record_name(tenant, &digest, name);
     kvc_arena_init(&arena, ARENA_BYTES);
     status = kvc_wire_encode_request(&req, &arena, &head, &head_bytes);
     if (status == KVC_OK)
@@ -56,7 +69,7 @@ static kvc_status load_one(kvs_server *server, const char *name, const void *dat
 {
     struct iovec in = {.iov_base = (void *)(uintptr_t)data, .iov_len = len_bytes};
     kvc_digest tenant, digest;
-    const kvs_schema *schema;
+    const kvs_schema *schema = NULL;
     const char *why = "its name is malformed";
     kvc_request req;
     kvc_arena arena;
@@ -77,6 +90,7 @@ static kvc_status load_one(kvs_server *server, const char *name, const void *dat
     }
     if (status != KVC_OK)
         KVC_LOG_WARN(SERVER, "schema record %s is left out: %s", name, why ? why : "");
+    kvs_schemas_put(server->schemas, schema);
     kvc_arena_reset(&arena);
     return status;
 }

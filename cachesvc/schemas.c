@@ -2,13 +2,15 @@
  * schemas.c: the table of schemas; see schemas.h.
  *
  * Any thread. Lookups scan linearly: a server holds a handful of schemas, and a request looks one
- * up once. Invariant: by_id[1..n] are set, never change, and are freed only by destroy.
+ * up once. Invariant: an entry that is held is neither retired nor removed.
  */
 #include "schemas.h"
 
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/assert.h"
+#include "base/clock.h"
 #include "base/digest.h"
 
 int kvs_schema_part(const kvs_schema *schema, uint32_t part_id)
@@ -47,7 +49,7 @@ void kvs_schemas_destroy(kvs_schemas *schemas)
 {
     if (!schemas)
         return;
-    for (uint32_t i = 1; i <= schemas->n; i++)
+    for (uint32_t i = 1; i <= schemas->n_top; i++)
         entry_free(schemas->by_id[i]);
     kvc_mutex_fini(&schemas->lock);
     free(schemas);
@@ -56,9 +58,10 @@ void kvs_schemas_destroy(kvs_schemas *schemas)
 static kvs_schema *find_locked(kvs_schemas *schemas, const kvc_digest *tenant,
                                const kvc_digest *digest)
 {
-    for (uint32_t i = 1; i <= schemas->n; i++) {
+    for (uint32_t i = 1; i <= schemas->n_top; i++) {
         kvs_schema *entry = schemas->by_id[i];
-        if (kvc_digest_equal(&entry->digest, digest) && kvc_digest_equal(&entry->tenant, tenant))
+        if (entry && kvc_digest_equal(&entry->digest, digest) &&
+            kvc_digest_equal(&entry->tenant, tenant))
             return entry;
     }
     return NULL;
@@ -69,8 +72,67 @@ const kvs_schema *kvs_schemas_find(kvs_schemas *schemas, const kvc_digest *tenan
 {
     kvc_mutex_lock(&schemas->lock);
     const kvs_schema *entry = find_locked(schemas, tenant, digest);
+    if (entry && schemas->use[entry->id].retired)
+        entry = NULL;
+    if (entry)
+        schemas->use[entry->id].users++;
     kvc_mutex_unlock(&schemas->lock);
     return entry;
+}
+
+void kvs_schemas_hold(kvs_schemas *schemas, const kvs_schema *schema)
+{
+    kvc_mutex_lock(&schemas->lock);
+    KVC_ASSERT(!schemas->use[schema->id].retired);
+    schemas->use[schema->id].users++;
+    kvc_mutex_unlock(&schemas->lock);
+}
+
+void kvs_schemas_put(kvs_schemas *schemas, const kvs_schema *schema)
+{
+    if (!schema)
+        return;
+    kvc_mutex_lock(&schemas->lock);
+    KVC_ASSERT(schemas->use[schema->id].users > 0);
+    schemas->use[schema->id].users--;
+    schemas->use[schema->id].used_ns = kvc_now_ns();
+    kvc_mutex_unlock(&schemas->lock);
+}
+
+const kvs_schema *kvs_schemas_retire(kvs_schemas *schemas, uint64_t idle_ns,
+                                     bool (*in_use)(void *arg, uint32_t id), void *arg)
+{
+    const kvs_schema *found = NULL;
+    kvc_mutex_lock(&schemas->lock);
+    for (uint32_t i = 1; !found && i <= schemas->n_top; i++) {
+        if (!schemas->by_id[i] || schemas->use[i].users || schemas->use[i].retired ||
+            schemas->use[i].used_ns >= idle_ns || in_use(arg, i))
+            continue;
+        schemas->use[i].retired = true;
+        found = schemas->by_id[i];
+    }
+    kvc_mutex_unlock(&schemas->lock);
+    return found;
+}
+
+void kvs_schemas_remove(kvs_schemas *schemas, const kvs_schema *schema)
+{
+    kvc_mutex_lock(&schemas->lock);
+    kvs_schema *entry = schemas->by_id[schema->id];
+    KVC_ASSERT(entry == schema && schemas->use[schema->id].retired);
+    schemas->by_id[schema->id] = NULL;
+    schemas->n--;
+    kvc_mutex_unlock(&schemas->lock);
+    entry_free(entry);
+}
+
+void kvs_schemas_keep(kvs_schemas *schemas, const kvs_schema *schema)
+{
+    kvc_mutex_lock(&schemas->lock);
+    KVC_ASSERT(schemas->use[schema->id].retired);
+    schemas->use[schema->id].retired = false;
+    schemas->use[schema->id].used_ns = kvc_now_ns(); /* the next attempt is a while off */
+    kvc_mutex_unlock(&schemas->lock);
 }
 
 static int part_order(const void *a, const void *b)
@@ -115,6 +177,21 @@ err_entry:
     return status;
 }
 
+/* Gives the entry a free id and holds it; there is one. */
+static void insert_locked(kvs_schemas *schemas, kvs_schema *entry)
+{
+    uint32_t id = 1;
+    while (id <= schemas->n_top && schemas->by_id[id])
+        id++;
+    if (id > schemas->n_top)
+        schemas->n_top = id;
+    entry->id = id;
+    schemas->by_id[id] = entry;
+    schemas->use[id].users = 1;
+    schemas->use[id].retired = false;
+    schemas->n++;
+}
+
 kvc_status kvs_schemas_add(kvs_schemas *schemas, const kvc_digest *tenant, const kvc_schema *schema,
                            uint32_t (*class_of)(void *arg, const kvc_digest *tenant,
                                                 uint32_t value_bytes, uint32_t n_rows),
@@ -133,8 +210,12 @@ kvc_status kvs_schemas_add(kvs_schemas *schemas, const kvc_digest *tenant, const
     if (!old && schemas->n == KVS_MAX_SCHEMAS) {
         status = KVC_NO_SPACE;
     } else if (!old) {
-        entry->id = ++schemas->n;
-        schemas->by_id[entry->id] = entry;
+        insert_locked(schemas, entry);
+    } else if (schemas->use[old->id].retired) {
+        status = KVC_AGAIN;
+        old = NULL;
+    } else {
+        schemas->use[old->id].users++;
     }
     kvc_mutex_unlock(&schemas->lock);
     if (new_p)
@@ -150,8 +231,8 @@ uint32_t kvs_schemas_list(kvs_schemas *schemas, const kvc_digest *tenant, kvc_di
 {
     uint32_t n = 0;
     kvc_mutex_lock(&schemas->lock);
-    for (uint32_t i = 1; i <= schemas->n && n < max; i++)
-        if (kvc_digest_equal(&schemas->by_id[i]->tenant, tenant))
+    for (uint32_t i = 1; i <= schemas->n_top && n < max; i++)
+        if (schemas->by_id[i] && kvc_digest_equal(&schemas->by_id[i]->tenant, tenant))
             out[n++] = schemas->by_id[i]->digest;
     kvc_mutex_unlock(&schemas->lock);
     return n;

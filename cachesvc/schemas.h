@@ -1,8 +1,9 @@
 /*
  * schemas.h: which tenants and schemas this server knows.
  *
- * A schema belongs to the tenant that registered it, since no answer may cross tenants. Entries are
- * never removed while the server runs, so a pointer to one stays valid; ids are dense from 1.
+ * A schema belongs to the tenant that registered it, since no answer may cross tenants. An entry
+ * stays while somebody holds it or a block record of the index names its id; one that nobody has
+ * used for long is retired and removed. Ids go from 1 and are given again.
  */
 #ifndef KVS_SCHEMAS_H
 #define KVS_SCHEMAS_H
@@ -33,8 +34,13 @@ typedef struct kvs_schema {
 
 typedef struct kvs_schemas {
     kvc_mutex lock; /* guards all below; what an entry holds never changes */
-    kvs_schema *by_id[KVS_MAX_SCHEMAS + 1]; /* [0] unused */
-    uint32_t n;
+    kvs_schema *by_id[KVS_MAX_SCHEMAS + 1]; /* [0] unused; NULL: free */
+    struct {
+        uint32_t users;
+        uint64_t used_ns; /* when it was last held */
+        bool retired;     /* on its way out: not found any more */
+    } use[KVS_MAX_SCHEMAS + 1];
+    uint32_t n, n_top; /* entries; the highest id ever given */
 } kvs_schemas;
 
 /* The place of a part id in schema->parts, or -1. */
@@ -42,12 +48,26 @@ int kvs_schema_part(const kvs_schema *schema, uint32_t part_id);
 
 kvs_schemas *kvs_schemas_create(void);
 void kvs_schemas_destroy(kvs_schemas *schemas);
-/* The tenant's schema, or NULL. Any thread. */
+/* The tenant's schema, held for kvs_schemas_put, or NULL. Any thread. */
 const kvs_schema *kvs_schemas_find(kvs_schemas *schemas, const kvc_digest *tenant,
                                    const kvc_digest *digest);
+/* Holds it once more; it is held or in use already. */
+void kvs_schemas_hold(kvs_schemas *schemas, const kvs_schema *schema);
+/* Lets go; NULL is fine. */
+void kvs_schemas_put(kvs_schemas *schemas, const kvs_schema *schema);
 /*
- * Adds a checked schema (copied) or finds it there. *new_p (may be NULL) says which. class_of gives
- * the eviction class of a value shape. NO_SPACE: KVS_MAX_SCHEMAS reached. NO_MEMORY, INVALID, IO.
+ * A schema that nobody holds, that was last held before idle_ns and that in_use (called under the
+ * table's lock) denies; NULL: none. It is found no more; then remove frees it, or keep takes it
+ * back.
+ */
+const kvs_schema *kvs_schemas_retire(kvs_schemas *schemas, uint64_t idle_ns,
+                                     bool (*in_use)(void *arg, uint32_t id), void *arg);
+void kvs_schemas_remove(kvs_schemas *schemas, const kvs_schema *schema);
+void kvs_schemas_keep(kvs_schemas *schemas, const kvs_schema *schema);
+/*
+ * Adds a checked schema (copied) or finds it there; held for kvs_schemas_put. *new_p (may be NULL)
+ * says which. class_of gives the eviction class of a value shape. NO_SPACE: KVS_MAX_SCHEMAS
+ * reached. AGAIN: it is just being removed. NO_MEMORY, INVALID, IO.
  */
 kvc_status kvs_schemas_add(kvs_schemas *schemas, const kvc_digest *tenant, const kvc_schema *schema,
                            uint32_t (*class_of)(void *arg, const kvc_digest *tenant,

@@ -87,6 +87,13 @@ static void add_orphan(recovery *r, const kvs_value_key *key, kvs_slot slot)
     r->orphans[r->n_listed++] = (orphan){.key = *key, .slot = slot};
 }
 
+/* The schema of a value, held until another one is asked for. */
+static const kvs_schema *recovery_schema(recovery *r, const kvs_value_key *key)
+{
+    kvs_schemas_put(r->server->schemas, r->last);
+    return r->last = kvs_schemas_find(r->server->schemas, &key->tenant, &key->schema);
+}
+
 static bool found_value(void *arg, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
                         uint32_t n_rows)
 {
@@ -95,7 +102,7 @@ static bool found_value(void *arg, const kvs_value_key *key, kvs_slot slot, uint
     const kvs_schema *schema = r->last;
     if (!schema || !kvc_digest_equal(&schema->digest, &key->schema) ||
         !kvc_digest_equal(&schema->tenant, &key->tenant))
-        schema = r->last = kvs_schemas_find(server->schemas, &key->tenant, &key->schema);
+        schema = recovery_schema(r, key);
     int part = schema ? kvs_schema_part(schema, key->part) : -1;
     kvc_status status = KVC_EXISTS;
     if (part >= 0 && schema->parts[part].row_bytes == row_bytes && schema->block_tokens == n_rows)
@@ -137,6 +144,8 @@ static kvc_status recover(kvs_server *server)
     if (status == KVC_OK)
         settle_orphans(&r, all_schemas);
     free(r.orphans);
+    kvs_schemas_put(server->schemas, r.last);
+    server->schemas_lost = !all_schemas;
     if (status != KVC_OK) {
         KVC_LOG_ERROR(SERVER, "the lmdb tier does not recover: %s", kvc_status_name(status));
         return status;
@@ -181,6 +190,35 @@ static void report(kvs_server *server)
                      (unsigned long long)unwritten);
 }
 
+/* Drops the schemas that no value, context or request has needed for long. */
+static void collect_schemas(kvs_server *server, uint64_t now_ns)
+{
+    uint64_t grace_ns = server->settings.schema_grace_ns;
+    const kvs_schema *schema;
+    if (!grace_ns || now_ns < grace_ns || server->schemas_lost)
+        return;
+    kvc_mutex_lock(&server->record_lock);
+    while ((schema = kvs_schemas_retire(server->schemas, now_ns - grace_ns, kvs_index_uses_schema,
+                                        server->index)) != NULL) {
+        char hex[KVC_DIGEST_HEX_BYTES], age[KVC_TEXT_BYTES];
+        kvc_status status = KVC_OK;
+        kvc_digest_hex(&schema->digest, hex);
+        if (server->lmdb.ops)
+            status = kvs_schema_record_drop(&server->lmdb, schema);
+        if (status != KVC_OK) {
+            KVC_LOG_WARN(SERVER, "schema %.16s is not used any more, but its record stays: %s", hex,
+                         kvc_status_name(status));
+            kvs_schemas_keep(server->schemas, schema);
+            continue;
+        }
+        KVC_LOG_INFO(SERVER, "schema %.16s dropped: model %s, nobody used it for %s", hex,
+                     schema->schema->model, kvc_duration_short(grace_ns, age));
+        KVC_COUNT(schemas_collected);
+        kvs_schemas_remove(server->schemas, schema);
+    }
+    kvc_mutex_unlock(&server->record_lock);
+}
+
 void kvs_server_tick(kvs_server *server)
 {
     uint64_t now_ns = kvc_now_ns();
@@ -195,6 +233,7 @@ void kvs_server_tick(kvs_server *server)
         KVC_LOG_DEBUG(SERVER, "%u holds expired", n);
     }
     kvs_cascade_reap(server);
+    collect_schemas(server, now_ns);
     atomic_store(&server->window, (uint32_t)(now_ns / WINDOW_NS));
 }
 
@@ -253,6 +292,7 @@ static kvc_status create_tables(kvs_server *server)
         return KVC_NO_MEMORY;
     kvs_contexts_opts opts = {
         .index = server->index,
+        .schemas = server->schemas,
         .boot_id = server->boot_id,
         .max_per_tenant = server->limits.max_contexts,
         .max_context_blocks = server->limits.max_context_blocks,
@@ -263,6 +303,7 @@ static kvc_status create_tables(kvs_server *server)
     server->contexts = kvs_contexts_create(&opts);
     kvs_holds_opts hold_opts = {
         .index = server->index,
+        .schemas = server->schemas,
         .boot_id = server->boot_id,
         .max_per_tenant = server->limits.max_contexts,
         .max_blocks = server->settings.max_open_blocks,
@@ -291,6 +332,7 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
     kvs_buffers_init(&server->buffers, server->limits.max_message_bytes,
                      settings->max_inflight_bytes);
     kvc_mutex_init(&server->ticker_lock, KVC_RANK_LEAF);
+    kvc_mutex_init(&server->record_lock, KVC_RANK_RECORD);
     kvc_cond_init(&server->ticker_cond);
     kvc_status status = create_tables(server);
     if (status == KVC_OK)
@@ -401,6 +443,7 @@ void kvs_server_close(kvs_server *server, bool flush)
     kvs_schemas_destroy(server->schemas);
     kvs_buffers_fini(&server->buffers);
     kvc_cond_fini(&server->ticker_cond);
+    kvc_mutex_fini(&server->record_lock);
     kvc_mutex_fini(&server->ticker_lock);
     free(server);
 }

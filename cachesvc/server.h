@@ -50,6 +50,9 @@ typedef struct kvs_server {
     /* Since the ticker last logged them: evicted from the last tier; write-behind failed. */
     atomic_uint_least64_t lost_values, lost_bytes, unwritten_values;
 
+    kvc_mutex record_lock; /* rank RECORD: a schema's record and its entry change together */
+    bool schemas_lost;     /* at start: values may be waiting for them, so none is collected */
+
     uint32_t n_listeners;
     struct {
         const kvt_ops *ops;

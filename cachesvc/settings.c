@@ -58,6 +58,9 @@ static const kvc_setting table[] = {
      "Calls in flight at once on one listener; beyond it they are answered AGAIN."},
     {"context_ttl", KVC_CONFIG_DURATION, FIELD(context_ttl_ns), "10m", 10 * MS, 240 * HOUR, NULL,
      "How long an open context lives after its last use, where the client does not say."},
+    {"schema_grace", KVC_CONFIG_DURATION, FIELD(schema_grace_ns), "1h", 0, 240 * HOUR, NULL,
+     "A schema without values and contexts is dropped once nobody asked for it for so long. 0: "
+     "never."},
     {"max_contexts", KVC_CONFIG_UINT, FIELD(max_contexts), "4096", 1, 1000000, NULL,
      "Contexts that one tenant may have open."},
     {"max_open_blocks", KVC_CONFIG_UINT, FIELD(max_open_blocks), "4194304", 1, 1000000000, NULL,

@@ -35,13 +35,20 @@ static int put_guarded(void *arg)
 
     if (rc != MDB_SUCCESS)
         return rc;
-    rc = mdb_put(txn, p->env->dbi, &key, &value, MDB_RESERVE);
+    if (p->len_bytes == 0)
+        rc = mdb_del(txn, p->env->dbi, &key, NULL);
+    else
+        rc = mdb_put(txn, p->env->dbi, &key, &value, MDB_RESERVE);
+    if (rc == MDB_NOTFOUND)
+        rc = MDB_SUCCESS; /* gone already */
     if (rc != MDB_SUCCESS) {
         mdb_txn_abort(txn);
         return rc;
     }
-    memcpy(value.mv_data, &sum, SUM_BYTES);
-    memcpy((uint8_t *)value.mv_data + SUM_BYTES, p->data, p->len_bytes);
+    if (p->len_bytes > 0) {
+        memcpy(value.mv_data, &sum, SUM_BYTES);
+        memcpy((uint8_t *)value.mv_data + SUM_BYTES, p->data, p->len_bytes);
+    }
     return mdb_txn_commit(txn);
 }
 

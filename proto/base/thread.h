@@ -19,7 +19,8 @@ typedef enum kvc_lock_rank {
     KVC_RANK_WORKER = 2,
     KVC_RANK_GROW = 3,    /* cachesvc/context.c: the length of one context */
     KVC_RANK_CONTEXT = 4, /* cachesvc/context.c: the table */
-    KVC_RANK_SCHEMA = 5,  /* cachesvc/schemas.c */
+    KVC_RANK_RECORD = 5,  /* cachesvc: schema records follow the table; may wait for the disk */
+    KVC_RANK_SCHEMA = 6,  /* cachesvc/schemas.c */
     KVC_RANK_INDEX = 8,   /* cachesvc/index.c */
     KVC_RANK_TIER = 12,   /* inside one tier */
     KVC_RANK_TRANSPORT = 20,

@@ -389,6 +389,7 @@ static void test_handles(void **state)
     fixture *f = *state;
     const uint32_t slot_mask = (1u << 20) - 1;
     kvs_contexts_opts opts = {.index = f->index,
+                              .schemas = f->schemas,
                               .max_per_tenant = 9,
                               .max_context_blocks = 9,
                               .max_blocks = 9,
@@ -423,6 +424,7 @@ static void test_contexts(void **state)
 {
     fixture *f = *state;
     kvs_contexts_opts opts = {.index = f->index,
+                              .schemas = f->schemas,
                               .boot_id = 0x123456789abcdefull,
                               .max_per_tenant = 2,
                               .max_context_blocks = 5000,

@@ -491,6 +491,9 @@ static void test_meta(void **state)
     name[sizeof(name) - 1] = '\0';
     assert_int_equal(t->ops->meta_put(t->tier, name, data, 5), KVC_INVALID);
     assert_int_equal(t->ops->meta_put(t->tier, "", data, 5), KVC_INVALID);
+    assert_int_equal(t->ops->meta_put(t->tier, "gone", data, 5), KVC_OK);
+    assert_int_equal(t->ops->meta_put(t->tier, "gone", NULL, 0), KVC_OK);
+    assert_int_equal(t->ops->meta_put(t->tier, "never there", NULL, 0), KVC_OK);
     for (uint32_t round = 0; round < 2; round++) {
         seen = (meta_seen){0};
         assert_int_equal(t->ops->meta_each(t->tier, note_meta, &seen), KVC_OK);
