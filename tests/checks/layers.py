@@ -71,7 +71,7 @@ THIRD_PARTY = [
     (r"cyaml/.*", r"proto/base/config_yaml\.c"),
     (
         r"protobuf-c/.*|.*\.pb-c\.h",
-        r"proto/wire/.*|proto/transport/grpc/health\.c|cachesvc/cluster/.*",
+        r"proto/wire/.*|proto/transport/grpc/(health|reflect)\.c|cachesvc/cluster/.*",
     ),
     (r"cmocka\.h", r"tests/.*"),
 ]

@@ -233,9 +233,9 @@ static kvc_status admit(struct kvti_call *call, const char **why_p)
     kvc_status status = KVC_OK;
     kvc_mutex_lock(&listener->mutex);
     listener->n_calls++;
-    if (call->slot == KVTI_HEALTH_WATCH) {
+    if (kvti_is_side_call(call->slot)) {
         status = KVC_AGAIN;
-        *why_p = "too many health watchers";
+        *why_p = "too many health watchers or reflections";
     } else if (call->slot >= KVC_METHOD_COUNT) {
         /* health and unknown methods are answered at once, whatever the load */
     } else if (listener->draining) {
@@ -302,7 +302,7 @@ static void serve(struct kvti_call *call)
     if (status == KVC_OK)
         status = decode(call, &why);
     if (status != KVC_OK) {
-        if (call->slot != KVTI_HEALTH_WATCH)
+        if (!kvti_is_side_call(call->slot))
             kvti_count_refusal(status);
         send(call, status, why, status == KVC_AGAIN ? KVTI_RETRY_MS : 0);
         return;
@@ -333,11 +333,18 @@ static void arrived(kvt_listener *listener)
     kvc_mutex_unlock(&listener->mutex);
 }
 
+/* True: it has taken call and request. */
+static bool begin_side_call(struct kvti_call *call)
+{
+    if (call->slot == KVTI_HEALTH_WATCH)
+        return kvti_watch_begin(call->queue, call->call, call->request);
+    return kvti_reflect_begin(call->queue, call->call, call->request);
+}
+
 static void take_call(struct kvti_call *call)
 {
     kvti_arm(call->queue, call->slot);
-    if (call->slot == KVTI_HEALTH_WATCH &&
-        kvti_watch_begin(call->queue, call->call, call->request)) {
+    if (kvti_is_side_call(call->slot) && begin_side_call(call)) {
         call->call = NULL;
         call->request = NULL;
         free_call(call);

@@ -25,6 +25,7 @@
 #define KVTI_MESSAGE_SLACK_BYTES KVC_MAX_HEADER_BYTES
 #define KVTI_METADATA_BYTES      (16 << 10)
 #define KVTI_MAX_WATCHES         256u
+#define KVTI_MAX_REFLECTIONS     64u
 /* Flags of methods with a payload, which many calls at a time want. */
 #define KVTI_BULK                (KVC_METHOD_BULK_REQUEST | KVC_METHOD_BULK_REPLY)
 
@@ -80,7 +81,20 @@ typedef struct kvti_queue {
 } kvti_queue;
 
 /* Slots beyond kvc_method of a listener's table. */
-enum { KVTI_HEALTH_CHECK = KVC_METHOD_COUNT, KVTI_HEALTH_WATCH, KVTI_UNKNOWN, KVTI_SLOTS };
+enum {
+    KVTI_HEALTH_CHECK = KVC_METHOD_COUNT,
+    KVTI_HEALTH_WATCH,
+    KVTI_REFLECT_V1,
+    KVTI_REFLECT_V1ALPHA,
+    KVTI_UNKNOWN,
+    KVTI_SLOTS,
+};
+
+/* Calls that live outside call.c, under a limit of their own. */
+static inline bool kvti_is_side_call(int slot)
+{
+    return slot == KVTI_HEALTH_WATCH || slot == KVTI_REFLECT_V1 || slot == KVTI_REFLECT_V1ALPHA;
+}
 
 /* One request at the server; call.c has its life. */
 struct kvti_call {
@@ -118,7 +132,7 @@ struct kvt_listener {
 
     /* rank TRANSPORT; guards the rest; nothing is called under it */
     kvc_mutex mutex;
-    kvc_cond changed; /* n_calls or n_arriving fell to 0, or gone was set */
+    kvc_cond changed; /* n_calls, n_arriving or n_reflections fell to 0, or gone was set */
     uint32_t n_calls;
     uint32_t n_arriving; /* calls handed over by gRPC and not counted in n_calls yet */
     bool closed;         /* the queues are being shut down: nothing may be started on them */
@@ -127,6 +141,7 @@ struct kvt_listener {
     bool gone; /* the server has let go of every call and connection */
     kvti_watch *watches;
     uint32_t n_watches;
+    uint32_t n_reflections;
 };
 
 /* Runs the queue's events until it is shut down and empty; cancels calls past max_deadline_ns. */
@@ -151,6 +166,8 @@ kvc_status kvti_health_check(kvt_listener *listener, grpc_byte_buffer *request,
 /* Takes call and request, and answers until the client or the server ends it. False: too many
  * watchers or no memory; nothing was taken. */
 bool kvti_watch_begin(kvti_queue *queue, grpc_call *call, grpc_byte_buffer *request);
+/* The same for a reflection (reflect.c). False also while draining. */
+bool kvti_reflect_begin(kvti_queue *queue, grpc_call *call, grpc_byte_buffer *request);
 /* Tells every watcher what serving is now. */
 void kvti_watch_publish(kvt_listener *listener);
 

@@ -113,12 +113,18 @@ static void register_methods(kvt_listener *listener)
         listener->methods[m] =
             grpc_server_register_method(listener->server, kvti_method_path((kvc_method)m), NULL,
                                         GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
-    listener->methods[KVTI_HEALTH_CHECK] =
-        grpc_server_register_method(listener->server, "/grpc.health.v1.Health/Check", NULL,
-                                    GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
-    listener->methods[KVTI_HEALTH_WATCH] =
-        grpc_server_register_method(listener->server, "/grpc.health.v1.Health/Watch", NULL,
-                                    GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
+    static const struct {
+        int slot;
+        const char *path;
+    } others[] = {
+        {KVTI_HEALTH_CHECK, "/grpc.health.v1.Health/Check"},
+        {KVTI_HEALTH_WATCH, "/grpc.health.v1.Health/Watch"},
+        {KVTI_REFLECT_V1, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"},
+        {KVTI_REFLECT_V1ALPHA, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"},
+    };
+    for (size_t i = 0; i < sizeof(others) / sizeof(others[0]); i++)
+        listener->methods[others[i].slot] = grpc_server_register_method(
+            listener->server, others[i].path, NULL, GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
 }
 
 /* Queues and their threads; on failure the ones made so far are closed by close_queues. */
@@ -291,7 +297,7 @@ static void wait_until_gone(kvt_listener *listener, uint64_t deadline_ns)
 static void wait_until_quiet(kvt_listener *listener)
 {
     kvc_mutex_lock(&listener->mutex);
-    while (listener->n_calls > 0 || listener->n_arriving > 0)
+    while (listener->n_calls > 0 || listener->n_arriving > 0 || listener->n_reflections > 0)
         kvc_cond_wait(&listener->changed, &listener->mutex);
     listener->closed = true;
     kvc_mutex_unlock(&listener->mutex);
