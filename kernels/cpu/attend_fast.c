@@ -42,6 +42,7 @@ typedef struct job {
     size_t work_floats;  /* scratch of one worker */
     float *q;            /* [n_kv_heads, n_rows, head_dim] scaled */
     float *cos, *sin;    /* [n_kv, head_dim / 2] or NULL */
+    const float *kept;   /* angles of positions from 0 on, or NULL */
     float *packed;       /* by tiles: [n_kv_heads, blocks, pack_floats] */
     bool *finite;        /* by tiles: [n_kv_heads, blocks] */
     float *states;       /* by blocks: [n_kv_heads, blocks, state] */
@@ -90,9 +91,30 @@ static void item_angles(void *arg, size_t block, uint32_t worker)
     size_t end = (block + 1) * KVKI_ATTEND_KEYS;
 
     (void)worker;
-    for (size_t j = block * KVKI_ATTEND_KEYS; j < a->n_kv && j < end; j++)
+    for (size_t j = block * KVKI_ATTEND_KEYS; j < a->n_kv && j < end; j++) {
+        if (w->kept) {
+            const float *from = w->kept + (size_t)a->k_positions[j] * 2 * half;
+            memcpy(w->cos + j * half, from, half * sizeof(float));
+            memcpy(w->sin + j * half, from + half, half * sizeof(float));
+            continue;
+        }
         w->isa->angles(a->k_positions[j], a->inv_freq, (uint32_t)half, w->cos + j * half,
                        w->sin + j * half);
+    }
+}
+
+/* Kept angles that serve every key, or NULL. */
+static const float *kept_angles(kvk_backend *be, const kvk_attend_args *a)
+{
+    int32_t least = 0, most = -1;
+
+    for (uint32_t j = 0; j < a->n_kv; j++) {
+        least = a->k_positions[j] < least ? a->k_positions[j] : least;
+        most = a->k_positions[j] > most ? a->k_positions[j] : most;
+    }
+    if (least < 0 || most < 0 || most == INT32_MAX)
+        return NULL;
+    return kvki_angles_of(be, a->inv_freq, a->head_dim / 2, (uint32_t)most + 1);
 }
 
 /* Packs one block of one head to `to`; true where V is finite. tmp is scratch. */
@@ -313,6 +335,7 @@ kvc_status kvki_fast_attend(kvk_backend *be, const kvk_attend_args *a)
     if (rotate) {
         w.cos = w.q + q_floats;
         w.sin = w.cos + angle_floats;
+        w.kept = kept_angles(be, a);
         kvki_pool_run(be->pool, w.blocks, item_angles, &w);
     }
     st = w.tiles == 1 ? run_by_blocks(be, &w) : run_by_tiles(be, &w);

@@ -1,7 +1,7 @@
 /*
  * backend_cpu.c: the fast backend. Picks the best isa that this CPU has (or the one asked for),
  * starts the pool, and enters each op through its checks. An open backend never changes, so calls
- * need no lock; pool and scratch have their own.
+ * need no lock; pool, scratch and angles have their own.
  */
 #include "internal.h"
 #include "isa.h"
@@ -31,11 +31,17 @@ static kvc_status cpu_open(kvk_backend *be, const kvk_backend_opts *opts)
     st = kvki_scratch_create(&be->scratch);
     if (st != KVC_OK)
         return st;
-    st = kvki_pool_create(opts->n_threads, &be->pool);
+    st = kvki_angles_create(&be->angles);
     if (st != KVC_OK)
         goto err_scratch;
+    st = kvki_pool_create(opts->n_threads, &be->pool);
+    if (st != KVC_OK)
+        goto err_angles;
     return KVC_OK;
 
+err_angles:
+    kvki_angles_destroy(be->angles);
+    be->angles = NULL;
 err_scratch:
     kvki_scratch_destroy(be->scratch);
     be->scratch = NULL;
@@ -45,6 +51,7 @@ err_scratch:
 static void cpu_close(kvk_backend *be)
 {
     kvki_pool_destroy(be->pool);
+    kvki_angles_destroy(be->angles);
     kvki_scratch_destroy(be->scratch);
 }
 

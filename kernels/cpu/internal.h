@@ -20,8 +20,10 @@
 typedef struct kvki_isa kvki_isa;
 typedef struct kvki_pool kvki_pool;
 typedef struct kvki_scratch kvki_scratch;
+typedef struct kvki_angles kvki_angles;
 
-/* What a registered backend brings. open fills be->isa, pool and scratch; close undoes it. */
+/* What a registered backend brings. open fills be->isa, pool, scratch and angles; close undoes it.
+ */
 typedef struct kvki_backend_desc {
     const char *name;                                                  /* REQ */
     const kvk_ops *ops;                                                /* REQ, every slot */
@@ -35,6 +37,7 @@ struct kvk_backend {
     const kvki_isa *isa;   /* NULL in the reference */
     kvki_pool *pool;       /* NULL in the reference */
     kvki_scratch *scratch; /* NULL in the reference */
+    kvki_angles *angles;   /* NULL in the reference */
 };
 
 extern const kvki_backend_desc kvki_backend_reference;
@@ -70,5 +73,13 @@ kvc_status kvki_scratch_create(kvki_scratch **scratch_p) KVC_MUST_CHECK;
 void kvki_scratch_destroy(kvki_scratch *scratch);
 void *kvki_scratch_take(kvki_scratch *scratch, size_t len_bytes);
 void kvki_scratch_give(kvki_scratch *scratch, void *buf);
+
+/*
+ * angles.c: the isa's angles of positions 0 .. n - 1, as [n, 2, half] (cos, sin), kept for the
+ * backend's life; NULL where they are not kept, so that the caller computes its own. Any thread.
+ */
+kvc_status kvki_angles_create(kvki_angles **angles_p) KVC_MUST_CHECK;
+void kvki_angles_destroy(kvki_angles *angles);
+const float *kvki_angles_of(kvk_backend *be, const double *freq, uint32_t half, uint32_t n);
 
 #endif

@@ -92,6 +92,44 @@ static void test_every_isa_of_this_cpu_opens(void **state)
     }
 }
 
+/* Angles that a backend keeps serve its first frequencies only, and give the bits of computed ones:
+ * two models on one backend, in turns, against a backend of each one's own. */
+static void test_two_models_share_a_backend(void **state)
+{
+    kvk_backend_opts opts = {.size_bytes = sizeof(opts), .n_threads = 2};
+    problem_shape shape = {3, 4, 2, 32, 200, KVK_F32, true, true, 0};
+    support_random random = support_seed(5);
+    subject shared = {.label = "shared"};
+
+    (void)state;
+    assert_ok(kvk_backend_open("cpu", &opts, &shared.be));
+    shared.ops = kvk_backend_ops(shared.be);
+    for (int turn = 0; turn < 4; turn++) {
+        problem p = make_problem(&random, &shape);
+        size_t n_out = (size_t)3 * 4;
+        float *o = get_floats(n_out * 32), *lse = get_floats(n_out);
+        double freq[16];
+        int32_t positions[200];
+        kvk_backend *own = NULL;
+        for (int i = 0; i < 16; i++)
+            freq[i] = 1.0 / (1.0 + (turn % 2 + 1) * i);
+        for (int j = 0; j < 200; j++) /* the last turn: some beyond what is kept, one below 0 */
+            positions[j] = turn == 3 ? 100 * j - 1 : 7 * (j % 50) + turn;
+        p.a.inv_freq = freq;
+        p.a.k_positions = positions;
+        assert_ok(shared.ops->attend(shared.be, &p.a, NULL));
+        memcpy(o, p.a.o, n_out * 32 * sizeof(float));
+        memcpy(lse, p.a.lse, n_out * sizeof(float));
+        assert_ok(kvk_backend_open("cpu", &opts, &own));
+        assert_ok(kvk_backend_ops(own)->attend(own, &p.a, NULL));
+        assert_same_bits(&shared, "o", o, p.a.o, n_out * 32 * sizeof(float));
+        assert_same_bits(&shared, "lse", lse, p.a.lse, n_out * sizeof(float));
+        kvk_backend_close(own);
+    }
+    kvk_backend_close(shared.be);
+    free_all();
+}
+
 #define CALLERS 4
 #define ROUNDS  20
 
@@ -146,8 +184,11 @@ static void test_many_callers(void **state)
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_names),        cmocka_unit_test(test_open_refuses),
-        cmocka_unit_test(test_open_best),    cmocka_unit_test(test_every_isa_of_this_cpu_opens),
+        cmocka_unit_test(test_names),
+        cmocka_unit_test(test_open_refuses),
+        cmocka_unit_test(test_open_best),
+        cmocka_unit_test(test_every_isa_of_this_cpu_opens),
+        cmocka_unit_test(test_two_models_share_a_backend),
         cmocka_unit_test(test_many_callers),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
