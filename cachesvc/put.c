@@ -425,12 +425,24 @@ static void sync_run(kvs_job *job)
 
 /* ---- the request ----------------------------------------------------------------------------- */
 
+/* Nobody needs the request's bytes while its values wait for their commit, unless one goes to lmdb
+   straight from them. */
+static void drop_bytes(kvs_put *put)
+{
+    for (uint32_t i = 0; i < put->n; i++)
+        if (put->items[i].kind == ITEM_THROUGH && !put->items[i].copy)
+            return;
+    kvt_call_drop_data(put->call);
+}
+
 static void take_all(kvs_put *put)
 {
     cursor at = {.iov = put->call->req.data, .n = put->call->req.n_data};
     for (uint32_t i = 0; i < put->n; i++)
         take(put, i, &at);
     make_jobs(put);
+    if (put->n_jobs || put->wants_sync)
+        drop_bytes(put);
     if (put->n_jobs)
         put->state = PUT_WRITE;
     else

@@ -151,6 +151,10 @@ struct kvt_ops {
        call is neither sent to nor answered. INVALID, NO_MEMORY: it does not encode. Any thread. */
     kvc_status (*send)(kvt_call *call, const kvc_reply *reply, const kvt_slice *slices,
                        uint32_t n_slices);
+    /* The server has read req.data for the last time: its memory goes early where it is the
+       transport's, and counts no more against max_inflight_bytes; the rest of req stays. At most
+       once, before reply. Any thread. */
+    void (*drop_data)(kvt_call *call);
     /* Does not wait for the peer: a dead one shows up in the first transfer. */
     kvc_status (*connect)(const kvt_connect_opts *opts, kvt_conn **conn_p);
     /* Any thread. AGAIN: too many in flight; INVALID; CLOSED. */
@@ -187,6 +191,11 @@ static inline kvc_status KVC_MUST_CHECK kvt_call_send(kvt_call *call, const kvc_
 static inline bool kvt_streams_reply(kvc_method method)
 {
     return (kvc_method_flags(method) & KVC_METHOD_STREAM_REPLY) != 0;
+}
+
+static inline void kvt_call_drop_data(kvt_call *call)
+{
+    call->ops->drop_data(call);
 }
 
 /* True once the client has gone away or given up: work for this call may be dropped, but the call

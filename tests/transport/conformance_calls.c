@@ -289,6 +289,44 @@ void limits_of_calls(void **state)
     fixture_close(&f);
 }
 
+static void drop_and_hold(fixture *f, kvt_call *call)
+{
+    kvt_call_drop_data(call);
+    assert_int_equal(call->req.n_data, 0);
+    hold_handler(f, call);
+}
+
+/* Bytes that the server has done with count no more, though the call waits for its answer; what
+   else the request says stays. */
+void dropped_data(void **state)
+{
+    (void)state;
+    fixture f;
+    job held[8];
+    fixture_init(&f);
+    f.listen.max_inflight_bytes = 150000;
+    fixture_handle(&f, drop_and_hold);
+    fixture_listen(&f);
+    fixture_connect(&f, 1);
+    kvc_request req = sample_request(KVC_PUT_BLOCKS, 100000, &f.arena);
+    for (uint32_t i = 0; i < 8; i++) {
+        job_init(&held[i], &f, req, 0);
+        job_submit(&held[i]);
+        wait_held(&f, i + 1);
+    }
+    for (uint32_t i = 0; i < 8; i++) {
+        const kvc_request *got = &f.held[i]->req;
+        assert_int_equal(got->u.put_blocks.n_values, req.u.put_blocks.n_values);
+        assert_memory_equal(&got->u.put_blocks.values[0].digest, &req.u.put_blocks.values[0].digest,
+                            sizeof(kvc_digest));
+    }
+    assert_int_equal(answer_held(&f), 8);
+    wait_done(&f, 8);
+    for (uint32_t i = 0; i < 8; i++)
+        job_fini(&held[i]);
+    fixture_close(&f);
+}
+
 /* Answers come from threads of the server's own, in no particular order. */
 static void answer_from_thread(void *arg)
 {

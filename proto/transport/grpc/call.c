@@ -66,14 +66,27 @@ void kvti_serve_queue(kvti_queue *queue)
     }
 }
 
-/* Lets go of what the request points at. */
-static void free_request(struct kvti_call *call)
+/* The message itself; its header was copied to the arena. */
+static void free_message(struct kvti_call *call)
 {
     if (call->request != NULL)
         grpc_byte_buffer_destroy(call->request);
     call->request = NULL;
-    kvc_arena_reset(&call->base.arena);
     uncharge(call);
+}
+
+void kvti_call_drop_data(kvt_call *base)
+{
+    base->req.data = NULL;
+    base->req.n_data = 0;
+    free_message((struct kvti_call *)base);
+}
+
+/* Lets go of what the request points at. */
+static void free_request(struct kvti_call *call)
+{
+    free_message(call);
+    kvc_arena_reset(&call->base.arena);
 }
 
 static void free_call(struct kvti_call *call)

@@ -148,6 +148,7 @@ struct kvt_listener {
 void kvti_serve_queue(kvti_queue *queue);
 /* Offers one slot of a method to the queue. */
 void kvti_arm(kvti_queue *queue, int slot);
+void kvti_call_drop_data(kvt_call *base);
 void kvti_call_reply(kvt_call *base, kvc_status status, const char *detail, uint32_t retry_after_ms,
                      const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices);
 

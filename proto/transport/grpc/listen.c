@@ -353,6 +353,7 @@ const kvt_ops kvt_grpc_ops = {
     .listener_close = grpc_listener_close,
     .reply = kvti_call_reply,
     .send = kvti_call_send,
+    .drop_data = kvti_call_drop_data,
     .connect = kvti_connect,
     .submit = kvti_submit,
     .cancel = kvti_cancel,

@@ -145,6 +145,7 @@ const kvt_ops kvt_inproc_ops = {
     .listener_close = kvti_inproc_listener_close,
     .reply = kvti_inproc_reply,
     .send = kvti_inproc_send,
+    .drop_data = kvti_inproc_drop_data,
     .connect = kvti_inproc_connect,
     .submit = kvti_inproc_submit,
     .cancel = kvti_inproc_cancel,

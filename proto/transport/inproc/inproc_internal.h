@@ -118,6 +118,7 @@ const char *kvti_inproc_listener_uri(const kvt_listener *listener);
 void kvti_inproc_set_serving(kvt_listener *listener, bool serving);
 void kvti_inproc_drain(kvt_listener *listener, uint64_t deadline_ns);
 void kvti_inproc_listener_close(kvt_listener *listener);
+void kvti_inproc_drop_data(kvt_call *base);
 void kvti_inproc_reply(kvt_call *base, kvc_status status, const char *detail,
                        uint32_t retry_after_ms, const kvc_reply *reply, const kvt_slice *slices,
                        uint32_t n_slices);

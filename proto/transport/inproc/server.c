@@ -239,6 +239,18 @@ kvc_status kvti_inproc_send(kvt_call *base, const kvc_reply *reply, const kvt_sl
     return KVC_OK;
 }
 
+/* The payload is the client's own memory; here it only stops to count. */
+void kvti_inproc_drop_data(kvt_call *base)
+{
+    kvti_incall *call = (kvti_incall *)base;
+    base->req.data = NULL;
+    base->req.n_data = 0;
+    kvti_inproc_lock();
+    call->listener->inflight_bytes -= call->len_bytes;
+    call->len_bytes = 0;
+    kvti_inproc_unlock();
+}
+
 void kvti_inproc_reply(kvt_call *base, kvc_status status, const char *detail,
                        uint32_t retry_after_ms, const kvc_reply *reply, const kvt_slice *slices,
                        uint32_t n_slices)
