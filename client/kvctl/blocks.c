@@ -55,7 +55,8 @@ static bool read_digests(int argc, char **argv, kvctl_blocks *blocks)
     bool good = text != NULL;
     if (good && blocks->tokens_path != NULL)
         good = kvctl_tokens_parse(text, &blocks->schema.digest, (uint32_t)blocks->block_tokens,
-                                  &blocks->digests, &blocks->n_digests);
+                                  &blocks->digests, &blocks->n_digests, &blocks->tokens,
+                                  &blocks->n_tokens);
     else if (good)
         good = kvctl_digests_parse(text, &blocks->digests, &blocks->n_digests);
     free(text);
@@ -81,4 +82,5 @@ void kvctl_blocks_free(kvctl_blocks *blocks)
     free(blocks->schema.text);
     free(blocks->parts);
     free(blocks->digests);
+    free(blocks->tokens);
 }

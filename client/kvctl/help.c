@@ -28,6 +28,7 @@ const char kvctl_help[] =
     "    get       write one value to a file\n"
     "    put       store one value from a file\n"
     "    prefetch  load what blocks hold to the dram tier\n"
+    "    context   export a context to one file, import it, check the file\n"
     "    hold      keep what blocks hold from eviction for a time\n"
     "    release   end holds\n"
     "    erase     remove values from every tier of the server\n"

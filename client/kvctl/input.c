@@ -138,7 +138,7 @@ static bool parse_ids(const char *text, uint32_t **ids_p, uint32_t *n_p)
 }
 
 bool kvctl_tokens_parse(const char *text, const kvc_digest *schema, uint32_t block_tokens,
-                        kvc_digest **digests_p, uint32_t *n_p)
+                        kvc_digest **digests_p, uint32_t *n_p, uint32_t **ids_p, uint32_t *n_ids_p)
 {
     uint32_t *ids = NULL, n_ids = 0;
     *digests_p = NULL;
@@ -156,7 +156,12 @@ bool kvctl_tokens_parse(const char *text, const kvc_digest *schema, uint32_t blo
                         block_tokens);
     }
     *n_p = *digests_p != NULL ? n : 0;
-    free(ids);
+    if (ids_p != NULL) {
+        *ids_p = ids;
+        *n_ids_p = n_ids;
+    } else {
+        free(ids);
+    }
     return parsed && (n == 0 || *digests_p != NULL);
 }
 

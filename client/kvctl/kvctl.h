@@ -38,7 +38,7 @@ typedef struct kvctl_command {
 } kvctl_command;
 
 extern const kvctl_command kvctl_status, kvctl_top, kvctl_match, kvctl_rows, kvctl_get, kvctl_put,
-    kvctl_prefetch, kvctl_hold, kvctl_release, kvctl_erase, kvctl_doctor;
+    kvctl_prefetch, kvctl_context, kvctl_hold, kvctl_release, kvctl_erase, kvctl_doctor;
 extern const char kvctl_help[];
 
 /* ---- main.c ---------------------------------------------------------------------------------- */
@@ -78,9 +78,10 @@ uint32_t kvctl_schema_number(const kvctl_schema *schema, const char *key);
 
 /* Digests, 64 hex digits each, apart by white space. The caller frees *digests_p. */
 bool kvctl_digests_parse(const char *text, kvc_digest **digests_p, uint32_t *n_p);
-/* Block digests of token ids (decimal, apart by white space or commas); a tail is left out. */
+/* Block digests of token ids (decimal, apart by white space or commas); a tail is left out. The ids
+ * themselves, tail included, go to ids_p where that is not NULL; the caller frees both. */
 bool kvctl_tokens_parse(const char *text, const kvc_digest *schema, uint32_t block_tokens,
-                        kvc_digest **digests_p, uint32_t *n_p);
+                        kvc_digest **digests_p, uint32_t *n_p, uint32_t **ids_p, uint32_t *n_ids_p);
 /* "3,5,100-199,0-1000:10" (both ends included; :STEP): token positions in the order written. */
 bool kvctl_picks_parse(const char *text, uint32_t **picks_p, uint32_t *n_p);
 /* A decimal number in min..max, or an error about the option. */
@@ -97,7 +98,8 @@ typedef struct kvctl_blocks {
     uint64_t block_tokens;
     uint32_t *parts, n_parts;
     kvc_digest *digests;
-    uint32_t n_digests;
+    uint32_t *tokens; /* those of --tokens, with the tail */
+    uint32_t n_digests, n_tokens;
 } kvctl_blocks;
 
 /* For the table of long options; getopt.h must be there. */

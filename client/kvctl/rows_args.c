@@ -166,7 +166,7 @@ static bool read_blocks(const words *w)
     bool good = text != NULL;
     if (good && w->tokens_path != NULL)
         good = kvctl_tokens_parse(text, &args->schema.digest, args->block_tokens, &args->digests,
-                                  &args->n_digests);
+                                  &args->n_digests, NULL, NULL);
     else if (good)
         good = kvctl_digests_parse(text, &args->digests, &args->n_digests);
     free(text);

@@ -109,8 +109,9 @@ static int close_shared(void **state)
 static void test_help(void **state)
 {
     (void)state;
-    static const char *const commands[] = {"status", "match", "rows",    "doctor",   "top",  "get",
-                                           "put",    "hold",  "release", "prefetch", "erase"};
+    static const char *const commands[] = {"status",  "match",    "rows",  "doctor",
+                                           "top",     "get",      "put",   "hold",
+                                           "release", "prefetch", "erase", "context"};
     static const char *const sections[] = {
         "NAME\n", "SYNOPSIS\n", "DESCRIPTION\n", "OPTIONS\n", "EXIT STATUS\n", "EXAMPLES\n", NULL};
     expect(NULL, WORDS("--help"), 0, sections, NULL);
@@ -408,6 +409,81 @@ static void test_keep(void **state)
     expect(text, WORDS(ON, "erase", "--schema", schema_hex, "--parts", "77"), 1, NULL, "part 77");
 }
 
+/* Writes the first n bytes of a file to another, with the byte at flip changed where it is below n.
+ */
+static void copy_file(const char *from, const char *to, size_t n, size_t flip)
+{
+    FILE *in = fopen(from, "re"), *out = fopen(to, "we");
+    assert_non_null(in);
+    assert_non_null(out);
+    for (size_t i = 0; i < n; i++) {
+        int byte = fgetc(in);
+        if (byte == EOF)
+            break;
+        (void)fputc(i == flip ? byte ^ 1 : byte, out);
+    }
+    (void)fclose(in);
+    assert_int_equal(fclose(out), 0);
+}
+
+/* The eight blocks that the other tests count on leave and come back. */
+static void test_context_file(void **state)
+{
+    (void)state;
+    char schema[320], file[320], bad[320];
+    (void)snprintf(schema, sizeof(schema), "%s/context.schema", shared.folder);
+    (void)snprintf(file, sizeof(file), "%s/context.file", shared.folder);
+    (void)snprintf(bad, sizeof(bad), "%s/context.bad", shared.folder);
+    store_write_schema(schema);
+#define CONTEXT(...) WORDS(ON, "context", __VA_ARGS__)
+#define ERASE(part)                                                                                \
+    WORDS(ON, "erase", "--schema", schema_hex, "--parts", part, "--digests", digests_path)
+    expect(NULL, CONTEXT("export", "--schema", schema, "--digests", digests_path, "--out", file), 0,
+           WORDS("exported: 10 blocks, 24 values, 6 missing"), NULL);
+    expect(NULL, WORDS("context", "check", file), 0,
+           WORDS("whole: 10 blocks, 24 values, 6 missing"), NULL);
+    expect(NULL, CONTEXT("import", file), 0, WORDS("0 stored, 24 were there"), NULL);
+    expect(NULL, ERASE("0"), 0, WORDS("8 values erased"), NULL);
+    expect(NULL, CONTEXT("import", "--durable", file), 0, WORDS("8 stored, 16 were there"), NULL);
+    kvc_context *context = store_context(&shared, shared.client, 8);
+    kvc_fetch_info info;
+    store_expect(&shared, context, 8 * STORE_BLOCK_TOKENS, &info);
+    kvc_context_close(context);
+    /* Altered near its end, or cut off there: nothing of it is stored. */
+    expect(NULL, ERASE("2"), 0, WORDS("8 values erased"), NULL);
+    copy_file(file, bad, SIZE_MAX, (size_t)7 * 64 * (4096 + 512 + 128));
+    expect(NULL, CONTEXT("import", bad), 1, NULL, "CORRUPT: a value's sum is wrong");
+    copy_file(file, bad, (size_t)7 * 64 * (4096 + 512 + 128), SIZE_MAX);
+    expect(NULL, CONTEXT("import", bad), 1, NULL, "PROTOCOL: the file is cut off");
+    expect(NULL, CONTEXT("check", digests_path), 1, NULL, "PROTOCOL: it is not a context file");
+    expect(NULL,
+           WORDS(ON, "match", "--schema", schema_hex, "--parts", "2", "--digests", digests_path), 0,
+           WORDS("0 of 10"), NULL);
+    expect(NULL, WORDS(ON, "--json", "context", "import", file), 0,
+           WORDS("\"values\":24,\"missing\":6,\"stored\":8,\"existed\":16"), NULL);
+    /* Token ids travel with it, and must be those of the digests. */
+    char ids[64 * 8] = "";
+    for (int i = 0; i < 70; i++)
+        (void)snprintf(ids + strlen(ids), sizeof(ids) - strlen(ids), "%d ", i);
+    expect(ids,
+           WORDS(ON, "--json", "context", "export", "--schema", schema, "--parts", "1", "--tokens",
+                 "-", "--out", file),
+           0, WORDS("\"blocks\":1,\"tokens\":70"), NULL);
+    expect(NULL, WORDS("context", "check", file), 0, WORDS("whole:"), NULL);
+    expect(NULL,
+           CONTEXT("export", "--schema", schema_hex, "--digests", digests_path, "--out", file), 2,
+           NULL, "needs a file as --schema");
+    expect(NULL, CONTEXT("export", "--schema", schema, "--digests", digests_path), 2, NULL,
+           "--out");
+    expect(NULL, CONTEXT("import"), 2, NULL, "one file");
+    expect(NULL, CONTEXT("import", "/nowhere/at/all"), 2, NULL, "/nowhere/at/all");
+    expect(NULL, CONTEXT("melt"), 2, NULL, "not 'melt'");
+    expect(NULL, WORDS(ON, "context"), 2, NULL, "export, import or check");
+    (void)unlink(schema);
+    (void)unlink(file);
+    (void)unlink(bad);
+}
+
 static void test_top(void **state)
 {
     (void)state;
@@ -428,7 +504,8 @@ int main(void)
         cmocka_unit_test(test_match),       cmocka_unit_test(test_match_tokens),
         cmocka_unit_test(test_rows),        cmocka_unit_test(test_doctor),
         cmocka_unit_test(test_schema_file), cmocka_unit_test(test_put_get),
-        cmocka_unit_test(test_keep),        cmocka_unit_test(test_top),
+        cmocka_unit_test(test_keep),        cmocka_unit_test(test_context_file),
+        cmocka_unit_test(test_top),
     };
     return cmocka_run_group_tests(tests, open_shared, close_shared);
 }
