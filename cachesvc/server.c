@@ -370,6 +370,9 @@ static kvc_status listen_one(kvs_server *server, const char *uri)
         .max_calls = (uint32_t)server->settings.max_calls,
         .max_inflight_bytes = server->settings.max_inflight_bytes,
         .n_threads = (uint32_t)server->settings.transport_threads,
+        .handshake_ns = server->settings.handshake_ns,
+        .keepalive_ns = server->settings.keepalive_ns,
+        .idle_ns = server->settings.idle_ns,
     };
     kvt_listener *listener;
     kvc_status status = ops->listen(&opts, &listener);

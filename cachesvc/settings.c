@@ -74,6 +74,13 @@ static const kvc_setting table[] = {
      "Threads for each listener. 0: as many as there are cores, 4 at most."},
     {"disk_threads", KVC_CONFIG_UINT, FIELD(disk_threads), "8", 1, 256, NULL,
      "Threads that wait for lmdb reads."},
+    {"handshake", KVC_CONFIG_DURATION, FIELD(handshake_ns), "10s", 100 * MS, 1 * HOUR, NULL,
+     "A connection that has not begun to speak HTTP/2 by then is closed."},
+    {"keepalive", KVC_CONFIG_DURATION, FIELD(keepalive_ns), "30s", 1 * SECOND, 24 * HOUR, NULL,
+     "A connection that is silent for so long is asked whether its peer lives; without an answer "
+     "within 10 s it is closed, and its calls are cancelled."},
+    {"idle", KVC_CONFIG_DURATION, FIELD(idle_ns), "30m", 100 * MS, 240 * HOUR, NULL,
+     "A connection without calls for so long is closed; clients connect again by themselves."},
     {"drain", KVC_CONFIG_DURATION, FIELD(drain_ns), "10s", 0, 1 * HOUR, NULL,
      "On SIGTERM or SIGINT: how long calls in flight may take to finish before they are "
      "cancelled."},

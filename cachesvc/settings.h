@@ -26,6 +26,7 @@ typedef struct kvs_settings {
     uint64_t max_hold_bytes; /* 0: half of dram_bytes */
     uint64_t schema_grace_ns;
     uint64_t transport_threads, disk_threads;
+    uint64_t handshake_ns, keepalive_ns, idle_ns; /* of connections */
     uint64_t group_commit_ns, group_commit_bytes;
     uint64_t row_sums_bytes;
     uint64_t promote_percent; /* of a value's rows read from lmdb in a minute; 0: never */

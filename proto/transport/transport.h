@@ -81,6 +81,9 @@ typedef struct kvt_listen_opts {
     uint32_t max_calls;          /* in flight at once; beyond: AGAIN */
     uint64_t max_inflight_bytes; /* of requests held at once; beyond: AGAIN */
     uint32_t n_threads;          /* 0: min(cores, 4) */
+    uint64_t handshake_ns;       /* a connection that has not spoken by then is closed; 0: 10 s */
+    uint64_t keepalive_ns;       /* a silent one is asked whether it lives; 0: 30 s */
+    uint64_t idle_ns;            /* one without calls is closed; 0: 30 minutes */
     uint64_t max_deadline_ns;    /* from arrival; calls without a nearer deadline get this one */
 } kvt_listen_opts;
 

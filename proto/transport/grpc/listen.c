@@ -6,6 +6,7 @@
  * until gRPC has let go of everything, and only then close the queues.
  */
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,7 +28,9 @@
 #define QUOTA_SLACK   ((uint64_t)128 << 20)
 #define NS_PER_MS     1000000ull
 #define PING_MS       500
-#define KEEPALIVE_MS  30000
+#define HANDSHAKE_NS  (10ull * 1000000000) /* what listen takes for options that are 0 */
+#define KEEPALIVE_NS  (30ull * 1000000000)
+#define IDLE_NS       (1800ull * 1000000000)
 #define KEEPALIVE_OUT 10000
 #define STREAMS_SLACK 256u
 #define STREAMS_MAX   100000u
@@ -79,6 +82,13 @@ static kvc_status take_opts(kvt_listener *listener, const kvt_listen_opts *opts,
     return kvti_grpc_target(opts->uri, target_p);
 }
 
+/* Milliseconds for an option of gRPC: at least 1, so that rounding never means "at once". */
+static int to_ms(uint64_t ns, uint64_t default_ns)
+{
+    uint64_t ms = (ns == 0 ? default_ns : ns) / NS_PER_MS;
+    return ms == 0 ? 1 : ms > INT_MAX ? INT_MAX : (int)ms;
+}
+
 static grpc_server *create_server(const kvt_listen_opts *opts)
 {
     grpc_resource_quota *quota = grpc_resource_quota_create("kvasir");
@@ -94,7 +104,9 @@ static grpc_server *create_server(const kvt_listen_opts *opts)
         kvti_arg(GRPC_ARG_MAX_CONCURRENT_STREAMS, (int)streams),
         kvti_arg(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, PING_MS),
         kvti_arg(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
-        kvti_arg(GRPC_ARG_KEEPALIVE_TIME_MS, KEEPALIVE_MS),
+        kvti_arg(GRPC_ARG_KEEPALIVE_TIME_MS, to_ms(opts->keepalive_ns, KEEPALIVE_NS)),
+        kvti_arg(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, to_ms(opts->handshake_ns, HANDSHAKE_NS)),
+        kvti_arg(GRPC_ARG_MAX_CONNECTION_IDLE_MS, to_ms(opts->idle_ns, IDLE_NS)),
         kvti_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_OUT),
         kvti_arg(GRPC_ARG_ENABLE_CHANNELZ, 0),
         {.type = GRPC_ARG_POINTER,
