@@ -122,7 +122,9 @@ def _reuse(r):
     if not u["n_reused"]:
         return []
     saved = (
-        f"; reading it took {u['first_seconds']:.0f} s the first time" if u["first_seconds"] else ""
+        f" instead of the {u['first_seconds']:.0f} s that reading them took"
+        if u["first_seconds"]
+        else ""
     )
     return [
         "Prefix reuse",
