@@ -35,6 +35,6 @@ lmdb_bytes() {
     echo $((twice > floor ? twice : floor))
 }
 
-# free_bytes FOLDER, used_bytes FOLDER: of the disk under it, and by the files in it
+# free_bytes FOLDER, used_bytes FOLDER: of the disk under it, and by the files in it, if it is there
 free_bytes() { df --output=avail -B1 "$1" | tail -n 1 | tr -d ' '; }
-used_bytes() { du -s -B1 "$1" | cut -f1; }
+used_bytes() { if [ -d "$1" ]; then du -s -B1 "$1" | cut -f1; else echo 0; fi; }

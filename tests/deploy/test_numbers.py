@@ -1,7 +1,9 @@
 """deploy/quickstart: numbers of tokens, sizes, and the arguments that it refuses."""
 
 import subprocess
+import tempfile
 import unittest
+from pathlib import Path
 
 from paths import PARTS, ROOT
 
@@ -32,6 +34,15 @@ class Numbers(unittest.TestCase):
     def test_the_cap_has_room_for_two_selectors(self):
         self.assertEqual(bash(f"lmdb_bytes {30 << 30}"), (0, str(60 << 30)))
         self.assertEqual(bash("lmdb_bytes 1000"), (0, str(8 << 30)))
+
+    def test_used_bytes(self):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "x").write_bytes(b"1" * 100_000)
+            _, used = bash(f"used_bytes '{folder}'")
+            self.assertGreaterEqual(int(used), 100_000)
+            self.assertEqual(bash(f"used_bytes '{folder}/none'"), (0, "0"))
+            _, free = bash(f"free_bytes '{folder}'")
+            self.assertGreater(int(free), 0)
 
     def test_people(self):
         self.assertEqual(bash(f"people {3 << 20}"), (0, "3 MiB"))
