@@ -136,10 +136,9 @@ def _reuse(r):
 def text(r):
     """The whole report."""
     head = (
-        f"Kvasir quickstart: {r['model']}, window {r['window']:,}; {r['tokens']:,} tokens read "
-        f"with {r['selector']}, {r['index']} index ({r['index_bytes']} B/token a layer; "
-        f"keys and values "
-        f"have {r['row_bytes']}); {r['seconds']:.0f} s in all"
+        f"Kvasir quickstart: {r['model']}, window {r['window']:,}; {r['tokens']:,} tokens\n"
+        f"{r['selector']}, {r['index']} index of {r['index_bytes']} B/token a layer (keys and "
+        f"values have {r['row_bytes']}); {r['seconds']:.0f} s in all"
     )
     parts = [[head], _answers(r), _ceiling(r), _memory(r), _traffic(r), _reuse(r), _agreement(r)]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
