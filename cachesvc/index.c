@@ -204,7 +204,7 @@ void kvs_index_abandon(kvs_index *index, uint32_t id)
     kvc_mutex_unlock(&index->lock);
 }
 
-static void dirty_push(kvs_index *index, uint32_t id)
+void kvs_index_dirty_locked(kvs_index *index, uint32_t id)
 {
     kvs_value_at(index, id)->chain = KVS_NIL;
     if (index->dirty_tail)
@@ -225,7 +225,7 @@ static void publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirt
     value->flags = KVS_DRAM;
     if (dirty) {
         value->flags |= KVS_WRITING;
-        dirty_push(index, id);
+        kvs_index_dirty_locked(index, id);
     } else {
         kvs_evict_dram_add(index, id);
     }
@@ -319,6 +319,13 @@ uint32_t kvs_index_next_dirty(kvs_index *index, kvs_slot *dram_p, uint32_t **sum
     }
     kvc_mutex_unlock(&index->lock);
     return id;
+}
+
+void kvs_index_write_used(kvs_index *index, bool yes)
+{
+    kvc_mutex_lock(&index->lock);
+    index->write_used = yes;
+    kvc_mutex_unlock(&index->lock);
 }
 
 uint64_t kvs_index_dirty_count(kvs_index *index)

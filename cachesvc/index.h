@@ -78,6 +78,7 @@ typedef struct kvs_index {
     uint32_t n_classes;
     uint32_t dirty_head, dirty_tail;          /* values that want a write to lmdb, oldest first */
     uint64_t n_dirty, sums_bytes;             /* of the dirty values' row sums */
+    bool write_used;                          /* see kvs_index_write_used */
     uint32_t dead_head;                       /* doomed values without readers */
     uint64_t n_visible;                       /* values that a read can find */
     uint64_t held_bytes[KVS_MAX_SCHEMAS + 1]; /* of HELD values, by schema */
@@ -122,6 +123,8 @@ void kvs_index_publish_lmdb(kvs_index *index, uint32_t id, kvs_slot lmdb, bool s
 void kvs_index_wrote(kvs_index *index, uint32_t id, bool ok, kvs_slot lmdb, bool synced);
 /* The sync that KVS_CLAIM_SYNC asked for ended; drops the reference. */
 void kvs_index_synced(kvs_index *index, uint32_t id, bool ok);
+/* Whether a read of a value that is only in dram queues it as dirty, from now on. */
+void kvs_index_write_used(kvs_index *index, bool yes);
 /* The oldest queued dirty value; KVS_NIL: none. It stays WRITING. Gives its row sums or NULL. */
 uint32_t kvs_index_next_dirty(kvs_index *index, kvs_slot *dram_p, uint32_t **sums_p);
 uint64_t kvs_index_dirty_count(kvs_index *index);
@@ -261,6 +264,8 @@ bool kvs_block_add_value(kvs_block *block, uint32_t part, uint32_t value);
 void kvs_block_remove_value(kvs_block *block, uint32_t part);
 /* Frees a block that nothing needs any more. */
 void kvs_block_settle(kvs_index *index, uint32_t id);
+/* Queues a value that was made WRITING. */
+void kvs_index_dirty_locked(kvs_index *index, uint32_t id);
 void kvs_value_unref_locked(kvs_index *index, uint32_t id);
 /* A value became visible: HELD where its block is and the caps allow. */
 void kvs_hold_admit_locked(kvs_index *index, uint32_t id);

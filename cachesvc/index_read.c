@@ -35,6 +35,16 @@ static bool heat_add(kvs_value *value, uint32_t rows, uint32_t promote_rows, uin
     return promote_rows && have >= promote_rows;
 }
 
+/* A second use: the value is not clean any more, so it leaves the list of what may give way. */
+static void want_write(kvs_index *index, uint32_t id)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    kvs_evict_dram_remove(index, id);
+    value->flags |= KVS_WRITING;
+    value->lmdb = (kvs_slot){0, 0}; /* the row sums are not kept */
+    kvs_index_dirty_locked(index, id);
+}
+
 static void read_ref(kvs_index *index, uint32_t part, uint32_t promote_rows, uint32_t window,
                      kvs_read *read)
 {
@@ -53,6 +63,8 @@ static void read_ref(kvs_index *index, uint32_t part, uint32_t promote_rows, uin
     value->refs++;
     if (value->flags & KVS_DRAM) {
         value->flags |= KVS_VISITED;
+        if (index->write_used && !(value->flags & (KVS_LMDB | KVS_WRITING)))
+            want_write(index, read->value);
         read->where = KVS_IN_DRAM;
         read->slot = value->dram;
         return;

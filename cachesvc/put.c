@@ -208,7 +208,7 @@ static void take_dram(kvs_put *put, uint32_t i, void *addr, cursor *at)
     kvs_server *server = put->server;
     put_item *item = &put->items[i];
     uint32_t n_rows = put->schema->block_tokens;
-    bool dirty = server->writer && server->settings.write_behind == KVS_WRITE_BEHIND_ALL;
+    bool dirty = server->writer && server->admission.policy == KVS_ADMIT_ALL;
     if (put->durable || dirty) /* without memory for them the writer computes them */
         item->sums = malloc(n_rows * sizeof(*item->sums));
     cursor_rows(at, addr, put->schema->parts[item->part].row_bytes, n_rows, item->sums);

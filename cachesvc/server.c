@@ -47,6 +47,7 @@ static kvc_status open_store(kvs_server *server, const char *name, uint64_t capa
         .group_commit_ns = server->settings.group_commit_ns,
         .group_commit_bytes = server->settings.group_commit_bytes,
         .row_sums_bytes = server->settings.row_sums_bytes,
+        .reader_ns = server->settings.lmdb_reader_ns,
         .checker = server->settings.lmdb_checker,
         .fault = fault ? spec : NULL,
     };
@@ -171,6 +172,9 @@ static kvc_status open_lmdb(kvs_server *server)
         status = kvs_disk_create((uint32_t)server->settings.disk_threads, &server->disk);
     if (status == KVC_OK)
         status = kvs_writer_create(server, &server->writer);
+    if (status == KVC_OK)
+        kvs_index_write_used(server->index,
+                             kvs_admission_on_use(&server->admission, server->start_ns));
     return status;
 }
 
@@ -234,6 +238,10 @@ void kvs_server_tick(kvs_server *server)
     }
     kvs_cascade_reap(server);
     collect_schemas(server, now_ns);
+    if (server->writer && server->admission.policy == KVS_ADMIT_SECOND_USE) {
+        kvs_index_write_used(server->index, kvs_admission_on_use(&server->admission, now_ns));
+        kvs_writer_kick(server->writer);
+    }
     atomic_store(&server->window, (uint32_t)(now_ns / WINDOW_NS));
 }
 
@@ -331,6 +339,8 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
     fill_limits(server);
     kvs_buffers_init(&server->buffers, server->limits.max_message_bytes,
                      settings->max_inflight_bytes);
+    kvs_admission_init(&server->admission, (kvs_admission_policy)settings->lmdb_admission,
+                       settings->lmdb_write_budget_bytes, server->start_ns);
     kvc_mutex_init(&server->ticker_lock, KVC_RANK_LEAF);
     kvc_mutex_init(&server->record_lock, KVC_RANK_RECORD);
     kvc_cond_init(&server->ticker_cond);
@@ -444,6 +454,7 @@ void kvs_server_close(kvs_server *server, bool flush)
         server->dram.ops->close(server->dram.tier);
     kvs_index_destroy(server->index);
     kvs_schemas_destroy(server->schemas);
+    kvs_admission_fini(&server->admission);
     kvs_buffers_fini(&server->buffers);
     kvc_cond_fini(&server->ticker_cond);
     kvc_mutex_fini(&server->record_lock);

@@ -10,6 +10,7 @@
 
 #include <stdatomic.h>
 
+#include "admission.h"
 #include "buffers.h"
 #include "context.h"
 #include "disk.h"
@@ -41,6 +42,7 @@ typedef struct kvs_server {
     kvs_store dram, lmdb;
     kvs_disk *disk;     /* NULL without lmdb */
     kvs_writer *writer; /* NULL without lmdb */
+    kvs_admission admission;
     kvs_buffers buffers;
     atomic_uint n_calls;              /* taken and not yet answered */
     atomic_uint window;               /* number of the promotion window */

@@ -34,9 +34,17 @@ static const kvc_setting table[] = {
      "are refused and nothing survives a restart."},
     {"lmdb_bytes", KVC_CONFIG_BYTES, FIELD(lmdb_bytes), "10GiB", 0, 1024 * TIB, NULL,
      "Disk space for the lmdb tier, never exceeded. 0: no lmdb tier."},
-    {"write_behind", KVC_CONFIG_ENUM, FIELD(write_behind), "all", 0, 0, "all|durable-only",
-     "What reaches lmdb: all, where MEMORY puts are written after they were answered, or "
-     "durable-only, where a MEMORY value is lost once dram evicts it."},
+    {"lmdb_admission", KVC_CONFIG_ENUM, FIELD(lmdb_admission), "all", 0, 0,
+     "all|second-use|durable-only",
+     "Which values of MEMORY puts reach lmdb, after they were answered: all; those that are read "
+     "again, second-use; or none, durable-only. What does not is lost once dram evicts it."},
+    {"lmdb_write_budget_bytes", KVC_CONFIG_BYTES, FIELD(lmdb_write_budget_bytes), "0", 0,
+     1024 * TIB, NULL,
+     "Bytes of values that may be written to lmdb in a day, to spare the disk. DURABLE puts count "
+     "and are always written; MEMORY values stay in dram only once it is spent. 0: no limit."},
+    {"lmdb_reader", KVC_CONFIG_DURATION, FIELD(lmdb_reader_ns), "100ms", 1 * MS, 10 * SECOND, NULL,
+     "The longest that a read of lmdb keeps freed space from being used again, while it waits for "
+     "the disk."},
     {"group_commit", KVC_CONFIG_DURATION, FIELD(group_commit_ns), "20ms", 0, 10 * SECOND, NULL,
      "How long the lmdb writer gathers values for one commit. Longer is faster in bulk; a DURABLE "
      "put waits for it."},

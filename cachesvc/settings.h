@@ -10,11 +10,6 @@
 
 #include "base/config.h"
 
-typedef enum kvs_write_behind {
-    KVS_WRITE_BEHIND_ALL = 0,      /* MEMORY puts reach lmdb too, later */
-    KVS_WRITE_BEHIND_DURABLE_ONLY, /* a MEMORY value that dram evicts is lost */
-} kvs_write_behind;
-
 #define KVS_MAX_LISTENERS 16u
 
 typedef struct kvs_settings {
@@ -29,8 +24,10 @@ typedef struct kvs_settings {
     uint64_t handshake_ns, keepalive_ns, idle_ns; /* of connections */
     uint64_t group_commit_ns, group_commit_bytes;
     uint64_t row_sums_bytes;
-    uint64_t promote_percent; /* of a value's rows read from lmdb in a minute; 0: never */
-    uint32_t write_behind;    /* kvs_write_behind */
+    uint64_t promote_percent;         /* of a value's rows read from lmdb in a minute; 0: never */
+    uint32_t lmdb_admission;          /* kvs_admission_policy */
+    uint64_t lmdb_write_budget_bytes; /* a day; 0: no limit */
+    uint64_t lmdb_reader_ns;
     uint32_t log_level, log_format;
     uint64_t drain_ns;
     const char *ready_file; /* "": none */

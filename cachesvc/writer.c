@@ -138,16 +138,32 @@ static void process(kvs_writer *writer, kvs_write_job *job)
     job_finish(job, status);
 }
 
-/* Makes a job of the oldest dirty value. The value is WRITING, so its dram slot stays. */
+/* False: the day's budget is spent, and the value stays where it is, free to give way. */
+static bool admit(kvs_server *server, uint32_t value, uint64_t len_bytes)
+{
+    if (kvs_admission_take(&server->admission, len_bytes, kvc_now_ns()))
+        return true;
+    kvs_index_wrote(server->index, value, false, (kvs_slot){0, 0}, false);
+    return false;
+}
+
+/* Makes a job of the oldest dirty value that may be written. The value is WRITING, so its dram slot
+ * stays. */
 static bool behind_fill(kvs_writer *writer, behind_job *behind)
 {
     kvs_server *server = writer->server;
     kvs_slot slot;
     uint32_t part, *sums;
-    behind->value = kvs_index_next_dirty(server->index, &slot, &sums);
-    if (behind->value == KVS_NIL)
-        return false;
-    const kvs_schema *schema = kvs_index_schema(server->index, behind->value, &part);
+    const kvs_schema *schema;
+    for (;;) {
+        behind->value = kvs_index_next_dirty(server->index, &slot, &sums);
+        if (behind->value == KVS_NIL)
+            return false;
+        schema = kvs_index_schema(server->index, behind->value, &part);
+        if (admit(server, behind->value, schema->parts[part].value_bytes))
+            break;
+        free(sums);
+    }
     kvs_write_job *job = &behind->job;
     memset(job, 0, sizeof(*job));
     kvs_index_key(server->index, behind->value, &job->write.key);
@@ -254,6 +270,8 @@ void kvs_writer_submit(kvs_writer *writer, kvs_write_job *job)
 {
     job->writer = writer;
     job->tries = 0;
+    kvs_admission_spend(&writer->server->admission,
+                        (uint64_t)job->write.row_bytes * job->write.n_rows, kvc_now_ns());
     kvc_mutex_lock(&writer->lock);
     push_locked(writer, job);
     kvc_cond_signal(&writer->wake);

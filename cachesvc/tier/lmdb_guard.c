@@ -11,6 +11,7 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <string.h>
+#include <ucontext.h>
 
 #include "lmdb_guard.h"
 
@@ -28,9 +29,11 @@ static void on_bus(int number, siginfo_t *info, void *context)
     guard *g = innermost;
 
     (void)info;
-    (void)context;
-    if (g != NULL)
+    if (g != NULL) {
+        /* The handler is left for good: the signals that it blocked are let in again. */
+        (void)pthread_sigmask(SIG_SETMASK, &((const ucontext_t *)context)->uc_sigmask, NULL);
         siglongjmp(g->back, KVSI_GUARD_BUS);
+    }
     (void)sigaction(number, &before, NULL); /* the instruction runs again and meets the old one */
 }
 
@@ -40,7 +43,7 @@ void kvsi_guard_install(void)
 
     memset(&action, 0, sizeof(action));
     action.sa_sigaction = on_bus;
-    action.sa_flags = SA_SIGINFO | SA_NODEFER; /* it may not return, and is to come again */
+    action.sa_flags = SA_SIGINFO;
     sigemptyset(&action.sa_mask);
     pthread_mutex_lock(&lock);
     (void)sigaction(SIGBUS, NULL, &now);

@@ -159,13 +159,79 @@ static void test_write_behind(void **state)
     put_many(f, 0, 4, KVC_PROMISE_MEMORY);
     restart(f, true);
     assert_int_equal(count_hits(f, 0, 5), 4);
-    f->h.settings.write_behind = KVS_WRITE_BEHIND_DURABLE_ONLY;
+    f->h.settings.lmdb_admission = KVS_ADMIT_DURABLE_ONLY;
     restart(f, true);
     put_many(f, 10, 4, KVC_PROMISE_MEMORY);
     assert_int_equal(h_put1(f->peer, &f->schema, 11, 0, KVC_PROMISE_DURABLE), KVC_EXISTS);
     restart(f, true);
     assert_int_equal(count_hits(f, 10, 5), 0);
     assert_int_equal(count_hits(f, 11, 5), 1); /* EXISTS to a DURABLE put is durable too */
+}
+
+/* A value is written once it was read after its put; what nobody reads is not. */
+static void test_second_use(void **state)
+{
+    fixture *f = *state;
+    uint64_t context, written = kvc_metric_get(KVC_M_written_behind_values);
+    uint32_t picks[3] = {0, 64, 3 * 64};
+    f->h.settings.lmdb_admission = KVS_ADMIT_SECOND_USE;
+    f->h.settings.dram_bytes = 64u << 20;
+    restart(f, true);
+    put_many(f, 0, 8, KVC_PROMISE_MEMORY);
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 8, 0, &context), KVC_OK);
+    for (uint32_t i = 0; i < 3; i++) /* more reads are no more writes */
+        h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 3);
+    kvs_server_tick(f->h.server);
+    restart(f, true);
+    assert_int_equal(kvc_metric_get(KVC_M_written_behind_values) - written, 3);
+    assert_int_equal(count_hits(f, 0, 8), 2); /* leading: block 2 was not read */
+    assert_int_equal(count_hits(f, 3, 2), 1);
+    assert_int_equal(count_hits(f, 4, 4), 0);
+}
+
+/* The day's bytes are not passed by MEMORY values; a DURABLE put is written and counts. */
+static void test_write_budget(void **state)
+{
+    fixture *f = *state;
+    uint64_t written = kvc_metric_get(KVC_M_written_behind_values);
+    uint64_t refused = kvc_metric_get(KVC_M_lmdb_budget_refused_values);
+    f->h.settings.dram_bytes = 64u << 20;
+    f->h.settings.lmdb_write_budget_bytes = 5 * VALUE_BYTES + VALUE_BYTES / 2;
+    restart(f, true);
+    put_many(f, 0, 2, KVC_PROMISE_DURABLE);
+    put_many(f, 10, 8, KVC_PROMISE_MEMORY);
+    restart(f, true);
+    assert_int_equal(kvc_metric_get(KVC_M_written_behind_values) - written, 3);
+    assert_int_equal(kvc_metric_get(KVC_M_lmdb_budget_refused_values) - refused, 5);
+    assert_int_equal(count_hits(f, 0, 2), 2);
+    assert_int_equal(count_hits(f, 10, 8), 3);
+    f->h.settings.lmdb_write_budget_bytes = 1; /* a promise is kept whatever it costs */
+    restart(f, true);
+    put_many(f, 30, 3, KVC_PROMISE_DURABLE);
+    restart(f, true);
+    assert_int_equal(count_hits(f, 30, 3), 3);
+}
+
+static void test_budget_days(void **state)
+{
+    kvs_admission a;
+    (void)state;
+    kvs_admission_init(&a, KVS_ADMIT_SECOND_USE, 100, 1000);
+    assert_true(kvs_admission_take(&a, 60, 1000));
+    assert_false(kvs_admission_take(&a, 41, 1001));
+    assert_true(kvs_admission_take(&a, 40, 1002));
+    assert_false(kvs_admission_on_use(&a, 1003));
+    assert_false(kvs_admission_take(&a, 1, 999 + KVS_ADMISSION_DAY_NS));
+    assert_true(kvs_admission_on_use(&a, 1000 + KVS_ADMISSION_DAY_NS));
+    kvs_admission_spend(&a, 150, 1001 + KVS_ADMISSION_DAY_NS);
+    assert_false(kvs_admission_take(&a, 1, 1002 + KVS_ADMISSION_DAY_NS));
+    assert_true(kvs_admission_take(&a, 100, 1000 + 2 * KVS_ADMISSION_DAY_NS));
+    kvs_admission_fini(&a);
+    kvs_admission_init(&a, KVS_ADMIT_ALL, 0, 0);
+    assert_true(kvs_admission_take(&a, UINT64_MAX / 2, 0));
+    assert_true(kvs_admission_take(&a, UINT64_MAX / 2, 1));
+    assert_false(kvs_admission_on_use(&a, 2));
+    kvs_admission_fini(&a);
 }
 
 /* More dirty values than the tier is given at once: a stop writes the rest too. */
@@ -483,6 +549,9 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_no_lmdb_for_another_size, setup, teardown),
         cmocka_unit_test_setup_teardown(test_durable_survives, setup, teardown),
         cmocka_unit_test_setup_teardown(test_write_behind, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_second_use, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_write_budget, setup, teardown),
+        cmocka_unit_test(test_budget_days),
         cmocka_unit_test_setup_teardown(test_flush, setup, teardown),
         cmocka_unit_test_setup_teardown(test_durable_after_memory, setup, teardown),
         cmocka_unit_test_setup_teardown(test_lmdb_full, setup, teardown),

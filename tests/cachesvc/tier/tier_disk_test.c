@@ -309,12 +309,14 @@ typedef struct looker {
     const stored *v;
     atomic_bool stop;
     atomic_uint n_reads, n_wrong;
-    uint64_t slowest_ns;
+    uint64_t slowest_ns[2];
+    atomic_uint n_threads;
 } looker;
 
 static void *look(void *arg)
 {
     looker *l = arg;
+    uint64_t *slowest = &l->slowest_ns[atomic_fetch_add(&l->n_threads, 1)];
     bool equal;
 
     for (uint32_t i = 0; !atomic_load(&l->stop); i = (i + 1) % N_VALUES) {
@@ -322,7 +324,7 @@ static void *look(void *arg)
         uint64_t start = kvc_now_ns();
         kvc_status status = check_rows(l->t, &v->key, 1, v->s, v->slot, i % 16, 1, &equal);
         uint64_t took = kvc_now_ns() - start;
-        l->slowest_ns = took > l->slowest_ns ? took : l->slowest_ns;
+        *slowest = took > *slowest ? took : *slowest;
         atomic_fetch_add(&l->n_reads, 1);
         atomic_fetch_add(&l->n_wrong, status != KVC_OK || !equal);
     }
@@ -356,9 +358,9 @@ static void test_growth_does_not_stall_readers(void **state)
     assert_true(medium_bytes(t) <= t->opts.capacity_bytes);
     assert_int_equal(l.n_wrong, 0);
     assert_true(l.n_reads > 100);
-    assert_true(l.slowest_ns < 1000000000ull);
-    print_message("%u reads, the slowest %.1f ms\n", (unsigned)l.n_reads,
-                  (double)l.slowest_ns / 1e6);
+    uint64_t slowest = l.slowest_ns[0] > l.slowest_ns[1] ? l.slowest_ns[0] : l.slowest_ns[1];
+    assert_true(slowest < 1000000000ull);
+    print_message("%u reads, the slowest %.1f ms\n", (unsigned)l.n_reads, (double)slowest / 1e6);
 }
 
 int main(void)

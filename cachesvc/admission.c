@@ -1,0 +1,66 @@
+/*
+ * admission.c: the policy and the day's budget; see admission.h.
+ *
+ * Any thread; one leaf lock. Invariant: writes that may be left out never bring a day's bytes past
+ * the budget; those that may not can, and then nothing else is written until the next day.
+ */
+#include "admission.h"
+
+#include "base/metrics.h"
+
+void kvs_admission_init(kvs_admission *admission, kvs_admission_policy policy,
+                        uint64_t budget_bytes, uint64_t now_ns)
+{
+    admission->policy = policy;
+    admission->budget_bytes = budget_bytes;
+    admission->day_start_ns = now_ns;
+    admission->spent_bytes = 0;
+    kvc_mutex_init(&admission->lock, KVC_RANK_LEAF);
+}
+
+void kvs_admission_fini(kvs_admission *admission)
+{
+    kvc_mutex_fini(&admission->lock);
+}
+
+static void turn_day(kvs_admission *admission, uint64_t now_ns)
+{
+    if (now_ns - admission->day_start_ns < KVS_ADMISSION_DAY_NS)
+        return;
+    admission->day_start_ns = now_ns;
+    admission->spent_bytes = 0;
+}
+
+void kvs_admission_spend(kvs_admission *admission, uint64_t len_bytes, uint64_t now_ns)
+{
+    kvc_mutex_lock(&admission->lock);
+    turn_day(admission, now_ns);
+    admission->spent_bytes += len_bytes;
+    kvc_mutex_unlock(&admission->lock);
+}
+
+bool kvs_admission_take(kvs_admission *admission, uint64_t len_bytes, uint64_t now_ns)
+{
+    kvc_mutex_lock(&admission->lock);
+    turn_day(admission, now_ns);
+    bool fits = admission->budget_bytes == 0 ||
+                (admission->spent_bytes <= admission->budget_bytes &&
+                 len_bytes <= admission->budget_bytes - admission->spent_bytes);
+    if (fits)
+        admission->spent_bytes += len_bytes;
+    kvc_mutex_unlock(&admission->lock);
+    if (!fits)
+        KVC_COUNT(lmdb_budget_refused_values);
+    return fits;
+}
+
+bool kvs_admission_on_use(kvs_admission *admission, uint64_t now_ns)
+{
+    if (admission->policy != KVS_ADMIT_SECOND_USE)
+        return false;
+    kvc_mutex_lock(&admission->lock);
+    turn_day(admission, now_ns);
+    bool left = admission->budget_bytes == 0 || admission->spent_bytes < admission->budget_bytes;
+    kvc_mutex_unlock(&admission->lock);
+    return left;
+}
