@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "base/digest.h"
+#include "base/fault.h"
 #include "request.h"
 
 #define ROW   512u
@@ -358,6 +359,21 @@ static void test_erase_lmdb(void **state)
     assert_int_equal(present(f, 10, 5, 0), 5);
 }
 
+/* A removal that did not reach the disk is not acknowledged; the next attempt makes it good. */
+static void test_erase_that_fails(void **state)
+{
+    fixture *f = *state;
+    put(f, 0, 2, KVC_PROMISE_DURABLE);
+    assert_int_equal(kvc_fault_arm("lmdb.commit=always"), KVC_OK);
+    assert_int_equal(erase(f, 0, 0, 2, NULL, 0), KVC_IO);
+    assert_int_equal(kvc_fault_arm(""), KVC_OK);
+    assert_int_equal(present(f, 0, 2, 0), 0);
+    assert_int_equal(erase(f, 0, 0, 2, NULL, 0), KVC_OK);
+    assert_int_equal(f->peer->xfer.reply.u.erase.values, 0);
+    restart(f);
+    assert_int_equal(present(f, 0, 2, 0), 0);
+}
+
 static void test_erase_reader_lmdb(void **state)
 {
     check_erase_reader(*state, KVC_TIMED_OUT);
@@ -426,6 +442,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_prefetch_without_lmdb, setup, teardown),
 #ifdef KVASIR_LMDB
         cmocka_unit_test_setup_teardown(test_erase_lmdb, setup_lmdb, teardown),
+        cmocka_unit_test_setup_teardown(test_erase_that_fails, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_reader_lmdb, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_hold_lmdb, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_prefetch, setup_lmdb, teardown),
