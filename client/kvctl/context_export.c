@@ -105,20 +105,24 @@ static kvctl_exit write_all(exporter *e)
 static bool prepare(exporter *e)
 {
     e->places = calloc(e->head.n_parts, sizeof(*e->places));
-    for (uint32_t i = 0; e->places != NULL && i < e->head.n_parts; i++) {
+    for (uint32_t i = 0; i < e->head.n_parts; i++)
+        e->block_bytes += e->head.parts[i].value_bytes;
+    if (e->places == NULL || e->block_bytes == 0) {
+        kvctl_error("memory is out");
+        return false;
+    }
+    size_t off = 0;
+    for (uint32_t i = 0; i < e->head.n_parts; off += e->head.parts[i++].value_bytes)
         e->places[i] = (kvc_block_part){.part = e->head.parts[i].part,
                                         .value_bytes = e->head.parts[i].value_bytes,
-                                        .dst_off_bytes = e->block_bytes};
-        e->block_bytes += e->head.parts[i].value_bytes;
-    }
-    for (uint32_t i = 0; e->places != NULL && i < e->head.n_parts; i++)
-        e->places[i].stride_bytes = e->block_bytes;
+                                        .dst_off_bytes = off,
+                                        .stride_bytes = e->block_bytes};
     size_t fit = CONTEXT_BATCH_BYTES / e->block_bytes;
     e->batch_blocks =
         fit == 0 ? 1 : (uint32_t)(fit < CONTEXT_BATCH_VALUES ? fit : CONTEXT_BATCH_VALUES);
     e->bytes = malloc(e->batch_blocks * e->block_bytes);
     e->status = calloc(e->batch_blocks, e->head.n_parts);
-    if (e->places != NULL && e->bytes != NULL && e->status != NULL)
+    if (e->bytes != NULL && e->status != NULL)
         return true;
     kvctl_error("memory is out");
     return false;

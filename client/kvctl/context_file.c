@@ -126,7 +126,7 @@ static kvc_status read_tables(walk *w)
     if (sum != kvc_value_sum(w->bytes, HEAD_BYTES + n))
         return refuse(w, KVC_CORRUPT, "the sum of its tables is wrong");
     const uint8_t *at = w->bytes + HEAD_BYTES;
-    uint32_t *numbers = malloc((size_t)head->n_parts * 8 + (size_t)head->n_tokens * 4);
+    uint32_t *numbers = calloc(2 * (size_t)head->n_parts + head->n_tokens, 4);
     if (numbers == NULL)
         return refuse(w, KVC_NO_MEMORY, "memory is out");
     w->tables = numbers;
@@ -159,7 +159,7 @@ static kvc_status read_head(walk *w)
 /* Parts in range and named once; gives room for the largest value. */
 static kvc_status check_parts(walk *w)
 {
-    uint32_t largest = 0;
+    uint32_t largest = 1;
     for (uint32_t i = 0; i < w->head.n_parts; i++) {
         const kvctl_file_part *part = &w->head.parts[i];
         if (part->part > KVC_MAX_PART_ID || (i > 0 && part->part <= part[-1].part))

@@ -207,7 +207,7 @@ static kvctl_exit run_put(const kvctl_globals *globals, int argc, char **argv)
         {"durable", no_argument, NULL, 'D'},
         {0},
     };
-    value_args args = {0};
+    value_args args = {.path = "-"};
     kvctl_exit result = parse("put", options, argc, argv, &args);
     if (result == KVCTL_OK)
         result = put(globals, &args);
@@ -289,7 +289,7 @@ static kvctl_exit get(const kvctl_globals *globals, const value_args *args)
     size_t len_bytes = args->block_tokens * args->row_bytes;
     int8_t missing[KVC_BLOCK_TOKENS_MAX] = {0};
     kvc_client *client = NULL;
-    uint8_t *bytes = malloc(len_bytes);
+    uint8_t *bytes = malloc(len_bytes + 1);
     kvctl_exit result = bytes != NULL ? kvctl_connect(globals, &client) : KVCTL_FAILED;
     if (result != KVCTL_OK)
         goto done;
@@ -324,7 +324,7 @@ static kvctl_exit run_get(const kvctl_globals *globals, int argc, char **argv)
         {"block-tokens", required_argument, NULL, 'b'},
         {0},
     };
-    value_args args = {0};
+    value_args args = {.path = "-"};
     char key[64];
     kvctl_exit result = parse("get", options, argc, argv, &args);
     (void)snprintf(key, sizeof(key), "part.%05llu.row_bytes", (unsigned long long)args.part);
