@@ -103,8 +103,9 @@ static void check_set_aside(doctor *d)
         if (len < 4 || strcmp(entry->d_name + len - 4, ".bad") != 0)
             continue;
         doctor_report(d, DOCTOR_WARN, "lmdb", "%s was found damaged and set aside", entry->d_name);
-        doctor_fix(d, "its values are lost and its bytes count against lmdb_bytes: look at the "
-                      "disk, then remove %s/%s",
+        doctor_fix(d,
+                   "its values are lost and its bytes count against lmdb_bytes: look at the "
+                   "disk, then remove %s/%s",
                    d->lmdb_path, entry->d_name);
     }
     closedir(dir);
