@@ -27,6 +27,7 @@ pb = base.pb
 MUTATED = int(os.environ.get("KVASIR_MUTATED", "10000"))
 SEED = int(os.environ.get("KVASIR_TEST_SEED", "20260101"))
 IDLE = 2000
+SANITIZED = "KVASIR_SANITIZED" in os.environ  # memory then says nothing
 STREAMS = ("FetchRowsStream", "FetchBlocks")
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = b"\0\0\0\x04\0\0\0\0\0"
@@ -115,9 +116,9 @@ class Connections(Case):
         grown = self.memory_mib() - before
         print("%d idle connections: %.0f KiB each, slowest call %.0f ms"
               % (IDLE, grown * 1024 / IDLE, slowest * 1000))
-        self.assertLess(grown, IDLE * 64 / 1024)
+        self.assertTrue(SANITIZED or grown < IDLE * 64 / 1024)
         self.assertLess(slowest, 5)
-        # Nobody calls on them, so they are closed by age.
+        # They never call and answer no ping, so they are closed.
         self.waits_for(lambda: self.n_sockets() < sockets + 50)
         for link in links:
             link.close()
@@ -212,7 +213,7 @@ class Mutations(Case):
         self.assertGreater(self.statuses.get("OK", 0), MUTATED / 50)
         self.assertNotIn(grpc.StatusCode.UNAVAILABLE, self.statuses)
         self.assertNotIn(grpc.StatusCode.DEADLINE_EXCEEDED, self.statuses)
-        self.assertLess(grown, 32)
+        self.assertTrue(SANITIZED or grown < 32)
         self.intact(digests, context)
 
     def intact(self, digests, context):

