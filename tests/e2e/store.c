@@ -62,23 +62,43 @@ static void fill_digests(store *s)
     }
 }
 
-void store_start(store *s)
+static bool start(store *s, bool wait)
 {
-    char listen[640], lmdb[320];
+    char listen[640];
     const char *args[16] = {"--listen", listen, "--dram-bytes", s->dram_bytes, "--drain", "2s"};
     int n = 6;
-    (void)snprintf(lmdb, sizeof(lmdb), "%s/values", s->folder);
     (void)snprintf(s->unix_uri, sizeof(s->unix_uri), "grpc+unix://%s/sock", s->folder);
     (void)snprintf(listen, sizeof(listen), "%s,%s",
                    s->tcp_uri[0] != '\0' ? s->tcp_uri : "grpc://127.0.0.1:0", s->unix_uri);
     if (s->has_lmdb) {
         args[n++] = "--lmdb-path";
-        args[n++] = lmdb;
+        args[n++] = s->lmdb_path;
         args[n++] = "--lmdb-bytes";
         args[n++] = "1GiB";
     }
-    assert_true(support_daemon_start(&s->daemon, s->folder, args));
+    if (!support_daemon_spawn(&s->daemon, s->folder, args))
+        return false;
+    if (!wait)
+        return true;
+    if (!support_daemon_wait(&s->daemon))
+        return false;
     (void)snprintf(s->tcp_uri, sizeof(s->tcp_uri), "%s", s->daemon.uri);
+    return true;
+}
+
+bool store_try_start(store *s)
+{
+    return start(s, true);
+}
+
+bool store_spawn(store *s)
+{
+    return start(s, false);
+}
+
+void store_start(store *s)
+{
+    assert_true(store_try_start(s));
 }
 
 void store_end(store *s, int signal)
@@ -101,7 +121,7 @@ kvc_client *store_connect(const char *uris)
     return client;
 }
 
-void store_open(store *s, const char *dram_bytes, bool has_lmdb)
+static void open_in(store *s, const char *dram_bytes, bool has_lmdb, const char *lmdb_path)
 {
     memset(s, 0, sizeof(*s));
     char relative[256];
@@ -113,6 +133,10 @@ void store_open(store *s, const char *dram_bytes, bool has_lmdb)
     free(whole);
     s->dram_bytes = dram_bytes;
     s->has_lmdb = has_lmdb;
+    if (lmdb_path != NULL)
+        (void)snprintf(s->lmdb_path, sizeof(s->lmdb_path), "%s", lmdb_path);
+    else
+        (void)snprintf(s->lmdb_path, sizeof(s->lmdb_path), "%s/values", s->folder);
     store_start(s);
     s->client = store_connect(s->tcp_uri);
     kvc_schema schema;
@@ -125,10 +149,20 @@ void store_open(store *s, const char *dram_bytes, bool has_lmdb)
     fill_digests(s);
 }
 
+void store_open(store *s, const char *dram_bytes, bool has_lmdb)
+{
+    open_in(s, dram_bytes, has_lmdb, NULL);
+}
+
+void store_open_at(store *s, const char *dram_bytes, const char *lmdb_path)
+{
+    open_in(s, dram_bytes, true, lmdb_path);
+}
+
 void store_close(store *s)
 {
     kvc_client_close(s->client);
-    if (s->daemon.pid > 0)
+    if (support_daemon_is_alive(&s->daemon))
         store_end(s, SIGTERM);
     support_remove_folder(s->folder);
 }

@@ -26,6 +26,7 @@ typedef struct store {
     char tcp_uri[256], unix_uri[320];
     const char *dram_bytes; /* settings of the next start */
     bool has_lmdb;
+    char lmdb_path[320];
     kvc_client *client;
     kvc_digest schema;
     kvc_digest digests[STORE_MAX_BLOCKS]; /* of one context of that many blocks */
@@ -33,8 +34,14 @@ typedef struct store {
 
 /* A folder, a daemon on tcp and unix, a client of tcp, the schema registered. */
 void store_open(store *s, const char *dram_bytes, bool has_lmdb);
+/* The same, its lmdb tier in this folder. */
+void store_open_at(store *s, const char *dram_bytes, const char *lmdb_path);
 /* Starts the daemon (again) at the same addresses. */
 void store_start(store *s);
+/* The same; false if it does not start. */
+bool store_try_start(store *s);
+/* The same, not waiting until it serves: for those who kill it before. */
+bool store_spawn(store *s);
 /* Ends it by a signal; the client stays. */
 void store_end(store *s, int signal);
 void store_close(store *s);

@@ -41,7 +41,7 @@ static pid_t spawn(const char *program, char **argv, const char *log_path)
     return pid;
 }
 
-bool support_daemon_start(support_daemon *daemon, const char *folder, const char *const *args)
+bool support_daemon_spawn(support_daemon *daemon, const char *folder, const char *const *args)
 {
     char log_path[512], *argv[MAX_ARGS + 6];
     int n = 0;
@@ -66,27 +66,42 @@ bool support_daemon_start(support_daemon *daemon, const char *folder, const char
     }
     argv[n] = NULL;
     daemon->pid = spawn(program, argv, log_path);
-    for (int i = 0; daemon->pid > 0 && i < WAIT_STEPS; i++) {
+    return daemon->pid > 0;
+}
+
+bool support_daemon_is_alive(support_daemon *daemon)
+{
+    if (daemon->pid > 0 && waitpid(daemon->pid, &daemon->status, WNOHANG) == daemon->pid)
+        daemon->pid = 0;
+    return daemon->pid > 0;
+}
+
+bool support_daemon_wait(support_daemon *daemon)
+{
+    for (int i = 0; i < WAIT_STEPS; i++) {
         if (read_first_line(daemon->ready_path, daemon->uri, sizeof daemon->uri))
             return true;
-        if (waitpid(daemon->pid, NULL, WNOHANG) == daemon->pid)
+        if (!support_daemon_is_alive(daemon))
             break;
         nanosleep(&(struct timespec){.tv_nsec = STEP_NS}, NULL);
     }
-    fprintf(stderr, "%s did not start; see %s\n", program, log_path);
+    fprintf(stderr, "cachesvc did not start; its log is beside %s\n", daemon->ready_path);
     if (daemon->pid > 0)
-        (void)kill(daemon->pid, SIGKILL);
-    daemon->pid = 0;
+        (void)support_daemon_stop(daemon, SIGKILL);
     return false;
+}
+
+bool support_daemon_start(support_daemon *daemon, const char *folder, const char *const *args)
+{
+    return support_daemon_spawn(daemon, folder, args) && support_daemon_wait(daemon);
 }
 
 int support_daemon_stop(support_daemon *daemon, int signal)
 {
-    int status = -1;
-    if (daemon->pid > 0) {
+    if (support_daemon_is_alive(daemon)) {
         (void)kill(daemon->pid, signal);
-        (void)waitpid(daemon->pid, &status, 0);
+        (void)waitpid(daemon->pid, &daemon->status, 0);
         daemon->pid = 0;
     }
-    return status;
+    return daemon->status;
 }

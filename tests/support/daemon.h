@@ -11,6 +11,7 @@
 
 typedef struct support_daemon {
     pid_t pid;
+    int status; /* waitpid's, once it ended by itself */
     char ready_path[512];
     char uri[256]; /* the first address it listens on */
 } support_daemon;
@@ -21,7 +22,12 @@ typedef struct support_daemon {
  * until it serves. False, with a line on standard error, if it does not.
  */
 bool support_daemon_start(support_daemon *daemon, const char *folder, const char *const *args);
-/* Sends the signal and waits for the end; gives waitpid's status. */
+/* Its two halves: the start alone, and the wait. */
+bool support_daemon_spawn(support_daemon *daemon, const char *folder, const char *const *args);
+bool support_daemon_wait(support_daemon *daemon);
+/* Whether it has not ended; what it ended with is in daemon->status then. */
+bool support_daemon_is_alive(support_daemon *daemon);
+/* Sends the signal and waits for the end; gives waitpid's status (that of an end before it). */
 int support_daemon_stop(support_daemon *daemon, int signal);
 
 #endif
