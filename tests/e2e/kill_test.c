@@ -53,7 +53,7 @@ static void test_kill(void **state)
     store s;
     store_open(&s, "16MiB", true);
     load_open(&l, &s, support_next(&random));
-    l.prints = 8;
+    l.prints = l.failure_prints = 8;
     kvc_log_set_level(KVC_LOG_LEVEL_ERROR); /* that nobody answers is no news here */
     for (uint64_t i = 0; i < rounds; i++) {
         load_begin(&l);

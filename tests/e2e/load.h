@@ -49,7 +49,8 @@ struct load {
     store *store;
     atomic_uchar owed[STORE_MAX_BLOCKS][STORE_PARTS];
     load_counts counts;
-    uint32_t prints; /* of the first failures, how many are printed; none unless set */
+    /* How many errors and broken promises are printed; none unless set. */
+    uint32_t failure_prints, prints;
     atomic_bool stop;
     load_client clients[LOAD_CLIENTS];
 };
@@ -65,7 +66,7 @@ void load_begin(load *l);
 /* What is under way is completed, so a server must be there. */
 void load_end(load *l);
 /* Reads every value, by whole values and by rows; only between load_end and load_begin. What is
- * owed must be there: the first broken promises are printed. */
+ * owed must be there. */
 load_found load_verify(load *l);
 void load_close(load *l);
 

@@ -1,0 +1,220 @@
+/*
+ * power_cut_test.c: the power fails while several clients put, erase and read: the folder of the
+ * lmdb tier lies on an ext4 of its own (a loop device), which is shut down without flushing its
+ * journal, so that what was not synced is gone. Mounted again, it must hold every acknowledged
+ * DURABLE value, and no byte may be wrong. A server whose syncs do nothing fails this.
+ *
+ * Main thread and the threads of load.h. Skipped, out loud, where no loop device can be mounted.
+ * KVASIR_CUT_ROUNDS sets how many cuts (4; fewer under sanitizers).
+ */
+#include "load.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/ioctl.h>
+#include <time.h>
+
+#include "base/log.h"
+#include "iofault.h"
+
+#define SKIPPED       77
+#define IMAGE_BYTES   (1536ll << 20) /* sparse */
+#define EXT4_SHUTDOWN _IOR('X', 125, uint32_t)
+#define EXT4_NO_FLUSH 2u
+#define UNMOUNT_TRIES 100
+
+#ifdef __SANITIZE_THREAD__
+#define ROUNDS 1
+#elif defined(__SANITIZE_ADDRESS__)
+#define ROUNDS 2
+#else
+#define ROUNDS 4
+#endif
+
+typedef struct disk {
+    char folder[256], image[300], mount[300], values[320];
+} disk;
+
+static store s;
+
+static void nap_ms(uint64_t ms)
+{
+    nanosleep(&(struct timespec){(time_t)(ms / 1000), (long)(ms % 1000 * 1000000)}, NULL);
+}
+
+/* Runs a program to its end; whether it went well. Quiet: what it says goes to /dev/null. */
+static bool run(const char *const *argv)
+{
+    posix_spawn_file_actions_t quiet;
+    pid_t pid;
+    int status = -1;
+    posix_spawn_file_actions_init(&quiet);
+    posix_spawn_file_actions_addopen(&quiet, STDOUT_FILENO, "/dev/null", O_WRONLY, 0);
+    posix_spawn_file_actions_adddup2(&quiet, STDOUT_FILENO, STDERR_FILENO);
+    int rc = posix_spawnp(&pid, argv[0], &quiet, NULL, (char *const *)argv, environ);
+    posix_spawn_file_actions_destroy(&quiet);
+    return rc == 0 && waitpid(pid, &status, 0) == pid && WIFEXITED(status) &&
+           WEXITSTATUS(status) == 0;
+}
+
+static bool mount_disk(const disk *d)
+{
+    const char *argv[] = {"mount", "-o", "loop", d->image, d->mount, NULL};
+    return run(argv);
+}
+
+/* What the killed daemon had open may be busy for a moment. */
+static bool unmount_disk(const disk *d)
+{
+    const char *argv[] = {"umount", d->mount, NULL};
+    for (int i = 0; i < UNMOUNT_TRIES; i++) {
+        if (run(argv))
+            return true;
+        nap_ms(50);
+    }
+    return false;
+}
+
+static bool make_disk(disk *d)
+{
+    char relative[256];
+    support_make_folder(relative, sizeof(relative));
+    char *whole = realpath(relative, NULL);
+    assert_non_null(whole);
+    (void)snprintf(d->folder, sizeof(d->folder), "%s", whole);
+    free(whole);
+    (void)snprintf(d->image, sizeof(d->image), "%s/image", d->folder);
+    (void)snprintf(d->mount, sizeof(d->mount), "%s/disk", d->folder);
+    (void)snprintf(d->values, sizeof(d->values), "%s/values", d->mount);
+    assert_int_equal(mkdir(d->mount, 0700), 0);
+    int fd = open(d->image, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    assert_true(fd >= 0 && ftruncate(fd, IMAGE_BYTES) == 0 && close(fd) == 0);
+    const char *argv[] = {"mkfs.ext4", "-q", "-F", d->image, NULL};
+    return run(argv) && mount_disk(d);
+}
+
+static void remove_disk(const disk *d)
+{
+    assert_true(unmount_disk(d));
+    support_remove_folder(d->folder);
+}
+
+/* From here on every write to the disk fails, and what was not synced is lost. */
+static void cut_power(const disk *d)
+{
+    uint32_t how = EXT4_NO_FLUSH;
+    int fd = open(d->mount, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    assert_true(fd >= 0);
+    assert_int_equal(ioctl(fd, EXT4_SHUTDOWN, &how), 0);
+    close(fd);
+}
+
+/* After a cut: the daemon has met a dead disk and lives; it is killed, and the disk comes back. */
+static void bring_back(const disk *d)
+{
+    assert_true(support_daemon_is_alive(&s.daemon));
+    store_end(&s, SIGKILL);
+    assert_true(unmount_disk(d));
+    assert_true(mount_disk(d));
+    store_start(&s);
+}
+
+/* The disk cannot go while the daemon of a test that failed has it. */
+static int end_daemon(void **state)
+{
+    (void)state;
+    (void)support_daemon_stop(&s.daemon, SIGKILL);
+    return 0;
+}
+
+static void test_cuts(void **state)
+{
+    const disk *d = *state;
+    const char *text = getenv("KVASIR_CUT_ROUNDS");
+    uint64_t rounds = text == NULL ? ROUNDS : strtoull(text, NULL, 0);
+    support_random random = support_seed((uint64_t)time(NULL));
+    static load l;
+    store_open_at(&s, "16MiB", d->values);
+    load_open(&l, &s, support_next(&random));
+    l.prints = 8;
+    for (uint64_t i = 0; i < rounds; i++) {
+        load_begin(&l);
+        nap_ms(100 + support_below(&random, 400));
+        cut_power(d);
+        nap_ms(support_below(&random, 100));
+        bring_back(d);
+        load_end(&l);
+        load_found found = load_verify(&l);
+        assert_int_equal(found.lost + found.wrong + found.back, 0);
+        assert_int_equal(l.counts.wrong + l.counts.lost, 0);
+        if (i + 1 == rounds || i % 100 == 99)
+            print_message("%llu power cuts: %u values put, %u of them DURABLE, %u erased, %u "
+                          "reads, %u there now\n",
+                          (unsigned long long)i + 1, l.counts.puts, l.counts.durable,
+                          l.counts.erased, l.counts.reads, found.there);
+    }
+    assert_true(l.counts.durable > 0);
+    assert_int_equal(store_counter(&s, "lmdb_set_aside"), 0);
+    assert_int_equal(store_counter(&s, "corrupt_values"), 0);
+    load_close(&l);
+    store_close(&s);
+}
+
+/* One cut of a server whose syncs are real, or do nothing. The DURABLE values that it lost. */
+static uint32_t count_lost(const disk *d, const char *values, bool syncs, uint32_t *n_durable_p)
+{
+    static load l;
+    iofault_page *page = iofault_arm(d->folder, d->mount);
+    assert_non_null(page);
+    atomic_store(&page->no_sync, !syncs);
+    store_open_at(&s, "16MiB", values);
+    iofault_disarm();
+    load_open(&l, &s, 1);
+    load_begin(&l);
+    while (atomic_load(&l.counts.durable) < 100)
+        nap_ms(10);
+    load_end(&l);
+    assert_true(atomic_load(&page->passes[IOFAULT_SYNC]) > 0);
+    *n_durable_p = l.counts.durable;
+    cut_power(d);
+    bring_back(d);
+    load_found found = load_verify(&l);
+    assert_int_equal(found.wrong, 0);
+    load_close(&l);
+    store_close(&s);
+    return found.lost;
+}
+
+static void test_without_syncs_it_fails(void **state)
+{
+    const disk *d = *state;
+    char values[400];
+    uint32_t n_durable, n_lost;
+    (void)snprintf(values, sizeof(values), "%s/synced", d->mount);
+    assert_int_equal(count_lost(d, values, true, &n_durable), 0);
+    (void)snprintf(values, sizeof(values), "%s/unsynced", d->mount);
+    n_lost = count_lost(d, values, false, &n_durable);
+    print_message("a server that never syncs lost %u DURABLE values, after %u acknowledgements\n",
+                  n_lost, n_durable);
+    assert_true(n_lost > 0);
+}
+
+int main(void)
+{
+    static disk d;
+    if (!make_disk(&d)) {
+        support_remove_folder(d.folder);
+        print_message("SKIPPED: cannot mount an ext4 on a loop device here (needs root, mkfs.ext4 "
+                      "and loop devices)\n");
+        return SKIPPED;
+    }
+    kvc_log_set_level(KVC_LOG_LEVEL_ERROR);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_prestate_setup_teardown(test_cuts, NULL, end_daemon, &d),
+        cmocka_unit_test_prestate_setup_teardown(test_without_syncs_it_fails, NULL, end_daemon, &d),
+    };
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    remove_disk(&d);
+    return failed;
+}
