@@ -188,11 +188,13 @@ static int drop_file(const char *path, const struct stat *stat, int type, struct
 }
 
 /* Pages that a process maps stay in the cache, so the server is started again. */
-int rig_restart_cold(store_rig *rig)
+int rig_restart(store_rig *rig, bool cold)
 {
     rig_stop(rig);
     sync();
-    (void)nftw(rig->folder, drop_file, 16, FTW_PHYS);
+    if (cold) {
+        (void)nftw(rig->folder, drop_file, 16, FTW_PHYS);
+    }
     return rig_start(rig, "64MiB", "8GiB") || rig_open_context(rig, rig->context_shape);
 }
 

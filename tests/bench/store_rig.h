@@ -5,6 +5,8 @@
 #ifndef KVASIR_BENCH_STORE_RIG_H
 #define KVASIR_BENCH_STORE_RIG_H
 
+#include <stdbool.h>
+
 #include "daemon.h"
 #include "kvc/client.h"
 
@@ -38,8 +40,9 @@ void rig_fini(store_rig *rig); /* stopped */
 /* lmdb_bytes NULL: no lmdb tier. */
 int rig_start(store_rig *rig, const char *dram_bytes, const char *lmdb_bytes);
 void rig_stop(store_rig *rig);
-/* Stops, empties the page cache of the data files, and starts with nothing in dram. */
-int rig_restart_cold(store_rig *rig);
+/* Stops and starts with nothing in dram; cold: the page cache of the data files is emptied too,
+   else what was put is still there. */
+int rig_restart(store_rig *rig, bool cold);
 
 uint32_t rig_values(const store_rig *rig, rig_shape shape); /* how many one put moves */
 uint32_t rig_value_bytes(rig_shape shape);
