@@ -54,20 +54,25 @@ kvc_status kvsi_lmdb_status(int rc)
     }
 }
 
+static void log_fault(kvsi_env *env, int why)
+{
+    if (!atomic_exchange(&env->faulted, true))
+        KVC_LOG_ERROR(TIER,
+                      "lmdb: %s/%s: %s; nothing more is written there, and the next start looks at "
+                      "the file",
+                      env->root, env->name,
+                      why == KVSI_GUARD_BUS
+                          ? "a page of the file cannot be had (disk full, cut or failing)"
+                          : "LMDB found a page that makes no sense");
+}
+
 int kvsi_env_run(kvsi_env *env, int (*fn)(void *arg), void *arg)
 {
     int rc = kvsi_guard_run(fn, arg);
 
     if (rc != KVSI_GUARD_BUS && rc != KVSI_GUARD_ASSERT)
         return rc;
-    if (!atomic_exchange(&env->faulted, true))
-        KVC_LOG_ERROR(TIER,
-                      "lmdb: %s/%s: %s; nothing more is written there, and the next start looks at "
-                      "the file",
-                      env->root, env->name,
-                      rc == KVSI_GUARD_BUS
-                          ? "a page of the file cannot be had (SIGBUS: disk full, cut or failing)"
-                          : "LMDB found a page that makes no sense");
+    log_fault(env, rc);
     return EIO;
 }
 
@@ -344,13 +349,35 @@ static int begin_read(void *arg)
                           : mdb_txn_begin(b->env->env, NULL, MDB_RDONLY, &b->txn);
 }
 
+/*
+ * Whether the pages that begin_read touches can be had. LMDB would lose the memory of a new
+ * transaction that ends under the guard, so they are tried before.
+ */
+static bool try_metas(kvsi_env *env)
+{
+    mdb_filehandle_t fd;
+    char byte;
+
+    if (mdb_env_get_fd(env->env, &fd) != MDB_SUCCESS)
+        return false;
+    for (off_t page = 0; page < 2; page++) {
+        if (pread(fd, &byte, 1, (page + 1) * (off_t)KVSI_PAGE_BYTES - 1) != 1) {
+            log_fault(env, KVSI_GUARD_BUS);
+            return false;
+        }
+    }
+    return true;
+}
+
 kvc_status kvsi_env_read_begin(kvsi_env *env, MDB_txn **txn_p)
 {
     begin b = {.env = env, .txn = take_place(env)};
     bool pooled = b.txn != NULL;
 
     *txn_p = NULL;
-    int rc = atomic_load(&env->dead) ? EIO : kvsi_env_run(env, begin_read, &b);
+    int rc = EIO;
+    if (!atomic_load(&env->dead) && (pooled || try_metas(env)))
+        rc = kvsi_env_run(env, begin_read, &b);
     if (rc != MDB_SUCCESS) {
         if (pooled)
             mdb_txn_abort(b.txn);

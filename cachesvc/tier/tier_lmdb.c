@@ -40,7 +40,11 @@
 
 uint64_t kvsi_claim(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages)
 {
-    uint64_t want = need_pages > now_pages ? need_pages - now_pages + tier->step_pages : 0;
+    /* As much again as there is, up to a step: a class that stays small takes little. */
+    uint64_t step = now_pages < MIN_STEP_PAGES ? MIN_STEP_PAGES : now_pages;
+    if (step > tier->step_pages)
+        step = tier->step_pages;
+    uint64_t want = need_pages > now_pages ? need_pages - now_pages + step : 0;
 
     kvc_mutex_lock(&tier->lock);
     uint64_t left = tier->capacity_pages - tier->claimed_pages;

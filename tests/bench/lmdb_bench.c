@@ -545,10 +545,14 @@ static void print_table(void)
     }
     for (int i = W_LMDB16; i <= W_LMDB64; i++)
         best = bench_median(&table[i].series) > best ? bench_median(&table[i].series) : best;
-    printf("  durable writes: %.2f of LMDB's best with full sync (goal 0.80)\n", durable / best);
+    if (!all.no_writes)
+        printf("  durable writes: %.2f of LMDB's best with full sync (goal 0.80)\n",
+               durable / best);
     best = 0;
     for (int i = R_DISK1; i <= R_DISK64; i++)
         best = bench_median(&table[i].series) > best ? bench_median(&table[i].series) : best;
+    if (all.no_rows)
+        return;
     printf(
         "  cold rows: %.2f of the disk's best with 1 row a call; with 64, %.2f from 2 threads and "
         "%.2f from 8 (goal 0.80)\n",

@@ -331,6 +331,18 @@ static void *look(void *arg)
     return NULL;
 }
 
+/* A class takes little of the disk as long as there is little in it, whatever the cap. */
+static void test_small_start(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_value_key key = key_of(7, 7, 7);
+
+    t->opts.capacity_bytes = 16ull << 30;
+    assert_int_equal(tut_open(t), KVC_OK);
+    assert_int_equal(put_value(t, &key, 1, (shape){100, 10}, true).status, KVC_OK);
+    assert_true(medium_bytes(t) < 4u << 20);
+}
+
 /* A map that grows from small to its cap while it is read: no read fails, none waits long. */
 static void test_growth_does_not_stall_readers(void **state)
 {
@@ -373,6 +385,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_full_disk, setup, teardown),
         cmocka_unit_test_setup_teardown(test_full_disk_at_first_start, setup, teardown),
         cmocka_unit_test_setup_teardown(test_read_only_disk, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_small_start, setup, teardown),
         cmocka_unit_test_setup_teardown(test_growth_does_not_stall_readers, setup, teardown),
     };
 
