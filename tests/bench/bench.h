@@ -50,4 +50,9 @@ double bench_cpu_s(void);
 /* CPU seconds that another process has used; 0 where unknown. */
 double bench_cpu_of_s(int pid);
 
+void bench_remove_tree(const char *path); /* says so where it cannot */
+uint64_t bench_random(uint64_t *state);   /* splitmix64 */
+
+_Noreturn void bench_die(const char *what); /* with errno's text */
+
 #endif

@@ -12,7 +12,6 @@
  * are O_DIRECT. Figures are medians of the runs, with the smallest and the largest.
  */
 #include <fcntl.h>
-#include <ftw.h>
 #include <lmdb.h>
 #include <malloc.h>
 #include <pthread.h>
@@ -47,38 +46,9 @@ typedef struct setup {
 
 static setup all = {.n_values = 1024, .runs = 3, .read_ns = 2000000000ull};
 
-static void die(const char *what)
-{
-    perror(what);
-    exit(1);
-}
-
 static void path_of(char out[320], const char *name)
 {
     snprintf(out, 320, "%s/%s", all.dir, name);
-}
-
-static int remove_one(const char *path, const struct stat *st, int kind, struct FTW *ftw)
-{
-    (void)st;
-    (void)kind;
-    (void)ftw;
-    return remove(path);
-}
-
-static void remove_tree(const char *path)
-{
-    if (access(path, F_OK) == 0 && nftw(path, remove_one, 16, FTW_DEPTH | FTW_PHYS) != 0)
-        fprintf(stderr, "could not remove %s\n", path);
-}
-
-static uint64_t rng(uint64_t *state)
-{
-    uint64_t z = (*state += UINT64_C(0x9E3779B97F4A7C15));
-
-    z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
-    z = (z ^ (z >> 27)) * UINT64_C(0x94D049BB133111EB);
-    return z ^ (z >> 31);
 }
 
 /* All values have the same bytes; only their keys differ. */
@@ -88,7 +58,7 @@ static kvs_value_key key_of(uint32_t i)
     uint64_t seed = i;
 
     for (uint32_t k = 0; k < KVC_DIGEST_BYTES; k += 8) {
-        uint64_t x = rng(&seed);
+        uint64_t x = bench_random(&seed);
         memcpy(key.block.bytes + k, &x, 8);
     }
     return key;
@@ -108,16 +78,16 @@ static double write_plain(void)
     path_of(path, "plain");
     int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     if (fd < 0 || fallocate(fd, 0, 0, (off_t)all.n_values * VALUE_BYTES) != 0)
-        die(path);
+        bench_die(path);
     uint64_t start = kvc_now_ns();
     for (uint32_t i = 0; i < all.n_values; i++) {
         if (pwrite(fd, all.rows, VALUE_BYTES, (off_t)i * VALUE_BYTES) != VALUE_BYTES)
-            die("pwrite");
+            bench_die("pwrite");
         if ((i + 1) % 16 == 0 && fdatasync(fd) != 0)
-            die("fdatasync");
+            bench_die("fdatasync");
     }
     if (fdatasync(fd) != 0)
-        die("fdatasync");
+        bench_die("fdatasync");
     double result = gbps(start);
     close(fd);
     return result;
@@ -156,7 +126,7 @@ static double write_lmdb(uint32_t per_txn)
     MDB_dbi dbi;
 
     path_of(path, "bare");
-    remove_tree(path);
+    bench_remove_tree(path);
     MDB_env *env = lmdb_start("bare", 0, &dbi);
     uint64_t start = kvc_now_ns();
     for (uint32_t i = 0; i < all.n_values;) {
@@ -229,7 +199,7 @@ static double write_tier(const kvs_tier_ops *ops, bool durable)
     char path[320];
 
     path_of(path, "tier");
-    remove_tree(path);
+    bench_remove_tree(path);
     kvs_tier *tier = tier_start(ops);
     for (uint32_t i = 0; i < IN_FLIGHT; i++) {
         writes[i].next = w.idle;
@@ -252,14 +222,14 @@ static double write_tier(const kvs_tier_ops *ops, bool durable)
                                   .done = write_done,
                                   .arg = &w};
         if (ops->write(tier, write) != KVC_OK)
-            die("write");
+            bench_die("write");
     }
     pthread_mutex_lock(&w.lock);
     while (w.n_done < all.n_values)
         pthread_cond_wait(&w.cond, &w.lock);
     pthread_mutex_unlock(&w.lock);
     if (!durable && ops->sync(tier, NULL, 0, NULL) != KVC_OK)
-        die("sync");
+        bench_die("sync");
     double result = gbps(start);
     ops->close(tier);
     return result;
@@ -286,7 +256,7 @@ static void read_tier(reader *r, uint32_t value)
     kvs_slot slot = {0, (uint64_t)ROW_BYTES << 32 | N_ROWS};
 
     for (uint32_t i = 0; i < r->call_rows; i++)
-        ranges[i] = (kvs_row_range){(uint32_t)(rng(&r->seed) % N_ROWS), 1,
+        ranges[i] = (kvs_row_range){(uint32_t)(bench_random(&r->seed) % N_ROWS), 1,
                                     r->buffer + (size_t)i * ROW_BYTES};
     kvc_status status = r->ops->read(r->tier, &key, slot, ROW_BYTES, N_ROWS, ranges, r->call_rows);
     if (status != KVC_OK) {
@@ -304,7 +274,8 @@ static void read_lmdb(reader *r, MDB_txn *txn, uint32_t value)
     lmdb_check(mdb_get(txn, r->dbi, &key, &data), "mdb_get");
     for (uint32_t i = 0; i < r->call_rows; i++)
         memcpy(r->buffer + (size_t)i * ROW_BYTES,
-               (uint8_t *)data.mv_data + PREFIX + rng(&r->seed) % N_ROWS * ROW_BYTES, ROW_BYTES);
+               (uint8_t *)data.mv_data + PREFIX + bench_random(&r->seed) % N_ROWS * ROW_BYTES,
+               ROW_BYTES);
     mdb_txn_reset(txn);
 }
 
@@ -318,15 +289,15 @@ static void *read_loop(void *arg)
         mdb_txn_reset(txn);
     }
     while (r->rows < r->max_rows && kvc_now_ns() < r->until_ns) {
-        uint32_t value = (uint32_t)(rng(&r->seed) % all.n_values);
+        uint32_t value = (uint32_t)(bench_random(&r->seed) % all.n_values);
         if (r->ops != NULL)
             read_tier(r, value);
         else if (r->env != NULL)
             read_lmdb(r, txn, value);
         else if (pread(r->fd, r->buffer, ROW_BYTES,
                        (off_t)(value * (uint64_t)VALUE_BYTES +
-                               rng(&r->seed) % N_ROWS * ROW_BYTES)) != ROW_BYTES)
-            die("pread");
+                               bench_random(&r->seed) % N_ROWS * ROW_BYTES)) != ROW_BYTES)
+            bench_die("pread");
         r->rows += r->call_rows;
     }
     if (txn != NULL)
@@ -349,9 +320,9 @@ static double read_rows(reader like, bool cold, uint32_t n)
         readers[i].until_ns = start + all.read_ns;
         readers[i].max_rows = cold ? (uint64_t)all.n_values * N_ROWS / 8 / n : UINT64_MAX;
         if (posix_memalign((void **)&readers[i].buffer, 4096, CALL_ROWS * ROW_BYTES) != 0)
-            die("posix_memalign");
+            bench_die("posix_memalign");
         if (pthread_create(&readers[i].thread, NULL, read_loop, &readers[i]) != 0)
-            die("pthread_create");
+            bench_die("pthread_create");
     }
     for (uint32_t i = 0; i < n; i++) {
         pthread_join(readers[i].thread, NULL);
@@ -368,7 +339,7 @@ static void drop_file(const char *name)
     path_of(path, name);
     int fd = open(path, O_RDWR | O_CLOEXEC);
     if (fd < 0 || fdatasync(fd) != 0 || posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) != 0)
-        die(path);
+        bench_die(path);
     close(fd);
 }
 
@@ -380,7 +351,7 @@ static void warm_file(const char *name)
     path_of(path, name);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
-        die(path);
+        bench_die(path);
     while (read(fd, buffer, VALUE_BYTES) > 0)
         ;
     close(fd);
@@ -394,7 +365,7 @@ static double disk_rows(uint32_t threads)
     path_of(path, "plain");
     reader r = {.fd = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC), .call_rows = 1};
     if (r.fd < 0)
-        die(path);
+        bench_die(path);
     double result = read_rows(r, false, threads);
     close(r.fd);
     return result;
@@ -593,7 +564,7 @@ static void parse(int argc, char **argv)
         exit(2);
     snprintf(all.dir, sizeof(all.dir), "%s/lmdb-bench-XXXXXX", base != NULL ? base : "/var/tmp");
     if (mkdtemp(all.dir) == NULL)
-        die(all.dir);
+        bench_die(all.dir);
 }
 
 int main(int argc, char **argv)
@@ -606,7 +577,7 @@ int main(int argc, char **argv)
     parse(argc, argv);
     all.rows = malloc(VALUE_BYTES);
     if (all.rows == NULL || ops == NULL)
-        die("start");
+        bench_die("start");
     for (uint32_t i = 0; i < VALUE_BYTES; i++)
         all.rows[i] = (uint8_t)(i * 2654435761u >> 13);
     kvc_row_sums(all.rows, ROW_BYTES, N_ROWS, all.sums);
@@ -622,7 +593,7 @@ int main(int argc, char **argv)
             run_reads(ops);
     }
     print_table();
-    remove_tree(all.dir);
+    bench_remove_tree(all.dir);
     free(all.rows);
     return 0;
 }

@@ -8,6 +8,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -84,6 +85,14 @@ static void forget_mark(const tier_under_test *t)
     assert_int_equal(unlink(path), 0);
 }
 
+static int remove_one(const char *path, const struct stat *st, int kind, struct FTW *ftw)
+{
+    (void)st;
+    (void)kind;
+    (void)ftw;
+    return remove(path);
+}
+
 static uint32_t count_bad(const tier_under_test *t, bool remove_them)
 {
     uint32_t n = 0;
@@ -97,9 +106,9 @@ static uint32_t count_bad(const tier_under_test *t, bool remove_them)
             continue;
         n++;
         if (remove_them) {
-            char command[512];
-            snprintf(command, sizeof(command), "rm -r '%s/%s'", t->dir, entry->d_name);
-            assert_int_equal(system(command), 0);
+            char path[512];
+            snprintf(path, sizeof(path), "%s/%s", t->dir, entry->d_name);
+            assert_int_equal(nftw(path, remove_one, 8, FTW_DEPTH | FTW_PHYS), 0);
         }
     }
     closedir(dir);
@@ -415,7 +424,7 @@ static int checker_main(const char *folder)
 
     if (die != NULL && strlen(folder) > len &&
         strncmp(folder + strlen(folder) - len, die, len) == 0) {
-        int cause = atoi(die + len);
+        int cause = (int)strtol(die + len, NULL, 10);
         (void)signal(cause, SIG_DFL);
         (void)raise(cause);
     }
