@@ -11,6 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "admin.h"
 #include "base/clock.h"
 #include "base/fault.h"
 #include "base/log.h"
@@ -59,13 +60,14 @@ static kvc_status write_ready_file(const kvs_server *server, const char *path)
     return KVC_OK;
 }
 
-static int serve(const kvs_settings *settings)
+static int serve(const kvs_settings *settings, kvs_admin *admin)
 {
     kvs_server *server;
     kvc_thread hurry = {0};
     const char *uri;
     if (kvs_server_open(settings, &server) != KVC_OK)
         return EXIT_START;
+    kvs_admin_show(admin, server);
     kvc_status status = kvs_server_listen(server);
     if (status == KVC_OK && settings->ready_file[0]) {
         status = write_ready_file(server, settings->ready_file);
@@ -75,6 +77,8 @@ static int serve(const kvs_settings *settings)
     if (status == KVC_OK) {
         for (uint32_t i = 0; (uri = kvs_server_uri(server, i)); i++)
             printf("listening on %s\n", uri);
+        if (admin)
+            printf("admin port %s\n", kvs_admin_uri(admin));
         fflush(stdout);
         KVC_LOG_INFO(SERVER, "serving");
         wait_for_stop();
@@ -82,6 +86,7 @@ static int serve(const kvs_settings *settings)
             KVC_LOG_WARN(SERVER, "a second signal will not be heard");
     }
     kvs_server_drain(server, kvc_now_ns() + settings->drain_ns + 1);
+    kvs_admin_show(admin, NULL);
     kvs_server_close(server, status == KVC_OK);
     if (status != KVC_OK)
         return EXIT_START;
@@ -89,6 +94,16 @@ static int serve(const kvs_settings *settings)
         unlink(settings->ready_file);
     KVC_LOG_INFO(SERVER, "stopped");
     return EXIT_SUCCESS;
+}
+
+static int serve_with_admin(const kvs_settings *settings)
+{
+    kvs_admin *admin = NULL;
+    if (settings->admin_listen[0] && kvs_admin_open(settings->admin_listen, &admin) != KVC_OK)
+        return EXIT_START;
+    int code = serve(settings, admin);
+    kvs_admin_close(admin);
+    return code;
 }
 
 /* Prints text and frees it. */
@@ -126,7 +141,7 @@ static int run(const kvs_settings *settings, const kvc_config *config)
         fprintf(stderr, "cachesvc: KVASIR_FAULT is malformed\n");
         return EXIT_BAD;
     }
-    return serve(settings);
+    return serve_with_admin(settings);
 }
 
 int main(int argc, char **argv)

@@ -46,6 +46,7 @@ void kvs_on_call(void *arg, kvt_call *call)
     kvc_digest tenant;
     call->user = arg;
     call->held = NULL;
+    call->began_ns = kvc_now_ns();
     atomic_fetch_add(&((kvs_server *)arg)->n_calls, 1);
     KVC_GAUGE_ADD(requests_in_flight, 1);
     kvc_status status = tenant_digest(call->tenant, &tenant);
@@ -60,9 +61,14 @@ void kvs_on_call(void *arg, kvt_call *call)
     }
 }
 
-/* Lets go of the schema that kvs_want_schema held for the call. */
-static void release_held(kvs_server *server, kvt_call *call)
+/* What ends with the call, whatever it is answered: its counts, and the schema that kvs_want_schema
+   held for it. */
+static void settle(kvs_server *server, kvt_call *call)
 {
+    KVC_COUNT(requests);
+    KVC_GAUGE_SUB(requests_in_flight, 1);
+    if (call->req.method < KVC_METHOD_COUNT)
+        kvc_histogram_add(&server->latency[call->req.method], kvc_now_ns() - call->began_ns);
     kvs_schemas_put(server->schemas, call->held);
     call->held = NULL;
 }
@@ -70,9 +76,7 @@ static void release_held(kvs_server *server, kvt_call *call)
 void kvs_answer(kvt_call *call, const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices)
 {
     kvs_server *server = call->user;
-    KVC_COUNT(requests);
-    KVC_GAUGE_SUB(requests_in_flight, 1);
-    release_held(server, call);
+    settle(server, call);
     kvt_call_reply(call, KVC_OK, NULL, 0, reply, slices, n_slices);
     atomic_fetch_sub(&server->n_calls, 1);
 }
@@ -85,8 +89,6 @@ void kvs_fail(kvt_call *call, kvc_status status, const char *fmt, ...)
     va_start(args, fmt);
     vsnprintf(detail, sizeof(detail), fmt, args);
     va_end(args);
-    KVC_COUNT(requests);
-    KVC_GAUGE_SUB(requests_in_flight, 1);
     if (status == KVC_AGAIN)
         KVC_COUNT(requests_refused);
     else
@@ -95,7 +97,7 @@ void kvs_fail(kvt_call *call, kvc_status status, const char *fmt, ...)
         KVC_COUNT(requests_timed_out);
     KVC_LOG_DEBUG(SERVER, "%s: %s: %s", kvc_method_name(call->req.method), kvc_status_name(status),
                   detail);
-    release_held(server, call);
+    settle(server, call);
     kvt_call_reply(call, status, detail, status == KVC_AGAIN ? KVS_RETRY_MS : 0, NULL, NULL, 0);
     atomic_fetch_sub(&server->n_calls, 1);
 }

@@ -410,6 +410,8 @@ kvc_status kvs_server_listen(kvs_server *server)
     free(list);
     for (uint32_t i = 0; status == KVC_OK && i < server->n_listeners; i++)
         server->listeners[i].ops->set_serving(server->listeners[i].listener, true);
+    if (status == KVC_OK)
+        atomic_store(&server->phase, KVS_SERVING);
     return status;
 }
 
@@ -420,8 +422,28 @@ const char *kvs_server_uri(const kvs_server *server, uint32_t i)
                : NULL;
 }
 
+static bool store_failed(const kvs_store *store)
+{
+    kvs_tier_usage usage = {0};
+    if (store->ops)
+        store->ops->usage(store->tier, &usage);
+    return !store->ops || usage.failed;
+}
+
+bool kvs_server_ready(kvs_server *server, const char **why_p)
+{
+    kvs_phase phase = (kvs_phase)atomic_load(&server->phase);
+    bool failed = store_failed(&server->dram) && store_failed(&server->lmdb);
+    *why_p = phase == KVS_STARTING   ? "starting"
+             : phase == KVS_DRAINING ? "draining"
+             : failed                ? "every tier has failed"
+                                     : "ready";
+    return phase == KVS_SERVING && !failed;
+}
+
 void kvs_server_drain(kvs_server *server, uint64_t deadline_ns)
 {
+    atomic_store(&server->phase, KVS_DRAINING);
     for (uint32_t i = 0; i < server->n_listeners; i++)
         server->listeners[i].ops->set_serving(server->listeners[i].listener, false);
     for (uint32_t i = 0; i < server->n_listeners; i++)

@@ -11,6 +11,7 @@
 #include <stdatomic.h>
 
 #include "admission.h"
+#include "base/histogram.h"
 #include "buffers.h"
 #include "context.h"
 #include "disk.h"
@@ -31,6 +32,9 @@ typedef struct kvs_store {
     atomic_uint_least64_t rows_read, bytes_read, evictions;
 } kvs_store;
 
+/* What peers and probes are told: only a server that is SERVING takes calls. */
+typedef enum kvs_phase { KVS_STARTING = 0, KVS_SERVING, KVS_DRAINING } kvs_phase;
+
 typedef struct kvs_server {
     kvs_settings settings;
     kvc_limits limits;
@@ -44,8 +48,10 @@ typedef struct kvs_server {
     kvs_writer *writer; /* NULL without lmdb */
     kvs_admission admission;
     kvs_buffers buffers;
-    atomic_uint n_calls;              /* taken and not yet answered */
-    atomic_uint window;               /* number of the promotion window */
+    atomic_int phase;                        /* kvs_phase */
+    kvc_histogram latency[KVC_METHOD_COUNT]; /* from the handler's start to the answer */
+    atomic_uint n_calls;                     /* taken and not yet answered */
+    atomic_uint window;                      /* number of the promotion window */
     atomic_uint_least64_t lent_bytes; /* of dram values that slices on their way out point at */
     atomic_uint n_promoting;          /* values being loaded to dram */
     atomic_uint n_slow_jobs;          /* erases and prefetches with the disk threads */
@@ -73,6 +79,9 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p) 
 kvc_status kvs_server_listen(kvs_server *server) KVC_MUST_CHECK;
 /* The i-th bound URI; NULL past the last. */
 const char *kvs_server_uri(const kvs_server *server, uint32_t i);
+/* Whether a call that comes now is taken; *why_p (static): why not, or "ready". Health checks of
+   the transports say the same, but for tiers that failed. Any thread. */
+bool kvs_server_ready(kvs_server *server, const char **why_p);
 /* Takes no new calls and waits for those in flight, to deadline_ns at most. */
 void kvs_server_drain(kvs_server *server, uint64_t deadline_ns);
 /* After drain (or a failed listen). flush: write-behind is finished first. NULL is fine. */

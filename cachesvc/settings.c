@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "admin.h"
 #include "base/text.h"
 #include "kvc/types.h"
 
@@ -26,6 +27,10 @@ static const kvc_setting table[] = {
     {"listen", KVC_CONFIG_STRING, FIELD(listen), "grpc://127.0.0.1:7811", 1, 4096, NULL,
      "The addresses to listen on, separated by commas: grpc://HOST:PORT, grpc+unix:///PATH. Port 0 "
      "lets the system choose; the line \"listening on\" says which."},
+    {"admin_listen", KVC_CONFIG_STRING, FIELD(admin_listen), "", 0, 255, NULL,
+     "Where /metrics (Prometheus), /healthz and /readyz are answered over HTTP: HOST:PORT with a "
+     "numeric address, such as 127.0.0.1:7812. It asks nobody who they are and shows all tenants "
+     "together: keep it to this machine or to the operators' network. Empty: nowhere."},
     {"dram_bytes", KVC_CONFIG_BYTES, FIELD(dram_bytes), "1GiB", 64 * KIB, 64 * TIB, NULL,
      "Host memory for values, never exceeded. When it is full, values that are safe in lmdb or may "
      "be dropped give way."},
@@ -100,7 +105,8 @@ static const kvc_setting table[] = {
      "Once serving, the bound URIs are written to this file, one a line; it appears whole. Removed "
      "on a clean stop."},
     {"print_config", KVC_CONFIG_BOOL, FIELD(print_config), "no", 0, 0, NULL,
-     "Print the settings in force and where each came from, and exit."},
+     "Print the settings in force as YAML that --config takes, with where each came from, and "
+     "exit."},
 };
 
 const kvc_config_program kvs_program = {
@@ -151,7 +157,30 @@ kvc_status kvs_settings_check(const kvs_settings *settings, char why[KVC_CONFIG_
                  "lmdb_bytes must be 0 (no lmdb tier) or at least 16MiB");
         return KVC_INVALID;
     }
-    return KVC_OK;
+    return settings->admin_listen[0] ? kvs_admin_check(settings->admin_listen, why) : KVC_OK;
+}
+
+/* As YAML's double quotes want it. */
+static void put_quoted(kvc_strbuf *text, const char *value)
+{
+    kvc_strbuf_put(text, "\"", 1);
+    for (; *value; value++) {
+        unsigned char c = (unsigned char)*value;
+        if (c < ' ' || c == 0x7f)
+            kvc_strbuf_putf(text, "\\x%02x", c);
+        else
+            kvc_strbuf_putf(text, "%s%c", c == '"' || c == '\\' ? "\\" : "", c);
+    }
+    kvc_strbuf_put(text, "\"", 1);
+}
+
+/* In a comment, which ends with its line. */
+static void put_source(kvc_strbuf *text, const char *source)
+{
+    kvc_strbuf_put(text, " # ", 3);
+    for (; *source; source++)
+        kvc_strbuf_put(text, (unsigned char)*source < ' ' ? "?" : source, 1);
+    kvc_strbuf_put(text, "\n", 1);
 }
 
 char *kvs_settings_text(const kvc_config *config)
@@ -159,9 +188,18 @@ char *kvs_settings_text(const kvc_config *config)
     kvc_strbuf text = {0};
     for (size_t i = 0; i < COUNT_OF(table); i++) {
         char *value = kvc_config_value_text(config, table[i].name);
-        const char *quote = table[i].type == KVC_CONFIG_STRING ? "\"" : "";
-        kvc_strbuf_putf(&text, "%s: %s%s%s # %s\n", table[i].name, quote, value ? value : "", quote,
-                        kvc_config_source(config, table[i].name));
+        if (!value)
+            text.failed = true;
+        if (!value || table[i].offset == FIELD(print_config)) {
+            free(value); /* fed back, it would print again and serve nobody */
+            continue;
+        }
+        kvc_strbuf_putf(&text, "%s: ", table[i].name);
+        if (table[i].type == KVC_CONFIG_STRING)
+            put_quoted(&text, value);
+        else
+            kvc_strbuf_putf(&text, "%s", value);
+        put_source(&text, kvc_config_source(config, table[i].name));
         free(value);
     }
     return kvc_strbuf_take(&text);

@@ -13,7 +13,8 @@
 #define KVS_MAX_LISTENERS 16u
 
 typedef struct kvs_settings {
-    const char *listen; /* URIs, separated by commas */
+    const char *listen;       /* URIs, separated by commas */
+    const char *admin_listen; /* HOST:PORT; "": none */
     uint64_t dram_bytes, lmdb_bytes;
     const char *lmdb_path;
     uint64_t max_value_bytes, max_inflight_bytes, max_calls;

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "base/assert.h"
+#include "base/clock.h"
 #include "base/metrics.h"
 
 typedef enum stream_step { STEP_WAIT, STEP_MAKE, STEP_SEND, STEP_END } stream_step;
@@ -61,6 +62,7 @@ static void make(kvs_stream *stream)
     kvs_piece *piece = &stream->pieces[slot];
     kvc_arena_reset(&piece->call.arena);
     piece->call.cancelled = 0;
+    piece->call.began_ns = kvc_now_ns();
     atomic_fetch_add(&stream->server->n_calls, 1);
     KVC_GAUGE_ADD(requests_in_flight, 1);
     stream->n_made++;

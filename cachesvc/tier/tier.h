@@ -66,6 +66,7 @@ typedef struct kvs_row_range {
 typedef struct kvs_tier_usage {
     uint64_t capacity_bytes, used_bytes, values;
     uint64_t bytes_read, bytes_written;
+    bool failed; /* of its medium, some failed: what belongs there is refused until a restart */
 } kvs_tier_usage;
 
 /* A write in flight; the caller allocates and keeps it until done has run. */

@@ -423,12 +423,14 @@ static void lmdb_close(kvs_tier *tier)
 static void lmdb_usage(kvs_tier *tier, kvs_tier_usage *usage_p)
 {
     uint64_t pages = 0, values = 0;
+    bool failed = false;
 
     kvc_mutex_lock(&tier->lock);
     pages = tier->meta_used_pages;
     for (uint32_t i = 0; i < tier->n_classes; i++) {
         pages += tier->classes[i].live_pages + tier->classes[i].tree_pages;
         values += tier->classes[i].values;
+        failed |= tier->classes[i].broken;
     }
     *usage_p = (kvs_tier_usage){
         .capacity_bytes = tier->capacity_pages * KVSI_PAGE_BYTES,
@@ -436,6 +438,7 @@ static void lmdb_usage(kvs_tier *tier, kvs_tier_usage *usage_p)
         .values = values,
         .bytes_read = atomic_load_explicit(&tier->bytes_read, memory_order_relaxed),
         .bytes_written = tier->bytes_written,
+        .failed = failed,
     };
     kvc_mutex_unlock(&tier->lock);
 }

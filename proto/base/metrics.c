@@ -32,12 +32,17 @@ static struct shard shards[SHARDS];
 static atomic_uint next_shard;
 static _Thread_local unsigned own_shard; /* index + 1; 0 until the first add */
 
+unsigned kvc_metric_shard(void)
+{
+    if (own_shard == 0)
+        own_shard = atomic_fetch_add_explicit(&next_shard, 1, memory_order_relaxed) % SHARDS + 1;
+    return own_shard - 1;
+}
+
 static atomic_uint_fast64_t *own_value(kvc_metric metric)
 {
     KVC_ASSERT((unsigned)metric < KVC_METRIC_COUNT);
-    if (own_shard == 0)
-        own_shard = atomic_fetch_add_explicit(&next_shard, 1, memory_order_relaxed) % SHARDS + 1;
-    return &shards[own_shard - 1].values[metric];
+    return &shards[kvc_metric_shard()].values[metric];
 }
 
 void kvc_metric_add(kvc_metric metric, uint64_t n)

@@ -31,6 +31,8 @@ void kvc_metric_sub(kvc_metric metric, uint64_t n);
 uint64_t kvc_metric_get(kvc_metric metric);
 /* values [KVC_METRIC_COUNT], in table order. */
 void kvc_metrics_snapshot(kvc_metric_value *values);
+/* Which shard the calling thread adds to, for others that count in shards: small and stable. */
+unsigned kvc_metric_shard(void);
 /* Back to zero, for tests that count. */
 void kvc_metrics_reset(void);
 

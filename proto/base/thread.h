@@ -17,6 +17,7 @@
 typedef enum kvc_lock_rank {
     KVC_RANK_CLIENT = 1,
     KVC_RANK_WORKER = 2,
+    KVC_RANK_ADMIN = 2,   /* cachesvc/admin.c: never beside a worker's */
     KVC_RANK_GROW = 3,    /* cachesvc/context.c: the length of one context */
     KVC_RANK_CONTEXT = 4, /* cachesvc/context.c: the table */
     KVC_RANK_RECORD = 5,  /* cachesvc: schema records follow the table; may wait for the disk */

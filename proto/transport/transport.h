@@ -63,7 +63,8 @@ struct kvt_call {
     uint64_t deadline_ns; /* CLOCK_MONOTONIC; never 0: within max_deadline_ns of the listener */
     const char *tenant;   /* identity of the peer; "default" without certificates */
     void *user;
-    const void *held; /* the server's too */
+    const void *held;  /* the server's too */
+    uint64_t began_ns; /* the server's too */
     /* Set by the server before its first kvt_call_send: the message was passed on (ok), or the
      * client has gone (not ok). A transport thread, no lock held, once for each send. */
     void (*sent)(kvt_call *call, bool ok);

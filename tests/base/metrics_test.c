@@ -6,6 +6,7 @@
 #include <signal.h>
 
 #include "base/fault.h"
+#include "base/histogram.h"
 #include "base/log.h"
 #include "base/metrics.h"
 #include "base/thread.h"
@@ -38,6 +39,55 @@ static void count_some(void *arg)
         KVC_GAUGE_SUB(requests_in_flight, 1);
         (void)kvc_metric_get(KVC_M_requests);
     }
+}
+
+static kvc_histogram histogram;
+
+static void time_some(void *arg)
+{
+    (void)arg;
+    for (uint32_t i = 0; i < PER_EACH; i++)
+        kvc_histogram_add(&histogram, 300000);
+}
+
+static void durations_fall_into_their_buckets(void **state)
+{
+    (void)state;
+    kvc_histogram own = {0};
+    kvc_histogram_view view;
+    uint64_t sum_ns = UINT64_C(1) << 40;
+    for (uint32_t i = 0; i < KVC_HISTOGRAM_BOUNDS; i++) {
+        char *end;
+        double seconds = strtod(kvc_histogram_bounds[i].seconds, &end);
+        assert_true(*end == 0);
+        assert_true(seconds * 1e9 > (double)kvc_histogram_bounds[i].ns - 0.5 &&
+                    seconds * 1e9 < (double)kvc_histogram_bounds[i].ns + 0.5);
+        kvc_histogram_add(&own, kvc_histogram_bounds[i].ns); /* the bound itself is within */
+        kvc_histogram_add(&own, kvc_histogram_bounds[i].ns + 1);
+        sum_ns += 2 * kvc_histogram_bounds[i].ns + 1;
+    }
+    kvc_histogram_add(&own, UINT64_C(1) << 40);
+    kvc_histogram_read(&own, &view);
+    for (uint32_t i = 0; i < KVC_HISTOGRAM_BOUNDS; i++)
+        assert_int_equal(view.below[i], 2 * i + 1);
+    assert_int_equal(view.count, 2 * KVC_HISTOGRAM_BOUNDS + 1);
+    assert_int_equal(view.sum_ns, sum_ns);
+}
+
+static void durations_of_all_threads_add_up(void **state)
+{
+    (void)state;
+    kvc_thread threads[THREADS];
+    kvc_histogram_view view;
+    for (int i = 0; i < THREADS; i++)
+        assert_ok(kvc_thread_start(&threads[i], "timer", time_some, NULL));
+    for (int i = 0; i < THREADS; i++)
+        kvc_thread_join(&threads[i]);
+    kvc_histogram_read(&histogram, &view);
+    assert_int_equal(view.count, THREADS * PER_EACH);
+    assert_int_equal(view.below[2], 0);
+    assert_int_equal(view.below[3], THREADS * PER_EACH);
+    assert_int_equal(view.sum_ns, THREADS * PER_EACH * UINT64_C(300000));
 }
 
 static void counts_of_all_threads_add_up(void **state)
@@ -198,6 +248,8 @@ static void faults_are_counted_across_threads(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(durations_fall_into_their_buckets),
+        cmocka_unit_test(durations_of_all_threads_add_up),
         cmocka_unit_test_setup_teardown(counts_of_all_threads_add_up, setup, teardown),
         cmocka_unit_test_setup_teardown(gauges_cross_threads, setup, teardown),
         cmocka_unit_test_setup_teardown(table_is_well_formed, setup, teardown),

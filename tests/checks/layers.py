@@ -65,7 +65,7 @@ THIRD_PARTY = [
     (r"liburing.*\.h", r"cachesvc/tier/.*"),
     (r"cuda.*\.h|cooperative_groups.*|cub/.*|nv.*\.h|mma\.h", r"kernels/cuda/.*"),
     (r"cudaTypedefs\.h", r"kernels/cuda/.*"),
-    (r"microhttpd\.h", r"cachesvc/.*http.*"),
+    (r"microhttpd\.h", r"cachesvc/admin_http\.c"),
     (r"openssl/.*", r"proto/base/digest\.c"),
     (r"xxhash\.h|xxh_x86dispatch\.h", r"proto/base/sum\.c"),
     (r"cyaml/.*", r"proto/base/config_yaml\.c"),
