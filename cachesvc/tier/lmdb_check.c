@@ -271,7 +271,7 @@ static kvc_status check_leaf(check *c, const uint8_t *page, uint32_t n_nodes)
 {
     kvc_status status = KVC_OK;
     uint64_t number;
-    node n;
+    node n = {0};
 
     for (uint32_t i = 0; c->deep && i < n_nodes; i++) {
         (void)get_node(page, i, &n);
@@ -316,7 +316,7 @@ static kvc_status walk(check *c, uint64_t number, uint32_t level)
     uint8_t *page = c->levels + (size_t)level * PAGE;
     bool leaf = level + 1 == c->want.depth;
     uint32_t n_nodes;
-    node n;
+    node n = {0};
     kvc_status status = load_page(c, number, leaf ? FLAG_LEAF : FLAG_BRANCH, page, &n_nodes);
 
     if (status != KVC_OK)

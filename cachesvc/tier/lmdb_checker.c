@@ -28,8 +28,6 @@
 #define EXIT_DAMAGED 4 /* apart from what a program that knows no --check-env would say */
 #define EXIT_FAILED  5
 
-extern char **environ;
-
 /* --- the child --- */
 
 static int walk_tree(MDB_txn *txn, MDB_dbi dbi)
