@@ -1,0 +1,351 @@
+/*
+ * attend.cu: attention of one query a sequence over a list of slots, fetching what is missing on
+ * the way, and the merge of partials.
+ *
+ * A block takes a tile of 16 listed rows, all kv heads: every byte of the tile is asked for at
+ * once, from device memory or over PCIe, so about one round trip is paid whatever is missing, and
+ * other blocks attend resident rows meanwhile. A row that comes from its source goes to its slot as
+ * well. A warp then takes a kv head with its whole group of query heads: two lanes a row for the
+ * logits, a few dimensions a lane for the values, all in f32. The tile's partial (sum, maximum,
+ * total) goes to the workspace; combine_kernel adds the tiles of a head in list order. A tile and
+ * its arithmetic depend on the list alone: what was resident does not show in the bits.
+ */
+#include "attend.cuh"
+
+#define COMBINE_WARPS 8u
+
+template <typename T> __device__ static inline float2 pair_of(uint32_t bits);
+template <> __device__ inline float2 pair_of<__nv_bfloat16>(uint32_t bits)
+{
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+template <> __device__ inline float2 pair_of<__half>(uint32_t bits)
+{
+    return __half22float2(*(const __half2 *)&bits);
+}
+
+/* rotation [ATTEND_TILE, head_dim / 2] (cos, sin) of the tile's keys, angles in double. */
+__device__ static void find_rotation(const kvk_cuda_attend_args *a, uint32_t seq, uint32_t first,
+                                     uint32_t n_here, float2 *rotation)
+{
+    uint32_t part = a->head_dim / 2;
+
+    for (uint32_t i = threadIdx.x; i < n_here * part; i += ATTEND_THREADS) {
+        double s = 0, c = 0;
+        int32_t position = a->k_positions[(size_t)seq * a->stride + first + i / part];
+        sincos(position * a->inv_freq[i % part], &s, &c);
+        rotation[i] = make_float2((float)c, (float)s);
+    }
+}
+
+/* Adds the products of eight key elements with the group's queries at dimension d. */
+template <int kGroup, int kDim>
+__device__ static inline void add_products(const float (&k)[8], const float *q, uint32_t d,
+                                           float (&x)[kGroup])
+{
+#pragma unroll
+    for (int g = 0; g < kGroup; g++) {
+        float4 a = *(const float4 *)(q + g * kDim + d), b = *(const float4 *)(q + g * kDim + d + 4);
+        x[g] = fmaf(k[0], a.x, x[g]);
+        x[g] = fmaf(k[1], a.y, x[g]);
+        x[g] = fmaf(k[2], a.z, x[g]);
+        x[g] = fmaf(k[3], a.w, x[g]);
+        x[g] = fmaf(k[4], b.x, x[g]);
+        x[g] = fmaf(k[5], b.y, x[g]);
+        x[g] = fmaf(k[6], b.z, x[g]);
+        x[g] = fmaf(k[7], b.w, x[g]);
+    }
+}
+
+template <typename T> __device__ static inline void unpack(const char *at, float (&k)[8])
+{
+    uint4 d = *(const uint4 *)at;
+    float2 a = pair_of<T>(d.x), b = pair_of<T>(d.y), c = pair_of<T>(d.z), e = pair_of<T>(d.w);
+    k[0] = a.x, k[1] = a.y, k[2] = b.x, k[3] = b.y;
+    k[4] = c.x, k[5] = c.y, k[6] = e.x, k[7] = e.y;
+}
+
+/* Logits of this lane's row (lane / 2) with the group's queries; both lanes of a row get the sums.
+ */
+template <typename T, int kGroup, int kDim>
+__device__ static void logits_of(const char *key, const float *q, const float2 *rotation,
+                                 float (&x)[kGroup])
+{
+    uint32_t odd = threadIdx.x & 1u;
+    float k[8], other[8];
+
+#pragma unroll
+    for (int g = 0; g < kGroup; g++)
+        x[g] = 0;
+    if (!rotation) {
+#pragma unroll 4
+        for (uint32_t d = odd * 8u; d < kDim; d += 16u) {
+            unpack<T>(key + d * 2u, k);
+            add_products<kGroup, kDim>(k, q, d, x);
+        }
+    } else {
+        for (uint32_t d = odd * 8u; d < kDim / 2; d += 16u) {
+            unpack<T>(key + d * 2u, k);
+            unpack<T>(key + (d + kDim / 2) * 2u, other);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                float2 r = rotation[d + i];
+                float low = k[i] * r.x - other[i] * r.y;
+                other[i] = other[i] * r.x + k[i] * r.y;
+                k[i] = low;
+            }
+            add_products<kGroup, kDim>(k, q, d, x);
+            add_products<kGroup, kDim>(other, q, d + kDim / 2, x);
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; g++)
+        x[g] += __shfl_xor_sync(KVKI_FULL_WARP, x[g], 1);
+}
+
+/* Turns the logits of a row into weights; the lanes share maximum and total over the tile. */
+__device__ static inline float tile_weight(float x, float *most_p, float *total_p)
+{
+    float most = x, weight = 0, total = 0;
+
+    for (int step = 2; step < 32; step *= 2)
+        most = fmaxf(most, __shfl_xor_sync(KVKI_FULL_WARP, most, step));
+    most = fmaxf(most, -INFINITY);
+    weight = attend_weight(x, most);
+    total = weight;
+    for (int step = 2; step < 32; step *= 2)
+        total += __shfl_xor_sync(KVKI_FULL_WARP, total, step);
+    *most_p = most;
+    *total_p = total;
+    return weight;
+}
+
+/* One kv head of a tile, by one warp. weights: [ATTEND_TILE, kGroup] of shared memory. */
+template <typename T, int kGroup, int kDim>
+__device__ static void attend_head(const struct attend_params *p, const struct attend_layout *l,
+                                   uint32_t seq, uint32_t kv_head, uint32_t there, const char *tile,
+                                   const float *q, const float2 *rotation, float *weights)
+{
+    const kvk_cuda_attend_args *a = &p->a;
+    uint32_t lane = threadIdx.x & 31u, row = lane / 2u, head = kv_head * kGroup;
+    const char *key = tile + (size_t)row * l->row_stride + a->k_off_bytes + kv_head * kDim * 2u;
+    float x[kGroup], o[kGroup][kDim / 32];
+
+    logits_of<T, kGroup, kDim>(key, q, rotation ? rotation + row * (kDim / 2) : NULL, x);
+#pragma unroll
+    for (int g = 0; g < kGroup; g++) {
+        size_t at = ((size_t)seq * a->n_q_heads + head + g) * p->n_tiles + blockIdx.x;
+        float most = 0, total = 0, z = x[g] * a->scale;
+        z = a->softcap > 0 ? a->softcap * tanhf(z / a->softcap) : z;
+        z = tile_weight(there >> row & 1u ? z : -INFINITY, &most, &total);
+        if (lane % 2u == 0)
+            weights[row * kGroup + g] = z;
+        if (lane == 0) {
+            p->most[at] = most;
+            p->total[at] = total;
+        }
+#pragma unroll
+        for (int i = 0; i < kDim / 32; i++)
+            o[g][i] = 0;
+    }
+    __syncwarp();
+    for (uint32_t r = 0; r < ATTEND_TILE; r++) {
+        const char *value = tile + (size_t)r * l->row_stride + a->v_off_bytes +
+                            (kv_head * kDim + lane * (kDim / 32)) * 2u;
+        float v[kDim / 32];
+        if (!(there >> r & 1u)) /* uninitialised memory, weight 0 */
+            continue;
+#pragma unroll
+        for (int i = 0; i < kDim / 32; i += 2) {
+            float2 two = pair_of<T>(*(const uint32_t *)(value + i * 2));
+            v[i] = two.x;
+            v[i + 1] = two.y;
+        }
+#pragma unroll
+        for (int g = 0; g < kGroup; g++) {
+#pragma unroll
+            for (int i = 0; i < kDim / 32; i++)
+                o[g][i] = fmaf(weights[r * kGroup + g], v[i], o[g][i]);
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; g++) {
+        float *out =
+            p->o + (((size_t)seq * p->n_tiles + blockIdx.x) * a->n_q_heads + head + g) * kDim;
+#pragma unroll
+        for (int i = 0; i < kDim / 32; i += 2)
+            *(float2 *)(out + lane * (kDim / 32) + i) = make_float2(o[g][i], o[g][i + 1]);
+    }
+}
+
+template <typename T, int kGroup, int kDim>
+__global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct attend_params p)
+{
+    extern __shared__ __align__(16) char tile[];
+    __shared__ struct attend_rows rows;
+    const kvk_cuda_attend_args *a = &p.a;
+    const struct attend_layout l = attend_layout_of(a);
+    float *q = (float *)(tile + l.q), *weights = (float *)(tile + l.weights);
+    float2 *rotation = a->inv_freq && a->k_positions ? (float2 *)(tile + l.rotation) : NULL;
+    uint32_t seq = blockIdx.y, first = blockIdx.x * ATTEND_TILE, n = 0;
+    uint32_t width = a->n_q_heads * kDim, there = 0;
+
+    kvki_wait_for_previous();
+    n = min(a->n_list[seq], a->stride);
+    if (first >= n)
+        return;
+    attend_find_rows(a, seq, first, min(n - first, ATTEND_TILE), &rows);
+    __syncthreads();
+    there = attend_load_tile(a, &l, &rows, tile);
+    for (uint32_t i = threadIdx.x; i < width; i += ATTEND_THREADS)
+        q[i] = a->q[(size_t)seq * width + i];
+    if (rotation)
+        find_rotation(a, seq, first, min(n - first, ATTEND_TILE), rotation);
+    kvki_async_wait();
+    __syncthreads();
+    for (uint32_t head = threadIdx.x / 32u; head < a->n_kv_heads; head += ATTEND_WARPS)
+        attend_head<T, kGroup, kDim>(&p, &l, seq, head, there, tile, q + head * kGroup * kDim,
+                                     rotation, weights + head * kGroup * ATTEND_TILE);
+}
+
+/* The tiles of one query head, in list order, by eight warps whose sums are added in order. */
+template <int kDim>
+__global__ void __launch_bounds__(COMBINE_WARPS * 32) combine_kernel(const struct attend_params p)
+{
+    __shared__ float sums[COMBINE_WARPS][kDim], totals[COMBINE_WARPS];
+    uint32_t seq = blockIdx.y, head = blockIdx.x, lane = threadIdx.x & 31u,
+             warp = threadIdx.x / 32u;
+    size_t row = (size_t)seq * p.a.n_q_heads + head;
+    const float *mosts = p.most + row * p.n_tiles, *all = p.total + row * p.n_tiles;
+    float most = -INFINITY, total = 0, o[kDim / 32] = {0};
+    uint32_t n = 0, each = 0, end = 0;
+
+    kvki_wait_for_previous();
+    n = (min(p.a.n_list[seq], p.a.stride) + ATTEND_TILE - 1) / ATTEND_TILE;
+    each = (n + COMBINE_WARPS - 1) / COMBINE_WARPS;
+    end = min((warp + 1) * each, n);
+    for (uint32_t t = lane; t < n; t += 32)
+        most = fmaxf(most, mosts[t]);
+    for (int step = 1; step < 32; step *= 2)
+        most = fmaxf(most, __shfl_xor_sync(KVKI_FULL_WARP, most, step));
+    for (uint32_t from = warp * each; from < end; from += 32) {
+        uint32_t mine = from + lane, here = min(end - from, 32u);
+        float peak = mine < end ? mosts[mine] : -INFINITY;
+        float share = peak == most ? 1.0f : expf(peak - most);
+        float part = mine < end ? all[mine] : 0.0f;
+        const float *parts = p.o +
+                             (((size_t)seq * p.n_tiles + from) * p.a.n_q_heads + head) * kDim +
+                             lane * (kDim / 32);
+#pragma unroll 8
+        for (uint32_t t = 0; t < here; t++) {
+            const float *x = parts + (size_t)t * p.a.n_q_heads * kDim;
+            float weight = __shfl_sync(KVKI_FULL_WARP, share, (int)t);
+            total = fmaf(__shfl_sync(KVKI_FULL_WARP, part, (int)t), weight, total);
+#pragma unroll
+            for (int i = 0; i < kDim / 32; i += 2) {
+                float2 two = *(const float2 *)(x + i);
+                o[i] = fmaf(two.x, weight, o[i]);
+                o[i + 1] = fmaf(two.y, weight, o[i + 1]);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kDim / 32; i++)
+        sums[warp][lane * (kDim / 32) + i] = o[i];
+    if (lane == 0)
+        totals[warp] = total;
+    __syncthreads();
+    total = 0;
+    for (uint32_t w = 0; w < COMBINE_WARPS; w++)
+        total += totals[w];
+    for (uint32_t d = threadIdx.x; d < kDim; d += COMBINE_WARPS * 32) {
+        float sum = 0;
+        for (uint32_t w = 0; w < COMBINE_WARPS; w++)
+            sum += sums[w][d];
+        p.a.o[row * kDim + d] = total == 0.0f ? 0.0f : sum / total;
+    }
+    if (threadIdx.x == 0)
+        p.a.lse[row] = total == 0.0f ? -INFINITY : most + logf(total);
+}
+
+static uint32_t tiles_of(uint32_t stride)
+{
+    return (stride + ATTEND_TILE - 1) / ATTEND_TILE;
+}
+
+extern "C" size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride,
+                                                  uint32_t n_q_heads, uint32_t head_dim)
+{
+    return (size_t)n_seqs * tiles_of(stride) * n_q_heads * (head_dim + 2u) * sizeof(float);
+}
+
+template <typename T, int kDim> static attend_fn kernel_of_group(uint32_t group)
+{
+    static const attend_fn kernels[ATTEND_GROUP_MAX] = {
+        attend_kernel<T, 1, kDim>, attend_kernel<T, 2, kDim>, attend_kernel<T, 3, kDim>,
+        attend_kernel<T, 4, kDim>, attend_kernel<T, 5, kDim>, attend_kernel<T, 6, kDim>,
+        attend_kernel<T, 7, kDim>, attend_kernel<T, 8, kDim>};
+    return group >= 1 && group <= ATTEND_GROUP_MAX ? kernels[group - 1] : NULL;
+}
+
+/* The kernel for the arguments; NULL: none. The tensor cores take what they can. */
+template <typename T> static attend_fn kernel_of(const kvk_cuda_attend_args *a)
+{
+    uint32_t group = a->n_q_heads / a->n_kv_heads;
+    bool rotated = a->inv_freq && a->k_positions;
+
+    if (a->dtype == KVK_BF16 && !rotated && group <= ATTEND_GROUP_MAX)
+        return kvki_attend_mma(a->head_dim);
+    if (a->head_dim == 64)
+        return kernel_of_group<T, 64>(group);
+    return a->head_dim == 128 ? kernel_of_group<T, 128>(group) : NULL;
+}
+
+static bool args_ok(const kvk_cuda_attend_args *a)
+{
+    size_t width = (size_t)a->n_kv_heads * a->head_dim * 2u;
+
+    return a->n_seqs <= KVK_CUDA_SEQS_MAX && a->n_kv_heads && a->n_q_heads &&
+           a->n_q_heads % a->n_kv_heads == 0 && a->stride && a->row_bytes % 16 == 0 &&
+           a->k_off_bytes % 16 == 0 && a->v_off_bytes % 16 == 0 &&
+           a->k_off_bytes + width <= a->row_bytes && a->v_off_bytes + width <= a->row_bytes &&
+           a->q && a->list && a->n_list && a->res && (!a->fetch || a->source) && a->o && a->lse &&
+           a->scale == a->scale && a->softcap >= 0 && a->workspace && kvki_aligned(a->workspace) &&
+           a->workspace_bytes >=
+               kvk_cuda_attend_workspace_bytes(a->n_seqs, a->stride, a->n_q_heads, a->head_dim);
+}
+
+extern "C" kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args *args,
+                                      kvk_stream *stream)
+{
+    struct attend_params p = {*args, (float *)args->workspace, NULL, NULL, tiles_of(args->stride)};
+    size_t smem = 0, heads = (size_t)args->n_seqs * p.n_tiles * args->n_q_heads;
+    attend_fn kernel = NULL;
+    kvc_status st = KVC_OK;
+
+    if (args->n_seqs == 0)
+        return KVC_OK;
+    if (!args_ok(args))
+        return KVC_INVALID;
+    kernel = args->dtype == KVK_BF16  ? kernel_of<__nv_bfloat16>(args)
+             : args->dtype == KVK_F16 ? kernel_of<__half>(args)
+                                      : NULL;
+    smem = attend_layout_of(args).bytes;
+    if (!kernel || smem > (size_t)cuda->smem_block_max)
+        return KVC_UNSUPPORTED;
+    p.most = p.o + heads * args->head_dim;
+    p.total = p.most + heads;
+    st = kvki_cuda_use(cuda);
+    if (st == KVC_OK)
+        st = kvki_cuda_status(cudaFuncSetAttribute(
+            (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
+    if (st != KVC_OK)
+        return st;
+    st = kvki_cuda_launch_next(cuda, kernel, dim3(p.n_tiles, args->n_seqs), ATTEND_THREADS, smem,
+                               stream, p);
+    if (st != KVC_OK)
+        return st;
+    return kvki_cuda_launch_next(
+        cuda, args->head_dim == 64 ? combine_kernel<64> : combine_kernel<128>,
+        dim3(args->n_q_heads, args->n_seqs), COMBINE_WARPS * 32, 0, stream, p);
+}

@@ -1,0 +1,141 @@
+/*
+ * attend.cuh: what the two forms of the attention kernel share: a tile of 16 listed rows in shared
+ * memory, fetched from slots or sources, and the partials of a tile in the workspace. Device code.
+ *
+ * Rows of a tile that do not exist are zeros and marked; their logits do not count.
+ */
+#ifndef KVKI_CUDA_ATTEND_CUH
+#define KVKI_CUDA_ATTEND_CUH
+
+#include "rows.cuh"
+
+#define ATTEND_TILE      16u /* rows; two lanes each */
+#define ATTEND_THREADS   256u
+#define ATTEND_WARPS     (ATTEND_THREADS / 32u)
+#define ATTEND_PAD       16u /* bytes between rows in shared memory: no two lanes meet in a bank */
+#define ATTEND_GROUP_MAX 8u
+
+struct attend_params {
+    kvk_cuda_attend_args a;
+    float *o;     /* [n_seqs, n_tiles, n_q_heads, head_dim], not yet divided by total */
+    float *most;  /* [n_seqs, n_q_heads, n_tiles] */
+    float *total; /* [n_seqs, n_q_heads, n_tiles] */
+    uint32_t n_tiles;
+};
+
+/* Shared memory of a block: rows, then q, then weights and rotations. */
+struct attend_layout {
+    size_t q, weights, rotation, bytes;
+    uint32_t row_stride;
+};
+
+static inline __host__ __device__ struct attend_layout
+attend_layout_of(const kvk_cuda_attend_args *a)
+{
+    struct attend_layout l;
+
+    l.row_stride = (a->row_bytes + 127u) / 128u * 128u + ATTEND_PAD;
+    l.q = (size_t)ATTEND_TILE * l.row_stride;
+    l.weights = l.q + (size_t)a->n_q_heads * a->head_dim * sizeof(float);
+    l.rotation = l.weights + (size_t)a->n_q_heads * ATTEND_TILE * sizeof(float);
+    l.bytes =
+        l.rotation +
+        (a->inv_freq && a->k_positions ? (size_t)ATTEND_TILE * a->head_dim * sizeof(float) : 0);
+    return l;
+}
+
+/* Where the rows of a tile come from, and where those go that were fetched; NULL: nowhere. */
+struct attend_rows {
+    const char *from[ATTEND_TILE];
+    char *keep[ATTEND_TILE];
+};
+
+/* Fills rows for entries first .. first + n_here - 1 of a list; one thread an entry. */
+__device__ static inline void attend_find_rows(const kvk_cuda_attend_args *a, uint32_t seq,
+                                               uint32_t first, uint32_t n_here,
+                                               struct attend_rows *rows)
+{
+    uint32_t r = threadIdx.x;
+    size_t at = (size_t)seq * a->stride + first + r;
+    const char *from = NULL;
+    char *slot_at = NULL;
+    bool fetched = false;
+
+    if (r >= ATTEND_TILE)
+        return;
+    if (r < n_here) {
+        int32_t slot = a->list[at];
+        uint32_t position = a->fetch ? a->fetch[at] : KVK_CUDA_RESIDENT;
+        slot_at = (char *)a->res[seq].slots + (size_t)slot * a->row_bytes;
+        fetched = position != KVK_CUDA_RESIDENT;
+        from = fetched ? kvki_source_row(a->source + seq, position, a->row_bytes) : slot_at;
+        from = slot < 0 ? NULL : from;
+    }
+    rows->from[r] = from;
+    rows->keep[r] = fetched && from ? slot_at : NULL;
+}
+
+/* One fetched row by a warp: all its loads in flight (up to 4 KiB), then to the tile and its slot.
+ */
+__device__ static inline void attend_fetch_row(const char *from, char *tile_row, char *slot,
+                                               uint32_t row_bytes)
+{
+    for (uint32_t start = (threadIdx.x & 31u) * 16u; start < row_bytes; start += 8u * 512u) {
+        uint4 d[8];
+#pragma unroll
+        for (uint32_t i = 0; i < 8; i++) {
+            if (start + i * 512u < row_bytes)
+                d[i] = kvki_load_once(from + start + i * 512u);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < 8; i++) {
+            if (start + i * 512u < row_bytes) {
+                *(uint4 *)(tile_row + start + i * 512u) = d[i];
+                *(uint4 *)(slot + start + i * 512u) = d[i];
+            }
+        }
+    }
+}
+
+/*
+ * Brings the tile: resident rows are asked for without waiting (kvki_async_wait), then each warp
+ * fetches its share of the missing ones. Gives a bit set of the rows that exist.
+ */
+__device__ static inline uint32_t attend_load_tile(const kvk_cuda_attend_args *a,
+                                                   const struct attend_layout *l,
+                                                   const struct attend_rows *rows, char *tile)
+{
+    uint32_t chunks = a->row_bytes / 16u, there = 0;
+
+    for (uint32_t r = 0; r < ATTEND_TILE; r++) {
+        const char *row = rows->from[r];
+        char *to = tile + (size_t)r * l->row_stride;
+        there |= row ? 1u << r : 0u;
+        if (rows->keep[r])
+            continue;
+        for (uint32_t c = threadIdx.x; c < chunks; c += ATTEND_THREADS) {
+            if (row)
+                kvki_async_copy(to + c * 16u, row + c * 16u);
+            else
+                *(uint4 *)(to + c * 16u) = make_uint4(0, 0, 0, 0);
+        }
+    }
+    for (uint32_t r = threadIdx.x / 32u; r < ATTEND_TILE; r += ATTEND_WARPS) {
+        if (rows->keep[r])
+            attend_fetch_row(rows->from[r], tile + (size_t)r * l->row_stride, rows->keep[r],
+                             a->row_bytes);
+    }
+    return there;
+}
+
+/* exp(x - most), where nothing was seen 0; NaN stays NaN. */
+__device__ static inline float attend_weight(float x, float most)
+{
+    return most == -INFINITY ? (x != x ? x : 0.0f) : expf(x - most);
+}
+
+/* The kernel on the tensor cores for bf16 rows that are not rotated; NULL for other widths. */
+typedef void (*attend_fn)(const struct attend_params p);
+attend_fn kvki_attend_mma(uint32_t head_dim);
+
+#endif

@@ -1,0 +1,169 @@
+/*
+ * device.cuh: what the files of the CUDA backend share: the device object, CUDA errors as
+ * kvc_status, launches, and small device functions. Included by .cu files only.
+ *
+ * kvk_cuda is read-only after open, so any thread may use it. Nothing here allocates after open.
+ */
+#ifndef KVKI_CUDA_DEVICE_CUH
+#define KVKI_CUDA_DEVICE_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kvk/cuda.h"
+
+struct kvk_cuda {
+    int device;
+    kvk_cuda_info info;
+    int smem_block_max; /* bytes of shared memory that one block may ask for */
+};
+
+/* The status of a CUDA result; clears what is not sticky, so that a later launch is not blamed. */
+kvc_status kvki_cuda_status(cudaError_t error);
+
+/* The status of the launch just made. */
+static inline kvc_status kvki_cuda_launched(void)
+{
+    return kvki_cuda_status(cudaGetLastError());
+}
+
+/* Makes the object's device current for the calling thread. */
+static inline kvc_status kvki_cuda_use(const kvk_cuda *cuda)
+{
+    return kvki_cuda_status(cudaSetDevice(cuda->device));
+}
+
+static inline cudaStream_t kvki_cuda_stream(kvk_stream *stream)
+{
+    return (cudaStream_t)stream;
+}
+
+static inline size_t kvki_round_up(size_t n, size_t unit)
+{
+    return (n + unit - 1) / unit * unit;
+}
+
+static inline bool kvki_aligned(const void *p)
+{
+    return ((uintptr_t)p & 15u) == 0;
+}
+
+/* Grid of a kernel whose blocks wait for each other: as many as run at once, at most `blocks`. */
+kvc_status kvki_cuda_resident_grid(const kvk_cuda *cuda, const void *kernel, int threads,
+                                   size_t smem_bytes, int blocks_max, int *blocks_p);
+
+/* Launches a kernel that waits for the one before it by itself (kvki_wait_for_previous), so that
+ * the two launches overlap where the device can do that. */
+template <typename Params>
+static inline kvc_status kvki_cuda_launch_next(const kvk_cuda *cuda, void (*kernel)(const Params),
+                                               dim3 grid, unsigned threads, size_t smem_bytes,
+                                               kvk_stream *stream, const Params &params)
+{
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute overlap = {};
+
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = kvki_cuda_stream(stream);
+    config.attrs = &overlap;
+    config.numAttrs = cuda->info.sm >= 90 ? 1 : 0;
+    return kvki_cuda_status(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+#define KVKI_FULL_WARP 0xffffffffu
+
+/* bf16 bits as a float. */
+__device__ static inline float kvki_bf16(uint32_t bits)
+{
+    return __uint_as_float(bits << 16);
+}
+
+/* 16 bytes that are read once: they do not displace what is used again. */
+__device__ static inline uint4 kvki_load_once(const void *p)
+{
+    return __ldcs((const uint4 *)p);
+}
+
+__device__ static inline uint32_t kvki_load_acquire(const uint32_t *p)
+{
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+/* The line at p on its way to L2. */
+__device__ static inline void kvki_prefetch(const void *p)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+/* 16 bytes from global to shared memory without a register; see kvki_async_wait. */
+__device__ static inline void kvki_async_copy(void *shared, const void *global)
+{
+    uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+
+__device__ static inline void kvki_async_wait(void)
+{
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/*
+ * A kernel launched by kvki_cuda_launch_next may start while the one before it ends; it must call
+ * wait_for_previous before it reads what that one wrote, or writes what it reads. let_next_start
+ * says that the next kernel may be brought in now.
+ */
+__device__ static inline void kvki_wait_for_previous(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ static inline void kvki_let_next_start(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/*
+ * A barrier of a grid that is resident as a whole, in two halves: arrive says that this block's
+ * writes so far are done, wait returns when all blocks have arrived; between them a block may work
+ * on what needs no other. counter was 0 when the kernel began; arrivals is the caller's own count,
+ * kept by thread 0. What was written before is seen after, if read past L1 (__ldcg) or for the
+ * first time. All threads call.
+ */
+__device__ static inline void kvki_grid_arrive(uint32_t *counter, uint32_t *arrivals)
+{
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        *arrivals += gridDim.x;
+        __threadfence();
+        atomicAdd(counter, 1u);
+    }
+}
+
+__device__ static inline void kvki_grid_wait(uint32_t *counter, const uint32_t *arrivals)
+{
+    if (threadIdx.x == 0) {
+        while (kvki_load_acquire(counter) < *arrivals) {
+        }
+    }
+    __syncthreads();
+}
+
+__device__ static inline void kvki_grid_barrier(uint32_t *counter, uint32_t *arrivals)
+{
+    kvki_grid_arrive(counter, arrivals);
+    kvki_grid_wait(counter, arrivals);
+}
+
+#endif

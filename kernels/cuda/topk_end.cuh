@@ -1,0 +1,217 @@
+/*
+ * topk_end.cuh: what follows a scan, the same for every kind of score: the exact search where the
+ * candidates of the scan will not do, their ranking, and the counters set back. Device code; the
+ * scheme is described in topk.cuh.
+ *
+ * topk_conclude is the way in; the whole grid calls it once, last.
+ */
+#ifndef KVKI_CUDA_TOPK_END_CUH
+#define KVKI_CUDA_TOPK_END_CUH
+
+#include "topk.cuh"
+
+/* Key of a row: its score's, or the best within eps rows (ESA eq. 8). */
+__device__ static inline uint32_t topk_row_key(const float *scores, uint32_t n, uint32_t row,
+                                               uint32_t eps)
+{
+    uint32_t from = row > eps ? row - eps : 0, to = eps < n - 1 - row ? row + eps : n - 1;
+    uint32_t best = topk_key(-INFINITY);
+
+    if (eps == 0)
+        return topk_key(__ldcg(scores + row));
+    for (uint32_t j = from; j <= to; j++)
+        best = max(best, topk_key(__ldcg(scores + j)));
+    return best;
+}
+
+/* Bits of digit d, the highest first, and the bits below it: 11 each, the last one 9. */
+__device__ static inline uint32_t topk_digit_bits(uint32_t d)
+{
+    return d < TOPK_DIGITS - 1 ? TOPK_DIGIT : 64u - (TOPK_DIGITS - 1) * TOPK_DIGIT;
+}
+
+__device__ static inline uint32_t topk_digit_shift(uint32_t d)
+{
+    return d < TOPK_DIGITS - 1 ? 64u - (d + 1) * TOPK_DIGIT : 0u;
+}
+
+/* Counts digit d of all keys that agree with prefix above it. */
+__device__ static inline void topk_count_digit(const struct topk_job *job, struct topk_block *block,
+                                               uint32_t seq, uint64_t prefix, uint32_t d,
+                                               uint32_t *digits)
+{
+    const float *scores = job->space.scores + seq * job->space.stride;
+    uint32_t n = block->n_rows[seq], shift = topk_digit_shift(d), bits = topk_digit_bits(d);
+
+    for (uint32_t i = threadIdx.x; i < TOPK_BINS; i += TOPK_THREADS)
+        block->bins[i] = 0;
+    __syncthreads();
+    for (uint32_t row = blockIdx.x * TOPK_THREADS + threadIdx.x; row < n;
+         row += gridDim.x * TOPK_THREADS) {
+        uint64_t key = (uint64_t)topk_row_key(scores, n, row, job->eps) << 32 | (uint32_t)~row;
+        if (d == 0 || key >> (shift + bits) == prefix)
+            atomicAdd(&block->bins[(key >> shift) & ((1u << bits) - 1)], 1u);
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < TOPK_BINS; i += TOPK_THREADS) {
+        if (block->bins[i])
+            atomicAdd(digits + i, block->bins[i]);
+    }
+}
+
+/*
+ * Finds the candidates of seq by the digits of their keys: at least the k best, at most TOPK_CANDS.
+ * The whole grid calls.
+ */
+__device__ static inline void topk_select_exactly(const struct topk_job *job,
+                                                  struct topk_block *block, uint32_t seq,
+                                                  uint32_t *arrivals)
+{
+    const float *scores = job->space.scores + seq * job->space.stride;
+    struct topk_counters *counters = job->space.counters;
+    uint32_t n = block->n_rows[seq], need = job->k < n ? job->k : n, above = 0;
+    uint64_t prefix = 0, least = 0;
+
+    for (uint32_t d = 0; d < TOPK_DIGITS && n > TOPK_CANDS; d++) {
+        uint32_t *digits = counters->digits[d];
+        struct topk_place_of at;
+        topk_count_digit(job, block, seq, prefix, d, digits);
+        kvki_grid_barrier(&counters->barrier, arrivals);
+        at = topk_find(digits, TOPK_BINS, need - above);
+        above += at.above;
+        prefix = prefix << topk_digit_bits(d) | at.bin;
+        least = prefix << topk_digit_shift(d);
+        if (above + __ldcg(digits + at.bin) <= TOPK_CANDS)
+            break;
+    }
+    for (uint32_t from = blockIdx.x * TOPK_THREADS; from < n; from += gridDim.x * TOPK_THREADS) {
+        uint32_t row = from + threadIdx.x, key = 0;
+        if (row < n)
+            key = topk_row_key(scores, n, row, job->eps);
+        topk_append(job->space.cands + (size_t)seq * TOPK_CANDS, job->space.n_exact + seq, key, row,
+                    row < n && ((uint64_t)key << 32 | (uint32_t)~row) >= least);
+    }
+    kvki_grid_barrier(&counters->barrier, arrivals);
+    for (uint32_t i = blockIdx.x * TOPK_THREADS + threadIdx.x; i < TOPK_DIGITS * TOPK_BINS;
+         i += gridDim.x * TOPK_THREADS)
+        counters->digits[0][i] = 0;
+    kvki_grid_barrier(&counters->barrier, arrivals);
+}
+
+/* Writes one candidate at its rank, if that is among the k best. */
+__device__ static inline void topk_place(const struct topk_job *job, uint32_t seq, uint64_t cand,
+                                         uint32_t rank)
+{
+    uint32_t row = ~(uint32_t)cand, key = (uint32_t)(cand >> 32);
+    size_t at = (size_t)seq * job->k + rank;
+
+    if (rank >= job->k)
+        return;
+    job->picks[at] = job->seqs[seq].base + row;
+    if (job->out_scores)
+        job->out_scores[at] =
+            job->eps ? topk_score(key) : __ldcg(job->space.scores + seq * job->space.stride + row);
+}
+
+/* Ranks TOPK_TURN candidates of seq from `from` on, two a warp, against all of them. */
+__device__ static inline void topk_rank(const struct topk_job *job, struct topk_block *block,
+                                        uint32_t seq, uint32_t n_cands, uint32_t from)
+{
+    const uint64_t *cands = job->space.cands + (size_t)seq * TOPK_CANDS;
+    uint32_t at = from + threadIdx.x / 32u * 2u, lane = threadIdx.x & 31u, before[2] = {0, 0};
+    uint64_t mine[2];
+
+#pragma unroll
+    for (uint32_t c = 0; c < 2; c++)
+        mine[c] = at + c < n_cands ? __ldcg(cands + at + c) : UINT64_MAX;
+    for (uint32_t start = 0; start < n_cands; start += TOPK_STAGED) {
+        uint32_t n = n_cands - start < TOPK_STAGED ? n_cands - start : TOPK_STAGED;
+        __syncthreads();
+#pragma unroll
+        for (uint32_t i = 0; i < TOPK_STAGED / TOPK_THREADS; i++) {
+            uint32_t slot = i * TOPK_THREADS + threadIdx.x;
+            block->staged[slot] = slot < n ? __ldcg(cands + start + slot) : 0;
+        }
+        __syncthreads();
+#pragma unroll 8
+        for (uint32_t i = lane; i < (n + 31u) / 32u * 32u; i += 32u) {
+            uint64_t other = block->staged[i];
+            before[0] += other > mine[0];
+            before[1] += other > mine[1];
+        }
+    }
+#pragma unroll
+    for (uint32_t c = 0; c < 2; c++) {
+        before[c] = __reduce_add_sync(KVKI_FULL_WARP, before[c]);
+        if (lane == c && at + c < n_cands)
+            topk_place(job, seq, mine[c], before[c]);
+    }
+}
+
+/* Ranks the candidates of all sequences; the blocks take turns at TOPK_TURN of them. */
+__device__ static inline void topk_rank_all(const struct topk_job *job, struct topk_block *block)
+{
+    uint32_t turn = blockIdx.x; /* turns until this block's next */
+
+    for (uint32_t seq = 0; seq < job->n_seqs; seq++) {
+        uint32_t n = block->n_rows[seq], turns = 0;
+        uint32_t n_cands = topk_complete(job, block, seq) ? __ldcg(job->space.n_cands + seq)
+                                                          : __ldcg(job->space.n_exact + seq);
+        if (blockIdx.x == 0 && threadIdx.x == 0)
+            job->n_picks[seq] = job->k < n ? job->k : n;
+        turns = (n_cands + TOPK_TURN - 1) / TOPK_TURN;
+        for (; turn < turns; turn += gridDim.x)
+            topk_rank(job, block, seq, n_cands, turn * TOPK_TURN);
+        turn -= turns;
+    }
+}
+
+/* Sets the counts of the samples back to 0, the blocks sharing them out; nobody reads them now. */
+__device__ static inline void topk_clear_samples(const struct topk_job *job,
+                                                 const struct topk_block *block)
+{
+    uint32_t thread = blockIdx.x * TOPK_THREADS + threadIdx.x, step = gridDim.x * TOPK_THREADS;
+
+    for (uint32_t seq = 0; seq < job->n_seqs; seq++) {
+        uint4 *fine = (uint4 *)(job->space.fine + (size_t)seq * TOPK_FINE);
+        if (!topk_sampled(block->n_rows[seq]))
+            continue;
+        for (uint32_t i = thread; i < TOPK_FINE / 4; i += step)
+            fine[i] = make_uint4(0, 0, 0, 0);
+        for (uint32_t i = thread; i < TOPK_COARSE; i += step)
+            job->space.coarse[seq * TOPK_COARSE + i] = 0;
+    }
+}
+
+/* The last block to finish sets the counters back. Nothing of the workspace is used after. */
+__device__ static inline void topk_finish(const struct topk_job *job)
+{
+    struct topk_counters *counters = job->space.counters;
+
+    __syncthreads();
+    if (threadIdx.x != 0)
+        return;
+    __threadfence();
+    if (atomicAdd(&counters->done, 1u) != gridDim.x - 1)
+        return;
+    for (uint32_t seq = 0; seq < job->n_seqs; seq++)
+        job->space.n_cands[seq] = job->space.n_exact[seq] = 0;
+    counters->barrier = counters->done = counters->ticket = 0;
+}
+
+/* What follows the scan, the same for every kind of score. */
+__device__ static inline void topk_conclude(const struct topk_job *job, struct topk_block *block,
+                                            uint32_t *arrivals)
+{
+    kvki_grid_barrier(&job->space.counters->barrier, arrivals);
+    kvki_let_next_start();
+    topk_clear_samples(job, block);
+    for (uint32_t seq = 0; seq < job->n_seqs; seq++) {
+        if (!topk_complete(job, block, seq))
+            topk_select_exactly(job, block, seq, arrivals);
+    }
+    topk_rank_all(job, block);
+    topk_finish(job);
+}
+
+#endif

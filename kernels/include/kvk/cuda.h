@@ -1,0 +1,221 @@
+/*
+ * cuda.h: the decode path on a CUDA device, plain C11.
+ *
+ * The op table (compute.h) takes host memory and counts by value. A step on a GPU must not return
+ * to the host between its ops, so here every op takes a batch of sequences of different lengths,
+ * reads its counts in device memory, and writes lists that the next op reads there. What an op
+ * computes is what the table's ops of the same names compute; the table's "reference" backend is
+ * the oracle.
+ *
+ * Rules for all ops. Pointers are device memory unless the comment says host, 16-byte aligned, and
+ * borrowed until the op has completed on its stream. An op only enqueues: it never blocks,
+ * allocates or synchronises, so a stream that is being captured into a graph may record it, and one
+ * graph may be replayed while lengths and contents change. Order is score descending, position
+ * ascending, NaN last. Results do not depend on timing or on what the other sequences of a batch
+ * hold. INVALID: arguments that can be seen on the host are wrong, nothing was enqueued; DEVICE:
+ * CUDA refused. A kvk_cuda may be used from any thread; ops that share a workspace must run one
+ * after another.
+ */
+#ifndef KVK_CUDA_H
+#define KVK_CUDA_H
+
+#include "kvk/compute.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+#define KVK_CUDA_K_MAX    4096u /* picks per sequence */
+#define KVK_CUDA_SEQS_MAX 512u  /* sequences per batch */
+#define KVK_CUDA_RESIDENT UINT32_MAX
+
+typedef struct kvk_cuda kvk_cuda;
+typedef struct kvk_cuda_graph kvk_cuda_graph;
+typedef struct kvk_cuda_event kvk_cuda_event;
+
+/* What a memory call allocates: device memory, or pinned host memory that kernels can read too. */
+typedef enum kvk_cuda_memory { KVK_CUDA_DEVICE = 1, KVK_CUDA_PINNED = 2 } kvk_cuda_memory;
+
+typedef struct kvk_cuda_info {
+    char name[64];
+    uint32_t sm; /* 90: compute capability 9.0 */
+    uint32_t n_multiprocessors;
+    size_t memory_bytes, l2_bytes;
+} kvk_cuda_info;
+
+/*
+ * Opens device number `device`. UNSUPPORTED: this build, machine or driver has no such device, or
+ * it is older than sm_80. May block for the start of the driver. *cuda_p is NULL on error.
+ */
+kvc_status kvk_cuda_open(uint32_t device, kvk_cuda **cuda_p) KVC_MUST_CHECK;
+/* Frees; NULL is fine. No op may be running. Memory, streams and graphs must be gone before. */
+void kvk_cuda_close(kvk_cuda *cuda);
+void kvk_cuda_describe(const kvk_cuda *cuda, kvk_cuda_info *info_p);
+
+/*
+ * Memory. Pinned memory has one address for host and device. register makes host memory that exists
+ * (a mapped segment of the dram tier; whole pages) readable by kernels at *device_p; read_only for
+ * a mapping without write permission. copy and fill run on the stream; copy takes any pair of
+ * addresses. NO_MEMORY; DEVICE; UNSUPPORTED where a mapping cannot be registered.
+ */
+kvc_status kvk_cuda_alloc(kvk_cuda *cuda, kvk_cuda_memory kind, size_t len_bytes,
+                          void **memory_p) KVC_MUST_CHECK;
+void kvk_cuda_free(kvk_cuda *cuda, kvk_cuda_memory kind, void *memory);
+kvc_status kvk_cuda_register(kvk_cuda *cuda, void *host, size_t len_bytes, int read_only,
+                             void **device_p) KVC_MUST_CHECK;
+void kvk_cuda_unregister(kvk_cuda *cuda, void *host);
+kvc_status kvk_cuda_copy(kvk_cuda *cuda, void *to, const void *from, size_t len_bytes,
+                         kvk_stream *stream) KVC_MUST_CHECK;
+kvc_status kvk_cuda_fill(kvk_cuda *cuda, void *to, uint8_t byte, size_t len_bytes,
+                         kvk_stream *stream) KVC_MUST_CHECK;
+
+/* Streams, events and graphs. sync blocks; elapsed needs both events completed. begin/end capture
+ * what is enqueued on the stream between them into *graph_p; launch replays it in stream order. */
+kvc_status kvk_cuda_stream_create(kvk_cuda *cuda, kvk_stream **stream_p) KVC_MUST_CHECK;
+void kvk_cuda_stream_destroy(kvk_cuda *cuda, kvk_stream *stream);
+kvc_status kvk_cuda_stream_sync(kvk_cuda *cuda, kvk_stream *stream) KVC_MUST_CHECK;
+kvc_status kvk_cuda_event_create(kvk_cuda *cuda, kvk_cuda_event **event_p) KVC_MUST_CHECK;
+void kvk_cuda_event_destroy(kvk_cuda *cuda, kvk_cuda_event *event);
+kvc_status kvk_cuda_event_record(kvk_cuda *cuda, kvk_cuda_event *event,
+                                 kvk_stream *stream) KVC_MUST_CHECK;
+kvc_status kvk_cuda_event_elapsed(kvk_cuda *cuda, const kvk_cuda_event *from,
+                                  const kvk_cuda_event *to, float *elapsed_ms_p) KVC_MUST_CHECK;
+kvc_status kvk_cuda_graph_begin(kvk_cuda *cuda, kvk_stream *stream) KVC_MUST_CHECK;
+kvc_status kvk_cuda_graph_end(kvk_cuda *cuda, kvk_stream *stream,
+                              kvk_cuda_graph **graph_p) KVC_MUST_CHECK;
+kvc_status kvk_cuda_graph_launch(kvk_cuda *cuda, kvk_cuda_graph *graph,
+                                 kvk_stream *stream) KVC_MUST_CHECK;
+void kvk_cuda_graph_destroy(kvk_cuda *cuda, kvk_cuda_graph *graph);
+
+/* The candidates of one sequence: dense index rows; row j is position base + j. */
+typedef struct kvk_cuda_candidates {
+    const void *index; /* device */
+    uint32_t n_rows, base;
+} kvk_cuda_candidates;
+
+/*
+ * The k best candidates of each sequence, exactly, on scores whose bits are kvk_score_index's:
+ * n_q_heads = n_kv_heads = 1 and, with eps > 0, kvk_window_max (ESA). n_rows above rows_max is cut
+ * to it. Unused entries of picks and scores are left as they are. A non-finite query gives
+ * arbitrary picks, in range. workspace: kvk_cuda_select_workspace_bytes, cleared once with
+ * kvk_cuda_fill 0 before its first use; an op leaves it ready for the next. Fast at dims 126 and 62
+ * (128 and 64 bytes a row); dims <= 256, k <= KVK_CUDA_K_MAX.
+ */
+typedef struct kvk_cuda_select_args {
+    uint32_t n_seqs, dims, k, eps, rows_max;
+    const float *q;                   /* [n_seqs, dims] */
+    const kvk_cuda_candidates *cands; /* [n_seqs] */
+    uint32_t *picks;                  /* [n_seqs, k] positions */
+    float *scores;                    /* [n_seqs, k] or NULL */
+    uint32_t *n_picks;                /* [n_seqs] = min(k, n_rows) */
+    void *workspace;
+    size_t workspace_bytes;
+} kvk_cuda_select_args;
+size_t kvk_cuda_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max);
+kvc_status kvk_cuda_select(kvk_cuda *cuda, const kvk_cuda_select_args *args,
+                           kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * The rows of one sequence and part that are in device memory. slots [n_slots, row_bytes]; slot_of
+ * [n_positions], -1 = not resident; pos_of [n_slots], UINT32_MAX = empty; used [n_slots], the step
+ * that last used a slot, 0 = never; step starts at 0 and is counted by resolve. The caller may
+ * place rows itself (sink, recent) in the first n_pinned slots, which are never evicted.
+ */
+typedef struct kvk_cuda_residency {
+    void *slots;
+    int32_t *slot_of;
+    uint32_t *pos_of, *used, *step;
+    uint32_t n_positions;
+} kvk_cuda_residency;
+
+/*
+ * Gives each pick a slot. A pick that is resident keeps its slot; the others are named in fetch and
+ * take the slots least recently used (steps of 1,023 ago and more count as equal; ties: the lower
+ * number), first missing pick the lowest slot. For pick i of sequence s:
+ *   list[s * stride + off + i]  = its slot
+ *   fetch[s * stride + off + i] = KVK_CUDA_RESIDENT, or the position to bring into that slot
+ * n_list[s] = off + n_picks[s]; n_misses[s] counts. Entries before off are the caller's (say, the
+ * sink's slots). A pick at or above n_positions gets list -1, which attend passes over. The row of
+ * a named position must be in its slot before the next op that reads it: kvk_cuda_attend and
+ * kvk_cuda_gather bring it. Picks of a sequence are distinct. n_slots - n_pinned >= k <=
+ * KVK_CUDA_K_MAX; n_slots <= 1 << 20.
+ */
+typedef struct kvk_cuda_resolve_args {
+    uint32_t n_seqs, k, n_slots, n_pinned;
+    const uint32_t *picks;         /* [n_seqs, k] */
+    const uint32_t *n_picks;       /* [n_seqs] */
+    const kvk_cuda_residency *res; /* [n_seqs] */
+    int32_t *list;
+    uint32_t *fetch;
+    uint32_t stride, off;
+    uint32_t *n_list, *n_misses; /* [n_seqs] */
+} kvk_cuda_resolve_args;
+kvc_status kvk_cuda_resolve(kvk_cuda *cuda, const kvk_cuda_resolve_args *args,
+                            kvk_stream *stream) KVC_MUST_CHECK;
+
+/* Where the rows of a sequence come from: position p is row p % block_tokens of blocks[p /
+ * block_tokens], a host mapping that kernels can read (kvk_cuda_register) or device memory. */
+typedef struct kvk_cuda_source {
+    const void *const *blocks; /* [n_blocks] */
+    uint32_t n_blocks, block_tokens;
+} kvk_cuda_source;
+
+/* Brings every row that fetch names into its slot, and nothing else: for rows that are wanted
+ * before they are attended. A position outside the source is passed over. */
+typedef struct kvk_cuda_gather_args {
+    uint32_t n_seqs, stride;
+    const int32_t *list;           /* [n_seqs, stride] */
+    const uint32_t *fetch;         /* [n_seqs, stride] */
+    const uint32_t *n_list;        /* [n_seqs] */
+    const kvk_cuda_residency *res; /* [n_seqs] */
+    const kvk_cuda_source *source; /* [n_seqs] */
+    uint32_t row_bytes;            /* a multiple of 16 */
+} kvk_cuda_gather_args;
+kvc_status kvk_cuda_gather(kvk_cuda *cuda, const kvk_cuda_gather_args *args,
+                           kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * Attention of one query per sequence over its list, a partial as in kvk_attend: o normalised over
+ * the listed rows, lse natural log; nothing listed gives o = 0, lse = -INFINITY. With fetch and
+ * source, a row that fetch names is read from its source, written into its slot and attended in the
+ * same pass. The sums are taken per 16 rows in list order and merged in order, so the bits do not
+ * depend on what was resident. A row: K [n_kv_heads, head_dim] at k_off_bytes, V at v_off_bytes, in
+ * dtype (BF16 or F16), both offsets and row_bytes multiples of 16. With inv_freq, K of entry j is
+ * rotated by k_positions[s * stride + j] (angles in double). Bound: as kvk_attend's. head_dim 64 or
+ * 128, n_q_heads / n_kv_heads 1 to 8, a tile of 16 rows must fit in shared memory; else
+ * UNSUPPORTED.
+ */
+typedef struct kvk_cuda_attend_args {
+    uint32_t n_seqs, n_q_heads, n_kv_heads, head_dim;
+    const float *q;                /* [n_seqs, n_q_heads, head_dim] */
+    const int32_t *list;           /* [n_seqs, stride] */
+    const uint32_t *fetch;         /* [n_seqs, stride] or NULL */
+    const uint32_t *n_list;        /* [n_seqs] */
+    uint32_t stride;               /* the longest list possible */
+    const kvk_cuda_residency *res; /* [n_seqs] */
+    const kvk_cuda_source *source; /* [n_seqs] or NULL */
+    uint32_t row_bytes, k_off_bytes, v_off_bytes;
+    kvk_dtype dtype;
+    const int32_t *k_positions; /* [n_seqs, stride] or NULL */
+    const double *inv_freq;     /* [head_dim / 2] or NULL */
+    float scale, softcap;
+    float *o;   /* [n_seqs, n_q_heads, head_dim] */
+    float *lse; /* [n_seqs, n_q_heads] */
+    void *workspace;
+    size_t workspace_bytes; /* no need to clear it */
+} kvk_cuda_attend_args;
+size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_t n_q_heads,
+                                       uint32_t head_dim);
+kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args *args,
+                           kvk_stream *stream) KVC_MUST_CHECK;
+
+/* kvk_merge on the device: partial b into a; o [n, dim], lse [n]. */
+kvc_status kvk_cuda_merge(kvk_cuda *cuda, const kvk_merge_args *args,
+                          kvk_stream *stream) KVC_MUST_CHECK;
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
+#endif
