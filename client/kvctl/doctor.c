@@ -15,7 +15,7 @@ static const char help[] =
     "    kvctl doctor - check server and machine, and say what to do\n"
     "\n"
     "SYNOPSIS\n"
-    "    kvctl [--server URI] [--json] doctor [--lmdb-path FOLDER]\n"
+    "    kvctl [--server URI] [--json] doctor [--admin HOST:PORT] [--lmdb-path FOLDER]\n"
     "\n"
     "DESCRIPTION\n"
     "    Looks at what commonly goes wrong and prints one line for each thing: OK, INFO (nothing\n"
@@ -25,6 +25,7 @@ static const char help[] =
     "    server    it answers, how quickly, its version, and whether its limits make sense\n"
     "    caps      the tiers' configured bytes against this machine's memory and disk (only where\n"
     "              the server is on this machine)\n"
+    "    admin     the admin port: it answers, the server is ready, no tier has failed\n"
     "    clock     the clock source, and whether the time is synchronised\n"
     "    limits    locked memory and open files that a process started from here may have\n"
     "    cpu       AVX-512 or AVX2 for the kernels\n"
@@ -33,6 +34,9 @@ static const char help[] =
     "    lmdb      the folder's owner, permissions, file system and free space\n"
     "\n"
     "OPTIONS\n"
+    "    --admin HOST:PORT\n"
+    "        The server's admin_listen. Default: 127.0.0.1:7812 where the server is on this\n"
+    "        machine; there, it is no failure if nobody listens.\n"
     "    --lmdb-path FOLDER\n"
     "        The folder given to cachesvc as lmdb_path. Without it the disk is not checked.\n"
     "    -h, --help\n"
@@ -118,13 +122,17 @@ static void print_json(const doctor *d, const uint32_t counts[4])
 
 static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
 {
-    static const struct option options[] = {{"lmdb-path", required_argument, NULL, 'l'}, {0}};
-    const char *lmdb_path = NULL;
+    static const struct option options[] = {
+        {"lmdb-path", required_argument, NULL, 'l'}, {"admin", required_argument, NULL, 'a'}, {0}};
+    const char *lmdb_path = NULL, *admin = NULL;
     int option;
     while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
-        if (option != 'l')
+        if (option == 'l')
+            lmdb_path = optarg;
+        else if (option == 'a')
+            admin = optarg;
+        else
             return kvctl_usage("doctor", "see the message above");
-        lmdb_path = optarg;
     }
     if (optind < argc)
         return kvctl_usage("doctor", "doctor takes no argument '%s'", argv[optind]);
@@ -134,8 +142,10 @@ static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
     uint32_t counts[4] = {0};
     d->globals = globals;
     d->lmdb_path = lmdb_path;
+    d->admin = admin;
     doctor_check_server(d);
     doctor_check_tiers(d);
+    doctor_check_admin(d);
     doctor_check_machine(d);
     doctor_check_disk(d);
     for (uint32_t i = 0; i < d->n_findings; i++)

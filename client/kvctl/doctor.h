@@ -23,6 +23,7 @@ typedef struct doctor_finding {
 typedef struct doctor {
     const kvctl_globals *globals;
     const char *lmdb_path;   /* NULL: not given */
+    const char *admin;       /* HOST:PORT; NULL: not given */
     kvc_server_stats *stats; /* NULL: no server answered */
     bool local;              /* the server is on this machine */
     uint32_t n_findings;
@@ -40,6 +41,10 @@ const char *doctor_line(const char *path, char *out, size_t out_bytes);
  */
 void doctor_check_server(doctor *d);
 void doctor_check_tiers(doctor *d); /* caps against memory and disk */
+
+/* ---- doctor_admin.c: after doctor_check_server --------------------------------------------------
+ */
+void doctor_check_admin(doctor *d);
 
 /* ---- doctor_machine.c
  * ----------------------------------------------------------------------------- */

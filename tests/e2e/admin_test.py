@@ -5,12 +5,14 @@ Needs nothing but Python; with the package prometheus_client its parser reads th
 """
 
 import http.client
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import unittest
 import urllib.error
 import urllib.request
@@ -139,6 +141,59 @@ class Port(unittest.TestCase):
         with self.assertRaises(urllib.error.URLError):
             get(uri, "/healthz")
         server.close()
+
+
+class Doctor(unittest.TestCase):
+    """kvctl doctor --admin, against a real port and against one that says what we want."""
+
+    def doctor(self, address):
+        done = subprocess.run(
+            [os.environ["KVASIR_KVCTL"], "--server", "grpc://127.0.0.1:1", "--timeout", "1s",
+             "--json", "doctor", "--admin", address],
+            capture_output=True, text=True, timeout=60, check=False,
+        )
+        findings = json.loads(done.stdout)["findings"]
+        return [(f["level"], f["text"]) for f in findings if f["check"] == "admin"]
+
+    def fake(self, answers):
+        """The address of a server that gives these answers, one a connection."""
+        listener = socket.create_server(("127.0.0.1", 0))
+
+        def serve():
+            for answer in answers:
+                with listener.accept()[0] as peer:
+                    peer.recv(4096)
+                    peer.sendall(answer)
+            listener.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        return "127.0.0.1:%d" % listener.getsockname()[1]
+
+    def test_real(self):
+        server = Cachesvc("--admin-listen", "127.0.0.1:0")
+        address = admin_uri(server)[len("http://") :]
+        levels, texts = zip(*self.doctor(address))
+        self.assertEqual(levels, ("OK", "OK"))
+        self.assertIn("ready", texts[0])
+        server.stop()
+        self.assertEqual([level for level, _ in self.doctor(address)], ["FAIL"])
+        server.close()
+
+    def test_what_it_may_say(self):
+        fine = b"HTTP/1.0 200 OK\r\n\r\nready\n"
+        drains = b"HTTP/1.1 503 Service Unavailable\r\n\r\ndraining\n"
+        broken = b'HTTP/1.0 200 OK\r\n\r\nx 1\nkvasir_tier_failed{tier="dram"} 0\n'
+        broken += b'kvasir_tier_failed{tier="lmdb"} 1\n'
+        level, text = self.doctor(self.fake([drains, fine]))[0]
+        self.assertEqual(level, "FAIL")
+        self.assertIn("503, not ready: draining", text)
+        levels, texts = zip(*self.doctor(self.fake([fine, broken])))
+        self.assertEqual(levels, ("OK", "FAIL"))
+        self.assertIn("lmdb", texts[1])
+        for answer in (b"", b"\0" * 100, b"HTTP/1.", b"220 smtp\r\n\r\n"):
+            self.assertEqual([f[0] for f in self.doctor(self.fake([answer]))], ["FAIL"])
+        for address in (":1", "[]:1", "nonsense", "127.0.0.1:x"):
+            self.assertEqual([f[0] for f in self.doctor(address)], ["FAIL"], address)
 
 
 class Settings(unittest.TestCase):
