@@ -49,8 +49,8 @@ static void part_key(const kvs_schema *schema, uint32_t part, const kvc_digest *
 }
 
 /* Its own class first, since that frees a slot of the right size; only a class that has nothing
-   to give takes from the largest other one, until a whole segment is empty. A promotion moves a
-   copy, so it takes no value that is nowhere else. */
+   to give, or next to nothing of dram, takes from the largest one, until a whole segment is empty.
+   A promotion moves a copy, so it takes no value that is nowhere else. */
 static kvc_status reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
                           const kvs_value_key *key, bool promotes, kvs_slot *slot_p, void **addr_p)
 {

@@ -150,17 +150,33 @@ static bool lmdb_from(kvs_index *index, kvs_class *cls, uint32_t *steps_p, kvs_v
     return false;
 }
 
+/* The class with most bytes in dram, and what all have together. */
+static uint32_t largest_class(const kvs_index *index, uint64_t *total_p)
+{
+    uint32_t best = 0;
+    *total_p = 0;
+    for (uint32_t i = 0; i < index->n_classes; i++) {
+        *total_p += index->classes[i].dram_bytes;
+        if (index->classes[i].dram_bytes > index->classes[best].dram_bytes)
+            best = i;
+    }
+    return best;
+}
+
+/* A class that came when another had filled dram would turn over its one segment for ever. */
+static bool is_starved(const kvs_index *index, uint32_t cls)
+{
+    uint64_t total;
+    uint32_t largest = largest_class(index, &total);
+    return index->classes[cls].dram_bytes < total / KVS_EVICT_STARVED &&
+           index->classes[largest].dram_bytes > total / 2;
+}
+
 /* Tries the class with most bytes in dram first, then every other. */
 static bool dram_from_any(kvs_index *index, kvs_victim *victim_p)
 {
-    uint32_t best = 0;
-    uint64_t best_bytes = 0;
-    for (uint32_t i = 0; i < index->n_classes; i++) {
-        if (index->classes[i].dram_bytes > best_bytes) {
-            best_bytes = index->classes[i].dram_bytes;
-            best = i;
-        }
-    }
+    uint64_t total;
+    uint32_t best = largest_class(index, &total);
     if (dram_from(index, &index->classes[best], false, victim_p))
         return true;
     for (uint32_t i = 0; i < index->n_classes; i++)
@@ -172,8 +188,9 @@ static bool dram_from_any(kvs_index *index, kvs_victim *victim_p)
 bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 {
     kvc_mutex_lock(&index->lock);
-    bool found = cls == KVS_ANY_CLASS ? dram_from_any(index, victim_p)
-                                      : dram_from(index, &index->classes[cls], false, victim_p);
+    bool found = cls == KVS_ANY_CLASS || is_starved(index, cls)
+                     ? dram_from_any(index, victim_p)
+                     : dram_from(index, &index->classes[cls], false, victim_p);
     kvc_mutex_unlock(&index->lock);
     return found;
 }

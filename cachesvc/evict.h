@@ -13,6 +13,7 @@
 #include "index.h"
 
 #define KVS_ANY_CLASS       UINT32_MAX
+#define KVS_EVICT_STARVED   16u   /* below this share of what dram holds, others give way first */
 #define KVS_EVICT_LMDB_SCAN 1024u /* values that one call looks at; those in use go to the head */
 
 typedef struct kvs_victim {
@@ -24,7 +25,9 @@ typedef struct kvs_victim {
     uint32_t value_bytes;
 } kvs_victim;
 
-/* cls KVS_ANY_CLASS: the class with most bytes first. False: nothing there can give way. */
+/* cls KVS_ANY_CLASS: the class with most bytes first; so too where cls is starved, that is, has
+   less than 1/KVS_EVICT_STARVED of what dram holds while one class has over half. False: nothing
+   there can give way. */
 bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* A value of the class that lmdb holds too: nothing is lost. */
 bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p);

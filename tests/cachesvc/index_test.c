@@ -119,6 +119,36 @@ static void test_classes_of_rows(void **state)
     assert_int_equal(f->index->classes[own].dram_bytes, 0);
 }
 
+/* A size that comes when another has filled dram gets its sixteenth, and from then on turns over
+   its own. */
+static void test_late_class(void **state)
+{
+    fixture *f = *state;
+    h_schema late;
+    kvs_victim victim;
+    bool is_new;
+    const kvs_schema *first = f->schema;
+    uint32_t own = first->parts[0].cls;
+    for (uint64_t b = 0; b < 64; b++)
+        put_dram(f, b, 0, false);
+    h_schema_init(&late, "late", 1, 128, false);
+    assert_int_equal(kvs_schemas_add(f->schemas, &f->tenant, &late.schema, kvs_index_class,
+                                     f->index, &f->schema, &is_new),
+                     KVC_OK);
+    uint32_t cls = f->schema->parts[0].cls, from_first = 0;
+    assert_int_not_equal(cls, own);
+    for (uint64_t b = 100; b < 140; b++) {
+        put_dram(f, b, 0, false);
+        assert_true(kvs_evict_dram(f->index, cls, &victim));
+        from_first += victim.value_bytes == first->parts[0].value_bytes;
+        kvs_evict_finish(f->index, &victim);
+    }
+    uint64_t theirs = f->index->classes[own].dram_bytes, ours = f->index->classes[cls].dram_bytes;
+    assert_true((ours + f->schema->parts[0].value_bytes) * 16 >= theirs);
+    assert_true(ours * 8 <= theirs);
+    assert_true(from_first > 0 && from_first < 20);
+}
+
 static void test_claim(void **state)
 {
     fixture *f = *state;
@@ -487,6 +517,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_classes_of_lmdb, setup, teardown),
 #endif
         cmocka_unit_test_setup_teardown(test_classes_of_rows, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_late_class, setup, teardown),
         cmocka_unit_test_setup_teardown(test_claim, setup, teardown),
         cmocka_unit_test_setup_teardown(test_many_blocks, setup, teardown),
         cmocka_unit_test_setup_teardown(test_dram_order, setup, teardown),
