@@ -1,29 +1,73 @@
 /*
  * evict.c: the order in which values give way; see evict.h.
  *
- * Any thread; list keeping runs with the index lock held. Invariants: the hand of a class is NIL or
- * an id in its dram list; a victim is invisible (gone) or WRITING until kvs_evict_finish, so nobody
- * can put or write the same value between its leaving the index and its slot's release.
+ * Any thread; list keeping runs with the index lock held. Invariants: a clean value of dram is in
+ * the queue that KVS_MAIN names; a victim is invisible (gone) or WRITING until kvs_evict_finish, so
+ * nobody can put or write the same value between its leaving the index and its slot's release.
  */
 #include "evict.h"
 
 #include <string.h>
 
 #include "base/assert.h"
+#include "base/sum.h"
 
-#define SCAN_STEP 1024u /* values passed over in one critical section */
+/* ---- the queues of dram ---------------------------------------------------------------------- */
+
+static kvs_queue *queue_of(kvs_class *cls, const kvs_value *value)
+{
+    return value->flags & KVS_MAIN ? &cls->main : &cls->small;
+}
+
+/* At the head of the queue that its flags name. */
+static void enter(kvs_index *index, kvs_class *cls, uint32_t id)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    kvs_queue *queue = queue_of(cls, value);
+    value->dram_prev = KVS_NIL;
+    value->dram_next = queue->head;
+    if (queue->head)
+        kvs_value_at(index, queue->head)->dram_prev = id;
+    else
+        queue->tail = id;
+    queue->head = id;
+    queue->n++;
+}
+
+static void leave(kvs_index *index, kvs_class *cls, uint32_t id)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    kvs_queue *queue = queue_of(cls, value);
+    if (value->dram_prev)
+        kvs_value_at(index, value->dram_prev)->dram_next = value->dram_next;
+    else
+        queue->head = value->dram_next;
+    if (value->dram_next)
+        kvs_value_at(index, value->dram_next)->dram_prev = value->dram_prev;
+    else
+        queue->tail = value->dram_prev;
+    value->dram_prev = value->dram_next = KVS_NIL;
+    queue->n--;
+}
+
+static uint64_t ghost_name(const kvs_index *index, const kvs_value *value)
+{
+    const kvs_block *block = kvs_block_at(index, value->block);
+    struct {
+        kvc_digest digest;
+        uint32_t schema, part;
+    } name = {block->digest, block->schema, value->part};
+    return kvc_seeded_sum(&name, sizeof(name), index->seed);
+}
 
 void kvs_evict_dram_add(kvs_index *index, uint32_t id)
 {
     kvs_value *value = kvs_value_at(index, id);
     kvs_class *cls = kvs_value_class(index, value);
-    value->dram_prev = KVS_NIL;
-    value->dram_next = cls->dram_head;
-    if (cls->dram_head)
-        kvs_value_at(index, cls->dram_head)->dram_prev = id;
-    else
-        cls->dram_tail = id;
-    cls->dram_head = id;
+    uint32_t max_age = cls->n_dram < UINT32_MAX ? (uint32_t)cls->n_dram : UINT32_MAX;
+    if (kvs_ghost_take(&index->ghosts, ghost_name(index, value), cls->clock, max_age))
+        value->flags |= KVS_MAIN;
+    enter(index, cls, id);
     cls->n_dram++;
     cls->dram_bytes += kvs_value_part(index, value)->value_bytes;
 }
@@ -32,17 +76,7 @@ void kvs_evict_dram_remove(kvs_index *index, uint32_t id)
 {
     kvs_value *value = kvs_value_at(index, id);
     kvs_class *cls = kvs_value_class(index, value);
-    if (cls->hand == id)
-        cls->hand = value->dram_prev;
-    if (value->dram_prev)
-        kvs_value_at(index, value->dram_prev)->dram_next = value->dram_next;
-    else
-        cls->dram_head = value->dram_next;
-    if (value->dram_next)
-        kvs_value_at(index, value->dram_next)->dram_prev = value->dram_prev;
-    else
-        cls->dram_tail = value->dram_prev;
-    value->dram_prev = value->dram_next = KVS_NIL;
+    leave(index, cls, id);
     cls->n_dram--;
     cls->dram_bytes -= kvs_value_part(index, value)->value_bytes;
 }
@@ -99,29 +133,57 @@ static void victim_leave(kvs_index *index, kvs_value *value, uint16_t tier_flags
     }
 }
 
-/* safe: only what is in lmdb too. Lets others at the lock now and then. */
-static bool dram_from(kvs_index *index, kvs_class *cls, bool safe, kvs_victim *victim_p)
+/* Which queue gives way next; NULL: neither, since skipped [2] of them, in a row, may not. */
+static kvs_queue *whose_turn(kvs_class *cls, const uint32_t skipped[2])
 {
-    for (uint64_t steps = 2 * cls->n_dram; steps > 0; steps--) {
-        if (steps % SCAN_STEP == 0) {
-            kvc_mutex_unlock(&index->lock);
-            kvc_mutex_lock(&index->lock);
+    bool on_trial = cls->small.n > skipped[0] && skipped[0] < KVS_EVICT_SKIPPED;
+    bool proven = cls->main.n > skipped[1] && skipped[1] < KVS_EVICT_SKIPPED;
+    if (on_trial && (!proven || cls->small.n * KVS_EVICT_SMALL >= cls->n_dram))
+        return &cls->small;
+    return proven ? &cls->main : NULL;
+}
+
+static void take(kvs_index *index, kvs_class *cls, uint32_t id, kvs_victim *victim_p)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    if (!(value->flags & KVS_MAIN))
+        kvs_ghost_note(&index->ghosts, ghost_name(index, value), cls->clock++, cls->n_dram);
+    kvs_evict_dram_remove(index, id);
+    victim_fill(index, id, value->dram, victim_p);
+    victim_leave(index, value, KVS_DRAM | KVS_MAIN | KVS_READS, victim_p);
+}
+
+/* safe: only what is in lmdb too. *steps_p: how many values may still be looked at. What may not go
+   counts as new, so that the next call meets others. */
+static bool dram_from(kvs_index *index, kvs_class *cls, bool safe, uint32_t *steps_p,
+                      kvs_victim *victim_p)
+{
+    uint32_t skipped[2] = {0, 0}, spared = 0;
+    for (; *steps_p > 0; (*steps_p)--) {
+        kvs_queue *queue = whose_turn(cls, skipped);
+        if (!queue && spared > 0 && spared < KVS_EVICT_SPARED) {
+            spared = KVS_EVICT_SPARED; /* only what was read is left: once more, without mercy */
+            skipped[0] = skipped[1] = 0;
+            queue = whose_turn(cls, skipped);
         }
-        uint32_t id = cls->hand ? cls->hand : cls->dram_tail;
-        if (id == KVS_NIL)
+        if (!queue)
             return false;
+        uint32_t id = queue->tail;
         kvs_value *value = kvs_value_at(index, id);
-        cls->hand = value->dram_prev;
-        if (value->refs || ((safe || value->flags & KVS_HELD) && !(value->flags & KVS_LMDB)))
-            continue;
-        if (value->flags & KVS_VISITED) {
-            value->flags &= (uint16_t)~KVS_VISITED;
-            continue;
+        bool may = !value->refs && (value->flags & KVS_LMDB || !(safe || value->flags & KVS_HELD));
+        if (may && (!(value->flags & KVS_READS) || spared >= KVS_EVICT_SPARED)) {
+            take(index, cls, id, victim_p);
+            return true;
         }
-        kvs_evict_dram_remove(index, id);
-        victim_fill(index, id, value->dram, victim_p);
-        victim_leave(index, value, KVS_DRAM, victim_p);
-        return true;
+        leave(index, cls, id);
+        if (!may) {
+            skipped[queue == &cls->main]++;
+        } else {
+            spared++;
+            value->flags = (uint16_t)(queue == &cls->main ? value->flags - KVS_READ
+                                                          : (value->flags & ~KVS_READS) | KVS_MAIN);
+        }
+        enter(index, cls, id);
     }
     return false;
 }
@@ -176,36 +238,39 @@ static bool is_starved(const kvs_index *index, uint32_t cls)
 static bool dram_from_any(kvs_index *index, kvs_victim *victim_p)
 {
     uint64_t total;
+    uint32_t steps = KVS_EVICT_SCAN;
     uint32_t best = largest_class(index, &total);
-    if (dram_from(index, &index->classes[best], false, victim_p))
+    if (dram_from(index, &index->classes[best], false, &steps, victim_p))
         return true;
     for (uint32_t i = 0; i < index->n_classes; i++)
-        if (i != best && dram_from(index, &index->classes[i], false, victim_p))
+        if (i != best && dram_from(index, &index->classes[i], false, &steps, victim_p))
             return true;
     return false;
 }
 
 bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 {
+    uint32_t steps = KVS_EVICT_SCAN;
     kvc_mutex_lock(&index->lock);
     bool found = cls == KVS_ANY_CLASS || is_starved(index, cls)
                      ? dram_from_any(index, victim_p)
-                     : dram_from(index, &index->classes[cls], false, victim_p);
+                     : dram_from(index, &index->classes[cls], false, &steps, victim_p);
     kvc_mutex_unlock(&index->lock);
     return found;
 }
 
 bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 {
+    uint32_t steps = KVS_EVICT_SCAN;
     kvc_mutex_lock(&index->lock);
-    bool found = dram_from(index, &index->classes[cls], true, victim_p);
+    bool found = dram_from(index, &index->classes[cls], true, &steps, victim_p);
     kvc_mutex_unlock(&index->lock);
     return found;
 }
 
 bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 {
-    uint32_t steps = KVS_EVICT_LMDB_SCAN;
+    uint32_t steps = KVS_EVICT_SCAN;
     kvc_mutex_lock(&index->lock);
     bool found = lmdb_from(index, &index->classes[cls], &steps, victim_p);
     uint32_t pages = index->classes[cls].record_pages;
@@ -226,7 +291,7 @@ bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p)
         victim_fill(index, id, in_dram ? value->dram : value->lmdb, victim_p);
         victim_p->gone = !(in_dram && in_lmdb);
         victim_p->from_lmdb = !in_dram;
-        value->flags &= (uint16_t)~KVS_DRAM; /* its other copy waits at the head */
+        value->flags &= (uint16_t) ~(KVS_DRAM | KVS_MAIN); /* its other copy waits at the head */
         if (victim_p->gone) {
             index->dead_head = value->chain;
             value->chain = KVS_NIL;

@@ -1,10 +1,13 @@
 /*
  * evict.h: what gives way.
  *
- * dram: SIEVE. Values enter their class's list at the head once they are clean (safe in lmdb, or
- * allowed to be dropped); a hand walks from the tail, spares values read since it last passed, and
- * takes the first that was not. lmdb: oldest first, what was in use when its turn came counting as
- * new. Neither takes a value that is being read.
+ * dram: S3-FIFO (Yang et al., SOSP 2023), tuned by tests/bench/evict_bench. Clean values (safe in
+ * lmdb, or allowed to be dropped) of a class come to its small queue, on trial. There the oldest
+ * gives way, or moves to the main queue if it was read meanwhile. Whoever comes back soon after it
+ * gave way goes to the main queue at once. In the main queue the oldest gives way too, but each
+ * read, up to three, sends it to the young end once instead. lmdb: oldest first. What is being read
+ * gives way nowhere and counts as new when its turn comes. A call looks at no more than
+ * KVS_EVICT_SCAN values.
  * A victim has left the index when it is handed out; the caller releases its slot, then finishes.
  */
 #ifndef KVS_EVICT_H
@@ -12,9 +15,14 @@
 
 #include "index.h"
 
-#define KVS_ANY_CLASS       UINT32_MAX
-#define KVS_EVICT_STARVED   16u   /* below this share of what dram holds, others give way first */
-#define KVS_EVICT_LMDB_SCAN 1024u /* values that one call looks at; those in use go to the head */
+#define KVS_ANY_CLASS     UINT32_MAX
+#define KVS_EVICT_STARVED 16u   /* below this share of what dram holds, others give way first */
+#define KVS_EVICT_SCAN    1024u /* values that one call looks at; those in use go to the head */
+#define KVS_EVICT_SKIPPED                                                                          \
+    256u                     /* of one dram queue that may not go, before the other has a turn     \
+                              */
+#define KVS_EVICT_SPARED 64u /* values that one call spares because they were read */
+#define KVS_EVICT_SMALL  4u  /* the small queue has one of so many of its class's values */
 
 typedef struct kvs_victim {
     uint32_t value;
@@ -27,12 +35,12 @@ typedef struct kvs_victim {
 
 /* cls KVS_ANY_CLASS: the class with most bytes first; so too where cls is starved, that is, has
    less than 1/KVS_EVICT_STARVED of what dram holds while one class has over half. False: nothing
-   there can give way. */
+   there can give way, or nothing of what one call looks at; the next call looks at others. */
 bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* A value of the class that lmdb holds too: nothing is lost. */
 bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* From the class, else from others, of any tenant, that share its lmdb environment. False also
-   where the first KVS_EVICT_LMDB_SCAN values were all in use; the next call looks at others. */
+   where the first KVS_EVICT_SCAN values were all in use; the next call looks at others. */
 bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* After the slot was released. */
 void kvs_evict_finish(kvs_index *index, const kvs_victim *victim);

@@ -47,6 +47,7 @@ void kvs_index_destroy(kvs_index *index)
     while (kvs_index_next_dirty(index, &slot, &sums) != KVS_NIL)
         free(sums);
     kvs_blocks_fini(index);
+    kvs_ghosts_fini(&index->ghosts);
     kvs_slab_fini(&index->values);
     kvc_mutex_fini(&index->lock);
     free(index);

@@ -12,24 +12,27 @@
 #define KVS_INDEX_H
 
 #include "base/thread.h"
+#include "ghost.h"
 #include "schemas.h"
 #include "slab.h"
 #include "tier/tier.h"
 
 /* States of a value; a value without FILLING, DRAM, LMDB and readers does not exist. */
-#define KVS_FILLING 1u   /* claimed: one put or eviction owns it; invisible; others get AGAIN */
-#define KVS_DRAM    2u   /* rows readable at the dram slot */
-#define KVS_LMDB    4u   /* rows readable at the lmdb slot */
-#define KVS_SYNCED  8u   /* the lmdb copy survives power loss */
-#define KVS_WRITING 16u  /* a write to lmdb is wanted or under way: the dram copy must stay */
-#define KVS_LOADING 32u  /* a promotion to dram is under way */
-#define KVS_VISITED 64u  /* read since the eviction hand last passed */
-#define KVS_DOOMED  128u /* bad or erased: invisible, freed when the last reader leaves */
-#define KVS_HELD    256u /* counted in held_bytes: leaves no tier unless another has it */
+#define KVS_FILLING 1u     /* claimed: one put or eviction owns it; invisible; others get AGAIN */
+#define KVS_DRAM    2u     /* rows readable at the dram slot */
+#define KVS_LMDB    4u     /* rows readable at the lmdb slot */
+#define KVS_SYNCED  8u     /* the lmdb copy survives power loss */
+#define KVS_WRITING 16u    /* a write to lmdb is wanted or under way: the dram copy must stay */
+#define KVS_LOADING 32u    /* a promotion to dram is under way */
+#define KVS_MAIN    64u    /* its dram queue is the main one, else the small one */
+#define KVS_DOOMED  128u   /* bad or erased: invisible, freed when the last reader leaves */
+#define KVS_READS   0x600u /* how often it was read in its queue, up to 3: two bits */
+#define KVS_READ    0x200u /* one of those */
+#define KVS_HELD    256u   /* counted in held_bytes: leaves no tier unless another has it */
 
 typedef struct kvs_value {
     kvs_slot dram, lmdb;           /* lmdb of a queued dirty value: its row sums, and their bytes */
-    uint32_t dram_prev, dram_next; /* eviction list of its class; only clean values are in it */
+    uint32_t dram_prev, dram_next; /* queue of its class; only clean values are in one */
     uint32_t lmdb_prev, lmdb_next; /* age list of its class */
     uint32_t block;
     uint32_t chain; /* next in the list of dirty or of dead values */
@@ -49,14 +52,21 @@ typedef struct kvs_block {
     uint32_t *values; /* [room] ids by ascending part, then [room] uint16_t: their parts; or NULL */
 } kvs_block;
 
+/* An order in which values give way: from the tail. */
+typedef struct kvs_queue {
+    uint32_t head, tail; /* head: newest */
+    uint64_t n;
+} kvs_queue;
+
 /* Values of one size of one tenant share the dram segments and the lmdb environment. */
 typedef struct kvs_class {
     kvc_digest tenant;
     uint32_t value_bytes;  /* rounded up to pages */
     uint32_t record_pages; /* in lmdb, with the row sums: its size class there; 0: mixed */
-    uint32_t dram_head, dram_tail, hand; /* head: newest */
+    kvs_queue small, main; /* of dram: on trial; read again since they came */
+    uint32_t clock;        /* values that gave way while on trial */
     uint32_t lmdb_head, lmdb_tail;
-    uint64_t n_dram, n_lmdb; /* in the lists */
+    uint64_t n_dram, n_lmdb; /* in the queues; in the list */
     uint64_t dram_bytes;     /* of the values in the dram list */
 } kvs_class;
 
@@ -76,6 +86,7 @@ typedef struct kvs_index {
     uint32_t schema_blocks[KVS_MAX_SCHEMAS + 1]; /* block records of each schema, by its id */
     kvs_class classes[KVS_MAX_CLASSES];
     uint32_t n_classes;
+    kvs_ghosts ghosts;                        /* names of values that gave way while on trial */
     uint32_t dirty_head, dirty_tail;          /* values that want a write to lmdb, oldest first */
     uint64_t n_dirty, sums_bytes;             /* of the dirty values' row sums */
     bool write_used;                          /* see kvs_index_write_used */

@@ -62,7 +62,8 @@ static void read_ref(kvs_index *index, uint32_t part, uint32_t promote_rows, uin
     }
     value->refs++;
     if (value->flags & KVS_DRAM) {
-        value->flags |= KVS_VISITED;
+        if ((value->flags & KVS_READS) != KVS_READS)
+            value->flags += KVS_READ;
         if (index->write_used && !(value->flags & (KVS_LMDB | KVS_WRITING)))
             want_write(index, read->value);
         read->where = KVS_IN_DRAM;

@@ -1,7 +1,7 @@
 /*
  * index_bounds_test.c: what the index and the reply buffers may take: memory in proportion to what
- * is stored, scans that end, matches that keep their deadline. Memory is read from the allocator,
- * which knows nothing under a sanitizer; the rest is checked there too.
+ * is stored, eviction whose scans end, matches that keep their deadline. Memory is read from the
+ * allocator, which knows nothing under a sanitizer; the rest is checked there too.
  */
 #include "harness.h"
 
@@ -131,7 +131,7 @@ static void test_parts_come_and_go(void **state)
 static void test_lmdb_scan_is_bounded(void **state)
 {
     fixture *f = *state;
-    const uint32_t in_use = KVS_EVICT_LMDB_SCAN + 10, cls = f->schema->parts[0].cls;
+    const uint32_t in_use = KVS_EVICT_SCAN + 10, cls = f->schema->parts[0].cls;
     uint32_t *values = calloc(in_use, sizeof(*values));
     kvs_victim victim;
     for (uint32_t b = 0; b < in_use; b++) {
@@ -155,6 +155,96 @@ static void test_lmdb_scan_is_bounded(void **state)
     assert_true(kvs_evict_lmdb(f->index, cls, &victim));
     kvs_evict_finish(f->index, &victim);
     free(values);
+}
+
+/* Reads a value, and lets it go at once or later. */
+static uint32_t read_once(fixture *f, uint64_t b, bool let_go)
+{
+    kvc_digest digest = h_digest(b);
+    const kvc_digest *digests[1] = {&digest};
+    const uint16_t part = 0;
+    kvs_read read = {.n_rows = 1};
+    kvs_index_ref_named(f->index, f->schema, digests, &part, &read, 1);
+    assert_int_equal(read.where, KVS_IN_DRAM);
+    if (let_go)
+        kvs_index_unref(f->index, &read.value, 1);
+    return read.value;
+}
+
+/* Number of the block that gives way. */
+static uint64_t give_way(fixture *f)
+{
+    kvs_victim victim;
+    assert_true(kvs_evict_dram(f->index, f->schema->parts[0].cls, &victim));
+    kvs_evict_finish(f->index, &victim);
+    return victim.slot.a;
+}
+
+/* Values in use at the old end stop no call for long, and no other value for ever. */
+static void test_dram_scan_is_bounded(void **state)
+{
+    fixture *f = *state;
+    enum { IN_USE = 4 * KVS_EVICT_SKIPPED + 10 };
+    uint32_t values[IN_USE], calls = 1;
+    kvs_victim victim;
+    for (uint32_t b = 0; b < IN_USE; b++) {
+        put(f, b, 0, false);
+        values[b] = read_once(f, b, false);
+    }
+    put(f, IN_USE, 0, false);
+    while (!kvs_evict_dram(f->index, KVS_ANY_CLASS, &victim) && calls < 100)
+        calls++;
+    assert_int_equal(victim.slot.a, IN_USE);
+    kvs_evict_finish(f->index, &victim);
+    assert_int_equal(calls, 5); /* each looks at KVS_EVICT_SKIPPED of them */
+    assert_false(kvs_evict_dram(f->index, KVS_ANY_CLASS, &victim));
+    kvs_index_unref(f->index, values, IN_USE);
+    assert_true(kvs_evict_dram(f->index, KVS_ANY_CLASS, &victim));
+    kvs_evict_finish(f->index, &victim);
+}
+
+/* Where every value was read, a call spares some and then takes the next. */
+static void test_no_more_than_some_are_spared(void **state)
+{
+    fixture *f = *state;
+    const uint32_t n = 3 * KVS_EVICT_SPARED;
+    for (uint32_t b = 0; b < n; b++) {
+        put(f, b, 0, false);
+        for (uint32_t i = 0; i < 5; i++)
+            read_once(f, b, true);
+    }
+    assert_int_equal(give_way(f), KVS_EVICT_SPARED);
+    assert_int_equal(f->index->classes[f->schema->parts[0].cls].main.n, KVS_EVICT_SPARED);
+    for (uint32_t i = 1; i < n; i++)
+        (void)give_way(f);
+    kvs_victim victim;
+    assert_false(kvs_evict_dram(f->index, f->schema->parts[0].cls, &victim));
+}
+
+/* What comes back soon after it gave way outlives what comes for the first time; later it does
+   not, and what was read on trial goes on to the main queue too. */
+static void test_who_comes_back_is_known(void **state)
+{
+    fixture *f = *state;
+    for (uint64_t b = 0; b < 8; b++)
+        put(f, b, 0, false);
+    assert_int_equal(give_way(f), 0);
+    put(f, 0, 0, false);
+    for (uint64_t b = 8; b < 12; b++)
+        put(f, b, 0, false);
+    read_once(f, 3, true);
+    /* The main queue's turn comes only when the small one has less than a quarter of all. */
+    const uint64_t order[] = {1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 100, 101, 102, 103};
+    for (uint32_t i = 0; i < 14; i++) {
+        assert_int_equal(give_way(f), order[i]);
+        put(f, 100 + i, 0, false);
+    }
+    put(f, 1, 0, false); /* more went after it than dram has */
+    for (uint64_t b = 104; b < 114; b++)
+        assert_int_equal(give_way(f), b);
+    const uint64_t last[] = {1, 0, 3};
+    for (uint32_t i = 0; i < 3; i++)
+        assert_int_equal(give_way(f), last[i]);
 }
 
 static void test_match_keeps_its_deadline(void **state)
@@ -213,6 +303,9 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_memory_follows_values, setup, teardown),
         cmocka_unit_test_setup_teardown(test_parts_come_and_go, setup, teardown),
         cmocka_unit_test_setup_teardown(test_lmdb_scan_is_bounded, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_dram_scan_is_bounded, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_no_more_than_some_are_spared, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_who_comes_back_is_known, setup, teardown),
         cmocka_unit_test_setup_teardown(test_match_keeps_its_deadline, setup, teardown),
         cmocka_unit_test(test_buffers_keep_their_cap),
     };
