@@ -10,10 +10,14 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #include "base/assert.h"
 #include "base/clock.h"
+#include "base/fault.h"
 #include "base/metrics.h"
+
+#define PAUSE_NS 20000000
 
 typedef enum stream_step { STEP_WAIT, STEP_MAKE, STEP_SEND, STEP_END } stream_step;
 
@@ -112,10 +116,13 @@ static void end(kvs_stream *stream)
         kvs_fail(call, status, "%s", detail);
 }
 
-/* Does what can be done now. The stream may be gone afterwards. */
-static void run(kvs_stream *stream)
+/*
+ * Does what can be done now. Called with the lock held, in which the caller noted what happened,
+ * and leaves it: once another thread can see the note, the stream is that thread's to end, so who
+ * does not run it may not touch it again. The stream may be gone afterwards.
+ */
+static void run_locked(kvs_stream *stream)
 {
-    kvc_mutex_lock(&stream->lock);
     if (stream->running) {
         kvc_mutex_unlock(&stream->lock);
         return;
@@ -162,8 +169,9 @@ static void piece_reply(kvt_call *call, kvc_status status, const char *detail,
     stream->ready = status == KVC_OK;
     if (status != KVC_OK)
         set_failed(stream, status, detail);
-    kvc_mutex_unlock(&stream->lock);
-    run(stream);
+    if (KVC_FAULT("stream.noted")) /* others come by meanwhile, and must find the lock taken */
+        nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
+    run_locked(stream);
 }
 
 static void message_sent(kvt_call *call, bool ok)
@@ -174,8 +182,7 @@ static void message_sent(kvt_call *call, bool ok)
     stream->sending = false;
     if (!ok)
         set_failed(stream, KVC_CANCELLED, "the client has gone");
-    kvc_mutex_unlock(&stream->lock);
-    run(stream);
+    run_locked(stream);
 }
 
 static const kvt_ops piece_ops = {.name = "piece", .reply = piece_reply};
@@ -203,5 +210,6 @@ void kvs_stream_begin(kvs_stream *stream, const kvs_stream_kind *kind, kvs_serve
     call->sent = message_sent;
     call->user = stream;
     KVC_GAUGE_ADD(streams_open, 1);
-    run(stream);
+    kvc_mutex_lock(&stream->lock);
+    run_locked(stream);
 }

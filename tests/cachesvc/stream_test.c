@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/fault.h"
 #include "index.h"
 
 #define ROW   4096u
@@ -297,6 +298,31 @@ static void buffers_run_out(void **state)
 }
 
 #ifdef KVASIR_LMDB
+static void wait_a_little(h_peer *peer)
+{
+    (void)peer;
+    usleep(3000);
+}
+
+/* A disk thread notes that the last piece is ready and is slow to go on, while the transport passes
+   on the message before it: the stream must not be sent, ended and freed under that thread. */
+static void ends_under_a_slow_thread(void **state)
+{
+    (void)state;
+    env e;
+    env_open(&e, true);
+    e.peer->on_message = wait_a_little;
+    assert_int_equal(kvc_fault_arm("stream.noted=always"), KVC_OK);
+    for (uint32_t n = 5; n <= 9; n++) {
+        assert_int_equal(stream_blocks(&e, 0, n, NULL, 0), KVC_OK);
+        assert_int_equal(e.peer->n_values, 2 * n);
+    }
+    assert_true(kvc_fault_failures("stream.noted") > 5 * 2);
+    assert_int_equal(kvc_fault_arm(""), KVC_OK);
+    e.peer->on_message = NULL;
+    env_close(&e);
+}
+
 static void rows_and_blocks_from_lmdb(void **state)
 {
     (void)state;
@@ -316,7 +342,7 @@ int main(void)
         cmocka_unit_test(nothing_to_send),           cmocka_unit_test(refused),
         cmocka_unit_test(client_goes_away),          cmocka_unit_test(buffers_run_out),
 #ifdef KVASIR_LMDB
-        cmocka_unit_test(rows_and_blocks_from_lmdb),
+        cmocka_unit_test(rows_and_blocks_from_lmdb), cmocka_unit_test(ends_under_a_slow_thread),
 #endif
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
