@@ -167,7 +167,7 @@ static kvc_status attend_segment(kvw_step *step, const kvwi_segment *seg, const 
     if (st == KVC_OK && step->has_acc) {
         st = merge(step, step->acc.p, step->part.p, n, o->head_dim);
     }
-    step->has_acc = true;
+    step->has_acc = step->has_acc || st == KVC_OK;
     return st;
 }
 

@@ -32,7 +32,6 @@ void kvwi_fetch_submit(kvw_step *step)
         .dst_slots = step->miss_slot.p,
         .dst_off_bytes = (size_t)step->layer * w->opts.residency_slots * w->row_bytes,
     };
-    memset(step->miss_status.p, KVC_NOT_FOUND, step->n_misses);
     memset(&step->info, 0, sizeof(step->info));
     step->deadline_ns = kvc_deadline_ns(w->opts.fetch_timeout_ns);
     kvc_op_init(&step->op, NULL, NULL);

@@ -5,6 +5,8 @@
  * whatever is resident; that is what makes `exact` independent of it. Misses get their residency
  * slots here, so the addresses of rows that are still to come are known too.
  */
+#include <string.h>
+
 #include "internal.h"
 
 static kvc_status reserve(kvw_step *step, uint32_t n)
@@ -121,6 +123,8 @@ kvc_status kvwi_resolve(kvw_step *step)
     if (st != KVC_OK) {
         return kvwi_fail(st, "out of memory");
     }
+    /* none has arrived: what is settled before the fetch gives its slots back */
+    memset(step->miss_status.p, KVC_NOT_FOUND, step->n_rows);
     list_rows(step);
     st = find_rows(step);
     seq->stats.misses += step->n_misses;
