@@ -49,13 +49,8 @@ static kvc_status project_keys(kvw_seq *seq, uint32_t layer, const void *k, size
                                uint32_t n, const kvwi_level *level, float **out_p)
 {
     const kvw_worker *w = seq->worker;
-    kvwi_buf *buf = &seq->select.buf[KVW_SCRATCH_APPEND];
     size_t len = (size_t)n * level->heads * level->dims;
-    kvc_status st = kvwi_buf_need(buf, 2u * len * sizeof(float));
-    if (st != KVC_OK) {
-        return st;
-    }
-    *out_p = buf->p;
+    *out_p = seq->select.buf[KVW_SCRATCH_APPEND].p;
     const kvk_project_args args = {
         .in = {k, stride_bytes, w->opts.dtype},
         .n = n,
@@ -65,7 +60,7 @@ static kvc_status project_keys(kvw_seq *seq, uint32_t layer, const void *k, size
         .proj = level->b + (size_t)layer * level->heads * level->d_in * level->dims,
         .out = *out_p,
     };
-    st = w->ops->project(w->be, &args, NULL);
+    kvc_status st = w->ops->project(w->be, &args, NULL);
     if (st == KVC_OK && w->selector->form == KVWI_SHARED && w->opts.all_reduce != NULL) {
         st = w->opts.all_reduce(w->opts.all_reduce_arg, "sum", *out_p, (uint32_t)len);
     }
@@ -93,15 +88,25 @@ static kvc_status append_compressed(kvw_seq *seq, uint32_t layer, uint32_t first
     return st;
 }
 
+/* Index rows up to end, and the scratch that n keys are projected in: twice, see take_dims. */
+static kvc_status reserve_index(kvw_seq *seq, uint32_t layer, uint32_t end, uint32_t n)
+{
+    const kvw_worker *w = seq->worker;
+    const kvwi_level *finest = &w->level[w->n_levels - 1];
+    size_t len = finest->exact ? 0 : (size_t)n * finest->heads * finest->dims;
+    kvc_status st = kvwi_buf_need(&seq->select.buf[KVW_SCRATCH_APPEND], 2u * len * sizeof(float));
+    for (uint32_t i = 0; st == KVC_OK && i < w->n_levels; i++) {
+        st = kvwi_pages_reserve(&seq->layers[layer].level[i], end);
+    }
+    return st;
+}
+
 kvc_status kvwi_index_append(kvw_seq *seq, uint32_t layer, uint32_t first, const void *k,
                              size_t stride_bytes, uint32_t n)
 {
     const kvw_worker *w = seq->worker;
     kvwi_layer *l = &seq->layers[layer];
-    kvc_status st = KVC_OK;
-    for (uint32_t i = 0; st == KVC_OK && i < w->n_levels; i++) {
-        st = kvwi_pages_reserve(&l->level[i], first + n);
-    }
+    kvc_status st = reserve_index(seq, layer, first + n, n);
     if (st != KVC_OK) {
         return st;
     }
@@ -129,11 +134,9 @@ static void write_rows(kvw_seq *seq, uint32_t layer, uint32_t first, const uint8
     }
 }
 
-kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n_tokens)
+/* What can fail on one rank alone comes before the group sums keys. */
+static kvc_status prepare_append(kvw_seq *seq, uint32_t layer, const void *k, uint32_t n_tokens)
 {
-    if (seq == NULL || k == NULL || v == NULL || layer >= seq->worker->opts.n_layers) {
-        return kvwi_fail(KVC_INVALID, "seq, k and v must not be NULL, layer must exist");
-    }
     kvwi_layer *l = &seq->layers[layer];
     if (n_tokens == 0 || n_tokens != seq->pass.n || l->n_tokens != seq->pass.first) {
         return kvwi_fail(KVC_INVALID, "layer %u: %u tokens after %u, but the pass has %u after %u",
@@ -146,12 +149,23 @@ kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v
     if (!kvwi_all_finite(k, (size_t)n_tokens * o->n_kv_heads * o->head_dim, o->dtype)) {
         return kvwi_fail(KVC_INVALID, "layer %u: a key is not finite", layer);
     }
-    uint64_t t0 = kvc_now_ns();
     uint32_t end = seq->pass.first + n_tokens;
     kvc_status st = kvwi_blocks_reserve(seq, end);
     if (st == KVC_OK) {
         st = kvwi_residency_extend(&l->residency, end);
     }
+    return st == KVC_OK ? reserve_index(seq, layer, end, n_tokens) : st;
+}
+
+kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n_tokens)
+{
+    if (seq == NULL || k == NULL || v == NULL || layer >= seq->worker->opts.n_layers) {
+        return kvwi_fail(KVC_INVALID, "seq, k and v must not be NULL, layer must exist");
+    }
+    uint64_t t0 = kvc_now_ns();
+    uint32_t end = seq->pass.first + n_tokens;
+    kvc_status st = prepare_append(seq, layer, k, n_tokens);
+    st = kvwi_group_agree(seq->worker, st);
     if (st == KVC_OK) {
         st = kvwi_index_append(seq, layer, seq->pass.first, k, seq->worker->k_bytes, n_tokens);
     }
@@ -159,7 +173,7 @@ kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v
         return st == KVC_NO_MEMORY ? kvwi_fail(st, "out of memory") : st;
     }
     write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
-    l->n_tokens = end;
+    seq->layers[layer].n_tokens = end;
     seq->stats.ns_append += kvc_now_ns() - t0;
     return KVC_OK;
 }

@@ -147,6 +147,7 @@ struct kvw_step {
     kvc_op op;
     kvc_fetch_info info;
     bool in_flight, attended;
+    kvc_status attend_status; /* a failure of kvw_step_attend, which finish returns */
     uint64_t deadline_ns;
     kvc_status fetch_status;
     /* attention */
@@ -158,6 +159,13 @@ struct kvw_step {
 static inline uint32_t kvwi_min_u32(uint32_t a, uint32_t b)
 {
     return a < b ? a : b;
+}
+
+/* Whether a caller's size_bytes can be that of a struct of which we know `now` bytes: `first` when
+ * it was first published, then longer. Whole words, so that no member is taken in part. */
+static inline bool kvwi_size_fits(size_t size_bytes, size_t first, size_t now)
+{
+    return size_bytes >= first && size_bytes <= now && size_bytes % sizeof(size_t) == 0;
 }
 
 static inline uint32_t kvwi_max_u32(uint32_t a, uint32_t b)
@@ -267,8 +275,11 @@ kvc_status kvwi_reuse(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens) K
 /* group.c ---------------------------------------------------------------------------------------
  */
 
-/* INVALID where ranks differ in heads or in anything that the schema names. */
-kvc_status kvwi_group_check(const kvw_worker *worker) KVC_MUST_CHECK;
+/* st: how this rank fares. Its own failure where it has one, CANCELLED where only another rank
+ * has: all go on or none does. Without a group, st. */
+kvc_status kvwi_group_agree(const kvw_worker *worker, kvc_status st) KVC_MUST_CHECK;
+/* The same; and INVALID where ranks differ in heads or in anything that the schema names. */
+kvc_status kvwi_group_check(const kvw_worker *worker, kvc_status st) KVC_MUST_CHECK;
 /* The least of every rank's numbers, so that all go on at one position. A rank whose st is not OK
  * takes part with 0; its st is returned. */
 kvc_status kvwi_group_least(const kvw_worker *worker, kvc_status st, uint32_t *n,

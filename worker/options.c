@@ -234,7 +234,7 @@ static kvc_status derive(kvw_worker *w)
 kvc_status kvwi_options_fill(kvw_worker *worker, const kvw_opts *opts)
 {
     kvw_opts *o = &worker->opts;
-    if (opts->size_bytes < FIRST_SIZE_BYTES || opts->size_bytes > sizeof(*opts)) {
+    if (!kvwi_size_fits(opts->size_bytes, FIRST_SIZE_BYTES, sizeof(*opts))) {
         return bad("size_bytes", "is not that of this library's kvw_opts");
     }
     memcpy(o, opts, opts->size_bytes);

@@ -12,6 +12,9 @@
 #include "base/log.h"
 #include "internal.h"
 
+/* The least that a kvw_seq_opts may be. */
+#define FIRST_SIZE_BYTES offsetof(kvw_seq_opts, adapter)
+
 static void layer_fini(kvwi_layer *l)
 {
     for (uint32_t i = 0; i < KVWI_MAX_LEVELS; i++) {
@@ -89,56 +92,64 @@ static kvc_status reserve_tokens(kvw_seq *seq, uint32_t n)
     return KVC_OK;
 }
 
-static kvc_status check_create(const kvw_worker *worker, const kvw_seq_opts *opts, kvw_seq **seq_p,
-                               const uint32_t *n_reused_p)
+/* Copies the caller's options, which may be shorter, into *opts_p. */
+static kvc_status take_opts(const kvw_seq_opts *opts, kvw_seq_opts *opts_p)
 {
-    if (worker == NULL || opts == NULL || seq_p == NULL || n_reused_p == NULL) {
-        return kvwi_fail(KVC_INVALID, "worker, opts, seq_p and n_reused_p must not be NULL");
-    }
-    if (opts->size_bytes != sizeof(*opts)) {
+    if (!kvwi_size_fits(opts->size_bytes, FIRST_SIZE_BYTES, sizeof(*opts))) {
         return kvwi_fail(KVC_INVALID, "size_bytes is not that of this library's kvw_seq_opts");
     }
+    memcpy(opts_p, opts, opts->size_bytes);
     if ((opts->tokens == NULL && opts->n_tokens != 0) || opts->n_tokens > KVWI_MAX_TOKENS) {
         return kvwi_fail(KVC_INVALID, "tokens must not be NULL, n_tokens at most 2^30");
     }
     return KVC_OK;
 }
 
-static kvc_status start(kvw_seq *seq, const kvw_seq_opts *opts)
+/* All that this rank can do alone. */
+static kvc_status prepare(kvw_worker *worker, const kvw_seq_opts *opts, kvw_seq **seq_p)
 {
-    kvc_status st = kvwi_group_check(seq->worker);
-    if (st == KVC_OK) {
-        st = kvwi_names_label(seq, opts->adapter, opts->salt);
+    kvw_seq *seq = calloc(1, sizeof(*seq));
+    *seq_p = seq;
+    if (seq == NULL) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
     }
+    seq->worker = worker;
+    seq->select.worker = worker;
+    kvc_status st = kvwi_names_label(seq, opts->adapter, opts->salt);
     if (st == KVC_OK) {
         st = open_slab(seq);
     }
     if (st == KVC_OK) {
         st = open_layers(seq);
     }
-    if (st != KVC_OK || seq->worker->opts.client == NULL) {
+    return st == KVC_OK ? reserve_tokens(seq, opts->n_tokens) : st;
+}
+
+/* A rank that has failed comes along: the others wait for it in each step of the group. */
+static kvc_status start(kvw_worker *worker, const kvw_seq_opts *opts, kvw_seq **seq_p)
+{
+    kvw_seq_opts own = {0};
+    kvc_status st = take_opts(opts, &own);
+    if (st == KVC_OK) {
+        st = prepare(worker, &own, seq_p);
+    }
+    st = kvwi_group_check(worker, st);
+    if (st != KVC_OK || worker->opts.client == NULL) {
         return st;
     }
-    st = reserve_tokens(seq, opts->n_tokens);
-    return st == KVC_OK ? kvwi_reuse(seq, opts->tokens, opts->n_tokens) : st;
+    return kvwi_group_agree(worker, kvwi_reuse(*seq_p, own.tokens, own.n_tokens));
 }
 
 kvc_status kvw_seq_open(kvw_worker *worker, const kvw_seq_opts *opts, kvw_seq **seq_p,
                         uint32_t *n_reused_p)
 {
-    kvc_status st = check_create(worker, opts, seq_p, n_reused_p);
-    if (st != KVC_OK) {
-        return st;
+    kvw_seq *seq = NULL;
+    if (worker == NULL || opts == NULL || seq_p == NULL || n_reused_p == NULL) {
+        return kvwi_fail(KVC_INVALID, "worker, opts, seq_p and n_reused_p must not be NULL");
     }
     *seq_p = NULL;
     *n_reused_p = 0;
-    kvw_seq *seq = calloc(1, sizeof(*seq));
-    if (seq == NULL) {
-        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
-    }
-    seq->worker = worker;
-    seq->select.worker = worker;
-    st = start(seq, opts);
+    kvc_status st = start(worker, opts, &seq);
     if (st != KVC_OK) {
         kvw_seq_destroy(seq);
         return st;
@@ -335,8 +346,8 @@ kvc_status kvw_last_picks(const kvw_seq *seq, uint32_t layer, const uint32_t **p
 
 kvc_status kvw_seq_stats(const kvw_seq *seq, kvw_stats *stats_p)
 {
-    if (seq == NULL || stats_p == NULL || stats_p->size_bytes > sizeof(*stats_p) ||
-        stats_p->size_bytes < sizeof(size_t)) {
+    if (seq == NULL || stats_p == NULL ||
+        !kvwi_size_fits(stats_p->size_bytes, sizeof(size_t), sizeof(*stats_p))) {
         return kvwi_fail(KVC_INVALID, "stats_p: size_bytes is not that of this library's struct");
     }
     const kvw_worker *w = seq->worker;

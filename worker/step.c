@@ -56,12 +56,8 @@ static void give_step(kvw_step *step)
     seq->free_steps = step;
 }
 
-static kvc_status check_begin(const kvw_seq *seq, uint32_t layer, const void *q, uint32_t n_q,
-                              kvw_step **step_p)
+static kvc_status check_begin(const kvw_seq *seq, uint32_t layer, const void *q, uint32_t n_q)
 {
-    if (seq == NULL || q == NULL || step_p == NULL || layer >= seq->worker->opts.n_layers) {
-        return kvwi_fail(KVC_INVALID, "seq, q and step_p must not be NULL, layer must exist");
-    }
     if (n_q == 0 || n_q > seq->pass.n ||
         seq->layers[layer].n_tokens != seq->pass.first + seq->pass.n) {
         return kvwi_fail(KVC_INVALID, "layer %u: n_q must be 1 to the pass's tokens, appended",
@@ -77,17 +73,18 @@ static kvc_status check_begin(const kvw_seq *seq, uint32_t layer, const void *q,
     return KVC_OK;
 }
 
-static kvc_status begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
-                        kvw_step **step_p)
+/* A step of this layer, ready to select, where the whole group has one. */
+static kvc_status open_step(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
+                            kvw_step **step_p)
 {
-    kvc_status st = check_begin(seq, layer, q_select, n_q, step_p);
-    if (st != KVC_OK) {
-        return st;
+    kvw_step *step = NULL;
+    kvc_status st = check_begin(seq, layer, q_select, n_q);
+    if (st == KVC_OK && (step = take_step(seq)) == NULL) {
+        st = kvwi_fail(KVC_NO_MEMORY, "out of memory");
     }
-    *step_p = NULL;
-    kvw_step *step = take_step(seq);
+    st = kvwi_group_agree(seq->worker, st);
     if (step == NULL) {
-        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+        return st;
     }
     step->seq = seq;
     step->layer = layer;
@@ -97,8 +94,29 @@ static kvc_status begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint
     step->foretold = false;
     step->has_acc = false;
     step->attended = false;
+    step->attend_status = KVC_OK;
     step->in_flight = false;
+    if (st != KVC_OK) {
+        give_step(step);
+        return st;
+    }
     seq->layers[layer].step = step;
+    *step_p = step;
+    return KVC_OK;
+}
+
+static kvc_status begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
+                        kvw_step **step_p)
+{
+    kvw_step *step = NULL;
+    if (seq == NULL || q_select == NULL || step_p == NULL || layer >= seq->worker->opts.n_layers) {
+        return kvwi_fail(KVC_INVALID, "seq, q and step_p must not be NULL, layer must exist");
+    }
+    *step_p = NULL;
+    kvc_status st = open_step(seq, layer, q_select, n_q, &step);
+    if (st != KVC_OK) {
+        return st;
+    }
     st = kvwi_select(step, q_select);
     if (st == KVC_OK) {
         st = kvwi_resolve(step);
@@ -148,7 +166,8 @@ kvc_status kvw_step_attend(kvw_step *step, const void *q)
         return KVC_OK;
     }
     step->attended = true;
-    return kvwi_attend(step, q, KVWI_RESIDENT);
+    step->attend_status = kvwi_attend(step, q, KVWI_RESIDENT);
+    return step->attend_status;
 }
 
 /* All rows at once where nothing was attended before, else the arrivals. */
@@ -165,8 +184,13 @@ kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
     if (step == NULL || q == NULL || out == NULL) {
         return kvwi_fail(KVC_INVALID, "step, q and out must not be NULL");
     }
-    kvc_status st = KVC_OK;
-    if (!step->attended && !step->seq->worker->opts.exact && step->n_misses != 0) {
+    /* before out is written, which may be q */
+    bool foretold_wrong = step->foretold && !step->seq->worker->opts.reuse_any &&
+                          query_sum(step, q) != step->select_sum;
+    kvc_status st = step->attend_status;
+    if (st != KVC_OK) {
+        st = kvwi_fail(st, "layer %u: kvw_step_attend failed before", step->layer);
+    } else if (!step->attended && !step->seq->worker->opts.exact && step->n_misses != 0) {
         st = kvw_step_attend(step, q);
     }
     kvc_status fetched = kvwi_fetch_wait(step);
@@ -177,8 +201,7 @@ kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
     if (st == KVC_OK) {
         st = kvwi_attend_result(step, out, lse);
     }
-    if (step->foretold && !step->seq->worker->opts.reuse_any &&
-        query_sum(step, q) != step->select_sum) {
+    if (foretold_wrong) {
         kvwi_names_taint(step->seq);
     }
     give_step(step);

@@ -5,6 +5,7 @@
 
 #include "base/clock.h"
 #include "bench.h"
+#include "internal.h"
 #include "selector/selector.h"
 
 /* One forward pass of a token through layer 0. */
@@ -355,6 +356,61 @@ static void a_prefix_that_vanishes_is_a_cold_start(void **state)
     rig_close(&r);
 }
 
+/* ---- attention that fails ---- */
+
+static const kvk_ops *real_ops;
+static int n_attends, failing_attend; /* the so-manieth fails */
+
+static kvc_status attend_or_fail(kvk_backend *be, const kvk_attend_args *args, kvk_stream *stream)
+{
+    return ++n_attends == failing_attend ? KVC_NO_MEMORY : real_ops->attend(be, args, stream);
+}
+
+/* A step whose attention failed before its rows arrived never answers with the arrivals alone. */
+static void a_failed_attend_fails_the_step(void **state)
+{
+    bench *b = *state;
+    for (int by_hand = 0; by_hand < 2; by_hand++) {
+        rig r;
+        kvw_seq *seq = NULL;
+        kvw_step *step = NULL;
+        uint32_t reused = 0;
+        float out[64], again[64], lse[4];
+        store_rig(&r, "esa", KVW_INDEX_EXACT, b->client);
+        r.opts.exact = 0;
+        rig_open(&r);
+        assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+        rig_prefill(&r, seq, 0, 640, NULL, NULL);
+        assert_ok(kvw_flush(seq, 0));
+        assert_ok(one_step(&r, seq, 640, out, lse));
+        uint64_t misses = stats_of(seq).misses;
+        real_ops = r.worker->ops;
+        kvk_ops ops = *real_ops;
+        ops.attend = attend_or_fail;
+        for (failing_attend = 1; failing_attend <= 2; failing_attend++) { /* far, near */
+            void *other = rig_bytes(&r, r.q, rig_q_width(&r), 0, 100u + failing_attend, 1);
+            r.worker->ops = &ops;
+            n_attends = 0;
+            assert_ok(kvw_step_begin(seq, 0, other, 1, &step));
+            assert_true(stats_of(seq).misses > misses); /* something is to arrive */
+            misses = stats_of(seq).misses;
+            if (by_hand)
+                assert_status(kvw_step_attend(step, other), KVC_NO_MEMORY);
+            assert_status(kvw_step_finish(step, other, again, lse), KVC_NO_MEMORY);
+            r.worker->ops = real_ops;
+            free(other);
+        }
+        void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, 640, 1);
+        assert_ok(kvw_step_begin(seq, 0, q, 1, &step));
+        assert_ok(kvw_step_finish(step, q, again, lse)); /* and the sequence lives on */
+        for (uint32_t i = 0; i < rig_q_width(&r); i++)
+            assert_true(out[i] - again[i] < 1e-5f && again[i] - out[i] < 1e-5f);
+        free(q);
+        kvw_seq_destroy(seq);
+        rig_close(&r);
+    }
+}
+
 int main(void)
 {
 #define FAULT_TEST(name) cmocka_unit_test_setup_teardown(name, bench_open, bench_close)
@@ -370,6 +426,7 @@ int main(void)
         FAULT_TEST(drop_policy_leaves_rows_out),
         FAULT_TEST(tainted_blocks_are_not_reused),
         FAULT_TEST(a_prefix_that_vanishes_is_a_cold_start),
+        FAULT_TEST(a_failed_attend_fails_the_step),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -233,7 +233,7 @@ static void blocks_off_the_grid_have_other_names(void **state)
     rig_close(&r);
 }
 
-/* Tokens that left recent since the reselect are kept, not fetched. */
+/* What of 400 tokens a sequence with these labels reuses; afterwards all of them are there. */
 static uint32_t labelled(rig *r, const char *adapter, const char *salt)
 {
     const kvw_seq_opts opts = {.size_bytes = sizeof(opts),
@@ -290,8 +290,18 @@ static void labels_that_do_not_fit_are_refused(void **state)
     (void)snprintf(text, sizeof(text), "two\nlines");
     assert_int_equal(kvw_seq_open(r.worker, &opts, &seq, &reused), KVC_INVALID);
     assert_non_null(strstr(kvw_last_error(), "salt"));
-    opts.size_bytes--;
-    assert_int_equal(kvw_seq_open(r.worker, &opts, &seq, &reused), KVC_INVALID);
+    opts.adapter = opts.salt = NULL;
+    static const size_t wrong[] = {0, sizeof(size_t), sizeof(opts) - 1,
+                                   sizeof(opts) + sizeof(size_t)};
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
+        opts.size_bytes = wrong[i];
+        assert_int_equal(kvw_seq_open(r.worker, &opts, &seq, &reused), KVC_INVALID);
+        assert_non_null(strstr(kvw_last_error(), "size_bytes"));
+    }
+    opts.adapter = "two\nlines"; /* beyond what the caller's struct has */
+    opts.size_bytes = offsetof(kvw_seq_opts, adapter);
+    assert_ok(kvw_seq_open(r.worker, &opts, &seq, &reused));
+    kvw_seq_destroy(seq);
     rig_close(&r);
 }
 
@@ -321,6 +331,7 @@ static void chunks_shorter_than_blocks_are_reused(void **state)
     }
 }
 
+/* Tokens that left recent since the reselect are kept, not fetched. */
 static void reused_picks_keep_their_recent_tokens(void **state)
 {
     bench *b = *state;
@@ -343,9 +354,9 @@ static void reused_picks_keep_their_recent_tokens(void **state)
     rig_close(&r);
 }
 
-/* Prefill by steps, selecting by the queries of `shift` tokens later; what a new sequence reuses.
- */
-static uint32_t reuse_after_steps(rig *r, uint32_t shift)
+/* Prefill by steps, selecting by the queries of `shift` tokens later, attending into the queries
+ * themselves where in_place; what a new sequence reuses. */
+static uint32_t reuse_after_steps(rig *r, uint32_t shift, bool in_place)
 {
     kvw_seq *seq = NULL;
     uint32_t reused = 0, width = rig_q_width(r);
@@ -361,7 +372,7 @@ static uint32_t reuse_after_steps(rig *r, uint32_t shift)
             void *guess = rig_bytes(r, r->q, width, layer, first + shift, 64);
             assert_ok(kvw_append(seq, layer, k, k, 64));
             assert_ok(kvw_step_begin(seq, layer, guess, 64, &step));
-            assert_ok(kvw_step_finish(step, q, out, NULL));
+            assert_ok(kvw_step_finish(step, q, in_place ? q : out, NULL));
             free(k);
             free(q);
             free(guess);
@@ -380,8 +391,10 @@ static void predicted_queries_are_not_reused_either(void **state)
     rig r;
     store_rig(&r, "tokenselect", KVW_INDEX_EXACT, b->client);
     rig_open(&r);
-    assert_true(reuse_after_steps(&r, 1) < 256);
-    assert_int_equal(reuse_after_steps(&r, 0), 512);
+    assert_true(reuse_after_steps(&r, 1, false) < 256);
+    assert_true(reuse_after_steps(&r, 1, true) < 256);
+    assert_int_equal(reuse_after_steps(&r, 0, true), 512);
+    assert_int_equal(reuse_after_steps(&r, 0, false), 512);
     rig_close(&r);
 }
 

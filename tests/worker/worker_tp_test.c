@@ -8,6 +8,8 @@
 
 #include <math.h>
 #include <pthread.h>
+#include <sys/resource.h>
+#include <time.h>
 
 enum { RANKS = 2, MAX_RANKS = 4, Q_HEADS = 24, KV_HEADS = 12, HEAD_DIM = 16 };
 
@@ -271,7 +273,7 @@ static void refuse_group(misfit *rank, uint32_t ranks, const char *why)
     }
 }
 
-/* Four kv heads on three ranks, and ranks that were opened with different options. */
+/* One rank of three with twice the others' heads; and one that was opened with another k. */
 static void ranks_must_be_alike(void **state)
 {
     (void)state;
@@ -288,6 +290,163 @@ static void ranks_must_be_alike(void **state)
             rank[i].r.opts.k += !heads && i == 2;
         }
         refuse_group(rank, 3, heads ? "heads" : "options");
+        meeting_close(&m);
+    }
+}
+
+/* ---- one rank fails alone ---- */
+
+typedef struct loner {
+    rig r;
+    bool last; /* the one that fails */
+    const char *adapter;
+    kvc_status open, append, append_again, begin, begin_again, finish;
+    char why[256];
+} loner;
+
+/* A pass of one token of which the last rank spoils the key, and then the query. */
+static void spoil_a_pass(loner *m, kvw_seq *seq)
+{
+    rig *r = &m->r;
+    kvw_step *step = NULL;
+    float *k = rig_bytes(r, r->k, rig_kv_width(r), 0, 320, 1);
+    float *q = rig_bytes(r, r->q, rig_q_width(r), 0, 320, 1);
+    float kept[2] = {k[3], q[3]};
+    assert_ok(kvw_tokens(seq, r->tokens + 320, 1));
+    k[3] = m->last ? NAN : kept[0];
+    m->append = kvw_append(seq, 0, k, k, 1);
+    k[3] = kept[0];
+    m->append_again = kvw_append(seq, 0, k, k, 1);
+    q[3] = m->last ? INFINITY : kept[1];
+    m->begin = kvw_step_begin(seq, 0, q, 1, &step);
+    q[3] = kept[1];
+    m->begin_again = kvw_step_begin(seq, 0, q, 1, &step);
+    m->finish = m->begin_again == KVC_OK ? kvw_step_finish(step, q, q, NULL) : KVC_INVALID;
+    free(k);
+    free(q);
+}
+
+static void *run_loner(void *arg)
+{
+    loner *m = arg;
+    kvw_seq *seq = NULL;
+    uint32_t reused = 0;
+    const kvw_seq_opts opts = {
+        .size_bytes = sizeof(opts), .tokens = m->r.tokens, .n_tokens = 320, .adapter = m->adapter};
+    m->open = kvw_seq_open(m->r.worker, &opts, &seq, &reused);
+    (void)snprintf(m->why, sizeof(m->why), "%s", kvw_last_error());
+    if (m->open == KVC_OK) {
+        rig_prefill(&m->r, seq, 0, 320, NULL, NULL);
+        spoil_a_pass(m, seq);
+    }
+    kvw_seq_destroy(seq);
+    return NULL;
+}
+
+static void run_loners(loner *rank, uint32_t ranks)
+{
+    pthread_t thread[MAX_RANKS];
+    struct timespec end;
+    assert_int_equal(clock_gettime(CLOCK_REALTIME, &end), 0);
+    end.tv_sec += 30;
+    for (uint32_t i = 0; i < ranks; i++)
+        assert_int_equal(pthread_create(&thread[i], NULL, run_loner, &rank[i]), 0);
+    for (uint32_t i = 0; i < ranks; i++)
+        if (pthread_timedjoin_np(thread[i], NULL, &end) != 0)
+            fail_msg("rank %u waits for a rank that has failed", i);
+}
+
+static void open_loners(loner *rank, const char *selector, kvw_index_kind index, meeting *m)
+{
+    for (uint32_t i = 0; i < RANKS; i++) {
+        rank[i] = (loner){.last = i == RANKS - 1};
+        rank_rig(&rank[i].r, selector, index, i, RANKS, false, m);
+        rig_fill(&rank[i].r);
+    }
+}
+
+static void refused_together(loner *rank, kvc_status st, const char *why)
+{
+    for (uint32_t i = 0; i < RANKS; i++)
+        if (rank[i].r.worker == NULL)
+            rig_open(&rank[i].r);
+    run_loners(rank, RANKS);
+    assert_int_equal(rank[0].open, KVC_CANCELLED);
+    assert_non_null(strstr(rank[0].why, "another rank"));
+    assert_int_equal(rank[1].open, st);
+    assert_non_null(strstr(rank[1].why, why));
+    for (uint32_t i = 0; i < RANKS; i++)
+        rig_close(&rank[i].r);
+}
+
+/* Opening: a bad label, no memory for the slab, a store that one rank cannot reach. */
+static void a_rank_that_cannot_open_stops_all(void **state)
+{
+    bench *b = *state;
+    loner rank[RANKS];
+    meeting m;
+    meeting_open(&m, RANKS);
+    open_loners(rank, "esa", KVW_INDEX_COMPRESSED, &m);
+    rank[1].adapter = "two\nlines";
+    refused_together(rank, KVC_INVALID, "adapter");
+
+    struct rlimit was;
+    assert_int_equal(getrlimit(RLIMIT_AS, &was), 0);
+    open_loners(rank, "tokenselect", KVW_INDEX_EXACT, &m);
+    for (uint32_t i = 0; i < RANKS; i++)
+        rank[i].r.opts.client = b->client;
+    rank[1].r.opts.residency_slots = 1u << 25; /* of 768 bytes in 2 layers: 48 GiB */
+    unsigned long pages = 0;
+    FILE *f = fopen("/proc/self/statm", "r");
+    assert_non_null(f);
+    assert_int_equal(fscanf(f, "%lu", &pages), 1);
+    (void)fclose(f);
+    const struct rlimit tight = {.rlim_cur = pages * 4096ul + (8ul << 30),
+                                 .rlim_max = was.rlim_max};
+    assert_int_equal(setrlimit(RLIMIT_AS, &tight), 0);
+    refused_together(rank, KVC_NO_MEMORY, "residency_slots");
+    assert_int_equal(setrlimit(RLIMIT_AS, &was), 0);
+
+    store gone;
+    store_start(&gone, "inproc://worker-test-gone");
+    open_loners(rank, "tokenselect", KVW_INDEX_EXACT, &m);
+    rank[0].r.opts.client = b->client;
+    const kvc_client_opts opts = {.size_bytes = sizeof(opts),
+                                  .uris = "inproc://worker-test-gone",
+                                  .default_timeout_ns = 1000000000ull};
+    assert_ok(kvc_client_open(&opts, &rank[1].r.opts.client));
+    for (uint32_t i = 0; i < RANKS; i++)
+        rig_open(&rank[i].r);
+    store_stop(&gone);
+    kvc_client *client = rank[1].r.opts.client;
+    refused_together(rank, KVC_UNAVAILABLE, "match");
+    kvc_client_close(client);
+    meeting_close(&m);
+}
+
+/* A key or a query that one rank refuses; the pass goes on once it is mended. */
+static void a_rank_that_refuses_a_pass_stops_all(void **state)
+{
+    static const char *const selectors[] = {"esa", "tokenselect"};
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        loner rank[RANKS];
+        meeting m;
+        meeting_open(&m, RANKS);
+        open_loners(rank, selectors[i / 2], i % 2 ? KVW_INDEX_COMPRESSED : KVW_INDEX_EXACT, &m);
+        for (uint32_t j = 0; j < RANKS; j++)
+            rig_open(&rank[j].r);
+        run_loners(rank, RANKS);
+        for (uint32_t j = 0; j < RANKS; j++) {
+            kvc_status refused = j == 1 ? KVC_INVALID : KVC_CANCELLED;
+            assert_ok(rank[j].open);
+            assert_int_equal(rank[j].append, refused);
+            assert_ok(rank[j].append_again);
+            assert_int_equal(rank[j].begin, refused);
+            assert_ok(rank[j].begin_again);
+            assert_ok(rank[j].finish);
+            rig_close(&rank[j].r);
+        }
         meeting_close(&m);
     }
 }
@@ -385,6 +544,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(esa_split_picks_exactly_the_same),
         cmocka_unit_test(ranks_must_be_alike),
+        cmocka_unit_test_setup_teardown(a_rank_that_cannot_open_stops_all, bench_open, bench_close),
+        cmocka_unit_test(a_rank_that_refuses_a_pass_stops_all),
         cmocka_unit_test(heads_that_do_not_divide_are_refused),
         cmocka_unit_test(esa_sums_projections),
         cmocka_unit_test(esa_sums_scores_of_exact_keys),

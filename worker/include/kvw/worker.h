@@ -10,6 +10,10 @@
  *
  * A sequence is used by one thread at a time; different sequences may run in parallel. Nothing here
  * exits, prints or aborts on input; kvw_last_error has the words.
+ *
+ * Structs that begin with size_bytes: the caller sets it to sizeof its own struct. A shorter one,
+ * of an older header, is taken, and what it lacks is 0 (kvw_stats: not written); one that is longer
+ * than this library's, or no multiple of a word, is INVALID.
  */
 #ifndef KVW_WORKER_H
 #define KVW_WORKER_H
@@ -52,6 +56,13 @@ typedef enum kvw_index_kind {
  * the Selection Cache's cosine; its softmax is per head and needs no sum. kvw_seq_open compares
  * heads and options and agrees on what is reused by "max". Calls come in the same order on every
  * worker as long as all of them create the same sequences and run the same steps. Blocks.
+ *
+ * One worker that fails alone: kvw_seq_open, kvw_append and kvw_step_begin say so to the group (by
+ * "max" of one number) before they sum anything, and then fail on every worker, CANCELLED where
+ * only another one had a reason. What fails later on one worker (memory in the midst of a
+ * selection, resolve), in kvw_tokens or in kvw_step_finish, is that worker's alone, and a worker
+ * may end. So the engine guarantees two things: it tells the others of an error before they go on,
+ * and this function comes back with an error, TIMED_OUT say, on all workers when one does not come.
  */
 typedef kvc_status kvw_all_reduce_fn(void *arg, const char *op, float *x, uint32_t n);
 
@@ -83,7 +94,8 @@ typedef struct kvw_opts {
     uint32_t eps;                /* proximity window, tokens each side */
     uint32_t chunk_tokens; /* prefill chunk; 0: 512; block_tokens must divide it or be a multiple */
     uint32_t far_position; /* ESA: w, the constant distance of far keys; 0: n_recent */
-    double reselect_cos;   /* TokenSelect: theta of the Selection Cache; 0: off (always reselect) */
+    /* TokenSelect: theta of the Selection Cache; 0: off (always reselect); the paper uses 0.9 */
+    double reselect_cos;
     kvw_all_reduce_fn *all_reduce; /* NULL: single worker */
     void *all_reduce_arg;
     /* memory */
@@ -129,7 +141,8 @@ typedef struct kvw_seq_opts {
  * Starts a sequence. Matches the prefix of its tokens in the store, cut to a multiple of
  * chunk_tokens and block_tokens and to at most n_tokens - 1, and brings back the index, sink and
  * recent rows of what matched. *n_reused_p tokens need no prefill: the engine goes on at that
- * position. INVALID; NO_MEMORY; what the store answers.
+ * position. INVALID; NO_MEMORY; what the store answers; CANCELLED: another worker of the group
+ * could not start.
  *
  * Blocks: for a few round trips and the time that the index needs to travel (bytes_index in
  * kvw_stats, so dims + 2 bytes a token, layer and head). Where index values are missing, or the
@@ -165,6 +178,8 @@ KVW_API kvc_status kvw_tokens(kvw_seq *seq, const uint32_t *tokens,
 
 /*
  * Takes back tokens of the last pass (rejected drafts): the sequence holds n_tokens afterwards.
+ * Keeping a part of a pass makes the block that it lies in, and all later ones of this sequence,
+ * impossible for other sequences to find (they saw the rejected tokens), unless reuse_any is 1.
  * INVALID: n_tokens before the last pass or beyond it, a step is open, or layers differ.
  */
 KVW_API kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens) KVC_MUST_CHECK;
@@ -172,7 +187,8 @@ KVW_API kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens) KVC_MUST_CHECK;
 /*
  * The pass's new tokens in one layer: k, v [n_tokens, n_kv_heads, head_dim] dense, before RoPE,
  * borrowed. Layers in any order. Does not wait for the store. INVALID: another n_tokens than the
- * pass has, twice in one pass, or a key that is not finite (the layer is as it was).
+ * pass has, twice in one pass, or a key that is not finite; CANCELLED: on another worker of the
+ * group (the layer is as it was).
  */
 KVW_API kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
                               uint32_t n_tokens) KVC_MUST_CHECK;
@@ -182,16 +198,17 @@ KVW_API kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const
  * in dtype, before RoPE, the real query or a prediction (borrowed). Selects, resolves, submits at
  * most one fetch per server; never waits for the network. Several steps may be open, one per layer.
  * INVALID: the pass is not appended, or q_select is not finite. AGAIN: a step of this layer is
- * open.
+ * open. CANCELLED: another worker of the group could not begin.
  */
 KVW_API kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
                                   kvw_step **step_p) KVC_MUST_CHECK;
-/* Optional: attends over resident rows with the real q while the misses travel. No-op in exact. */
+/* Optional: attends over resident rows with the real q while the misses travel. No-op in exact.
+ * Where it fails (NO_MEMORY), finish fails too. */
 KVW_API kvc_status kvw_step_attend(kvw_step *step, const void *q) KVC_MUST_CHECK;
 /*
- * Takes the step. out [n_q, n_q_heads, head_dim] in dtype; lse [n_q, n_q_heads] natural log, may be
- * NULL. Waits for the misses up to fetch_timeout_ns. FAIL policy: TIMED_OUT, NOT_FOUND,
- * UNAVAILABLE.
+ * Takes the step. out [n_q, n_q_heads, head_dim] in dtype, may be q itself; lse [n_q, n_q_heads]
+ * natural log, may be NULL. Waits for the misses up to fetch_timeout_ns. FAIL policy: TIMED_OUT,
+ * NOT_FOUND, UNAVAILABLE.
  */
 KVW_API kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out,
                                    float *lse) KVC_MUST_CHECK;
