@@ -13,6 +13,7 @@
 #include "attend.cuh"
 
 #define COMBINE_WARPS 8u
+#define AT_ONCE       16u /* tiles whose sums a warp has in flight */
 
 template <typename T> __device__ static inline float2 pair_of(uint32_t bits);
 template <> __device__ inline float2 pair_of<__nv_bfloat16>(uint32_t bits)
@@ -191,11 +192,10 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct att
     uint32_t width = a->n_q_heads * kDim, there = 0;
 
     kvki_wait_for_previous();
-    n = min(a->n_list[seq], a->stride);
+    kvki_let_next_start();
+    n = attend_find_rows(a, seq, first, &rows);
     if (first >= n)
         return;
-    attend_find_rows(a, seq, first, min(n - first, ATTEND_TILE), &rows);
-    __syncthreads();
     there = attend_load_tile(a, &l, &rows, tile);
     for (uint32_t i = threadIdx.x; i < width; i += ATTEND_THREADS)
         q[i] = a->q[(size_t)seq * width + i];
@@ -226,27 +226,38 @@ __global__ void __launch_bounds__(COMBINE_WARPS * 32) combine_kernel(const struc
     end = min((warp + 1) * each, n);
     for (uint32_t t = lane; t < n; t += 32)
         most = fmaxf(most, mosts[t]);
-    for (int step = 1; step < 32; step *= 2)
-        most = fmaxf(most, __shfl_xor_sync(KVKI_FULL_WARP, most, step));
-    for (uint32_t from = warp * each; from < end; from += 32) {
-        uint32_t mine = from + lane, here = min(end - from, 32u);
-        float peak = mine < end ? mosts[mine] : -INFINITY;
-        float share = peak == most ? 1.0f : expf(peak - most);
-        float part = mine < end ? all[mine] : 0.0f;
+    for (uint32_t from = warp * each; from < end; from += AT_ONCE) {
+        uint32_t mine = from + lane;
         const float *parts = p.o +
                              (((size_t)seq * p.n_tiles + from) * p.a.n_q_heads + head) * kDim +
                              lane * (kDim / 32);
-#pragma unroll 8
-        for (uint32_t t = 0; t < here; t++) {
-            const float *x = parts + (size_t)t * p.a.n_q_heads * kDim;
-            float weight = __shfl_sync(KVKI_FULL_WARP, share, (int)t);
-            total = fmaf(__shfl_sync(KVKI_FULL_WARP, part, (int)t), weight, total);
+        float peak = mine < end ? mosts[mine] : -INFINITY, share = 0;
+        float part = mine < end ? all[mine] : 0.0f, x[AT_ONCE][kDim / 32];
+#pragma unroll
+        for (uint32_t t = 0; t < AT_ONCE; t++) {
 #pragma unroll
             for (int i = 0; i < kDim / 32; i += 2) {
-                float2 two = *(const float2 *)(x + i);
-                o[i] = fmaf(two.x, weight, o[i]);
-                o[i + 1] = fmaf(two.y, weight, o[i + 1]);
+                const float *at = parts + (size_t)t * p.a.n_q_heads * kDim + i;
+                float2 two = from + t < end ? *(const float2 *)at : make_float2(0, 0);
+                x[t][i] = two.x;
+                x[t][i + 1] = two.y;
             }
+        }
+        if (from == warp * each) { /* the maximum of all tiles, while the first ones arrive */
+            for (int step = 1; step < 32; step *= 2)
+                most = fmaxf(most, __shfl_xor_sync(KVKI_FULL_WARP, most, step));
+        }
+        share = peak == most ? 1.0f : expf(peak - most);
+#pragma unroll
+        for (uint32_t t = 0; t < AT_ONCE; t++) {
+            float weight = __shfl_sync(KVKI_FULL_WARP, share, (int)t);
+            float more = __shfl_sync(KVKI_FULL_WARP, part, (int)t);
+            if (from + t >= end)
+                break;
+            total = fmaf(more, weight, total);
+#pragma unroll
+            for (int i = 0; i < kDim / 32; i++)
+                o[i] = fmaf(x[t][i], weight, o[i]);
         }
     }
 #pragma unroll
@@ -264,7 +275,7 @@ __global__ void __launch_bounds__(COMBINE_WARPS * 32) combine_kernel(const struc
             sum += sums[w][d];
         p.a.o[row * kDim + d] = total == 0.0f ? 0.0f : sum / total;
     }
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) /* the first warp has a tile, if there is one, and so the maximum */
         p.a.lse[row] = total == 0.0f ? -INFINITY : most + logf(total);
 }
 

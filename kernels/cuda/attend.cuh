@@ -50,29 +50,34 @@ struct attend_rows {
     char *keep[ATTEND_TILE];
 };
 
-/* Fills rows for entries first .. first + n_here - 1 of a list; one thread an entry. */
-__device__ static inline void attend_find_rows(const kvk_cuda_attend_args *a, uint32_t seq,
-                                               uint32_t first, uint32_t n_here,
-                                               struct attend_rows *rows)
+/*
+ * Fills rows for the entries of a list from `first` on; one thread an entry. The list is read at
+ * once with its length, not after it. Gives the length, to all threads; all call.
+ */
+__device__ static inline uint32_t attend_find_rows(const kvk_cuda_attend_args *a, uint32_t seq,
+                                                   uint32_t first, struct attend_rows *rows)
 {
-    uint32_t r = threadIdx.x;
+    uint32_t r = threadIdx.x, n = min(a->n_list[seq], a->stride);
     size_t at = (size_t)seq * a->stride + first + r;
     const char *from = NULL;
     char *slot_at = NULL;
     bool fetched = false;
 
-    if (r >= ATTEND_TILE)
-        return;
-    if (r < n_here) {
+    if (r < ATTEND_TILE && first + r < a->stride) {
         int32_t slot = a->list[at];
         uint32_t position = a->fetch ? a->fetch[at] : KVK_CUDA_RESIDENT;
-        slot_at = (char *)a->res[seq].slots + (size_t)slot * a->row_bytes;
-        fetched = position != KVK_CUDA_RESIDENT;
-        from = fetched ? kvki_source_row(a->source + seq, position, a->row_bytes) : slot_at;
-        from = slot < 0 ? NULL : from;
+        slot_at = (char *)a->res[seq].slots + (size_t)max(slot, 0) * a->row_bytes;
+        if (first + r < n && slot >= 0) {
+            fetched = position != KVK_CUDA_RESIDENT;
+            from = fetched ? kvki_source_row(a->source + seq, position, a->row_bytes) : slot_at;
+        }
     }
-    rows->from[r] = from;
-    rows->keep[r] = fetched && from ? slot_at : NULL;
+    if (r < ATTEND_TILE) {
+        rows->from[r] = from;
+        rows->keep[r] = fetched && from ? slot_at : NULL;
+    }
+    __syncthreads();
+    return n;
 }
 
 /* One fetched row by a warp: all its loads in flight (up to 4 KiB), then to the tile and its slot.

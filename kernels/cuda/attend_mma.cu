@@ -180,11 +180,10 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2) attend_mma_kernel(const str
     struct pieces queries[kDim / 16];
 
     kvki_wait_for_previous();
-    n = min(a->n_list[seq], a->stride);
+    kvki_let_next_start();
+    n = attend_find_rows(a, seq, first, &rows);
     if (first >= n)
         return;
-    attend_find_rows(a, seq, first, min(n - first, ATTEND_TILE), &rows);
-    __syncthreads();
     there = attend_load_tile(a, &l, &rows, tile);
     for (uint32_t kv_head = threadIdx.x / 32u; kv_head < a->n_kv_heads; kv_head += ATTEND_WARPS) {
         uint32_t head = kv_head * group + lane / 4u;
@@ -195,7 +194,6 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2) attend_mma_kernel(const str
         if (kv_head < ATTEND_WARPS) { /* the first round waits, with its queries at hand */
             kvki_async_wait();
             __syncthreads();
-            kvki_let_next_start();
         }
         find_logits<kDim>(queries, keys, l.row_stride, x);
         find_weights(a, there, x, &most, &total);

@@ -24,8 +24,7 @@
 
 #define TOPK_THREADS 512u
 #define TOPK_WARPS   (TOPK_THREADS / 32u)
-#define TOPK_TURN    (2u * TOPK_WARPS) /* candidates a block ranks at a time */
-#define TOPK_CANDS   8192u             /* candidates of a sequence; at least 2 KVK_CUDA_K_MAX */
+#define TOPK_CANDS   8192u /* candidates of a sequence; at least 2 KVK_CUDA_K_MAX */
 #define TOPK_FINE    65536u
 #define TOPK_COARSE  256u
 #define TOPK_DIGIT   11u /* bits of a radix digit */
@@ -68,7 +67,7 @@ struct topk_block {
     uint32_t n_rows[KVK_CUDA_SEQS_MAX];
     uint32_t bound[KVK_CUDA_SEQS_MAX];
     union {
-        uint64_t staged[TOPK_STAGED];
+        __align__(16) uint64_t staged[TOPK_STAGED];
         uint32_t bins[TOPK_BINS];
     };
 };
@@ -223,38 +222,49 @@ struct topk_place_of {
     uint32_t bin, above;
 };
 
-/* Finds it in bins that others wrote. A whole warp calls; n_bins is a multiple of 128. */
-__device__ static inline struct topk_place_of topk_find(const uint32_t *bins, uint32_t n_bins,
-                                                        uint32_t need)
+/* The lane whose items, counted from lane 0 on, include the need-th; 32: none. *above_p: the items
+ * of the lanes before it. */
+__device__ static inline uint32_t topk_find_lane(uint32_t own, uint32_t need, uint32_t *above_p)
 {
-    uint32_t lane = threadIdx.x & 31u, each = n_bins / 32u, top = n_bins - lane * each;
-    uint32_t own = 0, upto = 0, lanes = 0;
-    struct topk_place_of at = {n_bins, 0};
+    uint32_t lane = threadIdx.x & 31u, upto = own, lanes = 0, found = 32;
 
-#pragma unroll 2
-    for (uint32_t i = 0; i < each; i += 4) {
-        uint4 d = __ldcg((const uint4 *)(bins + top - each + i));
-        own += d.x + d.y + d.z + d.w;
-    }
-    upto = own;
     for (uint32_t step = 1; step < 32; step *= 2) {
         uint32_t other = __shfl_up_sync(KVKI_FULL_WARP, upto, step);
         upto += lane >= step ? other : 0;
     }
     lanes = __ballot_sync(KVKI_FULL_WARP, upto >= need);
-    if (lanes == 0)
-        return at;
-    at.above = upto - own;
-    if (lane == (uint32_t)__ffs((int)lanes) - 1) {
-        for (at.bin = top - 1; at.bin > top - each; at.bin--) {
-            uint32_t count = __ldcg(bins + at.bin);
-            if (at.above + count >= need)
-                break;
-            at.above += count;
-        }
+    found = lanes ? (uint32_t)__ffs((int)lanes) - 1 : 32;
+    *above_p = __shfl_sync(KVKI_FULL_WARP, upto - own, (int)(found & 31u));
+    return found;
+}
+
+/* Finds it in bins that others wrote. A whole warp calls. Each lane sums kEach bins, the first lane
+ * the top ones; then the bins of the lane that has it are shared out. */
+template <uint32_t kEach>
+__device__ static inline struct topk_place_of topk_find(const uint32_t *bins, uint32_t need)
+{
+    uint32_t lane = threadIdx.x & 31u, own = 0, above = 0, owner = 0, top = 0;
+    struct topk_place_of at = {32u * kEach, 0};
+
+#pragma unroll 4
+    for (uint32_t i = 0; i < kEach; i += 4) {
+        uint4 d = __ldcg((const uint4 *)(bins + (31u - lane) * kEach + i));
+        own += d.x + d.y + d.z + d.w;
     }
-    at.bin = __shfl_sync(KVKI_FULL_WARP, at.bin, __ffs((int)lanes) - 1);
-    at.above = __shfl_sync(KVKI_FULL_WARP, at.above, __ffs((int)lanes) - 1);
+    owner = topk_find_lane(own, need, &at.above);
+    if (owner == 32)
+        return at;
+    top = (32u - owner) * kEach;
+    for (uint32_t from = 0; from < kEach; from += 32) {
+        uint32_t count = from + lane < kEach ? __ldcg(bins + top - 1 - from - lane) : 0;
+        uint32_t found = topk_find_lane(count, need - at.above, &above);
+        if (found < 32) {
+            at.bin = top - 1 - from - found;
+            at.above += above;
+            return at;
+        }
+        at.above += __reduce_add_sync(KVKI_FULL_WARP, count);
+    }
     return at;
 }
 
@@ -298,7 +308,7 @@ __device__ static inline void topk_publish(const struct topk_job *job, struct to
     if (seq < job->n_seqs && topk_sampled(block->n_rows[seq])) {
         need = topk_need(job, block, seq, walk);
         scores = topk_sampled_groups(block, seq, walk) * 32u;
-        while (lanes > 1 && scores / lanes < 2 * need)
+        while (lanes > 1 && scores / lanes < 8 * need)
             lanes /= 2;
         for (uint32_t step = 1; step < lanes; step *= 2)
             best = max(best, __shfl_xor_sync(KVKI_FULL_WARP, best, step));
@@ -327,11 +337,11 @@ __device__ static inline uint32_t topk_bound(const struct topk_job *job,
 
     if (!topk_sampled(block->n_rows[seq]))
         return 0;
-    coarse = topk_find(job->space.coarse + (size_t)seq * TOPK_COARSE, TOPK_COARSE, need);
+    coarse = topk_find<TOPK_COARSE / 32>(job->space.coarse + (size_t)seq * TOPK_COARSE, need);
     if (coarse.bin == TOPK_COARSE)
         return 0;
-    fine = topk_find(job->space.fine + (size_t)seq * TOPK_FINE + (size_t)coarse.bin * 256u, 256u,
-                     need - coarse.above);
+    fine = topk_find<8>(job->space.fine + (size_t)seq * TOPK_FINE + (size_t)coarse.bin * 256u,
+                        need - coarse.above);
     return coarse.bin << 24 | fine.bin << 16;
 }
 

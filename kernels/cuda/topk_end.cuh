@@ -77,7 +77,7 @@ __device__ static inline void topk_select_exactly(const struct topk_job *job,
         struct topk_place_of at;
         topk_count_digit(job, block, seq, prefix, d, digits);
         kvki_grid_barrier(&counters->barrier, arrivals);
-        at = topk_find(digits, TOPK_BINS, need - above);
+        at = topk_find<TOPK_BINS / 32>(digits, need - above);
         above += at.above;
         prefix = prefix << topk_digit_bits(d) | at.bin;
         least = prefix << topk_digit_shift(d);
@@ -113,17 +113,14 @@ __device__ static inline void topk_place(const struct topk_job *job, uint32_t se
             job->eps ? topk_score(key) : __ldcg(job->space.scores + seq * job->space.stride + row);
 }
 
-/* Ranks TOPK_TURN candidates of seq from `from` on, two a warp, against all of them. */
+/* Ranks TOPK_WARPS candidates of seq from `from` on, one a warp, against all of them. */
 __device__ static inline void topk_rank(const struct topk_job *job, struct topk_block *block,
                                         uint32_t seq, uint32_t n_cands, uint32_t from)
 {
     const uint64_t *cands = job->space.cands + (size_t)seq * TOPK_CANDS;
-    uint32_t at = from + threadIdx.x / 32u * 2u, lane = threadIdx.x & 31u, before[2] = {0, 0};
-    uint64_t mine[2];
+    uint32_t at = from + threadIdx.x / 32u, lane = threadIdx.x & 31u, before = 0;
+    uint64_t mine = at < n_cands ? __ldcg(cands + at) : UINT64_MAX;
 
-#pragma unroll
-    for (uint32_t c = 0; c < 2; c++)
-        mine[c] = at + c < n_cands ? __ldcg(cands + at + c) : UINT64_MAX;
     for (uint32_t start = 0; start < n_cands; start += TOPK_STAGED) {
         uint32_t n = n_cands - start < TOPK_STAGED ? n_cands - start : TOPK_STAGED;
         __syncthreads();
@@ -133,22 +130,23 @@ __device__ static inline void topk_rank(const struct topk_job *job, struct topk_
             block->staged[slot] = slot < n ? __ldcg(cands + start + slot) : 0;
         }
         __syncthreads();
-#pragma unroll 8
-        for (uint32_t i = lane; i < (n + 31u) / 32u * 32u; i += 32u) {
-            uint64_t other = block->staged[i];
-            before[0] += other > mine[0];
-            before[1] += other > mine[1];
+        for (uint32_t i = lane * 2u; i < n; i += 64u * 4u) {
+#pragma unroll
+            for (uint32_t j = 0; j < 4; j++) { /* past n lie zeros, at most a stage's worth */
+                ulonglong2 two =
+                    *(const ulonglong2 *)&block->staged[min(i + j * 64u, TOPK_STAGED - 2)];
+                bool there = i + j * 64u < n;
+                before += there && two.x > mine;
+                before += there && two.y > mine;
+            }
         }
     }
-#pragma unroll
-    for (uint32_t c = 0; c < 2; c++) {
-        before[c] = __reduce_add_sync(KVKI_FULL_WARP, before[c]);
-        if (lane == c && at + c < n_cands)
-            topk_place(job, seq, mine[c], before[c]);
-    }
+    before = __reduce_add_sync(KVKI_FULL_WARP, before);
+    if (lane == 0 && at < n_cands)
+        topk_place(job, seq, mine, before);
 }
 
-/* Ranks the candidates of all sequences; the blocks take turns at TOPK_TURN of them. */
+/* Ranks the candidates of all sequences; the blocks take turns at TOPK_WARPS of them. */
 __device__ static inline void topk_rank_all(const struct topk_job *job, struct topk_block *block)
 {
     uint32_t turn = blockIdx.x; /* turns until this block's next */
@@ -159,9 +157,9 @@ __device__ static inline void topk_rank_all(const struct topk_job *job, struct t
                                                           : __ldcg(job->space.n_exact + seq);
         if (blockIdx.x == 0 && threadIdx.x == 0)
             job->n_picks[seq] = job->k < n ? job->k : n;
-        turns = (n_cands + TOPK_TURN - 1) / TOPK_TURN;
+        turns = (n_cands + TOPK_WARPS - 1) / TOPK_WARPS;
         for (; turn < turns; turn += gridDim.x)
-            topk_rank(job, block, seq, n_cands, turn * TOPK_TURN);
+            topk_rank(job, block, seq, n_cands, turn * TOPK_WARPS);
         turn -= turns;
     }
 }
