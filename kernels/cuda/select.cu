@@ -11,7 +11,7 @@
 #include "topk_end.cuh"
 
 #define DIMS_MAX 256u
-#define HELD     3u /* groups whose keys a warp keeps until the bound is known */
+#define HELD     2u /* groups whose keys a warp keeps until the bound is known */
 
 struct select_params {
     struct topk_job job;

@@ -30,11 +30,14 @@
 #define TOPK_DIGIT   11u /* bits of a radix digit */
 #define TOPK_DIGITS  6u
 #define TOPK_BINS    (1u << TOPK_DIGIT)
+#define TOPK_SHARED  4u /* rounds handed out, at least */
+#define TOPK_TICKETS 32u
 #define TOPK_STAGED  4096u /* candidates in shared memory at a time */
 
 /* Counters of one launch. */
 struct topk_counters {
-    uint32_t barrier, done, ticket, spare[5];
+    uint32_t barrier, done, spare[30];
+    uint32_t tickets[TOPK_TICKETS][32]; /* the first of each line: all warps at one would queue */
     uint32_t digits[TOPK_DIGITS][TOPK_BINS];
 };
 
@@ -65,7 +68,10 @@ struct topk_job {
 struct topk_block {
     uint32_t first_group[KVK_CUDA_SEQS_MAX + 1]; /* groups of 32 rows, all sequences in a row */
     uint32_t n_rows[KVK_CUDA_SEQS_MAX];
-    uint32_t bound[KVK_CUDA_SEQS_MAX];
+    union {
+        uint32_t bound[KVK_CUDA_SEQS_MAX];   /* while scanning: the least key of a candidate */
+        uint32_t n_cands[KVK_CUDA_SEQS_MAX]; /* then: to be ranked; UINT32_MAX: they will not do */
+    };
     union {
         __align__(16) uint64_t staged[TOPK_STAGED];
         uint32_t bins[TOPK_BINS];
@@ -175,7 +181,7 @@ __device__ static inline struct topk_walk topk_plan(uint32_t n_groups)
 
     w.skip = max(1u, (n_groups + topk_warps() - 1) / topk_warps());
     w.n_rest = n_groups - (n_groups + w.skip - 1) / w.skip;
-    w.own = max(w.n_rest / topk_warps(), 1u) - 1;
+    w.own = max(w.n_rest / topk_warps(), TOPK_SHARED) - TOPK_SHARED;
     return w;
 }
 
@@ -185,14 +191,15 @@ __device__ static inline uint32_t topk_rest(const struct topk_walk *w, uint32_t 
     return rest / (w->skip - 1) * w->skip + 1 + rest % (w->skip - 1);
 }
 
-/* The next of the rest to hand out, in lane 0; a warp's first follows from its number. */
+/* The next of the rest to hand out, in lane 0; a warp's first follows from its number. Warps draw
+ * from TOPK_TICKETS rows of tickets. */
 __device__ static inline uint32_t topk_ticket(const struct topk_job *job, const struct topk_walk *w)
 {
-    uint32_t ticket = 0;
+    uint32_t row = topk_warp() % TOPK_TICKETS, ticket = 0;
 
     if ((threadIdx.x & 31u) == 0)
-        ticket = atomicAdd(&job->space.counters->ticket, 1u);
-    return (w->own + 1) * topk_warps() + ticket;
+        ticket = atomicAdd(&job->space.counters->tickets[row][0], 1u);
+    return (w->own + 1) * topk_warps() + ticket * TOPK_TICKETS + row;
 }
 
 /* True where the sample decides the bound: a short list is all candidates. */
@@ -238,6 +245,21 @@ __device__ static inline uint32_t topk_find_lane(uint32_t own, uint32_t need, ui
     return found;
 }
 
+/* Eight counts of one lane, the last one first, to lanes 0 to 7; 0 to the others. */
+__device__ static inline uint32_t topk_share_out(const uint4 (&counts)[2], uint32_t owner)
+{
+    const uint32_t all[8] = {counts[1].w, counts[1].z, counts[1].y, counts[1].x,
+                             counts[0].w, counts[0].z, counts[0].y, counts[0].x};
+    uint32_t mine = 0;
+
+#pragma unroll
+    for (uint32_t i = 0; i < 8; i++) {
+        uint32_t count = __shfl_sync(KVKI_FULL_WARP, all[i], (int)owner);
+        mine = (threadIdx.x & 31u) == i ? count : mine;
+    }
+    return mine;
+}
+
 /* Finds it in bins that others wrote. A whole warp calls. Each lane sums kEach bins, the first lane
  * the top ones; then the bins of the lane that has it are shared out. */
 template <uint32_t kEach>
@@ -245,19 +267,26 @@ __device__ static inline struct topk_place_of topk_find(const uint32_t *bins, ui
 {
     uint32_t lane = threadIdx.x & 31u, own = 0, above = 0, owner = 0, top = 0;
     struct topk_place_of at = {32u * kEach, 0};
+    uint4 low[2] = {};
 
 #pragma unroll 4
     for (uint32_t i = 0; i < kEach; i += 4) {
         uint4 d = __ldcg((const uint4 *)(bins + (31u - lane) * kEach + i));
         own += d.x + d.y + d.z + d.w;
+        if (i < 8)
+            low[i / 4] = d;
     }
     owner = topk_find_lane(own, need, &at.above);
     if (owner == 32)
         return at;
     top = (32u - owner) * kEach;
     for (uint32_t from = 0; from < kEach; from += 32) {
-        uint32_t count = from + lane < kEach ? __ldcg(bins + top - 1 - from - lane) : 0;
-        uint32_t found = topk_find_lane(count, need - at.above, &above);
+        uint32_t count = 0, found = 0;
+        if (kEach == 8)
+            count = topk_share_out(low, owner);
+        else if (from + lane < kEach)
+            count = __ldcg(bins + top - 1 - from - lane);
+        found = topk_find_lane(count, need - at.above, &above);
         if (found < 32) {
             at.bin = top - 1 - from - found;
             at.above += above;
@@ -308,7 +337,7 @@ __device__ static inline void topk_publish(const struct topk_job *job, struct to
     if (seq < job->n_seqs && topk_sampled(block->n_rows[seq])) {
         need = topk_need(job, block, seq, walk);
         scores = topk_sampled_groups(block, seq, walk) * 32u;
-        while (lanes > 1 && scores / lanes < 8 * need)
+        while (lanes > 1 && scores / lanes < 4 * need)
             lanes /= 2;
         for (uint32_t step = 1; step < lanes; step *= 2)
             best = max(best, __shfl_xor_sync(KVKI_FULL_WARP, best, step));
@@ -367,13 +396,14 @@ __device__ static inline void topk_bounds(const struct topk_job *job, struct top
     __syncthreads();
 }
 
-/* True where the candidates hold the k best; the same answer in every block after the scan. */
-__device__ static inline bool topk_complete(const struct topk_job *job,
-                                            const struct topk_block *block, uint32_t seq)
+/* How many candidates the scan left, the same answer in every block; UINT32_MAX where they need not
+ * hold the k best. */
+__device__ static inline uint32_t topk_scanned(const struct topk_job *job,
+                                               const struct topk_block *block, uint32_t seq)
 {
     uint32_t n = block->n_rows[seq], found = __ldcg(job->space.n_cands + seq);
 
-    return job->eps == 0 && found <= TOPK_CANDS && found >= (job->k < n ? job->k : n);
+    return job->eps == 0 && found <= TOPK_CANDS && found >= min(job->k, n) ? found : UINT32_MAX;
 }
 
 #endif

@@ -92,6 +92,8 @@ __device__ static inline void topk_select_exactly(const struct topk_job *job,
                     row < n && ((uint64_t)key << 32 | (uint32_t)~row) >= least);
     }
     kvki_grid_barrier(&counters->barrier, arrivals);
+    if (threadIdx.x == 0)
+        block->n_cands[seq] = __ldcg(job->space.n_exact + seq);
     for (uint32_t i = blockIdx.x * TOPK_THREADS + threadIdx.x; i < TOPK_DIGITS * TOPK_BINS;
          i += gridDim.x * TOPK_THREADS)
         counters->digits[0][i] = 0;
@@ -152,9 +154,7 @@ __device__ static inline void topk_rank_all(const struct topk_job *job, struct t
     uint32_t turn = blockIdx.x; /* turns until this block's next */
 
     for (uint32_t seq = 0; seq < job->n_seqs; seq++) {
-        uint32_t n = block->n_rows[seq], turns = 0;
-        uint32_t n_cands = topk_complete(job, block, seq) ? __ldcg(job->space.n_cands + seq)
-                                                          : __ldcg(job->space.n_exact + seq);
+        uint32_t n = block->n_rows[seq], n_cands = block->n_cands[seq], turns = 0;
         if (blockIdx.x == 0 && threadIdx.x == 0)
             job->n_picks[seq] = job->k < n ? job->k : n;
         turns = (n_cands + TOPK_WARPS - 1) / TOPK_WARPS;
@@ -194,7 +194,9 @@ __device__ static inline void topk_finish(const struct topk_job *job)
         return;
     for (uint32_t seq = 0; seq < job->n_seqs; seq++)
         job->space.n_cands[seq] = job->space.n_exact[seq] = 0;
-    counters->barrier = counters->done = counters->ticket = 0;
+    for (uint32_t i = 0; i < TOPK_TICKETS; i++)
+        counters->tickets[i][0] = 0;
+    counters->barrier = counters->done = 0;
 }
 
 /* What follows the scan, the same for every kind of score. */
@@ -204,8 +206,11 @@ __device__ static inline void topk_conclude(const struct topk_job *job, struct t
     kvki_grid_barrier(&job->space.counters->barrier, arrivals);
     kvki_let_next_start();
     topk_clear_samples(job, block);
+    for (uint32_t seq = threadIdx.x; seq < job->n_seqs; seq += TOPK_THREADS)
+        block->n_cands[seq] = topk_scanned(job, block, seq);
+    __syncthreads();
     for (uint32_t seq = 0; seq < job->n_seqs; seq++) {
-        if (!topk_complete(job, block, seq))
+        if (block->n_cands[seq] == UINT32_MAX)
             topk_select_exactly(job, block, seq, arrivals);
     }
     topk_rank_all(job, block);
