@@ -38,7 +38,8 @@ typedef struct kvctl_command {
 } kvctl_command;
 
 extern const kvctl_command kvctl_status, kvctl_top, kvctl_match, kvctl_rows, kvctl_get, kvctl_put,
-    kvctl_prefetch, kvctl_context, kvctl_hold, kvctl_release, kvctl_erase, kvctl_doctor;
+    kvctl_prefetch, kvctl_context, kvctl_hold, kvctl_release, kvctl_erase, kvctl_doctor,
+    kvctl_bench;
 extern const char kvctl_help[];
 
 /* ---- main.c ---------------------------------------------------------------------------------- */

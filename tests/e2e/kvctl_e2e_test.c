@@ -109,9 +109,9 @@ static int close_shared(void **state)
 static void test_help(void **state)
 {
     (void)state;
-    static const char *const commands[] = {"status",  "match",    "rows",  "doctor",
-                                           "top",     "get",      "put",   "hold",
-                                           "release", "prefetch", "erase", "context"};
+    static const char *const commands[] = {"status", "match",   "rows", "doctor",  "top",
+                                           "get",    "put",     "hold", "release", "prefetch",
+                                           "erase",  "context", "bench"};
     static const char *const sections[] = {
         "NAME\n", "SYNOPSIS\n", "DESCRIPTION\n", "OPTIONS\n", "EXIT STATUS\n", "EXAMPLES\n", NULL};
     expect(NULL, WORDS("--help"), 0, sections, NULL);
@@ -496,6 +496,53 @@ static void test_top(void **state)
     expect(NULL, WORDS(ON, "top", "now"), 2, NULL, "now");
 }
 
+/* The number after "key": in a JSON text. */
+static uint64_t json_number(const char *text, const char *key)
+{
+    char quoted[64];
+    (void)snprintf(quoted, sizeof(quoted), "\"%s\":", key);
+    expect_text(text, quoted);
+    return strtoull(strstr(text, quoted) + strlen(quoted), NULL, 10);
+}
+
+/* Every case moves what it says, and nothing of it stays. */
+static void test_bench(void **state)
+{
+    (void)state;
+    const char *const *small = WORDS(ON, "--json", "bench", "--value-bytes", "16KiB", "--row-bytes",
+                                     "256", "--values", "40", "--runs", "3");
+    output before = run(NULL, WORDS(ON, "--json", "status"));
+    output o = run(NULL, small);
+    assert_int_equal(o.status, 0);
+    const char *get = strstr(o.out, "\"case\":\"get\""), *rows = strstr(o.out, "\"case\":\"rows\"");
+    assert_true(get != NULL && rows != NULL);
+    assert_int_equal(json_number(o.out, "bytes"), 3 * 40 * 16384);
+    assert_int_equal(json_number(get, "bytes"), 3 * 40 * 16384);
+    assert_int_equal(json_number(rows, "bytes"), 3 * 2048 * 256);
+    assert_int_equal(json_number(rows, "unit_bytes"), 256);
+    assert_int_equal(json_number(get, "rows_dram") + json_number(get, "rows_lmdb"), 3 * 40 * 64);
+    assert_true(json_number(o.out, "bytes_per_s_min") > 0);
+    assert_true(json_number(o.out, "bytes_per_s_min") <= json_number(o.out, "bytes_per_s"));
+    assert_true(json_number(o.out, "bytes_per_s") <= json_number(o.out, "bytes_per_s_max"));
+    output after = run(NULL, WORDS(ON, "--json", "status"));
+    assert_int_equal(json_number(after.out, "values"), json_number(before.out, "values"));
+    expect(NULL, WORDS(ON, "bench", "--values", "2", "--runs", "1", "--durable", "put"), 0,
+           WORDS("| case | who | GB/s | min-max | a second | of the floor | CPU ns/KiB |\n",
+                 "| put 1.00 MiB, DURABLE "),
+           NULL);
+    expect(NULL, WORDS(ON, "bench", "--values", "100", "--runs", "1", "--keep", "walk"), 2, NULL,
+           "'walk' is none of put, get, rows");
+    expect(NULL, WORDS(ON, "bench", "--row-bytes", "1MiB"), 2, NULL, "64 to 1024 rows");
+    expect(NULL, WORDS(ON, "bench", "--row-bytes", "0"), 2, NULL, "--row-bytes wants a size");
+    expect(NULL, WORDS(ON, "bench", "--values", "100000"), 2, NULL, "4GiB");
+    free(before.out);
+    free(before.err);
+    free(after.out);
+    free(after.err);
+    free(o.out);
+    free(o.err);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -505,7 +552,7 @@ int main(void)
         cmocka_unit_test(test_rows),        cmocka_unit_test(test_doctor),
         cmocka_unit_test(test_schema_file), cmocka_unit_test(test_put_get),
         cmocka_unit_test(test_keep),        cmocka_unit_test(test_context_file),
-        cmocka_unit_test(test_top),
+        cmocka_unit_test(test_top),         cmocka_unit_test(test_bench),
     };
     return cmocka_run_group_tests(tests, open_shared, close_shared);
 }
