@@ -1,5 +1,6 @@
 """The ctypes binding with numpy alone: layouts, selection against an oracle, refusals."""
 
+import gc
 import os
 import subprocess
 import unittest
@@ -122,6 +123,30 @@ class Selection(unittest.TestCase):
                 out, Oracle("tokenselect", 16, 32, 48, THETA).attend(q, k, v), atol=2e-5
             )
 
+    def test_a_step_left_alone_does_not_block_its_layer(self):
+        rng = np.random.default_rng(4)
+        q, k, v = rows(rng, 8, 6), rows(rng, 8, 2), rows(rng, 8, 2)
+        with kvasir.Worker(GEOMETRY, "m", "tokenselect", **SMALL) as worker:
+            seq = worker.sequence()
+            seq.tokens(np.arange(8))
+            seq.append(0, k, v)
+            want = seq.step(0, q).finish(q)
+            with self.assertRaises(ZeroDivisionError), seq.step(0, q):
+                raise ZeroDivisionError
+            with seq.step(0, q) as step:
+                np.testing.assert_array_equal(step.finish(q), want)
+            seq.step(0, q)  # dropped
+            cycle = [seq.step(0, q)]
+            cycle.append(cycle)
+            del cycle
+            gc.collect()
+            np.testing.assert_array_equal(seq.step(0, q).finish(q), want)
+            last = seq.step(0, q)
+            seq.close()
+            del last
+            with self.assertRaises(TypeError):
+                kvasir.worker.Step(seq, 0, None)
+
 
 class Refusals(unittest.TestCase):
     def setUp(self):
@@ -147,6 +172,22 @@ class Refusals(unittest.TestCase):
     def test_kind(self):
         with self.assertRaisesRegex(TypeError, "numpy array or a torch tensor"):
             self.seq.append(0, [[0.0]] * 4, self.kv)
+
+    def test_read_only(self):
+        q, fixed = rows(self.rng, 4, 6), np.frombuffer(bytes(4 * 6 * 16 * 4), np.float32)
+        fixed = fixed.reshape(4, 6, 16)
+        lse = np.frombuffer(bytes(4 * 6 * 4), np.float32).reshape(4, 6)
+        with self.assertRaisesRegex(ValueError, "out is read-only"):
+            self.seq.forward(0, q, self.kv, self.kv, out=fixed)
+        with self.assertRaisesRegex(ValueError, "lse is read-only"):
+            self.seq.forward(0, q, self.kv, self.kv, lse=lse)
+        self.seq.append(0, self.kv, self.kv)  # neither has begun
+        step = self.seq.step(0, fixed)  # as a query it will do
+        with self.assertRaisesRegex(ValueError, "out is read-only"):
+            step.finish(fixed, out=fixed)
+        with self.assertRaisesRegex(ValueError, "lse is read-only"):
+            step.finish(fixed, lse=lse)
+        step.finish(fixed)
 
     def test_token_ids(self):
         for bad, error in (([1.5], TypeError), ([-1], ValueError), ([[1]], ValueError)):

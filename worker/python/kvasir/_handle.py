@@ -22,10 +22,12 @@ _roots = {}  # open handles without a parent; a dict, since its single operation
 class Handle:
     """
     Handle("kvw_seq", "the sequence", ptr, destroy, parent=None, exclusive=False): owns ptr.
-    exclusive: one thread at a time; others wait. A child is made while its parent is held.
+    exclusive: one thread at a time; others wait. A child is made while its parent is held. keep:
+    what ptr uses, alive until it is destroyed.
     """
 
-    def __init__(self, call, what, ptr, destroy, parent=None, exclusive=False):
+    def __init__(self, call, what, ptr, destroy, parent=None, exclusive=False, keep=None):
+        self.keep = keep
         self._call, self._what, self._ptr, self._destroy = call, what, ptr, destroy
         self._exclusive, self._pid = exclusive, os.getpid()
         self._changed = threading.Condition(threading.RLock())

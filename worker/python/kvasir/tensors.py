@@ -28,8 +28,11 @@ def dtype_name(dtype):
     return name
 
 
-def address(what, x, dtype, shape):
-    """The address of x; raises TypeError or ValueError naming `what` where x does not fit."""
+def address(what, x, dtype, shape, writable=False):
+    """
+    The address of x; raises TypeError or ValueError naming `what` where x does not fit. writable:
+    C will write there, so x must not be read-only (of a buffer or a mapping: a write would crash).
+    """
     if is_torch(x):
         return _torch_address(what, x, dtype, shape)
     if not isinstance(x, np.ndarray):
@@ -37,6 +40,8 @@ def address(what, x, dtype, shape):
     if x.dtype.name not in _NUMPY[dtype]:
         raise TypeError(f"{what} has dtype {x.dtype.name}, the worker's is {dtype}")
     _check_shape(what, x.shape, shape, x.flags.c_contiguous)
+    if writable and not x.flags.writeable:
+        raise ValueError(f"{what} is read-only")
     return x.ctypes.data
 
 

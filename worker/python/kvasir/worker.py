@@ -4,6 +4,7 @@ Arrays are numpy arrays or torch CPU tensors of the worker's dtype, contiguous; 
 on this side. A Sequence is used by one thread at a time; different ones may run in parallel.
 """
 
+import contextlib
 import ctypes
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import _abi, _lib, tensors
+from ._group import AllReduce
 from ._handle import Handle
 from .errors import KvasirError, Status
 
@@ -91,6 +93,11 @@ class Worker:
     index ("exact", "compressed", "reranked"), projection (path), policy ("fail", "drop"), promise
     ("memory", "durable"), fetch_timeout_s, put_timeout_s, reselect_cos, backend, and the counts
     (n_sink, n_recent, k, eps, chunk_tokens, block_tokens, ...). Blocks; raises KvasirError.
+
+    Tensor parallelism: one Worker per rank, with tp_size, tp_rank, a geometry of the rank's heads,
+    and all_reduce(op, x): combines x (float32, one dimension) over the ranks in place; op is "sum"
+    or "max". It is called in whatever thread calls the worker, in the same order on every rank, and
+    must raise (TimeoutError, say) rather than wait for ever for a rank that does not come.
     """
 
     def __init__(
@@ -108,9 +115,11 @@ class Worker:
         put_timeout_s=None,
         reselect_cos=0.0,
         backend=None,
+        all_reduce=None,
         **counts,
     ):
         self._handle = None
+        self._group = None if all_reduce is None else AllReduce(all_reduce)
         unknown = set(counts) - set(_COUNTS)
         if unknown:
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}")
@@ -140,17 +149,22 @@ class Worker:
             put_timeout_ns=_lib.ns(put_timeout_s),
             **counts,
         )
+        if self._group is not None:
+            opts.all_reduce = self._group.pointer
         if client is None:
             self._handle = self._open(opts, None)
         else:
             with client.handle as opts.client:
                 self._handle = self._open(opts, client.handle)
 
-    @staticmethod
-    def _open(opts, parent):
+    def _open(self, opts, parent):
         lib, ptr = _lib.load(), ctypes.c_void_p()
         _lib.check(lib.kvw_open(ctypes.byref(opts), ctypes.byref(ptr)), "kvw_open")
-        return Handle("kvw_worker", "the worker", ptr, lib.kvw_close, parent)
+        return Handle("kvw_worker", "the worker", ptr, lib.kvw_close, parent, keep=self._group)
+
+    def causes(self):
+        """A context: errors inside it name what all_reduce raised as their cause."""
+        return contextlib.nullcontext() if self._group is None else self._group.causes()
 
     @property
     def handle(self):
@@ -195,6 +209,7 @@ class Sequence:
 
     def __init__(self, worker, tokens, adapter=None, salt=None):
         self._handle = None
+        self._dropped = []  # steps that nobody holds any more
         self.worker = worker
         lib, ids, ptr, reused = _lib.load(), tensors.token_ids(tokens), ctypes.c_void_p(), _u32()
         opts = _abi.SeqOpts(
@@ -204,7 +219,7 @@ class Sequence:
             _bytes(adapter),
             _bytes(salt),
         )
-        with worker.handle as owner:
+        with worker.handle as owner, worker.causes():
             code = lib.kvw_seq_open(
                 owner, ctypes.byref(opts), ctypes.byref(ptr), ctypes.byref(reused)
             )
@@ -216,7 +231,10 @@ class Sequence:
 
     def _call(self, name, *args):
         """A call of the library on this sequence, checked."""
-        with self._handle as ptr:
+        with self._handle as ptr, self.worker.causes():
+            dropped, self._dropped = self._dropped, []
+            for step in dropped:
+                _lib.load().kvw_step_abandon(step)
             _lib.check(getattr(_lib.load(), name)(ptr, *args), name)
 
     def __len__(self):
@@ -237,9 +255,9 @@ class Sequence:
         g = self.worker.geometry
         return tensors.address(what, x, self.worker.dtype, (n, g.n_kv_heads, g.head_dim))
 
-    def _q(self, what, x, n):
-        g = self.worker.geometry
-        return tensors.address(what, x, self.worker.dtype, (n, g.n_q_heads, g.head_dim))
+    def _q(self, what, x, n, writable=False):
+        shape = (n, self.worker.geometry.n_q_heads, self.worker.geometry.head_dim)
+        return tensors.address(what, x, self.worker.dtype, shape, writable)
 
     def append(self, layer, k, v):
         """The pass's K (before RoPE) and V in one layer: [n, n_kv_heads, head_dim]."""
@@ -261,7 +279,7 @@ class Sequence:
             self._kv("k", k, n),
             self._kv("v", v, n),
             n,
-            self._q("out", out, n),
+            self._q("out", out, n, writable=True),
             self._lse(lse, n),
         )
         return out
@@ -269,7 +287,8 @@ class Sequence:
     def _lse(self, lse, n):
         if lse is None:
             return None
-        return tensors.address("lse", lse, "float32", (n, self.worker.geometry.n_q_heads))
+        shape = (n, self.worker.geometry.n_q_heads)
+        return tensors.address("lse", lse, "float32", shape, writable=True)
 
     def flush(self, timeout_s=None):
         """Waits until every full block has been acknowledged."""
@@ -309,15 +328,29 @@ class Sequence:
 class Step:
     """
     A step under way: attend (optional, while rows travel), then finish (or abandon). KvasirError
-    CLOSED once it is finished or its sequence is closed.
+    CLOSED once it is finished or its sequence is closed. The end of `with` abandons a step that was
+    not finished; one that nobody holds any more is abandoned by the sequence's next call.
     """
 
+    _ptr = None
+
     def __init__(self, sequence, layer, q):
-        self.sequence, self._n, self._ptr = sequence, len(q), None
+        self.sequence, self._n = sequence, len(q)
         address, ptr = sequence._q("q", q, self._n), ctypes.c_void_p()
         with sequence._handle:
             sequence._call("kvw_step_begin", layer, address, self._n, ctypes.byref(ptr))
             self._ptr = ptr
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.abandon()
+
+    def __del__(self):
+        # Not abandoned here: the collector must not wait for a call on the sequence.
+        if self._ptr is not None:
+            self.sequence._dropped.append(self._ptr)
 
     def _pointer(self):
         """Inside the sequence's handle only: closing it frees its steps."""
@@ -346,7 +379,7 @@ class Step:
         out = tensors.empty_like(q, tuple(q.shape)) if out is None else out
         args = (
             self.sequence._q("q", q, self._n),
-            self.sequence._q("out", out, self._n),
+            self.sequence._q("out", out, self._n, writable=True),
             self.sequence._lse(lse, self._n),
         )
         with self.sequence._handle:
