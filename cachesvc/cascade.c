@@ -9,13 +9,15 @@
 
 #include <stdlib.h>
 
+#include "base/clock.h"
 #include "base/digest.h"
 #include "base/fault.h"
 #include "base/log.h"
 #include "base/metrics.h"
 
-#define MAX_VICTIMS   8192u /* evictions for the sake of one value */
-#define MAX_PROMOTING 64u
+#define MAX_TRIES        64u /* at room for one value; others may be faster to take what it freed */
+#define SEGMENT_RETRY_NS 50000000ull
+#define MAX_PROMOTING    64u
 
 static void count_lost(kvs_server *server, const kvs_victim *victim)
 {
@@ -48,26 +50,60 @@ static void part_key(const kvs_schema *schema, uint32_t part, const kvc_digest *
     key_p->part = schema->parts[part].id;
 }
 
+/* Evicts all of one segment that another class has. False: there is none that can be emptied; it
+   is not looked for again for a while, since a look takes long. */
+static bool empty_segment(kvs_server *server, uint32_t cls)
+{
+    const kvs_store *dram = &server->dram;
+    kvs_victim victim;
+    uint32_t segment, cursor = 0;
+    if (kvc_now_ns() < atomic_load(&server->no_segment_until_ns))
+        return false;
+    uint32_t n = dram->ops->segments(dram->tier, NULL, 0);
+    uint32_t *used = calloc(n + 1, sizeof(*used));
+    uint32_t n_now = used ? dram->ops->segments(dram->tier, used, n) : 0;
+    bool found =
+        used && kvs_evict_find_segment(server->index, cls, used, n < n_now ? n : n_now, &segment);
+    free(used);
+    if (!found) {
+        atomic_store(&server->no_segment_until_ns, kvc_deadline_ns(SEGMENT_RETRY_NS));
+        return false;
+    }
+    dram->ops->close_segment(dram->tier, segment, true);
+    while (kvs_evict_from_segment(server->index, segment, &cursor, &victim))
+        release_dram(server, &victim);
+    dram->ops->close_segment(dram->tier, segment, false);
+    return true;
+}
+
+static bool make_room(kvs_server *server, uint32_t cls, bool promotes)
+{
+    kvs_victim victim;
+    if (!promotes && kvs_evict_starved(server->index, cls) && empty_segment(server, cls))
+        return true;
+    if (promotes ? kvs_evict_dram_copy(server->index, cls, &victim)
+                 : kvs_evict_dram(server->index, cls, &victim)) {
+        release_dram(server, &victim);
+        return true;
+    }
+    return !promotes && empty_segment(server, cls);
+}
+
 /* Its own class first, since that frees a slot of the right size; only a class that has nothing
-   to give, or next to nothing of dram, takes from the largest one, until a whole segment is empty.
-   A promotion moves a copy, so it takes no value that is nowhere else. */
+   to give, or next to nothing of dram, takes from another, and then a whole segment, since less is
+   of no use to it. A promotion moves a copy, so it takes no value that is nowhere else. */
 static kvc_status reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
                           const kvs_value_key *key, bool promotes, kvs_slot *slot_p, void **addr_p)
 {
     const kvs_part *info = &schema->parts[part];
     const kvs_store *dram = &server->dram;
-    for (uint32_t i = 0; i <= MAX_VICTIMS; i++) {
-        kvs_victim victim;
+    for (uint32_t i = 0; i <= MAX_TRIES; i++) {
         kvc_status status = dram->ops->reserve(dram->tier, key, info->row_bytes,
                                                schema->block_tokens, slot_p, addr_p);
         if (status != KVC_AGAIN)
             return status;
-        bool found = promotes ? kvs_evict_dram_copy(server->index, info->cls, &victim)
-                              : kvs_evict_dram(server->index, info->cls, &victim) ||
-                                    kvs_evict_dram(server->index, KVS_ANY_CLASS, &victim);
-        if (!found)
+        if (!make_room(server, info->cls, promotes))
             return KVC_AGAIN;
-        release_dram(server, &victim);
     }
     return KVC_AGAIN;
 }

@@ -143,9 +143,15 @@ static kvs_queue *whose_turn(kvs_class *cls, const uint32_t skipped[2])
     return proven ? &cls->main : NULL;
 }
 
-static void take(kvs_index *index, kvs_class *cls, uint32_t id, kvs_victim *victim_p)
+bool kvs_evict_may_locked(const kvs_value *value, bool safe)
+{
+    return !value->refs && (value->flags & KVS_LMDB || !(safe || value->flags & KVS_HELD));
+}
+
+void kvs_evict_take_locked(kvs_index *index, uint32_t id, kvs_victim *victim_p)
 {
     kvs_value *value = kvs_value_at(index, id);
+    kvs_class *cls = kvs_value_class(index, value);
     if (!(value->flags & KVS_MAIN))
         kvs_ghost_note(&index->ghosts, ghost_name(index, value), cls->clock++, cls->n_dram);
     kvs_evict_dram_remove(index, id);
@@ -170,9 +176,9 @@ static bool dram_from(kvs_index *index, kvs_class *cls, bool safe, uint32_t *ste
             return false;
         uint32_t id = queue->tail;
         kvs_value *value = kvs_value_at(index, id);
-        bool may = !value->refs && (value->flags & KVS_LMDB || !(safe || value->flags & KVS_HELD));
+        bool may = kvs_evict_may_locked(value, safe);
         if (may && (!(value->flags & KVS_READS) || spared >= KVS_EVICT_SPARED)) {
-            take(index, cls, id, victim_p);
+            kvs_evict_take_locked(index, id, victim_p);
             return true;
         }
         leave(index, cls, id);
@@ -213,7 +219,7 @@ static bool lmdb_from(kvs_index *index, kvs_class *cls, uint32_t *steps_p, kvs_v
 }
 
 /* The class with most bytes in dram, and what all have together. */
-static uint32_t largest_class(const kvs_index *index, uint64_t *total_p)
+uint32_t kvs_evict_largest_locked(const kvs_index *index, uint64_t *total_p)
 {
     uint32_t best = 0;
     *total_p = 0;
@@ -226,12 +232,15 @@ static uint32_t largest_class(const kvs_index *index, uint64_t *total_p)
 }
 
 /* A class that came when another had filled dram would turn over its one segment for ever. */
-static bool is_starved(const kvs_index *index, uint32_t cls)
+bool kvs_evict_starved(kvs_index *index, uint32_t cls)
 {
     uint64_t total;
-    uint32_t largest = largest_class(index, &total);
-    return index->classes[cls].dram_bytes < total / KVS_EVICT_STARVED &&
-           index->classes[largest].dram_bytes > total / 2;
+    kvc_mutex_lock(&index->lock);
+    uint32_t largest = kvs_evict_largest_locked(index, &total);
+    bool starved = index->classes[cls].dram_bytes < total / KVS_EVICT_STARVED &&
+                   index->classes[largest].dram_bytes > total / 2;
+    kvc_mutex_unlock(&index->lock);
+    return starved;
 }
 
 /* Tries the class with most bytes in dram first, then every other. */
@@ -239,7 +248,7 @@ static bool dram_from_any(kvs_index *index, kvs_victim *victim_p)
 {
     uint64_t total;
     uint32_t steps = KVS_EVICT_SCAN;
-    uint32_t best = largest_class(index, &total);
+    uint32_t best = kvs_evict_largest_locked(index, &total);
     if (dram_from(index, &index->classes[best], false, &steps, victim_p))
         return true;
     for (uint32_t i = 0; i < index->n_classes; i++)
@@ -252,7 +261,7 @@ bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 {
     uint32_t steps = KVS_EVICT_SCAN;
     kvc_mutex_lock(&index->lock);
-    bool found = cls == KVS_ANY_CLASS || is_starved(index, cls)
+    bool found = cls == KVS_ANY_CLASS
                      ? dram_from_any(index, victim_p)
                      : dram_from(index, &index->classes[cls], false, &steps, victim_p);
     kvc_mutex_unlock(&index->lock);

@@ -33,10 +33,12 @@ typedef struct kvs_victim {
     uint32_t value_bytes;
 } kvs_victim;
 
-/* cls KVS_ANY_CLASS: the class with most bytes first; so too where cls is starved, that is, has
-   less than 1/KVS_EVICT_STARVED of what dram holds while one class has over half. False: nothing
-   there can give way, or nothing of what one call looks at; the next call looks at others. */
+/* cls KVS_ANY_CLASS: the class with most bytes first. False: nothing there can give way, or nothing
+   of what one call looks at; the next call looks at others. */
 bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
+/* Whether the class has less than 1/KVS_EVICT_STARVED of what dram holds while one has over half.
+ */
+bool kvs_evict_starved(kvs_index *index, uint32_t cls);
 /* A value of the class that lmdb holds too: nothing is lost. */
 bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* From the class, else from others, of any tenant, that share its lmdb environment. False also
@@ -46,6 +48,25 @@ bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 void kvs_evict_finish(kvs_index *index, const kvs_victim *victim);
 /* One copy of a doomed value that nobody reads any more: release its slot, then finish. */
 bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p);
+
+/* ---- evict_segment.c: a whole segment of dram, for another class ---- */
+
+/*
+ * The segment (of n; used: slots taken of each) in which every slot has a value that may give way:
+ * of the class with most bytes if it has one, else of any but cls; the fewest and least read values
+ * first. False: there is none. Looks at every value, some at a time: milliseconds a million.
+ */
+bool kvs_evict_find_segment(kvs_index *index, uint32_t cls, const uint32_t *used, uint32_t n,
+                            uint32_t *segment_p);
+/* The segment's next value that may give way; *cursor_p: 0 at first. False: no more. */
+bool kvs_evict_from_segment(kvs_index *index, uint32_t segment, uint32_t *cursor_p,
+                            kvs_victim *victim_p);
+
+/* ---- with the index lock held ---------------------------------------------------------------- */
+uint32_t kvs_evict_largest_locked(const kvs_index *index, uint64_t *total_p);
+/* Of a value in a dram queue; safe: only if lmdb has it. */
+bool kvs_evict_may_locked(const kvs_value *value, bool safe);
+void kvs_evict_take_locked(kvs_index *index, uint32_t id, kvs_victim *victim_p);
 
 /* ---- list keeping, with the index lock held -------------------------------------------------- */
 void kvs_evict_dram_add(kvs_index *index, uint32_t id);

@@ -54,7 +54,8 @@ typedef struct kvs_server {
     atomic_uint window;                      /* number of the promotion window */
     atomic_uint_least64_t lent_bytes; /* of dram values that slices on their way out point at */
     atomic_uint n_promoting;          /* values being loaded to dram */
-    atomic_uint n_slow_jobs;          /* erases and prefetches with the disk threads */
+    atomic_uint_least64_t no_segment_until_ns; /* none could be emptied: do not look before */
+    atomic_uint n_slow_jobs;                   /* erases and prefetches with the disk threads */
     /* Since the ticker last logged them: evicted from the last tier; write-behind failed. */
     atomic_uint_least64_t lost_values, lost_bytes, unwritten_values;
 

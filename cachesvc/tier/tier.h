@@ -110,6 +110,12 @@ typedef struct kvs_tier_ops {
     void (*commit)(kvs_tier *tier, kvs_slot slot);
     /* ADDRESSABLE: REQ. The rows of a slot; valid until release. */
     const void *(*map)(kvs_tier *tier, kvs_slot slot);
+    /* ADDRESSABLE: REQ. Slots of equal a lie in one segment, which goes to another tenant or size
+       once nothing is in it. used [max]: slots taken of each, by a; gives how many there are. */
+    uint32_t (*segments)(kvs_tier *tier, uint32_t *used, uint32_t max);
+    /* ADDRESSABLE: REQ. yes: no slot of the segment is handed out until it was empty, or until no.
+       For who empties it, so that others do not fill it again meanwhile. */
+    void (*close_segment)(kvs_tier *tier, uint64_t a, bool yes);
 
     /* BLOCKING: REQ, else NULL. Queues a write; does not block. AGAIN: the queue or the cap is
        full and releases help; NO_SPACE: a size class too many, or none of the cap is left for it;

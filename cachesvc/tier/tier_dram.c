@@ -4,7 +4,7 @@
  * Thread: any; one lock guards everything but map, which reads only what a held slot keeps still.
  * Invariants: segments are counted as they are created and n_max * segment_bytes <= the cap. A
  * segment holds slots of one (tenant, size class); it is in its owner's list while it has room, in
- * the tier's empty list while nothing is in it, and in none while it is full. An empty segment
+ * the tier's empty list while nothing is in it, and in none while it is full or closed. An empty segment
  * that goes to another tenant is replaced by a fresh memfd, so no tenant's bytes outlive it.
  */
 #include <stdlib.h>
@@ -231,7 +231,9 @@ static void segment_emptied(kvs_tier *tier, kvsi_segment *segment)
 {
     kvsi_owner *owner = segment->owner;
 
-    list_remove(&owner->with_room, segment);
+    if (!segment->closed)
+        list_remove(&owner->with_room, segment);
+    segment->closed = false;
     segment->owner = NULL;
     list_push(&tier->empty, segment);
     if (--owner->n_segments == 0)
@@ -377,13 +379,37 @@ static void dram_release(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot
     kvsi_segment *segment = segment_of(tier, slot);
     KVC_ASSERT(segment != NULL);
     KVC_ASSERT(memcmp(&segment->tenant, &key->tenant, sizeof(key->tenant)) == 0);
-    if (segment->n_used == segment->n_slots)
+    if (segment->n_used == segment->n_slots && !segment->closed)
         list_push(&segment->owner->with_room, segment);
     if (kvsi_segment_give(segment, SLOT_OF(slot.b)))
         tier->values--;
     tier->used_bytes -= segment->class_bytes;
     if (segment->n_used == 0)
         segment_emptied(tier, segment);
+    kvc_mutex_unlock(&tier->lock);
+}
+
+static uint32_t dram_segments(kvs_tier *tier, uint32_t *used, uint32_t max)
+{
+    kvc_mutex_lock(&tier->lock);
+    uint32_t n = tier->n_created;
+    for (uint32_t i = 0; i < n && i < max; i++)
+        used[i] = tier->segments[i]->n_used;
+    kvc_mutex_unlock(&tier->lock);
+    return n;
+}
+
+static void dram_close_segment(kvs_tier *tier, uint64_t a, bool yes)
+{
+    kvc_mutex_lock(&tier->lock);
+    kvsi_segment *segment = a < tier->n_created ? tier->segments[a] : NULL;
+    if (segment != NULL && segment->owner != NULL && segment->closed != yes) {
+        segment->closed = yes;
+        if (segment->n_used < segment->n_slots && yes)
+            list_remove(&segment->owner->with_room, segment);
+        else if (segment->n_used < segment->n_slots)
+            list_push(&segment->owner->with_room, segment);
+    }
     kvc_mutex_unlock(&tier->lock);
 }
 
@@ -434,4 +460,6 @@ const kvs_tier_ops kvsi_dram_ops = {
     .reserve = dram_reserve,
     .commit = dram_commit,
     .map = dram_map,
+    .segments = dram_segments,
+    .close_segment = dram_close_segment,
 };

@@ -237,6 +237,16 @@ static const void *fault_map(kvs_tier *tier, kvs_slot slot)
     return tier->ops->map(tier->inner, slot);
 }
 
+static uint32_t fault_segments(kvs_tier *tier, uint32_t *used, uint32_t max)
+{
+    return tier->ops->segments(tier->inner, used, max);
+}
+
+static void fault_close_segment(kvs_tier *tier, uint64_t a, bool yes)
+{
+    tier->ops->close_segment(tier->inner, a, yes);
+}
+
 static void failing_done(kvs_tier_write *write)
 {
     fault_write *fault = write->arg;
@@ -334,6 +344,8 @@ void kvsi_fault_ops(const char *name, const kvs_tier_ops *inner, kvs_tier_ops *o
         .reserve = addressable ? fault_reserve : NULL,
         .commit = addressable ? fault_commit : NULL,
         .map = addressable ? fault_map : NULL,
+        .segments = addressable ? fault_segments : NULL,
+        .close_segment = addressable ? fault_close_segment : NULL,
         .write = blocking ? fault_write_op : NULL,
         .read = blocking ? fault_read : NULL,
         .sync = blocking ? fault_sync : NULL,

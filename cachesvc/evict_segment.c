@@ -1,0 +1,90 @@
+/*
+ * evict_segment.c: a whole segment of dram gives way, since a class can only have room that another
+ * class left altogether; see evict.h.
+ *
+ * Any thread. Invariants: no value is taken from a segment in which another could not follow, as
+ * far as one look can tell; the lock is left after every STEP values, so nobody waits long for it.
+ * Ids stay in their place, so a walk over them needs no more than the next one.
+ */
+#include <stdlib.h>
+
+#include "evict.h"
+
+#define STEP 1024u
+
+#define BUSY (KVS_FILLING | KVS_WRITING | KVS_LOADING | KVS_DOOMED)
+
+/* What one walk found out about a segment. */
+typedef struct tally {
+    uint32_t n, reads; /* values that may give way, and how often they were read */
+    uint32_t cls;
+} tally;
+
+static bool may_go(const kvs_value *value)
+{
+    return value->flags & KVS_DRAM && !(value->flags & BUSY) && kvs_evict_may_locked(value, false);
+}
+
+static void count(kvs_index *index, tally *tallies, uint32_t n)
+{
+    uint32_t id = 1, end;
+    do {
+        kvc_mutex_lock(&index->lock);
+        end = index->values.next - id < STEP ? index->values.next : id + STEP;
+        for (; id < end; id++) {
+            const kvs_value *value = kvs_value_at(index, id);
+            if (!may_go(value) || value->dram.a >= n)
+                continue;
+            tally *t = &tallies[value->dram.a];
+            t->n++;
+            t->reads += (value->flags & KVS_READS) / KVS_READ;
+            t->cls = kvs_value_part(index, value)->cls;
+        }
+        end = index->values.next;
+        kvc_mutex_unlock(&index->lock);
+    } while (id < end);
+}
+
+bool kvs_evict_find_segment(kvs_index *index, uint32_t cls, const uint32_t *used, uint32_t n,
+                            uint32_t *segment_p)
+{
+    uint64_t total, best = UINT64_MAX;
+    tally *tallies = calloc(n ? n : 1, sizeof(*tallies));
+    if (!tallies)
+        return false;
+    count(index, tallies, n);
+    kvc_mutex_lock(&index->lock);
+    uint32_t largest = kvs_evict_largest_locked(index, &total);
+    kvc_mutex_unlock(&index->lock);
+    for (uint32_t i = 0; i < n; i++) {
+        const tally *t = &tallies[i];
+        uint64_t cost = (t->cls == largest ? 0 : 1ull << 40) + t->n + t->reads;
+        if (t->n == 0 || t->n != used[i] || t->cls == cls || cost >= best)
+            continue;
+        best = cost;
+        *segment_p = i;
+    }
+    free(tallies);
+    return best != UINT64_MAX;
+}
+
+bool kvs_evict_from_segment(kvs_index *index, uint32_t segment, uint32_t *cursor_p,
+                            kvs_victim *victim_p)
+{
+    bool found = false;
+    uint32_t id = *cursor_p + 1, end;
+    do {
+        kvc_mutex_lock(&index->lock);
+        end = index->values.next - id < STEP ? index->values.next : id + STEP;
+        for (; id < end && !found; id++) {
+            const kvs_value *value = kvs_value_at(index, id);
+            found = may_go(value) && value->dram.a == segment;
+            if (found)
+                kvs_evict_take_locked(index, id, victim_p);
+        }
+        end = index->values.next;
+        kvc_mutex_unlock(&index->lock);
+    } while (!found && id < end);
+    *cursor_p = id - 1;
+    return found;
+}
