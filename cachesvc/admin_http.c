@@ -127,7 +127,7 @@ static kvc_status bind_socket(const struct sockaddr *address, socklen_t len_byte
 
 static unsigned port_of(int fd)
 {
-    struct sockaddr_storage bound;
+    struct sockaddr_storage bound = {0};
     socklen_t len_bytes = sizeof(bound);
     if (getsockname(fd, (struct sockaddr *)&bound, &len_bytes) != 0)
         return 0;

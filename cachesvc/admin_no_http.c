@@ -5,6 +5,8 @@
  */
 #include "admin_http.h"
 
+#include <stddef.h>
+
 bool kvsi_http_built(void)
 {
     return false;

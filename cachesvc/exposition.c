@@ -104,7 +104,7 @@ static void tier_values(kvs_store *store, uint64_t values[N_TIER_FAMILIES])
 static void put_tiers(kvc_strbuf *out, kvs_server *server)
 {
     kvs_store *const stores[] = {&server->dram, &server->lmdb};
-    uint64_t values[2][N_TIER_FAMILIES];
+    uint64_t values[2][N_TIER_FAMILIES] = {{0}};
     for (uint32_t t = 0; t < 2; t++)
         if (stores[t]->ops)
             tier_values(stores[t], values[t]);

@@ -120,7 +120,7 @@ void doctor_check_admin(doctor *d)
 {
     const char *address = d->admin ? d->admin : DEFAULT_ADMIN, *body;
     uint64_t deadline_ns = kvctl_deadline_ns(d->globals);
-    char *answer = d->admin || d->local ? malloc(ANSWER_BYTES) : NULL;
+    char *answer = d->admin || d->local ? calloc(1, ANSWER_BYTES) : NULL;
     if (answer == NULL)
         return;
     unsigned code = http_get(address, "/readyz", deadline_ns, answer, &body);

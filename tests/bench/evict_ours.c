@@ -67,7 +67,7 @@ int evict_run_ours(const evict_trace *trace, uint32_t capacity, evict_result *re
 {
     kvs_part part = {.row_bytes = 256, .value_bytes = 16384};
     kvs_schema schema = {.id = 1, .block_tokens = 64, .n_parts = 1, .parts = &part};
-    kvs_schema **by_id = calloc(KVS_MAX_SCHEMAS + 1, sizeof(schema.schema));
+    kvs_schema **by_id = calloc(KVS_MAX_SCHEMAS + 1, sizeof(*by_id));
     kvs_index *index = by_id ? kvs_index_create(by_id) : NULL;
     int failed = 1;
     *result_p = (evict_result){0};

@@ -242,7 +242,7 @@ static int run_belady(const evict_trace *trace, uint32_t capacity, evict_result 
     uint32_t *next = malloc(trace->n * sizeof(*next)), n_heap = 0, n_in = 0;
     uint32_t *due_of = malloc(trace->n_keys * sizeof(*due_of)); /* NIL + in cache: never again */
     bool *in = calloc(trace->n_keys, sizeof(*in));
-    due *heap = malloc(trace->n * sizeof(*heap));
+    due *heap = calloc(trace->n, sizeof(*heap));
     int failed = !next || !due_of || !in || !heap;
     *result_p = (evict_result){0};
     for (uint32_t k = 0; !failed && k < trace->n_keys; k++)
