@@ -103,8 +103,6 @@ typedef struct loading {
 static bool each_record(void *arg, const char *name, const void *data, size_t len_bytes)
 {
     loading *l = arg;
-    if (strncmp(name, PREFIX, sizeof(PREFIX) - 1) != 0)
-        return true;
     kvc_status status = load_one(l->server, name, data, len_bytes);
     if (status != KVC_OK)
         l->status = status == KVC_NO_MEMORY ? status : KVC_CORRUPT;
@@ -114,7 +112,7 @@ static bool each_record(void *arg, const char *name, const void *data, size_t le
 kvc_status kvs_schema_records_load(kvs_server *server)
 {
     loading l = {.server = server, .status = KVC_OK};
-    kvc_status status = server->lmdb.ops->meta_each(server->lmdb.tier, each_record, &l);
+    kvc_status status = server->lmdb.ops->meta_each(server->lmdb.tier, PREFIX, each_record, &l);
     if (status == KVC_OK || l.status == KVC_NO_MEMORY)
         status = l.status;
     return status;

@@ -19,6 +19,7 @@
 #include "base/text.h"
 #include "cascade.h"
 #include "request.h"
+#include "saved.h"
 #include "schema_record.h"
 #include "writer.h"
 
@@ -147,6 +148,8 @@ static kvc_status recover(kvs_server *server)
     free(r.orphans);
     kvs_schemas_put(server->schemas, r.last);
     server->schemas_lost = !all_schemas;
+    if (status == KVC_OK)
+        status = kvs_saved_load(server->saved);
     if (status != KVC_OK) {
         KVC_LOG_ERROR(SERVER, "the lmdb tier does not recover: %s", kvc_status_name(status));
         return status;
@@ -236,6 +239,7 @@ void kvs_server_tick(kvs_server *server)
         KVC_COUNT_N(holds_expired, n);
         KVC_LOG_DEBUG(SERVER, "%u holds expired", n);
     }
+    kvs_saved_sweep(server->saved, now_ns);
     kvs_cascade_reap(server);
     collect_schemas(server, now_ns);
     if (server->writer && server->admission.policy == KVS_ADMIT_SECOND_USE) {
@@ -322,7 +326,8 @@ static kvc_status create_tables(kvs_server *server)
     const kvs_settings *s = &server->settings;
     server->index->max_held = s->max_hold_bytes ? s->max_hold_bytes : s->dram_bytes / 2;
     server->index->max_held_total = s->dram_bytes / 10 * 9;
-    return server->contexts && server->holds ? KVC_OK : KVC_NO_MEMORY;
+    server->saved = kvs_saved_create(server);
+    return server->contexts && server->holds && server->saved ? KVC_OK : KVC_NO_MEMORY;
 }
 
 kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
@@ -468,6 +473,7 @@ void kvs_server_close(kvs_server *server, bool flush)
     kvs_writer_destroy(server->writer, flush);
     kvs_contexts_destroy(server->contexts);
     kvs_holds_destroy(server->holds);
+    kvs_saved_destroy(server->saved);
     if (server->index)
         kvs_cascade_reap(server);
     if (server->lmdb.ops)

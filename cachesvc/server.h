@@ -24,6 +24,7 @@
 #define KVS_VERSION KVASIR_VERSION
 
 typedef struct kvs_writer kvs_writer;
+typedef struct kvs_saved kvs_saved;
 
 /* An open tier and what the server counts about it. */
 typedef struct kvs_store {
@@ -43,6 +44,7 @@ typedef struct kvs_server {
     kvs_index *index;
     kvs_contexts *contexts;
     kvs_holds *holds;
+    kvs_saved *saved;
     kvs_store dram, lmdb;
     kvs_disk *disk;     /* NULL without lmdb */
     kvs_writer *writer; /* NULL without lmdb */

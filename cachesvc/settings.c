@@ -83,6 +83,12 @@ static const kvc_setting table[] = {
      "Bytes of values that one tenant's holds may keep from eviction; beyond it Hold is refused. "
      "0: "
      "half of dram_bytes. All tenants together may hold nine tenths of dram_bytes."},
+    {"max_saved", KVC_CONFIG_UINT, FIELD(max_saved), "1024", 1, 65536, NULL,
+     "Contexts that one tenant may have saved by name, those being saved included."},
+    {"max_saved_bytes", KVC_CONFIG_BYTES, FIELD(max_saved_bytes), "1GiB", 1 * MIB, 1 * TIB, NULL,
+     "Bytes of all the contexts saved by name: their digests, token ids and rows of tails. They "
+     "are "
+     "part of lmdb_bytes. Without lmdb they are kept in memory, 64 MiB of them at most."},
     {"transport_threads", KVC_CONFIG_UINT, FIELD(transport_threads), "0", 0, 64, NULL,
      "Threads for each listener. 0: as many as there are cores, 4 at most."},
     {"disk_threads", KVC_CONFIG_UINT, FIELD(disk_threads), "8", 1, 256, NULL,

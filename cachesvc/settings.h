@@ -19,7 +19,8 @@ typedef struct kvs_settings {
     const char *lmdb_path;
     uint64_t max_value_bytes, max_inflight_bytes, max_calls;
     uint64_t context_ttl_ns, max_contexts, max_open_blocks;
-    uint64_t max_hold_bytes; /* 0: half of dram_bytes */
+    uint64_t max_hold_bytes;             /* 0: half of dram_bytes */
+    uint64_t max_saved, max_saved_bytes; /* contexts saved by name */
     uint64_t schema_grace_ns;
     uint64_t transport_threads, disk_threads;
     uint64_t handshake_ns, keepalive_ns, idle_ns; /* of connections */

@@ -122,13 +122,14 @@ typedef struct meta_get {
     kvsi_env *env;
     MDB_txn *txn;
     MDB_cursor *cursor;
+    const char *prefix; /* NULL: that very name */
     char name[KVSI_MAX_NAME + 1];
     size_t name_bytes, len_bytes, room_bytes;
     uint8_t *bytes; /* malloc'd, room_bytes of it; holds len_bytes if there is room for them */
 } meta_get;
 
-/* Under a guard: the first record after g->name, or the first of all. */
-static int get_next(void *arg)
+/* Under a guard: the first record after g->name that has the prefix, or the one of that name. */
+static int get_one(void *arg)
 {
     meta_get *g = arg;
     MDB_val key = {g->name_bytes, g->name}, value;
@@ -137,11 +138,16 @@ static int get_next(void *arg)
     if (rc != MDB_SUCCESS)
         return rc;
     rc = mdb_cursor_get(g->cursor, &key, &value, g->name_bytes > 0 ? MDB_SET_RANGE : MDB_FIRST);
-    if (rc == MDB_SUCCESS && key.mv_size == g->name_bytes &&
-        memcmp(key.mv_data, g->name, key.mv_size) == 0)
+    bool same = rc == MDB_SUCCESS && key.mv_size == g->name_bytes &&
+                memcmp(key.mv_data, g->name, key.mv_size) == 0;
+    if (g->prefix != NULL && same)
         rc = mdb_cursor_get(g->cursor, &key, &value, MDB_NEXT);
     if (rc != MDB_SUCCESS)
         return rc;
+    if (g->prefix == NULL ? !same
+                          : key.mv_size < strlen(g->prefix) ||
+                                memcmp(key.mv_data, g->prefix, strlen(g->prefix)) != 0)
+        return MDB_NOTFOUND;
     g->len_bytes = value.mv_size;
     if (value.mv_size > g->room_bytes || key.mv_size > KVSI_MAX_NAME)
         return key.mv_size > KVSI_MAX_NAME ? MDB_CORRUPTED : MDB_SUCCESS;
@@ -152,15 +158,15 @@ static int get_next(void *arg)
     return MDB_SUCCESS;
 }
 
-/* The next record, copied; makes room for it where that is missing. NOT_FOUND: there is none. */
-static kvc_status next_record(meta_get *g)
+/* A record, copied; makes room for it where that is missing. NOT_FOUND: there is none. */
+static kvc_status copy_record(meta_get *g)
 {
     for (;;) {
         kvc_status status = kvsi_env_read_begin(g->env, &g->txn);
         if (status != KVC_OK)
             return status;
         g->cursor = NULL;
-        int rc = kvsi_env_run(g->env, get_next, g);
+        int rc = kvsi_env_run(g->env, get_one, g);
         if (g->cursor != NULL)
             mdb_cursor_close(g->cursor);
         kvsi_env_read_end(g->env, g->txn);
@@ -186,16 +192,43 @@ static bool is_right(const meta_get *g)
     return sum == kvc_value_sum(g->bytes + SUM_BYTES, g->len_bytes - SUM_BYTES);
 }
 
-kvc_status kvsi_meta_each(kvs_tier *tier,
+kvc_status kvsi_meta_get(kvs_tier *tier, const char *name, void **data_p, size_t *len_bytes_p)
+{
+    meta_get g = {.env = &tier->meta, .name_bytes = strlen(name)};
+
+    *data_p = NULL;
+    *len_bytes_p = 0;
+    if (g.name_bytes == 0 || g.name_bytes > KVSI_MAX_META_NAME)
+        return KVC_INVALID;
+    memcpy(g.name, name, g.name_bytes + 1);
+    kvc_status status = copy_record(&g);
+    if (status == KVC_OK && !is_right(&g)) {
+        KVC_LOG_ERROR(TIER, "lmdb: meta record \"%s\" is corrupt", name);
+        status = KVC_CORRUPT;
+    }
+    if (status != KVC_OK) {
+        free(g.bytes);
+        return status;
+    }
+    memmove(g.bytes, g.bytes + SUM_BYTES, g.len_bytes - SUM_BYTES);
+    *data_p = g.bytes;
+    *len_bytes_p = g.len_bytes - SUM_BYTES;
+    return KVC_OK;
+}
+
+kvc_status kvsi_meta_each(kvs_tier *tier, const char *prefix,
                           bool (*each)(void *arg, const char *name, const void *data,
                                        size_t len_bytes),
                           void *arg)
 {
-    meta_get g = {.env = &tier->meta};
+    meta_get g = {.env = &tier->meta, .prefix = prefix, .name_bytes = strlen(prefix)};
     bool damaged = tier->meta_lost;
     kvc_status status;
 
-    while ((status = next_record(&g)) == KVC_OK) {
+    if (g.name_bytes > KVSI_MAX_META_NAME)
+        return KVC_INVALID;
+    memcpy(g.name, prefix, g.name_bytes + 1);
+    while ((status = copy_record(&g)) == KVC_OK) {
         if (!is_right(&g)) {
             KVC_LOG_ERROR(TIER, "lmdb: meta record \"%s\" is corrupt", g.name);
             damaged = true;

@@ -143,7 +143,8 @@ kvc_status kvsi_recover(kvs_tier *tier, kvs_tier_found *found, void *arg);
 /* --- lmdb_meta.c --- */
 
 kvc_status kvsi_meta_put(kvs_tier *tier, const char *name, const void *data, size_t len_bytes);
-kvc_status kvsi_meta_each(kvs_tier *tier,
+kvc_status kvsi_meta_get(kvs_tier *tier, const char *name, void **data_p, size_t *len_bytes_p);
+kvc_status kvsi_meta_each(kvs_tier *tier, const char *prefix,
                           bool (*each)(void *arg, const char *name, const void *data,
                                        size_t len_bytes),
                           void *arg);

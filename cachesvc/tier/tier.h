@@ -136,10 +136,13 @@ typedef struct kvs_tier_ops {
     /* PERSISTENT: REQ. Finds every value; before any other use of an opened tier but meta_each. */
     kvc_status (*recover)(kvs_tier *tier, kvs_tier_found *found, void *arg);
     /* PERSISTENT: REQ. Small named records beside the values (schemas): put (durable; blocks; no
-       bytes: the record goes; INVALID for an empty name or one over 500 bytes), and each (must not
-       call meta_put), which answers CORRUPT where records were lost, after all that are left. */
+       bytes: the record goes; INVALID for an empty name or one over 500 bytes), get (blocks; gives
+       malloc'd data; NOT_FOUND, CORRUPT, IO), and each of those whose names begin with prefix and
+       go on, in their order (must not call meta_put), which answers CORRUPT where records were
+       lost, after all that are left. */
     kvc_status (*meta_put)(kvs_tier *tier, const char *name, const void *data, size_t len_bytes);
-    kvc_status (*meta_each)(kvs_tier *tier,
+    kvc_status (*meta_get)(kvs_tier *tier, const char *name, void **data_p, size_t *len_bytes_p);
+    kvc_status (*meta_each)(kvs_tier *tier, const char *prefix,
                             bool (*each)(void *arg, const char *name, const void *data,
                                          size_t len_bytes),
                             void *arg);

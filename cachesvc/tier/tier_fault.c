@@ -320,12 +320,18 @@ static kvc_status fault_meta_put(kvs_tier *tier, const char *name, const void *d
     return status == KVC_OK ? tier->ops->meta_put(tier->inner, name, data, len_bytes) : status;
 }
 
-static kvc_status fault_meta_each(kvs_tier *tier,
+static kvc_status fault_meta_get(kvs_tier *tier, const char *name, void **data_p,
+                                 size_t *len_bytes_p)
+{
+    return tier->ops->meta_get(tier->inner, name, data_p, len_bytes_p);
+}
+
+static kvc_status fault_meta_each(kvs_tier *tier, const char *prefix,
                                   bool (*each)(void *arg, const char *name, const void *data,
                                                size_t len_bytes),
                                   void *arg)
 {
-    return tier->ops->meta_each(tier->inner, each, arg);
+    return tier->ops->meta_each(tier->inner, prefix, each, arg);
 }
 
 void kvsi_fault_ops(const char *name, const kvs_tier_ops *inner, kvs_tier_ops *ops_p)
@@ -351,6 +357,7 @@ void kvsi_fault_ops(const char *name, const kvs_tier_ops *inner, kvs_tier_ops *o
         .sync = blocking ? fault_sync : NULL,
         .recover = persistent ? fault_recover : NULL,
         .meta_put = persistent ? fault_meta_put : NULL,
+        .meta_get = persistent ? fault_meta_get : NULL,
         .meta_each = persistent ? fault_meta_each : NULL,
     };
 }

@@ -455,5 +455,6 @@ const kvs_tier_ops kvsi_lmdb_ops = {
     .sync = kvsi_sync,
     .recover = kvsi_recover,
     .meta_put = kvsi_meta_put,
+    .meta_get = kvsi_meta_get,
     .meta_each = kvsi_meta_each,
 };

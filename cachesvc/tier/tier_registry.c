@@ -43,8 +43,8 @@ static void check_table(const kvs_tier_ops *ops)
     KVC_ASSERT(addressable || !(ops->segments || ops->close_segment));
     KVC_ASSERT(blocking == (ops->write && ops->read && ops->sync));
     KVC_ASSERT(blocking || !(ops->write || ops->read || ops->sync));
-    KVC_ASSERT(persistent == (ops->recover && ops->meta_put && ops->meta_each));
-    KVC_ASSERT(persistent || !(ops->recover || ops->meta_put || ops->meta_each));
+    KVC_ASSERT(persistent == (ops->recover && ops->meta_put && ops->meta_get && ops->meta_each));
+    KVC_ASSERT(persistent || !(ops->recover || ops->meta_put || ops->meta_get || ops->meta_each));
 }
 
 static void build_tables(void)

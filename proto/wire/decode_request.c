@@ -46,9 +46,9 @@ static kvc_part get_part(const Kvasir__V1__Part *msg)
     };
 }
 
-kvc_status kvci_get_register_schema_request(kvci_job *job, kvc_request *req)
+kvc_status kvci_get_schema(kvci_job *job, const Kvasir__V1__Schema *msg,
+                           const kvc_schema **schema_p)
 {
-    const Kvasir__V1__Schema *msg = ((const Kvasir__V1__RegisterSchemaRequest *)job->msg)->schema;
     if (msg == NULL)
         return kvci_refuse(job, "the schema is missing");
     if (msg->n_parts > KVC_MAX_PARTS)
@@ -75,8 +75,15 @@ kvc_status kvci_get_register_schema_request(kvci_job *job, kvc_request *req)
         .n_parts = (uint32_t)msg->n_parts,
         .parts = parts,
     };
-    req->u.register_schema.schema = schema;
+    *schema_p = schema;
     return KVC_OK;
+}
+
+kvc_status kvci_get_register_schema_request(kvci_job *job, kvc_request *req)
+{
+    const Kvasir__V1__RegisterSchemaRequest *msg =
+        (const Kvasir__V1__RegisterSchemaRequest *)job->msg;
+    return kvci_get_schema(job, msg->schema, &req->u.register_schema.schema);
 }
 
 kvc_status kvci_get_put_blocks_request(kvci_job *job, kvc_request *req)

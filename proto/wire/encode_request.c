@@ -61,15 +61,14 @@ static bool schema_fits(const kvc_schema *schema)
     return true;
 }
 
-kvc_status kvci_put_register_schema_request(const kvc_request *req, const kvci_out *out)
+kvc_status kvci_put_schema(const kvc_schema *schema, kvc_arena *arena, Kvasir__V1__Schema *msg_p)
 {
-    const kvc_schema *schema = req->u.register_schema.schema;
     if (!schema_fits(schema))
         return KVC_INVALID;
     uint32_t n = schema->n_parts;
-    Kvasir__V1__Part *parts = kvc_arena_alloc(out->arena, n * sizeof(*parts));
-    Kvasir__V1__Part **list = kvc_arena_alloc(out->arena, n * sizeof(*list));
-    Kvasir__V1__Rope *ropes = kvc_arena_alloc(out->arena, n * sizeof(*ropes));
+    Kvasir__V1__Part *parts = kvc_arena_alloc(arena, n * sizeof(*parts));
+    Kvasir__V1__Part **list = kvc_arena_alloc(arena, n * sizeof(*list));
+    Kvasir__V1__Rope *ropes = kvc_arena_alloc(arena, n * sizeof(*ropes));
     if (parts == NULL || list == NULL || ropes == NULL)
         return KVC_NO_MEMORY;
     for (uint32_t i = 0; i < n; i++) {
@@ -77,15 +76,24 @@ kvc_status kvci_put_register_schema_request(const kvc_request *req, const kvci_o
         parts[i] = put_part(&schema->parts[i], &ropes[i]);
         list[i] = &parts[i];
     }
-    Kvasir__V1__Schema msg = KVASIR__V1__SCHEMA__INIT;
-    msg.model = kvci_put_text(schema->model);
-    msg.revision = kvci_put_text(schema->revision);
-    msg.recipe = kvci_put_text(schema->recipe);
-    msg.tp_size = schema->tp_size;
-    msg.block_tokens = schema->block_tokens;
-    msg.n_parts = n;
-    msg.parts = list;
+    *msg_p = (Kvasir__V1__Schema)KVASIR__V1__SCHEMA__INIT;
+    msg_p->model = kvci_put_text(schema->model);
+    msg_p->revision = kvci_put_text(schema->revision);
+    msg_p->recipe = kvci_put_text(schema->recipe);
+    msg_p->tp_size = schema->tp_size;
+    msg_p->block_tokens = schema->block_tokens;
+    msg_p->n_parts = n;
+    msg_p->parts = list;
+    return KVC_OK;
+}
+
+kvc_status kvci_put_register_schema_request(const kvc_request *req, const kvci_out *out)
+{
+    Kvasir__V1__Schema msg;
     Kvasir__V1__RegisterSchemaRequest top = KVASIR__V1__REGISTER_SCHEMA_REQUEST__INIT;
+    kvc_status status = kvci_put_schema(req->u.register_schema.schema, out->arena, &msg);
+    if (status != KVC_OK)
+        return status;
     top.schema = &msg;
     return kvci_put(out, &top.base, 0);
 }

@@ -122,6 +122,26 @@ typedef struct kvc_request {
             kvc_tier tier;
         } prefetch;
         struct {
+            kvc_saved_context context;
+            uint64_t upload, offset, if_generation;
+            bool replace;
+        } put_context;
+        struct {
+            const char *name;
+            uint64_t generation, offset;
+        } get_context;
+        struct {
+            const char *after;
+            uint32_t max;
+        } list_contexts;
+        struct {
+            const char *name;
+            uint64_t if_generation;
+        } delete_context;
+        struct {
+            kvc_digest schema;
+        } get_schema;
+        struct {
             uint32_t n_groups;
             const kvc_row_group *groups;
         } fetch_rows; /* and of FetchRowsStream */
@@ -181,6 +201,21 @@ typedef struct kvc_reply {
         struct {
             uint64_t there, moved, missing, left, moved_bytes;
         } prefetch;
+        struct {
+            uint64_t received, generation;
+            kvc_promise promise; /* 0 where generation is */
+        } put_context;
+        struct {
+            kvc_saved_context context;
+        } get_context;
+        struct {
+            uint32_t n_contexts;
+            const kvc_saved_context *contexts;
+            bool more;
+        } list_contexts;
+        struct {
+            const kvc_schema *schema;
+        } get_schema;
         struct {
             uint32_t n_missing;
             const kvc_missing_row *missing;

@@ -106,6 +106,10 @@ kvc_status kvci_put_missing(const kvc_reply *reply, kvc_arena *arena,
                             Kvasir__V1__MissingRow ***list_p);
 kvc_status kvci_get_missing(kvci_job *job, Kvasir__V1__MissingRow **msgs, size_t n,
                             kvc_reply *reply);
+/* A schema inside a message; errors as of the functions above. */
+kvc_status kvci_put_schema(const kvc_schema *schema, kvc_arena *arena, Kvasir__V1__Schema *msg_p);
+kvc_status kvci_get_schema(kvci_job *job, const Kvasir__V1__Schema *msg,
+                           const kvc_schema **schema_p);
 /* A status as the wire has it: without the sign. INVALID for a number that is no status. */
 kvc_status kvci_put_status(int status, Kvasir__V1__ItemStatus *item_p);
 

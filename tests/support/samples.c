@@ -111,6 +111,9 @@ static const uint32_t sample_parts[] = {0, 1, 300, 70000};
 static void fill_keep_request(kvc_request *req, kvc_arena *arena)
 {
     switch (req->method) {
+    case KVC_CLOSE_CONTEXT:
+        req->u.close_context.context = 77;
+        break;
     case KVC_TRUNCATE_CONTEXT:
         req->u.truncate_context.context = 78;
         req->u.truncate_context.n_blocks = 79;
@@ -144,6 +147,61 @@ static void fill_keep_request(kvc_request *req, kvc_arena *arena)
         req->u.prefetch.tier = KVC_TIER_DRAM;
         break;
     default:
+        break;
+    }
+}
+
+static const kvc_saved_context *sample_saved(uint32_t n, kvc_arena *arena)
+{
+    static const char *const names[] = {"!", "chat/42~", "a-long-name.2026:x"};
+    kvc_saved_context *list = zeroed(arena, n, sizeof(*list));
+    for (uint32_t i = 0; i < n; i++)
+        list[i] = (kvc_saved_context){
+            .name = names[i % 3],
+            .schema = sample_digest(94 + i),
+            .promise = i % 2 == 0 ? KVC_PROMISE_DURABLE : KVC_PROMISE_MEMORY,
+            .n_blocks = KVC_MAX_CONTEXT_BLOCKS - i,
+            .n_ids = 5000 + i,
+            .n_tail = KVC_BLOCK_TOKENS_MAX - 1 - i,
+            .n_tail_parts = 4,
+            .tail_parts = sample_parts,
+            .piece_bytes = 5010 + i,
+            .generation = (1ull << 63) + i,
+            .upload = ~0ull - i,
+            .body_bytes = (1ull << 40) + i,
+            .saved_unix_ms = 5020 + i,
+        };
+    return list;
+}
+
+/* The methods about contexts saved by name. */
+static void fill_saved_request(kvc_request *req, size_t data_bytes, kvc_arena *arena)
+{
+    switch (req->method) {
+    case KVC_PUT_CONTEXT:
+        req->u.put_context.context = *sample_saved(1, arena);
+        req->u.put_context.upload = 1ull << 62;
+        req->u.put_context.offset = 1ull << 33;
+        req->u.put_context.if_generation = 5030;
+        req->data = sample_data(data_bytes, arena);
+        req->n_data = PIECES;
+        req->data_bytes = data_bytes;
+        break;
+    case KVC_GET_CONTEXT:
+        req->u.get_context.name = "chat/42~";
+        req->u.get_context.generation = 5031;
+        req->u.get_context.offset = 1ull << 34;
+        break;
+    case KVC_LIST_CONTEXTS:
+        req->u.list_contexts.after = "chat/42~";
+        req->u.list_contexts.max = 5032;
+        break;
+    case KVC_DELETE_CONTEXT:
+        req->u.delete_context.name = "~";
+        req->u.delete_context.if_generation = 5033;
+        break;
+    default:
+        req->u.get_schema.schema = sample_digest(98);
         break;
     }
 }
@@ -185,8 +243,6 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
         req.u.extend_context.digests = sample_digests(2, arena);
         break;
     case KVC_CLOSE_CONTEXT:
-        req.u.close_context.context = 77;
-        break;
     case KVC_TRUNCATE_CONTEXT:
     case KVC_FORK_CONTEXT:
     case KVC_ERASE:
@@ -195,13 +251,17 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
     case KVC_PREFETCH:
         fill_keep_request(&req, arena);
         break;
-    case KVC_FETCH_ROWS:
-        req.u.fetch_rows.n_groups = 4;
-        req.u.fetch_rows.groups = sample_groups(4, arena);
+    case KVC_PUT_CONTEXT:
+    case KVC_GET_CONTEXT:
+    case KVC_LIST_CONTEXTS:
+    case KVC_DELETE_CONTEXT:
+    case KVC_GET_SCHEMA:
+        fill_saved_request(&req, data_bytes, arena);
         break;
+    case KVC_FETCH_ROWS:
     case KVC_FETCH_ROWS_STREAM:
-        req.u.fetch_rows.n_groups = 3;
-        req.u.fetch_rows.groups = sample_groups(3, arena);
+        req.u.fetch_rows.n_groups = method == KVC_FETCH_ROWS ? 4 : 3;
+        req.u.fetch_rows.groups = sample_groups(req.u.fetch_rows.n_groups, arena);
         break;
     case KVC_FETCH_BLOCKS:
         req.u.fetch_blocks.schema = sample_digest(93);
@@ -307,6 +367,31 @@ static void fill_keep_reply(kvc_reply *reply)
     }
 }
 
+static void fill_saved_reply(kvc_reply *reply, size_t data_bytes, kvc_arena *arena)
+{
+    switch (reply->method) {
+    case KVC_PUT_CONTEXT:
+        reply->u.put_context.received = 1ull << 35;
+        reply->u.put_context.generation = 5034;
+        reply->u.put_context.promise = KVC_PROMISE_DURABLE;
+        break;
+    case KVC_GET_CONTEXT:
+        reply->u.get_context.context = *sample_saved(1, arena);
+        reply->data = sample_data(data_bytes, arena);
+        reply->n_data = PIECES;
+        reply->data_bytes = data_bytes;
+        break;
+    case KVC_LIST_CONTEXTS:
+        reply->u.list_contexts.n_contexts = 3;
+        reply->u.list_contexts.contexts = sample_saved(3, arena);
+        reply->u.list_contexts.more = true;
+        break;
+    default:
+        reply->u.get_schema.schema = sample_schema(arena);
+        break;
+    }
+}
+
 kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
 {
     static const uint8_t tiers[] = {KVC_TIER_DRAM, KVC_TIER_LMDB, KVC_TIER_GPU};
@@ -349,6 +434,12 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
     case KVC_PREFETCH:
         fill_keep_reply(&reply);
         break;
+    case KVC_PUT_CONTEXT:
+    case KVC_GET_CONTEXT:
+    case KVC_LIST_CONTEXTS:
+    case KVC_GET_SCHEMA:
+        fill_saved_reply(&reply, data_bytes, arena);
+        break;
     case KVC_FETCH_ROWS:
         fill_fetch_reply(&reply, data_bytes, arena);
         break;
@@ -362,6 +453,7 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
     case KVC_FETCH_BLOCKS:
         fill_blocks_reply(&reply, data_bytes, arena);
         break;
+    case KVC_DELETE_CONTEXT:
     case KVC_RELEASE:
     case KVC_CLOSE_CONTEXT:
     case KVC_METHOD_COUNT:

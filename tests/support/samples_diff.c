@@ -156,6 +156,50 @@ static const char *keep_diff(const kvc_request *a, const kvc_request *b)
     return NULL;
 }
 
+static const char *saved_diff(const kvc_saved_context *a, const kvc_saved_context *b)
+{
+    SAME_TEXT(name);
+    SAME_BYTES(schema.bytes, KVC_DIGEST_BYTES);
+    SAME(promise);
+    SAME(n_blocks);
+    SAME(n_ids);
+    SAME(n_tail);
+    SAME(n_tail_parts);
+    SAME_BYTES(tail_parts, a->n_tail_parts * sizeof(uint32_t));
+    SAME(piece_bytes);
+    SAME(generation);
+    SAME(upload);
+    SAME(body_bytes);
+    SAME(saved_unix_ms);
+    return NULL;
+}
+
+static const char *saved_request_diff(const kvc_request *a, const kvc_request *b)
+{
+    if (a->method == KVC_PUT_CONTEXT) {
+        SAME(u.put_context.upload);
+        SAME(u.put_context.offset);
+        SAME(u.put_context.if_generation);
+        SAME(u.put_context.replace);
+        const char *why = saved_diff(&a->u.put_context.context, &b->u.put_context.context);
+        return why != NULL ? why : data_diff(a->data, b->data, a->data_bytes);
+    }
+    if (a->method == KVC_GET_CONTEXT) {
+        SAME_TEXT(u.get_context.name);
+        SAME(u.get_context.generation);
+        SAME(u.get_context.offset);
+    } else if (a->method == KVC_LIST_CONTEXTS) {
+        SAME_TEXT(u.list_contexts.after);
+        SAME(u.list_contexts.max);
+    } else if (a->method == KVC_DELETE_CONTEXT) {
+        SAME_TEXT(u.delete_context.name);
+        SAME(u.delete_context.if_generation);
+    } else {
+        SAME_BYTES(u.get_schema.schema.bytes, KVC_DIGEST_BYTES);
+    }
+    return NULL;
+}
+
 const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
 {
     SAME(method);
@@ -196,6 +240,12 @@ const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
     case KVC_RELEASE:
     case KVC_PREFETCH:
         return keep_diff(a, b);
+    case KVC_PUT_CONTEXT:
+    case KVC_GET_CONTEXT:
+    case KVC_LIST_CONTEXTS:
+    case KVC_DELETE_CONTEXT:
+    case KVC_GET_SCHEMA:
+        return saved_request_diff(a, b);
     default:
         return context_diff(a, b);
     }
@@ -282,6 +332,26 @@ static const char *blocks_diff(const kvc_reply *a, const kvc_reply *b)
     return data_diff(a->data, b->data, a->data_bytes);
 }
 
+static const char *saved_reply_diff(const kvc_reply *a, const kvc_reply *b)
+{
+    if (a->method == KVC_PUT_CONTEXT) {
+        SAME(u.put_context.received);
+        SAME(u.put_context.generation);
+        SAME(u.put_context.promise);
+        return NULL;
+    }
+    if (a->method == KVC_GET_CONTEXT) {
+        const char *why = saved_diff(&a->u.get_context.context, &b->u.get_context.context);
+        return why != NULL ? why : data_diff(a->data, b->data, a->data_bytes);
+    }
+    SAME(u.list_contexts.n_contexts);
+    SAME(u.list_contexts.more);
+    const char *why = NULL;
+    for (uint32_t i = 0; why == NULL && i < a->u.list_contexts.n_contexts; i++)
+        why = saved_diff(&a->u.list_contexts.contexts[i], &b->u.list_contexts.contexts[i]);
+    return why;
+}
+
 const char *sample_reply_diff(const kvc_reply *a, const kvc_reply *b)
 {
     SAME(method);
@@ -342,6 +412,12 @@ const char *sample_reply_diff(const kvc_reply *a, const kvc_reply *b)
         return blocks_diff(a, b);
     case KVC_STATS:
         return stats_diff(a, b);
+    case KVC_PUT_CONTEXT:
+    case KVC_GET_CONTEXT:
+    case KVC_LIST_CONTEXTS:
+        return saved_reply_diff(a, b);
+    case KVC_GET_SCHEMA:
+        return schema_diff(a->u.get_schema.schema, b->u.get_schema.schema);
     default:
         return NULL;
     }

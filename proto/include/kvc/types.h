@@ -30,7 +30,9 @@ extern "C" {
 #define KVC_MAX_GROUPS         1024u  /* groups in one FetchRows */
 #define KVC_MAX_NAME_BYTES     255u   /* model ids, revisions, tenants */
 #define KVC_MAX_RECIPE_BYTES   4096u
-#define KVC_MAX_HEADER_BYTES   (4u << 20) /* a message without its bulk field */
+#define KVC_MAX_HEADER_BYTES   (4u << 20)  /* a message without its bulk field */
+#define KVC_MAX_SAVED_PAGE     256u        /* saved contexts in one ListContexts reply */
+#define KVC_MIN_SAVED_PIECE    (64u << 10) /* of a saved context's body, but for the last one */
 
 typedef struct kvc_digest {
     uint8_t bytes[KVC_DIGEST_BYTES];
@@ -115,6 +117,24 @@ typedef struct kvc_schema {
     uint32_t n_parts;
     const kvc_part *parts;
 } kvc_schema;
+
+/*
+ * A context saved under a name. Its body: digests [n_blocks], token ids [n_ids] u32 little-endian,
+ * then for each of tail_parts rows [n_tail, row_bytes].
+ */
+typedef struct kvc_saved_context {
+    const char *name; /* 1..KVC_MAX_NAME_BYTES bytes of '!'..'~' */
+    kvc_digest schema;
+    kvc_promise promise;
+    uint32_t n_blocks;
+    uint32_t n_ids;  /* 0, or n_blocks * block_tokens + n_tail */
+    uint32_t n_tail; /* tokens; below block_tokens */
+    uint32_t n_tail_parts;
+    const uint32_t *tail_parts; /* ids, ascending */
+    /* given by the server */
+    uint32_t piece_bytes;
+    uint64_t generation, upload, body_bytes, saved_unix_ms;
+} kvc_saved_context;
 
 /* Limits that a server exchanges at connect (Describe). */
 typedef struct kvc_limits {

@@ -470,6 +470,39 @@ static bool note_meta(void *arg, const char *name, const void *data, size_t len_
     return true;
 }
 
+/* Records by name and by prefix: those of schema/, and two that sort on either side of them. */
+static void test_meta_by_name(void **state)
+{
+    tier_under_test *t = *state;
+    meta_seen seen = {0};
+    void *data;
+    size_t len_bytes;
+
+    if (!(t->ops->caps & KVS_TIER_PERSISTENT))
+        return;
+    assert_int_equal(t->ops->meta_get(t->tier, "schema/0", &data, &len_bytes), KVC_NOT_FOUND);
+    assert_null(data);
+    assert_int_equal(t->ops->meta_put(t->tier, "schema", "12", 2), KVC_OK);
+    assert_int_equal(t->ops->meta_put(t->tier, "schema/0", "\0", 1), KVC_OK);
+    assert_int_equal(t->ops->meta_put(t->tier, "schemb", "345", 3), KVC_OK);
+    assert_int_equal(t->ops->meta_each(t->tier, "schema/", note_meta, &seen), KVC_OK);
+    assert_int_equal(seen.n, 1);
+    assert_int_equal(seen.wrong, 0);
+    assert_int_equal(t->ops->meta_each(t->tier, "schema/0", note_meta, &seen), KVC_OK);
+    assert_int_equal(t->ops->meta_each(t->tier, "x", note_meta, &seen), KVC_OK);
+    assert_int_equal(seen.n, 1);
+    tut_close(t);
+    assert_int_equal(tut_open(t), KVC_OK);
+    assert_int_equal(t->ops->meta_get(t->tier, "schemb", &data, &len_bytes), KVC_OK);
+    assert_int_equal(len_bytes, 3);
+    assert_memory_equal(data, "345", 3);
+    free(data);
+    assert_int_equal(t->ops->meta_get(t->tier, "schem", &data, &len_bytes), KVC_NOT_FOUND);
+    assert_int_equal(t->ops->meta_get(t->tier, "", &data, &len_bytes), KVC_INVALID);
+    assert_int_equal(t->ops->meta_put(t->tier, "schemb", NULL, 0), KVC_OK);
+    assert_int_equal(t->ops->meta_get(t->tier, "schemb", &data, &len_bytes), KVC_NOT_FOUND);
+}
+
 static void test_meta(void **state)
 {
     tier_under_test *t = *state;
@@ -496,7 +529,7 @@ static void test_meta(void **state)
     assert_int_equal(t->ops->meta_put(t->tier, "never there", NULL, 0), KVC_OK);
     for (uint32_t round = 0; round < 2; round++) {
         seen = (meta_seen){0};
-        assert_int_equal(t->ops->meta_each(t->tier, note_meta, &seen), KVC_OK);
+        assert_int_equal(t->ops->meta_each(t->tier, "", note_meta, &seen), KVC_OK);
         assert_int_equal(seen.n, 5);
         assert_int_equal(seen.wrong, 0);
         tut_close(t);
@@ -524,6 +557,7 @@ static int run_over(const kvs_tier_ops *ops)
         cmocka_unit_test_prestate_setup_teardown(test_recover_lists_what_was_committed, setup,
                                                  teardown, initial),
         cmocka_unit_test_prestate_setup_teardown(test_meta, setup, teardown, initial),
+        cmocka_unit_test_prestate_setup_teardown(test_meta_by_name, setup, teardown, initial),
     };
 
     snprintf(group, sizeof(group), "tier %s", ops->name);

@@ -176,7 +176,7 @@ static void test_meta_cut(void **state)
     put_all(t, v);
     assert_int_equal(t->ops->meta_put(t->tier, "a", "b", 1), KVC_OK);
     cut(t, "meta", 0);
-    assert_int_equal(t->ops->meta_each(t->tier, keep_any, &n), KVC_IO);
+    assert_int_equal(t->ops->meta_each(t->tier, "", keep_any, &n), KVC_IO);
     assert_int_equal(n, 0);
     assert_int_equal(t->ops->meta_put(t->tier, "c", "d", 1), KVC_IO);
     assert_int_equal(count_right(t, v, small) + count_right(t, v, large), N_VALUES);
