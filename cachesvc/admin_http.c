@@ -127,12 +127,15 @@ static kvc_status bind_socket(const struct sockaddr *address, socklen_t len_byte
 
 static unsigned port_of(int fd)
 {
-    struct sockaddr_storage bound = {0};
+    union {
+        struct sockaddr any;
+        struct sockaddr_in v4;
+        struct sockaddr_in6 v6;
+    } bound = {.v6 = {0}};
     socklen_t len_bytes = sizeof(bound);
-    if (getsockname(fd, (struct sockaddr *)&bound, &len_bytes) != 0)
+    if (getsockname(fd, &bound.any, &len_bytes) != 0)
         return 0;
-    return ntohs(bound.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&bound)->sin6_port
-                                             : ((struct sockaddr_in *)&bound)->sin_port);
+    return ntohs(bound.any.sa_family == AF_INET6 ? bound.v6.sin6_port : bound.v4.sin_port);
 }
 
 /* Takes fd, on failure too. */

@@ -496,13 +496,16 @@ static void test_top(void **state)
     expect(NULL, WORDS(ON, "top", "now"), 2, NULL, "now");
 }
 
-/* The number after "key": in a JSON text. */
-static uint64_t json_number(const char *text, const char *key)
+/* The number after "key": in a JSON text, behind the first place that says after; else nothing. */
+static uint64_t json_number(const char *text, const char *after, const char *key)
 {
     char quoted[64];
     (void)snprintf(quoted, sizeof(quoted), "\"%s\":", key);
-    expect_text(text, quoted);
-    return strtoull(strstr(text, quoted) + strlen(quoted), NULL, 10);
+    expect_text(text, after);
+    const char *at = strstr(text, after), *found = at != NULL ? strstr(at, quoted) : NULL;
+    if (found == NULL)
+        fail_msg("no %s behind '%s' in:\n%s", key, after, text);
+    return found != NULL ? strtoull(found + strlen(quoted), NULL, 10) : 0;
 }
 
 /* Every case moves what it says, and nothing of it stays. */
@@ -514,18 +517,18 @@ static void test_bench(void **state)
     output before = run(NULL, WORDS(ON, "--json", "status"));
     output o = run(NULL, small);
     assert_int_equal(o.status, 0);
-    const char *get = strstr(o.out, "\"case\":\"get\""), *rows = strstr(o.out, "\"case\":\"rows\"");
-    assert_true(get != NULL && rows != NULL);
-    assert_int_equal(json_number(o.out, "bytes"), 3 * 40 * 16384);
-    assert_int_equal(json_number(get, "bytes"), 3 * 40 * 16384);
-    assert_int_equal(json_number(rows, "bytes"), 3 * 2048 * 256);
-    assert_int_equal(json_number(rows, "unit_bytes"), 256);
-    assert_int_equal(json_number(get, "rows_dram") + json_number(get, "rows_lmdb"), 3 * 40 * 64);
-    assert_true(json_number(o.out, "bytes_per_s_min") > 0);
-    assert_true(json_number(o.out, "bytes_per_s_min") <= json_number(o.out, "bytes_per_s"));
-    assert_true(json_number(o.out, "bytes_per_s") <= json_number(o.out, "bytes_per_s_max"));
+    const char *const get = "\"case\":\"get\"", *const rows = "\"case\":\"rows\"";
+    assert_int_equal(json_number(o.out, "", "bytes"), 3 * 40 * 16384);
+    assert_int_equal(json_number(o.out, get, "bytes"), 3 * 40 * 16384);
+    assert_int_equal(json_number(o.out, rows, "bytes"), 3 * 2048 * 256);
+    assert_int_equal(json_number(o.out, rows, "unit_bytes"), 256);
+    assert_int_equal(json_number(o.out, get, "rows_dram") + json_number(o.out, get, "rows_lmdb"),
+                     3 * 40 * 64);
+    assert_true(json_number(o.out, "", "bytes_per_s_min") > 0);
+    assert_true(json_number(o.out, "", "bytes_per_s_min") <= json_number(o.out, "", "bytes_per_s"));
+    assert_true(json_number(o.out, "", "bytes_per_s") <= json_number(o.out, "", "bytes_per_s_max"));
     output after = run(NULL, WORDS(ON, "--json", "status"));
-    assert_int_equal(json_number(after.out, "values"), json_number(before.out, "values"));
+    assert_int_equal(json_number(after.out, "", "values"), json_number(before.out, "", "values"));
     expect(NULL, WORDS(ON, "bench", "--values", "2", "--runs", "1", "--durable", "put"), 0,
            WORDS("| case | who | GB/s | min-max | a second | of the floor | CPU ns/KiB |\n",
                  "| put 1.00 MiB, DURABLE "),
