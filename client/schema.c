@@ -57,6 +57,30 @@ kvc_status kvc_schema_register(kvc_client *client, const kvc_schema *schema, uin
     return KVC_OK;
 }
 
+static kvc_status take_schema(void *arg, const kvc_reply *reply)
+{
+    *(kvc_schema **)arg = kvc_schema_copy(reply->u.get_schema.schema);
+    return *(kvc_schema **)arg != NULL ? KVC_OK : KVC_NO_MEMORY;
+}
+
+kvc_status kvc_schema_get(kvc_client *client, const kvc_digest *digest, uint64_t deadline_ns,
+                          kvc_schema **schema_p)
+{
+    kvc_request req = {.method = KVC_GET_SCHEMA, .u.get_schema.schema = *digest};
+    kvci_rpc_opts opts = {.deadline_ns = deadline_ns, .take = take_schema, .take_arg = schema_p};
+    kvc_digest got;
+    *schema_p = NULL;
+    kvc_status status = kvci_rpc(client, &req, &opts);
+    if (status == KVC_OK &&
+        (kvc_schema_digest(*schema_p, &got) != KVC_OK || !kvc_digest_equal(&got, digest)))
+        status = kvci_fail(KVC_PROTOCOL, "schema: the server gave another one");
+    if (status != KVC_OK) {
+        free(*schema_p);
+        *schema_p = NULL;
+    }
+    return status;
+}
+
 void kvci_schemas_restore(kvc_client *client, kvci_link *link, uint64_t deadline_ns)
 {
     kvc_mutex_lock(&client->lock);

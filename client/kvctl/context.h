@@ -1,6 +1,6 @@
 /*
- * context.h: what the words of kvctl context came to; context.c parses them, context_export.c and
- * context_import.c do it.
+ * context.h: what the words of kvctl context came to; context.c parses them, context_export.c,
+ * context_import.c and context_saved.c do it.
  */
 #ifndef KVCTL_CONTEXT_H
 #define KVCTL_CONTEXT_H
@@ -14,7 +14,10 @@
 typedef struct context_args {
     kvctl_blocks blocks;
     const char *out_path;
-    bool durable;
+    const char *tail_path;                           /* save */
+    const char *digests_out, *tokens_out, *tail_out; /* restore */
+    uint64_t generation;
+    bool durable, replace;
 } context_args;
 
 /* What an export or import came to. */
@@ -30,5 +33,11 @@ kvctl_exit context_export(const kvctl_globals *globals, const context_args *args
 /* check_only: what is wrong with the file, and no server. */
 kvctl_exit context_import(const kvctl_globals *globals, const context_args *args, const char *path,
                           bool check_only);
+/* argv [argc]: the name is the first word left, digests may follow. */
+kvctl_exit context_save(const kvctl_globals *globals, int argc, char **argv, context_args *args);
+kvctl_exit context_restore(const kvctl_globals *globals, const char *name,
+                           const context_args *args);
+kvctl_exit context_list(const kvctl_globals *globals);
+kvctl_exit context_rm(const kvctl_globals *globals, const char *name, const context_args *args);
 
 #endif

@@ -1,7 +1,7 @@
 /*
  * kvctl_e2e_test.c: each command of kvctl against a real cachesvc: what it prints and how it exits.
  */
-#include "store.h"
+#include "kvctl_rig.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -9,102 +9,6 @@
 #include <spawn.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
-
-typedef struct output {
-    int status;
-    char *out, *err;
-} output;
-
-static store shared;
-static char digests_path[300], schema_hex[KVC_DIGEST_HEX_BYTES];
-
-static char *read_all(const char *path)
-{
-    FILE *stream = fopen(path, "re");
-    assert_non_null(stream);
-    char *text = calloc(1, 4 << 20);
-    assert_non_null(text);
-    size_t n = fread(text, 1, (4 << 20) - 1, stream);
-    text[n] = '\0';
-    (void)fclose(stream);
-    (void)unlink(path);
-    return text;
-}
-
-/* Runs kvctl with these words (NULL-terminated), input as its standard input. */
-static output run(const char *input, const char *const *words)
-{
-    char *argv[32] = {(char *)KVCTL_PATH}, in[320], out[320], err[320];
-    posix_spawn_file_actions_t actions;
-    output result;
-    pid_t pid;
-    for (int i = 0; words[i] != NULL; i++)
-        argv[i + 1] = (char *)words[i];
-    (void)snprintf(in, sizeof(in), "%s/in", shared.folder);
-    (void)snprintf(out, sizeof(out), "%s/out", shared.folder);
-    (void)snprintf(err, sizeof(err), "%s/err", shared.folder);
-    support_write_file(in, input != NULL ? input : "");
-    posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_addopen(&actions, 0, in, O_RDONLY, 0);
-    posix_spawn_file_actions_addopen(&actions, 1, out, O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    posix_spawn_file_actions_addopen(&actions, 2, err, O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    assert_int_equal(posix_spawn(&pid, KVCTL_PATH, &actions, NULL, argv, environ), 0);
-    posix_spawn_file_actions_destroy(&actions);
-    assert_int_equal(waitpid(pid, &result.status, 0), pid);
-    assert_true(WIFEXITED(result.status));
-    result.status = WEXITSTATUS(result.status);
-    result.out = read_all(out);
-    result.err = read_all(err);
-    (void)unlink(in);
-    return result;
-}
-
-static void expect_text(const char *text, const char *wanted)
-{
-    if (strstr(text, wanted) == NULL)
-        fail_msg("'%s' is not in:\n%s", wanted, text);
-}
-
-/* Runs, checks the exit status and that each text (NULL-terminated) is in the output; frees. */
-static void expect(const char *input, const char *const *words, int status, const char *const *out,
-                   const char *err)
-{
-    output o = run(input, words);
-    if (o.status != status)
-        fail_msg("exit status %d, wanted %d\n%s%s", o.status, status, o.out, o.err);
-    for (int i = 0; out != NULL && out[i] != NULL; i++)
-        expect_text(o.out, out[i]);
-    if (err != NULL)
-        expect_text(o.err, err);
-    free(o.out);
-    free(o.err);
-}
-
-#define WORDS(...) ((const char *const[]){__VA_ARGS__, NULL})
-#define ON         "--server", shared.tcp_uri
-
-static int open_shared(void **state)
-{
-    (void)state;
-    store_open(&shared, "32MiB", true);
-    store_put(&shared, 0, 8, KVC_PROMISE_DURABLE);
-    kvc_digest_hex(&shared.schema, schema_hex);
-    (void)snprintf(digests_path, sizeof(digests_path), "%s/digests", shared.folder);
-    FILE *stream = fopen(digests_path, "we");
-    for (uint32_t i = 0; i < 10; i++) {
-        char hex[KVC_DIGEST_HEX_BYTES];
-        kvc_digest_hex(&shared.digests[i], hex);
-        (void)fprintf(stream, "%s\n", hex);
-    }
-    return fclose(stream);
-}
-
-static int close_shared(void **state)
-{
-    (void)state;
-    store_close(&shared);
-    return 0;
-}
 
 static void test_help(void **state)
 {
@@ -409,81 +313,6 @@ static void test_keep(void **state)
     expect(text, WORDS(ON, "erase", "--schema", schema_hex, "--parts", "77"), 1, NULL, "part 77");
 }
 
-/* Writes the first n bytes of a file to another, with the byte at flip changed where it is below n.
- */
-static void copy_file(const char *from, const char *to, size_t n, size_t flip)
-{
-    FILE *in = fopen(from, "re"), *out = fopen(to, "we");
-    assert_non_null(in);
-    assert_non_null(out);
-    for (size_t i = 0; i < n; i++) {
-        int byte = fgetc(in);
-        if (byte == EOF)
-            break;
-        (void)fputc(i == flip ? byte ^ 1 : byte, out);
-    }
-    (void)fclose(in);
-    assert_int_equal(fclose(out), 0);
-}
-
-/* The eight blocks that the other tests count on leave and come back. */
-static void test_context_file(void **state)
-{
-    (void)state;
-    char schema[320], file[320], bad[320];
-    (void)snprintf(schema, sizeof(schema), "%s/context.schema", shared.folder);
-    (void)snprintf(file, sizeof(file), "%s/context.file", shared.folder);
-    (void)snprintf(bad, sizeof(bad), "%s/context.bad", shared.folder);
-    store_write_schema(schema);
-#define CONTEXT(...) WORDS(ON, "context", __VA_ARGS__)
-#define ERASE(part)                                                                                \
-    WORDS(ON, "erase", "--schema", schema_hex, "--parts", part, "--digests", digests_path)
-    expect(NULL, CONTEXT("export", "--schema", schema, "--digests", digests_path, "--out", file), 0,
-           WORDS("exported: 10 blocks, 24 values, 6 missing"), NULL);
-    expect(NULL, WORDS("context", "check", file), 0,
-           WORDS("whole: 10 blocks, 24 values, 6 missing"), NULL);
-    expect(NULL, CONTEXT("import", file), 0, WORDS("0 stored, 24 were there"), NULL);
-    expect(NULL, ERASE("0"), 0, WORDS("8 values erased"), NULL);
-    expect(NULL, CONTEXT("import", "--durable", file), 0, WORDS("8 stored, 16 were there"), NULL);
-    kvc_context *context = store_context(&shared, shared.client, 8);
-    kvc_fetch_info info;
-    store_expect(&shared, context, 8 * STORE_BLOCK_TOKENS, &info);
-    kvc_context_close(context);
-    /* Altered near its end, or cut off there: nothing of it is stored. */
-    expect(NULL, ERASE("2"), 0, WORDS("8 values erased"), NULL);
-    copy_file(file, bad, SIZE_MAX, (size_t)7 * 64 * (4096 + 512 + 128));
-    expect(NULL, CONTEXT("import", bad), 1, NULL, "CORRUPT: a value's sum is wrong");
-    copy_file(file, bad, (size_t)7 * 64 * (4096 + 512 + 128), SIZE_MAX);
-    expect(NULL, CONTEXT("import", bad), 1, NULL, "PROTOCOL: the file is cut off");
-    expect(NULL, CONTEXT("check", digests_path), 1, NULL, "PROTOCOL: it is not a context file");
-    expect(NULL,
-           WORDS(ON, "match", "--schema", schema_hex, "--parts", "2", "--digests", digests_path), 0,
-           WORDS("0 of 10"), NULL);
-    expect(NULL, WORDS(ON, "--json", "context", "import", file), 0,
-           WORDS("\"values\":24,\"missing\":6,\"stored\":8,\"existed\":16"), NULL);
-    /* Token ids travel with it, and must be those of the digests. */
-    char ids[64 * 8] = "";
-    for (int i = 0; i < 70; i++)
-        (void)snprintf(ids + strlen(ids), sizeof(ids) - strlen(ids), "%d ", i);
-    expect(ids,
-           WORDS(ON, "--json", "context", "export", "--schema", schema, "--parts", "1", "--tokens",
-                 "-", "--out", file),
-           0, WORDS("\"blocks\":1,\"tokens\":70"), NULL);
-    expect(NULL, WORDS("context", "check", file), 0, WORDS("whole:"), NULL);
-    expect(NULL,
-           CONTEXT("export", "--schema", schema_hex, "--digests", digests_path, "--out", file), 2,
-           NULL, "needs a file as --schema");
-    expect(NULL, CONTEXT("export", "--schema", schema, "--digests", digests_path), 2, NULL,
-           "--out");
-    expect(NULL, CONTEXT("import"), 2, NULL, "one file");
-    expect(NULL, CONTEXT("import", "/nowhere/at/all"), 2, NULL, "/nowhere/at/all");
-    expect(NULL, CONTEXT("melt"), 2, NULL, "not 'melt'");
-    expect(NULL, WORDS(ON, "context"), 2, NULL, "export, import or check");
-    (void)unlink(schema);
-    (void)unlink(file);
-    (void)unlink(bad);
-}
-
 static void test_top(void **state)
 {
     (void)state;
@@ -554,8 +383,8 @@ int main(void)
         cmocka_unit_test(test_match),       cmocka_unit_test(test_match_tokens),
         cmocka_unit_test(test_rows),        cmocka_unit_test(test_doctor),
         cmocka_unit_test(test_schema_file), cmocka_unit_test(test_put_get),
-        cmocka_unit_test(test_keep),        cmocka_unit_test(test_context_file),
-        cmocka_unit_test(test_top),         cmocka_unit_test(test_bench),
+        cmocka_unit_test(test_keep),        cmocka_unit_test(test_top),
+        cmocka_unit_test(test_bench),
     };
     return cmocka_run_group_tests(tests, open_shared, close_shared);
 }

@@ -16,6 +16,7 @@
 #ifndef KVC_CLIENT_H
 #define KVC_CLIENT_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -268,6 +269,58 @@ typedef struct kvc_prefetch_info {
 kvc_status kvc_prefetch(kvc_context *context, const uint32_t *parts, uint32_t n_parts,
                         uint32_t first_block, uint32_t n_blocks, kvc_tier tier,
                         kvc_prefetch_info *info_p, uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+
+/* ---- contexts saved by name --------------------------------------------------------------------
+ */
+
+/* What has a name, and what may take its place. */
+typedef struct kvc_saved_when {
+    bool replace;           /* whatever has the name now */
+    uint64_t if_generation; /* or only this one; both 0: nothing, first put wins */
+} kvc_saved_when;
+
+/*
+ * Saves a context under context->name: what the server gives is not looked at. digests [n_blocks],
+ * ids [n_ids], tail: rows [n_tail, row_bytes] for each of tail_parts, tail_bytes in all. Sent in
+ * messages, visible with the last one; blocks until it is. *generation_p (may be NULL) is its new
+ * generation. EXISTS: something else has the name. NOT_FOUND: nothing does, or the schema is not
+ * registered. NO_SPACE: max_saved, max_saved_bytes. UNSUPPORTED: DURABLE without lmdb. INVALID. The
+ * values of the blocks are put as ever.
+ */
+kvc_status kvc_saved_put(kvc_client *client, const kvc_saved_context *context,
+                         const kvc_digest *digests, const uint32_t *ids, const void *tail,
+                         size_t tail_bytes, const kvc_saved_when *when, uint64_t deadline_ns,
+                         uint64_t *generation_p) KVC_MUST_CHECK;
+
+typedef struct kvc_saved {
+    kvc_saved_context context;
+    const kvc_digest *digests; /* [n_blocks] */
+    const uint32_t *ids;       /* [n_ids] */
+    const uint8_t *tail;       /* tail_bytes */
+    size_t tail_bytes;
+} kvc_saved;
+
+/* A saved context, all of one generation. Blocks. *saved_p is given to the caller: kvc_saved_free.
+ * NOT_FOUND, CORRUPT (damaged on the server's disk), PROTOCOL, NO_MEMORY. Its blocks' values may
+ * have been evicted: kvc_match. */
+kvc_status kvc_saved_get(kvc_client *client, const char *name, uint64_t deadline_ns,
+                         kvc_saved **saved_p) KVC_MUST_CHECK;
+void kvc_saved_free(kvc_saved *saved); /* NULL is fine */
+
+/* Called for each saved context in the order of names, on the caller's thread; what it points at
+ * lives until it returns, tail_parts are left out. False: stop. */
+typedef bool kvc_saved_each(void *arg, const kvc_saved_context *context);
+/* Blocks. Names that come or go meanwhile may be listed or not. */
+kvc_status kvc_saved_list(kvc_client *client, uint64_t deadline_ns, kvc_saved_each *each,
+                          void *arg) KVC_MUST_CHECK;
+/* Forgets it, for good on OK. Blocks. if_generation 0: any. NOT_FOUND; EXISTS: another one. */
+kvc_status kvc_saved_delete(kvc_client *client, const char *name, uint64_t if_generation,
+                            uint64_t deadline_ns) KVC_MUST_CHECK;
+
+/* A schema by its digest, checked against it. Blocks. *schema_p is given to the caller: free().
+ * NOT_FOUND: it is not registered there. PROTOCOL: it is another one. */
+kvc_status kvc_schema_get(kvc_client *client, const kvc_digest *digest, uint64_t deadline_ns,
+                          kvc_schema **schema_p) KVC_MUST_CHECK;
 
 /* ---- what the server says of itself ------------------------------------------------------------
  */
