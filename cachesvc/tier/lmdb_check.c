@@ -98,7 +98,9 @@ static kvc_status read_page(check *c, uint64_t number, void *out)
     ssize_t n = pread(c->fd, out, PAGE, (off_t)(number * PAGE));
     if (n == (ssize_t)PAGE)
         return KVC_OK;
-    return n < 0 ? KVC_IO : complain(c, "page %llu is cut off", (unsigned long long)number);
+    /* What the disk does not give is as lost as what makes no sense: the other files go on. */
+    return complain(c, n < 0 ? "page %llu cannot be read" : "page %llu is cut off",
+                    (unsigned long long)number);
 }
 
 /* Pages number .. number + n - 1 belong to one place only. */
@@ -212,7 +214,7 @@ static kvc_status check_free_list(check *c, const uint8_t *inline_data, uint64_t
         if (inline_data != NULL)
             memcpy(ids, inline_data + done, want);
         else if (pread(c->fd, ids, want, (off_t)(off + done)) != (ssize_t)want)
-            return complain(c, "a list of free pages is cut off");
+            return complain(c, "a list of free pages is cut off or cannot be read");
         for (uint64_t i = 0; i < want / 8; i++) {
             uint64_t at = done / 8 + i;
             if (at == 0)

@@ -18,7 +18,8 @@
 /*
  * Walks data.mdb in dir_fd by plain reads; no content of it can do harm. deep: the first page of
  * every large record too, one disk read each. Any thread; blocks. No file or an empty one is sound.
- * CORRUPT: why says where. IO, NO_MEMORY.
+ * CORRUPT: why says where; a page that the disk does not give counts as damaged. IO: the file
+ * cannot be opened. NO_MEMORY.
  */
 kvc_status kvsi_check_file(int dir_fd, bool deep, char why[KVSI_CHECK_WHY_BYTES]) KVC_MUST_CHECK;
 

@@ -221,7 +221,8 @@ static kvc_status check_and_open(kvs_tier *tier, kvsi_env *env, const char *name
 
     if (status == KVC_OK)
         status = kvsi_env_open(env, tier->root_fd, tier->root, name, map_pages);
-    return status;
+    /* A page that failed since the check is no reason to go without the other environments. */
+    return status == KVC_IO && atomic_load(&env->faulted) ? KVC_CORRUPT : status;
 }
 
 static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_pages)

@@ -7,6 +7,7 @@
 #include "tier_support.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
 #include <signal.h>
@@ -22,6 +23,7 @@
 
 #define N_VALUES 70u /* two levels of pages */
 #define DIE_OF   "KVS_CHECKER_DIES_OF"
+#define BAD_PAGE "KVS_BAD_PAGE" /* "<folder> <page>": the disk gives errors there at open */
 
 static const shape value_shape = {512, 8};
 
@@ -50,6 +52,7 @@ static int setup(void **state)
 
     forget_log();
     unsetenv(DIE_OF);
+    unsetenv(BAD_PAGE);
     tut_init(t, kvs_tier_find("lmdb"), NULL);
     t->opts.checker = "/proc/self/exe";
     *state = t;
@@ -157,6 +160,34 @@ static void store(const tier_under_test *t, const image *im, size_t len, size_t 
     close(fd);
 }
 
+ssize_t __real_pread(int fd, void *out, size_t len, off_t off);
+ssize_t __wrap_pread(int fd, void *out, size_t len, off_t off);
+
+/* The linker puts this between the tier and the disk, here and in the checker's process. */
+ssize_t __wrap_pread(int fd, void *out, size_t len, off_t off)
+{
+    const char *bad = getenv(BAD_PAGE);
+    char link[64], path[256] = "", want[64];
+    long page = bad != NULL ? strtol(strchr(bad, ' '), NULL, 10) : -1;
+
+    if (page < 0 || off >= (page + 1) * 4096 || off + (off_t)len <= page * 4096)
+        return __real_pread(fd, out, len, off);
+    snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+    snprintf(want, sizeof(want), "/%.*s/data.mdb", (int)strcspn(bad, " "), bad);
+    if (readlink(link, path, sizeof(path) - 1) < 0 || strstr(path, want) == NULL)
+        return __real_pread(fd, out, len, off);
+    errno = EIO;
+    return -1;
+}
+
+static void set_bad_page(const char *folder, size_t page)
+{
+    char text[64];
+
+    snprintf(text, sizeof(text), "%s %zu", folder, page);
+    setenv(BAD_PAGE, text, 1);
+}
+
 /* Values 0 .. N_VALUES - 1; others came and went, so that there is a list of free pages. */
 static image build(tier_under_test *t)
 {
@@ -203,6 +234,7 @@ static uint32_t use(tier_under_test *t)
     kvs_value_key key = key_of(9, 9, 9);
 
     assert_int_equal(tut_open(t), KVC_OK);
+    unsetenv(BAD_PAGE);
     assert_int_equal(t->ops->recover(t->tier, look, &f), KVC_OK);
     for (uint32_t i = 0; i < 2; i++) {
         put_result r = put_value(t, &key, 3 + i, value_shape, true);
@@ -335,6 +367,35 @@ static void test_cut_at_every_page(void **state)
     free(im.bytes);
 }
 
+/* One sector that cannot be read costs its environment at most, never the start. */
+static void test_unreadable_pages(void **state)
+{
+    tier_under_test *t = *state;
+    image im = build(t);
+    uint32_t n_aside = 0;
+    bool aside;
+
+    for (size_t page = 0; page < im.len / 4096; page++) {
+        bool clean = page % 2 == 0, tree = is_tree_page(&im, page);
+        set_bad_page("class-2", page);
+        uint32_t right = try_flip(t, &im, 0, 0, clean, &aside);
+        assert_int_equal(right, aside ? 0 : N_VALUES);
+        assert_true(aside || !tree || page > 1);
+        n_aside += aside;
+    }
+    assert_true(n_aside > 4);
+    (void)try_flip(t, &im, 0, 0, true, &aside);
+    for (size_t page = 0; page < 2; page++) {
+        forget_log();
+        set_bad_page("meta", page);
+        uint32_t right = try_flip(t, &im, 0, 0, page == 0, &aside);
+        assert_int_equal(right, N_VALUES);
+        assert_true(aside);
+        assert_non_null(strstr(log_text, "meta is damaged: set aside"));
+    }
+    free(im.bytes);
+}
+
 /* Whatever the checker dies of, only the environment that it looked at is set aside. */
 static void test_checker_dies(void **state)
 {
@@ -439,6 +500,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup_teardown(test_sound_after_much_use, setup, teardown),
         cmocka_unit_test_setup_teardown(test_every_page_altered, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cut_at_every_page, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_unreadable_pages, setup, teardown),
         cmocka_unit_test_setup_teardown(test_checker_dies, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_answer_from_the_checker, setup, teardown),
         cmocka_unit_test_setup_teardown(test_damaged_meta, setup, teardown),
