@@ -3,7 +3,8 @@
  *
  * Budget: every page of capacity_bytes is either claimed by an environment's map (map_pages, plus
  * KVSI_ENV_SLACK_PAGES for its lock file and the file system's own blocks) or free to be claimed.
- * Files never shrink, so a claim is never given back while the tier is open.
+ * Files never shrink, so a claim is never given back while the tier is open. What a first meta map
+ * takes is never claimed otherwise, so that a damaged meta can be replaced in a full folder.
  */
 #ifndef KVSI_LMDB_TIER_H
 #define KVSI_LMDB_TIER_H
@@ -91,6 +92,8 @@ struct kvs_tier {
 
 /* --- tier_lmdb.c --- */
 
+/* What may still be claimed; the caller holds the tier lock. */
+uint64_t kvsi_left_pages(const kvs_tier *tier);
 /*
  * Claims budget so that a map of now_pages can hold need_pages, and a step more where there is
  * room. Gives the new size of the map, which may be less than needed when the budget is short.

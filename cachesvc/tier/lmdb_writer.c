@@ -57,7 +57,7 @@ static kvc_status refuse_class(kvs_tier *tier, uint32_t pages, const char *why)
 /* Whether the class could hold a value if it held no other; else releases help nobody. */
 static bool could_hold(const kvs_tier *tier, const kvsi_class *class)
 {
-    uint64_t left = tier->capacity_pages - tier->claimed_pages;
+    uint64_t left = kvsi_left_pages(tier);
 
     if (class->map_pages == 0)
         return kvsi_first_claim(class) <= left;
@@ -85,7 +85,7 @@ static kvc_status admit(kvs_tier *tier, uint32_t pages, kvsi_class **class_p)
         return KVC_IO;
     if (!could_hold(tier, class))
         return refuse_class(tier, pages, "other size classes have claimed the whole capacity");
-    uint64_t room = class->map_pages + tier->capacity_pages - tier->claimed_pages;
+    uint64_t room = class->map_pages + kvsi_left_pages(tier);
     uint64_t need = class->live_pages + class->tree_pages + kvsi_reserve_pages(class) +
                     class->queued_pages + pages;
     if (class->map_pages == 0)

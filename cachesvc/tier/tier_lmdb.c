@@ -2,8 +2,9 @@
  * tier_lmdb.c: the persistent tier: one LMDB environment per size class under one byte budget.
  *
  * Threads: open and close on the caller's; kvs-lmdb-w writes (lmdb_writer.c, lmdb_commit.c); reads
- * on disk threads (lmdb_read.c). Invariants: one process has the folder (flock); claimed_pages
- * never passes capacity_pages, and no file outgrows its claim.
+ * on disk threads (lmdb_read.c). Invariants: one process has the folder (flock); no file outgrows
+ * its claim; claimed_pages passes capacity_pages by folders set aside at most, and nothing more is
+ * claimed then.
  *
  * Folder: lock, clean (while nobody has it, after a stop in order), meta/, class-<pages>/ each with
  * LMDB's data.mdb and lock.mdb. A folder that the check or LMDB refuses is renamed to *.bad,
@@ -38,6 +39,13 @@
 
 /* --- the budget --- */
 
+uint64_t kvsi_left_pages(const kvs_tier *tier)
+{
+    uint64_t taken = tier->claimed_pages + KVSI_META_PAGES + KVSI_ENV_SLACK_PAGES;
+
+    return taken < tier->capacity_pages ? tier->capacity_pages - taken : 0;
+}
+
 uint64_t kvsi_claim(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages)
 {
     /* As much again as there is, up to a step: a class that stays small takes little. */
@@ -47,7 +55,7 @@ uint64_t kvsi_claim(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages)
     uint64_t want = need_pages > now_pages ? need_pages - now_pages + step : 0;
 
     kvc_mutex_lock(&tier->lock);
-    uint64_t left = tier->capacity_pages - tier->claimed_pages;
+    uint64_t left = kvsi_left_pages(tier);
     if (want > left)
         want = left;
     tier->claimed_pages += want;
@@ -284,17 +292,22 @@ static bool ends_with(const char *text, const char *end)
     return n >= m && strcmp(text + n - m, end) == 0;
 }
 
+/* What was set aside takes its room, but never keeps the tier from opening. */
+static void count_bad(kvs_tier *tier, const char *name)
+{
+    tier->meta_lost |= strncmp(name, "meta.", 5) == 0;
+    tier->claimed_pages += kvsi_env_file_pages(tier->root_fd, name) + KVSI_ENV_SLACK_PAGES;
+    if (tier->claimed_pages > tier->capacity_pages)
+        KVC_LOG_WARN(TIER, "lmdb: with %s/%s the folder is larger than its capacity; remove that",
+                     tier->root, name);
+}
+
 /* What one name in the folder is to us. */
 static kvc_status open_entry(kvs_tier *tier, const char *name)
 {
     char canonical[32];
     unsigned record_pages = 0;
-    uint64_t pages;
 
-    if (ends_with(name, ".bad")) {
-        tier->meta_lost |= strncmp(name, "meta.", 5) == 0;
-        return claim_existing(tier, name, 0, &pages);
-    }
     if (sscanf(name, "class-%u", &record_pages) != 1 || record_pages == 0)
         return KVC_OK;
     snprintf(canonical, sizeof(canonical), "class-%u", record_pages);
@@ -311,9 +324,13 @@ static kvc_status open_classes(kvs_tier *tier)
     int n = scandirat(tier->root_fd, ".", &entries, NULL, alphasort);
     kvc_status status = n < 0 ? KVC_IO : KVC_OK;
 
-    for (int i = 0; i < n; i++) {
-        if (status == KVC_OK)
+    for (int i = 0; i < n && status == KVC_OK; i++) {
+        if (!ends_with(entries[i]->d_name, ".bad"))
             status = open_entry(tier, entries[i]->d_name);
+    }
+    for (int i = 0; i < n; i++) {
+        if (ends_with(entries[i]->d_name, ".bad"))
+            count_bad(tier, entries[i]->d_name);
         free(entries[i]);
     }
     free(entries);

@@ -477,6 +477,61 @@ static void test_damaged_meta(void **state)
     free(im.bytes);
 }
 
+/* Writes values until the tier is full; how many there are. */
+static uint32_t fill(tier_under_test *t, put_result *results, uint32_t max)
+{
+    for (uint32_t n = 0; n < max; n++) {
+        kvs_value_key key = key_of(1, n, 0);
+        results[n] = put_value(t, &key, 1, value_shape, false);
+        if (results[n].status != KVC_OK) {
+            assert_int_equal(results[n].status, KVC_AGAIN);
+            return n;
+        }
+    }
+    fail_msg("%u values and the tier is not full", max);
+    return 0;
+}
+
+/* A full folder has room for one more meta; a second one goes beyond the cap, and says so. */
+static void test_damaged_meta_in_a_full_folder(void **state)
+{
+    tier_under_test *t = *state;
+    static put_result results[4096];
+    kvs_value_key key = key_of(1, 0, 0);
+    char path[256];
+    uint8_t junk = 0x55;
+
+    t->opts.capacity_bytes = 4u << 20;
+    assert_int_equal(tut_open(t), KVC_OK);
+    uint32_t n = fill(t, results, 4096);
+    for (uint32_t round = 0; round < 4; round++) {
+        tut_close(t);
+        path_in(t, "meta/data.mdb", path);
+        int fd = open(path, O_RDWR | O_CLOEXEC);
+        assert_int_equal(pwrite(fd, &junk, 1, 4096 + 16), 1);
+        close(fd);
+        forget_log();
+        finding f = {.t = t};
+        assert_int_equal(tut_open(t), KVC_OK);
+        assert_non_null(strstr(log_text, "meta is damaged: set aside"));
+        assert_int_equal(count_bad(t, false), round + 1);
+        assert_int_equal(t->ops->recover(t->tier, look, &f), KVC_OK);
+        assert_int_equal(f.n_right, n);
+        assert_true(round > 0 || medium_bytes(t) <= t->opts.capacity_bytes);
+        /* Still full, and nothing more is claimed. */
+        key.part = 1;
+        assert_int_equal(put_value(t, &key, 1, value_shape, true).status, KVC_AGAIN);
+        assert_int_equal(put_value(t, &key, 1, (shape){4096, 9}, true).status, KVC_NO_SPACE);
+    }
+    assert_non_null(strstr(log_text, "larger than its capacity"));
+    for (uint32_t i = 0; i < n; i++) {
+        key = key_of(1, i, 0);
+        t->ops->release(t->tier, &key, results[i].slot);
+    }
+    assert_int_equal(t->ops->sync(t->tier, NULL, 0, NULL), KVC_OK);
+    assert_int_equal(put_value(t, &key, 1, value_shape, true).status, KVC_OK);
+}
+
 /* As the checker: dies where a test wants it, else does what cachesvc does. */
 static int checker_main(const char *folder)
 {
@@ -504,6 +559,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup_teardown(test_checker_dies, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_answer_from_the_checker, setup, teardown),
         cmocka_unit_test_setup_teardown(test_damaged_meta, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_damaged_meta_in_a_full_folder, setup, teardown),
     };
 
     if (argc == 3 && strcmp(argv[1], "--check-env") == 0)
