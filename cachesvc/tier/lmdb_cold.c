@@ -17,6 +17,7 @@
 
 #define SAMPLES      3u /* pages looked at to tell whether a value is cold */
 #define PIECE_BYTES  (64u << 10)
+#define STEP_CHUNKS  16u  /* copied from the map between looks at the clock, or PIECE_BYTES */
 #define PROBE_BYTES  144u /* enough to tell one record's first page from another's */
 #define FILL_DONE    0
 #define FILL_LANE    1 /* the lane is to be read first */
@@ -108,22 +109,38 @@ static void ask_for_all(const kvsi_reading *r)
 
 /* --- all from the map --- */
 
-/* Under a guard. Goes on where it stopped; stops between chunks when the transaction is too old. */
+/* Whether the transaction is too old, or the writer waits for it. */
+static bool should_let_go(const kvsi_reading *r)
+{
+    return atomic_load(&r->class->env.gate) || kvc_now_ns() > r->until_ns;
+}
+
+/*
+ * Under a guard. Goes on where it stopped. Once a step of it is copied, it stops when the
+ * transaction should be let go: so every transaction brings it further.
+ */
 static int copy_from_map(void *arg)
 {
     kvsi_reading *r = arg;
+    uint64_t step_bytes = 0;
+    uint32_t step_chunks = 0;
 
     for (; r->span <= r->n_ranges; r->span++, r->span_done = 0) {
         span s = get_span(r, r->span);
         while (s.from + r->span_done < s.to) {
+            if (step_bytes >= PIECE_BYTES || step_chunks == STEP_CHUNKS) {
+                if (should_let_go(r))
+                    return FILL_TOO_OLD;
+                step_bytes = step_chunks = 0;
+            }
             uint64_t len = s.to - s.from - r->span_done;
             if (len > PIECE_BYTES)
                 len = PIECE_BYTES;
             memcpy(s.dst + r->span_done, r->first_page + s.from + r->span_done, len);
             r->span_done += len;
+            step_bytes += len;
+            step_chunks++;
         }
-        if (r->span % 16 == 15 && kvc_now_ns() > r->until_ns)
-            return FILL_TOO_OLD;
     }
     return FILL_DONE;
 }
@@ -193,7 +210,7 @@ static void while_waiting(void *arg)
 {
     kvsi_reading *r = arg;
 
-    if (r->txn == NULL || (!atomic_load(&r->class->env.gate) && kvc_now_ns() <= r->until_ns))
+    if (r->txn == NULL || !should_let_go(r))
         return;
     kvsi_reading_let_go(r);
     r->early = true;

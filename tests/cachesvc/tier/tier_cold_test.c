@@ -16,6 +16,7 @@
 
 #include "base/log.h"
 #include "base/metrics.h"
+#include "lmdb_tier.h"
 
 #define N_SHAPES   6u
 #define MAX_RANGES 700u
@@ -162,6 +163,59 @@ static void test_warm_then_cold(void **state)
         assert_int_equal(read_some(t, i, slots[i], 64, 2, &seed), KVC_OK);
 }
 
+/* --- reads from the map and their transactions --- */
+
+static kvsi_env *gated; /* its gate closes as a read looks its record up, until the read lets go */
+static uint32_t n_lookups;
+
+int __real_mdb_get(MDB_txn *txn, MDB_dbi dbi, MDB_val *key, MDB_val *data);
+int __wrap_mdb_get(MDB_txn *txn, MDB_dbi dbi, MDB_val *key, MDB_val *data);
+void __real_mdb_txn_reset(MDB_txn *txn);
+void __wrap_mdb_txn_reset(MDB_txn *txn);
+
+/* The linker puts these two between the tier and LMDB. */
+int __wrap_mdb_get(MDB_txn *txn, MDB_dbi dbi, MDB_val *key, MDB_val *data)
+{
+    if (n_lookups++ == 0 && gated != NULL)
+        atomic_store(&gated->gate, true);
+    return __real_mdb_get(txn, dbi, key, data);
+}
+
+void __wrap_mdb_txn_reset(MDB_txn *txn)
+{
+    if (gated != NULL)
+        atomic_store(&gated->gate, false);
+    __real_mdb_txn_reset(txn);
+}
+
+/* Warm: how many transactions a read of the value takes. */
+static uint32_t lookups_of(tier_under_test *t, uint32_t i, kvs_slot slot)
+{
+    kvs_value_key key = shape_key(i);
+
+    n_lookups = 0;
+    assert_value(t, &key, 1, shapes[i], slot);
+    gated = NULL;
+    return n_lookups;
+}
+
+static void test_map_reads_let_go(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_slot slots[N_SHAPES];
+
+    put_shapes(t, slots);
+    assert_int_equal(lookups_of(t, 0, slots[0]), 1);
+    gated = &t->tier->classes[slots[0].a].env; /* the writer wants the map for itself */
+    assert_int_equal(lookups_of(t, 0, slots[0]), 2);
+    tut_close(t);
+    t->opts.reader_ns = 1; /* every transaction is too old at once, and goes on nevertheless */
+    assert_int_equal(tut_open(t), KVC_OK);
+    assert_int_equal(t->ops->recover(t->tier, note_slot, slots), KVC_OK);
+    assert_int_equal(lookups_of(t, 0, slots[0]), 4096 * 200 / 65536 + 1);
+    assert_int_equal(lookups_of(t, 5, slots[5]), 1);
+}
+
 #ifdef KVSI_WITH_URING
 #include <liburing.h>
 
@@ -297,6 +351,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_cold_rows_are_right, setup, teardown),
         cmocka_unit_test_setup_teardown(test_warm_then_cold, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_map_reads_let_go, setup, teardown),
 #ifdef KVSI_WITH_URING
         cmocka_unit_test_setup_teardown(test_growth_during_a_slow_read, setup, teardown),
         cmocka_unit_test_setup_teardown(test_reader_ns, setup, teardown),
