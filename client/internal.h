@@ -119,6 +119,7 @@ typedef struct kvci_kind {
     bool bulk_lane;     /* waits behind everything else */
     bool names_schema;  /* NOT_FOUND may mean that a restarted server forgot the schema */
     bool stop_on_error; /* the first failed message ends those not yet sent */
+    bool not_twice;     /* carried out twice it does harm: no retry where the outcome is unknown */
     /* Checks and copies a good reply; transport thread, no lock. why_p gets a static text. */
     kvc_status (*take)(kvci_msg *msg, const kvc_reply *reply, const char **why_p);
     /* Of a reply that streams, else NULL: as take, for each message of it; take then sees the end.

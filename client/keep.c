@@ -119,7 +119,10 @@ static kvc_status hold_take(kvci_msg *msg, const kvc_reply *reply, const char **
     return KVC_OK;
 }
 
-static const kvci_kind hold_kind = {.name = "hold", .take = hold_take};
+/* A hold whose answer was lost has no name to release it by, and counts against the tenant's cap.
+ */
+static const kvci_kind hold_kind = {.name = "hold", .not_twice = true, .take = hold_take};
+static const kvci_kind renew_kind = {.name = "hold", .take = hold_take};
 
 kvc_status kvc_hold(kvc_context *context, uint64_t ttl_ms, kvc_hold_info *info_p,
                     uint64_t deadline_ns, kvc_op *op)
@@ -142,7 +145,7 @@ kvc_status kvc_hold_renew(kvc_client *client, uint64_t hold, uint64_t ttl_ms, kv
     memset(info_p, 0, sizeof(*info_p));
     if (hold == 0)
         return kvci_fail(KVC_INVALID, "hold: 0 names none");
-    kvci_call *call = one_message(client, &hold_kind, NULL, NULL, 0, info_p, deadline_ns, NULL);
+    kvci_call *call = one_message(client, &renew_kind, NULL, NULL, 0, info_p, deadline_ns, NULL);
     if (call == NULL)
         return KVC_NO_MEMORY;
     call->msgs[0].req.method = KVC_HOLD;

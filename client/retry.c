@@ -1,9 +1,10 @@
 /*
  * retry.c: which failures are worth another attempt, and after what pause.
  *
- * Pure functions, any thread. Every request of this protocol may be repeated (first put wins,
- * extends carry their position, handles expire), so the outcome of a lost attempt need not be
- * known.
+ * Pure functions, any thread. Almost every request of this protocol may be repeated (first put
+ * wins, extends carry their position, a handle that nobody knows expires and keeps nothing), so the
+ * outcome of a lost attempt need not be known. A kind that says not_twice is repeated only after an
+ * answer that says that nothing was done.
  */
 #include "internal.h"
 
@@ -18,7 +19,7 @@ kvci_verdict kvci_judge(const kvci_msg *msg, kvc_status status)
     case KVC_UNAVAILABLE:
     case KVC_CLOSED:
     case KVC_CANCELLED: /* not by the caller: the link went away under it */
-        return KVCI_RELINK;
+        return call->kind->not_twice ? KVCI_FINISH : KVCI_RELINK;
     case KVC_NOT_FOUND:
         /* A restarted server may have forgotten a schema that was registered here. */
         return call->kind->names_schema && !msg->reregistered && call->client->n_schemas > 0

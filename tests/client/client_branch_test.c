@@ -191,6 +191,38 @@ static void test_hold(void **state)
     fixture_stop(&f);
 }
 
+/* A hold whose answer was lost may be there, with a name that nobody knows: no second one. */
+static void test_hold_is_not_made_twice(void **state)
+{
+    (void)state;
+    static const kvc_status lost[] = {KVC_UNAVAILABLE, KVC_CLOSED};
+    fake_rule rule = {.method = KVC_HOLD, .action = FAKE_STATUS, .times = 1};
+    fixture f;
+    kvc_hold_info info;
+    kvc_op op;
+    fixture_start(&f);
+    kvc_context *context = fixture_context(&f, 20);
+    kvc_op_init(&op, NULL, NULL);
+    for (uint32_t i = 0; i < 2; i++) {
+        rule.status = lost[i];
+        fake_add_rule(&f.fake, &rule);
+        assert_status(wait_for(kvc_hold(context, 777, &info, in_ms(5000), &op), &op), lost[i]);
+        assert_int_equal(fake_calls(&f.fake, KVC_HOLD), i + 1);
+        assert_int_equal(info.hold, 0);
+    }
+    /* Where there is none for certain, it is asked for again; and renewing may be repeated. */
+    rule.status = KVC_AGAIN;
+    fake_add_rule(&f.fake, &rule);
+    assert_ok(wait_for(kvc_hold(context, 777, &info, in_ms(5000), &op), &op));
+    assert_int_equal(fake_calls(&f.fake, KVC_HOLD), 4);
+    rule.status = KVC_UNAVAILABLE;
+    fake_add_rule(&f.fake, &rule);
+    assert_ok(wait_for(kvc_hold_renew(f.client, info.hold, 5, &info, in_ms(5000), &op), &op));
+    assert_int_equal(fake_calls(&f.fake, KVC_HOLD), 6);
+    kvc_context_close(context);
+    fixture_stop(&f);
+}
+
 static void test_prefetch(void **state)
 {
     (void)state;
@@ -228,6 +260,7 @@ int main(void)
         cmocka_unit_test(test_truncate), cmocka_unit_test(test_truncate_unknown),
         cmocka_unit_test(test_fork),     cmocka_unit_test(test_tiers),
         cmocka_unit_test(test_erase),    cmocka_unit_test(test_hold),
+        cmocka_unit_test(test_erase),    cmocka_unit_test(test_hold_is_not_made_twice),
         cmocka_unit_test(test_prefetch),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

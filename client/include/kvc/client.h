@@ -8,10 +8,11 @@
  * it says otherwise; one op belongs to one request at a time.
  *
  * Lost connections are re-established by themselves. A request that failed because the server was
- * away, or full (AGAIN with a hint), is retried within its deadline when repeating it is harmless,
- * and every request of this interface is (first put wins; extends carry their position). Where the
- * deadline ends that, the op has the status of its last attempt (AGAIN, UNAVAILABLE ...), or
- * TIMED_OUT if it was never answered.
+ * away, or full (AGAIN with a hint), is retried within its deadline when repeating it is harmless:
+ * every request of this interface is (first put wins; extends carry their position) but kvc_hold,
+ * which ends with UNAVAILABLE where its connection broke before the answer. Where the deadline ends
+ * that, the op has the status of its last attempt (AGAIN, UNAVAILABLE ...), or TIMED_OUT if it was
+ * never answered.
  */
 #ifndef KVC_CLIENT_H
 #define KVC_CLIENT_H
@@ -240,9 +241,9 @@ typedef struct kvc_hold_info {
 
 /*
  * Keeps what the context's blocks hold from eviction for ttl_ms (0: the server's default), also
- * after the context was closed. NO_SPACE: the tenant's cap. A retry after a lost answer may leave
- * a second hold, which ends with its TTL. Keeps info_p until completion; context must stay open
- * until then.
+ * after the context was closed. NO_SPACE: the tenant's cap. UNAVAILABLE, TIMED_OUT: it may
+ * have been made, and then ends with its TTL; it is not asked for twice. Keeps info_p until
+ * completion; context must stay open until then.
  */
 kvc_status kvc_hold(kvc_context *context, uint64_t ttl_ms, kvc_hold_info *info_p,
                     uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
