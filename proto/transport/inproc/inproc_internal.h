@@ -27,7 +27,7 @@ struct kvti_incall {
     kvti_inop *op;            /* who waits; NULL: gone */
     bool dispatched;          /* on_call has been called */
     bool sending, sent_ok;    /* a message is under way; how it ended, while queued */
-    uint8_t *bytes;           /* the message */
+    uint8_t *bytes;           /* the message; NULL once its data was dropped */
     size_t len_bytes;
 };
 

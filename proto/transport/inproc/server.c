@@ -239,12 +239,14 @@ kvc_status kvti_inproc_send(kvt_call *base, const kvc_reply *reply, const kvt_sl
     return KVC_OK;
 }
 
-/* The payload is the client's own memory; here it only stops to count. */
+/* What else the request says lies in the call's arena. */
 void kvti_inproc_drop_data(kvt_call *base)
 {
     kvti_incall *call = (kvti_incall *)base;
     base->req.data = NULL;
     base->req.n_data = 0;
+    free(call->bytes);
+    call->bytes = NULL;
     kvti_inproc_lock();
     call->listener->inflight_bytes -= call->len_bytes;
     call->len_bytes = 0;
