@@ -15,6 +15,7 @@
 #include "base/clock.h"
 #include "base/fault.h"
 #include "base/log.h"
+#include "base/thread.h"
 #include "server.h"
 
 #define EXIT_START 1
@@ -149,12 +150,10 @@ int main(int argc, char **argv)
     kvs_settings settings = {0};
     kvc_config *config = NULL;
     char why[KVC_CONFIG_WHY_BYTES];
-    sigset_t all;
     /* Not for people: the server runs itself like this to look at files that may kill it. */
     if (argc == 3 && strcmp(argv[1], "--check-env") == 0)
         return kvs_tier_check_main(argv[2]);
-    sigfillset(&all);
-    pthread_sigmask(SIG_BLOCK, &all, NULL);
+    kvc_block_signals(NULL); /* but SIGBUS: a start may meet a map whose file fails */
     kvt_init();
     if (kvc_config_load(&kvs_program, argc, argv, environ, &settings, &config, why) != KVC_OK) {
         fprintf(stderr, "cachesvc: %s\nTry 'cachesvc --help'.\n", why);

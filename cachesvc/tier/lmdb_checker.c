@@ -75,7 +75,7 @@ static int walk_env(const char *path, size_t map_bytes)
 
 int kvs_tier_check_main(const char *folder)
 {
-    char why[KVSI_CHECK_WHY_BYTES];
+    char why[KVSI_CHECK_WHY_BYTES] = "";
     struct rlimit no_core = {0, 0};
     struct stat st;
     int dir_fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -91,11 +91,12 @@ int kvs_tier_check_main(const char *folder)
         int rc = walk_env(folder, (size_t)st.st_size);
         if (rc != MDB_SUCCESS) {
             snprintf(why, sizeof(why), "LMDB says: %s", mdb_strerror(rc));
-            status = KVC_CORRUPT;
+            /* A disk or a system that refuses (an errno) says nothing of the file. */
+            status = rc > 0 && rc != EINVAL ? KVC_IO : KVC_CORRUPT;
         }
     }
     close(dir_fd);
-    if (status == KVC_CORRUPT)
+    if (status == KVC_CORRUPT || why[0] != '\0')
         KVC_LOG_ERROR(TIER, "check: %s: %s", folder, why);
     return status == KVC_OK ? EXIT_SOUND : status == KVC_CORRUPT ? EXIT_DAMAGED : EXIT_FAILED;
 }

@@ -234,10 +234,11 @@ kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const cha
     kvc_mutex_init(&env->pool_lock, KVC_RANK_QUEUE);
     kvc_cond_init(&env->pool_cond);
     status = open_lmdb(env, map_pages);
-    if (status == KVC_OK)
+    if (status == KVC_OK) {
         status = allot(env, map_pages);
-    if (status == KVC_NO_SPACE && !is_new) /* what it holds can be read and released */
-        status = KVC_OK;
+        if (status == KVC_NO_SPACE && !is_new) /* what it holds can be read and released */
+            status = KVC_OK;
+    }
     if (status == KVC_OK)
         status = open_database(env);
     if (status == KVC_OK)

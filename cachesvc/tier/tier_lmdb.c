@@ -221,8 +221,7 @@ kvc_status kvsi_set_aside(kvs_tier *tier, const char *name)
 }
 
 /* After an unclean stop the checker looks first; else a quick look, since disks rot too. */
-static kvc_status check_and_open(kvs_tier *tier, kvsi_env *env, const char *name,
-                                 uint64_t map_pages)
+static kvc_status try_open(kvs_tier *tier, kvsi_env *env, const char *name, uint64_t map_pages)
 {
     kvc_status status = kvsi_check_env(tier->root_fd, tier->root, name,
                                        tier->was_clean ? NULL : tier->checker, !tier->was_clean);
@@ -231,6 +230,16 @@ static kvc_status check_and_open(kvs_tier *tier, kvsi_env *env, const char *name
         status = kvsi_env_open(env, tier->root_fd, tier->root, name, map_pages);
     /* A page that failed since the check is no reason to go without the other environments. */
     return status == KVC_IO && atomic_load(&env->faulted) ? KVC_CORRUPT : status;
+}
+
+/* Twice before it is called CORRUPT: what that sets aside is lost to those it was promised to, and
+ * one read that came short looks like damage to LMDB. */
+static kvc_status check_and_open(kvs_tier *tier, kvsi_env *env, const char *name,
+                                 uint64_t map_pages)
+{
+    kvc_status status = try_open(tier, env, name, map_pages);
+
+    return status == KVC_CORRUPT ? try_open(tier, env, name, map_pages) : status;
 }
 
 static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_pages)

@@ -108,8 +108,7 @@ static void *thread_main(void *arg)
     return NULL;
 }
 
-/* Every signal but those that a fault raises in the thread itself: blocking these kills. */
-static void block_signals(sigset_t *old_p)
+void kvc_block_signals(sigset_t *old_p)
 {
     static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
     sigset_t all;
@@ -131,7 +130,7 @@ kvc_status kvc_thread_start(kvc_thread *thread, const char *name, void (*fn)(voi
     start->arg = arg;
     memcpy(start->name, name, len_bytes + 1);
     sigset_t old;
-    block_signals(&old);
+    kvc_block_signals(&old);
     int rc = pthread_create(&thread->thread, NULL, thread_main, start);
     (void)pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (rc != 0) {

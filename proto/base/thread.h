@@ -8,6 +8,7 @@
 #define KVC_BASE_THREAD_H
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -56,6 +57,12 @@ kvc_status kvc_cond_wait_until(kvc_cond *cond, kvc_mutex *mutex, uint64_t deadli
 void kvc_cond_signal(kvc_cond *cond);
 void kvc_cond_broadcast(kvc_cond *cond);
 
+/*
+ * Blocks every signal on the calling thread but those that a fault of its own raises (SIGSEGV,
+ * SIGBUS ...): to block these would be to die of them, whatever their handler. old_p: what was
+ * blocked before, or NULL.
+ */
+void kvc_block_signals(sigset_t *old_p);
 /*
  * Starts fn(arg) with every signal blocked but those that faults raise (SIGSEGV, SIGBUS ...). name:
  * 1 to 15 bytes, copied. Holding a lock when fn returns is asserted against. NO_MEMORY when none
