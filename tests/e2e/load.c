@@ -25,7 +25,7 @@ static bool row_is_right(const uint8_t *row, uint32_t part, uint32_t token)
     return true;
 }
 
-static bool value_is_right(const uint8_t *bytes, uint32_t part, uint32_t block)
+bool load_is_right(const uint8_t *bytes, uint32_t part, uint32_t block)
 {
     for (uint32_t t = 0; t < STORE_BLOCK_TOKENS; t++)
         if (!row_is_right(bytes + (size_t)t * store_row_bytes[part], part,
@@ -34,7 +34,7 @@ static bool value_is_right(const uint8_t *bytes, uint32_t part, uint32_t block)
     return true;
 }
 
-static void fill_value(uint8_t *bytes, uint32_t part, uint32_t block)
+void load_fill(uint8_t *bytes, uint32_t part, uint32_t block)
 {
     for (uint32_t t = 0; t < STORE_BLOCK_TOKENS; t++)
         for (uint32_t b = 0; b < store_row_bytes[part]; b++)
@@ -80,7 +80,7 @@ static void put_some(load_client *c)
         uint32_t block = shared ? (first + i) % LOAD_SHARED : own_block(c, first + i);
         size_t off = (size_t)i * value_bytes(part);
         values[i] = (kvc_value){c->load->store->digests[block], part, value_bytes(part), off};
-        fill_value(c->bytes + off, part, block);
+        load_fill(c->bytes + off, part, block);
         begin_put(&c->load->owed[block][part]);
     }
     kvc_status result =
@@ -224,7 +224,7 @@ static void judge(const load *l, uint32_t block, uint32_t part, int8_t status, c
                   load_found *found)
 {
     load_owed owed = (load_owed)atomic_load(&l->owed[block][part]);
-    bool wrong = status == KVC_OK && !value_is_right(bytes, part, block);
+    bool wrong = status == KVC_OK && !load_is_right(bytes, part, block);
     bool lost = owed == LOAD_DURABLE && status != KVC_OK;
     bool back = status == KVC_OK && (owed == LOAD_ERASED || owed == LOAD_NOTHING);
     if ((wrong || lost || back) && found->wrong + found->lost + found->back < l->prints)

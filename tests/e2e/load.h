@@ -60,6 +60,9 @@ typedef struct load_found {
     uint32_t there, lost, wrong, back; /* back: erased, or never put, and yet there */
 } load_found;
 
+/* Whether bytes are those of the value; and those bytes. */
+bool load_is_right(const uint8_t *bytes, uint32_t part, uint32_t block);
+void load_fill(uint8_t *bytes, uint32_t part, uint32_t block);
 /* Connects the clients; the store serves. */
 void load_open(load *l, store *s, uint64_t seed);
 void load_begin(load *l);

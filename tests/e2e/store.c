@@ -121,8 +121,10 @@ kvc_client *store_connect(const char *uris)
     return client;
 }
 
-static void open_in(store *s, const char *dram_bytes, bool has_lmdb, const char *lmdb_path)
+void store_make(store *s, const char *dram_bytes, const char *lmdb_path)
 {
+    kvc_schema schema;
+    kvc_part parts[STORE_PARTS];
     memset(s, 0, sizeof(*s));
     char relative[256];
     support_make_folder(relative, sizeof(relative));
@@ -132,31 +134,50 @@ static void open_in(store *s, const char *dram_bytes, bool has_lmdb, const char 
     (void)snprintf(s->folder, sizeof(s->folder), "%s", whole);
     free(whole);
     s->dram_bytes = dram_bytes;
-    s->has_lmdb = has_lmdb;
+    s->has_lmdb = true;
     if (lmdb_path != NULL)
         (void)snprintf(s->lmdb_path, sizeof(s->lmdb_path), "%s", lmdb_path);
     else
         (void)snprintf(s->lmdb_path, sizeof(s->lmdb_path), "%s/values", s->folder);
-    store_start(s);
-    s->client = store_connect(s->tcp_uri);
+    fill_schema(&schema, parts);
+    assert_ok(kvc_schema_digest(&schema, &s->schema));
+    fill_digests(s);
+}
+
+kvc_status store_register(store *s)
+{
     kvc_schema schema;
     kvc_part parts[STORE_PARTS];
+    kvc_digest digest;
+    if (s->client == NULL)
+        s->client = store_connect(s->tcp_uri);
     fill_schema(&schema, parts);
-    kvc_status status = kvc_schema_register(s->client, &schema, 0, &s->schema);
+    kvc_status status = kvc_schema_register(s->client, &schema, 0, &digest);
+    if (status == KVC_OK)
+        assert_memory_equal(&digest, &s->schema, sizeof(digest));
+    return status;
+}
+
+static void open_made(store *s)
+{
+    store_start(s);
+    kvc_status status = store_register(s);
     if (status != KVC_OK)
         print_error("schema: %s\n", kvc_last_error());
     assert_ok(status);
-    fill_digests(s);
 }
 
 void store_open(store *s, const char *dram_bytes, bool has_lmdb)
 {
-    open_in(s, dram_bytes, has_lmdb, NULL);
+    store_make(s, dram_bytes, NULL);
+    s->has_lmdb = has_lmdb;
+    open_made(s);
 }
 
 void store_open_at(store *s, const char *dram_bytes, const char *lmdb_path)
 {
-    open_in(s, dram_bytes, true, lmdb_path);
+    store_make(s, dram_bytes, lmdb_path);
+    open_made(s);
 }
 
 void store_close(store *s)

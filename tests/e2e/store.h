@@ -36,6 +36,10 @@ typedef struct store {
 void store_open(store *s, const char *dram_bytes, bool has_lmdb);
 /* The same, its lmdb tier in this folder. */
 void store_open_at(store *s, const char *dram_bytes, const char *lmdb_path);
+/* The same with no daemon, client or registered schema yet. */
+void store_make(store *s, const char *dram_bytes, const char *lmdb_path);
+/* Connects, if that was not done, and registers the schema. */
+kvc_status store_register(store *s);
 /* Starts the daemon (again) at the same addresses. */
 void store_start(store *s);
 /* The same; false if it does not start. */

@@ -29,6 +29,8 @@
 #define EXPORT __attribute__((visibility("default")))
 #define GO_ON  0
 
+#define BEYOND_BYTES (1ll << 40) /* behind the end of any file here */
+
 static iofault_page *page;
 
 /* Before main, and by system calls: what is looked at here must not come back here. */
@@ -260,8 +262,13 @@ EXPORT int msync(void *at, size_t len, int flags)
 
 EXPORT void *mmap(void *at, size_t len, int protection, int flags, int fd, off_t off)
 {
-    if (fd >= 0 && fd_counts(fd) && fails(IOFAULT_MAP))
+    int what = fd >= 0 && fd_counts(fd) ? pass(IOFAULT_MAP) : GO_ON;
+    if (what == IOFAULT_SHORT) {
+        off += BEYOND_BYTES;
+    } else if (what != GO_ON) {
+        errno = what;
         return MAP_FAILED;
+    }
     return (void *)syscall(SYS_mmap, at, len, protection, flags, fd, off);
 }
 

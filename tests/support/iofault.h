@@ -14,7 +14,8 @@
 #include <stdint.h>
 
 #define IOFAULT_ENV   "IOFAULT_FILE"
-#define IOFAULT_SHORT (-1) /* in place of an errno: half of the bytes are moved */
+/* In place of an errno: half of the bytes are moved; a map's pages cannot be had (SIGBUS). */
+#define IOFAULT_SHORT (-1)
 
 typedef enum iofault_kind {
     IOFAULT_OPEN,  /* open, openat */
