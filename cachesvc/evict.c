@@ -318,12 +318,13 @@ void kvs_evict_finish(kvs_index *index, const kvs_victim *victim)
     kvc_mutex_lock(&index->lock);
     kvs_value *value = kvs_value_at(index, victim->value);
     if (victim->gone) {
-        KVC_ASSERT(value->flags == KVS_FILLING);
+        KVC_ASSERT((value->flags & ~KVS_ERASED) == KVS_FILLING);
         kvs_value_free_locked(index, victim->value);
     } else if (victim->from_lmdb) {
         KVC_ASSERT(value->flags & KVS_WRITING);
         value->flags &= (uint16_t)~KVS_WRITING;
         kvs_evict_dram_add(index, victim->value);
+        kvs_index_erased_locked(index, victim->value);
     }
     kvc_mutex_unlock(&index->lock);
 }

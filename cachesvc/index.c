@@ -154,12 +154,30 @@ const kvs_schema *kvs_index_schema(kvs_index *index, uint32_t id, uint32_t *part
     return schema;
 }
 
+/* Taken by a put or an eviction, whether or not it was erased meanwhile. */
+static bool is_claimed(const kvs_value *value)
+{
+    return (value->flags & ~KVS_ERASED) == KVS_FILLING;
+}
+
+/* A value has been published; erased: an erase met it before. */
+static void become_visible(kvs_index *index, uint32_t id, uint16_t erased)
+{
+    if (!erased) {
+        index->n_visible++;
+        kvs_hold_admit_locked(index, id);
+        return;
+    }
+    kvs_value_at(index, id)->flags |= KVS_ERASED;
+    kvs_index_erased_locked(index, id);
+}
+
 /* ---- put ------------------------------------------------------------------------------------- */
 
 static kvs_claim claim_old(kvs_index *index, uint32_t id, bool durable, kvs_slot *slot_p)
 {
     kvs_value *value = kvs_value_at(index, id);
-    if (value->flags & (KVS_FILLING | KVS_DOOMED))
+    if (value->flags & (KVS_FILLING | KVS_DOOMED | KVS_ERASED))
         return KVS_CLAIM_BUSY;
     if (!durable || (value->flags & (KVS_LMDB | KVS_SYNCED)) == (KVS_LMDB | KVS_SYNCED))
         return KVS_CLAIM_EXISTS;
@@ -200,38 +218,61 @@ kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t p
 void kvs_index_abandon(kvs_index *index, uint32_t id)
 {
     kvc_mutex_lock(&index->lock);
-    KVC_ASSERT(kvs_value_at(index, id)->flags == KVS_FILLING);
+    KVC_ASSERT(is_claimed(kvs_value_at(index, id)));
     kvs_value_free_locked(index, id);
     kvc_mutex_unlock(&index->lock);
 }
 
 void kvs_index_dirty_locked(kvs_index *index, uint32_t id)
 {
-    kvs_value_at(index, id)->chain = KVS_NIL;
+    kvs_value_at(index, id)->dram_prev = index->dirty_tail;
     if (index->dirty_tail)
-        kvs_value_at(index, index->dirty_tail)->chain = id;
+        kvs_value_at(index, index->dirty_tail)->dram_next = id;
     else
         index->dirty_head = id;
     index->dirty_tail = id;
     index->n_dirty++;
 }
 
+bool kvs_index_undirty_locked(kvs_index *index, uint32_t id, uint32_t **sums_p)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    *sums_p = NULL;
+    if (index->dirty_head != id && value->dram_prev == KVS_NIL)
+        return false;
+    if (value->dram_prev)
+        kvs_value_at(index, value->dram_prev)->dram_next = value->dram_next;
+    else
+        index->dirty_head = value->dram_next;
+    if (value->dram_next)
+        kvs_value_at(index, value->dram_next)->dram_prev = value->dram_prev;
+    else
+        index->dirty_tail = value->dram_prev;
+    value->dram_prev = value->dram_next = KVS_NIL;
+    index->n_dirty--;
+    /* Nothing but a slot of lmdb stands there once it is written. */
+    *sums_p = (uint32_t *)(uintptr_t)value->lmdb.a;
+    index->sums_bytes -= value->lmdb.b;
+    value->lmdb = (kvs_slot){0, 0};
+    return true;
+}
+
 /* The caller holds the lock. */
 static void publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirty)
 {
     kvs_value *value = kvs_value_at(index, id);
-    KVC_ASSERT(value->flags == KVS_FILLING);
+    uint16_t erased = value->flags & KVS_ERASED;
+    KVC_ASSERT(is_claimed(value));
     value->dram = slot;
     value->lmdb = (kvs_slot){0, 0};
     value->flags = KVS_DRAM;
-    if (dirty) {
+    if (dirty && !erased) {
         value->flags |= KVS_WRITING;
         kvs_index_dirty_locked(index, id);
     } else {
         kvs_evict_dram_add(index, id);
     }
-    index->n_visible++;
-    kvs_hold_admit_locked(index, id);
+    become_visible(index, id, erased);
 }
 
 void kvs_index_publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirty)
@@ -247,7 +288,8 @@ void kvs_index_publish_dirty(kvs_index *index, uint32_t id, kvs_slot slot, uint3
     uint64_t bytes = (uint64_t)n_rows * sizeof(*sums);
     kvc_mutex_lock(&index->lock);
     publish_dram(index, id, slot, true);
-    if (sums && index->sums_bytes + bytes <= KVS_DIRTY_SUMS) {
+    if (sums && kvs_value_at(index, id)->flags & KVS_WRITING &&
+        index->sums_bytes + bytes <= KVS_DIRTY_SUMS) {
         kvs_value_at(index, id)->lmdb = (kvs_slot){(uintptr_t)sums, bytes};
         index->sums_bytes += bytes;
         sums = NULL;
@@ -261,7 +303,8 @@ void kvs_index_publish_lmdb(kvs_index *index, uint32_t id, kvs_slot lmdb, bool s
 {
     kvc_mutex_lock(&index->lock);
     kvs_value *value = kvs_value_at(index, id);
-    KVC_ASSERT(value->flags == KVS_FILLING);
+    uint16_t erased = value->flags & KVS_ERASED;
+    KVC_ASSERT(is_claimed(value));
     value->lmdb = lmdb;
     value->flags = synced ? KVS_LMDB | KVS_SYNCED : KVS_LMDB;
     kvs_evict_lmdb_add(index, id);
@@ -270,8 +313,7 @@ void kvs_index_publish_lmdb(kvs_index *index, uint32_t id, kvs_slot lmdb, bool s
         value->flags |= KVS_DRAM;
         kvs_evict_dram_add(index, id);
     }
-    index->n_visible++;
-    kvs_hold_admit_locked(index, id);
+    become_visible(index, id, erased);
     kvc_mutex_unlock(&index->lock);
 }
 
@@ -287,6 +329,7 @@ void kvs_index_wrote(kvs_index *index, uint32_t id, bool ok, kvs_slot lmdb, bool
         kvs_evict_lmdb_add(index, id);
     }
     kvs_evict_dram_add(index, id);
+    kvs_index_erased_locked(index, id);
     kvc_mutex_unlock(&index->lock);
 }
 
@@ -306,17 +349,8 @@ uint32_t kvs_index_next_dirty(kvs_index *index, kvs_slot *dram_p, uint32_t **sum
     kvc_mutex_lock(&index->lock);
     uint32_t id = index->dirty_head;
     if (id != KVS_NIL) {
-        kvs_value *value = kvs_value_at(index, id);
-        index->dirty_head = value->chain;
-        if (index->dirty_head == KVS_NIL)
-            index->dirty_tail = KVS_NIL;
-        value->chain = KVS_NIL;
-        index->n_dirty--;
-        *dram_p = value->dram;
-        /* Nothing but a slot of lmdb stands there once it is written. */
-        *sums_p = (uint32_t *)(uintptr_t)value->lmdb.a;
-        index->sums_bytes -= value->lmdb.b;
-        value->lmdb = (kvs_slot){0, 0};
+        *dram_p = kvs_value_at(index, id)->dram;
+        (void)kvs_index_undirty_locked(index, id, sums_p);
     }
     kvc_mutex_unlock(&index->lock);
     return id;

@@ -29,13 +29,14 @@
 #define KVS_READS   0x600u /* how often it was read in its queue, up to 3: two bits */
 #define KVS_READ    0x200u /* one of those */
 #define KVS_HELD    256u   /* counted in held_bytes: leaves no tier unless another has it */
+#define KVS_ERASED  0x800u /* FILLING or WRITING: invisible, DOOMED once that has ended */
 
 typedef struct kvs_value {
     kvs_slot dram, lmdb;           /* lmdb of a queued dirty value: its row sums, and their bytes */
-    uint32_t dram_prev, dram_next; /* queue of its class; only clean values are in one */
+    uint32_t dram_prev, dram_next; /* queue of its class (clean values), or of dirty values */
     uint32_t lmdb_prev, lmdb_next; /* age list of its class */
     uint32_t block;
-    uint32_t chain; /* next in the list of dirty or of dead values */
+    uint32_t chain; /* next in the list of dead values */
     uint16_t part;  /* place in the schema's table */
     uint16_t refs;  /* readers */
     uint16_t flags;
@@ -181,7 +182,7 @@ uint64_t kvs_index_held(kvs_index *index, const kvs_schema *schema);
 /* What became of the values of one block that were to be erased. */
 typedef struct kvs_erased {
     uint64_t values, bytes; /* invisible from now on */
-    uint64_t pending;       /* erased now or before, or in a put's or write's hands: ask again */
+    uint64_t pending;       /* erased now or before, but not gone yet: ask again */
 } kvs_erased;
 /* Erases parts [n_parts] (places) of a block, adding to *erased. The caller reaps what is dead. */
 void kvs_index_erase(kvs_index *index, const kvs_schema *schema, const kvc_digest *digest,
@@ -261,7 +262,8 @@ static inline uint32_t kvs_value_find(const kvs_index *index, uint32_t block_id,
 /* Whether a read finds it. */
 static inline bool kvs_value_visible(const kvs_value *value)
 {
-    return (value->flags & (KVS_DRAM | KVS_LMDB)) && !(value->flags & (KVS_FILLING | KVS_DOOMED));
+    return (value->flags & (KVS_DRAM | KVS_LMDB)) &&
+           !(value->flags & (KVS_FILLING | KVS_DOOMED | KVS_ERASED));
 }
 bool kvs_blocks_init(kvs_index *index); /* false: no memory */
 void kvs_blocks_fini(kvs_index *index);
@@ -277,6 +279,10 @@ void kvs_block_remove_value(kvs_block *block, uint32_t part);
 void kvs_block_settle(kvs_index *index, uint32_t id);
 /* Queues a value that was made WRITING. */
 void kvs_index_dirty_locked(kvs_index *index, uint32_t id);
+/* Takes a WRITING value out of the queue, with its row sums or NULL. False: it is not in it. */
+bool kvs_index_undirty_locked(kvs_index *index, uint32_t id, uint32_t **sums_p);
+/* What kept an ERASED value is over: it is doomed. Others stay as they are. */
+void kvs_index_erased_locked(kvs_index *index, uint32_t id);
 void kvs_value_unref_locked(kvs_index *index, uint32_t id);
 /* A value became visible: HELD where its block is and the caps allow. */
 void kvs_hold_admit_locked(kvs_index *index, uint32_t id);

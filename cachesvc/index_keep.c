@@ -2,9 +2,12 @@
  * index_keep.c: values that may not be dropped (holds) and values that must be (erase); index.h.
  *
  * Any thread; long lists are worked off in steps. Invariants: a HELD value is visible and counted
- * once in held_bytes and held_total; an erased value is in no eviction list, keeps the flags of the
- * slots that are still to be released, and is in the dead list as soon as nobody reads it.
+ * once in held_bytes and held_total; an erased value is invisible at once, whoever has it in hands;
+ * once doomed it is in no eviction list, keeps the flags of the slots that are still to be
+ * released, and is in the dead list as soon as nobody reads it.
  */
+#include <stdlib.h>
+
 #include "base/assert.h"
 #include "base/digest.h"
 #include "evict.h"
@@ -130,25 +133,50 @@ uint64_t kvs_index_held(kvs_index *index, const kvs_schema *schema)
 
 /* ---- erase ----------------------------------------------------------------------------------- */
 
-static void erase_value(kvs_index *index, uint32_t id, kvs_erased *erased)
+/* Of a value in the lists of those who may give way: from now on it is in none. */
+static void doom(kvs_index *index, uint32_t id)
 {
     kvs_value *value = kvs_value_at(index, id);
-    erased->pending++;
-    if (value->flags & (KVS_DOOMED | KVS_FILLING | KVS_WRITING | KVS_LOADING))
-        return;
-    kvs_hold_forget_locked(index, id);
     if (value->flags & KVS_DRAM)
         kvs_evict_dram_remove(index, id);
     if (value->flags & KVS_LMDB)
         kvs_evict_lmdb_remove(index, id);
-    value->flags = (uint16_t)((value->flags & (KVS_DRAM | KVS_LMDB)) | KVS_DOOMED);
-    index->n_visible--;
-    erased->values++;
-    erased->bytes += kvs_value_part(index, value)->value_bytes;
+    value->flags = (uint16_t)((value->flags & (KVS_DRAM | KVS_LMDB | KVS_LOADING)) | KVS_DOOMED);
     if (value->refs == 0) { /* as a reader who leaves at once: the last hands it to the dead */
         value->refs = 1;
         kvs_value_unref_locked(index, id);
     }
+}
+
+void kvs_index_erased_locked(kvs_index *index, uint32_t id)
+{
+    if (kvs_value_at(index, id)->flags & KVS_ERASED)
+        doom(index, id);
+}
+
+/* A value that a put fills or the writer has in its hands is only marked, and doomed by them. */
+static void erase_value(kvs_index *index, uint32_t id, kvs_erased *erased)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    uint32_t *sums;
+    erased->pending++;
+    if (value->flags & (KVS_DOOMED | KVS_ERASED))
+        return;
+    if (kvs_value_visible(value)) {
+        kvs_hold_forget_locked(index, id);
+        index->n_visible--;
+        erased->values++;
+        erased->bytes += kvs_value_part(index, value)->value_bytes;
+    }
+    if (value->flags & KVS_WRITING && kvs_index_undirty_locked(index, id, &sums)) {
+        free(sums);
+        value->flags &= (uint16_t)~KVS_WRITING;
+        kvs_evict_dram_add(index, id); /* clean enough to be dropped */
+    }
+    if (value->flags & (KVS_FILLING | KVS_WRITING))
+        value->flags |= KVS_ERASED;
+    else
+        doom(index, id);
 }
 
 static void erase_block(kvs_index *index, uint32_t block, const uint16_t *parts, uint32_t n_parts,
