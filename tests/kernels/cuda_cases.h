@@ -6,7 +6,8 @@
 
 /* clang-format off */
 #define CUDA_CASES(X) \
-    X(edges) X(select) X(select_ties) X(select_batch) X(select_window) X(select_large) \
+    X(digest) X(query) X(edges) X(select) X(select_ties) X(select_batch) \
+    X(select_window) X(select_large) \
     X(resolve) X(gather) X(attend) X(attend_exact) X(merge) X(graph)
 /* clang-format on */
 

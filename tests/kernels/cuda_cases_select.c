@@ -160,7 +160,8 @@ void cuda_case_select(numbers *from)
     }
 }
 
-/* What fools a sample: equal scores, few values, sorted, one hot region, scales 0, Inf and NaN. */
+/* What fools a sample: equal scores, few values, sorted, one hot region, scales 0, Inf and NaN, and
+ * every other group of 32 rows far better, which are those that an H200 samples. */
 static void spoil(numbers *from, sequence *seq, uint32_t dims, int kind)
 {
     static const uint16_t special[] = {0, 0x7f80, 0x7fc0, 0x0001, 0x3f80};
@@ -173,6 +174,8 @@ static void spoil(numbers *from, sequence *seq, uint32_t dims, int kind)
                                                               : 0.01f);
         if (kind == 4)
             scale = special[number_below(from, 5)];
+        if (kind == 5)
+            scale = bf16_of(j / 32 % 2 ? 1e-4f : 0.01f);
         if (kind == 0 || kind == 2)
             memset(at, 3, dims);
         if (kind == 1)
@@ -180,14 +183,14 @@ static void spoil(numbers *from, sequence *seq, uint32_t dims, int kind)
         memcpy(at + dims, &scale, 2);
     }
     for (uint32_t i = 0; i < dims; i++)
-        seq->q[i] = kind == 3 ? seq->q[i] : fabsf(seq->q[i]);
+        seq->q[i] = kind == 3 || kind == 5 ? seq->q[i] : fabsf(seq->q[i]);
 }
 
 void cuda_case_select_ties(numbers *from)
 {
     static const uint32_t sizes[] = {100, 9000, 150001};
 
-    for (int kind = 0; kind < 5; kind++) {
+    for (int kind = 0; kind < 6; kind++) {
         for (size_t i = 0; i < 3; i++) {
             for (uint32_t eps = 0; eps < 3; eps += 2) {
                 sequence seq = sequence_of(from, sizes[i], 126);

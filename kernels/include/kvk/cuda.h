@@ -88,6 +88,40 @@ kvc_status kvk_cuda_graph_launch(kvk_cuda *cuda, kvk_cuda_graph *graph,
                                  kvk_stream *stream) KVC_MUST_CHECK;
 void kvk_cuda_graph_destroy(kvk_cuda *cuda, kvk_cuda_graph *graph);
 
+/*
+ * Index rows of n tokens: in [n, n_heads_in, head_dim] bf16 keys -> n dense rows as kvk_quantize
+ * writes them, kvk_index_row_bytes(n_heads, dims) each, at out (no alignment needed). ESA (n_heads
+ * 1): proj [n_heads_in * head_dim, dims] f32 maps the keys of all heads together. Per head (n_heads
+ * = n_heads_in): proj [n_heads, head_dim, dims]. The projection is one chain of fused multiply-adds
+ * over the inputs; from those floats the bits equal kvk_quantize's. projected [n, n_heads, dims]
+ * f32 may be NULL. A head with a non-finite element gets scale 0, so a score of 0. dims <= 256,
+ * n_heads_in * head_dim <= 8192.
+ */
+typedef struct kvk_cuda_digest_args {
+    const void *in;
+    uint32_t n, n_heads_in, head_dim, n_heads, dims;
+    const float *proj;
+    float *projected;
+    void *out;
+} kvk_cuda_digest_args;
+kvc_status kvk_cuda_digest(kvk_cuda *cuda, const kvk_cuda_digest_args *args,
+                           kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * Index queries of a batch, for a shared index (ESA): the query heads of a group are added
+ * (2502.14477 eq. 3) and all kv heads together meet proj [n_kv_heads * head_dim, dims] f32: q
+ * [n_seqs, n_q_heads, head_dim] f32 -> out [n_seqs, dims] f32. Bound: as kvk_project's. dims <=
+ * 256.
+ */
+typedef struct kvk_cuda_query_args {
+    const float *q;
+    uint32_t n_seqs, n_q_heads, n_kv_heads, head_dim, dims;
+    const float *proj;
+    float *out;
+} kvk_cuda_query_args;
+kvc_status kvk_cuda_query(kvk_cuda *cuda, const kvk_cuda_query_args *args,
+                          kvk_stream *stream) KVC_MUST_CHECK;
+
 /* The candidates of one sequence: dense index rows; row j is position base + j. */
 typedef struct kvk_cuda_candidates {
     const void *index; /* device */
