@@ -14,6 +14,35 @@ plain_number() {
     echo $((text * factor))
 }
 
+# size_bytes TEXT: 128MiB, 2GiB, 4096 as bytes, which is how cachesvc reads sizes; exits with 2 on
+# anything else
+size_bytes() {
+    if ! [[ "$1" =~ ^([0-9]{1,12})(KiB|MiB|GiB|TiB)?$ ]]; then
+        printf '%s\n' "quickstart: '$1' is not a size such as 128MiB; KiB, MiB, GiB, TiB" >&2
+        exit 2
+    fi
+    local number=$((10#${BASH_REMATCH[1]})) shift=0
+    case "${BASH_REMATCH[2]}" in
+    KiB) shift=10 ;;
+    MiB) shift=20 ;;
+    GiB) shift=30 ;;
+    TiB) shift=40 ;;
+    esac
+    if [ "$number" -gt $(((64 << 40) >> shift)) ]; then
+        printf '%s\n' "quickstart: '$1' is above 64TiB" >&2
+        exit 2
+    fi
+    echo $((number << shift))
+}
+
+# absolute PATH FOLDER: PATH as seen from FOLDER
+absolute() {
+    case "$1" in
+    /*) printf '%s\n' "$1" ;;
+    *) printf '%s\n' "$2/$1" ;;
+    esac
+}
+
 # people BYTES: with a unit, for people
 people() {
     local n=$1 unit=MiB

@@ -25,6 +25,18 @@ class Numbers(unittest.TestCase):
             status, out = bash(f"plain_number '{text}'")
             self.assertEqual((status, out), (2, ""), text)
 
+    def test_sizes(self):
+        for text, n in (("4096", 4096), ("64KiB", 65536), ("128MiB", 128 << 20), ("2GiB", 2 << 30)):
+            self.assertEqual(bash(f"size_bytes {text}"), (0, str(n)))
+        self.assertEqual(bash("size_bytes 008MiB"), (0, str(8 << 20)))
+        self.assertEqual(bash("size_bytes 64TiB"), (0, str(64 << 40)))
+        for text in ("", "1x", "MiB", "-1GiB", "1.5GiB", "2gib", "1GB", "65TiB", "16777217GiB"):
+            self.assertEqual(bash(f"size_bytes '{text}'"), (2, ""), text)
+
+    def test_absolute(self):
+        self.assertEqual(bash("absolute 'a b/c' /home"), (0, "/home/a b/c"))
+        self.assertEqual(bash("absolute /x /home"), (0, "/x"))
+
     def test_a_million_tokens_need_more_disk_than_their_rows(self):
         _, need = bash("disk_bytes 1048576 0")
         self.assertGreater(int(need), 1048576 * 30 * (768 + 204))
@@ -52,9 +64,13 @@ class Numbers(unittest.TestCase):
 class Arguments(unittest.TestCase):
     """Refused before anything is installed or built."""
 
-    def refused(self, *args):
+    def refused(self, *args, folder=None):
         done = subprocess.run(
-            [ROOT / "deploy" / "quickstart", *args], capture_output=True, text=True, check=False
+            [ROOT / "deploy" / "quickstart", *args],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=folder,
         )
         self.assertEqual(done.returncode, 2, done.stderr)
         return done.stderr
@@ -68,6 +84,26 @@ class Arguments(unittest.TestCase):
         self.assertIn("unknown index 'best'", self.refused("--index", "best"))
         self.assertIn("--seed 'x' is not a number", self.refused("--seed", "x"))
         self.assertIn("unknown argument '--fast'", self.refused("--fast"))
+        self.assertIn("'1x' is not a size", self.refused("--dram", "1x"))
+        self.assertIn("'2gib' is not a size", self.refused("--synthetic", "--dram", "2gib"))
+        self.assertIn("'4096' is under 1MiB", self.refused("--dram", "4096"))
+        self.assertIn("--state is empty", self.refused("--state", ""))
+
+    def test_a_relative_state_is_the_callers(self):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "file").write_text("")
+            said = self.refused("--state", "file", folder=folder)
+            self.assertIn(f"--state '{folder}/file' is not a folder", said)
+
+    def test_help(self):
+        done = subprocess.run(
+            ["./quickstart", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT / "deploy",
+        )
+        self.assertTrue(done.stdout.rstrip().endswith("2 bad arguments."), done.stdout)
 
 
 if __name__ == "__main__":

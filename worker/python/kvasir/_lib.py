@@ -52,8 +52,9 @@ def _open():
         except OSError as error:
             tried.append(f"  {path}: {error}")
     raise ImportError(
-        f"{NAME} was not found. Build it (cmake --build build --target kvw), or set KVASIR_LIB to "
-        "the file or its folder. Tried:\n" + "\n".join(tried)
+        f"{NAME} was not found. Build it in the source tree (cmake --preset demo && cmake --build "
+        "--preset demo --target kvw) and install the package from there (pip install -e "
+        "worker/python), or set KVASIR_LIB to the file or its folder. Tried:\n" + "\n".join(tried)
     )
 
 
