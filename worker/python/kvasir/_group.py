@@ -1,8 +1,8 @@
 """The engine's all-reduce as the C callback kvw_all_reduce_fn.
 
 The callable is the engine's; it runs in the thread that made the call into C, with the interpreter
-lock held again. What it raises cannot pass through C: it becomes a status there, and the KvasirError
-that comes back out has it as its cause.
+lock held again. What it raises cannot pass through C: it becomes a status there, and the
+KvasirError that comes back out has it as its cause.
 """
 
 import contextlib
