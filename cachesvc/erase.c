@@ -2,7 +2,8 @@
  * erase.c: Erase.
  *
  * With lmdb it runs on a disk thread and walks the blocks until nothing of them is left: values in
- * a put's, a write's or a reader's hands are met again in the next walk. Then lmdb is synced, and
+ * a put's, a write's or a reader's hands are met again in the next walk, and between walks the
+ * thread is given back. Then lmdb is synced, and
  * only then is it answered. Without lmdb one walk on the transport thread is all, and what is left
  * is answered AGAIN. Invariant: what a walk has met is invisible from then on, however it ends.
  */
@@ -17,7 +18,8 @@
 
 #define FIRST_PAUSE_NS 500000u
 #define MAX_PAUSE_NS   20000000u
-#define CHECK_BLOCKS   64u /* between looks at the clock */
+#define NAP_NS         500000u /* the most that a disk thread waits for the next walk in one turn */
+#define CHECK_BLOCKS   64u     /* between looks at the clock */
 
 typedef struct erase {
     kvs_job job; /* first */
@@ -28,6 +30,7 @@ typedef struct erase {
     const uint16_t *parts;
     uint32_t n_parts, n_blocks;
     kvs_erased sum; /* pending: of the last walk */
+    uint64_t next_walk_ns, pause_ns;
 } erase;
 
 static kvc_status given_up(const erase *e)
@@ -78,19 +81,37 @@ static void finish(erase *e, kvc_status status)
     free(e);
 }
 
-/* Walks until a walk meets nothing. */
+/* One walk, or a nap where the next is not due. OK: a walk met nothing; AGAIN: there is more. */
+static kvc_status turn(erase *e)
+{
+    uint64_t now_ns = kvc_now_ns();
+    if (now_ns < e->next_walk_ns) {
+        uint64_t nap_ns = e->next_walk_ns - now_ns;
+        nanosleep(&(struct timespec){.tv_nsec = (long)(nap_ns < NAP_NS ? nap_ns : NAP_NS)}, NULL);
+        return given_up(e) == KVC_OK ? KVC_AGAIN : given_up(e);
+    }
+    kvc_status status = walk(e);
+    if (status != KVC_OK || e->sum.pending == 0)
+        return status;
+    kvs_writer_kick(e->server->writer);
+    e->next_walk_ns = kvc_deadline_ns(e->pause_ns);
+    if (e->pause_ns < MAX_PAUSE_NS)
+        e->pause_ns *= 2;
+    return KVC_AGAIN;
+}
+
+/* Walks until a walk meets nothing. What it waits for may be queued behind it (a promotion has a
+   reference until it ran), so it goes to the end of the queue after each turn. */
 static void erase_run(kvs_job *job)
 {
     erase *e = (erase *)job;
     kvs_server *server = e->server;
-    struct timespec pause = {.tv_nsec = FIRST_PAUSE_NS};
     kvc_status status;
-    while ((status = walk(e)) == KVC_OK && e->sum.pending) {
-        kvs_writer_kick(server->writer);
-        nanosleep(&pause, NULL);
-        if (pause.tv_nsec < (long)MAX_PAUSE_NS)
-            pause.tv_nsec *= 2;
-    }
+    do {
+        status = turn(e);
+    } while (status == KVC_AGAIN && kvs_disk_submit(server->disk, &e->job) != KVC_OK);
+    if (status == KVC_AGAIN)
+        return;
     if (status == KVC_OK)
         status = server->lmdb.ops->sync(server->lmdb.tier, NULL, 0, NULL);
     atomic_fetch_sub(&server->n_slow_jobs, 1);
@@ -122,6 +143,7 @@ static void start(erase *e)
         return;
     }
     e->job.run = erase_run;
+    e->pause_ns = FIRST_PAUSE_NS;
     if (!kvs_slow_job_begin(server)) {
         kvs_fail(e->call, KVC_AGAIN, "too many erases and prefetches at once");
         drop(e);

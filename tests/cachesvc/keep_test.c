@@ -4,6 +4,7 @@
  */
 #include "harness.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -418,6 +419,53 @@ static void test_erase_reader_lmdb(void **state)
     check_erase_reader(*state, KVC_TIMED_OUT);
 }
 
+typedef struct late_reader {
+    kvs_job job; /* first */
+    fixture *f;
+    kvs_read read;
+} late_reader;
+
+static void leave(kvs_job *job)
+{
+    late_reader *late = (late_reader *)job;
+    kvs_index_unref(late->f->h.server->index, &late->read.value, 1);
+}
+
+static void *queue_late(void *arg)
+{
+    late_reader *late = arg;
+    usleep(100000);
+    assert_int_equal(kvs_disk_submit(late->f->h.server->disk, &late->job), KVC_OK);
+    return NULL;
+}
+
+static int setup_one_disk_thread(void **state)
+{
+    int rc = start(state, true, 32 * VALUE);
+    fixture *f = *state;
+    h_disconnect(f->peer);
+    h_server_stop(&f->h, true);
+    f->h.settings.disk_threads = 1;
+    begin(f);
+    return rc;
+}
+
+/* With a single disk thread, what an erase waits for stands behind it in the queue. */
+static void test_erase_lets_others_run(void **state)
+{
+    fixture *f = *state;
+    late_reader late = {.job.run = leave, .f = f};
+    pthread_t thread;
+    put(f, 0, 1, KVC_PROMISE_DURABLE);
+    read_block(f, &late.read);
+    f->peer->timeout_ns = 5000000000ull;
+    assert_int_equal(pthread_create(&thread, NULL, queue_late, &late), 0);
+    kvc_status status = erase(f, 0, 0, 1, NULL, 0);
+    assert_int_equal(pthread_join(thread, NULL), 0);
+    assert_int_equal(status, KVC_OK);
+    assert_int_equal(f->peer->xfer.reply.u.erase.values, 1);
+}
+
 /* A held value may leave dram, since lmdb has it, and leaves lmdb no more. */
 static void test_hold_lmdb(void **state)
 {
@@ -484,6 +532,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_erase_lmdb, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_that_fails, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_reader_lmdb, setup_lmdb, teardown),
+        cmocka_unit_test_setup_teardown(test_erase_lets_others_run, setup_one_disk_thread,
+                                        teardown),
         cmocka_unit_test_setup_teardown(test_hold_lmdb, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_prefetch, setup_lmdb, teardown),
 #endif
