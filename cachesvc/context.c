@@ -9,12 +9,15 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "base/assert.h"
 #include "base/clock.h"
 #include "base/digest.h"
+#include "base/fault.h"
 #include "base/metrics.h"
 
+#define PAUSE_NS        50000000 /* of a fault point */
 #define SLOT_BITS       20u
 #define GENERATION_BITS 20u
 #define SLOT_MASK       ((1u << SLOT_BITS) - 1)
@@ -48,7 +51,7 @@ struct kvs_contexts {
     uint32_t free_head, free_tail; /* the longest free slot goes first: its handles are oldest */
     tenant_count *tenants;
     uint32_t n_tenants;
-    atomic_uint_least64_t n_blocks; /* in all contexts */
+    atomic_uint_least64_t n_blocks; /* in all contexts, by their n_counted */
 };
 
 kvs_contexts *kvs_contexts_create(const kvs_contexts_opts *opts)
@@ -77,6 +80,23 @@ static uint32_t chunk_first(uint32_t chunk)
     return (KVS_CONTEXT_FIRST_BLOCKS << chunk) - KVS_CONTEXT_FIRST_BLOCKS;
 }
 
+/* Counts n more blocks of the context. False: all together would have too many. */
+static bool count_blocks(kvs_contexts *contexts, kvs_context *context, uint32_t n)
+{
+    if (atomic_fetch_add(&contexts->n_blocks, n) + n > contexts->opts.max_blocks) {
+        atomic_fetch_sub(&contexts->n_blocks, n);
+        return false;
+    }
+    context->n_counted += n;
+    return true;
+}
+
+static void uncount_blocks(kvs_contexts *contexts, kvs_context *context, uint32_t n)
+{
+    context->n_counted -= n;
+    atomic_fetch_sub(&contexts->n_blocks, n);
+}
+
 /* Gives the blocks back and frees; nobody references it any more. */
 static void context_free(kvs_contexts *contexts, kvs_context *context)
 {
@@ -88,7 +108,7 @@ static void context_free(kvs_contexts *contexts, kvs_context *context)
                                   n - first < size ? n - first : size);
         free(context->chunks[c]);
     }
-    atomic_fetch_sub(&contexts->n_blocks, n);
+    uncount_blocks(contexts, context, context->n_counted);
     kvs_schemas_put(contexts->opts.schemas, context->schema);
     kvc_mutex_fini(&context->grow_lock);
     free(context);
@@ -183,8 +203,7 @@ static kvc_status append(kvs_contexts *contexts, kvs_context *context, const kvc
         *why_p = why_length;
         return KVC_INVALID;
     }
-    if (atomic_fetch_add(&contexts->n_blocks, n) + n > contexts->opts.max_blocks) {
-        atomic_fetch_sub(&contexts->n_blocks, n);
+    if (!count_blocks(contexts, context, n)) {
         *why_p = why_total;
         return KVC_NO_SPACE;
     }
@@ -208,34 +227,36 @@ err_blocks:
         uint32_t block = kvs_context_block(context, i);
         kvs_index_drop_blocks(contexts->opts.index, &block, 1);
     }
-    atomic_fetch_sub(&contexts->n_blocks, n);
+    uncount_blocks(contexts, context, n);
     *why_p = why_memory;
     return KVC_NO_MEMORY;
 }
 
-/* Shares the first n blocks of from, which its referencer keeps, with a context that has none. */
-static kvc_status share(kvs_contexts *contexts, kvs_context *context, const kvs_context *from,
-                        uint32_t n, const char **why_p)
+/* Shares the first n blocks of from, which its referencer keeps, with a context that has none; who
+   counts them is the caller's affair. */
+static bool share(kvs_contexts *contexts, kvs_context *context, const kvs_context *from, uint32_t n)
 {
-    if (atomic_fetch_add(&contexts->n_blocks, n) + n > contexts->opts.max_blocks) {
-        atomic_fetch_sub(&contexts->n_blocks, n);
-        *why_p = why_total;
-        return KVC_NO_SPACE;
-    }
     for (uint32_t c = 0; c < KVS_CONTEXT_CHUNKS && chunk_first(c) < n; c++) {
         uint32_t size = KVS_CONTEXT_FIRST_BLOCKS << c, left = n - chunk_first(c);
         uint32_t step = left < size ? left : size;
         context->chunks[c] = malloc(size * sizeof(uint32_t));
-        if (!context->chunks[c]) {
-            atomic_fetch_sub(&contexts->n_blocks, n - atomic_load(&context->n_blocks));
-            *why_p = why_memory;
-            return KVC_NO_MEMORY;
-        }
+        if (!context->chunks[c])
+            return false;
         memcpy(context->chunks[c], from->chunks[c], step * sizeof(uint32_t));
         kvs_index_share_blocks(contexts->opts.index, context->chunks[c], step);
         atomic_store(&context->n_blocks, chunk_first(c) + step);
     }
-    return KVC_OK;
+    return true;
+}
+
+static kvc_status share_counted(kvs_contexts *contexts, kvs_context *context,
+                                const kvs_context *from, uint32_t n, const char **why_p)
+{
+    *why_p = why_total;
+    if (!count_blocks(contexts, context, n))
+        return KVC_NO_SPACE;
+    *why_p = why_memory;
+    return share(contexts, context, from, n) ? KVC_OK : KVC_NO_MEMORY;
 }
 
 /* An object in no slot, without blocks; NULL: no memory. */
@@ -265,7 +286,7 @@ static kvc_status open_with(kvs_contexts *contexts, const kvs_schema *schema,
     kvs_context *context = create(contexts, schema, ttl_ns);
     if (!context)
         return KVC_NO_MEMORY;
-    kvc_status status = from ? share(contexts, context, from, n, why_p)
+    kvc_status status = from ? share_counted(contexts, context, from, n, why_p)
                              : append(contexts, context, digests, n, why_p);
     if (status == KVC_OK)
         status = insert(contexts, context, why_p);
@@ -307,6 +328,11 @@ static bool replace(kvs_contexts *contexts, kvs_context *old, kvs_context *conte
         context->handle = old->handle;
         context->refs = 1;
         slot->context = context;
+        /* A cut needs no room: the count of what stays goes along. The old object's blocks last no
+           longer than the calls that have it. */
+        context->n_counted = atomic_load(&context->n_blocks);
+        old->n_counted -= context->n_counted;
+        uncount_blocks(contexts, old, old->n_counted);
     }
     kvc_mutex_unlock(&contexts->lock);
     return there;
@@ -323,7 +349,7 @@ static kvc_status truncate_locked(kvs_contexts *contexts, kvs_context *old, uint
     kvs_context *context = create(contexts, old->schema, old->ttl_ns);
     if (!context)
         return KVC_NO_MEMORY;
-    kvc_status status = share(contexts, context, old, n, why_p);
+    kvc_status status = share(contexts, context, old, n) ? KVC_OK : KVC_NO_MEMORY;
     if (status == KVC_OK && !replace(contexts, old, context)) {
         *why_p = why_closed;
         status = KVC_STALE_HANDLE;
@@ -399,11 +425,17 @@ kvc_status kvs_context_extend(kvs_contexts *contexts, kvs_context *context, uint
 
 void kvs_context_close(kvs_contexts *contexts, kvs_context *context)
 {
+    kvs_context *there = NULL;
+    if (KVC_FAULT("context.close"))
+        nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
     kvc_mutex_lock(&contexts->lock);
-    bool removed = remove_locked(contexts, context);
+    kvs_context *now = contexts->slots[(uint32_t)context->handle & SLOT_MASK].context;
+    /* A truncate may have put another object under the handle since it was looked up. */
+    if (now && now->handle == context->handle && remove_locked(contexts, now))
+        there = now;
     kvc_mutex_unlock(&contexts->lock);
-    if (removed)
-        kvs_context_put(contexts, context);
+    if (there)
+        kvs_context_put(contexts, there);
 }
 
 uint32_t kvs_contexts_sweep(kvs_contexts *contexts, uint64_t now_ns)

@@ -26,6 +26,7 @@ typedef struct kvs_context {
     kvc_mutex grow_lock; /* rank GROW: who extends or truncates; guards replaced */
     bool replaced;       /* by a truncate: the handle names another object now */
     atomic_uint n_blocks;
+    uint32_t n_counted; /* of max_blocks; by who grows it or, once nobody can, who frees it */
     uint32_t *chunks[KVS_CONTEXT_CHUNKS]; /* block ids; chunk c holds 64 << c of them */
 } kvs_context;
 
@@ -65,7 +66,7 @@ kvc_status kvs_context_fork(kvs_contexts *contexts, const kvs_context *from, uin
 /*
  * Cuts to the first n blocks. The caller's reference stays with the old length; the handle has the
  * new one. INVALID: it is shorter. STALE_HANDLE: closed meanwhile. AGAIN: another truncate came
- * first, get it by its handle once more. NO_SPACE, NO_MEMORY.
+ * first, get it by its handle once more. NO_MEMORY. It needs no room in max_blocks.
  */
 kvc_status kvs_context_truncate(kvs_contexts *contexts, kvs_context *context, uint32_t n,
                                 const char **why_p) KVC_MUST_CHECK;
@@ -76,7 +77,8 @@ kvc_status kvs_context_truncate(kvs_contexts *contexts, kvs_context *context, ui
 kvc_status kvs_context_extend(kvs_contexts *contexts, kvs_context *context, uint32_t n_before,
                               const kvc_digest *digests, uint32_t n,
                               const char **why_p) KVC_MUST_CHECK;
-/* The handle is stale from now on. The caller's reference stays. */
+/* The handle is stale from now on, whatever object stands under it. The caller's reference stays.
+ */
 void kvs_context_close(kvs_contexts *contexts, kvs_context *context);
 /* Drops what expired before now_ns; returns how many. */
 uint32_t kvs_contexts_sweep(kvs_contexts *contexts, uint64_t now_ns);

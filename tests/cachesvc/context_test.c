@@ -7,8 +7,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/digest.h"
+#include "base/fault.h"
 #include "base/metrics.h"
 #include "base/thread.h"
 #include "request.h"
@@ -203,6 +205,75 @@ static void test_blocks_are_given_back(void **state)
     assert_int_equal(h_extend(f->peer, twin, 1000, 90000, 2), KVC_OK);
 }
 
+/* With every block of the cap in use, what is cut off is free at once, also while a reader still
+   has the old object. */
+static void test_cut_needs_no_room(void **state)
+{
+    fixture *f = *state;
+    kvs_context *old;
+    kvc_digest tenant;
+    uint64_t context, twin;
+    assert_int_equal(kvc_sha256("default", 7, &tenant), KVC_OK);
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 16000, 0, &context), KVC_OK);
+    for (uint32_t i = 1; i < 6; i++)
+        assert_int_equal(fork_of(f->peer, context, 0, &twin), KVC_OK);
+    assert_int_equal(fork_of(f->peer, context, 4000, &twin), KVC_OK);
+    assert_int_equal(fork_of(f->peer, context, 1, &twin), KVC_NO_SPACE);
+    assert_int_equal(kvs_context_get(f->h.server->contexts, &tenant, context, &old), KVC_OK);
+    assert_int_equal(cut(f->peer, context, 15000), KVC_OK);
+    assert_int_equal(fork_of(f->peer, context, 1001, &twin), KVC_NO_SPACE);
+    assert_int_equal(fork_of(f->peer, context, 1000, &twin), KVC_OK);
+    kvs_context_put(f->h.server->contexts, old);
+    assert_int_equal(fork_of(f->peer, context, 1, &twin), KVC_NO_SPACE);
+    assert_int_equal(h_close(f->peer, context), KVC_OK);
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 15001, 0, &context), KVC_NO_SPACE);
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 15000, 0, &context), KVC_OK);
+}
+
+typedef struct closer {
+    fixture *f;
+    uint64_t context;
+    kvc_status status;
+} closer;
+
+static void close_main(void *arg)
+{
+    closer *c = arg;
+    h_peer *peer = h_connect(kvs_server_uri(c->f->h.server, 0), "default");
+    c->status = h_close(peer, c->context);
+    h_disconnect(peer);
+}
+
+/* A cut comes between a close's look at the handle and the close: what stands there now goes. */
+static void test_close_beside_cut(void **state)
+{
+    fixture *f = *state;
+    kvc_thread thread;
+    closer c = {.f = f};
+    kvs_contexts *contexts = f->h.server->contexts;
+    kvs_context *context;
+    kvc_digest tenant;
+    const char *why;
+    uint32_t pick = 0;
+    assert_int_equal(kvc_sha256("default", 7, &tenant), KVC_OK);
+    assert_int_equal(h_open(f->peer, &f->schema, 0, 5, 0, &c.context), KVC_OK);
+    assert_int_equal(kvc_fault_arm("context.close=always"), KVC_OK);
+    assert_int_equal(kvc_thread_start(&thread, "closer", close_main, &c), KVC_OK);
+    while (kvc_fault_passes("context.close") == 0)
+        usleep(100);
+    kvc_status status = kvs_context_get(contexts, &tenant, c.context, &context);
+    if (status == KVC_OK) {
+        status = kvs_context_truncate(contexts, context, 3, &why);
+        kvs_context_put(contexts, context);
+    }
+    kvc_thread_join(&thread);
+    assert_int_equal(kvc_fault_arm(""), KVC_OK);
+    assert_int_equal(status, KVC_OK);
+    assert_int_equal(c.status, KVC_OK);
+    assert_int_equal(h_fetch(f->peer, c.context, 0, &pick, 1), KVC_STALE_HANDLE);
+    assert_int_equal(blocks_used(f), 0);
+}
+
 typedef struct racer {
     fixture *f;
     uint64_t context;
@@ -320,6 +391,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_fork, setup, teardown),
         cmocka_unit_test_setup_teardown(test_old_object, setup, teardown),
         cmocka_unit_test_setup_teardown(test_blocks_are_given_back, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_cut_needs_no_room, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_close_beside_cut, setup, teardown),
         cmocka_unit_test_setup_teardown(test_race, setup, teardown),
         cmocka_unit_test_setup_teardown(test_match_tiers_dram, setup, teardown),
 #ifdef KVASIR_LMDB
