@@ -91,8 +91,9 @@ class Worker:
     Worker(geometry, model="name", selector="tokenselect", client=None, ...): one model on one
     store. client None: every row stays resident. Other keywords are those of kvw_opts: revision,
     index ("exact", "compressed", "reranked"), projection (path), policy ("fail", "drop"), promise
-    ("memory", "durable"), fetch_timeout_s, put_timeout_s, reselect_cos, backend, and the counts
-    (n_sink, n_recent, k, eps, chunk_tokens, block_tokens, ...). Blocks; raises KvasirError.
+    ("memory", "durable"), fetch_timeout_s, put_timeout_s, reselect_cos (theta of TokenSelect's
+    Selection Cache; 0: off; the paper uses 0.9), backend, and the counts (n_sink, n_recent, k, eps,
+    chunk_tokens, block_tokens, ...). Blocks; raises KvasirError.
 
     Tensor parallelism: one Worker per rank, with tp_size, tp_rank, a geometry of the rank's heads,
     and all_reduce(op, x): combines x (float32, one dimension) over the ranks in place; op is "sum"
