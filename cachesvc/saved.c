@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/assert.h"
 #include "base/clock.h"
 #include "base/digest.h"
 #include "base/log.h"
@@ -275,6 +276,7 @@ kvc_status kvs_saved_delete(kvs_saved *saved, const kvc_digest *tenant, const ch
         kvc_mutex_lock(&saved->lock);
         kvsi_saved_entry **link = kvsi_saved_place(saved, tenant, name);
         old = *link;
+        KVC_ASSERT(old); /* record_lock is held: it is still there */
         *link = old->next;
         kvc_mutex_unlock(&saved->lock);
         KVC_GAUGE_SUB(saved_contexts, 1);

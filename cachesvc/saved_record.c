@@ -185,7 +185,8 @@ static const char *head_fault(const char *name, const kvc_saved_context *saved,
 {
     char hex[KVC_DIGEST_HEX_BYTES];
     size_t digits = sizeof(hex) - 1;
-    if (strlen(name) <= digits || name[digits] != '/' || strcmp(name + digits + 1, saved->name))
+    if (strlen(name) <= digits || name[digits] != '/' ||
+        strcmp(name + digits + 1, saved->name) != 0)
         return "its name is not the one in it";
     memcpy(hex, name, digits);
     hex[digits] = '\0';

@@ -41,7 +41,7 @@ void kvs_body_free(kvs_body *body);
 kvc_status kvs_head_write(kvs_store *store, const kvc_digest *tenant,
                           const kvc_saved_context *saved) KVC_MUST_CHECK;
 kvc_status kvs_head_drop(kvs_store *store, const kvc_digest *tenant,
-                         const char *name) KVC_MUST_CHECK;
+                         const char *saved) KVC_MUST_CHECK;
 
 /* Each head of lmdb; false stops. Borrows what is passed. Records that make no sense are logged and
    left out. */

@@ -13,8 +13,8 @@ static const char help[] =
     "\n"
     "SYNOPSIS\n"
     "    kvctl [--server URI] [--json] context export --schema FILE [--parts PARTS]\n"
-    "          (--digests FILE | --tokens FILE) --out FILE\n"
-    "    kvctl [--server URI] [--json] context import [--durable] FILE\n"
+    "          (--digests FILE | --tokens FILE) [--tail FILE] --out FILE\n"
+    "    kvctl [--server URI] [--json] context import [--durable] [--save NAME] FILE\n"
     "    kvctl [--json] context check FILE\n"
     "    kvctl [--server URI] [--json] context save NAME --schema SCHEMA [--durable]\n"
     "          [--replace | --generation N] (--digests FILE | --tokens FILE)\n"
@@ -25,15 +25,14 @@ static const char help[] =
     "    kvctl [--server URI] [--json] context rm NAME [--generation N]\n"
     "\n"
     "DESCRIPTION\n"
-    "    export writes what the server holds of the blocks, with their digests and, where "
-    "--tokens\n"
-    "    gave them, the token ids, to one file. What is not there is left out and counted. The "
-    "file\n"
-    "    appears under its name only when it is whole.\n"
+    "    export writes what the server holds of the blocks, with the schema, their digests, the\n"
+    "    token ids that --tokens gave and the rows of --tail, to one file. What is not there is "
+    "left\n"
+    "    out and counted. The file appears under its name only when it is whole.\n"
     "\n"
     "    import first checks the whole file: a file that is cut off or altered is refused, and\n"
-    "    nothing is stored. Then it puts every value; the server must know the schema. First put\n"
-    "    wins, so what is there stays as it is.\n"
+    "    nothing is stored. Then it registers the schema and puts every value. First put wins, so\n"
+    "    what is there stays as it is. --save keeps the context by that name too, as save does.\n"
     "\n"
     "    check does only the first half of that and needs no server.\n"
     "\n"
@@ -57,8 +56,11 @@ static const char help[] =
     "        import: answer only once each value is on disk and synced. save: refuse where the\n"
     "        server has no disk.\n"
     "    --tail FILE\n"
-    "        save: rows of the tokens that fill no block, part after part, as raw bytes. '-' is\n"
-    "        standard input.\n"
+    "        save, export: rows of the tokens that fill no block, part after part, as raw bytes. "
+    "'-'\n"
+    "        is standard input. For export, of every part exported.\n"
+    "    --save NAME\n"
+    "        import: the name to save it under, with --replace or --generation as for save.\n"
     "    --replace\n"
     "        save: whatever has the name now.\n"
     "    --generation N\n"
@@ -108,6 +110,7 @@ static kvctl_exit parse(int argc, char **argv, context_args *args)
         {"out", required_argument, NULL, 'o'},
         {"durable", no_argument, NULL, 'D'},
         {"tail", required_argument, NULL, 'T'},
+        {"save", required_argument, NULL, 'S'},
         {"replace", no_argument, NULL, 'R'},
         {"generation", required_argument, NULL, 'G'},
         {"digests-out", required_argument, NULL, '1'},
@@ -127,6 +130,9 @@ static kvctl_exit parse(int argc, char **argv, context_args *args)
             break;
         case 'T':
             args->tail_path = optarg;
+            break;
+        case 'S':
+            args->save_name = optarg;
             break;
         case 'R':
             args->replace = true;

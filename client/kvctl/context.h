@@ -14,7 +14,8 @@
 typedef struct context_args {
     kvctl_blocks blocks;
     const char *out_path;
-    const char *tail_path;                           /* save */
+    const char *tail_path;                           /* save, export */
+    const char *save_name;                           /* import */
     const char *digests_out, *tokens_out, *tail_out; /* restore */
     uint64_t generation;
     bool durable, replace;

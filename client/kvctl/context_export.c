@@ -11,6 +11,9 @@
 #include <unistd.h>
 
 #include "context.h"
+#include "wire/wire.h"
+
+#define ARENA_BYTES (16u << 20)
 
 static bool write_file(void *arg, const void *src, size_t n)
 {
@@ -101,6 +104,44 @@ static kvctl_exit write_all(exporter *e)
     return good ? KVCTL_OK : KVCTL_FAILED;
 }
 
+/* The schema, for a server that does not know it; in the arena. */
+static kvc_status get_schema(exporter *e, kvc_arena *arena)
+{
+    kvc_request req = {.method = KVC_REGISTER_SCHEMA};
+    kvc_schema *schema;
+    const void *head = NULL;
+    size_t head_bytes = 0;
+    kvc_status status =
+        kvc_schema_get(e->client, &e->head.schema, kvctl_deadline_ns(e->globals), &schema);
+    req.u.register_schema.schema = schema;
+    if (status == KVC_OK)
+        status = kvc_wire_encode_request(&req, arena, &head, &head_bytes);
+    free(schema);
+    e->head.schema_msg = head;
+    e->head.schema_bytes = (uint32_t)head_bytes;
+    return status;
+}
+
+/* The rows of --tail, whose length must be that of all parts. False: said. */
+static bool read_tail(exporter *e, const char *path, char **tail_p)
+{
+    uint64_t row_bytes = 0, n_tail = e->head.n_tokens % e->head.block_tokens;
+    size_t n = 0;
+    for (uint32_t i = 0; i < e->head.n_parts; i++)
+        row_bytes += e->head.parts[i].value_bytes / e->head.block_tokens;
+    *tail_p = path != NULL ? kvctl_read_file(path, &n) : NULL;
+    if (path == NULL || *tail_p == NULL)
+        return path == NULL;
+    if (n == 0 || n != n_tail * row_bytes || n > KVCTL_FILE_MAX_TAIL) {
+        kvctl_error("--tail has %zu bytes; %llu tokens of the parts exported have %llu", n,
+                    (unsigned long long)n_tail, (unsigned long long)(n_tail * row_bytes));
+        return false;
+    }
+    e->head.tail = (const uint8_t *)*tail_p;
+    e->head.tail_bytes = (uint32_t)n;
+    return true;
+}
+
 /* Memory for one batch; where each part's values lie in it. False: said. */
 static bool prepare(exporter *e)
 {
@@ -155,6 +196,9 @@ kvctl_exit context_export(const kvctl_globals *globals, const context_args *args
 {
     const kvctl_blocks *blocks = &args->blocks;
     exporter e = {.globals = globals};
+    char *tail = NULL;
+    kvc_arena arena;
+    kvc_arena_init(&arena, ARENA_BYTES);
     kvctl_file_part *parts = choose_parts(blocks, &e.head.n_parts);
     e.head.schema = blocks->schema.digest;
     e.head.block_tokens = (uint32_t)blocks->block_tokens;
@@ -166,6 +210,8 @@ kvctl_exit context_export(const kvctl_globals *globals, const context_args *args
     e.total.n_blocks = blocks->n_digests;
     e.total.n_tokens = blocks->n_tokens;
     kvctl_exit result = parts != NULL && e.head.n_parts > 0 ? KVCTL_OK : KVCTL_USAGE;
+    if (result == KVCTL_OK && !read_tail(&e, args->tail_path, &tail))
+        result = KVCTL_USAGE;
     if (result == KVCTL_OK && !prepare(&e))
         result = KVCTL_FAILED;
     if (result == KVCTL_OK)
@@ -176,12 +222,17 @@ kvctl_exit context_export(const kvctl_globals *globals, const context_args *args
                             .kind = KVC_MEMORY_HOST};
     if (result == KVCTL_OK && kvc_region_register(e.client, &desc, &e.region) != KVC_OK)
         result = kvctl_failed(KVC_NO_MEMORY);
+    kvc_status status = result == KVCTL_OK ? get_schema(&e, &arena) : KVC_OK;
+    if (status != KVC_OK)
+        result = kvctl_failed(status);
     if (result == KVCTL_OK)
         result = export_to(&e, args->out_path);
     if (result == KVCTL_OK)
         context_print_total(globals, "exported", &e.total);
     (void)kvc_region_deregister(e.client, e.region);
     kvc_client_close(e.client);
+    kvc_arena_reset(&arena);
+    free(tail);
     free(e.places);
     free(e.bytes);
     free(e.status);

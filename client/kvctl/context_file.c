@@ -14,10 +14,10 @@
 #include "base/digest.h"
 #include "base/sum.h"
 
-#define MAGIC       "KVCTX001"
+#define MAGIC       "KVCTX002"
 #define END_MARK    "KVCTXEND"
 #define MARK_BYTES  8u
-#define HEAD_BYTES  64u /* magic, schema, four counts, sum of these and the tables */
+#define HEAD_BYTES  72u /* magic, schema, four counts, sum of all, two counts */
 #define SUM_OFF     56u
 #define RECORD_HEAD 16u /* length, zero, sum */
 #define GROW_BYTES  ((size_t)1 << 20)
@@ -51,7 +51,7 @@ static void put64(uint8_t *at, uint64_t value)
 static size_t tables_bytes(const kvctl_file_head *head)
 {
     return (size_t)head->n_blocks * KVC_DIGEST_BYTES + (size_t)head->n_parts * 8 +
-           (size_t)head->n_tokens * 4;
+           (size_t)head->n_tokens * 4 + head->schema_bytes + head->tail_bytes;
 }
 
 /* ---- reading --------------------------------------------------------------------------------- */
@@ -90,6 +90,8 @@ static kvc_status check_counts(walk *w)
         return refuse(w, KVC_INVALID, "it must have 1 to 4096 parts");
     if (head->n_tokens > KVCTL_FILE_MAX_TOKENS)
         return refuse(w, KVC_INVALID, "it has more token ids than are allowed");
+    if (head->schema_bytes > KVCTL_FILE_MAX_SCHEMA || head->tail_bytes > KVCTL_FILE_MAX_TAIL)
+        return refuse(w, KVC_INVALID, "its schema or its tail is longer than allowed");
     if (head->n_tokens != 0 &&
         (head->n_tokens < tokens || head->n_tokens - tokens >= head->block_tokens))
         return refuse(w, KVC_INVALID, "the token ids do not fit the blocks");
@@ -136,6 +138,8 @@ static kvc_status read_tables(walk *w)
         numbers[i] = get32(at + 4 * i);
     head->parts = (const kvctl_file_part *)(const void *)numbers;
     head->tokens = numbers + 2 * (size_t)head->n_parts;
+    head->schema_msg = at + 4 * (2 * (size_t)head->n_parts + head->n_tokens);
+    head->tail = head->schema_msg + head->schema_bytes;
     return KVC_OK;
 }
 
@@ -152,6 +156,8 @@ static kvc_status read_head(walk *w)
     head->n_blocks = get32(w->bytes + 44);
     head->n_parts = get32(w->bytes + 48);
     head->n_tokens = get32(w->bytes + 52);
+    head->schema_bytes = get32(w->bytes + 64);
+    head->tail_bytes = get32(w->bytes + 68);
     status = check_counts(w);
     return status == KVC_OK ? read_tables(w) : status;
 }
@@ -160,6 +166,7 @@ static kvc_status read_head(walk *w)
 static kvc_status check_parts(walk *w)
 {
     uint32_t largest = 1;
+    uint64_t row_bytes = 0, tail = w->head.n_tokens % w->head.block_tokens;
     for (uint32_t i = 0; i < w->head.n_parts; i++) {
         const kvctl_file_part *part = &w->head.parts[i];
         if (part->part > KVC_MAX_PART_ID || (i > 0 && part->part <= part[-1].part))
@@ -168,7 +175,10 @@ static kvc_status check_parts(walk *w)
             part->value_bytes % w->head.block_tokens != 0)
             return refuse(w, KVC_INVALID, "a part's length is not one of a value");
         largest = part->value_bytes > largest ? part->value_bytes : largest;
+        row_bytes += part->value_bytes / w->head.block_tokens;
     }
+    if (w->head.tail_bytes != 0 && w->head.tail_bytes != tail * row_bytes)
+        return refuse(w, KVC_INVALID, "its tail is not one row of each part for each token");
     w->value = malloc(largest);
     return w->value != NULL ? KVC_OK : refuse(w, KVC_NO_MEMORY, "memory is out");
 }
@@ -230,8 +240,9 @@ static kvc_status read_values(walk *w, kvctl_file_value *each, void *each_arg, u
     return KVC_OK;
 }
 
-kvc_status kvctl_file_walk(kvctl_file_read *read, void *read_arg, kvctl_file_value *each,
-                           void *each_arg, kvctl_file_totals *totals_p, const char **why_p)
+kvc_status kvctl_file_walk(kvctl_file_read *read, void *read_arg, kvctl_file_opened *opened,
+                           kvctl_file_value *each, void *arg, kvctl_file_totals *totals_p,
+                           const char **why_p)
 {
     walk w = {.read = read, .read_arg = read_arg};
     *totals_p = (kvctl_file_totals){0};
@@ -240,11 +251,13 @@ kvc_status kvctl_file_walk(kvctl_file_read *read, void *read_arg, kvctl_file_val
         status = check_parts(&w);
     if (status == KVC_OK)
         status = check_digests(&w);
+    if (status == KVC_OK && opened != NULL && !opened(arg, &w.head))
+        status = refuse(&w, KVC_CANCELLED, "it was not gone through to its end");
     if (status == KVC_OK) {
         totals_p->n_blocks = w.head.n_blocks;
         totals_p->n_parts = w.head.n_parts;
         totals_p->n_tokens = w.head.n_tokens;
-        status = read_values(&w, each, each_arg, &totals_p->n_values);
+        status = read_values(&w, each, arg, &totals_p->n_values);
     }
     free(w.bytes);
     free(w.tables);
@@ -277,6 +290,12 @@ bool kvctl_file_put_head(kvctl_file_write *write, void *arg, const kvctl_file_he
     }
     for (uint32_t i = 0; i < head->n_tokens; i++, at += 4)
         put32(at, head->tokens[i]);
+    put32(bytes + 64, head->schema_bytes);
+    put32(bytes + 68, head->tail_bytes);
+    if (head->schema_bytes > 0)
+        memcpy(at, head->schema_msg, head->schema_bytes);
+    if (head->tail_bytes > 0)
+        memcpy(at + head->schema_bytes, head->tail, head->tail_bytes);
     put64(bytes + SUM_OFF, kvc_value_sum(bytes, n));
     bool good = write(arg, bytes, n);
     free(bytes);

@@ -16,6 +16,8 @@
 
 static const kvctl_file_part parts[PARTS] = {{3, 128}, {70, 64}};
 
+static const uint8_t schema_msg[] = "a schema", tail[5 * 3] = "fourteen bytes";
+
 typedef struct sample {
     kvctl_file_head head;
     kvc_digest digests[BLOCKS];
@@ -46,6 +48,10 @@ static void sample_init(sample *s, uint32_t n_tokens)
     s->head.digests = s->digests;
     s->head.parts = parts;
     s->head.tokens = s->tokens;
+    s->head.schema_msg = schema_msg;
+    s->head.schema_bytes = sizeof(schema_msg);
+    s->head.tail = tail;
+    s->head.tail_bytes = n_tokens == TOKENS ? sizeof(tail) : 0;
     assert_true(kvctl_file_put_head(memory_write, &s->file, &s->head));
     for (uint32_t b = 0; b < BLOCKS; b++) {
         for (uint32_t p = 0; p < PARTS; p++) {
@@ -57,6 +63,16 @@ static void sample_init(sample *s, uint32_t n_tokens)
         }
     }
     assert_true(kvctl_file_put_end(memory_write, &s->file, BLOCKS * PARTS - 1));
+}
+
+static bool check_head(void *arg, const kvctl_file_head *head)
+{
+    (void)arg;
+    bool whole = head->schema_bytes == sizeof(schema_msg) &&
+                 memcmp(head->schema_msg, schema_msg, sizeof(schema_msg)) == 0;
+    bool has_tail = head->tail_bytes == sizeof(tail) && memcmp(head->tail, tail, sizeof(tail)) == 0;
+    assert_true(whole && (has_tail || head->n_tokens != TOKENS));
+    return true;
 }
 
 static bool check_value(void *arg, const kvctl_file_head *head, uint32_t block, uint32_t part,
@@ -79,7 +95,7 @@ static kvc_status walk(const uint8_t *bytes, size_t len_bytes, kvctl_file_value 
     kvctl_file_totals totals;
     assert_non_null(file.bytes);
     memcpy(file.bytes, bytes, len_bytes);
-    kvc_status status = kvctl_file_walk(memory_read, &file, each, arg, &totals, &why);
+    kvc_status status = kvctl_file_walk(memory_read, &file, check_head, each, arg, &totals, &why);
     assert_true((status == KVC_OK) == (why == NULL));
     if (status == KVC_OK) {
         assert_int_equal(totals.n_values, BLOCKS * PARTS - 1);
@@ -185,6 +201,16 @@ static void test_contents(void **state)
         sample_init(&s, 0);
         file = (memory_file){0};
         s.head.parts = bad[i];
+        assert_true(kvctl_file_put_head(memory_write, &file, &s.head));
+        assert_status(walk(file.bytes, file.len_bytes, NULL, NULL), KVC_INVALID);
+        free(file.bytes);
+        free(s.file.bytes);
+    }
+    for (uint32_t i = 0; i < 2; i++) {
+        sample_init(&s, TOKENS);
+        file = (memory_file){0};
+        s.head.tail_bytes = i == 0 ? sizeof(tail) - 1 : s.head.tail_bytes;
+        s.head.n_tokens -= i == 1; /* rows of five tokens for four */
         assert_true(kvctl_file_put_head(memory_write, &file, &s.head));
         assert_status(walk(file.bytes, file.len_bytes, NULL, NULL), KVC_INVALID);
         free(file.bytes);

@@ -3,6 +3,8 @@
  */
 #include "kvctl_rig.h"
 
+#include <signal.h>
+
 /* Writes the first n bytes of a file to another, with the byte at flip changed where it is below n.
  */
 static void copy_file(const char *from, const char *to, size_t n, size_t flip)
@@ -141,11 +143,54 @@ static void test_context_saved(void **state)
     (void)unlink(digests);
 }
 
+/* A server that knows nothing gets schema, values, token ids and tail from one file. */
+static void test_context_moves(void **state)
+{
+    (void)state;
+    static store fresh;
+    char schema[320], tail[320], file[320], ids[64 * 8] = "", rows[6 * 512 + 1];
+    (void)snprintf(schema, sizeof(schema), "%s/move.schema", shared.folder);
+    (void)snprintf(tail, sizeof(tail), "%s/move.tail", shared.folder);
+    (void)snprintf(file, sizeof(file), "%s/move.file", shared.folder);
+    for (int i = 0; i < 70; i++)
+        (void)snprintf(ids + strlen(ids), sizeof(ids) - strlen(ids), "%d\n", i);
+    memset(rows, 'r', sizeof(rows) - 1);
+    rows[sizeof(rows) - 1] = '\0';
+    store_write_schema(schema);
+    support_write_file(tail, rows);
+#define EXPORT(...)                                                                                \
+    CONTEXT("export", "--schema", schema, "--tokens", "-", "--tail", tail, "--out", file,          \
+            __VA_ARGS__)
+    expect(ids, EXPORT("--parts", "0"), 2, NULL, "--tail has 3072 bytes");
+    expect(ids, EXPORT("--parts", "1"), 0, WORDS("exported: 1 blocks, 1 values"), NULL);
+    store_open(&fresh, "16MiB", false);
+    kvc_client_close(fresh.client); /* or it would register the schema again */
+    fresh.client = NULL;
+    store_end(&fresh, SIGKILL);
+    store_start(&fresh);
+#define FRESH(...) WORDS("--server", fresh.tcp_uri, "context", __VA_ARGS__)
+    expect(NULL, FRESH("import", "--save", "moved", "--durable", file), 1, NULL, "UNSUPPORTED");
+    expect(NULL, FRESH("import", "--save", "moved", file), 0, WORDS("1 stored"), NULL);
+    expect(NULL, FRESH("import", "--save", "moved", file), 1, NULL, "EXISTS");
+    expect(NULL, FRESH("import", "--save", "moved", "--replace", file), 0, WORDS("1 were there"),
+           NULL);
+    expect(NULL, FRESH("restore", "moved", "--parts", "1", "--tail-out", tail), 0,
+           WORDS("1 blocks, 70 token ids", "6 tokens with 3072 bytes", "all blocks are there"),
+           NULL);
+    char *text = read_all(tail);
+    assert_string_equal(text, rows);
+    free(text);
+    store_close(&fresh);
+    (void)unlink(schema);
+    (void)unlink(file);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_context_file),
         cmocka_unit_test(test_context_saved),
+        cmocka_unit_test(test_context_moves),
     };
     return cmocka_run_group_tests(tests, open_shared, close_shared);
 }

@@ -10,7 +10,7 @@
 #include "base/sum.h"
 #include "context_sample.h"
 
-#define HEAD_BYTES 64u
+#define HEAD_BYTES 72u
 #define SUM_OFF    56u
 
 static void require(int holds)
@@ -33,7 +33,7 @@ static kvc_status walk_once(uint8_t *bytes, size_t len_bytes)
     uint64_t seen = 0;
     kvctl_file_totals totals;
     const char *why = NULL;
-    kvc_status status = kvctl_file_walk(memory_read, &file, count, &seen, &totals, &why);
+    kvc_status status = kvctl_file_walk(memory_read, &file, NULL, count, &seen, &totals, &why);
     require((status == KVC_OK) == (why == NULL));
     require(status != KVC_OK || totals.n_values == seen);
     return status;
@@ -50,7 +50,7 @@ static void mend(uint8_t *bytes, size_t len_bytes)
     if (len_bytes < HEAD_BYTES)
         return;
     uint64_t n = HEAD_BYTES + get_count(bytes + 44) * 32 + get_count(bytes + 48) * 8 +
-                 get_count(bytes + 52) * 4;
+                 get_count(bytes + 52) * 4 + get_count(bytes + 64) + get_count(bytes + 68);
     if (n > len_bytes)
         return;
     memset(bytes + SUM_OFF, 0, 8);
