@@ -89,9 +89,18 @@ kvc_status kvs_buffer_get(kvs_buffers *pool, uint32_t len_bytes, kvs_buffer **bu
     }
     buffer->pool = pool;
     buffer->total_bytes = total_bytes;
+    atomic_fetch_add(&pool->out_bytes, total_bytes);
     atomic_store(&buffer->out, 1);
     *buffer_p = buffer;
     return KVC_OK;
+}
+
+kvc_status kvs_buffer_get_for_stream(kvs_buffers *pool, uint32_t len_bytes, kvs_buffer **buffer_p)
+{
+    *buffer_p = NULL;
+    if (atomic_load(&pool->out_bytes) + len_bytes > pool->cap_bytes - pool->cap_bytes / 4)
+        return KVC_AGAIN;
+    return kvs_buffer_get(pool, len_bytes, buffer_p);
 }
 
 void kvs_buffer_release(void *arg)
@@ -99,6 +108,7 @@ void kvs_buffer_release(void *arg)
     kvs_buffer *buffer = arg;
     KVC_ASSERT(atomic_exchange(&buffer->out, 0) == 1);
     kvs_buffers *pool = buffer->pool;
+    atomic_fetch_sub(&pool->out_bytes, buffer->total_bytes);
     if (buffer->total_bytes != total_of(pool->big_bytes)) {
         size_t total_bytes = buffer->total_bytes;
         free(buffer);

@@ -24,7 +24,8 @@ struct kvs_buffers {
     kvc_mutex lock;       /* rank LEAF; guards all below */
     kvs_buffer *free_big; /* kept for reuse, each for big_bytes */
     uint32_t big_bytes;
-    uint64_t held_bytes, cap_bytes; /* of all buffers, handed out or kept */
+    uint64_t held_bytes, cap_bytes;  /* of all buffers, handed out or kept */
+    atomic_uint_least64_t out_bytes; /* handed out */
 };
 
 /* cap_bytes: of all the memory that the pool takes. */
@@ -33,6 +34,15 @@ void kvs_buffers_fini(kvs_buffers *pool); /* every buffer must be back */
 /* At least len_bytes <= big_bytes. AGAIN: the cap is reached; NO_MEMORY. Any thread. */
 kvc_status kvs_buffer_get(kvs_buffers *pool, uint32_t len_bytes,
                           kvs_buffer **buffer_p) KVC_MUST_CHECK;
+/* The same for a message of a stream, which a slow reader may keep for long: AGAIN also where three
+   quarters of the cap are handed out already, so that other calls have the rest. */
+kvc_status kvs_buffer_get_for_stream(kvs_buffers *pool, uint32_t len_bytes,
+                                     kvs_buffer **buffer_p) KVC_MUST_CHECK;
+/* Whether more than half of the cap is handed out: a stream then takes one buffer at a time. */
+static inline bool kvs_buffers_are_short(const kvs_buffers *pool)
+{
+    return atomic_load(&pool->out_bytes) > pool->cap_bytes / 2;
+}
 /* arg: the kvs_buffer; fits kvt_slice.release. Any thread. */
 void kvs_buffer_release(void *arg);
 

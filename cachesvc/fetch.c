@@ -225,8 +225,11 @@ static bool answer_from_dram(kvs_fetch *fetch)
 static void get_buffer(kvs_fetch *fetch)
 {
     if (fetch->data_bytes) {
-        kvc_status status =
-            kvs_buffer_get(&fetch->server->buffers, (uint32_t)fetch->data_bytes, &fetch->buffer);
+        kvs_buffers *pool = &fetch->server->buffers;
+        uint32_t bytes = (uint32_t)fetch->data_bytes;
+        kvc_status status = fetch->call->within
+                                ? kvs_buffer_get_for_stream(pool, bytes, &fetch->buffer)
+                                : kvs_buffer_get(pool, bytes, &fetch->buffer);
         if (status != KVC_OK) {
             give_up(fetch, KVC_AGAIN, "every reply buffer is in use");
             return;

@@ -280,7 +280,7 @@ static bool get_buffer(blocks_piece *piece)
     }
     if (!bytes)
         return true;
-    if (kvs_buffer_get(&piece->server->buffers, bytes, &piece->buffer) == KVC_OK)
+    if (kvs_buffer_get_for_stream(&piece->server->buffers, bytes, &piece->buffer) == KVC_OK)
         return true;
     give_up(piece, KVC_AGAIN, "every reply buffer is in use");
     return false;

@@ -36,7 +36,9 @@ static stream_step next_step(kvs_stream *stream)
         stream->sending = true;
         return STEP_SEND;
     }
-    if (!stream->making && !stream->ready && !stream->exhausted) {
+    /* A reader that stands still keeps one message while memory for them is short, not two. */
+    bool patient = stream->sending && kvs_buffers_are_short(&stream->server->buffers);
+    if (!stream->making && !stream->ready && !stream->exhausted && !patient) {
         stream->making = true;
         return STEP_MAKE;
     }

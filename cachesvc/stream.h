@@ -4,7 +4,7 @@
  * A piece is a call that the server makes itself: a handler answers it as it would answer a peer's,
  * and its answer becomes one message of the stream. At most two pieces exist at a time, one on its
  * way to the client and one being made, so a stream takes the memory of two messages, however long
- * it is and however slowly its client reads.
+ * it is and however slowly its client reads; of one while reply buffers are short.
  */
 #ifndef KVS_STREAM_H
 #define KVS_STREAM_H

@@ -297,6 +297,68 @@ static void buffers_run_out(void **state)
     env_close(&e);
 }
 
+typedef struct reader {
+    env *e;
+    kvc_thread thread;
+    kvc_status status;
+} reader;
+
+static atomic_bool stalled;
+
+static void stand_still(h_peer *peer)
+{
+    (void)peer;
+    while (atomic_load(&stalled))
+        usleep(1000);
+}
+
+static void read_slowly(void *arg)
+{
+    reader *r = arg;
+    env mine = *r->e;
+    mine.peer = h_connect(r->e->h.listen, NULL);
+    mine.peer->timeout_ns = 60ull * 1000000000;
+    mine.peer->on_message = stand_still;
+    r->status = stream_blocks(&mine, 0, N, NULL, 0);
+    h_disconnect(mine.peer);
+}
+
+/* Readers that stand still take three quarters of the reply buffers at most: one who asks for rows
+   gets them. Some streams are refused for it, the others end well once they are read. */
+static void readers_stand_still(void **state)
+{
+    (void)state;
+    env e;
+    reader readers[12];
+    uint32_t n_ok = 0, pick = 70;
+    env_open(&e, false);
+    kvc_row_group group = {.context = e.context, .n_picks = 1, .picks = &pick};
+    e.h.server->settings.dram_bytes = 4; /* nothing is lent: all is copied */
+    e.h.server->buffers.cap_bytes = 8u << 20;
+    atomic_store(&stalled, true);
+    for (uint32_t i = 0; i < 12; i++) {
+        readers[i] = (reader){.e = &e};
+        assert_int_equal(kvc_thread_start(&readers[i].thread, "reader", read_slowly, &readers[i]),
+                         KVC_OK);
+    }
+    usleep(300000);
+    uint64_t out_bytes = atomic_load(&e.h.server->buffers.out_bytes);
+    kvc_request req = {.method = KVC_FETCH_ROWS};
+    req.u.fetch_rows.groups = &group;
+    req.u.fetch_rows.n_groups = 1;
+    kvc_status status = h_call(e.peer, &req);
+    atomic_store(&stalled, false);
+    for (uint32_t i = 0; i < 12; i++) {
+        kvc_thread_join(&readers[i].thread);
+        assert_true(readers[i].status == KVC_OK || readers[i].status == KVC_AGAIN);
+        n_ok += readers[i].status == KVC_OK;
+    }
+    assert_int_equal(status, KVC_OK);
+    assert_true(out_bytes >= 4u << 20 && out_bytes <= 7u << 20);
+    assert_true(n_ok >= 3);
+    env_close(&e);
+}
+
 #ifdef KVASIR_LMDB
 static void wait_a_little(h_peer *peer)
 {
@@ -341,6 +403,7 @@ int main(void)
         cmocka_unit_test(rows_and_blocks_from_dram), cmocka_unit_test(blocks_are_copied),
         cmocka_unit_test(nothing_to_send),           cmocka_unit_test(refused),
         cmocka_unit_test(client_goes_away),          cmocka_unit_test(buffers_run_out),
+        cmocka_unit_test(readers_stand_still),
 #ifdef KVASIR_LMDB
         cmocka_unit_test(rows_and_blocks_from_lmdb), cmocka_unit_test(ends_under_a_slow_thread),
 #endif
