@@ -28,7 +28,7 @@
 #define PICKS        2048u
 #define SAMPLE_MS    50u
 #define MAX_SAMPLES  65536u
-#define GROWTH_BYTES (16 * MIB) /* what malloc's caches may take between one third and the next */
+#define GROWTH_BYTES (12 * MIB) /* what malloc's caches may take between one third and the next */
 
 static void nap_ms(uint64_t ms)
 {
