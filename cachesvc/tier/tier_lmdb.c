@@ -153,10 +153,25 @@ static kvc_status close_to_others(kvs_tier *tier, const char *path)
     return KVC_OK;
 }
 
+/* A folder whose name did not reach the disk takes all that is in it along. */
+static kvc_status sync_name(const kvs_tier *tier, const char *path)
+{
+    int fd = openat(tier->root_fd, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int rc = fd >= 0 ? fsync(fd) : -1;
+
+    if (rc != 0)
+        KVC_LOG_ERROR(TIER, "lmdb: cannot sync the folder of %s: %s", path, strerror(errno));
+    if (fd >= 0)
+        close(fd);
+    return rc == 0 ? KVC_OK : KVC_IO;
+}
+
 /* The folder and the lock that keeps a second server out. */
 static kvc_status open_folder(kvs_tier *tier, const char *path)
 {
-    if (mkdir(path, 0700) != 0 && errno != EEXIST) {
+    bool is_new = mkdir(path, 0700) == 0;
+
+    if (!is_new && errno != EEXIST) {
         KVC_LOG_ERROR(TIER, "lmdb: cannot create %s: %s", path, strerror(errno));
         return KVC_IO;
     }
@@ -166,6 +181,8 @@ static kvc_status open_folder(kvs_tier *tier, const char *path)
         return errno == ENOTDIR ? KVC_INVALID : KVC_IO;
     }
     kvc_status status = close_to_others(tier, path);
+    if (status == KVC_OK && is_new)
+        status = sync_name(tier, path);
     if (status != KVC_OK)
         return status;
     tier->lock_fd = openat(tier->root_fd, "lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);

@@ -221,6 +221,44 @@ static void test_modes(void **state)
     assert_non_null(strstr(log_text, "was open to other users (mode 755)"));
 }
 
+static ino_t watched; /* a folder; how often it was synced */
+static uint32_t n_watched;
+
+int __real_fsync(int fd);
+int __wrap_fsync(int fd);
+
+/* The linker puts this between the tier and the system. */
+int __wrap_fsync(int fd)
+{
+    struct stat st;
+
+    if (watched != 0 && fstat(fd, &st) == 0 && st.st_ino == watched)
+        n_watched++;
+    return __real_fsync(fd);
+}
+
+/* Else a power cut takes a new folder away with all that was promised in it. */
+static void test_new_folder_is_synced(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_tier_opts opts;
+    kvs_tier *tier;
+    struct stat st;
+    char sub[128];
+
+    assert_int_equal(tut_open(t), KVC_OK);
+    opts = t->opts;
+    snprintf(sub, sizeof(sub), "%s/sub", t->dir);
+    opts.path = sub;
+    assert_int_equal(stat(t->dir, &st), 0);
+    watched = st.st_ino;
+    n_watched = 0;
+    assert_int_equal(t->ops->open(&opts, &tier), KVC_OK);
+    watched = 0;
+    t->ops->close(tier);
+    assert_int_equal(n_watched, 1);
+}
+
 /* --- damaged bytes --- */
 
 typedef struct file {
@@ -562,6 +600,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_second_server_is_kept_out, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bad_options, setup, teardown),
         cmocka_unit_test_setup_teardown(test_modes, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_new_folder_is_synced, setup, teardown),
         cmocka_unit_test_setup_teardown(test_flipped_bit_in_a_row, setup, teardown),
         cmocka_unit_test_setup_teardown(test_flipped_bit_in_a_prefix, setup, teardown),
         cmocka_unit_test_setup_teardown(test_damaged_folder_is_set_aside, setup, teardown),
