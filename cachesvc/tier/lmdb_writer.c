@@ -37,6 +37,22 @@ static kvsi_class *find_class(kvs_tier *tier, uint32_t pages)
     return NULL;
 }
 
+/* Holds nothing and nothing is on its way: a place never taken, or one whose creation failed. */
+static bool is_vacant(const kvsi_class *class)
+{
+    return class->map_pages == 0 && class->queued_pages == 0 && class->freeing_pages == 0;
+}
+
+/* A place for one more size class; NULL: all are taken. */
+static kvsi_class *find_place(kvs_tier *tier)
+{
+    for (uint32_t i = 0; i < KVSI_MAX_CLASSES; i++) {
+        if (is_vacant(&tier->classes[i]))
+            return &tier->classes[i];
+    }
+    return NULL;
+}
+
 /* A size class that cannot be had is named, once; the caller holds the lock. */
 static kvc_status refuse_class(kvs_tier *tier, uint32_t pages, const char *why)
 {
@@ -46,9 +62,11 @@ static kvc_status refuse_class(kvs_tier *tier, uint32_t pages, const char *why)
     if (tier->refused_pages == pages)
         return KVC_NO_SPACE;
     tier->refused_pages = pages;
-    for (uint32_t i = 0; i < tier->n_classes; i++)
-        n += (size_t)snprintf(list + n, sizeof(list) - n, "%s%u", i > 0 ? ", " : "",
-                              tier->classes[i].record_pages);
+    for (uint32_t i = 0; i < tier->n_classes; i++) {
+        if (!is_vacant(&tier->classes[i]))
+            n += (size_t)snprintf(list + n, sizeof(list) - n, "%s%u", n > 0 ? ", " : "",
+                                  tier->classes[i].record_pages);
+    }
     KVC_LOG_ERROR(TIER, "lmdb: values of %u pages are refused: %s; those of %s pages exist", pages,
                   why, list);
     return KVC_NO_SPACE;
@@ -73,13 +91,15 @@ static kvc_status admit(kvs_tier *tier, uint32_t pages, kvsi_class **class_p)
 
     if (tier->stop)
         return KVC_CLOSED;
-    if (class == NULL && tier->n_classes == KVSI_MAX_CLASSES)
+    kvsi_class *place = class == NULL ? find_place(tier) : class;
+    if (place == NULL)
         return refuse_class(tier, pages, "it would be a ninth size class");
     if (tier->n_queued == KVSI_MAX_QUEUED)
         return KVC_AGAIN;
     if (class == NULL) {
-        class = &tier->classes[tier->n_classes];
+        class = place;
         class->record_pages = pages;
+        class->broken = false; /* that was about another file */
     }
     if (class->broken)
         return KVC_IO;
@@ -92,8 +112,8 @@ static kvc_status admit(kvs_tier *tier, uint32_t pages, kvsi_class **class_p)
         need += KVSI_ENV_SLACK_PAGES;
     if (need > room + class->freeing_pages)
         return KVC_AGAIN;
-    if (class == &tier->classes[tier->n_classes])
-        tier->n_classes++;
+    if (class >= &tier->classes[tier->n_classes])
+        tier->n_classes = (uint32_t)(class - tier->classes) + 1;
     *class_p = class;
     return KVC_OK;
 }

@@ -525,6 +525,35 @@ static void test_disk_full_when_growing(void **state)
     assert_int_equal(put_value(t, &key, 1, (shape){4096, 3}, true).status, KVC_OK);
 }
 
+/* A size class whose file could not be made takes no place from others. */
+static void test_failed_class_leaves_its_place(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_slot slots[8];
+
+    assert_int_equal(tut_open(t), KVC_OK);
+    disk_bytes = 100;
+    for (uint32_t i = 0; i < 10; i++) {
+        kvs_value_key key = key_of(1, i, 0);
+        assert_int_equal(put_value(t, &key, 1, (shape){4096, 20 + i}, true).status, KVC_NO_SPACE);
+    }
+    assert_null(strstr(log_text, "ninth"));
+    disk_bytes = UINT64_MAX;
+    for (uint32_t i = 0; i < 8; i++) {
+        kvs_value_key key = key_of(2, i, 0);
+        put_result r = put_value(t, &key, 1, (shape){4096, i + 1}, true);
+        assert_int_equal(r.status, KVC_OK);
+        slots[i] = r.slot;
+    }
+    kvs_value_key key = key_of(2, 8, 0);
+    assert_int_equal(put_value(t, &key, 1, (shape){4096, 9}, true).status, KVC_NO_SPACE);
+    assert_non_null(strstr(log_text, "those of 2, 3, 4, 5, 6, 7, 8, 9 pages exist"));
+    for (uint32_t i = 0; i < 8; i++) {
+        key = key_of(2, i, 0);
+        assert_value(t, &key, 1, (shape){4096, i + 1}, slots[i]);
+    }
+}
+
 /* Writes past 12 MiB fail in the middle of a commit, as where room cannot be allotted before. */
 static int limited_child(tier_under_test *t)
 {
@@ -608,6 +637,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_read_of_what_is_gone, setup, teardown),
         cmocka_unit_test_setup_teardown(test_disk_full_when_growing, setup, teardown),
         cmocka_unit_test_setup_teardown(test_disk_full_in_a_commit, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_failed_class_leaves_its_place, setup, teardown),
         cmocka_unit_test_setup_teardown(test_close_finishes_writes, setup, teardown),
     };
 
