@@ -382,6 +382,8 @@ kvc_status kvsi_env_read_begin(kvsi_env *env, MDB_txn **txn_p)
     if (rc != MDB_SUCCESS) {
         if (pooled)
             mdb_txn_abort(b.txn);
+        else if (rc == EIO && atomic_load(&env->faulted))
+            atomic_store(&env->dead, true); /* each such try would cost a reader's slot */
         leave_place(env, NULL);
         return failed(env, "read transaction", rc);
     }

@@ -30,7 +30,7 @@ typedef struct kvsi_env {
     int direct_fd;      /* data.mdb with O_DIRECT, or -1 where the file system has no such thing */
     atomic_bool no_direct;     /* it had, but such reads are refused */
     atomic_uintptr_t map_base; /* where page 0 is mapped; 0: not known since the last growth */
-    atomic_bool dead;          /* there is no map any more */
+    atomic_bool dead;    /* no read can begin: there is no map any more, or its first pages fail */
     atomic_bool faulted; /* a page could not be had, or LMDB asserted: nothing is promised here */
 
     kvc_mutex pool_lock; /* rank QUEUE; guards the fields below */

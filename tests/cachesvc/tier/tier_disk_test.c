@@ -8,7 +8,9 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <ftw.h>
+#include <lmdb.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -155,6 +157,43 @@ static void test_file_cut_under_the_writer(void **state)
     kvs_slot mine = v[0].slot;
     assert_int_equal(t->ops->sync(t->tier, &mine, 1, NULL), KVC_OK);
     tut_close(t);
+}
+
+static atomic_bool failing; /* the disk gives an error as a read transaction begins */
+static atomic_uint n_begun;
+
+int __real_mdb_txn_begin(MDB_env *env, MDB_txn *parent, unsigned flags, MDB_txn **txn_p);
+int __wrap_mdb_txn_begin(MDB_env *env, MDB_txn *parent, unsigned flags, MDB_txn **txn_p);
+
+/* The linker puts this between the tier and LMDB. */
+int __wrap_mdb_txn_begin(MDB_env *env, MDB_txn *parent, unsigned flags, MDB_txn **txn_p)
+{
+    if ((flags & MDB_RDONLY) && atomic_load(&failing)) {
+        atomic_fetch_add(&n_begun, 1);
+        (void)raise(SIGBUS);
+    }
+    return __real_mdb_txn_begin(env, parent, flags, txn_p);
+}
+
+/* What LMDB took for a transaction that never came to be is lost, so it is tried once. */
+static void test_reads_that_cannot_begin(void **state)
+{
+    tier_under_test *t = *state;
+    stored v[N_VALUES];
+    bool equal;
+
+    assert_int_equal(tut_open(t), KVC_OK);
+    put_all(t, v);
+    tut_close(t);
+    assert_int_equal(tut_open(t), KVC_OK); /* no transaction in the pool */
+    atomic_store(&n_begun, 0);
+    atomic_store(&failing, true);
+    for (uint32_t i = 0; i < 100; i++)
+        assert_int_equal(check_rows(t, &v[0].key, 1, v[0].s, v[0].slot, 0, 1, &equal), KVC_IO);
+    atomic_store(&failing, false);
+    assert_int_equal(n_begun, 1);
+    assert_int_equal(count_right(t, v, large), N_VALUES / 2);
+    assert_int_equal(count_right(t, v, small), 0);
 }
 
 static bool keep_any(void *arg, const char *name, const void *data, size_t len_bytes)
@@ -380,6 +419,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_file_cut_while_reading, setup, teardown),
         cmocka_unit_test_setup_teardown(test_file_cut_under_the_writer, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_reads_that_cannot_begin, setup, teardown),
         cmocka_unit_test_setup_teardown(test_meta_cut, setup, teardown),
         cmocka_unit_test_setup_teardown(test_vanished_folder, setup, teardown),
         cmocka_unit_test_setup_teardown(test_full_disk, setup, teardown),
