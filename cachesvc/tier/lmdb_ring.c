@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "base/assert.h"
 #include "base/log.h"
 #include "base/thread.h"
 
@@ -50,8 +51,13 @@ static kvsi_lane *make_lane(int *error_p)
         return NULL;
     }
     *error_p = -io_uring_queue_init(KVSI_LANE_DEPTH, &made->ring, 0);
-    if (*error_p == 0)
+    /* Without it (Linux before 5.11) liburing's timeouts come as completions of their own. */
+    if (*error_p == 0 && (made->ring.features & IORING_FEAT_EXT_ARG))
         return &made->lane;
+    if (*error_p == 0) {
+        io_uring_queue_exit(&made->ring);
+        *error_p = EOPNOTSUPP;
+    }
     free(made->lane.buffer);
     free(made);
     return NULL;
@@ -134,7 +140,8 @@ static kvc_status settle(const kvsi_lane *lane, int fd, const kvsi_piece *piece,
 }
 
 /* Takes what is complete. */
-static uint32_t reap(ring_lane *own, int fd, const kvsi_piece *pieces, kvc_status *status_p)
+static uint32_t reap(ring_lane *own, int fd, const kvsi_piece *pieces, uint32_t n_pieces,
+                     kvc_status *status_p)
 {
     struct io_uring_cqe *cqe;
     unsigned head;
@@ -142,8 +149,9 @@ static uint32_t reap(ring_lane *own, int fd, const kvsi_piece *pieces, kvc_statu
 
     io_uring_for_each_cqe(&own->ring, head, cqe)
     {
-        const kvsi_piece *piece = &pieces[io_uring_cqe_get_data64(cqe)];
-        kvc_status status = settle(&own->lane, fd, piece, cqe->res);
+        uint64_t i = io_uring_cqe_get_data64(cqe);
+        KVC_ASSERT(i < n_pieces);
+        kvc_status status = settle(&own->lane, fd, &pieces[i], cqe->res);
         if (status != KVC_OK)
             *status_p = status;
         n++;
@@ -177,7 +185,7 @@ kvc_status kvsi_lane_read(kvsi_lane *lane, int fd, const kvsi_piece *pieces, uin
             }
             usleep(NAP_NS / 1000);
         }
-        done += reap(own, fd, pieces, &status);
+        done += reap(own, fd, pieces, n, &status);
         if (done < n)
             waiting(arg);
     }
