@@ -4,8 +4,9 @@
  * Thread: any; one lock guards everything but map, which reads only what a held slot keeps still.
  * Invariants: segments are counted as they are created and n_max * segment_bytes <= the cap. A
  * segment holds slots of one (tenant, size class); it is in its owner's list while it has room, in
- * the tier's empty list while nothing is in it, and in none while it is full or closed. An empty segment
- * that goes to another tenant is replaced by a fresh memfd, so no tenant's bytes outlive it.
+ * the tier's empty list while nothing is in it, and in none while it is full or closed. An empty
+ * segment that goes to another tenant is replaced by a fresh memfd, so no tenant's bytes outlive
+ * it.
  */
 #include <stdlib.h>
 #include <string.h>
