@@ -70,6 +70,8 @@ static void finish(erase *e, kvc_status status)
     reply.u.erase.bytes = e->sum.bytes;
     if (status == KVC_OK)
         kvs_answer(e->call, &reply, NULL, 0);
+    else if (status == KVC_NO_MEMORY)
+        kvs_fail(e->call, status, "no memory to sync the removal: repeat it");
     else if (status == KVC_IO)
         kvs_fail(e->call, status,
                  "lmdb could not sync the removal: values may be back at a restart");
@@ -100,6 +102,21 @@ static kvc_status turn(erase *e)
     return KVC_AGAIN;
 }
 
+/* Syncs what the parts' releases touched, whoever made them: also those of an erase that failed. */
+static kvc_status sync_parts(const erase *e)
+{
+    const kvs_store *lmdb = &e->server->lmdb;
+    kvs_tier_shape *shapes = calloc(e->n_parts + 1, sizeof(*shapes));
+    if (!shapes)
+        return KVC_NO_MEMORY;
+    for (uint32_t i = 0; i < e->n_parts; i++)
+        shapes[i] =
+            (kvs_tier_shape){e->schema->parts[e->parts[i]].row_bytes, e->schema->block_tokens};
+    kvc_status status = lmdb->ops->sync_releases(lmdb->tier, shapes, e->n_parts);
+    free(shapes);
+    return status;
+}
+
 /* Walks until a walk meets nothing. What it waits for may be queued behind it (a promotion has a
    reference until it ran), so it goes to the end of the queue after each turn. */
 static void erase_run(kvs_job *job)
@@ -113,7 +130,7 @@ static void erase_run(kvs_job *job)
     if (status == KVC_AGAIN)
         return;
     if (status == KVC_OK)
-        status = server->lmdb.ops->sync(server->lmdb.tier, NULL, 0, NULL);
+        status = sync_parts(e);
     atomic_fetch_sub(&server->n_slow_jobs, 1);
     finish(e, status);
 }

@@ -33,8 +33,9 @@ typedef struct kvsi_class {
     uint64_t live_pages, tree_pages; /* after the last commit */
     uint64_t values;
     uint64_t queued_pages, freeing_pages; /* of writes and releases that wait */
-    bool broken; /* a sync or the file failed: nothing more is promised here */
-    bool dirty;  /* the writer's: committed, not yet fully synced */
+    bool broken;       /* a sync or the file failed: nothing more is promised here */
+    bool dirty;        /* the writer's: committed, not yet fully synced */
+    bool release_lost; /* there was no memory for one: its value is back after a restart */
 } kvsi_class;
 
 /* A release on its way to the writer. */
@@ -118,6 +119,7 @@ void kvsi_writer_main(void *arg); /* a kvs_tier */
 kvc_status kvsi_write(kvs_tier *tier, kvs_tier_write *write);
 void kvsi_release(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot);
 kvc_status kvsi_sync(kvs_tier *tier, const kvs_slot *slots, uint32_t n, int8_t *status);
+kvc_status kvsi_sync_releases(kvs_tier *tier, const kvs_tier_shape *shapes, uint32_t n);
 /* Queues a drop; takes it. */
 void kvsi_drop_push(kvs_tier *tier, kvsi_drop *drop);
 

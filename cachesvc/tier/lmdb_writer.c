@@ -11,6 +11,7 @@
 
 #include "base/assert.h"
 #include "base/clock.h"
+#include "base/fault.h"
 #include "base/log.h"
 #include "lmdb_tier.h"
 
@@ -173,10 +174,13 @@ void kvsi_drop_push(kvs_tier *tier, kvsi_drop *drop)
 
 void kvsi_release(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot)
 {
-    kvsi_drop *drop = malloc(sizeof(*drop));
+    kvsi_drop *drop = KVC_FAULT("lmdb.release") ? NULL : malloc(sizeof(*drop));
 
     KVC_ASSERT(slot.a < KVSI_MAX_CLASSES);
     if (drop == NULL) {
+        kvc_mutex_lock(&tier->lock);
+        tier->classes[slot.a].release_lost = true;
+        kvc_mutex_unlock(&tier->lock);
         KVC_LOG_ERROR(TIER, "lmdb: no memory to release a value; it stays until the next start");
         return;
     }
@@ -185,6 +189,17 @@ void kvsi_release(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot)
     kvsi_key_pack(key, (uint32_t)(slot.b >> 32), (uint32_t)slot.b, drop->key);
     kvsi_sums_drop(tier->sums, drop->key);
     kvsi_drop_push(tier, drop);
+}
+
+/* The caller holds the lock; it is left meanwhile. */
+static void wait_for_sync(kvs_tier *tier, kvsi_waiter *waiter)
+{
+    waiter->ticket = tier->accepted;
+    waiter->next = tier->waiters;
+    tier->waiters = waiter;
+    kvc_cond_signal(&tier->work);
+    while (!waiter->done)
+        kvc_cond_wait(&tier->woken, &tier->lock);
 }
 
 kvc_status kvsi_sync(kvs_tier *tier, const kvs_slot *slots, uint32_t n, int8_t *status)
@@ -196,16 +211,31 @@ kvc_status kvsi_sync(kvs_tier *tier, const kvs_slot *slots, uint32_t n, int8_t *
         waiter.classes |= 1u << slots[i].a;
     }
     kvc_mutex_lock(&tier->lock);
-    waiter.ticket = tier->accepted;
-    waiter.next = tier->waiters;
-    tier->waiters = &waiter;
-    kvc_cond_signal(&tier->work);
-    while (!waiter.done)
-        kvc_cond_wait(&tier->woken, &tier->lock);
+    wait_for_sync(tier, &waiter);
     kvc_mutex_unlock(&tier->lock);
     for (uint32_t i = 0; status != NULL && i < n; i++)
         status[i] = waiter.failed >> slots[i].a & 1 ? KVC_IO : KVC_OK;
     return waiter.failed == 0 ? KVC_OK : KVC_IO;
+}
+
+kvc_status kvsi_sync_releases(kvs_tier *tier, const kvs_tier_shape *shapes, uint32_t n)
+{
+    kvsi_waiter waiter = {.classes = 0};
+    bool lost = false;
+
+    kvc_mutex_lock(&tier->lock);
+    for (uint32_t i = 0; i < n; i++) {
+        kvsi_class *class =
+            find_class(tier, kvsi_record_pages(shapes[i].row_bytes, shapes[i].n_rows));
+        if (class == NULL)
+            continue; /* nothing of that size was ever here */
+        waiter.classes |= 1u << (class - tier->classes);
+        lost = lost || class->release_lost;
+    }
+    if (waiter.classes != 0)
+        wait_for_sync(tier, &waiter);
+    kvc_mutex_unlock(&tier->lock);
+    return waiter.failed == 0 && !lost ? KVC_OK : KVC_IO;
 }
 
 /* --- kvs-lmdb-w: taking a group --- */

@@ -63,6 +63,10 @@ typedef struct kvs_row_range {
     void *dst;
 } kvs_row_range;
 
+typedef struct kvs_tier_shape {
+    uint32_t row_bytes, n_rows;
+} kvs_tier_shape;
+
 typedef struct kvs_tier_usage {
     uint64_t capacity_bytes, used_bytes, values;
     uint64_t bytes_read, bytes_written;
@@ -132,6 +136,9 @@ typedef struct kvs_tier_ops {
        depend on what became of others where they are synced apart. Answers the first failure: IO.
        Disk thread. */
     kvc_status (*sync)(kvs_tier *tier, const kvs_slot *slots, uint32_t n, int8_t *status);
+    /* BLOCKING: REQ. Waits until every release of values of these shapes [n] is synced. IO: one of
+       them was not, or could not be taken down at all: such a value may be back after a restart. */
+    kvc_status (*sync_releases)(kvs_tier *tier, const kvs_tier_shape *shapes, uint32_t n);
 
     /* PERSISTENT: REQ. Finds every value; before any other use of an opened tier but meta_each. */
     kvc_status (*recover)(kvs_tier *tier, kvs_tier_found *found, void *arg);

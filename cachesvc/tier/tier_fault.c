@@ -305,6 +305,13 @@ static kvc_status fault_sync(kvs_tier *tier, const kvs_slot *slots, uint32_t n, 
     return status;
 }
 
+static kvc_status fault_sync_releases(kvs_tier *tier, const kvs_tier_shape *shapes, uint32_t n)
+{
+    kvc_status status = inject(tier, OP_SYNC);
+
+    return status == KVC_OK ? tier->ops->sync_releases(tier->inner, shapes, n) : status;
+}
+
 static kvc_status fault_recover(kvs_tier *tier, kvs_tier_found *found, void *arg)
 {
     kvc_status status = inject(tier, OP_RECOVER);
@@ -355,6 +362,7 @@ void kvsi_fault_ops(const char *name, const kvs_tier_ops *inner, kvs_tier_ops *o
         .write = blocking ? fault_write_op : NULL,
         .read = blocking ? fault_read : NULL,
         .sync = blocking ? fault_sync : NULL,
+        .sync_releases = blocking ? fault_sync_releases : NULL,
         .recover = persistent ? fault_recover : NULL,
         .meta_put = persistent ? fault_meta_put : NULL,
         .meta_get = persistent ? fault_meta_get : NULL,

@@ -497,6 +497,7 @@ const kvs_tier_ops kvsi_lmdb_ops = {
     .write = kvsi_write,
     .read = kvsi_read,
     .sync = kvsi_sync,
+    .sync_releases = kvsi_sync_releases,
     .recover = kvsi_recover,
     .meta_put = kvsi_meta_put,
     .meta_get = kvsi_meta_get,

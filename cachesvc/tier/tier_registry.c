@@ -41,8 +41,8 @@ static void check_table(const kvs_tier_ops *ops)
     KVC_ASSERT(addressable || !(ops->reserve || ops->commit || ops->map));
     KVC_ASSERT(addressable == (ops->segments && ops->close_segment));
     KVC_ASSERT(addressable || !(ops->segments || ops->close_segment));
-    KVC_ASSERT(blocking == (ops->write && ops->read && ops->sync));
-    KVC_ASSERT(blocking || !(ops->write || ops->read || ops->sync));
+    KVC_ASSERT(blocking == (ops->write && ops->read && ops->sync && ops->sync_releases));
+    KVC_ASSERT(blocking || !(ops->write || ops->read || ops->sync || ops->sync_releases));
     KVC_ASSERT(persistent == (ops->recover && ops->meta_put && ops->meta_get && ops->meta_each));
     KVC_ASSERT(persistent || !(ops->recover || ops->meta_put || ops->meta_get || ops->meta_each));
 }

@@ -414,6 +414,31 @@ static void test_erase_that_fails(void **state)
     assert_int_equal(present(f, 0, 2, 0), 0);
 }
 
+/* What fails for one size of value is no concern of an erase of another. */
+static void test_erase_beside_failures(void **state)
+{
+    fixture *f = *state;
+    h_schema mine = f->schema, other;
+    h_schema_init(&other, "other", 1, 2 * ROW, false);
+    assert_int_equal(h_register(f->peer, &other), KVC_OK);
+    put(f, 0, 4, KVC_PROMISE_DURABLE);
+    assert_int_equal(h_put1(f->peer, &other, 1, 0, KVC_PROMISE_DURABLE), KVC_OK);
+    assert_int_equal(kvc_fault_arm("lmdb.sync=once"), KVC_OK);
+    assert_int_equal(h_put1(f->peer, &other, 2, 0, KVC_PROMISE_DURABLE), KVC_IO);
+    assert_int_equal(kvc_fault_arm(""), KVC_OK);
+    assert_int_equal(erase(f, 0, 0, 2, NULL, 0), KVC_OK);
+    f->schema = other;
+    assert_int_equal(erase(f, 0, 1, 1, NULL, 0), KVC_IO);
+    f->schema = mine;
+    /* A removal that was lost for want of memory is told, by the next erase too. */
+    assert_int_equal(kvc_fault_arm("lmdb.release=once"), KVC_OK);
+    assert_int_equal(erase(f, 0, 2, 1, NULL, 0), KVC_IO);
+    assert_int_equal(kvc_fault_failures("lmdb.release"), 1);
+    assert_int_equal(kvc_fault_arm(""), KVC_OK);
+    assert_int_equal(erase(f, 0, 3, 1, NULL, 0), KVC_IO);
+    assert_int_equal(h_put1(f->peer, &f->schema, 9, 0, KVC_PROMISE_DURABLE), KVC_OK);
+}
+
 static void test_erase_reader_lmdb(void **state)
 {
     check_erase_reader(*state, KVC_TIMED_OUT);
@@ -531,6 +556,7 @@ int main(void)
 #ifdef KVASIR_LMDB
         cmocka_unit_test_setup_teardown(test_erase_lmdb, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_that_fails, setup_lmdb, teardown),
+        cmocka_unit_test_setup_teardown(test_erase_beside_failures, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_reader_lmdb, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_lets_others_run, setup_one_disk_thread,
                                         teardown),
