@@ -194,9 +194,9 @@ static kvs_claim claim_old(kvs_index *index, uint32_t id, bool durable, kvs_slot
     return KVS_CLAIM_WRITE;
 }
 
-kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t part,
-                          const kvc_digest *digest, bool durable, uint32_t *value_p,
-                          kvs_slot *slot_p)
+static kvs_claim claim_any(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                           const kvc_digest *digest, bool durable, bool only_old, uint32_t *value_p,
+                           kvs_slot *slot_p)
 {
     kvs_claim claim;
     kvc_mutex_lock(&index->lock);
@@ -204,6 +204,8 @@ kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t p
     uint32_t id = block == KVS_NIL ? KVS_NIL : kvs_value_find(index, block, part);
     if (id != KVS_NIL) {
         claim = claim_old(index, id, durable, slot_p);
+    } else if (only_old) {
+        claim = KVS_CLAIM_ABSENT;
     } else if ((id = value_create(index, schema, part, digest)) != KVS_NIL) {
         kvs_value_at(index, id)->flags = KVS_FILLING;
         claim = KVS_CLAIM_MINE;
@@ -213,6 +215,20 @@ kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t p
     kvc_mutex_unlock(&index->lock);
     *value_p = id;
     return claim;
+}
+
+kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                          const kvc_digest *digest, bool durable, uint32_t *value_p,
+                          kvs_slot *slot_p)
+{
+    return claim_any(index, schema, part, digest, durable, false, value_p, slot_p);
+}
+
+kvs_claim kvs_index_claim_old(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                              const kvc_digest *digest, bool durable, uint32_t *value_p,
+                              kvs_slot *slot_p)
+{
+    return claim_any(index, schema, part, digest, durable, true, value_p, slot_p);
 }
 
 void kvs_index_abandon(kvs_index *index, uint32_t id)

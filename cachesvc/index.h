@@ -114,12 +114,17 @@ typedef enum kvs_claim {
     KVS_CLAIM_SYNC,      /* in lmdb, perhaps not synced, DURABLE wanted: referenced; then synced */
     KVS_CLAIM_BUSY,      /* somebody else is filling, writing or removing it: retry */
     KVS_CLAIM_NO_MEMORY, /* the index cannot grow */
+    KVS_CLAIM_ABSENT,    /* not there; of kvs_index_claim_old only */
 } kvs_claim;
 
 /* slot_p: with WRITE the dram slot, with SYNC the lmdb slot. */
 kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t part,
                           const kvc_digest *digest, bool durable, uint32_t *value_p,
                           kvs_slot *slot_p);
+/* The same, but what is not there is ABSENT, and nothing is claimed. */
+kvs_claim kvs_index_claim_old(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                              const kvc_digest *digest, bool durable, uint32_t *value_p,
+                              kvs_slot *slot_p);
 /* Gives up a claim: the value is gone. */
 void kvs_index_abandon(kvs_index *index, uint32_t id);
 /* A claimed value is in dram. dirty: it wants a write to lmdb and is queued for it. */

@@ -144,6 +144,7 @@ static const kvs_schema *check_call(kvs_server *server, kvt_call *call, const kv
 static bool check_values(kvt_call *call, const kvs_schema *schema)
 {
     const kvc_put_value *values = call->req.u.put_blocks.values;
+    bool probe = call->req.u.put_blocks.probe;
     uint64_t total_bytes = 0;
     for (uint32_t i = 0; i < call->req.u.put_blocks.n_values; i++) {
         int place = kvs_schema_part(schema, values[i].part);
@@ -160,7 +161,7 @@ static bool check_values(kvt_call *call, const kvs_schema *schema)
                      values[i].len_bytes);
             return false;
         }
-        total_bytes += part->value_bytes;
+        total_bytes += probe ? 0 : part->value_bytes;
     }
     if (total_bytes == call->req.data_bytes)
         return true;
@@ -178,6 +179,7 @@ static kvc_status item_status(kvc_status status)
     case KVC_OK:
     case KVC_AGAIN:
     case KVC_EXISTS:
+    case KVC_NOT_FOUND:
     case KVC_NO_SPACE:
     case KVC_INVALID:
         return status;
@@ -268,16 +270,19 @@ static void take(kvs_put *put, uint32_t i, cursor *at)
 {
     const kvc_put_value *value = &put->call->req.u.put_blocks.values[i];
     put_item *item = &put->items[i];
+    bool probe = put->call->req.u.put_blocks.probe;
     kvs_server *server = put->server;
     item->put = put;
     item->part = (uint32_t)kvs_schema_part(put->schema, value->part);
-    kvs_claim claim = kvs_index_claim(server->index, put->schema, item->part, &value->digest,
-                                      put->durable, &item->value, &item->slot);
+    kvs_claim claim = (probe ? kvs_index_claim_old : kvs_index_claim)(
+        server->index, put->schema, item->part, &value->digest, put->durable, &item->value,
+        &item->slot);
     if (claim == KVS_CLAIM_MINE) {
         take_new(put, i, at);
         return;
     }
-    cursor_read(at, NULL, value->len_bytes);
+    if (!probe)
+        cursor_read(at, NULL, value->len_bytes);
     if (claim == KVS_CLAIM_WRITE) {
         item->kind = ITEM_OLD;
         item->rows = server->dram.ops->map(server->dram.tier, item->slot);
@@ -285,7 +290,10 @@ static void take(kvs_put *put, uint32_t i, cursor *at)
         item->kind = ITEM_SYNC;
         put->wants_sync = true;
     } else {
-        settle(put, i, claim == KVS_CLAIM_EXISTS ? KVC_EXISTS : KVC_AGAIN);
+        settle(put, i,
+               claim == KVS_CLAIM_EXISTS   ? KVC_EXISTS
+               : claim == KVS_CLAIM_ABSENT ? KVC_NOT_FOUND
+                                           : KVC_AGAIN);
     }
 }
 

@@ -240,6 +240,7 @@ void kvs_server_tick(kvs_server *server)
         KVC_LOG_DEBUG(SERVER, "%u holds expired", n);
     }
     kvs_saved_sweep(server->saved, now_ns);
+    kvs_ttls_sweep(server->ttls, now_ns);
     kvs_cascade_reap(server);
     collect_schemas(server, now_ns);
     if (server->writer && server->admission.policy == KVS_ADMIT_SECOND_USE) {
@@ -323,11 +324,14 @@ static kvc_status create_tables(kvs_server *server)
         .max_ttl_ns = server->limits.max_ttl_ms * 1000000,
     };
     server->holds = kvs_holds_create(&hold_opts);
+    server->ttls = kvs_ttls_create(server->index, server->schemas, server->settings.max_open_blocks,
+                                   server->limits.max_ttl_ms * 1000000);
     const kvs_settings *s = &server->settings;
     server->index->max_held = s->max_hold_bytes ? s->max_hold_bytes : s->dram_bytes / 2;
     server->index->max_held_total = s->dram_bytes / 10 * 9;
     server->saved = kvs_saved_create(server);
-    return server->contexts && server->holds && server->saved ? KVC_OK : KVC_NO_MEMORY;
+    return server->contexts && server->holds && server->ttls && server->saved ? KVC_OK
+                                                                              : KVC_NO_MEMORY;
 }
 
 kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
@@ -474,6 +478,7 @@ void kvs_server_close(kvs_server *server, bool flush)
     kvs_contexts_destroy(server->contexts);
     kvs_holds_destroy(server->holds);
     kvs_saved_destroy(server->saved);
+    kvs_ttls_destroy(server->ttls);
     if (server->index)
         kvs_cascade_reap(server);
     if (server->lmdb.ops)

@@ -20,6 +20,7 @@
 #include "settings.h"
 #include "tier/tier.h"
 #include "transport/transport.h"
+#include "ttl.h"
 
 #define KVS_VERSION KVASIR_VERSION
 
@@ -45,6 +46,8 @@ typedef struct kvs_server {
     kvs_contexts *contexts;
     kvs_holds *holds;
     kvs_saved *saved;
+    kvs_ttls *ttls;
+    atomic_ullong streamed_bytes; /* of buffers for bodies that PutBlocksStream waits for */
     kvs_store dram, lmdb;
     kvs_disk *disk;     /* NULL without lmdb */
     kvs_writer *writer; /* NULL without lmdb */

@@ -19,6 +19,10 @@
  * the answer, which then carries a status only. One message is under way at a time, at both ends:
  * the server may send the next once sent has run, and that waits for the peer, so a slow reader
  * slows the sender down and costs the memory of a few messages, however long the stream is.
+ * - A method whose requests stream too (KVC_METHOD_STREAM_REQUEST) has its first message with the
+ * call, and the server asks for each further one with recv; the client sends it with push. One is
+ * under way at a time, at both ends, and pushed waits until the server has room for the next: so a
+ * slow server slows the client down. The server answers when it has not asked, or took it back.
  * - Payloads are not copied. So done waits until the transport has let go of the request's data:
  *   normally by then it has; bytes queued for a stalled peer may hold it past a cancel or a
  * deadline until the connection is given up (seconds, never for ever).
@@ -68,6 +72,10 @@ struct kvt_call {
     /* Set by the server before its first kvt_call_send: the message was passed on (ok), or the
      * client has gone (not ok). A transport thread, no lock held, once for each send. */
     void (*sent)(kvt_call *call, bool ok);
+    /* The same before its first kvt_call_recv, once for each: OK: req is the next message; CLOSED:
+     * there is none, the client has sent its last or has gone; else the message was bad or too
+     * much, and why (static) says it: to be answered with that. */
+    void (*got)(kvt_call *call, kvc_status status, const char *why);
     const kvt_call *within; /* of a call that the server makes itself: for which; else NULL */
     int cancelled;          /* set by the transport; read it with kvt_call_cancelled */
 };
@@ -113,6 +121,9 @@ struct kvt_xfer {
     /* Of a reply that streams, else NULL: called for each message before done, on done's thread;
      * reply is valid until it returns, and the next message is asked for then. */
     void (*message)(kvt_xfer *xfer);
+    /* Of requests that stream, else NULL: called on done's thread and before done, once for req and
+     * for each push of a message: the next may be pushed, or (not ok) the call is over. */
+    void (*pushed)(kvt_xfer *xfer, bool ok);
     void *arg;
     /* result */
     kvc_status status;
@@ -155,6 +166,13 @@ struct kvt_ops {
        call is neither sent to nor answered. INVALID, NO_MEMORY: it does not encode. Any thread. */
     kvc_status (*send)(kvt_call *call, const kvc_reply *reply, const kvt_slice *slices,
                        uint32_t n_slices);
+    /* Of requests that stream: asks for the next message; lets go of the last, and of what is in
+       arena. call->got runs once, never from within recv, and until then the call is neither
+       asked again nor answered (it may be sent to). Any thread. */
+    void (*recv)(kvt_call *call);
+    /* Takes that back, so that the call can be answered, which is all that may follow. True: got
+       will not run; false: it is about to. Any thread. */
+    bool (*unrecv)(kvt_call *call);
     /* The server has read req.data for the last time: its memory goes early where it is the
        transport's, and counts no more against max_inflight_bytes; the rest of req stays. At most
        once, before reply. Any thread. */
@@ -163,6 +181,11 @@ struct kvt_ops {
     kvc_status (*connect)(const kvt_connect_opts *opts, kvt_conn **conn_p);
     /* Any thread. AGAIN: too many in flight; INVALID; CLOSED. */
     kvc_status (*submit)(kvt_conn *conn, kvt_xfer *xfer);
+    /* Of requests that stream: sends the next message, or with req NULL says that there is none.
+       From message and pushed only, and only once pushed has run for the one before. Borrows req;
+       keeps its data until done. INVALID: it does not encode; CLOSED: the call is over; NO_MEMORY.
+     */
+    kvc_status (*push)(kvt_conn *conn, kvt_xfer *xfer, const kvc_request *req);
     /* Asks for an early end; done still comes, once, with CANCELLED or what happened before. */
     void (*cancel)(kvt_conn *conn, kvt_xfer *xfer);
     /* Cancels all, blocks until every done has run, closes. Never from done. */
@@ -195,6 +218,21 @@ static inline kvc_status KVC_MUST_CHECK kvt_call_send(kvt_call *call, const kvc_
 static inline bool kvt_streams_reply(kvc_method method)
 {
     return (kvc_method_flags(method) & KVC_METHOD_STREAM_REPLY) != 0;
+}
+
+static inline bool kvt_streams_request(kvc_method method)
+{
+    return (kvc_method_flags(method) & KVC_METHOD_STREAM_REQUEST) != 0;
+}
+
+static inline void kvt_call_recv(kvt_call *call)
+{
+    call->ops->recv(call);
+}
+
+static inline bool KVC_MUST_CHECK kvt_call_unrecv(kvt_call *call)
+{
+    return call->ops->unrecv(call);
 }
 
 static inline void kvt_call_drop_data(kvt_call *call)

@@ -26,6 +26,13 @@ typedef enum kvc_method {
 #define KVC_METHOD_BULK_REPLY   2u /* its reply may */
 #define KVC_METHOD_NAMES_SCHEMA 4u /* NOT_FOUND may mean that the server forgot the schema */
 #define KVC_METHOD_STREAM_REPLY 8u /* any number of replies, then a status */
+#define KVC_METHOD_STREAM_REQUEST                                                                  \
+    16u /* one request or more, the first with the call; its reply streams too */
+
+/* What one PutBlocksStream may have under way: offers without their last answer, and bytes of
+ * bodies that were asked for. */
+#define KVC_PUT_WINDOW_VALUES 32u
+#define KVC_PUT_WINDOW_BYTES  (8u << 20)
 
 /* "FetchRows" and so on; never NULL. */
 const char *kvc_method_name(kvc_method method);
@@ -36,6 +43,22 @@ typedef struct kvc_put_value {
     kvc_digest digest;
     uint32_t part, len_bytes;
 } kvc_put_value;
+
+/* The header of a value of PutBlocksStream. */
+typedef struct kvc_put_offer {
+    kvc_digest schema, digest;
+    uint32_t part, len_bytes;
+    kvc_promise promise;
+    uint64_t ttl_ms;
+} kvc_put_offer;
+
+typedef struct kvc_put_answer {
+    uint32_t value;
+    bool send;
+    kvc_status status;
+    uint32_t retry_after_ms;
+    uint64_t ttl_ms;
+} kvc_put_answer;
 
 typedef struct kvc_row_group {
     uint64_t context;
@@ -72,7 +95,14 @@ typedef struct kvc_request {
             kvc_promise promise;
             uint32_t n_values;
             const kvc_put_value *values;
+            /* Not on the wire, for the server's own calls: without payload; only what is there is
+             * looked at, and its promise raised; what is not is NOT_FOUND. */
+            bool probe;
         } put_blocks;
+        struct {
+            uint32_t n_offers, value;
+            const kvc_put_offer *offers;
+        } put_stream;
         struct {
             kvc_digest schema;
             uint32_t n_digests, n_parts;
@@ -175,6 +205,10 @@ typedef struct kvc_reply {
             uint32_t n_values;
             const int8_t *status; /* kvc_status each */
         } put_blocks;
+        struct {
+            uint32_t n_answers;
+            const kvc_put_answer *answers;
+        } put_stream;
         struct {
             uint32_t hits, n_tiers; /* n_tiers: hits, or 0 where they were not asked for */
             const uint8_t *tiers;   /* kvc_tier each */

@@ -28,7 +28,7 @@ MUTATED = int(os.environ.get("KVASIR_MUTATED", "10000"))
 SEED = int(os.environ.get("KVASIR_TEST_SEED", "20260101"))
 IDLE = 2000
 SANITIZED = "KVASIR_SANITIZED" in os.environ  # memory then says nothing
-STREAMS = ("FetchRowsStream", "FetchBlocks")
+STREAMS = ("FetchRowsStream", "FetchBlocks", "PutBlocksStream")
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = b"\0\0\0\x04\0\0\0\0\0"
 
@@ -170,6 +170,15 @@ class Mutations(Case):
             "ListContexts": pb.ListContextsRequest(max=10),
             "DeleteContext": pb.DeleteContextRequest(name="prey"),
             "GetSchema": pb.GetSchemaRequest(schema=self.schema),
+            "PutBlocksStream": pb.PutBlocksStreamRequest(
+                offers=[
+                    pb.PutOffer(
+                        schema=self.schema, digest=digest, part=1, len_bytes=65536, promise=promise
+                    )
+                    for digest, promise in zip(digests[:2], (1, 2))
+                ],
+                data=b"x" * 50,
+            ),
         }
 
     def mutate(self, chance, data):

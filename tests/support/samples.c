@@ -105,6 +105,19 @@ static const kvc_put_value *sample_values(uint32_t n, kvc_arena *arena)
     return values;
 }
 
+static const kvc_put_offer *sample_offers(uint32_t n, kvc_arena *arena)
+{
+    kvc_put_offer *offers = zeroed(arena, n, sizeof(*offers));
+    for (uint32_t i = 0; i < n; i++)
+        offers[i] = (kvc_put_offer){sample_digest(i),
+                                    sample_digest(i + 50),
+                                    i * 3,
+                                    1000 + i,
+                                    i % 2 ? KVC_PROMISE_DURABLE : KVC_PROMISE_MEMORY,
+                                    (1ull << 40) + i};
+    return offers;
+}
+
 static const uint32_t sample_parts[] = {0, 1, 300, 70000};
 
 /* The methods about what stays and what goes. */
@@ -206,6 +219,27 @@ static void fill_saved_request(kvc_request *req, size_t data_bytes, kvc_arena *a
     }
 }
 
+static void fill_put_request(kvc_request *req, size_t data_bytes, kvc_arena *arena)
+{
+    req->u.put_blocks.schema = sample_digest(90);
+    req->u.put_blocks.promise = KVC_PROMISE_DURABLE;
+    req->u.put_blocks.n_values = 3;
+    req->u.put_blocks.values = sample_values(3, arena);
+    req->data = sample_data(data_bytes, arena);
+    req->n_data = PIECES;
+    req->data_bytes = data_bytes;
+}
+
+static void fill_put_stream_request(kvc_request *req, size_t data_bytes, kvc_arena *arena)
+{
+    req->u.put_stream.n_offers = 3;
+    req->u.put_stream.offers = sample_offers(3, arena);
+    req->u.put_stream.value = 4321;
+    req->data = sample_data(data_bytes, arena);
+    req->n_data = PIECES;
+    req->data_bytes = data_bytes;
+}
+
 kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *arena)
 {
     kvc_request req = {.method = method};
@@ -214,13 +248,10 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
         req.u.register_schema.schema = sample_schema(arena);
         break;
     case KVC_PUT_BLOCKS:
-        req.u.put_blocks.schema = sample_digest(90);
-        req.u.put_blocks.promise = KVC_PROMISE_DURABLE;
-        req.u.put_blocks.n_values = 3;
-        req.u.put_blocks.values = sample_values(3, arena);
-        req.data = sample_data(data_bytes, arena);
-        req.n_data = PIECES;
-        req.data_bytes = data_bytes;
+        fill_put_request(&req, data_bytes, arena);
+        break;
+    case KVC_PUT_BLOCKS_STREAM:
+        fill_put_stream_request(&req, data_bytes, arena);
         break;
     case KVC_MATCH_PREFIX:
         req.u.match_prefix.schema = sample_digest(91);
@@ -333,6 +364,17 @@ static void fill_stats_reply(kvc_reply *reply, kvc_arena *arena)
     reply->u.stats.counters = counters;
 }
 
+static void fill_put_stream_reply(kvc_reply *reply)
+{
+    static const kvc_put_answer answers[] = {
+        {.value = 5, .send = true},
+        {.value = 6, .status = KVC_AGAIN, .retry_after_ms = 77},
+        {.value = 7, .status = KVC_EXISTS, .ttl_ms = 1ull << 41},
+    };
+    reply->u.put_stream.n_answers = 3;
+    reply->u.put_stream.answers = answers;
+}
+
 static void fill_keep_reply(kvc_reply *reply)
 {
     switch (reply->method) {
@@ -361,6 +403,9 @@ static void fill_keep_reply(kvc_reply *reply)
         reply->u.prefetch.missing = 4256;
         reply->u.prefetch.left = 4257;
         reply->u.prefetch.moved_bytes = 4258;
+        break;
+    case KVC_PUT_BLOCKS_STREAM:
+        fill_put_stream_reply(reply);
         break;
     default:
         break;
@@ -432,6 +477,7 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
     case KVC_ERASE:
     case KVC_HOLD:
     case KVC_PREFETCH:
+    case KVC_PUT_BLOCKS_STREAM:
         fill_keep_reply(&reply);
         break;
     case KVC_PUT_CONTEXT:

@@ -105,6 +105,32 @@ static const char *values_diff(const kvc_put_value *a, const kvc_put_value *b, u
     return NULL;
 }
 
+static const char *offers_diff(const kvc_put_offer *a, const kvc_put_offer *b, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++, a++, b++) {
+        SAME_BYTES(schema.bytes, KVC_DIGEST_BYTES);
+        SAME_BYTES(digest.bytes, KVC_DIGEST_BYTES);
+        SAME(part);
+        SAME(len_bytes);
+        SAME(promise);
+        SAME(ttl_ms);
+    }
+    return NULL;
+}
+
+static const char *answers_diff(const kvc_reply *a, const kvc_reply *b)
+{
+    SAME(u.put_stream.n_answers);
+    for (uint32_t i = 0; i < a->u.put_stream.n_answers; i++) {
+        SAME(u.put_stream.answers[i].value);
+        SAME(u.put_stream.answers[i].send);
+        SAME(u.put_stream.answers[i].status);
+        SAME(u.put_stream.answers[i].retry_after_ms);
+        SAME(u.put_stream.answers[i].ttl_ms);
+    }
+    return NULL;
+}
+
 static const char *context_diff(const kvc_request *a, const kvc_request *b)
 {
     if (a->method == KVC_OPEN_CONTEXT) {
@@ -214,6 +240,13 @@ const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
         if (values_diff(a->u.put_blocks.values, b->u.put_blocks.values, a->u.put_blocks.n_values) !=
             NULL)
             return "values";
+        return data_diff(a->data, b->data, a->data_bytes);
+    case KVC_PUT_BLOCKS_STREAM:
+        SAME(u.put_stream.n_offers);
+        SAME(u.put_stream.value);
+        if (offers_diff(a->u.put_stream.offers, b->u.put_stream.offers, a->u.put_stream.n_offers) !=
+            NULL)
+            return "offers";
         return data_diff(a->data, b->data, a->data_bytes);
     case KVC_MATCH_PREFIX:
         SAME_BYTES(u.match_prefix.schema.bytes, KVC_DIGEST_BYTES);
@@ -419,6 +452,6 @@ const char *sample_reply_diff(const kvc_reply *a, const kvc_reply *b)
     case KVC_GET_SCHEMA:
         return schema_diff(a->u.get_schema.schema, b->u.get_schema.schema);
     default:
-        return NULL;
+        return a->method == KVC_PUT_BLOCKS_STREAM ? answers_diff(a, b) : NULL;
     }
 }

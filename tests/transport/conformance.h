@@ -43,4 +43,14 @@ void stream_ends_go_away(void **state);
 void stream_submit_refuses(void **state);
 void streams_side_by_side(void **state);
 
+/* conformance_pushes.c: requests that stream */
+void push_in_order(void **state);
+void push_waits_for_server(void **state);
+void push_cancelled(void **state);
+void push_deadline(void **state);
+void push_given_up(void **state);
+void push_too_much(void **state);
+void push_ends_go_away(void **state);
+void push_refuses(void **state);
+
 #endif

@@ -179,6 +179,15 @@ static void on_message(kvt_xfer *xfer)
     atomic_fetch_add(&j->n_messages, 1);
 }
 
+static void on_pushed(kvt_xfer *xfer, bool ok)
+{
+    job *j = (job *)xfer;
+    if (j->on_pushed != NULL)
+        j->on_pushed(j, ok);
+    else if (ok)
+        (void)j->f->ops->push(j->f->conn, xfer, NULL); /* CLOSED where it was answered already */
+}
+
 static void on_done(kvt_xfer *xfer)
 {
     job *j = (job *)xfer;
@@ -204,6 +213,7 @@ void job_init(job *j, fixture *f, kvc_request req, uint64_t timeout_ns)
     j->xfer.req = &j->req;
     j->xfer.done = on_done;
     j->xfer.message = kvt_streams_reply(req.method) ? on_message : NULL;
+    j->xfer.pushed = kvt_streams_request(req.method) ? on_pushed : NULL;
     j->xfer.deadline_ns = kvc_deadline_ns(timeout_ns);
 }
 

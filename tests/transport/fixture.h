@@ -29,8 +29,9 @@ struct job {
     kvt_xfer xfer; /* first */
     fixture *f;
     kvc_request req;
-    atomic_uint n_messages;     /* of a reply that streams */
-    void (*on_message)(job *j); /* NULL: nothing; reply as in kvt_xfer.message */
+    atomic_uint n_messages;             /* of a reply that streams */
+    void (*on_pushed)(job *j, bool ok); /* NULL: the request is the only message */
+    void (*on_message)(job *j);         /* NULL: nothing; reply as in kvt_xfer.message */
     void *arg;
     atomic_uint n_done;
     kvc_status status;

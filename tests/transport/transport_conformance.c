@@ -52,6 +52,14 @@ static int run_suite(const char *name, const char *uri)
         cmocka_unit_test(stream_ends_go_away),
         cmocka_unit_test(stream_submit_refuses),
         cmocka_unit_test(streams_side_by_side),
+        cmocka_unit_test(push_in_order),
+        cmocka_unit_test(push_waits_for_server),
+        cmocka_unit_test(push_cancelled),
+        cmocka_unit_test(push_deadline),
+        cmocka_unit_test(push_given_up),
+        cmocka_unit_test(push_too_much),
+        cmocka_unit_test(push_ends_go_away),
+        cmocka_unit_test(push_refuses),
     };
     suite_uri = uri;
     print_message("suite %s on %s\n", name, uri);

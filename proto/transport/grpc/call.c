@@ -3,7 +3,7 @@
  *
  * A call is armed, arrives on its queue's thread, is admitted and decoded there, and handed to
  * on_call. kvti_call_reply may run on any thread. The call is freed on its queue's thread once both
- * its answer has gone out and gRPC has reported its end; n_refs is that thread's alone.
+ * its answer has gone out and gRPC has reported its end, and no batch of stream.c is out.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -83,7 +83,7 @@ void kvti_call_drop_data(kvt_call *base)
 }
 
 /* Lets go of what the request points at. */
-static void free_request(struct kvti_call *call)
+void kvti_free_request(struct kvti_call *call)
 {
     free_message(call);
     kvc_arena_reset(&call->base.arena);
@@ -91,7 +91,7 @@ static void free_request(struct kvti_call *call)
 
 static void free_call(struct kvti_call *call)
 {
-    free_request(call);
+    kvti_free_request(call);
     if (call->answer != NULL)
         grpc_byte_buffer_destroy(call->answer);
     grpc_slice_unref(call->details_text);
@@ -103,10 +103,10 @@ static void free_call(struct kvti_call *call)
     free(call);
 }
 
-static void unref_call(struct kvti_call *call)
+void kvti_unref_call(struct kvti_call *call)
 {
     kvt_listener *listener = call->queue->listener;
-    if (--call->n_refs > 0)
+    if (atomic_fetch_sub(&call->n_refs, 1) > 1)
         return;
     leave_queue(call);
     free_call(call);
@@ -123,13 +123,13 @@ static void on_closed(kvti_tag *tag, bool ok)
     (void)ok;
     if (call->cancelled != 0)
         __atomic_store_n(&call->base.cancelled, 1, __ATOMIC_RELEASE);
-    unref_call(call);
+    kvti_unref_call(call);
 }
 
 static void on_sent(kvti_tag *tag, bool ok)
 {
     (void)ok;
-    unref_call(KVTI_CONTAINER(tag, struct kvti_call, sent));
+    kvti_unref_call(KVTI_CONTAINER(tag, struct kvti_call, sent));
 }
 
 static void add_trailer(struct kvti_call *call, uint32_t i, const char *key, uint32_t value)
@@ -171,7 +171,7 @@ static void send(struct kvti_call *call, kvc_status status, const char *detail,
     }
     if (!call->greeted)
         ops[n_ops++] = (grpc_op){.op = GRPC_OP_SEND_INITIAL_METADATA};
-    free_request(call);
+    kvti_free_request(call);
     kvti_start(call->call, ops, n_ops, &call->sent);
 }
 
@@ -269,12 +269,9 @@ static kvc_status admit(struct kvti_call *call, const char **why_p)
     return status;
 }
 
-static kvc_status decode(struct kvti_call *call, const char **why_p)
+kvc_status kvti_decode_request(struct kvti_call *call, const char **why_p)
 {
     uint32_t n_pieces;
-    *why_p = "the request has no message";
-    if (call->request == NULL)
-        return KVC_INVALID;
     *why_p = "the request is compressed in a way this server does not know";
     if (call->request->data.raw.compression != GRPC_COMPRESS_NONE)
         return KVC_UNSUPPORTED;
@@ -312,8 +309,12 @@ static void serve(struct kvti_call *call)
         status = KVC_UNSUPPORTED;
         why = "no such method";
     }
+    if (status == KVC_OK && call->request == NULL) {
+        status = KVC_INVALID;
+        why = "the request has no message";
+    }
     if (status == KVC_OK)
-        status = decode(call, &why);
+        status = kvti_decode_request(call, &why);
     if (status != KVC_OK) {
         if (!kvti_is_side_call(call->slot))
             kvti_count_refusal(status);
@@ -366,7 +367,7 @@ static void take_call(struct kvti_call *call)
     /* In a batch of its own, so that a client that goes away is seen before the answer is ready. */
     grpc_op closed = {.op = GRPC_OP_RECV_CLOSE_ON_SERVER};
     closed.data.recv_close_on_server.cancelled = &call->cancelled;
-    call->n_refs = 2;
+    atomic_store(&call->n_refs, 2);
     join_queue(call);
     kvti_start(call->call, &closed, 1, &call->closed);
     serve(call);
@@ -402,6 +403,7 @@ void kvti_arm(kvti_queue *queue, int slot)
     call->closed.fn = on_closed;
     call->sent.fn = on_sent;
     call->part_sent.fn = kvti_on_part_sent;
+    call->got.fn = kvti_on_got;
     kvc_arena_init(&call->base.arena, KVTI_ARENA_BYTES);
     grpc_metadata_array_init(&call->metadata);
     grpc_call_error error;

@@ -96,6 +96,9 @@ static inline bool kvti_is_side_call(int slot)
     return slot == KVTI_HEALTH_WATCH || slot == KVTI_REFLECT_V1 || slot == KVTI_REFLECT_V1ALPHA;
 }
 
+/* A message that was asked for is on its way, or the asking was taken back. */
+enum { KVTI_ASK_NONE = 0, KVTI_ASKED, KVTI_ASK_OVER };
+
 /* One request at the server; call.c has its life. */
 struct kvti_call {
     kvt_call base; /* first, so that the server's pointer is ours */
@@ -107,9 +110,11 @@ struct kvti_call {
     gpr_timespec deadline;
     grpc_byte_buffer *request, *answer;
     grpc_byte_buffer *part; /* stream.c: the message under way */
+    grpc_byte_buffer *next; /* stream.c: the message that was asked for */
+    atomic_int asking;      /* KVTI_ASK_*: whose turn that is */
     bool greeted;           /* initial metadata has been sent */
-    kvti_tag arrived, closed, sent, part_sent;
-    int n_refs;
+    kvti_tag arrived, closed, sent, part_sent, got;
+    atomic_int n_refs;
     uint64_t give_up_ns; /* 0: not among the queue's calls any more */
     struct kvti_call *older, *newer;
     int cancelled;
@@ -160,6 +165,15 @@ void kvti_release_all(const kvt_slice *slices, uint32_t n_slices);
 kvc_status kvti_call_send(kvt_call *base, const kvc_reply *reply, const kvt_slice *slices,
                           uint32_t n_slices);
 void kvti_on_part_sent(kvti_tag *tag, bool ok);
+void kvti_call_recv(kvt_call *base);
+bool kvti_call_unrecv(kvt_call *base);
+void kvti_on_got(kvti_tag *tag, bool ok);
+/* call.c, for stream.c: drops a reference, on the queue's thread. */
+void kvti_unref_call(struct kvti_call *call);
+/* Lets go of what the request points at. */
+void kvti_free_request(struct kvti_call *call);
+/* Decodes call->request, which is not NULL; as kvc_wire_decode_request. */
+kvc_status kvti_decode_request(struct kvti_call *call, const char **why_p) KVC_MUST_CHECK;
 
 /* Body of the answer to Check, and its status. The caller gives bb to gRPC and destroys it. */
 kvc_status kvti_health_check(kvt_listener *listener, grpc_byte_buffer *request,
@@ -183,6 +197,7 @@ typedef struct kvti_pull {
     grpc_call *call; /* referenced until over */
     kvti_tag got;
     grpc_byte_buffer *message;
+    bool ended;        /* call is not referenced any more */
     kvc_status status; /* why no more is taken; OK: the server's status decides */
     const char *why;   /* static */
     void (*over)(struct kvti_pull *pull); /* once, after the last message */
@@ -221,6 +236,7 @@ struct kvt_conn {
 kvc_status kvti_connect(const kvt_connect_opts *opts, kvt_conn **conn_p) KVC_MUST_CHECK;
 void kvti_conn_close(kvt_conn *conn);
 kvc_status kvti_submit(kvt_conn *conn, kvt_xfer *xfer) KVC_MUST_CHECK;
+kvc_status kvti_push(kvt_conn *conn, kvt_xfer *xfer, const kvc_request *req) KVC_MUST_CHECK;
 void kvti_cancel(kvt_conn *conn, kvt_xfer *xfer);
 /* Cancels every transfer that is in flight. closed must be set. */
 void kvti_cancel_all(kvt_conn *conn);

@@ -365,9 +365,12 @@ const kvt_ops kvt_grpc_ops = {
     .listener_close = grpc_listener_close,
     .reply = kvti_call_reply,
     .send = kvti_call_send,
+    .recv = kvti_call_recv,
+    .unrecv = kvti_call_unrecv,
     .drop_data = kvti_call_drop_data,
     .connect = kvti_connect,
     .submit = kvti_submit,
+    .push = kvti_push,
     .cancel = kvti_cancel,
     .conn_close = kvti_conn_close,
 };

@@ -36,6 +36,7 @@ static void on_got(kvti_tag *tag, bool ok)
     kvti_pull *pull = KVTI_CONTAINER(tag, kvti_pull, got);
     (void)ok;
     if (pull->message == NULL) {
+        pull->ended = true;
         grpc_call_unref(pull->call);
         pull->over(pull);
         return;

@@ -1,10 +1,11 @@
 /*
- * stream.c: the messages of a reply that streams, at the server.
+ * stream.c: the messages of replies and of requests that stream, at the server.
  *
  * kvti_call_send runs on any thread and starts one batch; its end comes back on the queue's thread,
  * where the server hears of it. gRPC ends the batch when flow control has let the message pass, or
- * as failed when the call is over. Invariant: one message is under way at a time, and the answer
- * (call.c) comes after the last, so no batch outlives the call.
+ * as failed when the call is over. kvti_call_recv likewise, for the next message of the client.
+ * Invariant: one message is under way in each direction, and the answer (call.c) comes after the
+ * last, so no batch outlives the call.
  */
 #include "base/assert.h"
 #include "base/log.h"
@@ -50,4 +51,69 @@ kvc_status kvti_call_send(kvt_call *base, const kvc_reply *reply, const kvt_slic
     call->greeted = true;
     kvti_start(call->call, ops, n_ops, &call->part_sent);
     return KVC_OK;
+}
+
+/* Counts the message that came against the listener's limit. AGAIN: it is reached. */
+static kvc_status charge(struct kvti_call *call, const char **why_p)
+{
+    kvt_listener *listener = call->queue->listener;
+    uint64_t len_bytes = grpc_byte_buffer_length(call->request);
+    kvc_mutex_lock(&listener->mutex);
+    bool room = listener->inflight_bytes == 0 ||
+                listener->inflight_bytes + len_bytes <= listener->opts.max_inflight_bytes;
+    if (room) {
+        listener->inflight_bytes += len_bytes;
+        call->charged_bytes = len_bytes;
+    }
+    kvc_mutex_unlock(&listener->mutex);
+    *why_p = room ? NULL : "too many request bytes in flight";
+    return room ? KVC_OK : KVC_AGAIN;
+}
+
+void kvti_on_got(kvti_tag *tag, bool ok)
+{
+    struct kvti_call *call = KVTI_CONTAINER(tag, struct kvti_call, got);
+    const char *why = NULL;
+    int asked = KVTI_ASKED;
+    (void)ok;
+    if (!atomic_compare_exchange_strong(&call->asking, &asked, KVTI_ASK_NONE)) {
+        if (call->next != NULL)
+            grpc_byte_buffer_destroy(call->next);
+        kvti_unref_call(call);
+        return;
+    }
+    /* The answer's own reference keeps the call, for it comes after got. */
+    (void)atomic_fetch_sub(&call->n_refs, 1);
+    if (call->next == NULL) {
+        call->base.got(&call->base, KVC_CLOSED, "there are no more messages");
+        return;
+    }
+    call->request = call->next;
+    call->next = NULL;
+    kvc_status status = charge(call, &why);
+    if (status == KVC_OK)
+        status = kvti_decode_request(call, &why);
+    if (status != KVC_OK)
+        kvti_count_refusal(status);
+    call->base.got(&call->base, status, why);
+}
+
+void kvti_call_recv(kvt_call *base)
+{
+    struct kvti_call *call = (struct kvti_call *)base;
+    KVC_ASSERT(base->got != NULL && call->next == NULL);
+    kvti_free_request(call);
+    base->req = (kvc_request){.method = (kvc_method)call->slot};
+    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE};
+    op.data.recv_message.recv_message = &call->next;
+    (void)atomic_fetch_add(&call->n_refs, 1);
+    atomic_store(&call->asking, KVTI_ASKED);
+    kvti_start(call->call, &op, 1, &call->got);
+}
+
+bool kvti_call_unrecv(kvt_call *base)
+{
+    struct kvti_call *call = (struct kvti_call *)base;
+    int asked = KVTI_ASKED;
+    return atomic_compare_exchange_strong(&call->asking, &asked, KVTI_ASK_OVER);
 }

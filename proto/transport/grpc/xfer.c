@@ -33,6 +33,10 @@ struct kvti_xfer {
     grpc_status_code code;
     grpc_slice details;
     kvti_pull pull; /* of a reply that streams; a reference of its own */
+    /* Of requests that stream: the message under way, with a reference, or the end (no message). */
+    kvti_tag pushed;
+    grpc_byte_buffer *part;
+    bool pushing;
 };
 
 static void finish(kvti_xfer *op);
@@ -60,7 +64,8 @@ static void on_ended(kvti_tag *tag, bool ok)
     grpc_call *call = op->call;
     op->call = NULL;
     kvc_mutex_unlock(&conn->mutex);
-    grpc_byte_buffer_destroy(op->request);
+    if (op->request != NULL)
+        grpc_byte_buffer_destroy(op->request);
     op->request = NULL;
     grpc_call_unref(call);
     if (atomic_fetch_sub(&op->n_refs, 1) == 1)
@@ -234,9 +239,9 @@ static void finish(kvti_xfer *op)
 }
 
 /* Header and the caller's pieces as one message; every piece counts as a reference. */
-static grpc_byte_buffer *build_request(kvti_xfer *op, const void *head, size_t head_bytes)
+static grpc_byte_buffer *build_request(kvti_xfer *op, const kvc_request *req, const void *head,
+                                       size_t head_bytes)
 {
-    const kvc_request *req = op->xfer->req;
     grpc_slice list[KVT_MAX_SLICES + 1];
     uint32_t n = 0;
     list[n++] = grpc_slice_from_copied_buffer(head, head_bytes);
@@ -253,16 +258,61 @@ static grpc_byte_buffer *build_request(kvti_xfer *op, const void *head, size_t h
     return request;
 }
 
-static kvc_status encode(kvti_xfer *op)
+static kvc_status encode(kvti_xfer *op, const kvc_request *req, grpc_byte_buffer **bb_p)
 {
-    kvt_xfer *xfer = op->xfer;
     const void *head;
     size_t head_bytes;
-    kvc_status status = kvc_wire_encode_request(xfer->req, &xfer->arena, &head, &head_bytes);
+    kvc_arena arena; /* not the transfer's, which is the reply's */
+    kvc_arena_init(&arena, KVTI_ARENA_BYTES);
+    kvc_status status = kvc_wire_encode_request(req, &arena, &head, &head_bytes);
     if (status == KVC_OK)
-        op->request = build_request(op, head, head_bytes);
-    kvc_arena_reset(&xfer->arena); /* from here on it is the reply's */
+        *bb_p = build_request(op, req, head, head_bytes);
+    kvc_arena_reset(&arena);
     return status;
+}
+
+static void on_pushed(kvti_tag *tag, bool ok)
+{
+    kvti_xfer *op = KVTI_CONTAINER(tag, kvti_xfer, pushed);
+    bool message = op->part != NULL;
+    op->pushing = false;
+    if (message) {
+        grpc_byte_buffer_destroy(op->part);
+        op->part = NULL;
+        op->xfer->pushed(op->xfer, ok);
+    }
+    if (atomic_fetch_sub(&op->n_refs, 1) == 1)
+        finish(op);
+}
+
+/* Sends op->part, or the end where it is NULL. The reference was taken, and the stream is not over.
+ */
+static void start_push(kvti_xfer *op)
+{
+    grpc_op ops = {.op = op->part ? GRPC_OP_SEND_MESSAGE : GRPC_OP_SEND_CLOSE_FROM_CLIENT};
+    if (op->part != NULL)
+        ops.data.send_message.send_message = op->part;
+    op->pushing = true;
+    kvti_start(op->pull.call, &ops, 1, &op->pushed);
+}
+
+/* On the lane's thread, as message and pushed are: so nothing here changes meanwhile. */
+kvc_status kvti_push(kvt_conn *conn, kvt_xfer *xfer, const kvc_request *req)
+{
+    kvc_mutex_lock(&conn->mutex);
+    kvti_xfer *op = xfer->priv;
+    kvc_mutex_unlock(&conn->mutex);
+    if (op == NULL || op->pull.ended)
+        return KVC_CLOSED;
+    if (xfer->pushed == NULL || op->pushing ||
+        (req != NULL && (req->n_data > KVT_MAX_SLICES || req->method != xfer->req->method)))
+        return KVC_INVALID;
+    kvc_status status = req == NULL ? KVC_OK : encode(op, req, &op->part);
+    if (status != KVC_OK)
+        return status;
+    atomic_fetch_add(&op->n_refs, 1);
+    start_push(op);
+    return KVC_OK;
 }
 
 static kvti_xfer *create_op(kvt_conn *conn, kvt_xfer *xfer)
@@ -274,6 +324,7 @@ static kvti_xfer *create_op(kvt_conn *conn, kvt_xfer *xfer)
     op->xfer = xfer;
     op->ended.fn = on_ended;
     op->last_slice.fn = on_last_slice;
+    op->pushed.fn = on_pushed;
     op->details = grpc_empty_slice();
     atomic_init(&op->n_refs, 1);
     grpc_metadata_array_init(&op->initial);
@@ -284,18 +335,25 @@ static kvti_xfer *create_op(kvt_conn *conn, kvt_xfer *xfer)
 static void start(kvti_xfer *op)
 {
     grpc_op ops[6] = {
-        {.op = GRPC_OP_SEND_INITIAL_METADATA},  {.op = GRPC_OP_SEND_MESSAGE},
-        {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT}, {.op = GRPC_OP_RECV_INITIAL_METADATA},
-        {.op = GRPC_OP_RECV_STATUS_ON_CLIENT},  {.op = GRPC_OP_RECV_MESSAGE},
+        {.op = GRPC_OP_SEND_INITIAL_METADATA},  {.op = GRPC_OP_RECV_INITIAL_METADATA},
+        {.op = GRPC_OP_RECV_STATUS_ON_CLIENT},  {.op = GRPC_OP_SEND_MESSAGE},
+        {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT}, {.op = GRPC_OP_RECV_MESSAGE},
     };
-    bool streams = op->pull.call != NULL;
-    ops[1].data.send_message.send_message = op->request;
-    ops[3].data.recv_initial_metadata.recv_initial_metadata = &op->initial;
-    ops[4].data.recv_status_on_client.trailing_metadata = &op->trailing;
-    ops[4].data.recv_status_on_client.status = &op->code;
-    ops[4].data.recv_status_on_client.status_details = &op->details;
+    bool streams = op->pull.call != NULL, pushes = op->xfer->pushed != NULL;
+    ops[1].data.recv_initial_metadata.recv_initial_metadata = &op->initial;
+    ops[2].data.recv_status_on_client.trailing_metadata = &op->trailing;
+    ops[2].data.recv_status_on_client.status = &op->code;
+    ops[2].data.recv_status_on_client.status_details = &op->details;
+    ops[3].data.send_message.send_message = op->request;
     ops[5].data.recv_message.recv_message = &op->reply;
-    kvti_start(op->call, ops, streams ? 5 : 6, &op->ended);
+    if (pushes) {
+        op->part = op->request;
+        op->request = NULL;
+        atomic_fetch_add(&op->n_refs, 1);
+    }
+    kvti_start(op->call, ops, pushes ? 3 : streams ? 5 : 6, &op->ended);
+    if (pushes)
+        start_push(op); /* before the pull, whose end lets go of its call */
     if (streams)
         kvti_pull_begin(&op->pull);
 }
@@ -333,7 +391,8 @@ kvc_status kvti_submit(kvt_conn *conn, kvt_xfer *xfer)
     xfer->retry_after_ms = 0;
     xfer->priv = NULL;
     if (req == NULL || xfer->done == NULL || req->n_data > KVT_MAX_SLICES ||
-        kvt_streams_reply(req->method) != (xfer->message != NULL))
+        kvt_streams_reply(req->method) != (xfer->message != NULL) ||
+        kvt_streams_request(req->method) != (xfer->pushed != NULL))
         return KVC_INVALID;
     kvc_status status = take_place(conn);
     if (status != KVC_OK)
@@ -342,7 +401,7 @@ kvc_status kvti_submit(kvt_conn *conn, kvt_xfer *xfer)
     status = KVC_NO_MEMORY;
     if (op == NULL)
         goto err_start;
-    status = encode(op);
+    status = encode(op, req, &op->request);
     if (status != KVC_OK)
         goto err_start;
     uint32_t number = xfer->channel % conn->n_channels;

@@ -34,6 +34,8 @@ static void deliver_end(kvti_inop *op, kvti_answer *answer)
 {
     kvt_xfer *xfer = op->xfer;
     const char *detail = op->detail;
+    if (op->pushed_due)
+        xfer->pushed(xfer, op->pushed_ok);
     xfer->status = op->status;
     xfer->retry_after_ms = op->retry_after_ms;
     xfer->reply = (kvc_reply){.method = xfer->req->method};
@@ -46,11 +48,24 @@ static void deliver_end(kvti_inop *op, kvti_answer *answer)
     free(op);
 }
 
+/* The client may push the next message. */
+static void deliver_pushed(kvti_inop *op)
+{
+    kvti_inproc_lock();
+    bool due = op->pushed_due, ok = op->pushed_ok;
+    op->pushed_due = false;
+    kvti_inproc_unlock();
+    if (due)
+        op->xfer->pushed(op->xfer, ok);
+}
+
 /* One message of a stream. Then its sender may send the next; a bad message ends the transfer. */
 static void deliver_message(kvti_inop *op, kvti_answer *answer)
 {
     kvt_xfer *xfer = op->xfer;
     const char *why;
+    if (answer->head == NULL)
+        return;
     kvc_status status = take_message(xfer, answer, &why);
     if (status == KVC_OK)
         xfer->message(xfer);
@@ -115,6 +130,7 @@ static void run_conn(void *arg)
     kvti_inop *op;
     while ((op = next_finished(conn, &answer, &ended)) != NULL) {
         if (!ended) {
+            deliver_pushed(op);
             deliver_message(op, &answer);
             continue;
         }
@@ -152,27 +168,33 @@ kvc_status kvti_inproc_connect(const kvt_connect_opts *opts, kvt_conn **conn_p)
 }
 
 /* The request's bytes, copied: the server may look at them after done. */
-static kvc_status encode(kvt_xfer *xfer, kvti_incall *call)
+static kvc_status encode(const kvc_request *req, uint8_t **bytes_p, size_t *len_bytes_p)
 {
-    const kvc_request *req = xfer->req;
     const void *head;
     size_t head_bytes;
-    kvc_status status = kvc_wire_encode_request(req, &call->base.arena, &head, &head_bytes);
+    kvc_arena arena;
+    kvc_arena_init(&arena, KVTI_ARENA_BYTES);
+    kvc_status status = kvc_wire_encode_request(req, &arena, &head, &head_bytes);
     if (status != KVC_OK)
-        return status;
-    call->len_bytes = head_bytes + (size_t)req->data_bytes;
-    call->bytes = malloc(call->len_bytes + 1);
-    if (call->bytes == NULL)
-        return KVC_NO_MEMORY;
-    memcpy(call->bytes, head, head_bytes);
-    uint8_t *at = call->bytes + head_bytes;
+        goto err_encode;
+    status = KVC_NO_MEMORY;
+    uint8_t *bytes = malloc(head_bytes + (size_t)req->data_bytes + 1);
+    if (bytes == NULL)
+        goto err_encode;
+    status = KVC_OK;
+    memcpy(bytes, head, head_bytes);
+    uint8_t *at = bytes + head_bytes;
     for (uint32_t i = 0; i < req->n_data && req->data_bytes > 0; i++) {
         if (req->data[i].iov_len > 0)
             memcpy(at, req->data[i].iov_base, req->data[i].iov_len);
         at += req->data[i].iov_len;
     }
-    kvc_arena_reset(&call->base.arena);
-    return KVC_OK;
+    *bytes_p = bytes;
+    *len_bytes_p = head_bytes + (size_t)req->data_bytes;
+
+err_encode:
+    kvc_arena_reset(&arena);
+    return status;
 }
 
 /* With the mutex held. True if the server's queue has taken the call. */
@@ -186,6 +208,7 @@ static bool hand_over(kvt_conn *conn, kvti_inop *op, kvti_incall *call)
     conn->waiting = op;
     conn->n_ops++;
     op->waiting = true;
+    op->pushing = op->xfer->pushed != NULL;
     op->xfer->priv = op;
     kvc_status status;
     if (kvc_expired(op->xfer->deadline_ns)) {
@@ -230,14 +253,15 @@ kvc_status kvti_inproc_submit(kvt_conn *conn, kvt_xfer *xfer)
     xfer->retry_after_ms = 0;
     xfer->priv = NULL;
     if (xfer->req == NULL || xfer->done == NULL || xfer->req->n_data > KVT_MAX_SLICES ||
-        kvt_streams_reply(xfer->req->method) != (xfer->message != NULL))
+        kvt_streams_reply(xfer->req->method) != (xfer->message != NULL) ||
+        kvt_streams_request(xfer->req->method) != (xfer->pushed != NULL))
         return KVC_INVALID;
     kvti_incall *call = create_call(xfer);
     kvti_inop *op = calloc(1, sizeof(*op));
     kvc_status status = KVC_NO_MEMORY;
     if (call == NULL || op == NULL)
         goto err_memory;
-    status = encode(xfer, call);
+    status = encode(xfer->req, &call->bytes, &call->len_bytes);
     if (status != KVC_OK)
         goto err_memory;
     op->conn = conn;
@@ -258,6 +282,37 @@ err_memory:
     if (call != NULL)
         kvti_incall_free(call);
     free(op);
+    return status;
+}
+
+kvc_status kvti_inproc_push(kvt_conn *conn, kvt_xfer *xfer, const kvc_request *req)
+{
+    uint8_t *bytes = NULL;
+    size_t len_bytes = 0;
+    (void)conn;
+    if (xfer->pushed == NULL ||
+        (req != NULL && (req->n_data > KVT_MAX_SLICES || req->method != xfer->req->method)))
+        return KVC_INVALID;
+    kvc_status status = req == NULL ? KVC_OK : encode(req, &bytes, &len_bytes);
+    if (status != KVC_OK)
+        return status;
+    kvti_inproc_lock();
+    kvti_inop *op = xfer->priv;
+    kvti_incall *call = op == NULL ? NULL : op->call;
+    if (call == NULL)
+        status = KVC_CLOSED;
+    else if (op->pushing || op->pushed_due || call->half_closed)
+        status = KVC_INVALID;
+    if (status == KVC_OK) {
+        op->pushing = req != NULL;
+        call->next_bytes = bytes;
+        call->next_len_bytes = len_bytes;
+        call->half_closed = req == NULL;
+        kvti_inproc_feed(call);
+        bytes = NULL;
+    }
+    kvti_inproc_unlock();
+    free(bytes);
     return status;
 }
 

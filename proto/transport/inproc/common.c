@@ -67,8 +67,11 @@ void kvti_inproc_finish(kvti_inop *op, kvc_status status, const char *detail,
         __atomic_store_n(&op->call->base.cancelled, 1, __ATOMIC_RELEASE);
         if (op->call->sending)
             kvti_inproc_sent(op->call, false);
+        kvti_inproc_feed(op->call);
         op->call = NULL;
     }
+    if (op->pushing)
+        kvti_inproc_pushed(op, false);
     op->waiting = false;
     op->status = status;
     op->retry_after_ms = retry_after_ms;
@@ -94,20 +97,44 @@ void kvti_inproc_list(kvti_inop *op)
     kvc_cond_signal(&conn->work);
 }
 
-void kvti_inproc_sent(kvti_incall *call, bool ok)
+static void queue_call(kvti_incall *call)
 {
     kvt_listener *listener = call->listener;
-    call->sending = false;
-    call->sent_ok = ok;
+    if (call->in_queue)
+        return;
+    call->in_queue = true;
     call->queued = NULL;
     *listener->queue_end = call;
     listener->queue_end = &call->queued;
     kvc_cond_signal(&listener->work);
 }
 
+void kvti_inproc_sent(kvti_incall *call, bool ok)
+{
+    call->sending = false;
+    call->sent_due = true;
+    call->sent_ok = ok;
+    queue_call(call);
+}
+
+void kvti_inproc_feed(kvti_incall *call)
+{
+    if (kvti_inproc_has_next(call))
+        queue_call(call);
+}
+
+void kvti_inproc_pushed(kvti_inop *op, bool ok)
+{
+    op->pushing = false;
+    op->pushed_due = true;
+    op->pushed_ok = ok;
+    kvti_inproc_list(op);
+}
+
 void kvti_incall_free(kvti_incall *call)
 {
     kvc_arena_reset(&call->base.arena);
+    free(call->next_bytes);
     free(call->bytes);
     free(call);
 }
@@ -145,9 +172,12 @@ const kvt_ops kvt_inproc_ops = {
     .listener_close = kvti_inproc_listener_close,
     .reply = kvti_inproc_reply,
     .send = kvti_inproc_send,
+    .recv = kvti_inproc_recv,
+    .unrecv = kvti_inproc_unrecv,
     .drop_data = kvti_inproc_drop_data,
     .connect = kvti_inproc_connect,
     .submit = kvti_inproc_submit,
+    .push = kvti_inproc_push,
     .cancel = kvti_inproc_cancel,
     .conn_close = kvti_inproc_conn_close,
 };

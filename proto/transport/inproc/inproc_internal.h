@@ -26,8 +26,14 @@ struct kvti_incall {
     kvti_incall *next, *prev; /* in flight at the listener */
     kvti_inop *op;            /* who waits; NULL: gone */
     bool dispatched;          /* on_call has been called */
-    bool sending, sent_ok;    /* a message is under way; how it ended, while queued */
-    uint8_t *bytes;           /* the message; NULL once its data was dropped */
+    bool in_queue;            /* of the listener: to be dispatched, or something has happened */
+    bool sending;             /* a message is under way */
+    bool sent_due, sent_ok;   /* it has ended, and how: the server has not heard yet */
+    bool receiving;           /* the server has asked for the next message */
+    bool half_closed;         /* the client has sent its last */
+    uint8_t *next_bytes;      /* pushed by the client; NULL: none */
+    size_t next_len_bytes;
+    uint8_t *bytes; /* the message; NULL once its data was dropped */
     size_t len_bytes;
 };
 
@@ -50,7 +56,9 @@ struct kvti_inop {
     kvti_incall *call;      /* at the server; NULL: answered or let go */
     uint64_t deadline_ns;   /* the call's; 0: none */
     bool waiting;
-    bool listed; /* in the finished list */
+    bool listed;                /* in the finished list */
+    bool pushing;               /* a message has not been taken by the server yet */
+    bool pushed_due, pushed_ok; /* it has been, or never will; the client has not heard yet */
     kvc_status status;
     char detail[KVT_DETAIL_BYTES];
     uint32_t retry_after_ms;
@@ -105,6 +113,15 @@ void kvti_inproc_finish(kvti_inop *op, kvc_status status, const char *detail,
 void kvti_inproc_list(kvti_inop *op);
 /* The message under way has been taken, or its client has gone: the server's thread hears of it. */
 void kvti_inproc_sent(kvti_incall *call, bool ok);
+/* The server has asked for a message, and there is one or never will be. */
+static inline bool kvti_inproc_has_next(const kvti_incall *call)
+{
+    return call->receiving && (call->next_bytes != NULL || call->half_closed || call->op == NULL);
+}
+/* If the server has asked for a message, and there is one or never will be: it hears of it. */
+void kvti_inproc_feed(kvti_incall *call);
+/* The message that the client pushed was taken, or never will be. */
+void kvti_inproc_pushed(kvti_inop *op, bool ok);
 
 void kvti_incall_free(kvti_incall *call);
 /* Releases slices that were counted in listener->n_lent; not with the mutex held. */
@@ -118,6 +135,8 @@ const char *kvti_inproc_listener_uri(const kvt_listener *listener);
 void kvti_inproc_set_serving(kvt_listener *listener, bool serving);
 void kvti_inproc_drain(kvt_listener *listener, uint64_t deadline_ns);
 void kvti_inproc_listener_close(kvt_listener *listener);
+void kvti_inproc_recv(kvt_call *base);
+bool kvti_inproc_unrecv(kvt_call *base);
 void kvti_inproc_drop_data(kvt_call *base);
 void kvti_inproc_reply(kvt_call *base, kvc_status status, const char *detail,
                        uint32_t retry_after_ms, const kvc_reply *reply, const kvt_slice *slices,
@@ -126,6 +145,7 @@ kvc_status kvti_inproc_send(kvt_call *base, const kvc_reply *reply, const kvt_sl
                             uint32_t n_slices);
 kvc_status kvti_inproc_connect(const kvt_connect_opts *opts, kvt_conn **conn_p);
 kvc_status kvti_inproc_submit(kvt_conn *conn, kvt_xfer *xfer);
+kvc_status kvti_inproc_push(kvt_conn *conn, kvt_xfer *xfer, const kvc_request *req);
 void kvti_inproc_cancel(kvt_conn *conn, kvt_xfer *xfer);
 void kvti_inproc_conn_close(kvt_conn *conn);
 

@@ -14,8 +14,32 @@
 #include "inproc_internal.h"
 #include "wire/wire.h"
 
-static kvti_incall *next_call(kvt_listener *listener)
+/* What a call in the queue is there for. */
+typedef struct event {
+    kvti_incall *call;
+    bool arrived, sent, sent_ok, got;
+    bool message; /* with got: its next message is in bytes */
+} event;
+
+/* With the mutex held: the server takes the message that was pushed, if there is one. */
+static void take_pushed(event *e)
 {
+    kvti_incall *call = e->call;
+    call->receiving = false;
+    e->message = call->next_bytes != NULL;
+    if (!e->message)
+        return;
+    call->bytes = call->next_bytes;
+    call->len_bytes = call->next_len_bytes;
+    call->next_bytes = NULL;
+    if (call->op != NULL)
+        kvti_inproc_pushed(call->op, true);
+}
+
+/* False: the listener is being closed. */
+static bool next_event(kvt_listener *listener, event *e)
+{
+    *e = (event){0};
     kvti_inproc_lock();
     while (listener->queue == NULL && !listener->stopping)
         kvc_cond_wait(&listener->work, kvti_inproc_mutex());
@@ -24,26 +48,74 @@ static kvti_incall *next_call(kvt_listener *listener)
         listener->queue = call->queued;
         if (listener->queue == NULL)
             listener->queue_end = &listener->queue;
+        call->in_queue = false;
+        e->call = call;
+        e->arrived = !call->dispatched;
+        e->sent = call->sent_due;
+        e->sent_ok = call->sent_ok;
+        e->got = kvti_inproc_has_next(call);
+        call->dispatched = true;
+        call->sent_due = false;
+        if (e->got)
+            take_pushed(e);
+        if (e->arrived && call->op != NULL && call->op->pushing)
+            kvti_inproc_pushed(call->op, true);
     }
     kvti_inproc_unlock();
-    return call;
+    return call != NULL;
 }
 
-static void dispatch(kvt_listener *listener, kvti_incall *call)
+static kvc_status decode(kvt_listener *listener, kvti_incall *call, const char **why_p)
 {
-    if (call->dispatched) {
-        call->base.sent(&call->base, call->sent_ok);
-        return;
-    }
-    call->dispatched = true;
-    const char *why = NULL;
     struct iovec piece = {call->bytes, call->len_bytes};
     kvc_status status = kvc_wire_decode_request(call->base.req.method, &piece, 1, &call->base.arena,
-                                                &call->base.req, &why);
-    if (status == KVC_OK && call->base.req.data_bytes > listener->opts.max_message_bytes) {
-        status = KVC_INVALID;
-        why = "the message's data is longer than max_message_bytes";
+                                                &call->base.req, why_p);
+    if (status != KVC_OK || call->base.req.data_bytes <= listener->opts.max_message_bytes)
+        return status;
+    *why_p = "the message's data is longer than max_message_bytes";
+    return KVC_INVALID;
+}
+
+/* Counts the message that came against the listener's limit. AGAIN: it is reached. */
+static kvc_status charge(kvt_listener *listener, kvti_incall *call, const char **why_p)
+{
+    kvti_inproc_lock();
+    bool room = listener->inflight_bytes == 0 ||
+                listener->inflight_bytes + call->len_bytes <= listener->opts.max_inflight_bytes;
+    if (room)
+        listener->inflight_bytes += call->len_bytes;
+    else
+        call->len_bytes = 0;
+    kvti_inproc_unlock();
+    *why_p = "too many request bytes in flight";
+    return room ? KVC_OK : KVC_AGAIN;
+}
+
+static void deliver_got(kvt_listener *listener, kvti_incall *call, bool message)
+{
+    const char *why = "there are no more messages";
+    kvc_status status = KVC_CLOSED;
+    if (message) {
+        status = charge(listener, call, &why);
+        if (status == KVC_OK)
+            status = decode(listener, call, &why);
+        if (status != KVC_OK)
+            kvti_count_refusal(status);
     }
+    call->base.got(&call->base, status, why);
+}
+
+static void dispatch(kvt_listener *listener, const event *e)
+{
+    kvti_incall *call = e->call;
+    const char *why = NULL;
+    if (e->sent)
+        call->base.sent(&call->base, e->sent_ok);
+    if (e->got) /* then the call lives, for nobody may answer before */
+        deliver_got(listener, call, e->message);
+    if (!e->arrived)
+        return;
+    kvc_status status = decode(listener, call, &why);
     if (status == KVC_OK) {
         listener->opts.on_call(listener->opts.arg, &call->base);
     } else {
@@ -55,9 +127,9 @@ static void dispatch(kvt_listener *listener, kvti_incall *call)
 static void run_listener(void *arg)
 {
     kvt_listener *listener = arg;
-    kvti_incall *call;
-    while ((call = next_call(listener)) != NULL)
-        dispatch(listener, call);
+    event e;
+    while (next_event(listener, &e))
+        dispatch(listener, &e);
 }
 
 kvc_status kvti_inproc_listen(const kvt_listen_opts *opts, kvt_listener **listener_p)
@@ -147,6 +219,7 @@ kvc_status kvti_inproc_enqueue(kvt_listener *listener, kvti_incall *call, const 
     if (call->next != NULL)
         call->next->prev = call;
     listener->calls = call;
+    call->in_queue = true;
     *listener->queue_end = call;
     listener->queue_end = &call->queued;
     kvc_cond_signal(&listener->work);
@@ -237,6 +310,33 @@ kvc_status kvti_inproc_send(kvt_call *base, const kvc_reply *reply, const kvt_sl
     if (gone)
         kvti_answer_free(&answer);
     return KVC_OK;
+}
+
+void kvti_inproc_recv(kvt_call *base)
+{
+    kvti_incall *call = (kvti_incall *)base;
+    KVC_ASSERT(base->got != NULL && !call->receiving);
+    kvc_arena_reset(&base->arena);
+    free(call->bytes);
+    call->bytes = NULL;
+    base->req = (kvc_request){.method = base->req.method};
+    kvti_inproc_lock();
+    call->listener->inflight_bytes -= call->len_bytes;
+    call->len_bytes = 0;
+    call->receiving = true;
+    kvti_inproc_feed(call);
+    kvti_inproc_unlock();
+}
+
+bool kvti_inproc_unrecv(kvt_call *base)
+{
+    kvti_incall *call = (kvti_incall *)base;
+    kvti_inproc_lock();
+    bool taken = call->receiving && !kvti_inproc_has_next(call);
+    if (taken)
+        call->receiving = false;
+    kvti_inproc_unlock();
+    return taken;
 }
 
 /* What else the request says lies in the call's arena. */
