@@ -38,6 +38,7 @@
 
 typedef struct kvci_call kvci_call;
 typedef struct kvci_msg kvci_msg;
+typedef struct kvci_upload kvci_upload;
 
 /* ---- link.c: one connection ---------------------------------------------------------------- */
 
@@ -110,6 +111,7 @@ struct kvci_msg {
     kvc_status stream_status; /* not OK: a message of it made no sense */
     const char *stream_why;   /* static */
     kvci_seg *window;         /* [n_segs] the rows of one message */
+    kvci_upload *upload;      /* put_stream.c */
     kvc_fetch_info info;      /* of the rows answered so far */
 };
 
@@ -125,6 +127,10 @@ typedef struct kvci_kind {
     /* Of a reply that streams, else NULL: as take, for each message of it; take then sees the end.
      * The stream starts again from its first message where the attempt is repeated. */
     kvc_status (*message)(kvci_msg *msg, const kvc_reply *reply, const char **why_p);
+    /* Of requests that stream, else NULL: the last message has gone; as message. */
+    kvc_status (*pushed)(kvci_msg *msg, const char **why_p);
+    /* An attempt begins: fills in req; under the lock. NULL: nothing to do. */
+    void (*begin)(kvci_msg *msg);
     /* The message failed for good; under the lock. NULL: nothing to do. */
     void (*fail)(kvci_msg *msg, kvc_status status);
     /* Every message is done; under the lock. NULL: nothing to do. */
@@ -199,6 +205,12 @@ void kvci_call_drop(kvci_call *call);
 kvc_status kvci_call_start(kvci_call *call, kvc_op *op);
 /* Under the lock, where a call's last reference may go. */
 void kvci_call_put(kvci_call *call);
+
+/* put.c: what both kinds of puts refuse, under this name; *bytes_p: of all values. INVALID, said.
+ */
+kvc_status kvci_put_check(const kvc_client *client, const char *name, kvc_promise promise,
+                          const kvc_value *values, uint32_t n, const kvc_region *src,
+                          const kvc_limits *limits, uint64_t *bytes_p);
 
 /* fetch_stream.c: what kvc_fetch_stream does differently. */
 extern const kvci_kind kvci_fetch_stream_kind;

@@ -31,21 +31,27 @@ static uint32_t cut_next(const cut *c, uint32_t first)
     return i - first;
 }
 
-static kvc_status check(const kvc_value *values, uint32_t n, const kvc_region *src,
-                        const kvc_limits *limits, uint64_t *bytes_p)
+kvc_status kvci_put_check(const kvc_client *client, const char *name, kvc_promise promise,
+                          const kvc_value *values, uint32_t n, const kvc_region *src,
+                          const kvc_limits *limits, uint64_t *bytes_p)
 {
     uint64_t bytes = 0;
+    if (promise != KVC_PROMISE_MEMORY && promise != KVC_PROMISE_DURABLE)
+        return kvci_fail(KVC_INVALID, "%s: promise %d is neither MEMORY nor DURABLE", name,
+                         (int)promise);
+    if (src == NULL || src->client != client)
+        return kvci_fail(KVC_INVALID, "%s: the region is NULL or another client's", name);
     uint32_t max_bytes = limits->max_value_bytes < limits->max_message_bytes
                              ? limits->max_value_bytes
                              : limits->max_message_bytes;
     for (uint32_t i = 0; i < n; i++) {
         const kvc_value *value = &values[i];
         if (value->len_bytes == 0 || value->len_bytes > max_bytes)
-            return kvci_fail(KVC_INVALID, "put: value %u has %u bytes, allowed are 1 to %u", i,
+            return kvci_fail(KVC_INVALID, "%s: value %u has %u bytes, allowed are 1 to %u", name, i,
                              value->len_bytes, max_bytes);
         if (value->src_off_bytes > src->len_bytes ||
             value->len_bytes > src->len_bytes - value->src_off_bytes)
-            return kvci_fail(KVC_INVALID, "put: value %u lies outside its region", i);
+            return kvci_fail(KVC_INVALID, "%s: value %u lies outside its region", name, i);
         bytes += value->len_bytes;
     }
     *bytes_p = bytes;
@@ -108,12 +114,7 @@ kvc_status kvc_put(kvc_client *client, const kvc_digest *schema, kvc_promise pro
 {
     uint64_t bytes = 0;
     kvc_limits limits = kvci_limits(client);
-    if (promise != KVC_PROMISE_MEMORY && promise != KVC_PROMISE_DURABLE)
-        return kvci_fail(KVC_INVALID, "put: promise %d is neither MEMORY nor DURABLE",
-                         (int)promise);
-    if (src == NULL || src->client != client)
-        return kvci_fail(KVC_INVALID, "put: the region is NULL or another client's");
-    kvc_status checked = check(values, n, src, &limits, &bytes);
+    kvc_status checked = kvci_put_check(client, "put", promise, values, n, src, &limits, &bytes);
     if (checked != KVC_OK)
         return checked;
     cut c = {

@@ -193,6 +193,17 @@ static void msg_message(kvt_xfer *xfer)
         msg->link->ops->cancel(msg->link->conn, xfer);
 }
 
+/* One message of requests that stream has gone; likewise. */
+static void msg_pushed(kvt_xfer *xfer, bool ok)
+{
+    kvci_msg *msg = xfer->arg;
+    if (!ok || msg->stream_status != KVC_OK)
+        return;
+    msg->stream_status = msg->call->kind->pushed(msg, &msg->stream_why);
+    if (msg->stream_status != KVC_OK)
+        msg->link->ops->cancel(msg->link->conn, xfer);
+}
+
 /* On a transport thread, no lock held. */
 static void msg_done(kvt_xfer *xfer)
 {
@@ -269,6 +280,9 @@ static void prepare(kvc_client *client, kvci_msg *msg)
     xfer->channel = client->next_channel++;
     xfer->done = msg_done;
     xfer->message = msg->call->kind->message != NULL ? msg_message : NULL;
+    xfer->pushed = msg->call->kind->pushed != NULL ? msg_pushed : NULL;
+    if (msg->call->kind->begin != NULL)
+        msg->call->kind->begin(msg);
     msg->n_taken = 0;
     msg->stream_status = KVC_OK;
     xfer->arg = msg;

@@ -249,10 +249,38 @@ static void test_restarts_under_load(void **state)
     store_close(&s);
 }
 
+/* Puts whose bytes are sent only where they are wanted, also after a crash that the client has not
+ * heard of. */
+static void test_put_streams(void **state)
+{
+    (void)state;
+    store s;
+    store_open(&s, "64MiB", true);
+    s.streams = true;
+    assert_int_equal(store_put(&s, 0, 40, KVC_PROMISE_MEMORY), 40 * STORE_PARTS);
+    assert_int_equal(store_counter(&s, "put_offers"), 40 * STORE_PARTS);
+    kvc_context *context = store_context(&s, s.client, 40);
+    store_expect(&s, context, 40 * STORE_BLOCK_TOKENS, NULL);
+    assert_int_equal(store_put(&s, 0, 40, KVC_PROMISE_MEMORY), 0);
+    assert_int_equal(store_counter(&s, "put_values"), 40 * STORE_PARTS);
+    assert_int_equal(store_put(&s, 20, 40, KVC_PROMISE_DURABLE), 20 * STORE_PARTS);
+    store_end(&s, SIGKILL);
+    store_start(&s);
+    assert_int_equal(store_put(&s, 20, 40, KVC_PROMISE_DURABLE), 0);
+    assert_int_equal(store_put(&s, 60, 40, KVC_PROMISE_DURABLE), 40 * STORE_PARTS);
+    kvc_context *other = store_context(&s, s.client, 60);
+    (void)store_put(&s, 0, 20, KVC_PROMISE_MEMORY); /* what the crash took */
+    store_expect(&s, other, 60 * STORE_BLOCK_TOKENS, NULL);
+    kvc_context_close(other);
+    kvc_context_close(context);
+    store_close(&s);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_call),
+        cmocka_unit_test(test_put_streams),
         cmocka_unit_test(test_tiny_dram),
         cmocka_unit_test(test_write_behind),
         cmocka_unit_test(test_restart),

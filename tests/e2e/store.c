@@ -209,7 +209,11 @@ static uint32_t put_round(store *s, kvc_promise promise, kvc_value *values, uint
     kvc_op op;
     uint32_t left = 0;
     kvc_op_init(&op, NULL, NULL);
-    assert_ok(kvc_put(s->client, &s->schema, promise, values, n, region, status, 0, &op));
+    if (s->streams)
+        assert_ok(kvc_put_stream(s->client, &s->schema, promise, 0, values, n, region, status, NULL,
+                                 0, &op));
+    else
+        assert_ok(kvc_put(s->client, &s->schema, promise, values, n, region, status, 0, &op));
     kvc_status waited = kvc_op_wait(&op, 0);
     if (waited != KVC_OK)
         print_error("put: %s\n", kvc_last_error());

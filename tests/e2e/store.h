@@ -26,6 +26,7 @@ typedef struct store {
     char tcp_uri[256], unix_uri[320];
     const char *dram_bytes; /* settings of the next start */
     bool has_lmdb;
+    bool streams; /* puts go through kvc_put_stream */
     char lmdb_path[320];
     kvc_client *client;
     kvc_digest schema;

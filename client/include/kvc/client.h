@@ -119,6 +119,18 @@ kvc_status kvc_put(kvc_client *client, const kvc_digest *schema, kvc_promise pro
                    const kvc_value *values, uint32_t n, const kvc_region *src, int8_t *status,
                    uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
 
+/*
+ * The same, with the bytes of a value sent only where the server lacks it: for batches of which
+ * some may be there, as of a prompt that others share. Costs a round trip more than kvc_put. ttl_ms
+ * (0: none): for so long each value's block is kept from eviction, as far as the tenant's holds
+ * leave room; granted_ms [n] (may be NULL), kept until completion, gets what was granted, 0 where
+ * nothing was, and is undefined where status[i] is neither OK nor EXISTS.
+ */
+kvc_status kvc_put_stream(kvc_client *client, const kvc_digest *schema, kvc_promise promise,
+                          uint64_t ttl_ms, const kvc_value *values, uint32_t n,
+                          const kvc_region *src, int8_t *status, uint64_t *granted_ms,
+                          uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+
 /* *hits_p = leading digests that have all of parts [n_parts] (0: all but index parts). Borrows
  * digests and parts; keeps hits_p until completion. */
 kvc_status kvc_match(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
