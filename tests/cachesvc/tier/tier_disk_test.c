@@ -6,6 +6,7 @@
 #include "tier_support.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
 #include <lmdb.h>
@@ -341,6 +342,88 @@ static void test_read_only_disk(void **state)
     assert_non_null(strstr(log_text, t->dir));
 }
 
+/* --- new folders and files --- */
+
+static ino_t watched; /* a folder; how often it was synced */
+static uint32_t n_watched;
+
+int __real_fsync(int fd);
+int __wrap_fsync(int fd);
+
+/* The linker puts this between the tier and the system. */
+int __wrap_fsync(int fd)
+{
+    struct stat st;
+
+    if (watched != 0 && fstat(fd, &st) == 0 && st.st_ino == watched)
+        n_watched++;
+    return __real_fsync(fd);
+}
+
+/* Else a power cut takes a new folder away with all that was promised in it. */
+static void test_new_folder_is_synced(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_tier_opts opts;
+    kvs_tier *tier;
+    struct stat st;
+    char sub[128];
+
+    assert_int_equal(tut_open(t), KVC_OK);
+    opts = t->opts;
+    snprintf(sub, sizeof(sub), "%s/sub", t->dir);
+    opts.path = sub;
+    assert_int_equal(stat(t->dir, &st), 0);
+    watched = st.st_ino;
+    n_watched = 0;
+    assert_int_equal(t->ops->open(&opts, &tier), KVC_OK);
+    watched = 0;
+    t->ops->close(tier);
+    assert_int_equal(n_watched, 1);
+}
+
+static atomic_bool no_room;
+
+int __real_fallocate(int fd, int mode, off_t off, off_t len);
+int __wrap_fallocate(int fd, int mode, off_t off, off_t len);
+
+int __wrap_fallocate(int fd, int mode, off_t off, off_t len)
+{
+    if (!atomic_load(&no_room))
+        return __real_fallocate(fd, mode, off, len);
+    errno = ENOSPC;
+    return -1;
+}
+
+/* A size class whose file could not be made takes no place from others. */
+static void test_failed_class_leaves_its_place(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_slot slots[8];
+
+    assert_int_equal(tut_open(t), KVC_OK);
+    atomic_store(&no_room, true);
+    for (uint32_t i = 0; i < 10; i++) {
+        kvs_value_key key = key_of(1, i, 0);
+        assert_int_equal(put_value(t, &key, 1, (shape){4096, 20 + i}, true).status, KVC_NO_SPACE);
+    }
+    assert_null(strstr(log_text, "ninth"));
+    atomic_store(&no_room, false);
+    for (uint32_t i = 0; i < 8; i++) {
+        kvs_value_key key = key_of(2, i, 0);
+        put_result r = put_value(t, &key, 1, (shape){4096, i + 1}, true);
+        assert_int_equal(r.status, KVC_OK);
+        slots[i] = r.slot;
+    }
+    kvs_value_key key = key_of(2, 8, 0);
+    assert_int_equal(put_value(t, &key, 1, (shape){4096, 9}, true).status, KVC_NO_SPACE);
+    assert_non_null(strstr(log_text, "those of 2, 3, 4, 5, 6, 7, 8, 9 pages exist"));
+    for (uint32_t i = 0; i < 8; i++) {
+        key = key_of(2, i, 0);
+        assert_value(t, &key, 1, (shape){4096, i + 1}, slots[i]);
+    }
+}
+
 /* --- growth under readers --- */
 
 typedef struct looker {
@@ -425,6 +508,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_full_disk, setup, teardown),
         cmocka_unit_test_setup_teardown(test_full_disk_at_first_start, setup, teardown),
         cmocka_unit_test_setup_teardown(test_read_only_disk, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_new_folder_is_synced, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_failed_class_leaves_its_place, setup, teardown),
         cmocka_unit_test_setup_teardown(test_small_start, setup, teardown),
         cmocka_unit_test_setup_teardown(test_growth_does_not_stall_readers, setup, teardown),
     };

@@ -221,44 +221,6 @@ static void test_modes(void **state)
     assert_non_null(strstr(log_text, "was open to other users (mode 755)"));
 }
 
-static ino_t watched; /* a folder; how often it was synced */
-static uint32_t n_watched;
-
-int __real_fsync(int fd);
-int __wrap_fsync(int fd);
-
-/* The linker puts this between the tier and the system. */
-int __wrap_fsync(int fd)
-{
-    struct stat st;
-
-    if (watched != 0 && fstat(fd, &st) == 0 && st.st_ino == watched)
-        n_watched++;
-    return __real_fsync(fd);
-}
-
-/* Else a power cut takes a new folder away with all that was promised in it. */
-static void test_new_folder_is_synced(void **state)
-{
-    tier_under_test *t = *state;
-    kvs_tier_opts opts;
-    kvs_tier *tier;
-    struct stat st;
-    char sub[128];
-
-    assert_int_equal(tut_open(t), KVC_OK);
-    opts = t->opts;
-    snprintf(sub, sizeof(sub), "%s/sub", t->dir);
-    opts.path = sub;
-    assert_int_equal(stat(t->dir, &st), 0);
-    watched = st.st_ino;
-    n_watched = 0;
-    assert_int_equal(t->ops->open(&opts, &tier), KVC_OK);
-    watched = 0;
-    t->ops->close(tier);
-    assert_int_equal(n_watched, 1);
-}
-
 /* --- damaged bytes --- */
 
 typedef struct file {
@@ -525,35 +487,6 @@ static void test_disk_full_when_growing(void **state)
     assert_int_equal(put_value(t, &key, 1, (shape){4096, 3}, true).status, KVC_OK);
 }
 
-/* A size class whose file could not be made takes no place from others. */
-static void test_failed_class_leaves_its_place(void **state)
-{
-    tier_under_test *t = *state;
-    kvs_slot slots[8];
-
-    assert_int_equal(tut_open(t), KVC_OK);
-    disk_bytes = 100;
-    for (uint32_t i = 0; i < 10; i++) {
-        kvs_value_key key = key_of(1, i, 0);
-        assert_int_equal(put_value(t, &key, 1, (shape){4096, 20 + i}, true).status, KVC_NO_SPACE);
-    }
-    assert_null(strstr(log_text, "ninth"));
-    disk_bytes = UINT64_MAX;
-    for (uint32_t i = 0; i < 8; i++) {
-        kvs_value_key key = key_of(2, i, 0);
-        put_result r = put_value(t, &key, 1, (shape){4096, i + 1}, true);
-        assert_int_equal(r.status, KVC_OK);
-        slots[i] = r.slot;
-    }
-    kvs_value_key key = key_of(2, 8, 0);
-    assert_int_equal(put_value(t, &key, 1, (shape){4096, 9}, true).status, KVC_NO_SPACE);
-    assert_non_null(strstr(log_text, "those of 2, 3, 4, 5, 6, 7, 8, 9 pages exist"));
-    for (uint32_t i = 0; i < 8; i++) {
-        key = key_of(2, i, 0);
-        assert_value(t, &key, 1, (shape){4096, i + 1}, slots[i]);
-    }
-}
-
 /* Writes past 12 MiB fail in the middle of a commit, as where room cannot be allotted before. */
 static int limited_child(tier_under_test *t)
 {
@@ -629,7 +562,6 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_second_server_is_kept_out, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bad_options, setup, teardown),
         cmocka_unit_test_setup_teardown(test_modes, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_new_folder_is_synced, setup, teardown),
         cmocka_unit_test_setup_teardown(test_flipped_bit_in_a_row, setup, teardown),
         cmocka_unit_test_setup_teardown(test_flipped_bit_in_a_prefix, setup, teardown),
         cmocka_unit_test_setup_teardown(test_damaged_folder_is_set_aside, setup, teardown),
@@ -637,7 +569,6 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_read_of_what_is_gone, setup, teardown),
         cmocka_unit_test_setup_teardown(test_disk_full_when_growing, setup, teardown),
         cmocka_unit_test_setup_teardown(test_disk_full_in_a_commit, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_failed_class_leaves_its_place, setup, teardown),
         cmocka_unit_test_setup_teardown(test_close_finishes_writes, setup, teardown),
     };
 
