@@ -4,9 +4,10 @@
  *
  * What holds in any order of events, whatever is evicted: a row that is found has the right bytes,
  * and somebody tried to put it before; EXISTS only where somebody else tried too; without eviction
- * from the last tier a value is taken once, never lost after its acknowledgement, and a durable one
- * is there after a stop that writes nothing behind. Some calls have deadlines too short to be met:
- * they leave a try without an acknowledgement. Caps are measured from outside meanwhile.
+ * from the last tier a value that nobody may erase is taken once, never lost after its
+ * acknowledgement, and a durable one is there after a stop that writes nothing behind. Some calls
+ * have deadlines too short to be met: they leave a try without an acknowledgement. Caps are
+ * measured from outside meanwhile.
  *
  * argv[1]: seed, argv[2]: operations of each client; KVASIR_MODEL_OPS replaces the latter's
  * default.
@@ -79,6 +80,12 @@ static bool no_answer(client *c, kvc_status status, const char *what)
     return true;
 }
 
+/* Every eighth block may be erased at any time: of those nothing is sure but their bytes. */
+static bool may_be_erased(uint32_t b)
+{
+    return b % 8 == 7;
+}
+
 /* ---- operations ------------------------------------------------------------------------------ */
 
 static void judge_put(client *c, uint32_t b, uint32_t p, int8_t status, bool durable)
@@ -90,7 +97,7 @@ static void judge_put(client *c, uint32_t b, uint32_t p, int8_t status, bool dur
         fail_at(c, "the put failed", b, p);
     if (status == KVC_EXISTS && atomic_load(&at->tries) < 2)
         fail_at(c, "it exists, but nobody else tried to put it", b, p);
-    if (status == KVC_OK && atomic_fetch_add(&at->taken, 1) > 0 && c->m->roomy)
+    if (status == KVC_OK && atomic_fetch_add(&at->taken, 1) > 0 && c->m->roomy && !may_be_erased(b))
         fail_at(c, "it was taken twice", b, p);
     atomic_store(&at->acked, true);
     if (durable)
@@ -148,7 +155,8 @@ static void op_fetch(client *c)
         return;
     for (uint32_t i = 0; i < N_PICKS; i++) {
         picks[i] = run && i ? (picks[i - 1] + 1) % (n * H_TOKENS) : below(c, n * H_TOKENS);
-        must[i] = c->m->roomy && atomic_load(&c->m->cells[first + picks[i] / H_TOKENS][p].acked);
+        must[i] = c->m->roomy && !may_be_erased(first + picks[i] / H_TOKENS) &&
+                  atomic_load(&c->m->cells[first + picks[i] / H_TOKENS][p].acked);
     }
     kvc_status status = h_fetch(c->peer, context, 10 * p, picks, N_PICKS);
     if (!no_answer(c, status, "(a status) from FetchRows"))
@@ -157,7 +165,7 @@ static void op_fetch(client *c)
 
 static bool all_acked(const model *m, uint32_t b)
 {
-    bool all = true;
+    bool all = !may_be_erased(b);
     for (uint32_t p = 0; p < N_PARTS; p++)
         all = all && atomic_load(&m->cells[b][p].acked);
     return all;
@@ -200,6 +208,90 @@ static void op_extend(client *c)
         atomic_compare_exchange_strong(&c->m->shared_blocks, &have, have + 1);
 }
 
+static void op_erase(client *c)
+{
+    kvc_digest digest = h_digest(below(c, N_BLOCKS / 8) * 8 + 7);
+    kvc_request req = {.method = KVC_ERASE};
+    req.u.erase.schema = c->m->schema.digest;
+    req.u.erase.digests = &digest;
+    req.u.erase.n_digests = 1;
+    (void)no_answer(c, h_call(c->peer, &req), "(a status) from Erase");
+}
+
+static void op_hold(client *c)
+{
+    kvc_request req = {.method = KVC_HOLD};
+    req.u.hold.context = c->context;
+    req.u.hold.ttl_ms = 50; /* for where the release is too late */
+    kvc_status status = h_call(c->peer, &req);
+    if (status == KVC_NO_SPACE || no_answer(c, status, "(a status) from Hold"))
+        return;
+    uint64_t handle = c->peer->xfer.reply.u.hold.hold;
+    req = (kvc_request){.method = KVC_RELEASE};
+    req.u.release.hold = handle;
+    status = h_call(c->peer, &req);
+    if (status != KVC_NOT_FOUND)
+        (void)no_answer(c, status, "(a status) from Release");
+}
+
+static void op_prefetch(client *c)
+{
+    kvc_request req = {.method = KVC_PREFETCH};
+    req.u.prefetch.context = c->context;
+    req.u.prefetch.tier = KVC_TIER_DRAM;
+    (void)no_answer(c, h_call(c->peer, &req), "(a status) from Prefetch");
+}
+
+static void op_truncate(client *c)
+{
+    kvc_request req = {.method = KVC_TRUNCATE_CONTEXT};
+    req.u.truncate_context.context = c->context;
+    req.u.truncate_context.n_blocks = 1 + below(c, c->n);
+    if (no_answer(c, h_call(c->peer, &req), "(a status) from TruncateContext"))
+        c->context = 0; /* cut or not: it runs out by itself */
+    c->n = req.u.truncate_context.n_blocks;
+}
+
+/* The twin is read from then on. */
+static void op_fork(client *c)
+{
+    kvc_request req = {.method = KVC_FORK_CONTEXT};
+    req.u.fork_context.context = c->context;
+    if (no_answer(c, h_call(c->peer, &req), "(a status) from ForkContext"))
+        return;
+    uint64_t old = c->context;
+    c->context = c->peer->xfer.reply.u.fork_context.context;
+    (void)no_answer(c, h_close(c->peer, old), "(a status) from CloseContext");
+}
+
+static void op_stream(client *c)
+{
+    uint32_t picks[N_PICKS], p = below(c, N_PARTS);
+    bool must[N_PICKS];
+    kvc_row_group group = {
+        .context = c->context, .part = 10 * p, .picks = picks, .n_picks = N_PICKS};
+    kvc_request req = {.method = KVC_FETCH_ROWS_STREAM};
+    req.u.fetch_rows.groups = &group;
+    req.u.fetch_rows.n_groups = 1;
+    for (uint32_t i = 0; i < N_PICKS; i++) {
+        uint32_t b = (picks[i] = below(c, c->n * H_TOKENS)) / H_TOKENS + c->first;
+        must[i] = c->m->roomy && !may_be_erased(b) && atomic_load(&c->m->cells[b][p].acked);
+    }
+    if (!no_answer(c, h_call(c->peer, &req), "(a status) from FetchRowsStream"))
+        judge_rows(c, c->first, p, picks, must);
+}
+
+/* What is done to a context of one's own, or to blocks that anybody may erase. */
+static void op_other(client *c)
+{
+    static void (*const ops[])(client *) = {op_hold, op_prefetch, op_truncate, op_fork, op_stream};
+    uint32_t op = below(c, 8);
+    if (op >= 5)
+        op_erase(c);
+    else if (c->context)
+        ops[op](c);
+}
+
 static void op_reconnect(client *c)
 {
     h_disconnect(c->peer);
@@ -213,14 +305,16 @@ static void run_client(void *arg)
         uint32_t op = below(c, 100);
         bool hurried = below(c, 10) == 0 && op < 85;
         c->peer->timeout_ns = hurried ? SHORT_NS : c->long_ns;
-        if (op < 35)
+        if (op < 32)
             op_put(c);
         else if (op < 75)
             op_fetch(c);
         else if (op < 85)
             op_match(c);
-        else if (op < 92)
+        else if (op < 89)
             op_reopen(c);
+        else if (op < 93)
+            op_other(c);
         else if (op < 98)
             op_extend(c);
         else
@@ -276,7 +370,7 @@ static void check_restart(model *m, bool flush)
             const cell *at = &m->cells[b][p];
             uint32_t hits, part = 10 * p;
             assert_int_equal(h_match(peer, &m->schema, b, 1, &part, 1, &hits), KVC_OK);
-            if (!hits && atomic_load(flush ? &at->acked : &at->durable))
+            if (!hits && !may_be_erased(b) && atomic_load(flush ? &at->acked : &at->durable))
                 fail_msg("block %u part %u did not survive", b, p);
             if (!hits)
                 continue;
