@@ -55,13 +55,13 @@ static kvsi_class *find_place(kvs_tier *tier)
 }
 
 /* A size class that cannot be had is named, once; the caller holds the lock. */
-static kvc_status refuse_class(kvs_tier *tier, uint32_t pages, const char *why)
+static void say_refused(kvs_tier *tier, uint32_t pages, const char *why)
 {
     char list[KVSI_MAX_CLASSES * 12] = "";
     size_t n = 0;
 
     if (tier->refused_pages == pages)
-        return KVC_NO_SPACE;
+        return;
     tier->refused_pages = pages;
     for (uint32_t i = 0; i < tier->n_classes; i++) {
         if (!is_vacant(&tier->classes[i]))
@@ -70,7 +70,6 @@ static kvc_status refuse_class(kvs_tier *tier, uint32_t pages, const char *why)
     }
     KVC_LOG_ERROR(TIER, "lmdb: values of %u pages are refused: %s; those of %s pages exist", pages,
                   why, list);
-    return KVC_NO_SPACE;
 }
 
 /* Whether the class could hold a value if it held no other; else releases help nobody. */
@@ -92,20 +91,25 @@ static kvc_status admit(kvs_tier *tier, uint32_t pages, kvsi_class **class_p)
 
     if (tier->stop)
         return KVC_CLOSED;
-    kvsi_class *place = class == NULL ? find_place(tier) : class;
-    if (place == NULL)
-        return refuse_class(tier, pages, "it would be a ninth size class");
+    bool is_new = class == NULL;
+    if (is_new)
+        class = find_place(tier);
+    if (class == NULL) {
+        say_refused(tier, pages, "it would be a ninth size class");
+        return KVC_NO_SPACE;
+    }
     if (tier->n_queued == KVSI_MAX_QUEUED)
         return KVC_AGAIN;
-    if (class == NULL) {
-        class = place;
+    if (is_new) {
         class->record_pages = pages;
         class->broken = false; /* that was about another file */
     }
     if (class->broken)
         return KVC_IO;
-    if (!could_hold(tier, class))
-        return refuse_class(tier, pages, "other size classes have claimed the whole capacity");
+    if (!could_hold(tier, class)) {
+        say_refused(tier, pages, "other size classes have claimed the whole capacity");
+        return KVC_NO_SPACE;
+    }
     uint64_t room = class->map_pages + kvsi_left_pages(tier);
     uint64_t need = class->live_pages + class->tree_pages + kvsi_reserve_pages(class) +
                     class->queued_pages + pages;
