@@ -132,9 +132,10 @@ static bool read_tail(exporter *e, const char *path, char **tail_p)
     *tail_p = path != NULL ? kvctl_read_file(path, &n) : NULL;
     if (path == NULL || *tail_p == NULL)
         return path == NULL;
-    if (n == 0 || n != n_tail * row_bytes || n > KVCTL_FILE_MAX_TAIL) {
+    unsigned long long want = n_tail * row_bytes;
+    if (n == 0 || n != want || n > KVCTL_FILE_MAX_TAIL) {
         kvctl_error("--tail has %zu bytes; %llu tokens of the parts exported have %llu", n,
-                    (unsigned long long)n_tail, (unsigned long long)(n_tail * row_bytes));
+                    (unsigned long long)n_tail, want);
         return false;
     }
     e->head.tail = (const uint8_t *)*tail_p;

@@ -375,7 +375,7 @@ static void a_failed_attend_fails_the_step(void **state)
         kvw_seq *seq = NULL;
         kvw_step *step = NULL;
         uint32_t reused = 0;
-        float out[64], again[64], lse[4];
+        float out[64] = {0}, again[64] = {0}, lse[4];
         store_rig(&r, "esa", KVW_INDEX_EXACT, b->client);
         r.opts.exact = 0;
         rig_open(&r);

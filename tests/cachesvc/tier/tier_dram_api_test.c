@@ -215,7 +215,7 @@ static void test_closed_segment(void **state)
     tier_under_test *t = *state;
     enum { MAX = 512 };
     const shape large = {4096, 64}, small = {4096, 16};
-    kvs_slot slots[MAX], *mine[16];
+    kvs_slot slots[MAX], mine[16] = {{0, 0}};
     uint32_t used[16], n_mine = 0;
     kvs_value_key key = key_of(1, 0, 0), other = key_of(1, 9999, 0);
 
@@ -223,11 +223,11 @@ static void test_closed_segment(void **state)
     uint32_t n = fill(t, 1, small, slots, MAX);
     for (uint32_t i = 0; i < n; i++)
         if (slots[i].a == 5)
-            mine[n_mine++] = &slots[i];
+            mine[n_mine++] = slots[i];
     assert_int_equal(n_mine, 16);
     t->ops->close_segment(t->tier, 5, true);
     for (uint32_t i = 1; i < n_mine; i++) {
-        t->ops->release(t->tier, &key, *mine[i]);
+        t->ops->release(t->tier, &key, mine[i]);
         assert_int_equal(put_value(t, &other, 1, small, false).status, KVC_AGAIN);
     }
     assert_int_equal(t->ops->segments(t->tier, used, 16), 16);
@@ -238,7 +238,7 @@ static void test_closed_segment(void **state)
     assert_int_equal(r.slot.a, 5);
     t->ops->close_segment(t->tier, 5, true);
     t->ops->release(t->tier, &other, r.slot);
-    t->ops->release(t->tier, &key, *mine[0]);
+    t->ops->release(t->tier, &key, mine[0]);
     r = put_value(t, &other, 1, large, false);
     assert_int_equal(r.status, KVC_OK);
     assert_int_equal(r.slot.a, 5);
