@@ -8,6 +8,7 @@
  */
 #include <string.h>
 
+#include "base/assert.h"
 #include "internal.h"
 
 /* Where the next message starts. */
@@ -144,6 +145,7 @@ static void fill(kvci_call *call, cut c, uint8_t *base, kvci_seg *segs, kvc_row_
     uint32_t first = 0;
     for (uint32_t i = 0; i < call->n_msgs; i++) {
         kvci_msg *msg = &call->msgs[i];
+        KVC_ASSERT(segs != NULL); /* carved for all that is cut */
         msg->segs = segs;
         msg->row_groups = rows;
         msg->n_segs = cut_next(&c, base, segs, rows, &msg->n_items);

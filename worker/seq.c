@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "base/assert.h"
 #include "base/clock.h"
 #include "base/log.h"
 #include "internal.h"
@@ -154,6 +155,7 @@ kvc_status kvw_seq_open(kvw_worker *worker, const kvw_seq_opts *opts, kvw_seq **
         kvw_seq_destroy(seq);
         return st;
     }
+    KVC_ASSERT(seq != NULL); /* no group is well without this rank */
     *seq_p = seq;
     *n_reused_p = seq->n_reused;
     return KVC_OK;

@@ -117,6 +117,7 @@ static kvc_status begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint
     if (st != KVC_OK) {
         return st;
     }
+    KVC_ASSERT(step != NULL); /* no group is well without this rank */
     st = kvwi_select(step, q_select);
     if (st == KVC_OK) {
         st = kvwi_resolve(step);
