@@ -33,9 +33,10 @@ typedef struct kvsi_class {
     uint64_t live_pages, tree_pages; /* after the last commit */
     uint64_t values;
     uint64_t queued_pages, freeing_pages; /* of writes and releases that wait */
-    bool broken;       /* a sync or the file failed: nothing more is promised here */
-    bool dirty;        /* the writer's: committed, not yet fully synced */
-    bool release_lost; /* there was no memory for one: its value is back after a restart */
+    atomic_bool broken; /* a sync or the file failed: nothing more is promised here; written under
+                           lock, read anywhere */
+    bool dirty;         /* the writer's: committed, not yet fully synced */
+    bool release_lost;  /* there was no memory for one: its value is back after a restart */
 } kvsi_class;
 
 /* A release on its way to the writer. */

@@ -296,6 +296,18 @@ static int end_daemon(void **state)
     return 0;
 }
 
+/* The number of calls varies from life to life: where the chosen one did not come by, an earlier.
+ */
+static bool run_until_hit(const sort *s, uint32_t nth, uint32_t n_calls)
+{
+    bool hit = false;
+    for (uint32_t i = 0; !hit && i < 3; i++, nth = nth / 2 + 1) {
+        print_message("%s at call %u of %u\n", s->name, nth, n_calls);
+        hit = run(s, nth, NULL);
+    }
+    return hit;
+}
+
 static void test_each_call(void **state)
 {
     (void)state;
@@ -317,13 +329,12 @@ static void test_each_call(void **state)
             uint32_t from = (uint32_t)((uint64_t)n * i / tries);
             uint32_t to = (uint32_t)((uint64_t)n * (i + 1) / tries);
             uint32_t nth = 1 + from + (uint32_t)support_below(&random, to - from);
-            print_message("%s at call %u of %u\n", s->name, nth, n);
-            n_hits += run(s, nth, NULL);
+            n_hits += run_until_hit(s, nth, n);
             n_runs++;
         }
     }
     print_message("%u lives, in %u of them a call failed\n", n_runs, n_hits);
-    assert_true(n_hits * 2 > n_runs); /* the number of calls varies a little */
+    assert_true(n_hits * 2 > n_runs);
 }
 
 int main(void)

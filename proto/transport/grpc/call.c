@@ -214,7 +214,7 @@ void kvti_call_reply(kvt_call *base, kvc_status status, const char *detail, uint
 {
     struct kvti_call *call = (struct kvti_call *)base;
     KVC_ASSERT(n_slices <= KVT_MAX_SLICES);
-    if (status == KVC_OK && !kvt_streams_reply(base->req.method)) {
+    if (status == KVC_OK && !kvt_streams_reply((kvc_method)call->slot)) {
         kvc_reply whole = reply == NULL ? (kvc_reply){0} : *reply;
         const void *head;
         size_t head_bytes;

@@ -238,7 +238,7 @@ static kvti_incall *create_call(kvt_xfer *xfer)
     if (call == NULL)
         return NULL;
     call->base.ops = &kvt_inproc_ops;
-    call->base.req.method = xfer->req->method;
+    call->method = call->base.req.method = xfer->req->method;
     call->base.deadline_ns = xfer->deadline_ns;
     call->base.tenant = "default";
     kvc_arena_init(&call->base.arena, KVTI_ARENA_BYTES);

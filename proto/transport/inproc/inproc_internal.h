@@ -22,6 +22,7 @@ typedef struct kvti_inop kvti_inop;
 struct kvti_incall {
     kvt_call base; /* first, so that the server's pointer is ours */
     kvt_listener *listener;
+    kvc_method method;        /* as submitted: base.req is written anew with each message */
     kvti_incall *queued;      /* next to be dispatched */
     kvti_incall *next, *prev; /* in flight at the listener */
     kvti_inop *op;            /* who waits; NULL: gone */

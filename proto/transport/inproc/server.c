@@ -68,8 +68,8 @@ static bool next_event(kvt_listener *listener, event *e)
 static kvc_status decode(kvt_listener *listener, kvti_incall *call, const char **why_p)
 {
     struct iovec piece = {call->bytes, call->len_bytes};
-    kvc_status status = kvc_wire_decode_request(call->base.req.method, &piece, 1, &call->base.arena,
-                                                &call->base.req, why_p);
+    kvc_status status =
+        kvc_wire_decode_request(call->method, &piece, 1, &call->base.arena, &call->base.req, why_p);
     if (status != KVC_OK || call->base.req.data_bytes <= listener->opts.max_message_bytes)
         return status;
     *why_p = "the message's data is longer than max_message_bytes";
@@ -248,7 +248,7 @@ static kvc_status build_answer(kvti_incall *call, const kvc_reply *reply, const 
     kvc_reply whole = reply == NULL ? (kvc_reply){0} : *reply;
     const void *head;
     size_t head_bytes;
-    whole.method = call->base.req.method;
+    whole.method = call->method;
     whole.data = NULL;
     whole.data_bytes = 0;
     for (uint32_t i = 0; i < n_slices; i++)
@@ -319,7 +319,7 @@ void kvti_inproc_recv(kvt_call *base)
     kvc_arena_reset(&base->arena);
     free(call->bytes);
     call->bytes = NULL;
-    base->req = (kvc_request){.method = base->req.method};
+    base->req = (kvc_request){.method = call->method};
     kvti_inproc_lock();
     call->listener->inflight_bytes -= call->len_bytes;
     call->len_bytes = 0;
@@ -362,7 +362,7 @@ void kvti_inproc_reply(kvt_call *base, kvc_status status, const char *detail,
     kvti_answer answer = {0};
     KVC_ASSERT(n_slices <= KVT_MAX_SLICES && !call->sending);
     lend(listener, n_slices);
-    if (status == KVC_OK && !kvt_streams_reply(base->req.method)) {
+    if (status == KVC_OK && !kvt_streams_reply(call->method)) {
         status = build_answer(call, reply, slices, n_slices, &answer);
         if (status != KVC_OK) {
             status = KVC_IO;
