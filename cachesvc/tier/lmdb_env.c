@@ -148,12 +148,13 @@ static kvc_status open_database(kvsi_env *env)
 static kvc_status sync_folder(int root_fd, const char *name)
 {
     int fd = openat(root_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool ok = fd >= 0 && fsync(fd) == 0 && fsync(root_fd) == 0;
 
-    if (fd < 0)
-        return KVC_IO;
-    int rc = fsync(fd);
-    close(fd);
-    return rc == 0 && fsync(root_fd) == 0 ? KVC_OK : KVC_IO;
+    if (!ok)
+        KVC_LOG_ERROR(TIER, "lmdb: cannot sync the folder %s: %s", name, strerror(errno));
+    if (fd >= 0)
+        close(fd);
+    return ok ? KVC_OK : KVC_IO;
 }
 
 /*

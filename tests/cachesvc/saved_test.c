@@ -30,11 +30,13 @@ static void begin(fixture *f)
     f->peer = h_connect(kvs_server_uri(f->h.server, 0), "default");
 }
 
+#ifdef KVASIR_LMDB
 static void end(fixture *f)
 {
     h_disconnect(f->peer);
     h_server_stop(&f->h, true);
 }
+#endif
 
 static int start(void **state, bool has_lmdb)
 {

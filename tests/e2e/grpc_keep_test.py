@@ -129,7 +129,7 @@ class Keep(Case):
         self.assertLessEqual(reply.moved, 8)
         with self.assertRaises(grpc.RpcError) as caught:
             self.store.Prefetch(
-                pb.PrefetchRequest(context=context, parts=[1], tier=pb.TIER_DRAM), timeout=0
+                pb.PrefetchRequest(context=context, parts=[1], tier=pb.TIER_DRAM), timeout=-1
             )
         self.assertEqual(caught.exception.code(), grpc.StatusCode.DEADLINE_EXCEEDED)
         self.assertEqual(len(self.tiers(digests)), 40)
