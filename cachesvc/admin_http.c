@@ -97,10 +97,12 @@ static void http_main(void *arg)
     for (;;) {
         struct pollfd fds[2] = {{.fd = http->epoll_fd, .events = POLLIN},
                                 {.fd = http->wake_fd, .events = POLLIN}};
+        /* Never for ever: once its places were all taken, the library listens again at its next
+           turn only, and nothing that comes would wake it to that. */
         MHD_UNSIGNED_LONG_LONG wait_ms;
-        int timeout_ms = -1;
-        if (MHD_get_timeout(http->daemon, &wait_ms) == MHD_YES)
-            timeout_ms = wait_ms > 1000 ? 1000 : (int)wait_ms;
+        int timeout_ms = 1000;
+        if (MHD_get_timeout(http->daemon, &wait_ms) == MHD_YES && wait_ms < 1000)
+            timeout_ms = (int)wait_ms;
         int n = poll(fds, 2, timeout_ms);
         if (n > 0 && fds[1].revents)
             return;
