@@ -185,6 +185,11 @@ static void start(life *f)
         atomic_store(&f->page->nth, 0);
         status = store_register(&f->store);
     }
+    if (status == KVC_IO) { /* LMDB writes no more where half a meta page was written */
+        (void)support_daemon_stop(&f->store.daemon, SIGKILL);
+        store_start(&f->store);
+        status = store_register(&f->store);
+    }
     assert_ok(status);
     if (f->region == NULL) {
         kvc_region_desc desc = {sizeof(desc), f->bytes, ALL_BYTES, KVC_MEMORY_HOST, 0};
