@@ -68,7 +68,7 @@ static void log_fault(kvsi_env *env, int why)
 
 int kvsi_env_run(kvsi_env *env, int (*fn)(void *arg), void *arg)
 {
-    int rc = kvsi_guard_run(fn, arg);
+    int rc = atomic_load(&env->dead) ? EIO : kvsi_guard_run(fn, arg); /* LMDB knows no such state */
 
     if (rc != KVSI_GUARD_BUS && rc != KVSI_GUARD_ASSERT)
         return rc;

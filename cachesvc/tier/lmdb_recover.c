@@ -148,30 +148,51 @@ static kvc_status walk_class(listing *list, uint32_t number)
 }
 
 /* The next write of this size makes the class anew. Nothing was read or written here since open. */
-static kvc_status lose_class(kvs_tier *tier, kvsi_class *class)
+static void forget_class(kvs_tier *tier, kvsi_class *class)
 {
+    kvc_mutex_lock(&tier->lock);
+    class->map_pages = class->live_pages = class->tree_pages = class->values = 0;
+    kvc_mutex_unlock(&tier->lock);
+}
+
+/* An assertion of LMDB's means the same as an answer of its that something is wrong. */
+static kvc_status walk_dry(kvs_tier *tier, uint32_t number)
+{
+    listing dry = {.tier = tier};
+    kvc_status status = walk_class(&dry, number);
+
+    return status == KVC_IO && atomic_load(&tier->classes[number].env.faulted) ? KVC_CORRUPT
+                                                                               : status;
+}
+
+/* What failed once is opened and walked again: a sound class is not lost to one read. What fails
+ * twice is closed, and set aside if it is damaged. *lost_p: it was. */
+static kvc_status walk_again(kvs_tier *tier, uint32_t number, bool *lost_p)
+{
+    kvsi_class *class = &tier->classes[number];
     char name[sizeof(class->env.name)];
 
     memcpy(name, class->env.name, sizeof(name));
     kvsi_env_close(&class->env);
-    kvc_mutex_lock(&tier->lock);
-    class->map_pages = class->live_pages = class->tree_pages = class->values = 0;
-    kvc_mutex_unlock(&tier->lock);
-    return kvsi_set_aside(tier, name);
+    kvc_status status = kvsi_check_and_open(tier, &class->env, name, class->map_pages);
+    if (status == KVC_OK && (status = walk_dry(tier, number)) != KVC_OK)
+        kvsi_env_close(&class->env);
+    if (status != KVC_OK)
+        forget_class(tier, class);
+    *lost_p = status == KVC_CORRUPT;
+    return *lost_p ? kvsi_set_aside(tier, name) : status;
 }
 
 /* Walks once before anything is given away: what is given cannot be taken back. */
 static kvc_status recover_class(listing *list, uint32_t number)
 {
-    listing dry = {.tier = list->tier};
-    kvc_status status = walk_class(&dry, number);
+    kvs_tier *tier = list->tier;
+    kvc_status status = walk_dry(tier, number);
+    bool is_lost = false;
 
-    if (status == KVC_OK)
-        return walk_class(list, number);
-    /* An assertion of LMDB's means the same as an answer of its that something is wrong. */
-    if (status == KVC_CORRUPT || atomic_load(&list->tier->classes[number].env.faulted))
-        return lose_class(list->tier, &list->tier->classes[number]);
-    return status;
+    if (status == KVC_CORRUPT)
+        status = walk_again(tier, number, &is_lost);
+    return status == KVC_OK && !is_lost ? walk_class(list, number) : status;
 }
 
 kvc_status kvsi_recover(kvs_tier *tier, kvs_tier_found *found, void *arg)

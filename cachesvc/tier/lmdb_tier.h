@@ -112,6 +112,7 @@ uint64_t kvsi_first_claim(const kvsi_class *class);
 void kvsi_class_check(kvs_tier *tier, kvsi_class *class);
 
 /* Renames a damaged, closed environment to *.bad; its claim stays. IO. */
+kvc_status kvsi_check_and_open(kvs_tier *tier, kvsi_env *env, const char *name, uint64_t map_pages);
 kvc_status kvsi_set_aside(kvs_tier *tier, const char *name) KVC_MUST_CHECK;
 
 /* --- lmdb_writer.c --- */

@@ -251,8 +251,7 @@ static kvc_status try_open(kvs_tier *tier, kvsi_env *env, const char *name, uint
 
 /* Twice before it is called CORRUPT: what that sets aside is lost to those it was promised to, and
  * one read that came short looks like damage to LMDB. */
-static kvc_status check_and_open(kvs_tier *tier, kvsi_env *env, const char *name,
-                                 uint64_t map_pages)
+kvc_status kvsi_check_and_open(kvs_tier *tier, kvsi_env *env, const char *name, uint64_t map_pages)
 {
     kvc_status status = try_open(tier, env, name, map_pages);
 
@@ -272,7 +271,7 @@ static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_p
     kvc_status status = claim_existing(tier, name, KVSI_CLASS_PAGES, &map_pages);
     if (status != KVC_OK)
         return status;
-    status = check_and_open(tier, &class->env, name, map_pages);
+    status = kvsi_check_and_open(tier, &class->env, name, map_pages);
     if (status == KVC_CORRUPT)
         return kvsi_set_aside(tier, name);
     if (status != KVC_OK)
@@ -295,7 +294,7 @@ static kvc_status open_meta(kvs_tier *tier)
 
     if (status != KVC_OK)
         return status;
-    status = check_and_open(tier, &tier->meta, "meta", map_pages);
+    status = kvsi_check_and_open(tier, &tier->meta, "meta", map_pages);
     if (status == KVC_CORRUPT) {
         status = kvsi_set_aside(tier, "meta");
         tier->claimed_pages -= map_pages + KVSI_ENV_SLACK_PAGES; /* open_classes counts it */
