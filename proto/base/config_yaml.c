@@ -199,7 +199,8 @@ static kvc_status parse_file(struct file *file)
     cyaml_err_t rc =
         cyaml_load_data((const uint8_t *)file->text, file->len_bytes, &cyaml, &schema, &data, NULL);
     if (rc == CYAML_OK) {
-        status = apply_values(file, data);
+        /* A document with nothing in it, such as a lone byte order mark, has no data. */
+        status = data == NULL ? KVC_OK : apply_values(file, data);
     } else {
         char source[SOURCE_BYTES];
         source_of(file, file->error_line, source);

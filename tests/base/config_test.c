@@ -277,6 +277,8 @@ static void empty_files_are_fine(void **state)
     struct load *load = *state;
     assert_ok(load_with(load, "", NULL, NULL));
     assert_ok(load_with(load, "# nothing\n\n---\n  # more\n", NULL, NULL));
+    assert_ok(load_with(load, "\xff\xfe", NULL, NULL)); /* byte order marks and no more */
+    assert_ok(load_with(load, "\xef\xbb\xbf", NULL, NULL));
     assert_ok(load_with(load, "{workers: 8, listen: x}\n", NULL, NULL));
     assert_int_equal(load->values.workers, 8);
     assert_string_equal(kvc_config_source(load->config, "workers"), load->path);
