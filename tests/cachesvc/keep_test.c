@@ -221,10 +221,10 @@ static void test_hold_ttl(void **state)
     uint64_t context, handle, same;
     put(f, 0, 2, KVC_PROMISE_MEMORY);
     assert_int_equal(h_open(f->peer, &f->schema, 0, 2, 0, &context), KVC_OK);
-    assert_int_equal(hold(f->peer, context, 0, 50, &handle), KVC_OK);
+    assert_int_equal(hold(f->peer, context, 0, 500, &handle), KVC_OK);
     assert_int_equal(hold(f->peer, 0, handle, 60000, &same), KVC_OK);
     assert_true(same == handle);
-    usleep(100000);
+    usleep(600000);
     kvs_server_tick(f->h.server);
     assert_int_equal(held(f), 2 * VALUE);
     assert_int_equal(hold(f->peer, 0, handle, 20, &same), KVC_OK);

@@ -341,7 +341,9 @@ static void readers_stand_still(void **state)
         assert_int_equal(kvc_thread_start(&readers[i].thread, "reader", read_slowly, &readers[i]),
                          KVC_OK);
     }
-    usleep(300000);
+    for (int i = 0; i < 20000 && atomic_load(&e.h.server->buffers.out_bytes) < 4u << 20; i++)
+        usleep(1000);
+    usleep(300000); /* nor does it grow on */
     uint64_t out_bytes = atomic_load(&e.h.server->buffers.out_bytes);
     kvc_request req = {.method = KVC_FETCH_ROWS};
     req.u.fetch_rows.groups = &group;

@@ -339,13 +339,16 @@ static void test_lost_extend(void **state)
     fake_add_rule(&f.fake, &(fake_rule){.method = KVC_EXTEND_CONTEXT,
                                         .action = FAKE_LATE,
                                         .times = 1,
-                                        .delay_ms = 300});
-    assert_status(kvc_context_extend(context, more, 2, in_ms(50)), KVC_TIMED_OUT);
+                                        .delay_ms = 1200});
+    assert_status(kvc_context_extend(context, more, 2, in_ms(400)), KVC_TIMED_OUT);
     assert_int_equal(kvc_context_blocks(context), 4);
-    usleep(400000); /* the server has carried it out by now: it holds 6 */
-    kvc_mutex_lock(&f.fake.lock);
-    uint32_t n_there = f.fake.n_blocks_last_open;
-    kvc_mutex_unlock(&f.fake.lock);
+    uint32_t n_there = 4;
+    for (int i = 0; i < 20000 && n_there != 6; i++) { /* the server carries it out nevertheless */
+        usleep(1000);
+        kvc_mutex_lock(&f.fake.lock);
+        n_there = f.fake.n_blocks_last_open;
+        kvc_mutex_unlock(&f.fake.lock);
+    }
     assert_int_equal(n_there, 6);
     assert_ok(kvc_context_extend(context, more + 2, 3, 0));
     assert_int_equal(kvc_context_blocks(context), 7);

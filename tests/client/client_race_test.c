@@ -15,14 +15,14 @@ static void test_late_answer(void **state)
     kvc_region *region = fixture_region(&f, c.rows, sizeof(c.rows));
     fake_add_rule(
         &f.fake,
-        &(fake_rule){.method = KVC_FETCH_ROWS, .action = FAKE_LATE, .times = 1, .delay_ms = 400});
+        &(fake_rule){.method = KVC_FETCH_ROWS, .action = FAKE_LATE, .times = 1, .delay_ms = 900});
     kvc_op_init(&c.op, NULL, NULL);
-    fetch_async(&f, context, region, &c, in_ms(100));
+    fetch_async(&f, context, region, &c, in_ms(400));
     assert_status(kvc_region_deregister(f.client, region), KVC_AGAIN);
     assert_status(kvc_op_wait(&c.op, in_ms(20)), KVC_TIMED_OUT); /* the wait's own deadline */
     assert_status(kvc_op_wait(&c.op, 0), KVC_TIMED_OUT);
     assert_ok(kvc_region_deregister(f.client, region));
-    usleep(500000);
+    usleep(1000000);
     for (size_t i = 0; i < sizeof(c.rows); i++)
         assert_int_equal(c.rows[i], 0); /* the late rows were not written */
     kvc_context_close(context);
@@ -159,10 +159,10 @@ static void test_close_during_reopen(void **state)
                                         .action = FAKE_LATE_STATUS,
                                         .times = 1,
                                         .status = KVC_UNAVAILABLE,
-                                        .delay_ms = 300});
+                                        .delay_ms = 900});
     fake_make_stale(&f.fake);
     kvc_op_init(&c.op, NULL, NULL);
-    fetch_async(&f, context, region, &c, in_ms(100));
+    fetch_async(&f, context, region, &c, in_ms(400));
     assert_status(kvc_op_wait(&c.op, 0), KVC_STALE_HANDLE); /* at its deadline */
     assert_int_equal(fake_calls(&f.fake, KVC_OPEN_CONTEXT), n_opens + 1);
     kvc_context_close(context);

@@ -156,7 +156,7 @@ class Reflection(base.Case):
         for stream in streams:
             stream.cancel()
         stop.set()
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while time.monotonic() < end:
             try:
                 self.test_services()

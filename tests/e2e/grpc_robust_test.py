@@ -98,7 +98,7 @@ class Connections(Case):
         self.serves()
         for link in links:
             self.closed(link)
-        self.assertLess(time.monotonic() - start, 8)
+        self.assertLess(time.monotonic() - start, 30)
         self.serves()
 
     def test_thousands_idle(self):
@@ -117,7 +117,7 @@ class Connections(Case):
         print("%d idle connections: %.0f KiB each, slowest call %.0f ms"
               % (IDLE, grown * 1024 / IDLE, slowest * 1000))
         self.assertTrue(SANITIZED or grown < IDLE * 64 / 1024)
-        self.assertLess(slowest, 5)
+        self.assertLess(slowest, 15)
         # They never call and answer no ping, so they are closed.
         self.waits_for(lambda: self.n_sockets() < sockets + 50)
         for link in links:
@@ -271,7 +271,7 @@ class Stop(Case):
         next(watch)
         start = time.monotonic()
         self.assertEqual(self.server.stop(signal.SIGTERM), 0)
-        self.assertLess(time.monotonic() - start, 8)
+        self.assertLess(time.monotonic() - start, 30)
         for link in links:
             link.close()
 

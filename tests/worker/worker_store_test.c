@@ -138,7 +138,7 @@ static void steps_of_layers_may_overlap(void **state)
     width = rig_q_width(&r);
     assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
     rig_prefill(&r, seq, 0, 640, NULL, NULL);
-    store_set(&b->store, &(store_faults){.fetch_delay_ms = 30});
+    store_set(&b->store, &(store_faults){.fetch_delay_ms = 500});
     assert_ok(kvw_tokens(seq, r.tokens + 640, 1));
     for (uint32_t layer = 0; layer < 2; layer++) {
         void *k = rig_bytes(&r, r.k, rig_kv_width(&r), layer, 640, 1);
@@ -147,7 +147,7 @@ static void steps_of_layers_may_overlap(void **state)
         assert_ok(kvw_append(seq, layer, k, v, 1));
         uint64_t t0 = kvc_now_ns();
         assert_ok(kvw_step_begin(seq, layer, q, 1, &step[layer]));
-        assert_true(kvc_now_ns() - t0 < 25000000ull); /* begin does not wait for the network */
+        assert_true(kvc_now_ns() - t0 < 450000000ull); /* begin does not wait for the network */
         assert_status(kvw_step_begin(seq, layer, q, 1, &again), KVC_AGAIN);
         free(k);
         free(v);
