@@ -64,7 +64,7 @@ void for_each_subject(void (*fn)(const subject *s, void *arg), void *arg)
 
     for (uint32_t b = 0; kvk_backend_name(b); b++) {
         for (size_t i = 0; i < sizeof(isas) / sizeof(isas[0]); i++) {
-            for (uint32_t threads = 1; threads <= 3; threads += 2)
+            for (uint32_t threads = SUBJECT_THREADS_MIN; threads <= 3; threads += 2)
                 try_subject(kvk_backend_name(b), isas[i], threads, fn, arg);
         }
     }

@@ -18,6 +18,13 @@ typedef struct subject {
     const kvk_ops *ops;
 } subject;
 
+/* The thread sanitizer is there for subjects of several threads; the others take it minutes. */
+#ifdef __SANITIZE_THREAD__
+#define SUBJECT_THREADS_MIN 3
+#else
+#define SUBJECT_THREADS_MIN 1
+#endif
+
 /* Calls fn for every registered backend x isa that this machine has x thread count (1 and 3). */
 void for_each_subject(void (*fn)(const subject *s, void *arg), void *arg);
 
