@@ -29,6 +29,7 @@ typedef struct bench_entrant {
     void *ctx;
     int pid;      /* whose CPU counts beside ours; 0: nobody's */
     bool settles; /* work goes on after once: its CPU counts, its time does not */
+    bool ours;    /* the one that the last column compares the others with */
     /* Before each turn, not timed; may change pid. NULL: nothing to do. */
     int (*prepare)(void *ctx, int *pid_p);
 } bench_entrant;
@@ -37,8 +38,8 @@ typedef struct bench_entrant {
 void bench_table_head(void);
 /*
  * Runs every entrant once to warm up and then runs times, in turn, and prints a line for each. The
- * first is the floor: ratios are taken within a turn and their median is printed. unit_bytes: what
- * the column "a second" counts. 0 on success.
+ * first is the floor: ratios are taken within a turn and their median is printed, to the floor and
+ * of ours to each. unit_bytes: what the column "a second" counts. 0 on success.
  */
 int bench_contest(const char *title, bench_entrant *entrants, uint32_t n, uint32_t runs,
                   uint32_t unit_bytes);

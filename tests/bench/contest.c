@@ -14,14 +14,14 @@
 #define SETTLED_S      0.002 /* of CPU within a step: nothing but timers goes on */
 
 typedef struct result {
-    bench_series gbps, ratio;
+    bench_series gbps, ratio, ours;
     double cpu_s, bytes;
 } result;
 
 void bench_table_head(void)
 {
-    printf("| case | who | GB/s | min-max | a second | of the floor | CPU ns/KiB |\n"
-           "|---|---|---|---|---|---|---|\n");
+    printf("| case | who | GB/s | min-max | a second | of the floor | ours to it | CPU ns/KiB |\n"
+           "|---|---|---|---|---|---|---|---|\n");
 }
 
 /* Until the process has hardly used the CPU for a while. */
@@ -60,38 +60,57 @@ static void print_line(const char *title, const bench_entrant *entrant, result *
                        uint32_t unit_bytes)
 {
     double median = bench_median(&r->gbps), units = median * 1e9 / unit_bytes;
-    char rate[32];
+    char rate[32], ours[32] = "";
     snprintf(rate, sizeof rate, units >= 1e4 ? "%.0fk" : "%.1fk", units / 1e3);
-    printf("| %-30s | %-24s | %6.3f | %.3f-%.3f | %7s | %5.2f | %5.0f |\n", title, entrant->name,
-           median, bench_min(&r->gbps), bench_max(&r->gbps), rate, bench_median(&r->ratio),
-           r->cpu_s * 1e9 / (r->bytes / 1024));
+    if (r->ours.n > 0) {
+        snprintf(ours, sizeof ours, "%.2f", bench_median(&r->ours));
+    }
+    printf("| %-30s | %-24s | %6.3f | %.3f-%.3f | %7s | %5.2f | %5s | %5.0f |\n", title,
+           entrant->name, median, bench_min(&r->gbps), bench_max(&r->gbps), rate,
+           bench_median(&r->ratio), ours, r->cpu_s * 1e9 / (r->bytes / 1024));
+}
+
+/* Ours to each of the others of one turn. */
+static void compare_turn(const bench_entrant *entrants, result *results, const double *gbps,
+                         uint32_t n)
+{
+    for (uint32_t o = 0; o < n; o++) {
+        for (uint32_t i = 0; i < n && entrants[o].ours; i++) {
+            if (i != o) {
+                bench_add(&results[i].ours, gbps[o] / gbps[i]);
+            }
+        }
+    }
 }
 
 int bench_contest(const char *title, bench_entrant *entrants, uint32_t n, uint32_t runs,
                   uint32_t unit_bytes)
 {
     result *results = calloc(n, sizeof *results);
-    int failed = results ? 0 : 1;
+    double *gbps = calloc(n, sizeof *gbps);
+    int failed = results && gbps ? 0 : 1;
     for (uint32_t run = 0; run <= runs && !failed; run++) {
-        double floor = 0;
         for (uint32_t i = 0; i < n && !failed; i++) {
             double bytes = 0, cpu_s = 0;
-            double gbps = turn(&entrants[i], &cpu_s, &bytes);
-            failed = gbps <= 0;
-            floor = i == 0 ? gbps : floor;
+            gbps[i] = turn(&entrants[i], &cpu_s, &bytes);
+            failed = gbps[i] <= 0;
             if (run == 0 || failed) {
                 continue; /* warm-up */
             }
-            bench_add(&results[i].gbps, gbps);
-            bench_add(&results[i].ratio, gbps / floor);
+            bench_add(&results[i].gbps, gbps[i]);
+            bench_add(&results[i].ratio, gbps[i] / gbps[0]);
             results[i].cpu_s += cpu_s;
             results[i].bytes += bytes;
+        }
+        if (run > 0 && !failed) {
+            compare_turn(entrants, results, gbps, n);
         }
     }
     for (uint32_t i = 0; i < n && !failed; i++) {
         print_line(title, &entrants[i], &results[i], unit_bytes);
     }
     (void)fflush(stdout);
+    free(gbps);
     free(results);
     return failed;
 }

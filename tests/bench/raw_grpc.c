@@ -33,6 +33,7 @@ struct raw_grpc {
     kvc_cond idle;
     uint32_t next_slab, next, n, flying;
     int is_put;
+    uint32_t slices; /* of one answer */
     uint8_t *memory;
     kvc_status status;
 };
@@ -52,6 +53,26 @@ static void gather(uint8_t *dst, const struct iovec *data, uint32_t n)
     }
 }
 
+static void nothing(void *arg)
+{
+    (void)arg;
+}
+
+/* One message: its bytes in a row, or in pieces from all over the slab, as rows of many values are.
+ */
+static uint32_t fill_slices(raw_grpc *grpc, kvt_slice *slices)
+{
+    uint32_t n = grpc->slices, each = RAW_GRPC_BYTES / n;
+    const uint8_t *place = slab_place(grpc);
+    for (uint32_t i = 0; i < n; i++) {
+        size_t off = (size_t)(place - grpc->slab) + (size_t)i * (n > 1 ? 5 * each : 0);
+        slices[i] = (kvt_slice){.base = grpc->slab + off % (SLAB_MESSAGES * RAW_GRPC_BYTES),
+                                .len_bytes = each,
+                                .release = nothing};
+    }
+    return n;
+}
+
 static void on_call(void *arg, kvt_call *call)
 {
     raw_grpc *grpc = arg;
@@ -63,8 +84,8 @@ static void on_call(void *arg, kvt_call *call)
         reply.u.put_blocks.status = &status;
         kvt_call_reply(call, KVC_OK, NULL, 0, &reply, NULL, 0);
     } else if (call->req.method == KVC_FETCH_ROWS) {
-        kvt_slice slice = {.base = slab_place(grpc), .len_bytes = RAW_GRPC_BYTES};
-        kvt_call_reply(call, KVC_OK, NULL, 0, &reply, &slice, 1);
+        kvt_slice slices[KVT_MAX_SLICES];
+        kvt_call_reply(call, KVC_OK, NULL, 0, &reply, slices, fill_slices(grpc, slices));
     } else {
         kvt_call_reply(call, KVC_UNSUPPORTED, NULL, 0, NULL, NULL, 0);
     }
@@ -134,12 +155,13 @@ static void make_request(flight *f, int is_put)
     }
 }
 
-kvc_status raw_grpc_move(raw_grpc *grpc, int is_put, uint8_t *memory, uint32_t n)
+kvc_status raw_grpc_move(raw_grpc *grpc, int is_put, uint32_t slices, uint8_t *memory, uint32_t n)
 {
     uint32_t flying = PER_CHANNEL * grpc->channels;
     flying = flying < MAX_FLYING ? flying : MAX_FLYING;
     grpc->memory = memory;
     grpc->is_put = is_put;
+    grpc->slices = slices;
     grpc->n = n;
     grpc->next = 0;
     grpc->flying = flying;

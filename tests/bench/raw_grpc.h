@@ -16,7 +16,9 @@ typedef struct raw_grpc raw_grpc;
 /* threads: at the server, 0 for its default. Fails with what the transport says. */
 kvc_status raw_grpc_open(uint32_t channels, uint32_t threads, raw_grpc **grpc_p) KVC_MUST_CHECK;
 void raw_grpc_close(raw_grpc *grpc); /* NULL is fine */
-/* n messages from (put) or to (get) memory, which has n MiB. Blocks. */
-kvc_status raw_grpc_move(raw_grpc *grpc, int is_put, uint8_t *memory, uint32_t n) KVC_MUST_CHECK;
+/* n messages from (put) or to (get) memory, which has n MiB. What is got lies in that many slices
+ * (1 to 256, a power of 2) all over the server's memory. Blocks. */
+kvc_status raw_grpc_move(raw_grpc *grpc, int is_put, uint32_t slices, uint8_t *memory,
+                         uint32_t n) KVC_MUST_CHECK;
 
 #endif

@@ -7,6 +7,7 @@
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -59,7 +60,7 @@ static void *serve(void *arg)
     return NULL;
 }
 
-static kvc_status connect_pair(raw_tcp *tcp)
+static kvc_status connect_pair(raw_tcp *tcp, const char *control)
 {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t len = sizeof address;
@@ -67,6 +68,13 @@ static kvc_status connect_pair(raw_tcp *tcp)
     int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     tcp->client = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     kvc_status status = KVC_IO;
+    /* What the listener has, the connections that it accepts have too. */
+    if (control && (setsockopt(listener, IPPROTO_TCP, TCP_CONGESTION, control,
+                               (socklen_t)strlen(control)) != 0 ||
+                    setsockopt(tcp->client, IPPROTO_TCP, TCP_CONGESTION, control,
+                               (socklen_t)strlen(control)) != 0)) {
+        perror("raw TCP: TCP_CONGESTION");
+    }
     if (listener >= 0 && tcp->client >= 0 &&
         bind(listener, (struct sockaddr *)&address, sizeof address) == 0 &&
         listen(listener, 1) == 0 && getsockname(listener, (struct sockaddr *)&address, &len) == 0 &&
@@ -84,7 +92,7 @@ static kvc_status connect_pair(raw_tcp *tcp)
     return status;
 }
 
-kvc_status raw_tcp_open(raw_tcp **tcp_p)
+kvc_status raw_tcp_open(const char *control, raw_tcp **tcp_p)
 {
     *tcp_p = NULL;
     raw_tcp *tcp = calloc(1, sizeof *tcp);
@@ -93,7 +101,7 @@ kvc_status raw_tcp_open(raw_tcp **tcp_p)
     }
     tcp->client = tcp->server = -1;
     tcp->slab = malloc(SLAB_BYTES);
-    kvc_status status = tcp->slab ? connect_pair(tcp) : KVC_NO_MEMORY;
+    kvc_status status = tcp->slab ? connect_pair(tcp, control) : KVC_NO_MEMORY;
     if (status == KVC_OK) {
         memset(tcp->slab, 7, SLAB_BYTES);
         status = pthread_create(&tcp->thread, NULL, serve, tcp) == 0 ? KVC_OK : KVC_NO_MEMORY;

@@ -11,8 +11,9 @@
 
 typedef struct raw_tcp raw_tcp;
 
-/* Starts an echo-like server thread and one connection. */
-kvc_status raw_tcp_open(raw_tcp **tcp_p) KVC_MUST_CHECK;
+/* Starts an echo-like server thread and one connection. control: its congestion control; NULL: the
+ * system's default. */
+kvc_status raw_tcp_open(const char *control, raw_tcp **tcp_p) KVC_MUST_CHECK;
 void raw_tcp_close(raw_tcp *tcp);
 /* One exchange: the server sends (get) or takes (put) len bytes; 16 bytes travel the other way. */
 kvc_status raw_tcp_get(raw_tcp *tcp, void *dst, size_t len_bytes) KVC_MUST_CHECK;

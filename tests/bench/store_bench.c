@@ -2,11 +2,12 @@
  * store_bench.c: what the service moves through the client library, beside the floors of this
  * machine and its peers.
  *
- * Each case is a contest: a raw TCP loop (messages of 1 MiB), the gRPC transport alone, cachesvc,
- * redis and memcached move the same bytes in turn. One table: median, spread, ratio to raw TCP (or
- * to what the case says), CPU of both ends. "dram" runs without lmdb in a dram tier of two rounds'
- * size, so that memory is reused as in a full store; "write-behind" counts the CPU of writing to
- * lmdb too, though not its time.
+ * Each case is a contest: a raw TCP loop (messages of 1 MiB; with the system's congestion control
+ * and with reno, which is what our own local connections choose), the gRPC transport alone,
+ * cachesvc, redis and memcached move the same bytes in turn. One table: median, spread, ratio to
+ * raw TCP (or to what the case says), CPU of both ends. "dram" runs without lmdb in a dram tier of
+ * two rounds' size, so that memory is reused as in a full store; "write-behind" counts the CPU of
+ * writing to lmdb too, though not its time.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,20 +23,21 @@
 
 #define MIB 1048576u
 
-enum { RUNS = 9, BLOCKS = 128, QUICK_BLOCKS = 16, WARM_PUTS = 3, MAX_ENTRANTS = 6 };
+enum { RUNS = 9, BLOCKS = 128, QUICK_BLOCKS = 16, WARM_PUTS = 3, MAX_ENTRANTS = 7 };
 
 typedef struct bench {
     bool quick;
     const char *only; /* cases whose name holds it; NULL: all */
     uint32_t runs;
     store_rig rig;
-    raw_tcp *tcp;
+    raw_tcp *tcp, *reno; /* reno: without the pacing that the system may do by default */
     raw_grpc *grpc;
     peer *peers[2];
     /* of the contest under way */
     rig_shape shape;
     double bytes; /* of one turn */
     bool is_put, checked;
+    uint32_t slices; /* of the bare gRPC's answers */
 } bench;
 
 typedef struct peer_turn {
@@ -45,18 +47,29 @@ typedef struct peer_turn {
 
 /* ---- entrants -------------------------------------------------------------------------------- */
 
-static int tcp_once(void *ctx, double *bytes_p)
+static int move_raw(bench *b, raw_tcp *tcp, double *bytes_p)
 {
-    bench *b = ctx;
     uint32_t n = (uint32_t)((b->bytes + MIB - 1) / MIB);
     kvc_status status = KVC_OK;
     for (uint32_t i = 0; i < n && status == KVC_OK; i++) {
         size_t at = (size_t)i * MIB;
-        status = b->is_put ? raw_tcp_put(b->tcp, b->rig.memory + at, MIB)
-                           : raw_tcp_get(b->tcp, b->rig.out + at, MIB);
+        status = b->is_put ? raw_tcp_put(tcp, b->rig.memory + at, MIB)
+                           : raw_tcp_get(tcp, b->rig.out + at, MIB);
     }
     *bytes_p = (double)n * MIB;
     return status == KVC_OK ? 0 : 1;
+}
+
+static int tcp_once(void *ctx, double *bytes_p)
+{
+    bench *b = ctx;
+    return move_raw(b, b->tcp, bytes_p);
+}
+
+static int reno_once(void *ctx, double *bytes_p)
+{
+    bench *b = ctx;
+    return move_raw(b, b->reno, bytes_p);
 }
 
 static int grpc_once(void *ctx, double *bytes_p)
@@ -64,9 +77,8 @@ static int grpc_once(void *ctx, double *bytes_p)
     bench *b = ctx;
     uint32_t n = (uint32_t)((b->bytes + MIB - 1) / MIB);
     *bytes_p = (double)n * MIB;
-    return raw_grpc_move(b->grpc, b->is_put, b->is_put ? b->rig.memory : b->rig.out, n) == KVC_OK
-               ? 0
-               : 1;
+    uint8_t *memory = b->is_put ? b->rig.memory : b->rig.out;
+    return raw_grpc_move(b->grpc, b->is_put, b->slices, memory, n) == KVC_OK ? 0 : 1;
 }
 
 static int put_memory(void *ctx, double *bytes_p)
@@ -146,19 +158,22 @@ static bool wanted(const bench *b, const char *title)
     return !b->only || strstr(title, b->only);
 }
 
-/* Raw TCP, gRPC and cachesvc, then the peers that are there. */
+/* Raw TCP, gRPC and cachesvc, then the peers that are there. slices: of the bare gRPC's answers. */
 static int contest(bench *b, const char *title, bool is_put,
                    int (*ours)(void *ctx, double *bytes_p),
-                   int (*peers)(void *ctx, double *bytes_p), uint32_t unit_bytes)
+                   int (*peers)(void *ctx, double *bytes_p), uint32_t unit_bytes, uint32_t slices)
 {
     static const char *const names[] = {"redis", "memcached"};
     peer_turn turns[2];
     bench_entrant entrants[MAX_ENTRANTS] = {
         {.name = "raw TCP, 1 MiB messages", .once = tcp_once, .ctx = b},
-        {.name = "gRPC alone, 1 MiB", .once = grpc_once, .ctx = b},
-        {.name = "cachesvc", .once = ours, .ctx = b, .pid = b->rig.daemon.pid},
+        {.name = "raw TCP, reno", .once = reno_once, .ctx = b},
+        {.name = slices > 1 ? "gRPC alone, 4 KiB slices" : "gRPC alone, 1 MiB",
+         .once = grpc_once,
+         .ctx = b},
+        {.name = "cachesvc", .once = ours, .ctx = b, .pid = b->rig.daemon.pid, .ours = true},
     };
-    uint32_t n = 3;
+    uint32_t n = 4;
     for (uint32_t i = 0; i < 2 && peers; i++) {
         turns[i] = (peer_turn){b, b->peers[i]};
         if (b->peers[i]) {
@@ -167,6 +182,7 @@ static int contest(bench *b, const char *title, bool is_put,
         }
     }
     b->is_put = is_put;
+    b->slices = slices;
     b->checked = false;
     return bench_contest(title, entrants, n, b->runs, unit_bytes);
 }
@@ -185,7 +201,7 @@ static int values_of(bench *b, rig_shape shape, const char *put_title, const cha
         failed = put_memory(b, &bytes);
     }
     if (!failed && wanted(b, put_title)) {
-        failed = contest(b, put_title, true, put_memory, peer_put_once, rig_value_bytes(shape));
+        failed = contest(b, put_title, true, put_memory, peer_put_once, rig_value_bytes(shape), 1);
     }
     if (!failed && wanted(b, get_title)) {
         peer_turn turns[2] = {{b, b->peers[0]}, {b, b->peers[1]}};
@@ -193,7 +209,7 @@ static int values_of(bench *b, rig_shape shape, const char *put_title, const cha
             failed = turns[i].p && peer_put_once(&turns[i], &bytes) != 0;
         }
         failed = failed || rig_open_context(&b->rig, shape) ||
-                 contest(b, get_title, false, get_once, peer_get_once, rig_value_bytes(shape));
+                 contest(b, get_title, false, get_once, peer_get_once, rig_value_bytes(shape), 1);
     }
     return failed;
 }
@@ -220,7 +236,10 @@ static int rows_of(bench *b, rig_shape shape, const char *title, bool peers)
                               row_bytes);
         }
     }
-    return failed || contest(b, title, false, rows_once, peers ? peer_rows_once : NULL, row_bytes);
+    /* Rows this long leave dram as slices; others are gathered. */
+    uint32_t slices = row_bytes == 4096 ? MIB / row_bytes : 1;
+    return failed ||
+           contest(b, title, false, rows_once, peers ? peer_rows_once : NULL, row_bytes, slices);
 }
 
 /* A server for one shape: a class of values that comes late gets few of a full tier's segments. */
@@ -265,7 +284,8 @@ static int run_puts(bench *b)
          .once = put_memory,
          .ctx = b,
          .pid = b->rig.daemon.pid,
-         .settles = true},
+         .settles = true,
+         .ours = true},
     };
     bench_entrant durable[] = {
         {.name = "bare lmdb, full sync", .once = lmdb_once, .ctx = b},
@@ -273,7 +293,8 @@ static int run_puts(bench *b)
          .once = put_durable,
          .ctx = b,
          .pid = b->rig.daemon.pid,
-         .settles = true},
+         .settles = true,
+         .ours = true},
     };
     b->shape = RIG_1M;
     b->is_put = true;
@@ -302,7 +323,7 @@ static int run_rows_lmdb(bench *b)
     double bytes;
     bench_entrant cold[] = {
         {.name = "raw TCP, 1 MiB messages", .once = tcp_once, .ctx = b},
-        {.name = "cachesvc", .once = rows_once, .ctx = b, .prepare = go_cold},
+        {.name = "cachesvc", .once = rows_once, .ctx = b, .prepare = go_cold, .ours = true},
     };
     b->rig.from_lmdb = true;
     b->rig.context_shape = RIG_1M;
@@ -391,7 +412,8 @@ static bool parse(bench *b, int argc, char **argv)
 
 static int run(bench *b)
 {
-    if (rig_init(&b->rig) != 0 || raw_tcp_open(&b->tcp) != KVC_OK ||
+    if (rig_init(&b->rig) != 0 || raw_tcp_open(NULL, &b->tcp) != KVC_OK ||
+        raw_tcp_open("reno", &b->reno) != KVC_OK ||
         raw_grpc_open(b->rig.channels, b->rig.threads, &b->grpc) != KVC_OK) {
         fputs("store_bench: cannot set up\n", stderr);
         return 1;
@@ -425,6 +447,7 @@ int main(int argc, char **argv)
     peer_close(b->peers[1]);
     raw_grpc_close(b->grpc);
     raw_tcp_close(b->tcp);
+    raw_tcp_close(b->reno);
     rig_fini(&b->rig);
     free(b);
     return failed;

@@ -8,6 +8,7 @@
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/socket.h>
 
 #include <grpc/byte_buffer_reader.h>
@@ -420,13 +421,79 @@ static void stalled_peer(void **state)
     kvc_arena_reset(&f.arena);
 }
 
+/* The congestion control of a new socket of this system. */
+static void default_control(char name_p[16])
+{
+    socklen_t len = 16;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_true(fd >= 0);
+    memset(name_p, 0, 16);
+    assert_int_equal(getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name_p, &len), 0);
+    (void)close(fd);
+}
+
+/* Connections of this process to or from port, and how many of them are not paced. */
+static uint32_t count_connections(in_port_t port, uint32_t *n_reno_p)
+{
+    uint32_t n = 0;
+    for (int fd = 0; fd < 1024; fd++) {
+        struct sockaddr_in own, peer;
+        socklen_t own_bytes = sizeof(own), peer_bytes = sizeof(peer), len = 16;
+        char name[16] = {0};
+        if (getsockname(fd, (struct sockaddr *)&own, &own_bytes) != 0 ||
+            getpeername(fd, (struct sockaddr *)&peer, &peer_bytes) != 0 ||
+            getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &len) != 0)
+            continue;
+        /* The port lies at the same place in addresses of both families. */
+        if (own.sin_port != port && peer.sin_port != port)
+            continue;
+        n++;
+        *n_reno_p += strcmp(name, "reno") == 0;
+    }
+    return n;
+}
+
+/* Within one machine nothing is to be paced, whatever the system's default is for others. */
+static void local_connections(void **state)
+{
+    (void)state;
+    fixture f;
+    job j;
+    char control[16];
+    uint32_t n_reno = 0;
+    default_control(control);
+    if (strcmp(control, "reno") == 0) {
+        print_message("the system's default is reno already: nothing to see\n");
+        skip();
+    }
+    fixture_open(&f, 2);
+    for (uint32_t channel = 0; channel < 2; channel++) {
+        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 20 * SECOND);
+        j.xfer.channel = channel;
+        assert_status(job_run(&j), KVC_OK);
+        job_fini(&j);
+    }
+    in_port_t port = htons((uint16_t)strtoul(strrchr(f.uri, ':') + 1, NULL, 10));
+    assert_int_equal(count_connections(port, &n_reno), 4);
+    assert_int_equal(n_reno, 4);
+    fixture_close(&f);
+    static const char *const here[] = {"127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1",
+                                       "[::ffff:127.0.0.1]:1"};
+    static const char *const away[] = {"10.0.0.1:1", "128.0.0.1:1", "[::2]:1", "localhost.net:1",
+                                       "unix:/tmp/127.0.0.1"};
+    for (size_t i = 0; i < sizeof(here) / sizeof(here[0]); i++)
+        assert_true(kvti_target_is_local(here[i]));
+    for (size_t i = 0; i < sizeof(away) / sizeof(away[0]); i++)
+        assert_false(kvti_target_is_local(away[i]));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(health_check),          cmocka_unit_test(health_watch),
         cmocka_unit_test(foreign_calls),         cmocka_unit_test(huge_message),
         cmocka_unit_test(any_protobuf_reads_it), cmocka_unit_test(stalled_peer),
-        cmocka_unit_test(far_deadlines),
+        cmocka_unit_test(far_deadlines),         cmocka_unit_test(local_connections),
     };
     suite_uri = "grpc://127.0.0.1:0";
     kvc_log_set_level(KVC_LOG_LEVEL_OFF);

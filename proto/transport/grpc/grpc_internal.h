@@ -71,6 +71,14 @@ void kvti_run_queue(grpc_completion_queue *cq);
 bool kvti_run_one(grpc_completion_queue *cq, uint64_t deadline_ns);
 void kvti_start(grpc_call *call, const grpc_op *ops, size_t n_ops, kvti_tag *tag);
 
+/* ---- socket.c ------------------------------------------------------------------------------- */
+
+/* An argument of servers, and of channels whose target is on this machine: what their connections
+ * need that stay on it. Static. */
+grpc_arg kvti_local_sockets_arg(void);
+/* Whether gRPC's name for an address says that it is on this machine. */
+bool kvti_target_is_local(const char *target);
+
 /* ---- the server end ------------------------------------------------------------------------- */
 
 typedef struct kvti_queue {

@@ -109,6 +109,7 @@ static grpc_server *create_server(const kvt_listen_opts *opts)
         kvti_arg(GRPC_ARG_MAX_CONNECTION_IDLE_MS, to_ms(opts->idle_ns, IDLE_NS)),
         kvti_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_OUT),
         kvti_arg(GRPC_ARG_ENABLE_CHANNELZ, 0),
+        kvti_local_sockets_arg(),
         {.type = GRPC_ARG_POINTER,
          .key = (char *)(uintptr_t)GRPC_ARG_RESOURCE_QUOTA,
          .value.pointer = {quota, grpc_resource_quota_arg_vtable()}},
