@@ -220,10 +220,10 @@ void raw_grpc_close(raw_grpc *grpc)
     if (!grpc) {
         return;
     }
-    if (grpc->conn) {
+    if (grpc->ops && grpc->conn) {
         grpc->ops->conn_close(grpc->conn);
     }
-    if (grpc->listener) {
+    if (grpc->ops && grpc->listener) {
         grpc->ops->drain(grpc->listener, 1);
         grpc->ops->listener_close(grpc->listener);
     }

@@ -437,7 +437,7 @@ static uint32_t count_connections(in_port_t port, uint32_t *n_reno_p)
 {
     uint32_t n = 0;
     for (int fd = 0; fd < 1024; fd++) {
-        struct sockaddr_in own, peer;
+        struct sockaddr_in own = {0}, peer = {0};
         socklen_t own_bytes = sizeof(own), peer_bytes = sizeof(peer), len = 16;
         char name[16] = {0};
         if (getsockname(fd, (struct sockaddr *)&own, &own_bytes) != 0 ||
