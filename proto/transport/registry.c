@@ -15,6 +15,7 @@
 
 static const kvt_ops *const transports[] = {
     &kvt_inproc_ops,
+    &kvt_shm_ops,
 #ifdef KVASIR_GRPC
     &kvt_grpc_ops,
 #endif

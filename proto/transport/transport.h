@@ -4,7 +4,7 @@
  * A transport module holds both ends. The server end listens on URIs and hands each request to
  * on_call; the client end connects and submits transfers. Messages are the plain structs of
  * wire/msg.h; how they look on the medium is the transport's business. A URI's scheme is the
- * transport's name: "grpc://host:port", "grpc+unix:///path", "inproc://name".
+ * transport's name: "grpc://host:port", "grpc+unix:///path", "shm:///path", "inproc://name".
  *
  * Rules for every transport, checked by tests/transport/transport_conformance.c:
  * - A submit that fails never calls back. One that succeeds calls done exactly once, on a thread of
@@ -38,6 +38,7 @@
 
 #define KVT_DETAIL_BYTES 256
 #define KVT_MAX_SLICES   260 /* payload slices of one reply */
+#define KVT_MAX_FDS      64u /* descriptors that go with one reply (shm) */
 
 typedef struct kvt_ops kvt_ops;
 typedef struct kvt_listener kvt_listener;
@@ -55,6 +56,13 @@ typedef struct kvt_slice {
     void (*release)(void *arg); /* any thread, takes no long lock; NULL: static memory */
     void *arg;
 } kvt_slice;
+
+/* Who is at the other end of a socket of this host (shm), as the kernel says. */
+typedef struct kvt_peer {
+    uint64_t id; /* of the connection; no process gives one twice, and none is 0 */
+    uint32_t uid, gid;
+    int32_t pid;
+} kvt_peer;
 
 /*
  * A request at the server. Everything it points at lives until kvt_call_reply. Transports embed
@@ -76,6 +84,11 @@ struct kvt_call {
      * there is none, the client has sent its last or has gone; else the message was bad or too
      * much, and why (static) says it: to be answered with that. */
     void (*got)(kvt_call *call, kvc_status status, const char *why);
+    const kvt_peer *peer; /* shm; else NULL, and fds cannot be passed */
+    /* Set before reply: descriptors [n_fds <= KVT_MAX_FDS] that go with an OK. reply takes them
+     * (they are closed once they have left); the array is borrowed until then. */
+    int *fds;
+    uint32_t n_fds;
     const kvt_call *within; /* of a call that the server makes itself: for which; else NULL */
     int cancelled;          /* set by the transport; read it with kvt_call_cancelled */
 };
@@ -94,6 +107,10 @@ typedef struct kvt_listen_opts {
     uint64_t keepalive_ns;       /* a silent one is asked whether it lives; 0: 30 s */
     uint64_t idle_ns;            /* one without calls is closed; 0: 30 minutes */
     uint64_t max_deadline_ns;    /* from arrival; calls without a nearer deadline get this one */
+    uint64_t ring_bytes; /* shm: staging ring of each connection, through which puts go; 0: 8 MiB */
+    /* shm, may be NULL: a connection has ended, and so has every call of it; once. Any thread; may
+     * be within kvt_call_reply. */
+    void (*peer_gone)(void *arg, uint64_t peer);
 } kvt_listen_opts;
 
 /* ---- client end ---------------------------------------------------------------------------- */
@@ -131,6 +148,10 @@ struct kvt_xfer {
     uint32_t retry_after_ms; /* hint that came with AGAIN; 0: none */
     kvc_arena arena;
     kvc_reply reply;
+    /* shm: descriptors that came with the reply. They are closed after done, but for those that
+     * done takes by putting -1 in their place. */
+    int *fds;
+    uint32_t n_fds;
     /* the transport's */
     void *priv;
 };

@@ -6,8 +6,8 @@
  * (KVC_FRAME_ELSEWHERE). gRPC does not use it. Pure functions, any thread, no I/O, no memory.
  *
  * One call: REQUEST -> END; with streams, MESSAGE in either direction before END, one under way at
- * a time in each direction, and CREDIT from the receiver once it has taken one. The client may send
- * CANCEL; the server still sends END, which the client drops where it has given up waiting.
+ * a time in each direction, and CREDIT from the receiver once it has taken one. REQUEST counts as
+ * the first MESSAGE of a stream of requests. After CANCEL the client drops what still comes.
  */
 #ifndef KVC_WIRE_FRAME_H
 #define KVC_WIRE_FRAME_H

@@ -14,8 +14,9 @@ static const struct {
     const char *scheme, *uri;
 } listen_uris[] = {
     {"inproc", "inproc://conformance"},
+    {"shm", NULL}, /* in a folder of this run */
     {"grpc", "grpc://127.0.0.1:0"},
-    {"grpc+unix", NULL}, /* in a folder of this run */
+    {"grpc+unix", NULL},
 };
 
 static int run_suite(const char *name, const char *uri)
