@@ -69,8 +69,8 @@ static void give_room(kvs_buffers *pool, size_t total_bytes)
 
 kvc_status kvs_buffer_get(kvs_buffers *pool, uint32_t len_bytes, kvs_buffer **buffer_p)
 {
-    KVC_ASSERT(len_bytes <= pool->big_bytes);
-    size_t total_bytes = total_of(len_bytes > pool->big_bytes / 4 ? pool->big_bytes : len_bytes);
+    bool big = len_bytes > pool->big_bytes / 4 && len_bytes <= pool->big_bytes;
+    size_t total_bytes = total_of(big ? pool->big_bytes : len_bytes);
     kvs_buffer *buffer, *garbage;
     *buffer_p = NULL;
     kvc_mutex_lock(&pool->lock);

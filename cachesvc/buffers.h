@@ -31,7 +31,8 @@ struct kvs_buffers {
 /* cap_bytes: of all the memory that the pool takes. */
 void kvs_buffers_init(kvs_buffers *pool, uint32_t big_bytes, uint64_t cap_bytes);
 void kvs_buffers_fini(kvs_buffers *pool); /* every buffer must be back */
-/* At least len_bytes <= big_bytes. AGAIN: the cap is reached; NO_MEMORY. Any thread. */
+/* At least len_bytes; more than big_bytes is not kept for reuse. AGAIN: the cap is reached;
+   NO_MEMORY. Any thread. */
 kvc_status kvs_buffer_get(kvs_buffers *pool, uint32_t len_bytes,
                           kvs_buffer **buffer_p) KVC_MUST_CHECK;
 /* The same for a message of a stream, which a slow reader may keep for long: AGAIN also where three

@@ -1,7 +1,7 @@
 /*
  * disk.c: a pool of threads over one queue; see disk.h.
  *
- * Threads kvs-disk-N own nothing between jobs. Invariant: a job that was submitted runs, also
+ * The threads own nothing between jobs. Invariant: a job that was submitted runs, also
  * during destroy.
  */
 #include "disk.h"
@@ -28,7 +28,7 @@ static void disk_main(void *arg)
     }
 }
 
-kvc_status kvs_disk_create(uint32_t n_threads, kvs_disk **disk_p)
+kvc_status kvs_disk_create(const char *name, uint32_t n_threads, kvs_disk **disk_p)
 {
     *disk_p = NULL;
     kvs_disk *disk = calloc(1, sizeof(*disk) + n_threads * sizeof(kvc_thread));
@@ -40,9 +40,9 @@ kvc_status kvs_disk_create(uint32_t n_threads, kvs_disk **disk_p)
         return status;
     }
     for (uint32_t i = 0; i < n_threads; i++) {
-        char name[16];
-        snprintf(name, sizeof(name), "kvs-disk-%u", i % 1000);
-        status = kvc_thread_start(&disk->threads[i], name, disk_main, disk);
+        char full[24];
+        snprintf(full, sizeof(full), "kvs-%.7s-%u", name, i % 1000);
+        status = kvc_thread_start(&disk->threads[i], full, disk_main, disk);
         if (status != KVC_OK) {
             kvs_disk_destroy(disk);
             return status;

@@ -1,5 +1,5 @@
 /*
- * disk.h: the threads that may wait for a medium.
+ * disk.h: the threads that may wait for a medium, and others that do long work off the transports.
  *
  * A bounded queue of jobs; a full one answers AGAIN. Jobs are embedded in what they work for.
  */
@@ -18,7 +18,8 @@ typedef struct kvs_job {
 
 #define KVS_DISK_QUEUE 4096u
 
-kvc_status kvs_disk_create(uint32_t n_threads, kvs_disk **disk_p) KVC_MUST_CHECK;
+/* name: at most 7 bytes; the threads are called kvs-<name>-N. */
+kvc_status kvs_disk_create(const char *name, uint32_t n_threads, kvs_disk **disk_p) KVC_MUST_CHECK;
 /* Runs what is queued, then joins the threads. NULL is fine. */
 void kvs_disk_destroy(kvs_disk *disk);
 /* Any thread, does not block. AGAIN: the queue is full; CLOSED. */

@@ -18,19 +18,22 @@
 #define LENT_PART        4u /* of dram: the most that slices may point at */
 #define READS_PER_WORKER 4u /* one disk thread for each so many values */
 
-static void process(kvs_fetch *fetch);
-
-static void fetch_free(kvs_fetch *fetch)
+void kvs_fetch_fini(kvs_fetch *fetch)
 {
     free(fetch->reads);
     free(fetch->extra);
     free(fetch->pick_read);
     free(fetch->pick_row);
     free(fetch->contexts);
+}
+
+static void fetch_free(kvs_fetch *fetch)
+{
+    kvs_fetch_fini(fetch);
     free(fetch);
 }
 
-static void unref_all(kvs_fetch *fetch)
+void kvs_fetch_unref(kvs_fetch *fetch)
 {
     uint32_t n = 0, values[256];
     for (uint32_t r = 0; r < fetch->n_reads; r++) {
@@ -51,7 +54,7 @@ static void give_up(kvs_fetch *fetch, kvc_status status, const char *why)
 {
     if (fetch->buffer)
         kvs_buffer_release(fetch->buffer);
-    unref_all(fetch);
+    kvs_fetch_unref(fetch);
     kvs_fail(fetch->call, status, "%s", why);
     fetch->state = KVS_FETCH_DONE;
 }
@@ -99,7 +102,7 @@ static void slice_released(void *arg)
     kvs_fetch *fetch = arg;
     if (atomic_fetch_sub(&fetch->n_slices_out, 1) == 1) {
         atomic_fetch_sub(&fetch->server->lent_bytes, fetch->lent_bytes);
-        unref_all(fetch);
+        kvs_fetch_unref(fetch);
         fetch_free(fetch);
     }
 }
@@ -130,7 +133,7 @@ static void answer_buffer(kvs_fetch *fetch)
         give_up(fetch, KVC_NO_MEMORY, "no memory for the list of missing rows");
         return;
     }
-    unref_all(fetch);
+    kvs_fetch_unref(fetch);
     kvt_slice slice = {.base = fetch->buffer ? fetch->buffer->bytes : NULL,
                        .len_bytes = fetch->data_bytes,
                        .release = kvs_buffer_release,
@@ -147,10 +150,8 @@ static void answer_buffer(kvs_fetch *fetch)
 
 static void worker_leaves(kvs_fetch *fetch)
 {
-    if (atomic_fetch_sub(&fetch->n_working, 1) == 1) {
-        fetch->state = KVS_FETCH_COPY;
-        process(fetch);
-    }
+    if (atomic_fetch_sub(&fetch->n_working, 1) == 1)
+        fetch->resume(fetch);
 }
 
 static void worker_run(kvs_job *job)
@@ -165,9 +166,9 @@ static void worker_run(kvs_job *job)
     worker_leaves(fetch);
 }
 
-/* Starts as many disk threads as there is work for. AGAIN: not even one could be had. */
-static kvc_status start_workers(kvs_fetch *fetch)
+kvc_status kvs_fetch_read_cold(kvs_fetch *fetch)
 {
+    /* As many disk threads as there is work for. */
     uint32_t want = (fetch->n_lmdb + READS_PER_WORKER - 1) / READS_PER_WORKER;
     uint32_t max = kvs_disk_threads(fetch->server->disk);
     max = max < KVS_FETCH_WORKERS ? max : KVS_FETCH_WORKERS;
@@ -181,10 +182,8 @@ static kvc_status start_workers(kvs_fetch *fetch)
         if (i == 0)
             return KVC_AGAIN;
         /* Those that run share the work; the missing ones are counted out. */
-        if (atomic_fetch_sub(&fetch->n_working, want - i) == want - i) {
-            fetch->state = KVS_FETCH_COPY;
-            process(fetch);
-        }
+        if (atomic_fetch_sub(&fetch->n_working, want - i) == want - i)
+            fetch->resume(fetch);
         return KVC_OK;
     }
     return KVC_OK;
@@ -267,7 +266,7 @@ static void process(kvs_fetch *fetch)
             get_buffer(fetch);
             break;
         case KVS_FETCH_READ:
-            if (start_workers(fetch) == KVC_OK)
+            if (kvs_fetch_read_cold(fetch) == KVC_OK)
                 return;
             give_up(fetch, KVC_AGAIN, "the disk threads have too much to do");
             break;
@@ -284,6 +283,12 @@ static void process(kvs_fetch *fetch)
     }
 }
 
+static void resume(kvs_fetch *fetch)
+{
+    fetch->state = KVS_FETCH_COPY;
+    process(fetch);
+}
+
 void kvs_on_fetch_rows(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
 {
     kvs_fetch *fetch = calloc(1, sizeof(*fetch));
@@ -294,5 +299,6 @@ void kvs_on_fetch_rows(kvs_server *server, kvt_call *call, const kvc_digest *ten
     fetch->server = server;
     fetch->call = call;
     fetch->tenant = tenant;
+    fetch->resume = resume;
     process(fetch);
 }

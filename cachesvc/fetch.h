@@ -31,6 +31,9 @@ typedef struct kvs_fetch_read {
 } kvs_fetch_read;
 
 struct kvs_fetch;
+/* Looks at group g, whose context is referenced, before any value is. Anything but OK: it has
+   failed the call. */
+typedef kvc_status kvs_fetch_look(struct kvs_fetch *fetch, uint32_t g, const kvc_part *part);
 typedef struct kvs_fetch_worker {
     kvs_job job; /* first */
     struct kvs_fetch *fetch;
@@ -43,6 +46,8 @@ typedef struct kvs_fetch {
     kvt_call *call;
     kvs_fetch_state state;
     const kvc_digest *tenant; /* while planning */
+    kvs_fetch_look *look;     /* AttendRows: at each group; NULL: the rows must fit a message */
+    void (*resume)(struct kvs_fetch *fetch); /* the last disk thread, once the rows are read */
     uint32_t n_groups, n_picks, n_reads, n_lmdb;
     uint64_t data_bytes, lent_bytes;
     kvs_read *reads;        /* [n_reads] */
@@ -65,6 +70,12 @@ typedef struct kvs_fetch {
  * referenced, the call has been failed.
  */
 kvc_status kvs_fetch_plan(kvs_fetch *fetch) KVC_MUST_CHECK;
+/* Lets go of the values and frees the tables; not fetch itself. */
+void kvs_fetch_unref(kvs_fetch *fetch);
+void kvs_fetch_fini(kvs_fetch *fetch);
+/* Disk threads read lmdb_reads into the buffer; the last of them calls fetch->resume. AGAIN: not
+   even one of them could be had, and resume is not called. */
+kvc_status kvs_fetch_read_cold(kvs_fetch *fetch) KVC_MUST_CHECK;
 static inline uint32_t kvs_fetch_row_bytes(const kvs_fetch *fetch, uint32_t read)
 {
     const kvs_fetch_read *extra = &fetch->extra[read];

@@ -118,12 +118,14 @@ static kvc_status find_contexts(kvs_fetch *fetch)
         uint32_t part;
         kvc_status status = kvs_fetch_group(fetch->server, fetch->call, fetch->tenant, g,
                                             &fetch->contexts[g], &part);
+        if (status == KVC_OK && fetch->look)
+            status = fetch->look(fetch, g, fetch->contexts[g]->schema->parts[part].info);
         if (status != KVC_OK)
             return status;
         data_bytes += (uint64_t)req->u.fetch_rows.groups[g].n_picks *
                       fetch->contexts[g]->schema->parts[part].row_bytes;
     }
-    if (data_bytes > fetch->server->limits.max_message_bytes) {
+    if (!fetch->look && data_bytes > fetch->server->limits.max_message_bytes) {
         kvs_fail(fetch->call, KVC_INVALID,
                  "the rows asked for have %llu bytes; max_message_bytes is %u",
                  (unsigned long long)data_bytes, fetch->server->limits.max_message_bytes);

@@ -144,6 +144,7 @@ static int part_order(const void *a, const void *b)
 static void part_fill(kvs_part *out, const kvc_part *part, uint32_t block_tokens)
 {
     out->id = part->part;
+    out->info = part;
     out->row_bytes = part->row_bytes;
     out->value_bytes = part->row_bytes * block_tokens;
     out->is_index = part->kind == KVC_PART_INDEX;
@@ -168,7 +169,7 @@ static kvc_status entry_create(const kvc_digest *tenant, const kvc_schema *schem
     if (status != KVC_OK)
         goto err_entry;
     for (uint32_t i = 0; i < schema->n_parts; i++)
-        part_fill(&entry->parts[i], &schema->parts[i], schema->block_tokens);
+        part_fill(&entry->parts[i], &entry->schema->parts[i], schema->block_tokens);
     qsort(entry->parts, entry->n_parts, sizeof(*entry->parts), part_order);
     *entry_p = entry;
     return KVC_OK;

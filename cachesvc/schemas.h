@@ -21,6 +21,7 @@ typedef struct kvs_part {
     uint32_t cls; /* eviction class: values of equal size, with and without sums, of one tenant */
     uint32_t window_blocks; /* leading blocks further behind than this are not needed; 0: all are */
     bool is_index;          /* compressed keys: optional in a prefix match */
+    const kvc_part *info;   /* in the schema's own table */
 } kvs_part;
 
 typedef struct kvs_schema {

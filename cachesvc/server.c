@@ -12,6 +12,7 @@
 #include <sys/random.h>
 #include <time.h>
 
+#include "attend.h"
 #include "base/clock.h"
 #include "base/digest.h"
 #include "base/log.h"
@@ -172,7 +173,7 @@ static kvc_status open_lmdb(kvs_server *server)
     if (status == KVC_OK)
         status = recover(server);
     if (status == KVC_OK)
-        status = kvs_disk_create((uint32_t)server->settings.disk_threads, &server->disk);
+        status = kvs_disk_create("disk", (uint32_t)server->settings.disk_threads, &server->disk);
     if (status == KVC_OK)
         status = kvs_writer_create(server, &server->writer);
     if (status == KVC_OK)
@@ -294,6 +295,7 @@ static void fill_limits(kvs_server *server)
         .max_groups = KVC_MAX_GROUPS,
         .max_contexts = (uint32_t)s->max_contexts,
         .max_ttl_ms = 240ull * 3600 * 1000,
+        .max_attend_queries = s->attend_queue ? KVC_MAX_ATTEND_QUERIES : 0,
     };
 }
 
@@ -359,6 +361,8 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
                             &server->dram);
     if (status == KVC_OK)
         status = open_lmdb(server);
+    if (status == KVC_OK)
+        status = kvs_attend_open(server);
     if (status == KVC_OK)
         status = kvc_thread_start(&server->ticker, "kvs-ticker", ticker_main, server);
     if (status != KVC_OK) {
@@ -473,6 +477,7 @@ void kvs_server_close(kvs_server *server, bool flush)
     if (flush && server->writer && kvs_index_dirty_count(server->index))
         KVC_LOG_INFO(SERVER, "writing %llu values to lmdb",
                      (unsigned long long)kvs_index_dirty_count(server->index));
+    kvs_attend_close(server);
     kvs_disk_destroy(server->disk);
     kvs_writer_destroy(server->writer, flush);
     kvs_contexts_destroy(server->contexts);

@@ -49,8 +49,9 @@ typedef struct kvs_server {
     kvs_ttls *ttls;
     atomic_ullong streamed_bytes; /* of buffers for bodies that PutBlocksStream waits for */
     kvs_store dram, lmdb;
-    kvs_disk *disk;     /* NULL without lmdb */
-    kvs_writer *writer; /* NULL without lmdb */
+    struct kvs_attender *attender; /* NULL: AttendRows is not served */
+    kvs_disk *disk;                /* NULL without lmdb */
+    kvs_writer *writer;            /* NULL without lmdb */
     kvs_admission admission;
     kvs_buffers buffers;
     atomic_int phase;                        /* kvs_phase */

@@ -93,6 +93,12 @@ static const kvc_setting table[] = {
      "Threads for each listener. 0: as many as there are cores, 4 at most."},
     {"disk_threads", KVC_CONFIG_UINT, FIELD(disk_threads), "8", 1, 256, NULL,
      "Threads that wait for lmdb reads."},
+    {"attend_threads", KVC_CONFIG_UINT, FIELD(attend_threads), "0", 0, 256, NULL,
+     "Threads that attend over rows for AttendRows, each on one call. 0: half as many as there are "
+     "cores, at least one."},
+    {"attend_queue", KVC_CONFIG_UINT, FIELD(attend_queue), "64", 0, 2048, NULL,
+     "Calls of AttendRows that may wait for such a thread; beyond it they are answered AGAIN and "
+     "the rows are to be fetched. 0: AttendRows is not served."},
     {"handshake", KVC_CONFIG_DURATION, FIELD(handshake_ns), "10s", 100 * MS, 1 * HOUR, NULL,
      "A connection that has not begun to speak HTTP/2 by then is closed."},
     {"keepalive", KVC_CONFIG_DURATION, FIELD(keepalive_ns), "30s", 1 * SECOND, 24 * HOUR, NULL,

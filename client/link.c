@@ -92,6 +92,9 @@ static kvc_status take_describe(void *arg, const kvc_reply *reply)
         .max_groups = clamp_u32(in->max_groups, KVC_MAX_GROUPS),
         .max_contexts = in->max_contexts,
         .max_ttl_ms = in->max_ttl_ms,
+        .max_attend_queries = in->max_attend_queries < KVC_MAX_ATTEND_QUERIES
+                                  ? in->max_attend_queries
+                                  : KVC_MAX_ATTEND_QUERIES,
     };
     return KVC_OK;
 }

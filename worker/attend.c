@@ -10,7 +10,6 @@
 #include <string.h>
 
 #include "base/clock.h"
-#include "convert.h"
 #include "internal.h"
 
 typedef struct subset {
@@ -190,7 +189,7 @@ kvc_status kvwi_attend_result(kvw_step *step, void *out, float *lse)
     const kvw_opts *o = &step->seq->worker->opts;
     size_t n = (size_t)step->n_q * o->n_q_heads;
     const float *acc = step->acc.p;
-    kvwi_from_f32(acc, n * o->head_dim, o->dtype, out);
+    kvk_from_f32(acc, n * o->head_dim, o->dtype, out);
     if (lse != NULL) {
         memcpy(lse, acc + n * o->head_dim, n * sizeof(float));
     }

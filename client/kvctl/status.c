@@ -73,6 +73,8 @@ static void print_limits(const kvc_limits *limits)
     (void)printf("  blocks of a context    %u\n", limits->max_context_blocks);
     (void)printf("  picks in a fetch       %u\n", limits->max_picks);
     (void)printf("  groups in a fetch      %u\n", limits->max_groups);
+    (void)printf("  queries of an attend   %u%s\n", limits->max_attend_queries,
+                 limits->max_attend_queries == 0 ? " (it does not attend)" : "");
     (void)printf("  open contexts          %u per tenant\n", limits->max_contexts);
     (void)printf("  longest context TTL    %s\n",
                  kvc_duration_text(limits->max_ttl_ms * NS_PER_MS, text));
@@ -136,6 +138,7 @@ static void print_json_limits(const kvc_limits *limits)
     kvctl_json_number("max_groups", limits->max_groups);
     kvctl_json_number("max_contexts", limits->max_contexts);
     kvctl_json_number("max_ttl_ms", limits->max_ttl_ms);
+    kvctl_json_number("max_attend_queries", limits->max_attend_queries);
     kvctl_json_close();
 }
 

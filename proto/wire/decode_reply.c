@@ -44,6 +44,7 @@ static kvc_limits get_limits(const Kvasir__V1__Limits *msg)
         .max_groups = msg->max_groups,
         .max_contexts = msg->max_contexts,
         .max_ttl_ms = msg->max_ttl_ms,
+        .max_attend_queries = msg->max_attend_queries,
     };
 }
 

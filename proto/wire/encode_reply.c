@@ -46,6 +46,7 @@ static Kvasir__V1__Limits put_limits(const kvc_limits *limits)
     msg.max_groups = limits->max_groups;
     msg.max_contexts = limits->max_contexts;
     msg.max_ttl_ms = limits->max_ttl_ms;
+    msg.max_attend_queries = limits->max_attend_queries;
     return msg;
 }
 

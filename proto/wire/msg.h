@@ -66,6 +66,14 @@ typedef struct kvc_row_group {
     const uint32_t *picks;
 } kvc_row_group;
 
+/* Beside a row group: the queries that attend over its rows. */
+typedef struct kvc_attend_query {
+    uint32_t n_q, n_q_heads;
+    kvc_dtype q_dtype, o_dtype;
+    bool same_q;           /* those of the group before */
+    const uint32_t *ranks; /* [n_picks] positions of the keys, or NULL: taken as they are stored */
+} kvc_attend_query;
+
 typedef struct kvc_missing_row {
     uint32_t index;
     kvc_status status;
@@ -174,7 +182,8 @@ typedef struct kvc_request {
         struct {
             uint32_t n_groups;
             const kvc_row_group *groups;
-        } fetch_rows; /* and of FetchRowsStream */
+            const kvc_attend_query *queries; /* [n_groups]; AttendRows only */
+        } fetch_rows;                        /* and of FetchRowsStream and AttendRows */
         struct {
             kvc_digest schema;
             uint32_t n_digests, n_parts;

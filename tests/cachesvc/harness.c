@@ -256,7 +256,7 @@ static void copy_reply(h_peer *peer)
         memcpy(peer->data + peer->data_bytes, reply->data[i].iov_base, reply->data[i].iov_len);
         peer->data_bytes += reply->data[i].iov_len;
     }
-    if (reply->method == KVC_FETCH_ROWS) {
+    if (reply->method == KVC_FETCH_ROWS || reply->method == KVC_ATTEND_ROWS) {
         peer->n_missing = reply->u.fetch_rows.n_missing;
         memcpy(peer->missing, reply->u.fetch_rows.missing,
                peer->n_missing * sizeof(peer->missing[0]));

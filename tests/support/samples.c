@@ -97,6 +97,34 @@ static const kvc_row_group *sample_groups(uint32_t n, kvc_arena *arena)
     return groups;
 }
 
+/* Of the groups of the same number; group 0 has no picks, so it has no ranks either. */
+static const kvc_attend_query *sample_queries(uint32_t n, kvc_arena *arena)
+{
+    kvc_attend_query *queries = zeroed(arena, n, sizeof(*queries));
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t *ranks = zeroed(arena, i * 100 + 1, sizeof(*ranks));
+        for (uint32_t j = 0; j < i * 100; j++)
+            ranks[j] = j * 10 + (i << 9);
+        queries[i] = (kvc_attend_query){1 + i,
+                                        32 * (i + 1),
+                                        i % 2 ? KVC_DTYPE_BF16 : KVC_DTYPE_F16,
+                                        i % 2 ? KVC_DTYPE_F32 : KVC_DTYPE_BF16,
+                                        i == 2,
+                                        i == 0 || i == 2 ? NULL : ranks};
+    }
+    return queries;
+}
+
+static void fill_attend_request(kvc_request *req, size_t data_bytes, kvc_arena *arena)
+{
+    req->u.fetch_rows.n_groups = 4;
+    req->u.fetch_rows.groups = sample_groups(4, arena);
+    req->u.fetch_rows.queries = sample_queries(4, arena);
+    req->data = sample_data(data_bytes, arena);
+    req->n_data = PIECES;
+    req->data_bytes = data_bytes;
+}
+
 static const kvc_put_value *sample_values(uint32_t n, kvc_arena *arena)
 {
     kvc_put_value *values = zeroed(arena, n, sizeof(*values));
@@ -294,6 +322,9 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
         req.u.fetch_rows.n_groups = method == KVC_FETCH_ROWS ? 4 : 3;
         req.u.fetch_rows.groups = sample_groups(req.u.fetch_rows.n_groups, arena);
         break;
+    case KVC_ATTEND_ROWS:
+        fill_attend_request(&req, data_bytes, arena);
+        break;
     case KVC_FETCH_BLOCKS:
         req.u.fetch_blocks.schema = sample_digest(93);
         req.u.fetch_blocks.n_digests = 7;
@@ -446,7 +477,7 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
     case KVC_DESCRIBE:
         reply.u.describe.version = "0.1.0";
         reply.u.describe.boot_id = 1ull << 63;
-        reply.u.describe.limits = (kvc_limits){1, 2, 3, 4, 5, 6, 7, 8, 9};
+        reply.u.describe.limits = (kvc_limits){1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
         reply.u.describe.n_tiers = 2;
         reply.u.describe.tiers = sample_tiers(arena);
         reply.u.describe.n_schemas = 3;
@@ -487,6 +518,7 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
         fill_saved_reply(&reply, data_bytes, arena);
         break;
     case KVC_FETCH_ROWS:
+    case KVC_ATTEND_ROWS:
         fill_fetch_reply(&reply, data_bytes, arena);
         break;
     case KVC_STATS:

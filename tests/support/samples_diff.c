@@ -95,6 +95,23 @@ static const char *groups_diff(const kvc_row_group *a, const kvc_row_group *b, u
     return NULL;
 }
 
+static const char *queries_diff(const kvc_request *ra, const kvc_request *rb)
+{
+    const kvc_attend_query *a = ra->u.fetch_rows.queries, *b = rb->u.fetch_rows.queries;
+    for (uint32_t i = 0; i < ra->u.fetch_rows.n_groups; i++, a++, b++) {
+        SAME(n_q);
+        SAME(n_q_heads);
+        SAME(q_dtype);
+        SAME(o_dtype);
+        SAME(same_q);
+        if ((a->ranks == NULL) != (b->ranks == NULL))
+            return "ranks";
+        if (a->ranks != NULL)
+            SAME_BYTES(ranks, ra->u.fetch_rows.groups[i].n_picks * sizeof(uint32_t));
+    }
+    return data_diff(ra->data, rb->data, ra->data_bytes);
+}
+
 static const char *values_diff(const kvc_put_value *a, const kvc_put_value *b, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++, a++, b++) {
@@ -268,6 +285,12 @@ const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
         SAME(u.fetch_rows.n_groups);
         return groups_diff(a->u.fetch_rows.groups, b->u.fetch_rows.groups,
                            a->u.fetch_rows.n_groups);
+    case KVC_ATTEND_ROWS:
+        SAME(u.fetch_rows.n_groups);
+        if (groups_diff(a->u.fetch_rows.groups, b->u.fetch_rows.groups, a->u.fetch_rows.n_groups) !=
+            NULL)
+            return "groups";
+        return queries_diff(a, b);
     case KVC_ERASE:
     case KVC_HOLD:
     case KVC_RELEASE:
@@ -312,6 +335,7 @@ static const char *describe_diff(const kvc_reply *a, const kvc_reply *b)
     SAME(u.describe.limits.max_groups);
     SAME(u.describe.limits.max_contexts);
     SAME(u.describe.limits.max_ttl_ms);
+    SAME(u.describe.limits.max_attend_queries);
     SAME(u.describe.n_tiers);
     SAME(u.describe.n_schemas);
     SAME_BYTES(u.describe.schemas, a->u.describe.n_schemas * sizeof(kvc_digest));

@@ -285,6 +285,68 @@ static void fetch_limits(void)
     free(picks);
 }
 
+/* A group of AttendRows: rows with n_picks, n_q, n_q_heads, dtypes, same_q, n_ranks of one value.
+ */
+static kvc_status attend_group(uint32_t n_picks, uint64_t n_q, uint64_t heads, uint64_t q_dtype,
+                               bool same_q, uint32_t n_ranks, uint64_t rank, const char **why_p)
+{
+    struct buf rows = {0}, group = {0}, ranks = {0}, buf = {0};
+    uint32_t picks[8] = {0};
+    put_bytes(&rows, 3, picks, n_picks * sizeof(*picks));
+    put_bytes(&group, 1, rows.bytes, rows.len);
+    put_number(&group, 2, n_q);
+    put_number(&group, 3, heads);
+    put_number(&group, 4, q_dtype);
+    put_number(&group, 5, KVC_DTYPE_F32);
+    put_number(&group, 6, same_q);
+    for (uint32_t i = 0; i < n_ranks; i++)
+        put_varint(&ranks, rank);
+    put_bytes(&group, 7, ranks.bytes, ranks.len);
+    put_bytes(&buf, 1, group.bytes, group.len);
+    kvc_status status = decode_request(KVC_ATTEND_ROWS, &buf, why_p);
+    clear(&rows);
+    clear(&group);
+    clear(&ranks);
+    clear(&buf);
+    return status;
+}
+
+static void attend_refused(kvc_status status, const char **why_p, const char *word)
+{
+    assert_int_equal(status, KVC_INVALID);
+    assert_non_null(strstr(*why_p, word));
+}
+
+static void attend_limits(void)
+{
+    const char *why = "";
+    const uint64_t bf16 = KVC_DTYPE_BF16;
+    struct buf group = {0}, buf = {0};
+    assert_int_equal(attend_group(3, 1, 32, bf16, false, 3, KVC_MAX_RANK - 1, &why), KVC_OK);
+    assert_int_equal(attend_group(0, KVC_MAX_ATTEND_QUERIES, 1024, bf16, false, 0, 0, &why),
+                     KVC_OK);
+    attend_refused(attend_group(3, 0, 32, bf16, false, 0, 0, &why), &why, "n_q ");
+    attend_refused(attend_group(3, KVC_MAX_ATTEND_QUERIES + 1, 32, bf16, false, 0, 0, &why), &why,
+                   "n_q ");
+    attend_refused(attend_group(3, 1, 0, bf16, false, 0, 0, &why), &why, "n_q_heads");
+    attend_refused(attend_group(3, 1, 1025, bf16, false, 0, 0, &why), &why, "n_q_heads");
+    attend_refused(attend_group(3, 1, 32, KVC_DTYPE_I8, false, 0, 0, &why), &why, "dtype");
+    attend_refused(attend_group(3, 1, 32, 77, false, 0, 0, &why), &why, "dtype");
+    attend_refused(attend_group(3, 1, 32, bf16, true, 0, 0, &why), &why, "first group");
+    attend_refused(attend_group(3, 1, 32, bf16, false, 2, 0, &why), &why, "rank");
+    attend_refused(attend_group(0, 1, 32, bf16, false, 1, 0, &why), &why, "rank");
+    attend_refused(attend_group(3, 1, 32, bf16, false, 3, KVC_MAX_RANK, &why), &why, "2^30");
+    put_number(&group, 2, 1);
+    put_bytes(&buf, 1, group.bytes, group.len);
+    attend_refused(decode_request(KVC_ATTEND_ROWS, &buf, &why), &why, "no rows");
+    clear(&group);
+    clear(&buf);
+    for (uint32_t i = 0; i <= KVC_MAX_GROUPS; i++)
+        put_bytes(&buf, 1, NULL, 0);
+    attend_refused(decode_request(KVC_ATTEND_ROWS, &buf, &why), &why, "max_groups");
+    clear(&buf);
+}
+
 void limits_on_decode(void **state)
 {
     (void)state;
@@ -292,6 +354,7 @@ void limits_on_decode(void **state)
     digest_lengths();
     put_limits();
     fetch_limits();
+    attend_limits();
 }
 
 void order_and_repeats(void **state)

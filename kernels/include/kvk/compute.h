@@ -324,6 +324,9 @@ const char *kvk_backend_name(uint32_t i);
 
 size_t kvk_topk_workspace_bytes(uint32_t n, uint32_t k);
 size_t kvk_dtype_bytes(kvk_dtype dtype);
+/* out [n] in dtype (F32, F16 or BF16), which needs no alignment, = in [n], to nearest even;
+ * overflow becomes infinity, NaN stays NaN. */
+void kvk_from_f32(const float *in, size_t n, kvk_dtype dtype, void *out);
 
 /* Scaling of rotary frequencies; type 0: plain theta; 1: Llama-3 (uses the four factors). */
 typedef struct kvk_rope_params {

@@ -30,7 +30,10 @@ extern "C" {
 #define KVC_MAX_GROUPS         1024u  /* groups in one FetchRows */
 #define KVC_MAX_NAME_BYTES     255u   /* model ids, revisions, tenants */
 #define KVC_MAX_RECIPE_BYTES   4096u
-#define KVC_MAX_HEADER_BYTES   (4u << 20)  /* a message without its bulk field */
+#define KVC_MAX_HEADER_BYTES   (4u << 20) /* a message without its bulk field */
+#define KVC_MAX_ATTEND_QUERIES 64u        /* of one group of AttendRows */
+#define KVC_MAX_ATTEND_HEADS   1024u
+#define KVC_MAX_RANK           (1u << 30)  /* positions of keys in AttendRows lie below it */
 #define KVC_MAX_SAVED_PAGE     256u        /* saved contexts in one ListContexts reply */
 #define KVC_MIN_SAVED_PIECE    (64u << 10) /* of a saved context's body, but for the last one */
 
@@ -147,6 +150,7 @@ typedef struct kvc_limits {
     uint32_t max_groups;
     uint32_t max_contexts; /* open per tenant */
     uint64_t max_ttl_ms;
+    uint32_t max_attend_queries; /* of one group of AttendRows; 0: it is not served */
 } kvc_limits;
 
 /* Bytes and traffic of one tier, as Stats and Describe report them. */

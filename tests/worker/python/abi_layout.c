@@ -45,7 +45,7 @@
 #define LIMITS(X, t) \
     X(t, max_value_bytes) X(t, max_message_bytes) X(t, max_batch_values) X(t, max_digests) \
     X(t, max_context_blocks) X(t, max_picks) X(t, max_groups) X(t, max_contexts) \
-    X(t, max_ttl_ms)
+    X(t, max_ttl_ms) X(t, max_attend_queries)
 #define TIER(X, t) \
     X(t, name) X(t, capacity_bytes) X(t, used_bytes) X(t, values) X(t, rows_read) \
     X(t, bytes_read) X(t, bytes_written) X(t, evictions)

@@ -120,6 +120,7 @@ class Limits(C.Structure):
         ("max_groups", C.c_uint32),
         ("max_contexts", C.c_uint32),
         ("max_ttl_ms", C.c_uint64),
+        ("max_attend_queries", C.c_uint32),
     ]
 
 
