@@ -3,7 +3,7 @@ The synthetic tasks: random tokens in which needles are hidden, and questions ab
 
 A context is a body of chunks, some of which hold one needle each among random tokens, and a tail
 that asks. Needles: the passkey `PASS VAL v1..v4`, keys `KEY a1 a2 VAL v1..v4`, links `KEY a1 a2
-LINK b1 b2` to another key's needle. A question ends its chunk's text and its answer, `ANS v1..v4`,
+LINK b1 b2` to another key's needle. A question ends its chunk's text and its answer, `VAL v1..v4`,
 begins the next chunk:
 passkey `ASKP`, multi-key `ASK a1 a2`, two-hop `ASK2 a1 a2`: a1 a2 names a link, the answer is the
 value of the key that it names. A two-hop question has one more chunk before the answer, which asks
@@ -17,7 +17,7 @@ import numpy as np
 
 CHUNK = 64
 TEXT = CHUNK - 1  # rows of a chunk before the landmark
-KEY, VAL, LINK, PASS, ASKP, ASK, ASK2, HOP, ANS = range(1, 10)
+KEY, VAL, LINK, PASS, ASKP, ASK, ASK2, HOP = range(1, 9)
 FIRST = 16  # ids from here on are plain tokens
 VOCAB = 256
 VALUE = 4
@@ -87,10 +87,10 @@ def head_of(token, keys):
 
 
 def answer(tokens, labels, chunk, at, source, begin):
-    """Writes ANS, the value at [source, begin ..] of the body and what follows it into tail chunk
+    """Writes VAL, the value at [source, begin ..] of the body and what follows it into tail chunk
     `at`, the chunk'th of tokens. source, begin [n_rows]."""
     rows = np.arange(len(tokens))
-    tokens[:, chunk, 0] = ANS
+    tokens[:, chunk, 0] = VAL
     for j in range(VALUE + COPY):
         there = begin + j < TEXT
         text = tokens[rows, source, np.minimum(begin + j, TEXT - 1)]

@@ -4,7 +4,8 @@ The decoder: after GCA (2410.01651 sec 3), small.
 Rows come in chunks of 64, the last row of each being the landmark token. The lower half (sliding
 window attention with ALiBi) runs over everything. An encoder of two layers, bidirectional inside a
 chunk, turns its output into what the store keeps: a landmark (the encoder's row of the landmark
-token) and one pair of K and V, shared by every upper layer, with a zero landmark row: that row adds
+token) and one pair of K and V, shared by every upper layer. A row's V is of the token behind it, so
+that what looks like the current token tells the next one. The landmark's row is zero: it adds
 exp(0) to each chunk's softmax (softmax off by one). The upper half runs over the last chunks only,
 the tail; its layers form groups. A group retrieves once a chunk: the landmark row of chunk t, RMS
 normed, scores the landmarks of chunks i < t, and chunk t + 1 uses the best k, weighted by a softmax
@@ -269,8 +270,19 @@ class Model(nn.Module):
         self.upper = nn.ModuleList(UpperLayer(c, gain) for _ in range(c.upper))
         self.query_norms = nn.ModuleList(Norm(c.hidden) for _ in range(c.groups))
         self.out_norm = Norm(c.hidden)
-        self.head = linear(c.hidden, c.vocab, 0.2)
+        self.head = linear(c.hidden, c.vocab)
         self._bias = {}
+        self._begin_by_copying()
+
+    @torch.no_grad()
+    def _begin_by_copying(self):
+        """Weights with which queries meet equal tokens and values come out as they went in: from
+        there it is not far to copying the right thing from the right chunk."""
+        nn.init.orthogonal_(self.value.weight)
+        self.head.weight.copy_(self.embed.weight * (0.5 / math.sqrt(self.c.hidden)))
+        for layer in self.upper:
+            layer.query.weight.copy_(self.key.weight)
+            layer.out.weight.copy_(self.value.weight.T)
 
     def bias(self, n_chunks, device):
         """The mask of n_chunks, kept: batches come in few lengths."""
@@ -302,8 +314,8 @@ class Model(nn.Module):
         for layer in self.encoder:
             e = layer(e)
         e = self.encoder_norm(e).view(b, n, s, hidden)
-        kv = torch.stack([self.key(e), self.value(e)], dim=2)
-        kv = F.pad(kv[:, :, :, : s - 1], (0, 0, 0, 1))
+        kv = torch.stack([self.key(e[:, :, :-1]), self.value(e[:, :, 1:])], dim=2)
+        kv = F.pad(kv, (0, 0, 0, 1))
         kv = kv.view(b, n, 2, s, self.c.heads, -1).transpose(3, 4)
         return e[:, :, s - 1].float(), kv
 
