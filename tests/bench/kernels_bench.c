@@ -419,6 +419,23 @@ static void bench_gather(const uint16_t *data, uint32_t n, void *out)
     free(rows);
 }
 
+/* What a group does in 64 tokens after its chunks have been attended: 64 queries, 32 heads. */
+static void bench_chunks(void)
+{
+    uint32_t chunks = 8, rows = 64 * 32, dim = 128;
+    size_t n = (size_t)chunks * rows;
+    float *o = floats(n * dim), *lse = floats(n), *out = floats((size_t)rows * dim), weights[8];
+
+    report("chunk_weights", "8 scores", call_chunk_weights,
+           &(kvk_chunk_weights_args){lse, NULL, 1, chunks, KVK_FUSE_SOFTMAX, 1, weights}, 0, 0);
+    report("chunk_fuse", "8 chunks, 64 queries of 32 heads of 128", call_chunk_fuse,
+           &(kvk_chunk_fuse_args){o, lse, weights, chunks, rows, dim, 1, out}, 0,
+           (double)(n + rows) * dim * 4e-9);
+    free(o);
+    free(lse);
+    free(out);
+}
+
 static void bench_rows(void)
 {
     uint32_t n = opt.quick ? 64 : 4096;
@@ -494,6 +511,7 @@ int main(int argc, char **argv)
     bench_attend();
     bench_scores();
     bench_select();
+    bench_chunks();
     bench_rows();
     kvk_backend_close(be);
     return failures ? 1 : 0;

@@ -282,13 +282,53 @@ typedef struct kvk_cosine_args {
     double *cos_p;
 } kvk_cosine_args;
 
+typedef enum kvk_fusion {
+    KVK_FUSE_SOFTMAX = 1, /* GCA (2410.01651): softmax over the chosen scores, nothing else */
+    KVK_FUSE_STICK = 2    /* HSA (2504.16795): stick breaking, from the newest chunk down */
+} kvk_fusion;
+
+#define KVK_CHUNKS_MAX 1024u /* chosen chunks of one query */
+
+/*
+ * Weights of the k chunks that each of n queries chose, x = scale * score:
+ *   SOFTMAX  w_i = exp(x_i) / sum_j exp(x_j)
+ *   STICK    w_i = sigma(x_i) * prod over j with ids_j > ids_i of (1 - sigma(x_j))
+ * A score of -INFINITY (a place of a list that had fewer candidates) weighs 0, also where all are;
+ * a NaN score makes its query's weights NaN. ids of one query that score above -INFINITY differ, or
+ * the call is KVC_INVALID; SOFTMAX does not read them. In double, in order: equal bits everywhere.
+ */
+typedef struct kvk_chunk_weights_args {
+    const float *scores; /* [n, k] */
+    const uint32_t *ids; /* [n, k] chunks by position; SOFTMAX: may be NULL */
+    uint32_t n, k;       /* k <= KVK_CHUNKS_MAX */
+    kvk_fusion fusion;
+    float scale;    /* e.g. 1/sqrt(hidden) */
+    float *weights; /* [n, k] */
+} kvk_chunk_weights_args;
+
+/*
+ * The weighted sum of per-chunk attention: out [n, dim] = sum_c weights[c] * g * o[c], where o [c]
+ * and lse [c] are the partial of `attend` over chunk c alone, n its (query, head) rows. off_by_one:
+ * each chunk's softmax has 1 in its denominator besides, which is g = sigma(lse); else g = 1. A
+ * chunk of weight 0, or at lse = -INFINITY (empty), adds nothing and its o is not read.
+ * Bound: (n_chunks + 3) u sum |w g o|.
+ */
+typedef struct kvk_chunk_fuse_args {
+    const float *o;       /* [n_chunks, n, dim] */
+    const float *lse;     /* [n_chunks, n] */
+    const float *weights; /* [n_chunks] */
+    uint32_t n_chunks, n, dim;
+    uint32_t off_by_one; /* 0 or 1 */
+    float *out;          /* [n, dim]; may not overlap o */
+} kvk_chunk_fuse_args;
+
 /* Every op of the table: name, its args struct is kvk_<name>_args. One row adds an op everywhere.
  */
 /* clang-format off */
 #define KVK_OPS(X) \
     X(convert) X(mean) X(group_sum) X(rope) X(project) X(quantize) X(score_index) X(score_keys) \
     X(score_rows) X(softmax_stats) X(vote) X(row_max) X(chunk_fold) X(window_max) X(topk) \
-    X(resolve) X(gather) X(attend) X(merge) X(cosine)
+    X(resolve) X(gather) X(attend) X(merge) X(cosine) X(chunk_weights) X(chunk_fuse)
 /* clang-format on */
 
 /* The table. Every slot is REQ. */
