@@ -25,6 +25,7 @@ typedef enum kvc_lock_rank {
     KVC_RANK_SCHEMA = 6,  /* cachesvc/schemas.c */
     KVC_RANK_INDEX = 8,   /* cachesvc/index.c */
     KVC_RANK_TIER = 12,   /* inside one tier */
+    KVC_RANK_LENT = 16,   /* base/lent.c; its watchers lock transports */
     KVC_RANK_TRANSPORT = 20,
     KVC_RANK_QUEUE = 24, /* leaf locks of rings, queues and pools */
     KVC_RANK_LEAF = 28,  /* nothing is locked under it */
