@@ -19,6 +19,9 @@ static const kvt_ops *const transports[] = {
 #ifdef KVASIR_GRPC
     &kvt_grpc_ops,
 #endif
+#ifdef KVASIR_RDMA
+    &kvt_rdma_ops,
+#endif
 };
 
 #define N_TRANSPORTS (sizeof(transports) / sizeof(transports[0]))

@@ -23,6 +23,7 @@
 extern const kvt_ops kvt_inproc_ops;
 extern const kvt_ops kvt_grpc_ops;
 extern const kvt_ops kvt_shm_ops;
+extern const kvt_ops kvt_rdma_ops;
 
 /* Counts a call of ours that is answered without the server having seen it, in the metrics that the
    server keeps of the calls that it sees. */

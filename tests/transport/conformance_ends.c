@@ -311,6 +311,11 @@ void bad_uris(void **state)
                                       "grpc://host",
                                       "grpc://h:1/path",
                                       "grpc+unix://relative",
+                                      "rdma://",
+                                      "rdma://:1",
+                                      "rdma://host",
+                                      "rdma://h:1/path",
+                                      "rdma://::1:1",
                                       "inproc://"};
     for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
         kvt_listener *listener = (kvt_listener *)(uintptr_t)1;

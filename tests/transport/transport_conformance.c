@@ -10,13 +10,15 @@
 #include "conformance.h"
 #include "fixture.h"
 
+#ifdef KVASIR_RDMA
+#include "fake_verbs.h"
+#endif
+
 static const struct {
     const char *scheme, *uri;
 } listen_uris[] = {
-    {"inproc", "inproc://conformance"},
-    {"shm", NULL}, /* in a folder of this run */
-    {"grpc", "grpc://127.0.0.1:0"},
-    {"grpc+unix", NULL},
+    {"inproc", "inproc://conformance"}, {"shm", NULL}, /* in a folder of this run */
+    {"grpc", "grpc://127.0.0.1:0"},     {"grpc+unix", NULL}, {"rdma", "rdma://127.0.0.1:0"},
 };
 
 static int run_suite(const char *name, const char *uri)
@@ -67,6 +69,28 @@ static int run_suite(const char *name, const char *uri)
     return cmocka_run_group_tests_name(name, tests, NULL, NULL);
 }
 
+/* On the device whose address KVASIR_RDMA_ADDRESS names, or on verbs without a device: then
+ * nothing may be left of them. */
+static int run_rdma(const char *fake_uri)
+{
+#ifdef KVASIR_RDMA
+    static char uri[128];
+    const char *address = getenv("KVASIR_RDMA_ADDRESS");
+    if (address != NULL) {
+        (void)snprintf(uri, sizeof(uri), "rdma://%s:0", address);
+        return run_suite("rdma", uri);
+    }
+    fake_verbs_use(NULL);
+    int n_failed = run_suite("rdma", fake_uri);
+    if (!fake_verbs_all_gone())
+        print_error("something of the device's was left behind\n");
+    return n_failed + !fake_verbs_all_gone();
+#else
+    (void)fake_uri;
+    return 1;
+#endif
+}
+
 static int run_scheme(const char *scheme)
 {
     static char uri[128];
@@ -74,6 +98,8 @@ static int run_scheme(const char *scheme)
     for (size_t i = 0; i < sizeof(listen_uris) / sizeof(listen_uris[0]); i++) {
         if (strcmp(listen_uris[i].scheme, scheme) != 0)
             continue;
+        if (strcmp(scheme, "rdma") == 0)
+            return run_rdma(listen_uris[i].uri);
         if (listen_uris[i].uri != NULL)
             return run_suite(scheme, listen_uris[i].uri);
         if (mkdtemp(dir) == NULL)

@@ -1,0 +1,443 @@
+/*
+ * ops.c: transfers at the client: begun, told of what came, ended.
+ *
+ * Deliveries run on the loop's thread with the mutex free. Invariant: a landing or staging buffer
+ * goes back to the pool only once the server's END has come or its link is gone, whatever the
+ * caller has been told.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/assert.h"
+#include "base/clock.h"
+#include "client.h"
+#include "wire/wire.h"
+
+/* ---- tables ---------------------------------------------------------------------------------- */
+
+static kvtr_rop **bucket_of(kvtr_link *link, uint64_t id)
+{
+    return (kvtr_rop **)&link->calls[id % KVTI_CALL_BUCKETS];
+}
+
+static kvtr_rop *find_op(kvtr_link *link, uint64_t id)
+{
+    kvtr_rop *op = *bucket_of(link, id);
+    while (op != NULL && op->id != id)
+        op = op->same;
+    return op;
+}
+
+static void put_memory(kvtr_rop *op)
+{
+    if (op->landing != NULL)
+        op->conn->n_landings--;
+    kvtr_buf_put(op->landing);
+    kvtr_buf_put(op->staging);
+    op->landing = op->staging = NULL;
+}
+
+/* With the mutex held: the server is done with it. */
+static void forget(kvtr_rop *op)
+{
+    kvtr_rop **at = bucket_of(op->link, op->id);
+    while (*at != op)
+        at = &(*at)->same;
+    *at = op->same;
+    op->link = NULL;
+}
+
+static void leave_channel(kvtr_rop *op)
+{
+    kvtr_channel *channel = op->channel;
+    kvtr_rop **at = &channel->first;
+    while (*at != op)
+        at = &(*at)->waits;
+    *at = op->waits;
+    if (op->waits == NULL)
+        channel->last = at;
+    op->waiting = false;
+}
+
+void kvtr_list_op(kvtr_rop *op)
+{
+    kvt_conn *conn = op->conn;
+    if (op->listed || op->xfer == NULL)
+        return;
+    op->listed = true;
+    op->told = NULL;
+    *conn->told_last = op;
+    conn->told_last = &op->told;
+    kvtr_loop_wake(&conn->loop);
+}
+
+void kvtr_end_op(kvtr_rop *op, kvc_status status, const char *detail)
+{
+    if (op->ended)
+        return;
+    op->ended = true;
+    op->status = status;
+    (void)snprintf(op->detail, sizeof(op->detail), "%s", detail);
+    if (op->pushing) {
+        op->pushing = false;
+        op->pushed_due = true;
+        op->pushed_ok = false;
+    }
+    if (op->waiting)
+        leave_channel(op);
+    else if (op->link != NULL && op->link->state == KVTI_LINK_UP)
+        kvtr_send_plain(op->link, KVC_FRAME_CANCEL, op->id);
+    kvtr_list_op(op);
+}
+
+void kvtr_fail_waiting(kvtr_channel *channel, kvc_status status, const char *why)
+{
+    while (channel->first != NULL)
+        kvtr_end_op(channel->first, status, why);
+}
+
+/* ---- beginning ------------------------------------------------------------------------------- */
+
+static void copy_data(uint8_t *at, const kvc_request *req)
+{
+    for (uint32_t i = 0; i < req->n_data; i++) {
+        if (req->data[i].iov_len > 0)
+            memcpy(at, req->data[i].iov_base, req->data[i].iov_len);
+        at += req->data[i].iov_len;
+    }
+}
+
+bool kvtr_stage(kvtr_rop *op, kvtr_link *link, kvc_frame *frame, const kvc_request *req)
+{
+    bool full;
+    if (req->data_bytes == 0 || !link->peer_reads ||
+        kvtr_fits_fragment(link, frame->head_bytes + (size_t)req->data_bytes))
+        return false;
+    kvtr_buf_put(op->staging); /* of the message before, which the server has taken */
+    op->staging = kvtr_buf_get(link->domain, (uint32_t)req->data_bytes, &full);
+    if (op->staging == NULL)
+        return false;
+    copy_data(op->staging->bytes, req);
+    frame->flags |= KVC_FRAME_ELSEWHERE;
+    frame->spare[0] = (uintptr_t)op->staging->bytes;
+    frame->spare[1] = op->staging->mr->rkey;
+    return true;
+}
+
+/* With the mutex held. False: it has to wait for a buffer. */
+static bool take_landing(kvtr_rop *op, kvtr_link *link)
+{
+    bool full;
+    if (!(kvc_method_flags(op->frame.method) & KVC_METHOD_BULK_REPLY))
+        return true;
+    if (op->conn->n_landings >= KVTI_LANDINGS)
+        return false;
+    op->landing = kvtr_buf_get(link->domain, op->conn->max_message_bytes, &full);
+    if (op->landing == NULL)
+        return true; /* the reply comes in fragments */
+    op->conn->n_landings++;
+    op->frame.spare[0] = (uintptr_t)op->landing->bytes;
+    op->frame.spare[1] = op->landing->mr->rkey | (uint64_t)op->conn->max_message_bytes << 32;
+    return true;
+}
+
+/* With the mutex held: the request goes out, unless it has to wait. */
+static void begin_op(kvtr_rop *op, kvtr_link *link)
+{
+    kvc_frame *frame = &op->frame;
+    const kvc_request *req = op->xfer->req;
+    uint64_t now_ns = kvc_now_ns();
+    if (!take_landing(op, link))
+        return;
+    bool staged = kvtr_stage(op, link, frame, req);
+    frame->call = op->id;
+    if (op->deadline_ns != 0)
+        frame->deadline_ns = op->deadline_ns > now_ns ? op->deadline_ns - now_ns : 1;
+    if (frame->deadline_ns > KVC_FRAME_MAX_DEADLINE_NS)
+        frame->deadline_ns = 0;
+    kvtr_out *out = kvtr_out_create(frame, op->head, NULL, req->data,
+                                    staged || req->data_bytes == 0 ? 0 : req->n_data);
+    leave_channel(op);
+    kvc_arena_reset(&op->arena);
+    op->head = NULL;
+    if (out == NULL) {
+        put_memory(op);
+        kvtr_end_op(op, KVC_NO_MEMORY, "out of memory");
+        return;
+    }
+    op->link = link;
+    op->same = *bucket_of(link, op->id);
+    *bucket_of(link, op->id) = op;
+    kvtr_send(link, out);
+}
+
+void kvtr_begin_ops(kvtr_channel *channel)
+{
+    kvtr_link *link = channel->link;
+    if (link == NULL || link->state != KVTI_LINK_UP || link->broken)
+        return;
+    kvtr_rop *next;
+    for (kvtr_rop *op = channel->first; op != NULL; op = next) {
+        next = op->waits; /* one that waits for a landing does not stop those that need none */
+        begin_op(op, link);
+    }
+}
+
+/* With the mutex held: a buffer may have come back. */
+static void begin_all(kvt_conn *conn)
+{
+    for (uint32_t i = 0; i < conn->n_channels; i++)
+        kvtr_begin_ops(&conn->channels[i]);
+}
+
+/* ---- what comes ------------------------------------------------------------------------------ */
+
+/* A message where it lies: header in body, payload behind it or in the landing. */
+static kvc_status take_message(kvtr_rop *op, kvt_xfer *xfer, const kvc_frame *frame, uint8_t *body,
+                               const char **why_p)
+{
+    struct iovec pieces[2] = {{body, frame->head_bytes}, {NULL, frame->data_bytes}};
+    bool elsewhere = (frame->flags & KVC_FRAME_ELSEWHERE) != 0;
+    *why_p = "a reply whose payload is nowhere";
+    if (elsewhere && (op->landing == NULL || frame->data_bytes > op->conn->max_message_bytes))
+        return KVC_PROTOCOL;
+    pieces[1].iov_base =
+        elsewhere ? op->landing->bytes : body + frame->head_bytes + frame->detail_bytes;
+    kvc_status status =
+        kvc_wire_decode_reply(xfer->req->method, pieces, 2, &xfer->arena, &xfer->reply, why_p);
+    return status == KVC_INVALID ? KVC_PROTOCOL : status;
+}
+
+/* With the mutex held: op is the thread's alone from here. */
+static void unlist_op(kvtr_rop *op)
+{
+    kvt_conn *conn = op->conn;
+    if (op->prev != NULL)
+        op->prev->next = op->next;
+    else
+        conn->ops = op->next;
+    if (op->next != NULL)
+        op->next->prev = op->prev;
+    op->xfer->priv = NULL;
+}
+
+static void free_op(kvtr_rop *op)
+{
+    kvc_arena_reset(&op->arena);
+    free(op);
+}
+
+/* The last that is heard of it. With the mutex free; the op is out of the link's table, or stays
+ * there as the server's. */
+static void deliver_end(kvtr_rop *op, kvt_xfer *xfer, kvc_status status, const char *detail)
+{
+    kvt_conn *conn = op->conn;
+    if (op->pushed_due)
+        xfer->pushed(xfer, op->pushed_ok);
+    xfer->status = status;
+    if (status != KVC_OK)
+        (void)snprintf(xfer->detail, sizeof(xfer->detail), "%s", detail);
+    xfer->done(xfer);
+    kvc_mutex_lock(&conn->loop.mutex);
+    op->xfer = NULL;
+    bool over = op->link == NULL;
+    if (over)
+        put_memory(op);
+    conn->n_ops--;
+    begin_all(conn);
+    kvc_cond_broadcast(&conn->loop.changed);
+    kvc_mutex_unlock(&conn->loop.mutex);
+    if (over)
+        free_op(op);
+}
+
+static bool on_end(kvtr_rop *op, const kvc_frame *frame, uint8_t *body)
+{
+    kvt_conn *conn = op->conn;
+    kvt_xfer *xfer = op->xfer;
+    char text[KVC_FRAME_DETAIL_BYTES + 1];
+    const char *detail = text;
+    kvc_status status = frame->status;
+    kvc_mutex_lock(&conn->loop.mutex);
+    forget(op);
+    bool late = op->ended; /* its caller hears, or has heard, something else */
+    if (late && xfer == NULL) {
+        put_memory(op);
+        begin_all(conn);
+    }
+    if (!late) {
+        op->ended = true;
+        op->pushed_due = op->pushing; /* a message that the server did not take */
+        op->pushing = false;
+        unlist_op(op);
+    }
+    kvc_mutex_unlock(&conn->loop.mutex);
+    if (late) {
+        if (xfer == NULL)
+            free_op(op);
+        return true;
+    }
+    memcpy(text, body + frame->head_bytes, frame->detail_bytes);
+    text[frame->detail_bytes] = '\0';
+    xfer->reply = (kvc_reply){.method = xfer->req->method};
+    xfer->retry_after_ms = frame->retry_after_ms;
+    if (status == KVC_OK && xfer->message == NULL)
+        status = take_message(op, xfer, frame, body, &detail);
+    deliver_end(op, xfer, status, detail);
+    return true;
+}
+
+/* One message of a stream. Then its sender may send the next; a bad message ends the transfer. */
+static bool on_message(kvtr_rop *op, const kvc_frame *frame, uint8_t *body)
+{
+    kvt_conn *conn = op->conn;
+    const char *why;
+    kvc_mutex_lock(&conn->loop.mutex);
+    kvt_xfer *xfer = op->ended ? NULL : op->xfer;
+    kvc_mutex_unlock(&conn->loop.mutex);
+    if (xfer == NULL)
+        return true;
+    if (xfer->message == NULL)
+        return false;
+    kvc_status status = take_message(op, xfer, frame, body, &why);
+    if (status == KVC_OK)
+        xfer->message(xfer);
+    kvc_arena_reset(&xfer->arena);
+    kvc_mutex_lock(&conn->loop.mutex);
+    if (status != KVC_OK)
+        kvtr_end_op(op, status, why);
+    else if (!op->ended && op->link != NULL && !op->link->broken)
+        kvtr_send_plain(op->link, KVC_FRAME_CREDIT, op->id);
+    kvc_mutex_unlock(&conn->loop.mutex);
+    return true;
+}
+
+/* The server has taken the message that was pushed. */
+static void on_credit(kvtr_rop *op)
+{
+    kvt_conn *conn = op->conn;
+    kvc_mutex_lock(&conn->loop.mutex);
+    bool due = op->pushing && !op->ended;
+    if (due) {
+        op->pushing = false;
+        kvtr_buf_put(op->staging);
+        op->staging = NULL;
+    }
+    kvc_mutex_unlock(&conn->loop.mutex);
+    if (due)
+        op->xfer->pushed(op->xfer, true);
+}
+
+bool kvtr_client_frame(kvtr_link *link, const kvc_frame *frame, uint8_t *body)
+{
+    kvc_mutex_lock(&link->loop->mutex);
+    kvtr_rop *op = find_op(link, frame->call); /* only this thread takes one out */
+    kvc_mutex_unlock(&link->loop->mutex);
+    if (frame->kind == KVC_FRAME_GOAWAY || (op == NULL && frame->kind == KVC_FRAME_CREDIT))
+        return true;
+    if (op == NULL)
+        return false;
+    switch (frame->kind) {
+    case KVC_FRAME_END:
+        return on_end(op, frame, body);
+    case KVC_FRAME_MESSAGE:
+        return on_message(op, frame, body);
+    case KVC_FRAME_CREDIT:
+        on_credit(op);
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* ---- ends ------------------------------------------------------------------------------------ */
+
+void kvtr_client_down(kvtr_link *link, kvtr_read *reads)
+{
+    kvt_conn *conn = (kvt_conn *)link->loop;
+    kvtr_channel *channel = link->owner;
+    kvtr_rop *over = NULL;
+    KVC_ASSERT(reads == NULL);
+    kvc_mutex_lock(&link->loop->mutex);
+    kvc_status status = conn->closed ? KVC_CANCELLED : KVC_UNAVAILABLE;
+    const char *why = link->why == NULL ? "the connection was closed" : link->why;
+    for (uint32_t b = 0; b < KVTI_CALL_BUCKETS; b++) {
+        for (kvtr_rop *op; (op = link->calls[b]) != NULL;) {
+            kvtr_end_op(op, status, why);
+            forget(op);
+            if (op->xfer == NULL) {
+                put_memory(op);
+                op->told = over;
+                over = op;
+            }
+        }
+    }
+    if (channel != NULL && channel->link == link) {
+        channel->link = NULL;
+        kvtr_fail_waiting(channel, status, why);
+    }
+    kvc_mutex_unlock(&link->loop->mutex);
+    while (over != NULL) {
+        kvtr_rop *op = over;
+        over = op->told;
+        free_op(op);
+    }
+}
+
+/* With the mutex held: ends what is late. */
+static void end_late(kvt_conn *conn)
+{
+    uint64_t now_ns = kvc_now_ns(), first_ns = 0;
+    if (conn->next_deadline_ns == 0 || now_ns < conn->next_deadline_ns)
+        return;
+    for (kvtr_rop *op = conn->ops; op != NULL; op = op->next) {
+        if (op->ended || op->deadline_ns == 0)
+            continue;
+        if (op->deadline_ns <= now_ns)
+            kvtr_end_op(op, KVC_TIMED_OUT, "the deadline passed");
+        else if (first_ns == 0 || op->deadline_ns < first_ns)
+            first_ns = op->deadline_ns;
+    }
+    conn->next_deadline_ns = first_ns;
+}
+
+/* A channel that wants a link; NULL: none does. */
+static kvtr_channel *without_link(kvt_conn *conn)
+{
+    for (uint32_t i = 0; i < conn->n_channels && !conn->loop.stopping; i++) {
+        if (conn->channels[i].link == NULL && conn->channels[i].first != NULL)
+            return &conn->channels[i];
+    }
+    return NULL;
+}
+
+uint64_t kvtr_client_turn(kvtr_loop *loop)
+{
+    kvt_conn *conn = (kvt_conn *)loop;
+    for (;;) {
+        kvc_mutex_lock(&loop->mutex);
+        end_late(conn);
+        uint64_t next_ns = conn->next_deadline_ns;
+        kvtr_channel *channel = without_link(conn);
+        kvtr_rop *op = conn->told;
+        kvt_xfer *xfer = NULL;
+        if (op != NULL) {
+            conn->told = op->told;
+            if (conn->told == NULL)
+                conn->told_last = &conn->told;
+            op->listed = false;
+            xfer = op->xfer;
+            unlist_op(op);
+        }
+        kvc_mutex_unlock(&loop->mutex);
+        if (op != NULL) {
+            xfer->reply = (kvc_reply){.method = xfer->req->method};
+            deliver_end(op, xfer, op->status, op->detail);
+        } else if (channel != NULL) {
+            kvtr_start_link(channel);
+        } else {
+            return next_ns;
+        }
+    }
+}

@@ -1,0 +1,287 @@
+/*
+ * rdma_internal.h: what the files of the RDMA transport share.
+ *
+ * A loop is one thread with its event channels; a listener has one, a connection has one. A link is
+ * one RC connection of a loop. A domain is a protection domain with what is registered in it. One
+ * mutex per loop (rank TRANSPORT) guards everything of it; only the loop's thread polls, destroys
+ * links and calls back, and it calls back with the mutex free.
+ */
+#ifndef KVTI_RDMA_INTERNAL_H
+#define KVTI_RDMA_INTERNAL_H
+
+#include "base/lent.h"
+#include "base/thread.h"
+#include "transport/transport_internal.h"
+#include "verbs.h"
+#include "wire/frame.h"
+
+#define KVTI_FRAG_BYTES   4096u /* of one SEND, its envelope included */
+#define KVTI_ENV_BYTES    8u    /* u32 bytes, u16 credits given back, u16 of 0 */
+#define KVTI_N_RECV       32u   /* receives posted on a link: 128 KiB */
+#define KVTI_N_SEND       16u   /* fragments under way on a link: 64 KiB */
+#define KVTI_SQ_DEPTH     256u  /* work requests asked for */
+#define KVTI_MAX_READS    16u   /* outstanding READs of a link */
+#define KVTI_INLINE_BYTES 256u  /* asked for */
+#define KVTI_MAX_SGE      32u   /* used of what the device has */
+#define KVTI_CALL_BUCKETS 64u
+#define KVTI_URI_BYTES    300u
+#define KVTI_LANDINGS     16u /* buffers of a connection that replies may be written to */
+
+#define KVTI_RESOLVE_MS 2000
+#define KVTI_TICK_NS    ((uint64_t)200 * 1000000)  /* how late a silent link is noticed */
+#define KVTI_FLUSH_NS   ((uint64_t)2 * 1000000000) /* for answers on their way at a close */
+
+typedef struct kvtr_loop kvtr_loop;
+typedef struct kvtr_link kvtr_link;
+typedef struct kvtr_domain kvtr_domain;
+
+/* ---- memory.c -------------------------------------------------------------------------------- */
+
+/* Memory of the pool, registered. */
+typedef struct kvtr_buf {
+    kvtr_domain *domain;
+    struct kvtr_buf *next; /* free */
+    uint8_t *bytes;
+    struct ibv_mr *mr;
+    uint32_t size_bytes, bin;
+} kvtr_buf;
+
+#define KVTI_BINS 8u /* 8 KiB to 1 MiB by powers of two */
+
+/* A range of lent memory; registered at its first use. */
+typedef struct kvtr_range {
+    uint8_t *base;
+    size_t len_bytes;
+    struct ibv_mr *mr;
+    bool failed; /* it could not be; not tried again */
+} kvtr_range;
+
+/* Guarded by its loop's mutex. */
+struct kvtr_domain {
+    kvtr_loop *loop;
+    kvtr_domain *next;
+    struct ibv_context *context;
+    struct ibv_pd *pd;
+    uint32_t n_links, n_lent; /* links that use it, buffers handed out */
+    bool shared;              /* by the links of the loop; iWARP: one each */
+    int access;               /* of pool and ranges */
+    kvtr_buf *free[KVTI_BINS];
+    uint64_t pool_bytes, pool_max_bytes; /* handed out or free */
+    kvtr_range *ranges;                  /* ascending */
+    uint32_t n_ranges, max_ranges;
+    kvc_lent_watch watch;
+};
+
+/* All with the loop's mutex free; they take it. */
+kvc_status kvtr_domain_get(kvtr_loop *loop, struct ibv_context *context,
+                           kvtr_domain **domain_p) KVC_MUST_CHECK;
+void kvtr_domain_put(kvtr_domain *domain);
+/* The loop's thread: frees the domains that nobody uses; shared ones at the loop's end only. */
+void kvtr_domains_sweep(kvtr_loop *loop);
+/* With the mutex held. NULL: the pool's cap is reached, or it cannot be registered (*full_p false).
+ */
+kvtr_buf *kvtr_buf_get(kvtr_domain *domain, uint32_t len_bytes, bool *full_p);
+void kvtr_buf_put(kvtr_buf *buf);
+/* With the mutex held: the registration that covers all of it; NULL: there is none. */
+struct ibv_mr *kvtr_range_find(kvtr_domain *domain, const void *base, size_t len_bytes);
+struct ibv_mr *kvtr_register(struct ibv_pd *pd, void *base, size_t len_bytes, int access);
+void kvtr_deregister(struct ibv_mr *mr);
+
+/* ---- link.c, send.c, recv.c ------------------------------------------------------------------ */
+
+/* Something to send: a chain of WRITEs or none, then a frame in one fragment or more. */
+typedef struct kvtr_out {
+    struct kvtr_out *next;
+    uint8_t *bytes; /* [len_bytes] header and body */
+    size_t len_bytes, sent_bytes;
+    kvt_slice *slices; /* [n_slices] released once it is sent; those in front of release too */
+    uint32_t n_slices;
+    bool chain; /* slices, or buf, are to be written to remote first */
+    uint64_t remote_addr;
+    uint32_t remote_key;
+    uint32_t data_bytes;
+    kvtr_buf *buf; /* copied payload */
+    kvt_listener *lender;
+} kvtr_out;
+
+/* A READ into buf; done runs on the loop's thread with the mutex free. */
+typedef struct kvtr_read {
+    struct kvtr_read *next;
+    kvtr_buf *buf;
+    uint32_t len_bytes;
+    uint64_t remote_addr;
+    uint32_t remote_key;
+    void *arg;
+} kvtr_read;
+
+/* A signalled work request under way; they complete in the order in which they were posted. */
+typedef struct kvtr_posted {
+    uint32_t n_wrs; /* itself and the unsignalled ones before it */
+    bool is_send;   /* a fragment; else a READ */
+    kvtr_out *out;  /* whose last fragment it is */
+    kvtr_read *read;
+} kvtr_posted;
+
+typedef enum kvtr_link_state {
+    KVTI_LINK_NEW = 0,
+    KVTI_LINK_CONNECTING, /* resolving, or waiting for the other end */
+    KVTI_LINK_UP,
+    KVTI_LINK_DOWN, /* nothing is posted any more; about to be destroyed */
+} kvtr_link_state;
+
+struct kvtr_link {
+    kvtr_loop *loop;
+    kvtr_link *next; /* of the loop */
+    kvtr_link_state state;
+    void *owner; /* the loop's owner's: a channel, or NULL */
+    struct rdma_cm_id *id;
+    kvtr_domain *domain;
+    struct ibv_comp_channel *channel;
+    struct ibv_cq *cq;
+    uint8_t *ring; /* [N_RECV + N_SEND][FRAG_BYTES] */
+    struct ibv_mr *ring_mr;
+    bool has_qp;
+    bool spoken;     /* the peer has sent something, or the connection is known to stand */
+    bool broken;     /* to be taken down by the loop's thread; see kvtr_is_broken */
+    bool nudge;      /* the peer is to be asked whether it lives */
+    bool closing;    /* to be taken down once all is sent */
+    const char *why; /* static */
+    uint32_t max_sge, max_inline_bytes, sq_depth, sq_used, sq_unsignalled;
+    uint32_t max_reads, n_reads;
+    uint32_t peer_frag_bytes, peer_max_message_bytes;
+    bool peer_reads; /* it can READ from us */
+    uint32_t credits, owed;
+    uint32_t n_sends; /* fragments under way */
+    uint32_t send_at; /* next slot of the ring */
+    kvtr_out *out, **out_end;
+    kvtr_read *read, **read_end;
+    kvtr_posted posted[KVTI_SQ_DEPTH];
+    uint32_t posted_at, n_posted;
+    kvc_frame frame; /* being put together */
+    uint8_t *partial;
+    size_t partial_len_bytes, partial_bytes;
+    uint64_t heard_ns, said_ns, used_ns, born_ns;
+    void *calls[KVTI_CALL_BUCKETS];
+};
+
+/* Frames that are about to be freed outside the mutex. */
+typedef struct kvtr_junk {
+    kvtr_out *outs;
+    kvtr_read *reads; /* that will never be done */
+} kvtr_junk;
+
+/* What a loop's owner does. */
+typedef struct kvtr_owner {
+    /* A frame has come, with its body; the thread, mutex free. False: it breaks the protocol. */
+    bool (*on_frame)(kvtr_link *link, const kvc_frame *frame, uint8_t *body);
+    void (*on_read)(kvtr_link *link, kvtr_read *read);
+    /* A copy of an event that was acknowledged; private data is in it. */
+    void (*on_cm)(kvtr_loop *loop, struct rdma_cm_id *id, const struct rdma_cm_event *event);
+    /* The link is down and about to be freed; nothing of it is in the device's hands. reads: those
+     * that were not done. */
+    void (*on_down)(kvtr_link *link, kvtr_read *reads);
+    /* Delivers what is queued and looks after deadlines; when to come again (0: no matter). */
+    uint64_t (*on_turn)(kvtr_loop *loop);
+} kvtr_owner;
+
+struct kvtr_loop {
+    const kvtr_owner *owner;
+    void *arg;
+    kvc_mutex mutex;
+    kvc_cond changed;
+    kvc_thread thread;
+    int epoll_fd, wake_fd;
+    struct rdma_event_channel *cm;
+    bool stopping;
+    bool awake; /* wake_fd is written and not yet read */
+    bool is_client;
+    uint64_t pool_max_bytes;
+    uint64_t keepalive_ns, handshake_ns, idle_ns; /* 0: none */
+    kvtr_link *links;
+    kvtr_domain *domains;
+    kvtr_junk junk;
+};
+
+/* loop.c */
+kvc_status kvtr_loop_init(kvtr_loop *loop, const char *thread_name) KVC_MUST_CHECK;
+/* Ends the thread, which takes every link down first. */
+void kvtr_loop_fini(kvtr_loop *loop);
+/* With the mutex held: the thread has something to do. */
+void kvtr_loop_wake(kvtr_loop *loop);
+/* Frees what was put aside; mutex free. */
+void kvtr_junk_free(kvtr_junk *junk);
+/* With the mutex held: gives what was put aside to the caller. */
+kvtr_junk kvtr_junk_take(kvtr_loop *loop);
+
+/* link.c; the loop's thread, mutex free. */
+kvtr_link *kvtr_link_create(kvtr_loop *loop, struct rdma_cm_id *id);
+/* Queue pair, completion queue, receives; id has its device. */
+kvc_status kvtr_link_setup(kvtr_link *link) KVC_MUST_CHECK;
+/* Takes it down and frees it. */
+void kvtr_link_destroy(kvtr_link *link);
+/* Handles what has completed. */
+void kvtr_link_poll(kvtr_link *link);
+/* With the mutex held: it is to be taken down; why is static. */
+void kvtr_link_break(kvtr_link *link, const char *why);
+/* What the ends tell each other in the private data of the handshake. */
+#define KVTI_INTRO_BYTES 24u
+void kvtr_intro_write(const kvtr_link *link, uint8_t out_p[KVTI_INTRO_BYTES]);
+bool kvtr_intro_read(kvtr_link *link, const void *data, size_t len_bytes);
+void kvtr_conn_param(kvtr_link *link, uint8_t *intro, struct rdma_conn_param *param_p);
+
+/* send.c; with the mutex held. */
+/* A frame and its body; data may be NULL where it does not go with it. NULL: no memory. */
+kvtr_out *kvtr_out_create(const kvc_frame *frame, const void *head, const char *detail,
+                          const struct iovec *data, uint32_t n_data);
+/* Takes out. Posts what can be posted. */
+void kvtr_send(kvtr_link *link, kvtr_out *out);
+/* A frame without a body; nothing where memory is out, but that breaks the link. */
+void kvtr_send_plain(kvtr_link *link, kvc_frame_kind kind, uint64_t call);
+void kvtr_start_read(kvtr_link *link, kvtr_read *read);
+void kvtr_pump(kvtr_link *link);
+/* Work requests that writing these takes; 0: not all of it is registered. */
+uint32_t kvtr_chain_wrs(kvtr_link *link, const kvt_slice *slices, uint32_t n_slices);
+void kvtr_out_free(kvtr_out *out);
+
+/* recv.c; the loop's thread, mutex free. A fragment has come; false: the link is broken. */
+bool kvtr_take_fragment(kvtr_link *link, uint8_t *bytes, uint32_t len_bytes);
+
+/* Also without the mutex, on the loop's thread: others may break the link meanwhile. */
+static inline bool kvtr_is_broken(const kvtr_link *link)
+{
+    return __atomic_load_n(&link->broken, __ATOMIC_ACQUIRE);
+}
+
+/* The most of a payload that goes with its frame. */
+static inline bool kvtr_fits_fragment(const kvtr_link *link, size_t len_bytes)
+{
+    return KVC_FRAME_BYTES + len_bytes + KVTI_ENV_BYTES <= link->peer_frag_bytes;
+}
+
+/* ---- common.c -------------------------------------------------------------------------------- */
+
+/* rdma://host:port -> an address; INVALID. */
+kvc_status kvtr_rdma_address(const char *uri, struct sockaddr_storage *addr_p) KVC_MUST_CHECK;
+/* A static text for an event that ends a connection. */
+const char *kvtr_cm_reason(enum rdma_cm_event_type type);
+
+/* ---- the table's slots ----------------------------------------------------------------------- */
+kvc_status kvtr_rdma_listen(const kvt_listen_opts *opts, kvt_listener **listener_p);
+const char *kvtr_rdma_listener_uri(const kvt_listener *listener);
+void kvtr_rdma_set_serving(kvt_listener *listener, bool serving);
+void kvtr_rdma_drain(kvt_listener *listener, uint64_t deadline_ns);
+void kvtr_rdma_listener_close(kvt_listener *listener);
+void kvtr_rdma_recv(kvt_call *base);
+bool kvtr_rdma_unrecv(kvt_call *base);
+void kvtr_rdma_drop_data(kvt_call *base);
+void kvtr_rdma_reply(kvt_call *base, kvc_status status, const char *detail, uint32_t retry_after_ms,
+                     const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices);
+kvc_status kvtr_rdma_send(kvt_call *base, const kvc_reply *reply, const kvt_slice *slices,
+                          uint32_t n_slices);
+kvc_status kvtr_rdma_connect(const kvt_connect_opts *opts, kvt_conn **conn_p);
+kvc_status kvtr_rdma_submit(kvt_conn *conn, kvt_xfer *xfer);
+kvc_status kvtr_rdma_push(kvt_conn *conn, kvt_xfer *xfer, const kvc_request *req);
+void kvtr_rdma_cancel(kvt_conn *conn, kvt_xfer *xfer);
+void kvtr_rdma_conn_close(kvt_conn *conn);
+
+#endif

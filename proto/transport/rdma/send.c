@@ -1,0 +1,308 @@
+/*
+ * send.c: what leaves a link: frames in fragments, chains of WRITEs before them, READs.
+ *
+ * With the loop's mutex held, on any thread. Invariants: a fragment is posted only against a credit
+ * of the peer, the last of which is kept for giving credits back; no more work requests are under
+ * way than the send queue holds; the frame that tells of a chain follows it on the same queue pair,
+ * and its completion alone is signalled.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/assert.h"
+#include "base/clock.h"
+#include "base/metrics.h"
+#include "rdma_internal.h"
+
+kvtr_out *kvtr_out_create(const kvc_frame *frame, const void *head, const char *detail,
+                          const struct iovec *data, uint32_t n_data)
+{
+    size_t len_bytes = KVC_FRAME_BYTES + kvc_frame_body_bytes(frame);
+    kvtr_out *out = calloc(1, sizeof(*out));
+    uint8_t *at = malloc(len_bytes);
+    if (out == NULL || at == NULL || kvc_frame_encode(frame, at) != KVC_OK) {
+        free(out);
+        free(at);
+        return NULL;
+    }
+    out->bytes = at;
+    out->len_bytes = len_bytes;
+    at += KVC_FRAME_BYTES;
+    if (frame->head_bytes > 0)
+        memcpy(at, head, frame->head_bytes);
+    at += frame->head_bytes;
+    if (frame->detail_bytes > 0)
+        memcpy(at, detail, frame->detail_bytes);
+    at += frame->detail_bytes;
+    for (uint32_t i = 0; i < n_data; i++) {
+        if (data[i].iov_len > 0)
+            memcpy(at, data[i].iov_base, data[i].iov_len);
+        at += data[i].iov_len;
+    }
+    KVC_ASSERT(at == out->bytes + len_bytes);
+    return out;
+}
+
+/* Remembers a signalled work request. */
+static kvtr_posted *remember(kvtr_link *link, bool is_send)
+{
+    kvtr_posted *posted = &link->posted[(link->posted_at + link->n_posted) % KVTI_SQ_DEPTH];
+    KVC_ASSERT(link->n_posted < KVTI_SQ_DEPTH);
+    *posted = (kvtr_posted){.n_wrs = 1 + link->sq_unsignalled, .is_send = is_send};
+    link->n_posted++;
+    link->sq_used++;
+    link->sq_unsignalled = 0;
+    KVC_COUNT(rdma_work_requests);
+    KVC_COUNT(rdma_signals);
+    return posted;
+}
+
+static bool post(kvtr_link *link, struct ibv_send_wr *wr)
+{
+    struct ibv_send_wr *bad;
+    if (kvtr_verbs_now->post_send(link->id->qp, wr, &bad) == 0)
+        return true;
+    kvtr_link_break(link, "the RDMA connection takes no more work");
+    return false;
+}
+
+/* One fragment with the next bytes of out, or (out NULL) with credits alone. */
+static bool post_fragment(kvtr_link *link, kvtr_out *out)
+{
+    uint8_t *at = link->ring + (size_t)(KVTI_N_RECV + link->send_at) * KVTI_FRAG_BYTES;
+    size_t n_bytes = out == NULL ? 0 : out->len_bytes - out->sent_bytes;
+    if (n_bytes > link->peer_frag_bytes - KVTI_ENV_BYTES)
+        n_bytes = link->peer_frag_bytes - KVTI_ENV_BYTES;
+    for (uint32_t i = 0; i < 4; i++)
+        at[i] = (uint8_t)(n_bytes >> (8 * i));
+    at[4] = (uint8_t)link->owed;
+    at[5] = (uint8_t)(link->owed >> 8);
+    at[6] = at[7] = 0;
+    if (n_bytes > 0)
+        memcpy(at + KVTI_ENV_BYTES, out->bytes + out->sent_bytes, n_bytes);
+    struct ibv_sge sge = {(uintptr_t)at, (uint32_t)n_bytes + KVTI_ENV_BYTES, link->ring_mr->lkey};
+    struct ibv_send_wr wr = {
+        .sg_list = &sge,
+        .num_sge = 1,
+        .opcode = IBV_WR_SEND,
+        .send_flags =
+            IBV_SEND_SIGNALED | (sge.length <= link->max_inline_bytes ? IBV_SEND_INLINE : 0),
+    };
+    if (!post(link, &wr))
+        return false;
+    kvtr_posted *posted = remember(link, true);
+    KVC_COUNT_N(rdma_sent_bytes, sge.length);
+    link->send_at = (link->send_at + 1) % KVTI_N_SEND;
+    link->n_sends++;
+    link->credits--;
+    link->owed = 0;
+    link->said_ns = kvc_now_ns();
+    if (out == NULL)
+        return true;
+    out->sent_bytes += n_bytes;
+    if (out->sent_bytes == out->len_bytes)
+        posted->out = out;
+    return true;
+}
+
+static bool room_for_fragment(const kvtr_link *link, uint32_t credits)
+{
+    return link->credits >= credits && link->n_sends < KVTI_N_SEND &&
+           link->sq_used < link->sq_depth;
+}
+
+/* ---- chains ---------------------------------------------------------------------------------- */
+
+static uint32_t n_full(const kvt_slice *slices, uint32_t n_slices)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < n_slices; i++)
+        n += slices[i].len_bytes > 0;
+    return n;
+}
+
+uint32_t kvtr_chain_wrs(kvtr_link *link, const kvt_slice *slices, uint32_t n_slices)
+{
+    for (uint32_t i = 0; i < n_slices; i++) {
+        if (slices[i].len_bytes > 0 &&
+            kvtr_range_find(link->domain, slices[i].base, slices[i].len_bytes) == NULL)
+            return 0;
+    }
+    return (n_full(slices, n_slices) + link->max_sge - 1) / link->max_sge;
+}
+
+static bool post_write(kvtr_link *link, kvtr_out *out, struct ibv_sge *sge, uint32_t n_sge,
+                       uint64_t off_bytes)
+{
+    struct ibv_send_wr wr = {
+        .sg_list = sge,
+        .num_sge = (int)n_sge,
+        .opcode = IBV_WR_RDMA_WRITE,
+        .wr.rdma = {.remote_addr = out->remote_addr + off_bytes, .rkey = out->remote_key},
+    };
+    if (!post(link, &wr))
+        return false;
+    link->sq_used++;
+    link->sq_unsignalled++;
+    KVC_COUNT(rdma_work_requests);
+    return true;
+}
+
+/* The WRITEs of a chain, each with as many pieces as the queue pair takes. */
+static bool post_slices(kvtr_link *link, kvtr_out *out)
+{
+    struct ibv_sge sge[KVTI_MAX_SGE];
+    uint32_t n_sge = 0, written = 0, held = 0;
+    for (uint32_t i = 0; i < out->n_slices; i++) {
+        const kvt_slice *slice = &out->slices[i];
+        if (slice->len_bytes == 0)
+            continue;
+        struct ibv_mr *mr = kvtr_range_find(link->domain, slice->base, slice->len_bytes);
+        if (mr == NULL) {
+            kvtr_link_break(link, "memory of an answer was taken back");
+            return false;
+        }
+        sge[n_sge++] =
+            (struct ibv_sge){(uintptr_t)slice->base, (uint32_t)slice->len_bytes, mr->lkey};
+        held += (uint32_t)slice->len_bytes;
+        if (n_sge < link->max_sge && written + held < out->data_bytes)
+            continue;
+        if (!post_write(link, out, sge, n_sge, written))
+            return false;
+        written += held;
+        held = n_sge = 0;
+    }
+    return true;
+}
+
+/* True once the chain of out has been posted, or there is none. */
+static bool post_chain(kvtr_link *link, kvtr_out *out)
+{
+    if (!out->chain)
+        return true;
+    uint32_t n_wrs = out->buf != NULL
+                         ? 1
+                         : (n_full(out->slices, out->n_slices) + link->max_sge - 1) / link->max_sge;
+    if (link->sq_used + n_wrs + 1 > link->sq_depth)
+        return false;
+    bool ok;
+    if (out->buf != NULL) {
+        struct ibv_sge sge = {(uintptr_t)out->buf->bytes, out->data_bytes, out->buf->mr->lkey};
+        ok = post_write(link, out, &sge, 1, 0);
+    } else {
+        ok = post_slices(link, out);
+    }
+    out->chain = false;
+    if (ok)
+        KVC_COUNT_N(rdma_written_bytes, out->data_bytes);
+    return ok;
+}
+
+/* ---- READs ----------------------------------------------------------------------------------- */
+
+static bool post_read(kvtr_link *link, kvtr_read *read)
+{
+    struct ibv_sge sge = {(uintptr_t)read->buf->bytes, read->len_bytes, read->buf->mr->lkey};
+    struct ibv_send_wr wr = {
+        .sg_list = &sge,
+        .num_sge = 1,
+        .opcode = IBV_WR_RDMA_READ,
+        .send_flags = IBV_SEND_SIGNALED,
+        .wr.rdma = {.remote_addr = read->remote_addr, .rkey = read->remote_key},
+    };
+    if (!post(link, &wr))
+        return false;
+    remember(link, false)->read = read;
+    link->n_reads++;
+    KVC_COUNT_N(rdma_read_bytes, read->len_bytes);
+    return true;
+}
+
+void kvtr_start_read(kvtr_link *link, kvtr_read *read)
+{
+    read->next = NULL;
+    *link->read_end = read;
+    link->read_end = &read->next;
+    kvtr_pump(link);
+}
+
+/* ---- the pump -------------------------------------------------------------------------------- */
+
+static bool pump_reads(kvtr_link *link)
+{
+    while (link->read != NULL && link->n_reads < link->max_reads &&
+           link->sq_used < link->sq_depth) {
+        kvtr_read *read = link->read;
+        link->read = read->next;
+        if (link->read == NULL)
+            link->read_end = &link->read;
+        if (!post_read(link, read)) {
+            read->next = link->read; /* it is told of with the others when the link goes */
+            if (link->read == NULL)
+                link->read_end = &read->next;
+            link->read = read;
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool pump_outs(kvtr_link *link)
+{
+    while (link->out != NULL) {
+        kvtr_out *out = link->out;
+        if (!post_chain(link, out))
+            return !link->broken;
+        while (out->sent_bytes < out->len_bytes) {
+            if (!room_for_fragment(link, 2)) {
+                if (link->credits < 2)
+                    KVC_COUNT(rdma_credit_waits);
+                return true;
+            }
+            kvtr_out *next = out->next; /* out is its completion's once the last is posted */
+            bool last = out->len_bytes - out->sent_bytes <= link->peer_frag_bytes - KVTI_ENV_BYTES;
+            if (!post_fragment(link, out))
+                return false;
+            if (last) {
+                link->out = next;
+                if (next == NULL)
+                    link->out_end = &link->out;
+                break;
+            }
+        }
+    }
+    return true;
+}
+
+void kvtr_pump(kvtr_link *link)
+{
+    if (link->state != KVTI_LINK_UP || link->broken)
+        return;
+    if (!pump_reads(link) || !pump_outs(link))
+        return;
+    if ((link->nudge || link->owed >= KVTI_N_RECV / 2) && room_for_fragment(link, 1)) {
+        link->nudge = false;
+        (void)post_fragment(link, NULL);
+    }
+    if (link->closing && link->out == NULL && link->n_posted == 0)
+        kvtr_link_break(link, "the server has shut down");
+}
+
+void kvtr_send(kvtr_link *link, kvtr_out *out)
+{
+    out->next = NULL;
+    *link->out_end = out;
+    link->out_end = &out->next;
+    link->used_ns = kvc_now_ns();
+    kvtr_pump(link);
+}
+
+void kvtr_send_plain(kvtr_link *link, kvc_frame_kind kind, uint64_t call)
+{
+    kvc_frame frame = {.kind = kind, .call = call};
+    kvtr_out *out = kvtr_out_create(&frame, NULL, NULL, NULL, 0);
+    if (out == NULL)
+        kvtr_link_break(link, "out of memory");
+    else
+        kvtr_send(link, out);
+}

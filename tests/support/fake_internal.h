@@ -1,0 +1,54 @@
+/*
+ * fake_internal.h: what fake_verbs.c and fake_cm.c share; nobody else includes it.
+ *
+ * Everything is guarded by fake_mutex.
+ */
+#ifndef TESTS_SUPPORT_FAKE_INTERNAL_H
+#define TESTS_SUPPORT_FAKE_INTERNAL_H
+
+#include <pthread.h>
+
+#include "fake_verbs.h"
+
+#define FAKE_RECVS 64u
+
+typedef struct fake_comp {
+    struct ibv_comp_channel channel; /* first */
+} fake_comp;
+
+typedef struct fake_cq {
+    struct ibv_cq cq; /* first */
+    struct ibv_wc *wcs;
+    int at, n;
+    bool armed;
+} fake_cq;
+
+typedef struct fake_recv {
+    uint64_t wr_id;
+    struct ibv_sge sge;
+} fake_recv;
+
+typedef struct fake_qp fake_qp;
+struct fake_qp {
+    struct ibv_qp qp; /* first */
+    fake_qp *next;
+    fake_qp *peer;
+    bool error;
+    uint32_t max_sge, sq_depth, sq_used, unsignalled;
+    fake_recv recvs[FAKE_RECVS];
+    uint32_t recv_at, n_recvs;
+};
+
+extern pthread_mutex_t fake_mutex;
+extern fake_live fake_now;
+extern fake_device fake_dev;
+extern fake_faults fake_fault;
+extern struct ibv_context fake_context;
+
+/* With the mutex held. */
+void fake_qp_error(fake_qp *qp);
+fake_qp *fake_find_qp(uint32_t qp_num);
+/* Fills in the calls of librdmacm. */
+void fake_cm_table(kvtr_verbs *table);
+
+#endif

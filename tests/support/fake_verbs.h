@@ -1,0 +1,49 @@
+/*
+ * fake_verbs.h: RDMA verbs without a device: queue pairs of one process that copy memory.
+ *
+ * fake_verbs_use() puts it in the place of the libraries. It is strict: a SEND without a receive,
+ * a key that does not cover its bytes, allow the access or belong to the queue pair's domain, too
+ * many pieces or work requests, all fail as a device would fail them. Faults are asked for by the
+ * fields of fake_verbs_faults, which may be set at any time and are read under the fake's lock.
+ */
+#ifndef TESTS_SUPPORT_FAKE_VERBS_H
+#define TESTS_SUPPORT_FAKE_VERBS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "transport/rdma/verbs.h"
+
+typedef struct fake_device {
+    uint32_t max_sge, max_inline_bytes, max_reads;
+    bool iwarp;
+} fake_device;
+
+/* Everything that was made and not yet destroyed. */
+typedef struct fake_live {
+    int channels, ids, pds, mrs, comp_channels, cqs, qps;
+} fake_live;
+
+typedef struct fake_faults {
+    uint32_t wc_after;         /* the n-th work request that is posted from now on ... */
+    enum ibv_wc_status wc;     /* ... completes so, and its queue pair fails; SUCCESS: none */
+    uint32_t reg_fails_after;  /* registrations that still succeed; UINT32_MAX: all */
+    uint32_t post_fails_after; /* posts of sends that still succeed; UINT32_MAX: all */
+    bool qp_fails, cq_fails, pd_fails;
+} fake_faults;
+
+/* From now on; nothing may be in use. device NULL: 32 pieces, 256 bytes inline, 16 READs. */
+void fake_verbs_use(const fake_device *device);
+void fake_verbs_fault(const fake_faults *faults);
+/* No fault at all. */
+extern const fake_faults fake_no_faults;
+fake_live fake_verbs_live(void);
+/* True if nothing is left. */
+bool fake_verbs_all_gone(void);
+/* Queues an event for every id that is connected or connecting; gives their number. */
+uint32_t fake_verbs_event(enum rdma_cm_event_type type);
+/* Work requests of a kind that were posted, and the most pieces that one of them had. */
+uint32_t fake_verbs_posted(enum ibv_wr_opcode opcode);
+uint32_t fake_verbs_signals(void);
+
+#endif
