@@ -47,7 +47,7 @@ static void part_key(const kvs_schema *schema, uint32_t part, const kvc_digest *
     key_p->tenant = schema->tenant;
     key_p->schema = schema->digest;
     key_p->block = *block;
-    key_p->part = schema->parts[part].id;
+    key_p->part = kvs_part_at(schema, part)->id;
 }
 
 /* Evicts all of one segment that another class has. False: there is none that can be emptied; it
@@ -95,11 +95,11 @@ static bool make_room(kvs_server *server, uint32_t cls, bool promotes)
 static kvc_status reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
                           const kvs_value_key *key, bool promotes, kvs_slot *slot_p, void **addr_p)
 {
-    const kvs_part *info = &schema->parts[part];
+    const kvs_part *info = kvs_part_at(schema, part);
     const kvs_store *dram = &server->dram;
     for (uint32_t i = 0; i <= MAX_TRIES; i++) {
-        kvc_status status = dram->ops->reserve(dram->tier, key, info->row_bytes,
-                                               schema->block_tokens, slot_p, addr_p);
+        kvc_status status =
+            dram->ops->reserve(dram->tier, key, info->row_bytes, info->n_rows, slot_p, addr_p);
         if (status != KVC_AGAIN)
             return status;
         if (!make_room(server, info->cls, promotes))
@@ -169,7 +169,7 @@ typedef struct promotion {
 kvc_status kvs_cascade_load(kvs_server *server, const kvs_schema *schema, uint32_t part,
                             uint32_t value, kvs_slot lmdb)
 {
-    const kvs_part *info = &schema->parts[part];
+    const kvs_part *info = kvs_part_at(schema, part);
     kvs_value_key key;
     kvs_slot slot;
     void *addr;
@@ -179,9 +179,9 @@ kvc_status kvs_cascade_load(kvs_server *server, const kvs_schema *schema, uint32
         kvs_index_loaded(server->index, value, NULL);
         return status;
     }
-    kvs_row_range range = {.first = 0, .n = schema->block_tokens, .dst = addr};
-    status = server->lmdb.ops->read(server->lmdb.tier, &key, lmdb, info->row_bytes,
-                                    schema->block_tokens, &range, 1);
+    kvs_row_range range = {.first = 0, .n = info->n_rows, .dst = addr};
+    status = server->lmdb.ops->read(server->lmdb.tier, &key, lmdb, info->row_bytes, info->n_rows,
+                                    &range, 1);
     if (status == KVC_OK)
         server->dram.ops->commit(server->dram.tier, slot);
     else if (status == KVC_CORRUPT || status == KVC_NOT_FOUND)

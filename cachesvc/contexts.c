@@ -22,7 +22,7 @@ void kvs_on_open_context(kvs_server *server, kvt_call *call, const kvc_digest *t
         return;
     }
     const kvs_schema *schema =
-        kvs_want_schema(server, call, tenant, &call->req.u.open_context.schema);
+        kvs_want_rows(server, call, tenant, &call->req.u.open_context.schema);
     if (!schema)
         return;
     kvc_status status = kvs_context_open(server->contexts, schema, call->req.u.open_context.digests,

@@ -15,6 +15,8 @@
 #include "request.h"
 #include "schema_record.h"
 
+#define PAGE_BYTES 4096u
+
 static uint32_t store_stats(kvs_store *store, kvc_tier_stats *stats)
 {
     kvs_tier_usage usage;
@@ -110,8 +112,12 @@ static void register_finish(kvs_server *server, kvt_call *call, const kvc_digest
     if (is_new) {
         char hex[KVC_DIGEST_HEX_BYTES];
         kvc_digest_hex(&schema->digest, hex);
-        KVC_LOG_INFO(SERVER, "schema %.16s registered: model %s, %u parts, blocks of %u tokens",
-                     hex, schema->schema->model, schema->n_parts, schema->block_tokens);
+        if (schema->piece_bytes)
+            KVC_LOG_INFO(SERVER, "schema %.16s registered: model %s, opaque", hex,
+                         schema->schema->model);
+        else
+            KVC_LOG_INFO(SERVER, "schema %.16s registered: model %s, %u parts, blocks of %u tokens",
+                         hex, schema->schema->model, schema->n_parts, schema->block_tokens);
     }
     kvc_reply reply = {.method = KVC_REGISTER_SCHEMA};
     reply.u.register_schema.digest = schema->digest;
@@ -139,6 +145,13 @@ static void register_run(kvs_job *job)
     free(r);
 }
 
+/* dram is cut into 16 segments or more, and a full piece needs a page more than its bytes. */
+static bool pieces_fit(const kvs_server *server)
+{
+    return server->settings.dram_bytes / 16 / PAGE_BYTES >
+           server->limits.max_value_bytes / PAGE_BYTES + 1;
+}
+
 void kvs_on_register_schema(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
 {
     const kvc_schema *schema = call->req.u.register_schema.schema;
@@ -149,6 +162,13 @@ void kvs_on_register_schema(kvs_server *server, kvt_call *call, const kvc_digest
         status = kvc_schema_digest(schema, &digest);
     if (status != KVC_OK) {
         kvs_fail(call, status, "schema: %s", why);
+        return;
+    }
+    if (schema->opaque && !pieces_fit(server)) {
+        kvs_fail(call, KVC_NO_SPACE,
+                 "a piece of %u bytes and its page do not fit into a sixteenth of dram_bytes, as "
+                 "opaque values want",
+                 server->limits.max_value_bytes);
         return;
     }
     call->held = kvs_schemas_find(server->schemas, tenant, &digest);

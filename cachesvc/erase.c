@@ -26,8 +26,8 @@ typedef struct erase {
     kvs_server *server;
     kvt_call *call;
     const kvs_schema *schema;
-    kvs_context *context; /* NULL: the request's digests */
-    const uint16_t *parts;
+    kvs_context *context;  /* NULL: the request's digests */
+    const uint16_t *parts; /* NULL: all that a block has */
     uint32_t n_parts, n_blocks;
     kvs_erased sum; /* pending: of the last walk */
     uint64_t next_walk_ns, pause_ns;
@@ -106,13 +106,15 @@ static kvc_status turn(erase *e)
 static kvc_status sync_parts(const erase *e)
 {
     const kvs_store *lmdb = &e->server->lmdb;
-    kvs_tier_shape *shapes = calloc(e->n_parts + 1, sizeof(*shapes));
+    uint32_t n = e->parts ? e->n_parts : e->schema->n_parts;
+    kvs_tier_shape *shapes = calloc(n + 1, sizeof(*shapes));
     if (!shapes)
         return KVC_NO_MEMORY;
-    for (uint32_t i = 0; i < e->n_parts; i++)
-        shapes[i] =
-            (kvs_tier_shape){e->schema->parts[e->parts[i]].row_bytes, e->schema->block_tokens};
-    kvc_status status = lmdb->ops->sync_releases(lmdb->tier, shapes, e->n_parts);
+    for (uint32_t i = 0; i < n; i++) {
+        const kvs_part *part = &e->schema->parts[e->parts ? e->parts[i] : i];
+        shapes[i] = (kvs_tier_shape){part->row_bytes, part->n_rows};
+    }
+    kvc_status status = lmdb->ops->sync_releases(lmdb->tier, shapes, n);
     free(shapes);
     return status;
 }
@@ -176,20 +178,13 @@ static bool choose_parts(erase *e)
 {
     kvt_call *call = e->call;
     uint32_t n = call->req.u.erase.n_parts;
+    if (e->schema->piece_bytes)
+        return kvs_no_parts(call, n);
     if (n) {
         e->parts = kvs_named_parts(call, e->schema, call->req.u.erase.parts, n);
         e->n_parts = n;
         return e->parts != NULL;
     }
-    uint16_t *all = kvc_arena_calloc(&call->arena, e->schema->n_parts, sizeof(*all));
-    if (!all) {
-        kvs_fail(call, KVC_NO_MEMORY, "no memory for the list of parts");
-        return false;
-    }
-    for (uint32_t i = 0; i < e->schema->n_parts; i++)
-        all[i] = (uint16_t)i;
-    e->parts = all;
-    e->n_parts = e->schema->n_parts;
     return true;
 }
 

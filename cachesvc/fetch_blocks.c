@@ -1,7 +1,8 @@
 /*
  * fetch_blocks.c: FetchBlocks: whole values of blocks named by digest, a message's worth at a time.
  *
- * Value number v is part v % n_parts of block v / n_parts. A piece references its values; those in
+ * Value number v is part v % n_parts of block v / n_parts; of an opaque schema the values are the
+ * pieces that the block has when its turn comes. A message references its values; those in
  * dram leave as slices of the tier, those only in lmdb are read into one buffer by disk threads.
  * Whole values are read once in a while, so they are not promoted. Invariant: a value stays
  * referenced until its bytes were copied or the transport has released the slice that points at it.
@@ -26,9 +27,12 @@ typedef struct blocks_stream {
     kvs_stream base; /* first */
     const kvs_schema *schema;
     const kvc_digest *digests; /* in the call's arena */
-    uint64_t n_values, n_done;
-    uint32_t n_parts;
-    uint16_t parts[]; /* [n_parts] places in the schema */
+    uint32_t n_digests, block; /* how many there are; the one whose turn it is */
+    uint32_t n_parts, part;    /* as parts has; the next one of block */
+    kvs_opaque_id id;          /* of the opaque value that first pieces have begun */
+    uint32_t id_block;         /* its place among the digests */
+    bool id_failed;            /* one of its pieces was not had: the others are of no use */
+    uint16_t parts[]; /* [n_parts] places in the schema; opaque: [KVC_MAX_PIECES] of block */
 } blocks_stream;
 
 struct blocks_piece;
@@ -39,18 +43,18 @@ typedef struct blocks_worker {
 
 /* One message in the making, and then until its last slice is released. */
 typedef struct blocks_piece {
-    const blocks_stream *stream; /* until the piece is answered */
+    blocks_stream *stream; /* until the piece is answered */
     kvs_server *server;
     const kvs_schema *schema;
     kvt_call *call;
-    uint64_t first;
     uint32_t n, n_lmdb;
     uint64_t lent_bytes;
     bool lent;          /* values of dram leave as slices, else they are copied */
     kvs_buffer *buffer; /* copied values, dense in their order; NULL: none */
     atomic_uint next, n_working, n_out;
     kvs_read reads[PIECE_VALUES];
-    uint16_t parts[PIECE_VALUES]; /* places */
+    uint32_t blocks[PIECE_VALUES]; /* places among the digests */
+    uint16_t parts[PIECE_VALUES];  /* places in the schema */
     kvc_status status[PIECE_VALUES];
     uint32_t off[PIECE_VALUES]; /* in the buffer */
     blocks_worker workers[WORKERS];
@@ -58,7 +62,7 @@ typedef struct blocks_piece {
 
 static const kvs_part *part_of(const blocks_piece *piece, uint32_t i)
 {
-    return &piece->schema->parts[piece->parts[i]];
+    return kvs_part_at(piece->schema, piece->parts[i]);
 }
 
 static bool copied(const blocks_piece *piece, uint32_t i)
@@ -103,7 +107,7 @@ static void count(blocks_piece *piece, const kvc_block_value *values)
     kvs_server *server = piece->server;
     uint64_t bytes[KVC_TIER_LMDB + 1] = {0}, rows[KVC_TIER_LMDB + 1] = {0};
     for (uint32_t i = 0; i < piece->n; i++) {
-        rows[values[i].tier] += piece->schema->block_tokens;
+        rows[values[i].tier] += piece->schema->piece_bytes ? 1 : piece->schema->block_tokens;
         bytes[values[i].tier] += values[i].len_bytes;
     }
     atomic_fetch_add(&server->dram.rows_read, rows[KVC_TIER_DRAM]);
@@ -116,26 +120,80 @@ static void count(blocks_piece *piece, const kvc_block_value *values)
     KVC_COUNT_N(row_bytes_sent, bytes[KVC_TIER_DRAM] + bytes[KVC_TIER_LMDB]);
 }
 
+/*
+ * What a piece of an opaque value says of itself must fit to its name and to the pieces that went
+ * before it. Else nothing of the value can be trusted, and it makes way for the next put.
+ */
+static kvc_status check_piece(blocks_piece *piece, uint32_t i, const void *room,
+                              kvc_block_value *value)
+{
+    blocks_stream *blocks = piece->stream;
+    kvs_opaque_id id;
+    kvs_value_key key;
+    kvs_erased erased = {0};
+    kvs_index_key(piece->server->index, piece->reads[i].value, &key);
+    kvc_status status =
+        kvs_opaque_read(piece->schema, piece->parts[i], key.part >> (32 - KVS_OPAQUE_TAG_BITS),
+                        room, &id, &value->len_bytes);
+    if (kvs_opaque_piece(piece->parts[i]) == 0)
+        blocks->id = id;
+    if (status == KVC_OK && (id.total_bytes != blocks->id.total_bytes || id.sum != blocks->id.sum))
+        status = KVC_CORRUPT;
+    value->whole = (kvc_whole){id.total_bytes, id.sum};
+    if (status != KVC_OK)
+        kvs_index_erase(piece->server->index, piece->schema, &blocks->digests[piece->blocks[i]],
+                        NULL, 0, &erased);
+    return status;
+}
+
+/* The same of any piece, found or not. */
+static void describe_piece(blocks_piece *piece, uint32_t i, const void *room,
+                           kvc_block_value *value)
+{
+    blocks_stream *blocks = piece->stream;
+    if (blocks->id_block != value->block) {
+        blocks->id_block = value->block;
+        blocks->id_failed = false;
+    }
+    value->part = piece->parts[i] == KVS_OPAQUE_NO_PLACE ? 0 : kvs_opaque_piece(piece->parts[i]);
+    if (value->status == KVC_OK)
+        value->status = check_piece(piece, i, room, value);
+    if (value->status == KVC_OK && blocks->id_failed)
+        value->status = KVC_NOT_FOUND;
+    if (value->status == KVC_OK)
+        return;
+    blocks->id_failed = true;
+    value->len_bytes = 0;
+    value->whole = (kvc_whole){0};
+}
+
+static const void *bytes_of(const blocks_piece *piece, uint32_t i)
+{
+    const kvs_store *dram = &piece->server->dram;
+    if (piece->status[i] != KVC_OK)
+        return NULL;
+    return copied(piece, i) ? (const void *)(piece->buffer->bytes + piece->off[i])
+                            : dram->ops->map(dram->tier, piece->reads[i].slot);
+}
+
 /* What became of each value, and a slice for each that was found. */
 static uint32_t describe(blocks_piece *piece, kvc_block_value *values, kvt_slice *slices)
 {
     uint32_t n = 0;
     for (uint32_t i = 0; i < piece->n; i++) {
-        uint64_t v = piece->first + i;
+        const kvs_part *part = part_of(piece, i);
+        const void *base = bytes_of(piece, i);
         values[i] = (kvc_block_value){
-            .block = (uint32_t)(v / piece->stream->n_parts),
-            .part = part_of(piece, i)->id,
-            .status = piece->status[i],
-        };
+            .block = piece->blocks[i], .part = part->id, .status = piece->status[i]};
+        values[i].len_bytes = values[i].status == KVC_OK ? part->value_bytes : 0;
+        if (piece->schema->piece_bytes)
+            describe_piece(piece, i, base, &values[i]);
         if (values[i].status != KVC_OK)
             continue;
         bool dram = piece->reads[i].where == KVS_IN_DRAM;
         values[i].tier = dram ? KVC_TIER_DRAM : KVC_TIER_LMDB;
-        values[i].len_bytes = part_of(piece, i)->value_bytes;
-        const void *base = copied(piece, i) ? piece->buffer->bytes + piece->off[i]
-                                            : piece->server->dram.ops->map(piece->server->dram.tier,
-                                                                           piece->reads[i].slot);
-        slices[n++] = (kvt_slice){base, values[i].len_bytes, slice_released, piece};
+        if (values[i].len_bytes)
+            slices[n++] = (kvt_slice){base, values[i].len_bytes, slice_released, piece};
     }
     return n;
 }
@@ -166,7 +224,7 @@ static void read_value(blocks_piece *piece, uint32_t i)
 {
     kvs_server *server = piece->server;
     kvs_value_key key;
-    kvs_row_range range = {.n = piece->schema->block_tokens,
+    kvs_row_range range = {.n = part_of(piece, i)->n_rows,
                            .dst = piece->buffer->bytes + piece->off[i]};
     if (piece->reads[i].where == KVS_IN_DRAM) {
         memcpy(range.dst, server->dram.ops->map(server->dram.tier, piece->reads[i].slot),
@@ -174,9 +232,9 @@ static void read_value(blocks_piece *piece, uint32_t i)
         return;
     }
     kvs_index_key(server->index, piece->reads[i].value, &key);
-    kvc_status status = server->lmdb.ops->read(server->lmdb.tier, &key, piece->reads[i].slot,
-                                               part_of(piece, i)->row_bytes,
-                                               piece->schema->block_tokens, &range, 1);
+    kvc_status status =
+        server->lmdb.ops->read(server->lmdb.tier, &key, piece->reads[i].slot,
+                               part_of(piece, i)->row_bytes, part_of(piece, i)->n_rows, &range, 1);
     if (status == KVC_CORRUPT || status == KVC_NOT_FOUND)
         kvs_cascade_bad(server, piece->reads[i].value, status);
     else if (status != KVC_OK)
@@ -228,19 +286,58 @@ static void start_workers(blocks_piece *piece)
 
 /* ---- a piece --------------------------------------------------------------------------------- */
 
-/* As many of the next values as a message holds. */
+/* The parts of the block whose turn it is: of an opaque schema the pieces that it has now, or one
+   that cannot be found where the value is not there. */
+static void begin_block(blocks_stream *blocks)
+{
+    if (!blocks->schema->piece_bytes)
+        return;
+    blocks->n_parts = kvs_index_pieces(blocks->base.server->index, blocks->schema,
+                                       &blocks->digests[blocks->block], blocks->parts);
+    if (blocks->n_parts)
+        return;
+    blocks->parts[0] = KVS_OPAQUE_NO_PLACE;
+    blocks->n_parts = 1;
+}
+
+/* The most bytes that the value of a place sends. */
+static uint32_t most_bytes(const kvs_schema *schema, uint16_t place)
+{
+    return schema->piece_bytes ? kvs_opaque_most_bytes(schema, place)
+                               : schema->parts[place].value_bytes;
+}
+
+/* Whether there is a value to go on with: not with one that cannot be whole any more. */
+static bool next_value(blocks_stream *blocks)
+{
+    if (blocks->part > 0 && (blocks->part == blocks->n_parts ||
+                             (blocks->id_failed && blocks->id_block == blocks->block))) {
+        blocks->part = 0;
+        blocks->block++;
+    }
+    if (blocks->block == blocks->n_digests)
+        return false;
+    if (blocks->part == 0)
+        begin_block(blocks);
+    return true;
+}
+
+/* As many of the next values as a message, and a buffer, hold; at least one. */
 static void choose(blocks_stream *blocks, blocks_piece *piece)
 {
-    uint64_t room_bytes = blocks->base.server->limits.max_message_bytes;
-    piece->first = blocks->n_done;
-    while (piece->n < PIECE_VALUES && blocks->n_done < blocks->n_values) {
-        uint16_t place = blocks->parts[blocks->n_done % blocks->n_parts];
-        uint32_t len_bytes = blocks->schema->parts[place].value_bytes;
-        if (len_bytes > room_bytes)
+    kvs_server *server = blocks->base.server;
+    uint64_t room_bytes = server->limits.max_message_bytes, copy_bytes = server->buffers.big_bytes;
+    while (piece->n < PIECE_VALUES && next_value(blocks)) {
+        uint16_t place = blocks->parts[blocks->part];
+        uint32_t len_bytes = most_bytes(blocks->schema, place);
+        uint32_t value_bytes = kvs_part_at(blocks->schema, place)->value_bytes;
+        if (len_bytes > room_bytes || value_bytes > copy_bytes)
             break;
         room_bytes -= len_bytes;
+        copy_bytes -= value_bytes;
+        piece->blocks[piece->n] = blocks->block;
         piece->parts[piece->n++] = place;
-        blocks->n_done++;
+        blocks->part++;
     }
     KVC_ASSERT(piece->n > 0);
 }
@@ -253,7 +350,7 @@ static void find(blocks_piece *piece)
     uint64_t most = server->settings.dram_bytes / LENT_PART, bytes = 0;
     const kvc_digest *names[PIECE_VALUES];
     for (uint32_t i = 0; i < piece->n; i++)
-        names[i] = &blocks->digests[(piece->first + i) / blocks->n_parts];
+        names[i] = &blocks->digests[piece->blocks[i]];
     kvs_index_ref_named(server->index, piece->schema, names, piece->parts, piece->reads, piece->n);
     for (uint32_t i = 0; i < piece->n; i++) {
         uint8_t where = piece->reads[i].where;
@@ -290,7 +387,7 @@ static bool blocks_make(kvs_stream *stream, kvt_call *call, uint32_t slot)
 {
     blocks_stream *blocks = (blocks_stream *)stream;
     (void)slot;
-    if (blocks->n_done == blocks->n_values)
+    if (!next_value(blocks))
         return false;
     call->req = (kvc_request){.method = KVC_FETCH_BLOCKS};
     blocks_piece *piece = calloc(1, sizeof(*piece));
@@ -331,6 +428,19 @@ static void blocks_close(kvs_stream *stream)
 
 static const kvs_stream_kind blocks_kind = {blocks_make, blocks_adjust, blocks_close};
 
+/* Room for the places of any value's pieces; NULL after kvs_fail. */
+static blocks_stream *with_pieces(kvt_call *call)
+{
+    if (!kvs_no_parts(call, call->req.u.fetch_blocks.n_parts))
+        return NULL;
+    blocks_stream *blocks = calloc(1, sizeof(*blocks) + KVC_MAX_PIECES * sizeof(blocks->parts[0]));
+    if (!blocks)
+        kvs_fail(call, KVC_NO_MEMORY, "no memory for a list of pieces");
+    else
+        blocks->id_block = UINT32_MAX;
+    return blocks;
+}
+
 /* The places of the parts asked for; NULL after kvs_fail. */
 static blocks_stream *with_parts(kvt_call *call, const kvs_schema *schema)
 {
@@ -369,11 +479,13 @@ void kvs_on_fetch_blocks(kvs_server *server, kvt_call *call, const kvc_digest *t
     }
     const kvs_schema *schema =
         kvs_want_schema(server, call, tenant, &call->req.u.fetch_blocks.schema);
-    blocks_stream *blocks = schema ? with_parts(call, schema) : NULL;
+    blocks_stream *blocks = NULL;
+    if (schema)
+        blocks = schema->piece_bytes ? with_pieces(call) : with_parts(call, schema);
     if (!blocks)
         return;
     blocks->schema = schema;
     blocks->digests = call->req.u.fetch_blocks.digests;
-    blocks->n_values = (uint64_t)n_digests * blocks->n_parts;
+    blocks->n_digests = n_digests;
     kvs_stream_begin(&blocks->base, &blocks_kind, server, call, tenant);
 }

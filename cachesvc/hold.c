@@ -116,38 +116,69 @@ static kvc_status list(kvs_holds *holds, hold *h, const char **why_p)
     return many || large ? KVC_NO_SPACE : KVC_OK;
 }
 
-kvc_status kvs_hold_add(kvs_holds *holds, const kvs_context *context, uint64_t ttl_ns,
-                        kvs_hold_info *info_p, const char **why_p)
+static hold *hold_create(kvs_holds *holds, const kvs_schema *schema, uint32_t n, uint64_t ttl_ns)
 {
-    uint32_t n = atomic_load(&context->n_blocks);
-    memset(info_p, 0, sizeof(*info_p));
-    *why_p = "memory is out";
     hold *h = malloc(sizeof(*h) + n * sizeof(uint32_t));
     if (!h)
-        return KVC_NO_MEMORY;
-    *h = (hold){.schema = context->schema, .ttl_ns = ttl_of(holds, ttl_ns), .n_blocks = n};
+        return NULL;
+    *h = (hold){.schema = schema, .ttl_ns = ttl_of(holds, ttl_ns), .n_blocks = n};
     h->expires_ns = kvc_deadline_ns(h->ttl_ns);
-    for (uint32_t i = 0; i < n; i++)
-        h->blocks[i] = kvs_context_block(context, i);
-    kvs_index_share_blocks(holds->opts.index, h->blocks, n);
+    return h;
+}
+
+/* Takes a hold whose blocks the index keeps as a context's; they are held from now on, and it is
+   listed, or gone. */
+static kvc_status hold_begin(kvs_holds *holds, hold *h, kvs_hold_info *info_p, const char **why_p)
+{
     kvc_status status =
-        kvs_index_hold(holds->opts.index, h->schema, h->blocks, n, &info_p->tenant_bytes);
+        kvs_index_hold(holds->opts.index, h->schema, h->blocks, h->n_blocks, &info_p->tenant_bytes);
     if (status != KVC_OK) {
         *why_p = "max_hold_bytes";
-        kvs_index_drop_blocks(holds->opts.index, h->blocks, n);
+        kvs_index_drop_blocks(holds->opts.index, h->blocks, h->n_blocks);
         free(h);
         return status;
     }
     KVC_GAUGE_ADD(holds, 1);
     kvs_schemas_hold(holds->opts.schemas, h->schema);
     info_p->ttl_ns = h->ttl_ns;
-    info_p->n_blocks = n;
+    info_p->n_blocks = h->n_blocks;
     status = list(holds, h, why_p);
     if (status == KVC_OK)
         info_p->hold = h->handle; /* numbered for good, though it may be gone by now */
     else
         let_go(holds, h);
     return status;
+}
+
+kvc_status kvs_hold_add(kvs_holds *holds, const kvs_context *context, uint64_t ttl_ns,
+                        kvs_hold_info *info_p, const char **why_p)
+{
+    uint32_t n = atomic_load(&context->n_blocks);
+    memset(info_p, 0, sizeof(*info_p));
+    *why_p = "memory is out";
+    hold *h = hold_create(holds, context->schema, n, ttl_ns);
+    if (!h)
+        return KVC_NO_MEMORY;
+    for (uint32_t i = 0; i < n; i++)
+        h->blocks[i] = kvs_context_block(context, i);
+    kvs_index_share_blocks(holds->opts.index, h->blocks, n);
+    return hold_begin(holds, h, info_p, why_p);
+}
+
+kvc_status kvs_hold_add_named(kvs_holds *holds, const kvs_schema *schema, const kvc_digest *digests,
+                              uint32_t n, uint64_t ttl_ns, kvs_hold_info *info_p,
+                              const char **why_p)
+{
+    memset(info_p, 0, sizeof(*info_p));
+    *why_p = "memory is out";
+    hold *h = hold_create(holds, schema, n, ttl_ns);
+    if (!h)
+        return KVC_NO_MEMORY;
+    if (kvs_index_hold_blocks(holds->opts.index, schema, digests, n, h->blocks) != KVC_OK) {
+        free(h);
+        return KVC_NO_MEMORY;
+    }
+    return hold_begin(holds, h, info_p, why_p);
 }
 
 kvc_status kvs_hold_renew(kvs_holds *holds, const kvc_digest *tenant, uint64_t handle,
@@ -199,16 +230,33 @@ static void fail_unknown(kvt_call *call, uint64_t handle)
              (unsigned long long)handle);
 }
 
+/* What the call names: a context, or blocks of a schema. False after kvs_fail. */
+static bool add_wanted(kvs_server *server, kvt_call *call, const kvc_digest *tenant,
+                       kvs_hold_info *info_p, const char **why_p, kvc_status *status_p)
+{
+    uint64_t ttl_ns = kvs_ttl_ns(call->req.u.hold.ttl_ms);
+    if (call->req.u.hold.n_digests) {
+        const kvs_schema *schema = kvs_want_schema(server, call, tenant, &call->req.u.hold.schema);
+        if (schema)
+            *status_p = kvs_hold_add_named(server->holds, schema, call->req.u.hold.digests,
+                                           call->req.u.hold.n_digests, ttl_ns, info_p, why_p);
+        return schema != NULL;
+    }
+    kvs_context *context = kvs_want_context(server, call, tenant, call->req.u.hold.context);
+    if (!context)
+        return false;
+    *status_p = kvs_hold_add(server->holds, context, ttl_ns, info_p, why_p);
+    kvs_context_put(server->contexts, context);
+    return true;
+}
+
 static void hold_new(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
 {
     const char *why;
     kvs_hold_info info;
-    kvs_context *context = kvs_want_context(server, call, tenant, call->req.u.hold.context);
-    if (!context)
+    kvc_status status;
+    if (!add_wanted(server, call, tenant, &info, &why, &status))
         return;
-    kvc_status status =
-        kvs_hold_add(server->holds, context, kvs_ttl_ns(call->req.u.hold.ttl_ms), &info, &why);
-    kvs_context_put(server->contexts, context);
     if (status == KVC_OK)
         answer_hold(server, call, &info);
     else if (status == KVC_NO_SPACE && info.ttl_ns == 0)
@@ -224,9 +272,10 @@ static void hold_new(kvs_server *server, kvt_call *call, const kvc_digest *tenan
 void kvs_on_hold(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
 {
     uint64_t handle = call->req.u.hold.hold;
+    bool named = call->req.u.hold.n_digests > 0;
     kvs_hold_info info;
-    if (handle && call->req.u.hold.context)
-        kvs_fail(call, KVC_INVALID, "either a context to hold, or a hold to renew");
+    if ((handle != 0) + (call->req.u.hold.context != 0) + named > 1)
+        kvs_fail(call, KVC_INVALID, "either a context or blocks to hold, or a hold to renew");
     else if (!handle)
         hold_new(server, call, tenant);
     else if (kvs_hold_renew(server->holds, tenant, handle, kvs_ttl_ns(call->req.u.hold.ttl_ms),

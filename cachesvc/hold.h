@@ -35,6 +35,10 @@ void kvs_holds_destroy(kvs_holds *holds);
  */
 kvc_status kvs_hold_add(kvs_holds *holds, const kvs_context *context, uint64_t ttl_ns,
                         kvs_hold_info *info_p, const char **why_p) KVC_MUST_CHECK;
+/* The same for blocks by name, there or not. */
+kvc_status kvs_hold_add_named(kvs_holds *holds, const kvs_schema *schema, const kvc_digest *digests,
+                              uint32_t n, uint64_t ttl_ns, kvs_hold_info *info_p,
+                              const char **why_p) KVC_MUST_CHECK;
 /* Its TTL begins anew. NOT_FOUND: released, run out, another tenant's or another boot's. */
 kvc_status kvs_hold_renew(kvs_holds *holds, const kvc_digest *tenant, uint64_t handle,
                           uint64_t ttl_ns, kvs_hold_info *info_p) KVC_MUST_CHECK;

@@ -19,6 +19,7 @@
 #define RECORD_ROW_BYTES 4u    /* ... a sum for each row and padding in front of the rows */
 
 _Static_assert(sizeof(kvs_value) == 64, "memory per value is promised");
+_Static_assert(sizeof(kvs_block) == 64, "and per block");
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
@@ -63,6 +64,8 @@ uint32_t kvs_index_class(void *arg, const kvc_digest *tenant, uint32_t value_byt
     kvs_index *index = arg;
     uint32_t pages = pages_of(value_bytes);
     uint32_t record_pages = pages + pages_of(RECORD_HEAD + RECORD_ROW_BYTES * n_rows);
+    if (n_rows == KVS_PIECE_ROWS)
+        record_pages = kvs_piece_pages(record_pages);
     value_bytes = pages * CLASS_ROUND;
     kvc_mutex_lock(&index->lock);
     uint32_t cls = 1;
@@ -84,8 +87,8 @@ uint32_t kvs_index_class(void *arg, const kvc_digest *tenant, uint32_t value_byt
 
 /* ---- values ---------------------------------------------------------------------------------- */
 
-static uint32_t value_create(kvs_index *index, const kvs_schema *schema, uint32_t part,
-                             const kvc_digest *digest)
+uint32_t kvs_value_create_locked(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                                 const kvc_digest *digest)
 {
     uint32_t block_id = kvs_block_get(index, schema->id, digest);
     if (block_id == KVS_NIL)
@@ -118,7 +121,7 @@ void kvs_value_free_locked(kvs_index *index, uint32_t id)
 const kvs_part *kvs_value_part(const kvs_index *index, const kvs_value *value)
 {
     const kvs_schema *schema = index->schemas[kvs_block_at(index, value->block)->schema];
-    return &schema->parts[value->part];
+    return kvs_part_at(schema, value->part);
 }
 
 kvs_class *kvs_value_class(kvs_index *index, const kvs_value *value)
@@ -134,7 +137,8 @@ void kvs_key_locked(kvs_index *index, uint32_t id, kvs_value_key *key_p)
     key_p->tenant = schema->tenant;
     key_p->schema = schema->digest;
     key_p->block = block->digest;
-    key_p->part = schema->parts[value->part].id;
+    key_p->part = schema->piece_bytes ? kvs_opaque_key_part(kvs_block_tag(block), value->part)
+                                      : schema->parts[value->part].id;
 }
 
 void kvs_index_key(kvs_index *index, uint32_t id, kvs_value_key *key_p)
@@ -174,7 +178,7 @@ static void become_visible(kvs_index *index, uint32_t id, uint16_t erased)
 
 /* ---- put ------------------------------------------------------------------------------------- */
 
-static kvs_claim claim_old(kvs_index *index, uint32_t id, bool durable, kvs_slot *slot_p)
+kvs_claim kvs_claim_old_locked(kvs_index *index, uint32_t id, bool durable, kvs_slot *slot_p)
 {
     kvs_value *value = kvs_value_at(index, id);
     if (value->flags & (KVS_FILLING | KVS_DOOMED | KVS_ERASED))
@@ -203,10 +207,10 @@ static kvs_claim claim_any(kvs_index *index, const kvs_schema *schema, uint32_t 
     uint32_t block = kvs_block_find(index, schema->id, digest);
     uint32_t id = block == KVS_NIL ? KVS_NIL : kvs_value_find(index, block, part);
     if (id != KVS_NIL) {
-        claim = claim_old(index, id, durable, slot_p);
+        claim = kvs_claim_old_locked(index, id, durable, slot_p);
     } else if (only_old) {
         claim = KVS_CLAIM_ABSENT;
-    } else if ((id = value_create(index, schema, part, digest)) != KVS_NIL) {
+    } else if ((id = kvs_value_create_locked(index, schema, part, digest)) != KVS_NIL) {
         kvs_value_at(index, id)->flags = KVS_FILLING;
         claim = KVS_CLAIM_MINE;
     } else {
@@ -387,15 +391,14 @@ uint64_t kvs_index_dirty_count(kvs_index *index)
     return n;
 }
 
-kvc_status kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint32_t part,
-                               const kvc_digest *digest, kvs_slot lmdb)
+kvc_status kvs_recovered_locked(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                                const kvc_digest *digest, kvs_slot lmdb)
 {
     uint32_t id = KVS_NIL;
-    kvc_mutex_lock(&index->lock);
     uint32_t block = kvs_block_find(index, schema->id, digest);
     bool there = block != KVS_NIL && kvs_value_find(index, block, part) != KVS_NIL;
     if (!there)
-        id = value_create(index, schema, part, digest);
+        id = kvs_value_create_locked(index, schema, part, digest);
     if (id != KVS_NIL) {
         kvs_value *value = kvs_value_at(index, id);
         value->lmdb = lmdb;
@@ -403,8 +406,16 @@ kvc_status kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint3
         kvs_evict_lmdb_add(index, id);
         index->n_visible++;
     }
-    kvc_mutex_unlock(&index->lock);
     if (there)
         return KVC_EXISTS;
     return id != KVS_NIL ? KVC_OK : KVC_NO_MEMORY;
+}
+
+kvc_status kvs_index_recovered(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                               const kvc_digest *digest, kvs_slot lmdb)
+{
+    kvc_mutex_lock(&index->lock);
+    kvc_status status = kvs_recovered_locked(index, schema, part, digest, lmdb);
+    kvc_mutex_unlock(&index->lock);
+    return status;
 }

@@ -13,7 +13,7 @@
 
 #include "base/thread.h"
 #include "ghost.h"
-#include "schemas.h"
+#include "opaque.h"
 #include "slab.h"
 #include "tier/tier.h"
 
@@ -37,7 +37,7 @@ typedef struct kvs_value {
     uint32_t lmdb_prev, lmdb_next; /* age list of its class */
     uint32_t block;
     uint32_t chain; /* next in the list of dead values */
-    uint16_t part;  /* place in the schema's table */
+    uint16_t part;  /* place in the schema's table, or of a piece (opaque.h) */
     uint16_t refs;  /* readers */
     uint16_t flags;
     uint16_t heat; /* 4 bits of window number, 12 bits of rows read from lmdb in that window */
@@ -50,6 +50,7 @@ typedef struct kvs_block {
     uint32_t contexts;  /* times it stands in open contexts and holds */
     uint32_t holds;     /* of them holds */
     uint16_t n_values, room;
+    uint32_t set;     /* of an opaque schema: the tag of its pieces, and when the last one came */
     uint32_t *values; /* [room] ids by ascending part, then [room] uint16_t: their parts; or NULL */
 } kvs_block;
 
@@ -115,6 +116,7 @@ typedef enum kvs_claim {
     KVS_CLAIM_BUSY,      /* somebody else is filling, writing or removing it: retry */
     KVS_CLAIM_NO_MEMORY, /* the index cannot grow */
     KVS_CLAIM_ABSENT,    /* not there; of kvs_index_claim_old only */
+    KVS_CLAIM_REST, /* pieces of another value that nobody completed: erased now; reap, retry */
 } kvs_claim;
 
 /* slot_p: with WRITE the dram slot, with SYNC the lmdb slot. */
@@ -125,7 +127,7 @@ kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t p
 kvs_claim kvs_index_claim_old(kvs_index *index, const kvs_schema *schema, uint32_t part,
                               const kvc_digest *digest, bool durable, uint32_t *value_p,
                               kvs_slot *slot_p);
-/* Gives up a claim: the value is gone. */
+/* Gives up a claim: the value is gone. Also that of a piece. */
 void kvs_index_abandon(kvs_index *index, uint32_t id);
 /* A claimed value is in dram. dirty: it wants a write to lmdb and is queued for it. */
 void kvs_index_publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirty);
@@ -189,7 +191,8 @@ typedef struct kvs_erased {
     uint64_t values, bytes; /* invisible from now on */
     uint64_t pending;       /* erased now or before, but not gone yet: ask again */
 } kvs_erased;
-/* Erases parts [n_parts] (places) of a block, adding to *erased. The caller reaps what is dead. */
+/* Erases parts [n_parts] (places; NULL: all) of a block, adding to *erased. The caller reaps what
+   is dead. */
 void kvs_index_erase(kvs_index *index, const kvs_schema *schema, const kvc_digest *digest,
                      const uint16_t *parts, uint32_t n_parts, kvs_erased *erased);
 /* The same by the id of a block that a context has. */
@@ -224,6 +227,36 @@ void kvs_index_unref(kvs_index *index, const uint32_t *values, uint32_t n);
 bool kvs_index_doom(kvs_index *index, uint32_t id);
 /* A promotion ended (slot NULL: in vain); drops its reference. False: the slot was not taken. */
 bool kvs_index_loaded(kvs_index *index, uint32_t id, const kvs_slot *slot);
+
+/* ---- index_opaque.c: values of opaque schemas, which are there once all their pieces are ---- */
+
+/* A piece that nobody followed up for so long belongs to a value that others may replace. */
+#define KVS_OPAQUE_REST_S 10u
+
+/*
+ * Claims a piece, as kvs_index_claim does. The first piece that comes decides whose value it is.
+ * Pieces of another value under that name get EXISTS once all pieces of the first are there (its
+ * promise stays what it is), BUSY while they may still come, and REST where they rested for
+ * KVS_OPAQUE_REST_S. tag 0: any value; only_old only. now_s: of a clock that goes on.
+ */
+kvs_claim kvs_index_claim_piece(kvs_index *index, const kvs_schema *schema, uint32_t place,
+                                uint32_t tag, const kvc_digest *digest, bool durable, bool only_old,
+                                uint64_t now_s, uint32_t *value_p, kvs_slot *slot_p);
+/* The places of all pieces of a value, at most KVC_MAX_PIECES; 0: not all are there. */
+uint32_t kvs_index_pieces(kvs_index *index, const kvs_schema *schema, const kvc_digest *digest,
+                          uint16_t *places);
+/*
+ * As kvs_index_match for values: tiers [n] (may be NULL) gets that of the slowest piece, 0 for a
+ * value that is not there. each: also what comes after the first that is not. TIMED_OUT.
+ */
+kvc_status kvs_index_match_opaque(kvs_index *index, const kvs_schema *schema,
+                                  const kvc_digest *digests, uint32_t n, bool each,
+                                  uint64_t deadline_ns, uint8_t *tiers,
+                                  uint32_t *hits_p) KVC_MUST_CHECK;
+/* As kvs_index_recovered. INVALID: the block has pieces of another value. */
+kvc_status kvs_index_recovered_piece(kvs_index *index, const kvs_schema *schema, uint32_t place,
+                                     uint32_t tag, const kvc_digest *digest,
+                                     kvs_slot lmdb) KVC_MUST_CHECK;
 
 /* ---- between the files of the index and evict.c, with the lock held
  * ---------------------------------------------------- */
@@ -270,6 +303,11 @@ static inline bool kvs_value_visible(const kvs_value *value)
     return (value->flags & (KVS_DRAM | KVS_LMDB)) &&
            !(value->flags & (KVS_FILLING | KVS_DOOMED | KVS_ERASED));
 }
+/* The tier that a read would take it from; 0: none. */
+static inline uint8_t kvs_value_tier(const kvs_value *value)
+{
+    return !kvs_value_visible(value) ? 0 : value->flags & KVS_DRAM ? KVC_TIER_DRAM : KVC_TIER_LMDB;
+}
 bool kvs_blocks_init(kvs_index *index); /* false: no memory */
 void kvs_blocks_fini(kvs_index *index);
 /* KVS_NIL: not there. */
@@ -284,6 +322,21 @@ void kvs_block_remove_value(kvs_block *block, uint32_t part);
 void kvs_block_settle(kvs_index *index, uint32_t id);
 /* Queues a value that was made WRITING. */
 void kvs_index_dirty_locked(kvs_index *index, uint32_t id);
+/* Adds a value that is not there; KVS_NIL: no memory. */
+uint32_t kvs_value_create_locked(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                                 const kvc_digest *digest);
+/* kvs_index_recovered with the lock held. */
+kvc_status kvs_recovered_locked(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                                const kvc_digest *digest, kvs_slot lmdb) KVC_MUST_CHECK;
+/* What a put of a value that is there finds. */
+kvs_claim kvs_claim_old_locked(kvs_index *index, uint32_t id, bool durable, kvs_slot *slot_p);
+/* Erases it, adding to *erased; see kvs_index_erase. */
+void kvs_erase_value_locked(kvs_index *index, uint32_t id, kvs_erased *erased);
+/* The tag of a block of an opaque schema. */
+static inline uint32_t kvs_block_tag(const kvs_block *block)
+{
+    return block->set >> (32 - KVS_OPAQUE_TAG_BITS);
+}
 /* Takes a WRITING value out of the queue, with its row sums or NULL. False: it is not in it. */
 bool kvs_index_undirty_locked(kvs_index *index, uint32_t id, uint32_t **sums_p);
 /* What kept an ERASED value is over: it is doomed. Others stay as they are. */

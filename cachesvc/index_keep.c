@@ -34,7 +34,7 @@ static bool hold_value(kvs_index *index, uint32_t id)
 {
     kvs_value *value = kvs_value_at(index, id);
     const kvs_schema *schema = schema_of(index, value);
-    uint64_t bytes = schema->parts[value->part].value_bytes;
+    uint64_t bytes = kvs_part_at(schema, value->part)->value_bytes;
     if (!kvs_value_visible(value) || value->flags & KVS_HELD)
         return true;
     if (index->held_total + bytes > index->max_held_total ||
@@ -60,7 +60,7 @@ void kvs_hold_forget_locked(kvs_index *index, uint32_t id)
     if (!(value->flags & KVS_HELD))
         return;
     const kvs_schema *schema = schema_of(index, value);
-    uint64_t bytes = schema->parts[value->part].value_bytes;
+    uint64_t bytes = kvs_part_at(schema, value->part)->value_bytes;
     KVC_ASSERT(index->held_bytes[schema->id] >= bytes && index->held_total >= bytes);
     index->held_bytes[schema->id] -= bytes;
     index->held_total -= bytes;
@@ -70,7 +70,9 @@ void kvs_hold_forget_locked(kvs_index *index, uint32_t id)
 /* How many blocks one critical section covers. */
 static uint32_t step_of(const kvs_index *index, uint32_t block)
 {
-    uint32_t n_parts = index->schemas[kvs_block_at(index, block)->schema]->n_parts;
+    const kvs_schema *schema = index->schemas[kvs_block_at(index, block)->schema];
+    uint32_t n_values = kvs_block_at(index, block)->n_values;
+    uint32_t n_parts = schema->piece_bytes && n_values ? n_values : schema->n_parts;
     return n_parts < KVS_INDEX_STEP ? KVS_INDEX_STEP / n_parts : 1;
 }
 
@@ -155,7 +157,7 @@ void kvs_index_erased_locked(kvs_index *index, uint32_t id)
 }
 
 /* A value that a put fills or the writer has in its hands is only marked, and doomed by them. */
-static void erase_value(kvs_index *index, uint32_t id, kvs_erased *erased)
+void kvs_erase_value_locked(kvs_index *index, uint32_t id, kvs_erased *erased)
 {
     kvs_value *value = kvs_value_at(index, id);
     uint32_t *sums;
@@ -182,10 +184,13 @@ static void erase_value(kvs_index *index, uint32_t id, kvs_erased *erased)
 static void erase_block(kvs_index *index, uint32_t block, const uint16_t *parts, uint32_t n_parts,
                         kvs_erased *erased)
 {
-    for (uint32_t p = 0; p < n_parts; p++) {
+    const kvs_block *record = kvs_block_at(index, block);
+    for (uint32_t i = 0; !parts && i < record->n_values; i++)
+        kvs_erase_value_locked(index, record->values[i], erased);
+    for (uint32_t p = 0; parts && p < n_parts; p++) {
         uint32_t id = kvs_value_find(index, block, parts[p]);
         if (id != KVS_NIL)
-            erase_value(index, id, erased);
+            kvs_erase_value_locked(index, id, erased);
     }
 }
 

@@ -82,7 +82,7 @@ static void read_ref(kvs_index *index, uint32_t part, uint32_t promote_rows, uin
 void kvs_index_ref(kvs_index *index, const kvs_schema *schema, uint32_t part, uint32_t promote_rows,
                    uint32_t window, kvs_read *reads, uint32_t n)
 {
-    KVC_ASSERT(part < schema->n_parts);
+    KVC_ASSERT(schema->piece_bytes || part < schema->n_parts);
     for (uint32_t i = 0; i < n;) {
         kvc_mutex_lock(&index->lock);
         for (uint32_t end = i + KVS_INDEX_STEP; i < n && i < end; i++)
@@ -98,7 +98,7 @@ void kvs_index_ref_named(kvs_index *index, const kvs_schema *schema,
     for (uint32_t i = 0; i < n;) {
         kvc_mutex_lock(&index->lock);
         for (uint32_t end = i + KVS_INDEX_STEP; i < n && i < end; i++) {
-            KVC_ASSERT(parts[i] < schema->n_parts);
+            KVC_ASSERT(schema->piece_bytes || parts[i] < schema->n_parts);
             reads[i] = (kvs_read){.block = kvs_block_find(index, schema->id, digests[i])};
             if (reads[i].block != KVS_NIL)
                 read_ref(index, parts[i], 0, 0, &reads[i]);
@@ -157,9 +157,7 @@ bool kvs_index_loaded(kvs_index *index, uint32_t id, const kvs_slot *slot)
 static uint8_t value_tier(kvs_index *index, uint32_t block, uint32_t part)
 {
     uint32_t id = block == KVS_NIL ? KVS_NIL : kvs_value_find(index, block, part);
-    if (id == KVS_NIL || !kvs_value_visible(kvs_value_at(index, id)))
-        return 0;
-    return kvs_value_at(index, id)->flags & KVS_DRAM ? KVC_TIER_DRAM : KVC_TIER_LMDB;
+    return id == KVS_NIL ? 0 : kvs_value_tier(kvs_value_at(index, id));
 }
 
 /* A prefix match under way. run [n_parts]: the lengths of the present runs that end here. */

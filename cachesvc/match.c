@@ -47,11 +47,50 @@ uint16_t *kvs_default_parts(kvt_call *call, const kvs_schema *schema, uint32_t *
     return places;
 }
 
+bool kvs_no_parts(kvt_call *call, uint32_t n_parts)
+{
+    if (n_parts)
+        kvs_fail(call, KVC_INVALID, "the schema is opaque: its values have no parts to choose");
+    return !n_parts;
+}
+
+/* The places of the parts to look for, in the arena; NULL after kvs_fail. */
+static uint16_t *match_parts(kvt_call *call, const kvs_schema *schema, uint32_t *n_p)
+{
+    *n_p = call->req.u.match_prefix.n_parts;
+    if (*n_p)
+        return kvs_named_parts(call, schema, call->req.u.match_prefix.parts, *n_p);
+    return kvs_default_parts(call, schema, n_p);
+}
+
+/* tiers: NULL, or one for each digest. False after kvs_fail. */
+static bool match(kvs_server *server, kvt_call *call, const kvs_schema *schema, uint8_t *tiers,
+                  uint32_t *hits_p)
+{
+    const kvc_digest *digests = call->req.u.match_prefix.digests;
+    uint32_t n = call->req.u.match_prefix.n_digests, n_parts = call->req.u.match_prefix.n_parts;
+    bool named = n_parts > 0;
+    uint16_t *parts = NULL;
+    kvc_status status;
+    if (schema->piece_bytes ? !kvs_no_parts(call, n_parts)
+                            : !(parts = match_parts(call, schema, &n_parts)))
+        return false;
+    if (schema->piece_bytes)
+        status = kvs_index_match_opaque(server->index, schema, digests, n,
+                                        call->req.u.match_prefix.want_each, call->deadline_ns,
+                                        tiers, hits_p);
+    else
+        status = kvs_index_match(server->index, schema, parts, n_parts, !named, digests, n,
+                                 call->deadline_ns, tiers, hits_p);
+    if (status != KVC_OK)
+        kvs_fail(call, status, "%u digests of %u parts were not matched in time", n, n_parts);
+    return status == KVC_OK;
+}
+
 void kvs_on_match_prefix(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
 {
     uint32_t n_digests = call->req.u.match_prefix.n_digests;
-    uint32_t n_parts = call->req.u.match_prefix.n_parts;
-    bool named = n_parts > 0;
+    bool each = call->req.u.match_prefix.want_each;
     kvc_reply reply = {.method = KVC_MATCH_PREFIX};
     if (n_digests > server->limits.max_digests) {
         kvs_fail(call, KVC_INVALID, "%u digests; max_digests is %u", n_digests,
@@ -62,26 +101,20 @@ void kvs_on_match_prefix(kvs_server *server, kvt_call *call, const kvc_digest *t
         kvs_want_schema(server, call, tenant, &call->req.u.match_prefix.schema);
     if (!schema)
         return;
-    uint16_t *parts = named ? kvs_named_parts(call, schema, call->req.u.match_prefix.parts, n_parts)
-                            : kvs_default_parts(call, schema, &n_parts);
-    if (!parts)
+    if (each && !schema->piece_bytes) {
+        kvs_fail(call, KVC_INVALID, "want_each is for opaque schemas; blocks follow one another");
         return;
-    bool want_tiers = call->req.u.match_prefix.want_tiers && n_digests;
+    }
+    bool want_tiers = (call->req.u.match_prefix.want_tiers || each) && n_digests;
     uint8_t *tiers = want_tiers ? kvc_arena_alloc(&call->arena, n_digests) : NULL;
     if (want_tiers && !tiers) {
         kvs_fail(call, KVC_NO_MEMORY, "no memory for %u tiers", n_digests);
         return;
     }
-    kvc_status status = kvs_index_match(server->index, schema, parts, n_parts, !named,
-                                        call->req.u.match_prefix.digests, n_digests,
-                                        call->deadline_ns, tiers, &reply.u.match_prefix.hits);
-    if (status != KVC_OK) {
-        kvs_fail(call, status, "%u digests of %u parts were not matched in time", n_digests,
-                 n_parts);
+    if (!match(server, call, schema, tiers, &reply.u.match_prefix.hits))
         return;
-    }
     reply.u.match_prefix.tiers = tiers;
-    reply.u.match_prefix.n_tiers = tiers ? reply.u.match_prefix.hits : 0;
+    reply.u.match_prefix.n_tiers = !tiers ? 0 : each ? n_digests : reply.u.match_prefix.hits;
     KVC_COUNT_N(match_digests, n_digests);
     KVC_COUNT_N(match_hits, reply.u.match_prefix.hits);
     kvs_answer(call, &reply, NULL, 0);

@@ -21,12 +21,30 @@ typedef struct prefetch {
     kvs_job job; /* first */
     kvs_server *server;
     kvt_call *call;
-    kvs_context *context;
-    const uint16_t *parts;
-    bool *full; /* [n_parts] no room was found for this one */
+    kvs_context *context;     /* NULL: blocks by name */
+    const kvs_schema *schema; /* kept by the context or the call */
+    uint32_t *named;          /* [end] ids of blocks by name, which this keeps; else NULL */
+    uint16_t *parts;          /* opaque: [KVC_MAX_PIECES] those of the block, filled as it comes */
+    bool *full;               /* [the schema's n_parts] no room was found for one of this room */
     uint32_t n_parts, block, end, part;
     uint64_t there, moved, missing, left, moved_bytes;
 } prefetch;
+
+/* What it keeps from going away meanwhile. */
+static void let_go(prefetch *p)
+{
+    if (p->context)
+        kvs_context_put(p->server->contexts, p->context);
+    if (p->named)
+        kvs_index_drop_blocks(p->server->index, p->named, p->end);
+}
+
+/* Places in the schema's table, where those of pieces stand for their rooms. */
+static bool *full_of(prefetch *p)
+{
+    uint32_t place = p->parts[p->part];
+    return &p->full[p->schema->piece_bytes ? place % KVS_OPAQUE_CODES : place];
+}
 
 static void finish(prefetch *p, kvc_status status, const char *why)
 {
@@ -37,7 +55,7 @@ static void finish(prefetch *p, kvc_status status, const char *why)
     reply.u.prefetch.left = p->left;
     reply.u.prefetch.moved_bytes = p->moved_bytes;
     KVC_COUNT_N(prefetched_values, p->moved);
-    kvs_context_put(p->server->contexts, p->context);
+    let_go(p);
     if (p->server->disk)
         atomic_fetch_sub(&p->server->n_slow_jobs, 1);
     if (status == KVC_OK)
@@ -51,7 +69,7 @@ static void finish(prefetch *p, kvc_status status, const char *why)
 static void load(prefetch *p, const kvs_part *info, const kvs_read *read)
 {
     kvc_status status =
-        kvs_cascade_load(p->server, p->context->schema, p->parts[p->part], read->value, read->slot);
+        kvs_cascade_load(p->server, p->schema, p->parts[p->part], read->value, read->slot);
     if (status == KVC_OK) {
         p->moved++;
         p->moved_bytes += info->value_bytes;
@@ -59,7 +77,7 @@ static void load(prefetch *p, const kvs_part *info, const kvs_read *read)
         p->missing++;
     } else {
         p->left++;
-        p->full[p->part] = true;
+        *full_of(p) = true;
     }
 }
 
@@ -67,11 +85,14 @@ static void load(prefetch *p, const kvs_part *info, const kvs_read *read)
 static bool visit(prefetch *p)
 {
     kvs_server *server = p->server;
-    const kvs_schema *schema = p->context->schema;
-    const kvs_part *info = &schema->parts[p->parts[p->part]];
-    bool may = !p->full[p->part] &&
+    const kvs_schema *schema = p->schema;
+    const kvs_part *info = kvs_part_at(schema, p->parts[p->part]);
+    bool may = !*full_of(p) &&
                p->moved_bytes + info->value_bytes <= server->settings.dram_bytes / DRAM_PART;
-    kvs_read read = {.block = kvs_context_block(p->context, p->block), .n_rows = 1};
+    kvs_read read = {
+        .block = p->context ? kvs_context_block(p->context, p->block) : p->named[p->block],
+        .n_rows = 1,
+    };
     kvs_index_ref(server->index, schema, p->parts[p->part], may ? 1 : 0,
                   atomic_load(&server->window), &read, 1);
     p->missing += read.where == KVS_NOWHERE;
@@ -84,6 +105,14 @@ static bool visit(prefetch *p)
     return read.promote;
 }
 
+/* The pieces that an opaque value has now. None: it is missing. */
+static void begin_value(prefetch *p)
+{
+    p->n_parts = kvs_index_pieces(p->server->index, p->schema,
+                                  &p->call->req.u.prefetch.digests[p->block], p->parts);
+    p->missing += p->n_parts == 0;
+}
+
 /* Works on for one turn. OK: all is done; AGAIN: there is more. */
 static kvc_status turn(prefetch *p)
 {
@@ -91,6 +120,8 @@ static kvc_status turn(prefetch *p)
     while (p->block < p->end) {
         if (loads == TURN_LOADS || looks == TURN_LOOKS)
             return KVC_AGAIN;
+        if (p->part == 0 && p->schema->piece_bytes)
+            begin_value(p);
         if (p->part == p->n_parts) {
             p->part = 0;
             p->block++;
@@ -136,54 +167,106 @@ static void start(prefetch *p)
         finish(p, status, "the disk threads have too much to do");
         return;
     }
-    kvs_context_put(server->contexts, p->context);
+    let_go(p);
     kvs_fail(p->call, status, "too many erases and prefetches at once");
     free(p);
 }
 
-/* The range and the parts; false after kvs_fail. */
-static bool check(prefetch *p)
+/* The blocks of a context, or of a schema by name; false after kvs_fail. */
+static bool choose_blocks(prefetch *p, const kvc_digest *tenant, uint32_t *have_p)
 {
     kvt_call *call = p->call;
-    const kvs_schema *schema = p->context->schema;
-    uint32_t have = atomic_load(&p->context->n_blocks), n = call->req.u.prefetch.n_parts;
+    kvs_server *server = p->server;
+    uint32_t n = call->req.u.prefetch.n_digests;
+    if (n == 0) {
+        p->context = kvs_want_context(server, call, tenant, call->req.u.prefetch.context);
+        p->schema = p->context ? p->context->schema : NULL;
+        *have_p = p->context ? atomic_load(&p->context->n_blocks) : 0;
+        return p->context != NULL;
+    }
+    *have_p = n;
+    if (call->req.u.prefetch.context || n > server->limits.max_digests) {
+        kvs_fail(call, KVC_INVALID, "either a context, or at most %u digests",
+                 server->limits.max_digests);
+        return false;
+    }
+    p->schema = kvs_want_schema(server, call, tenant, &call->req.u.prefetch.schema);
+    return p->schema != NULL;
+}
+
+/* The range; false after kvs_fail. */
+static bool choose_range(prefetch *p, uint32_t have)
+{
+    kvt_call *call = p->call;
     p->block = call->req.u.prefetch.first_block;
     if (call->req.u.prefetch.tier != KVC_TIER_DRAM) {
         kvs_fail(call, KVC_UNSUPPORTED, "this server prefetches to DRAM only");
         return false;
     }
     if (p->block > have || call->req.u.prefetch.n_blocks > have - p->block) {
-        kvs_fail(call, KVC_INVALID, "blocks %u and %u more; the context has %u", p->block,
+        kvs_fail(call, KVC_INVALID, "blocks %u and %u more; there are %u", p->block,
                  call->req.u.prefetch.n_blocks, have);
         return false;
     }
     p->end = call->req.u.prefetch.n_blocks ? p->block + call->req.u.prefetch.n_blocks : have;
+    return true;
+}
+
+/* The parts, or room for the places of pieces; false after kvs_fail. */
+static bool choose_parts(prefetch *p)
+{
+    kvt_call *call = p->call;
+    uint32_t n = call->req.u.prefetch.n_parts;
     p->n_parts = n;
-    p->parts = n ? kvs_named_parts(call, schema, call->req.u.prefetch.parts, n)
-                 : kvs_default_parts(call, schema, &p->n_parts);
+    if (p->schema->piece_bytes) {
+        if (!kvs_no_parts(call, n))
+            return false;
+        p->parts = kvc_arena_calloc(&call->arena, KVC_MAX_PIECES, sizeof(*p->parts));
+        if (!p->parts)
+            kvs_fail(call, KVC_NO_MEMORY, "no memory for a list of pieces");
+    } else {
+        p->parts = n ? kvs_named_parts(call, p->schema, call->req.u.prefetch.parts, n)
+                     : kvs_default_parts(call, p->schema, &p->n_parts);
+    }
     if (!p->parts)
         return false;
-    p->full = kvc_arena_calloc(&call->arena, p->n_parts ? p->n_parts : 1, sizeof(*p->full));
+    p->full = kvc_arena_calloc(&call->arena, p->schema->n_parts, sizeof(*p->full));
     if (!p->full)
         kvs_fail(call, KVC_NO_MEMORY, "no memory for the list of parts");
     return p->full != NULL;
 }
 
+/* Keeps the records of the blocks that the call names until the answer; false after kvs_fail. */
+static bool keep_named(prefetch *p)
+{
+    kvt_call *call = p->call;
+    if (p->context || p->end == 0)
+        return true;
+    uint32_t *named = kvc_arena_alloc(&call->arena, p->end * sizeof(*named));
+    if (named && kvs_index_hold_blocks(p->server->index, p->schema, call->req.u.prefetch.digests,
+                                       p->end, named) == KVC_OK) {
+        p->named = named;
+        return true;
+    }
+    kvs_fail(call, KVC_NO_MEMORY, "no memory for %u blocks", p->end);
+    return false;
+}
+
 void kvs_on_prefetch(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
 {
     prefetch *p = calloc(1, sizeof(*p));
+    uint32_t have;
     if (!p) {
         kvs_fail(call, KVC_NO_MEMORY, "no memory");
         return;
     }
     p->server = server;
     p->call = call;
-    p->context = kvs_want_context(server, call, tenant, call->req.u.prefetch.context);
-    if (p->context && check(p)) {
+    if (choose_blocks(p, tenant, &have) && choose_range(p, have) && choose_parts(p) &&
+        keep_named(p)) {
         start(p);
         return;
     }
-    if (p->context)
-        kvs_context_put(server->contexts, p->context);
+    let_go(p);
     free(p);
 }

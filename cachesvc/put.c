@@ -11,9 +11,11 @@
 #include <string.h>
 
 #include "base/assert.h"
+#include "base/clock.h"
 #include "base/metrics.h"
 #include "base/sum.h"
 #include "cascade.h"
+#include "put_check.h"
 #include "request.h"
 #include "writer.h"
 
@@ -37,13 +39,14 @@ typedef enum item_kind {
 } item_kind;
 
 typedef struct put_item {
-    uint32_t value, part;
+    uint32_t value, part; /* part: place */
     item_kind kind;
     kvs_slot slot;      /* in dram; of ITEM_SYNC: in lmdb */
     const void *rows;   /* dense: dram, the request's bytes, or copy */
     void *copy;         /* of bytes that came in pieces; NULL otherwise */
     uint32_t *sums;     /* of the rows in dram as they came; NULL: none, or with the job */
     kvs_write_job *job; /* NULL: nothing to write */
+    kvs_opaque_id id;   /* of the opaque value that this is a piece of */
     struct kvs_put *put;
 } put_item;
 
@@ -118,58 +121,6 @@ static const void *cursor_peek(const cursor *at, size_t len_bytes)
     return (const char *)at->iov->iov_base + at->off_bytes;
 }
 
-/* ---- check ----------------------------------------------------------------------------------- */
-
-static const kvs_schema *check_call(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
-{
-    const kvc_request *req = &call->req;
-    uint32_t n = req->u.put_blocks.n_values;
-    if (req->u.put_blocks.promise != KVC_PROMISE_MEMORY &&
-        req->u.put_blocks.promise != KVC_PROMISE_DURABLE)
-        kvs_fail(call, KVC_INVALID, "promise must be MEMORY or DURABLE");
-    else if (req->u.put_blocks.promise == KVC_PROMISE_DURABLE && !server->lmdb.ops)
-        kvs_fail(call, KVC_UNSUPPORTED, "DURABLE needs the lmdb tier, which this server lacks");
-    else if (n > server->limits.max_batch_values)
-        kvs_fail(call, KVC_INVALID, "%u values; max_batch_values is %u", n,
-                 server->limits.max_batch_values);
-    else if (req->data_bytes > server->limits.max_message_bytes)
-        kvs_fail(call, KVC_INVALID, "%llu payload bytes; max_message_bytes is %u",
-                 (unsigned long long)req->data_bytes, server->limits.max_message_bytes);
-    else
-        return kvs_want_schema(server, call, tenant, &req->u.put_blocks.schema);
-    return NULL;
-}
-
-/* Every value against the schema, and their sum against the payload. False after kvs_fail. */
-static bool check_values(kvt_call *call, const kvs_schema *schema)
-{
-    const kvc_put_value *values = call->req.u.put_blocks.values;
-    bool probe = call->req.u.put_blocks.probe;
-    uint64_t total_bytes = 0;
-    for (uint32_t i = 0; i < call->req.u.put_blocks.n_values; i++) {
-        int place = kvs_schema_part(schema, values[i].part);
-        if (place < 0) {
-            kvs_fail(call, KVC_INVALID, "value %u: part %u is not in the schema", i,
-                     values[i].part);
-            return false;
-        }
-        const kvs_part *part = &schema->parts[place];
-        if (values[i].len_bytes != part->value_bytes) {
-            kvs_fail(call, KVC_INVALID,
-                     "value %u: part %u has %u tokens of %u bytes = %u bytes, not %u", i,
-                     values[i].part, schema->block_tokens, part->row_bytes, part->value_bytes,
-                     values[i].len_bytes);
-            return false;
-        }
-        total_bytes += probe ? 0 : part->value_bytes;
-    }
-    if (total_bytes == call->req.data_bytes)
-        return true;
-    kvs_fail(call, KVC_INVALID, "the values add up to %llu bytes, the payload has %llu",
-             (unsigned long long)total_bytes, (unsigned long long)call->req.data_bytes);
-    return false;
-}
-
 /* ---- one value ------------------------------------------------------------------------------- */
 
 /* The statuses that the protocol knows for one value. */
@@ -200,8 +151,20 @@ static void settle(kvs_put *put, uint32_t i, kvc_status status)
         KVC_COUNT(put_values_exist);
     if (status == KVC_OK) {
         KVC_COUNT(put_values);
-        KVC_COUNT_N(put_bytes, put->schema->parts[put->items[i].part].value_bytes);
+        KVC_COUNT_N(put_bytes, put->call->req.u.put_blocks.values[i].len_bytes);
     }
+}
+
+/* Copies a piece to its room and fills what is left of that; sums (may be NULL) are of all of it.
+ */
+static void cursor_piece(kvs_put *put, uint32_t i, cursor *at, void *room, uint32_t *sums)
+{
+    const put_item *item = &put->items[i];
+    const kvs_part *part = kvs_part_at(put->schema, item->part);
+    cursor_read(at, room, put->call->req.u.put_blocks.values[i].len_bytes);
+    kvs_opaque_seal(put->schema, item->part, &item->id, room);
+    if (sums)
+        kvc_row_sums(room, part->row_bytes, part->n_rows, sums);
 }
 
 /* Copies a claimed value into its dram slot; MEMORY: it is done. */
@@ -209,11 +172,15 @@ static void take_dram(kvs_put *put, uint32_t i, void *addr, cursor *at)
 {
     kvs_server *server = put->server;
     put_item *item = &put->items[i];
-    uint32_t n_rows = put->schema->block_tokens;
+    const kvs_part *part = kvs_part_at(put->schema, item->part);
+    uint32_t n_rows = part->n_rows;
     bool dirty = server->writer && server->admission.policy == KVS_ADMIT_ALL;
     if (put->durable || dirty) /* without memory for them the writer computes them */
         item->sums = malloc(n_rows * sizeof(*item->sums));
-    cursor_rows(at, addr, put->schema->parts[item->part].row_bytes, n_rows, item->sums);
+    if (put->schema->piece_bytes)
+        cursor_piece(put, i, at, addr, item->sums);
+    else
+        cursor_rows(at, addr, part->row_bytes, n_rows, item->sums);
     server->dram.ops->commit(server->dram.tier, item->slot);
     if (put->durable) {
         item->kind = ITEM_BOTH;
@@ -235,12 +202,16 @@ static void take_dram(kvs_put *put, uint32_t i, void *addr, cursor *at)
 static void take_through(kvs_put *put, uint32_t i, cursor *at)
 {
     put_item *item = &put->items[i];
-    uint32_t len_bytes = put->schema->parts[item->part].value_bytes;
+    uint32_t len_bytes = kvs_part_at(put->schema, item->part)->value_bytes;
+    bool piece = put->schema->piece_bytes;
     item->kind = ITEM_THROUGH;
-    item->rows = cursor_peek(at, len_bytes);
+    item->rows = piece ? NULL : cursor_peek(at, len_bytes);
     if (!item->rows)
         item->rows = item->copy = malloc(len_bytes);
-    cursor_read(at, item->copy, len_bytes);
+    if (item->copy && piece)
+        cursor_piece(put, i, at, item->copy, NULL);
+    else
+        cursor_read(at, item->copy, put->call->req.u.put_blocks.values[i].len_bytes);
     if (!item->rows) {
         kvs_index_abandon(put->server->index, item->value);
         settle(put, i, KVC_AGAIN);
@@ -260,10 +231,69 @@ static void take_new(kvs_put *put, uint32_t i, cursor *at)
     } else if (server->writer) {
         take_through(put, i, at);
     } else {
-        cursor_read(at, NULL, put->schema->parts[item->part].value_bytes);
+        cursor_read(at, NULL, put->call->req.u.put_blocks.values[i].len_bytes);
         kvs_index_abandon(server->index, item->value);
         settle(put, i, status);
     }
+}
+
+/*
+ * The sum of a value that came whole, in one piece: computed, or compared with what was said of it.
+ * INVALID: it is another. NO_MEMORY.
+ */
+static kvc_status sum_piece(kvs_put *put, uint32_t i, const cursor *at)
+{
+    const kvc_put_value *value = &put->call->req.u.put_blocks.values[i];
+    cursor copy_at = *at;
+    void *copy = NULL;
+    const void *bytes = value->len_bytes ? cursor_peek(at, value->len_bytes) : "";
+    if (!bytes) {
+        copy = malloc(value->len_bytes);
+        if (!copy)
+            return KVC_NO_MEMORY;
+        cursor_read(&copy_at, copy, value->len_bytes);
+        bytes = copy;
+    }
+    uint64_t sum = kvc_value_sum(bytes, value->len_bytes);
+    free(copy);
+    put->items[i].id.sum = sum ? sum : 1;
+    return value->whole.sum == 0 || value->whole.sum == put->items[i].id.sum ? KVC_OK : KVC_INVALID;
+}
+
+/* Claims a piece. What nobody completed makes way for it, and is gone from every tier first. */
+static kvs_claim claim_piece(kvs_put *put, uint32_t i)
+{
+    const kvc_put_value *value = &put->call->req.u.put_blocks.values[i];
+    put_item *item = &put->items[i];
+    bool probe = put->call->req.u.put_blocks.probe;
+    uint32_t tag = item->id.sum ? kvs_opaque_tag(put->schema, &item->id) : 0;
+    kvs_claim claim = KVS_CLAIM_REST;
+    for (uint32_t tries = 0; claim == KVS_CLAIM_REST && tries < 2; tries++) {
+        claim = kvs_index_claim_piece(put->server->index, put->schema, item->part, tag,
+                                      &value->digest, put->durable, probe,
+                                      kvc_now_ns() / 1000000000, &item->value, &item->slot);
+        if (claim == KVS_CLAIM_REST)
+            kvs_cascade_reap(put->server);
+    }
+    return claim;
+}
+
+/* Where a piece goes and whose it is; false: it is settled. */
+static bool begin_piece(kvs_put *put, uint32_t i, cursor *at)
+{
+    const kvc_put_value *value = &put->call->req.u.put_blocks.values[i];
+    put_item *item = &put->items[i];
+    kvc_status status = KVC_OK;
+    bool probe = put->call->req.u.put_blocks.probe;
+    item->id = (kvs_opaque_id){value->whole.total_bytes, value->whole.sum};
+    item->part = kvs_opaque_place(put->schema, item->id.total_bytes, value->part);
+    if (!probe && kvs_opaque_pieces(put->schema, item->id.total_bytes) == 1)
+        status = sum_piece(put, i, at);
+    if (status == KVC_OK)
+        return true;
+    cursor_read(at, NULL, value->len_bytes);
+    settle(put, i, status);
+    return false;
 }
 
 static void take(kvs_put *put, uint32_t i, cursor *at)
@@ -273,10 +303,18 @@ static void take(kvs_put *put, uint32_t i, cursor *at)
     bool probe = put->call->req.u.put_blocks.probe;
     kvs_server *server = put->server;
     item->put = put;
-    item->part = (uint32_t)kvs_schema_part(put->schema, value->part);
-    kvs_claim claim = (probe ? kvs_index_claim_old : kvs_index_claim)(
-        server->index, put->schema, item->part, &value->digest, put->durable, &item->value,
-        &item->slot);
+    bool piece = put->schema->piece_bytes;
+    kvs_claim claim;
+    if (piece) {
+        if (!begin_piece(put, i, at))
+            return;
+        claim = claim_piece(put, i);
+    } else {
+        item->part = (uint32_t)kvs_schema_part(put->schema, value->part);
+        claim = (probe ? kvs_index_claim_old
+                       : kvs_index_claim)(server->index, put->schema, item->part, &value->digest,
+                                          put->durable, &item->value, &item->slot);
+    }
     if (claim == KVS_CLAIM_MINE) {
         take_new(put, i, at);
         return;
@@ -362,13 +400,13 @@ static void make_jobs(kvs_put *put)
             continue;
         }
         kvs_index_key(put->server->index, item->value, &job->write.key);
-        job->write.row_bytes = put->schema->parts[item->part].row_bytes;
-        job->write.n_rows = put->schema->block_tokens;
+        job->write.row_bytes = kvs_part_at(put->schema, item->part)->row_bytes;
+        job->write.n_rows = kvs_part_at(put->schema, item->part)->n_rows;
         job->write.rows = item->rows;
         job->write.durable = put->durable;
         job->sums = item->sums;
         item->sums = NULL;
-        job->cls = put->schema->parts[item->part].cls;
+        job->cls = kvs_part_at(put->schema, item->part)->cls;
         job->deadline_ns = put->call->deadline_ns;
         job->done = job_done;
         job->arg = item;
@@ -471,7 +509,7 @@ static void process(kvs_put *put)
     for (;;) {
         switch (put->state) {
         case PUT_CHECK:
-            put->state = check_values(put->call, put->schema) ? PUT_TAKE : PUT_DONE;
+            put->state = kvs_put_check_values(put->call, put->schema) ? PUT_TAKE : PUT_DONE;
             break;
         case PUT_TAKE:
             take_all(put);
@@ -498,7 +536,7 @@ static void process(kvs_put *put)
 
 void kvs_on_put_blocks(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
 {
-    const kvs_schema *schema = check_call(server, call, tenant);
+    const kvs_schema *schema = kvs_put_check_call(server, call, tenant);
     if (!schema)
         return;
     uint32_t n = call->req.u.put_blocks.n_values;

@@ -129,8 +129,10 @@ static uint64_t keep(const entry *e)
         kvs_schemas_find(server->schemas, &e->stream->tenant, &e->offer.schema);
     if (!schema)
         return 0;
-    int part = kvs_schema_part(schema, e->offer.part);
-    uint64_t ttl_ns = kvs_ttl_keep(server->ttls, schema, (uint16_t)part, &e->offer.digest,
+    int place = schema->piece_bytes
+                    ? kvs_opaque_place(schema, e->offer.whole.total_bytes, e->offer.part)
+                    : kvs_schema_part(schema, e->offer.part);
+    uint64_t ttl_ns = kvs_ttl_keep(server->ttls, schema, (uint16_t)place, &e->offer.digest,
                                    kvs_ttl_ns(e->offer.ttl_ms));
     kvs_schemas_put(server->schemas, schema);
     return ttl_ns;
@@ -192,7 +194,7 @@ static void make_piece(put_stream *stream, entry *e)
                           .user = server,
                           .within = stream->call};
     kvc_arena_init(&e->piece.arena, PIECE_ARENA_BYTES);
-    e->value = (kvc_put_value){e->offer.digest, e->offer.part, e->offer.len_bytes};
+    e->value = (kvc_put_value){e->offer.digest, e->offer.part, e->offer.len_bytes, e->offer.whole};
     e->piece.req = (kvc_request){.method = KVC_PUT_BLOCKS};
     e->piece.req.u.put_blocks.schema = e->offer.schema;
     e->piece.req.u.put_blocks.promise = e->offer.promise;
@@ -421,8 +423,8 @@ static void accept_body(put_stream *stream, entry *e)
     kvc_status status = body_get(e);
     kvc_mutex_lock(&stream->lock);
     if (status == KVC_OK) {
-        e->state = ENTRY_BODY;
-        e->tell_send = true;
+        e->state = e->offer.len_bytes ? ENTRY_BODY : ENTRY_FULL; /* nothing is to be sent */
+        e->tell_send = e->offer.len_bytes > 0;
     } else {
         stream->body_bytes -= e->offer.len_bytes;
         settle(e, KVC_AGAIN, 0);

@@ -124,6 +124,17 @@ const kvs_schema *kvs_want_schema(kvs_server *server, kvt_call *call, const kvc_
     return schema;
 }
 
+const kvs_schema *kvs_want_rows(kvs_server *server, kvt_call *call, const kvc_digest *tenant,
+                                const kvc_digest *digest)
+{
+    const kvs_schema *schema = kvs_want_schema(server, call, tenant, digest);
+    if (!schema || !schema->piece_bytes)
+        return schema;
+    kvs_fail(call, KVC_INVALID,
+             "the schema is opaque: its values have no rows, and no contexts can be made of them");
+    return NULL;
+}
+
 bool kvs_slow_job_begin(kvs_server *server)
 {
     uint32_t most = (kvs_disk_threads(server->disk) + 1) / 2;

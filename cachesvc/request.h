@@ -44,6 +44,11 @@ uint16_t *kvs_named_parts(kvt_call *call, const kvs_schema *schema, const uint32
 /* Where none are named: all but compressed keys, unless the schema has nothing else. NULL after
    kvs_fail. */
 uint16_t *kvs_default_parts(kvt_call *call, const kvs_schema *schema, uint32_t *n_p);
+/* False after kvs_fail: parts were named where the schema is opaque. */
+bool kvs_no_parts(kvt_call *call, uint32_t n_parts);
+/* The tenant's schema by digest, which must have rows; as kvs_want_schema. */
+const kvs_schema *kvs_want_rows(kvs_server *server, kvt_call *call, const kvc_digest *tenant,
+                                const kvc_digest *digest);
 /* A TTL of a request in nanoseconds. */
 static inline uint64_t kvs_ttl_ns(uint64_t ttl_ms)
 {

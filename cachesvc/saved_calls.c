@@ -114,7 +114,7 @@ void kvs_on_put_context(kvs_server *server, kvt_call *call, const kvc_digest *te
                  (unsigned long long)call->req.data_bytes, server->limits.max_message_bytes);
         return;
     }
-    const kvs_schema *schema = kvs_want_schema(server, call, tenant, &context->schema);
+    const kvs_schema *schema = kvs_want_rows(server, call, tenant, &context->schema);
     if (schema)
         start((saved_job){
             .server = server, .call = call, .tenant = *tenant, .schema = schema, .run = put_run});

@@ -12,6 +12,7 @@
 #include "base/assert.h"
 #include "base/clock.h"
 #include "base/digest.h"
+#include "opaque.h"
 
 int kvs_schema_part(const kvs_schema *schema, uint32_t part_id)
 {
@@ -31,8 +32,10 @@ int kvs_schema_part(const kvs_schema *schema, uint32_t part_id)
 kvs_schemas *kvs_schemas_create(void)
 {
     kvs_schemas *schemas = calloc(1, sizeof(*schemas));
-    if (schemas)
-        kvc_mutex_init(&schemas->lock, KVC_RANK_SCHEMA);
+    if (!schemas)
+        return NULL;
+    schemas->piece_bytes = KVC_MAX_VALUE_BYTES;
+    kvc_mutex_init(&schemas->lock, KVC_RANK_SCHEMA);
     return schemas;
 }
 
@@ -146,13 +149,26 @@ static void part_fill(kvs_part *out, const kvc_part *part, uint32_t block_tokens
     out->id = part->part;
     out->info = part;
     out->row_bytes = part->row_bytes;
+    out->n_rows = block_tokens;
     out->value_bytes = part->row_bytes * block_tokens;
     out->is_index = part->kind == KVC_PART_INDEX;
     out->window_blocks = part->window / block_tokens + (part->window % block_tokens != 0);
 }
 
-static kvc_status entry_create(const kvc_digest *tenant, const kvc_schema *schema,
-                               kvs_schema **entry_p)
+/* An opaque schema's table has the rooms of pieces. */
+static void fill_parts(kvs_schema *entry)
+{
+    if (entry->piece_bytes) {
+        kvs_opaque_rooms(entry->piece_bytes, entry->parts);
+        return;
+    }
+    for (uint32_t i = 0; i < entry->n_parts; i++)
+        part_fill(&entry->parts[i], &entry->schema->parts[i], entry->block_tokens);
+    qsort(entry->parts, entry->n_parts, sizeof(*entry->parts), part_order);
+}
+
+static kvc_status entry_create(uint32_t piece_bytes, const kvc_digest *tenant,
+                               const kvc_schema *schema, kvs_schema **entry_p)
 {
     kvc_status status = KVC_NO_MEMORY;
     kvs_schema *entry = calloc(1, sizeof(*entry));
@@ -160,17 +176,16 @@ static kvc_status entry_create(const kvc_digest *tenant, const kvc_schema *schem
         return status;
     entry->tenant = *tenant;
     entry->block_tokens = schema->block_tokens;
-    entry->n_parts = schema->n_parts;
+    entry->n_parts = schema->opaque ? KVS_OPAQUE_CODES : schema->n_parts;
+    entry->piece_bytes = schema->opaque ? piece_bytes : 0;
     entry->schema = kvc_schema_copy(schema);
-    entry->parts = calloc(schema->n_parts, sizeof(*entry->parts));
+    entry->parts = calloc(entry->n_parts, sizeof(*entry->parts));
     if (!entry->schema || !entry->parts)
         goto err_entry;
     status = kvc_schema_digest(schema, &entry->digest);
     if (status != KVC_OK)
         goto err_entry;
-    for (uint32_t i = 0; i < schema->n_parts; i++)
-        part_fill(&entry->parts[i], &entry->schema->parts[i], schema->block_tokens);
-    qsort(entry->parts, entry->n_parts, sizeof(*entry->parts), part_order);
+    fill_parts(entry);
     *entry_p = entry;
     return KVC_OK;
 err_entry:
@@ -200,12 +215,12 @@ kvc_status kvs_schemas_add(kvs_schemas *schemas, const kvc_digest *tenant, const
 {
     *schema_p = NULL;
     kvs_schema *entry = NULL;
-    kvc_status status = entry_create(tenant, schema, &entry);
+    kvc_status status = entry_create(schemas->piece_bytes, tenant, schema, &entry);
     if (status != KVC_OK)
         return status;
     for (uint32_t i = 0; i < entry->n_parts; i++)
         entry->parts[i].cls =
-            class_of(arg, tenant, entry->parts[i].value_bytes, entry->block_tokens);
+            class_of(arg, tenant, entry->parts[i].value_bytes, entry->parts[i].n_rows);
     kvc_mutex_lock(&schemas->lock);
     kvs_schema *old = find_locked(schemas, tenant, &entry->digest);
     if (!old && schemas->n == KVS_MAX_SCHEMAS) {

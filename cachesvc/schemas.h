@@ -17,6 +17,7 @@
 typedef struct kvs_part {
     uint32_t id;
     uint32_t row_bytes;
+    uint32_t n_rows; /* of a value */
     uint32_t value_bytes;
     uint32_t cls; /* eviction class: values of equal size, with and without sums, of one tenant */
     uint32_t window_blocks; /* leading blocks further behind than this are not needed; 0: all are */
@@ -24,17 +25,29 @@ typedef struct kvs_part {
     const kvc_part *info;   /* in the schema's own table */
 } kvs_part;
 
+/* A place in an opaque schema names a piece of a value: its number, and by these bits its room,
+   which is a place in the table; see opaque.h. */
+#define KVS_OPAQUE_CODES 32u
+
 typedef struct kvs_schema {
     uint32_t id;
     kvc_digest tenant; /* SHA-256 of its name */
     kvc_digest digest;
     uint32_t block_tokens, n_parts;
+    uint32_t piece_bytes; /* opaque: of each piece of a value but the last; else 0 */
     kvs_part *parts;
     kvc_schema *schema;
 } kvs_schema;
 
+/* What a place in a block means. */
+static inline const kvs_part *kvs_part_at(const kvs_schema *schema, uint32_t place)
+{
+    return &schema->parts[schema->piece_bytes ? place % KVS_OPAQUE_CODES : place];
+}
+
 typedef struct kvs_schemas {
-    kvc_mutex lock; /* guards all below; what an entry holds never changes */
+    uint32_t piece_bytes; /* of opaque schemas that are added */
+    kvc_mutex lock;       /* guards all below; what an entry holds never changes */
     kvs_schema *by_id[KVS_MAX_SCHEMAS + 1]; /* [0] unused; NULL: free */
     struct {
         uint32_t users;
@@ -47,6 +60,8 @@ typedef struct kvs_schemas {
 /* The place of a part id in schema->parts, or -1. */
 int kvs_schema_part(const kvs_schema *schema, uint32_t part_id);
 
+/* Opaque values are cut at KVC_MAX_VALUE_BYTES unless piece_bytes is changed before the first add.
+ */
 kvs_schemas *kvs_schemas_create(void);
 void kvs_schemas_destroy(kvs_schemas *schemas);
 /* The tenant's schema, held for kvs_schemas_put, or NULL. Any thread. */

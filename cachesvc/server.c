@@ -19,14 +19,16 @@
 #include "base/metrics.h"
 #include "base/text.h"
 #include "cascade.h"
+#include "recover.h"
 #include "request.h"
 #include "saved.h"
 #include "schema_record.h"
 #include "writer.h"
 
-#define TICK_NS   250000000ull
-#define WINDOW_NS 60000000000ull /* of promotion by use */
-#define REPORT_NS 10000000000ull
+#define PAGE_BYTES 4096u
+#define TICK_NS    250000000ull
+#define WINDOW_NS  60000000000ull /* of promotion by use */
+#define REPORT_NS  10000000000ull
 
 /* ---- tiers ----------------------------------------------------------------------------------- */
 
@@ -45,7 +47,8 @@ static kvc_status open_store(kvs_server *server, const char *name, uint64_t capa
         .size_bytes = sizeof(opts),
         .capacity_bytes = capacity_bytes,
         .path = path,
-        .max_value_bytes = (uint32_t)server->settings.max_value_bytes,
+        /* lmdb takes pieces of opaque values too, with their end record */
+        .max_value_bytes = (uint32_t)server->settings.max_value_bytes + (path ? PAGE_BYTES : 0),
         .group_commit_ns = server->settings.group_commit_ns,
         .group_commit_bytes = server->settings.group_commit_bytes,
         .row_sums_bytes = server->settings.row_sums_bytes,
@@ -64,103 +67,6 @@ static kvc_status open_store(kvs_server *server, const char *name, uint64_t capa
     return KVC_OK;
 }
 
-typedef struct orphan {
-    kvs_value_key key;
-    kvs_slot slot;
-} orphan;
-
-typedef struct recovery {
-    kvs_server *server;
-    const kvs_schema *last;
-    uint64_t n_values, n_orphans, n_listed;
-    orphan *orphans; /* [n_listed] values that no schema explains: released after the walk */
-    kvc_status status;
-} recovery;
-
-static void add_orphan(recovery *r, const kvs_value_key *key, kvs_slot slot)
-{
-    r->n_orphans++;
-    if ((r->n_listed & (r->n_listed - 1)) == 0) {
-        uint64_t cap = r->n_listed ? 2 * r->n_listed : 1;
-        orphan *more = realloc(r->orphans, cap * sizeof(*more));
-        if (!more)
-            return; /* it stays in lmdb until the next start */
-        r->orphans = more;
-    }
-    r->orphans[r->n_listed++] = (orphan){.key = *key, .slot = slot};
-}
-
-/* The schema of a value, held until another one is asked for. */
-static const kvs_schema *recovery_schema(recovery *r, const kvs_value_key *key)
-{
-    kvs_schemas_put(r->server->schemas, r->last);
-    return r->last = kvs_schemas_find(r->server->schemas, &key->tenant, &key->schema);
-}
-
-static bool found_value(void *arg, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
-                        uint32_t n_rows)
-{
-    recovery *r = arg;
-    kvs_server *server = r->server;
-    const kvs_schema *schema = r->last;
-    if (!schema || !kvc_digest_equal(&schema->digest, &key->schema) ||
-        !kvc_digest_equal(&schema->tenant, &key->tenant))
-        schema = recovery_schema(r, key);
-    int part = schema ? kvs_schema_part(schema, key->part) : -1;
-    kvc_status status = KVC_EXISTS;
-    if (part >= 0 && schema->parts[part].row_bytes == row_bytes && schema->block_tokens == n_rows)
-        status = kvs_index_recovered(server->index, schema, (uint32_t)part, &key->block, slot);
-    if (status == KVC_OK)
-        r->n_values++;
-    else if (status == KVC_EXISTS)
-        add_orphan(r, key, slot);
-    else
-        r->status = status; /* a value without a place in the index is not an orphan */
-    return r->status == KVC_OK;
-}
-
-/* Values without a schema are garbage only where every schema is known. */
-static void settle_orphans(recovery *r, bool all_schemas)
-{
-    kvs_store *lmdb = &r->server->lmdb;
-    for (uint64_t i = 0; all_schemas && i < r->n_listed; i++)
-        lmdb->ops->release(lmdb->tier, &r->orphans[i].key, r->orphans[i].slot);
-    if (r->n_orphans && all_schemas)
-        KVC_LOG_WARN(SERVER, "%llu values of lmdb fit no schema; released",
-                     (unsigned long long)r->n_orphans);
-    else if (r->n_orphans)
-        KVC_LOG_ERROR(SERVER,
-                      "%llu values of lmdb fit no schema, and schemas were lost: the values stay; "
-                      "register the schemas again and restart to have them back",
-                      (unsigned long long)r->n_orphans);
-}
-
-static kvc_status recover(kvs_server *server)
-{
-    recovery r = {.server = server, .status = KVC_OK};
-    kvc_status status = kvs_schema_records_load(server);
-    bool all_schemas = status == KVC_OK; /* CORRUPT: some were logged and left out */
-    if (status == KVC_OK || status == KVC_CORRUPT)
-        status = server->lmdb.ops->recover(server->lmdb.tier, found_value, &r);
-    if (status == KVC_OK)
-        status = r.status;
-    if (status == KVC_OK)
-        settle_orphans(&r, all_schemas);
-    free(r.orphans);
-    kvs_schemas_put(server->schemas, r.last);
-    server->schemas_lost = !all_schemas;
-    if (status == KVC_OK)
-        status = kvs_saved_load(server->saved);
-    if (status != KVC_OK) {
-        KVC_LOG_ERROR(SERVER, "the lmdb tier does not recover: %s", kvc_status_name(status));
-        return status;
-    }
-    KVC_COUNT_N(recovered_values, r.n_values);
-    KVC_LOG_INFO(SERVER, "recovered %u schemas and %llu values from lmdb",
-                 kvs_schemas_count(server->schemas), (unsigned long long)r.n_values);
-    return KVC_OK;
-}
-
 static kvc_status open_lmdb(kvs_server *server)
 {
     if (!server->settings.lmdb_path[0] || !server->settings.lmdb_bytes) {
@@ -171,7 +77,7 @@ static kvc_status open_lmdb(kvs_server *server)
         open_store(server, "lmdb", server->settings.lmdb_bytes, server->settings.lmdb_path,
                    server->settings.lmdb_fault, &server->lmdb);
     if (status == KVC_OK)
-        status = recover(server);
+        status = kvs_recover(server);
     if (status == KVC_OK)
         status = kvs_disk_create("disk", (uint32_t)server->settings.disk_threads, &server->disk);
     if (status == KVC_OK)
@@ -302,6 +208,8 @@ static void fill_limits(kvs_server *server)
 static kvc_status create_tables(kvs_server *server)
 {
     server->schemas = kvs_schemas_create();
+    if (server->schemas)
+        server->schemas->piece_bytes = server->limits.max_value_bytes;
     server->index = server->schemas ? kvs_index_create(server->schemas->by_id) : NULL;
     if (!server->index)
         return KVC_NO_MEMORY;
@@ -348,7 +256,7 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
         sizeof(server->boot_id))
         server->boot_id = kvc_wall_ns();
     fill_limits(server);
-    kvs_buffers_init(&server->buffers, server->limits.max_message_bytes,
+    kvs_buffers_init(&server->buffers, server->limits.max_message_bytes + PAGE_BYTES,
                      settings->max_inflight_bytes);
     kvs_admission_init(&server->admission, (kvs_admission_policy)settings->lmdb_admission,
                        settings->lmdb_write_budget_bytes, server->start_ns);

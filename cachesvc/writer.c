@@ -160,17 +160,17 @@ static bool behind_fill(kvs_writer *writer, behind_job *behind)
         if (behind->value == KVS_NIL)
             return false;
         schema = kvs_index_schema(server->index, behind->value, &part);
-        if (admit(server, behind->value, schema->parts[part].value_bytes))
+        if (admit(server, behind->value, kvs_part_at(schema, part)->value_bytes))
             break;
         free(sums);
     }
     kvs_write_job *job = &behind->job;
     memset(job, 0, sizeof(*job));
     kvs_index_key(server->index, behind->value, &job->write.key);
-    job->write.row_bytes = schema->parts[part].row_bytes;
-    job->write.n_rows = schema->block_tokens;
+    job->write.row_bytes = kvs_part_at(schema, part)->row_bytes;
+    job->write.n_rows = kvs_part_at(schema, part)->n_rows;
     job->write.rows = server->dram.ops->map(server->dram.tier, slot);
-    job->cls = schema->parts[part].cls;
+    job->cls = kvs_part_at(schema, part)->cls;
     job->sums = sums;
     job->done = behind_done;
     job->writer = writer;

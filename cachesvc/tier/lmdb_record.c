@@ -18,7 +18,12 @@ uint32_t kvsi_record_prefix_bytes(uint32_t n_rows)
 
 uint64_t kvsi_record_bytes(uint32_t row_bytes, uint32_t n_rows)
 {
-    return kvsi_record_prefix_bytes(n_rows) + (uint64_t)row_bytes * n_rows;
+    uint64_t bytes = kvsi_record_prefix_bytes(n_rows) + (uint64_t)row_bytes * n_rows;
+
+    if (n_rows != KVS_PIECE_ROWS)
+        return bytes;
+    uint64_t pages = (bytes + KVSI_RECORD_OFF + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES;
+    return kvs_piece_pages((uint32_t)pages) * (uint64_t)KVSI_PAGE_BYTES - KVSI_RECORD_OFF;
 }
 
 uint32_t kvsi_record_pages(uint32_t row_bytes, uint32_t n_rows)
@@ -92,7 +97,10 @@ void kvsi_record_write(const kvs_tier_write *write, void *out)
     memset(bytes + sizeof(header) + sums_bytes, 0, prefix_bytes - sizeof(header) - sums_bytes);
     header.sum = record_sum(bytes, write->n_rows);
     memcpy(bytes, &header, sizeof(header));
-    memcpy(bytes + prefix_bytes, write->rows, (size_t)write->row_bytes * write->n_rows);
+    size_t rows_bytes = (size_t)write->row_bytes * write->n_rows;
+    memcpy(bytes + prefix_bytes, write->rows, rows_bytes);
+    memset(bytes + prefix_bytes + rows_bytes, 0,
+           kvsi_record_bytes(write->row_bytes, write->n_rows) - prefix_bytes - rows_bytes);
 }
 
 kvc_status kvsi_record_check(const void *record, size_t len_bytes, const kvs_value_key *key,

@@ -32,6 +32,7 @@ _Static_assert(sizeof(kvsi_record_header) == 128, "the record header is stored a
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "records are little-endian");
 
 uint32_t kvsi_record_prefix_bytes(uint32_t n_rows);
+/* Those of a piece (KVS_PIECE_ROWS) are rounded up to one of few lengths; zeros fill it. */
 uint64_t kvsi_record_bytes(uint32_t row_bytes, uint32_t n_rows);
 /* Pages that LMDB takes for the record: the size class. */
 uint32_t kvsi_record_pages(uint32_t row_bytes, uint32_t n_rows);

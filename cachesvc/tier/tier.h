@@ -57,6 +57,21 @@ typedef struct kvs_tier_opts {
     const char *fault; /* fault tier: "inner[:op=rate,...]" */
 } kvs_tier_opts;
 
+/*
+ * A value of so many rows is a piece of an opaque value, which no block of tokens can be. Pieces
+ * have many lengths, and a PERSISTENT tier few size classes: it rounds up what it takes for one to
+ * kvs_piece_pages, of 4 KiB.
+ */
+#define KVS_PIECE_ROWS 32u
+static inline uint32_t kvs_piece_pages(uint32_t pages)
+{
+    static const uint32_t sizes[] = {4, 18, 66, 258};
+    for (uint32_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
+        if (pages <= sizes[i])
+            return sizes[i];
+    return pages;
+}
+
 /* A range of rows of one value: rows first .. first + n - 1 go dense to dst. */
 typedef struct kvs_row_range {
     uint32_t first, n;

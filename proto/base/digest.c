@@ -81,6 +81,20 @@ kvc_status kvc_block_digest(const kvc_digest *schema, const kvc_digest *parent,
     return ok ? KVC_OK : KVC_IO;
 }
 
+kvc_status kvc_key_digest(const kvc_digest *schema, const void *key, size_t key_bytes,
+                          kvc_digest *digest_p)
+{
+    unsigned int n = 0;
+    kvc_digest digest;
+    EVP_MD_CTX *ctx = EVP_MD_CTX_new();
+    bool ok = ctx != NULL && EVP_DigestInit_ex(ctx, EVP_sha256(), NULL) == 1 &&
+              hash_bytes(ctx, schema->bytes, KVC_DIGEST_BYTES) && hash_bytes(ctx, key, key_bytes) &&
+              EVP_DigestFinal_ex(ctx, digest.bytes, &n) == 1 && n == KVC_DIGEST_BYTES;
+    EVP_MD_CTX_free(ctx);
+    *digest_p = ok ? digest : (kvc_digest){{0}};
+    return ok ? KVC_OK : KVC_IO;
+}
+
 bool kvc_digest_equal(const kvc_digest *a, const kvc_digest *b)
 {
     return memcmp(a->bytes, b->bytes, KVC_DIGEST_BYTES) == 0;

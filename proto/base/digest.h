@@ -2,8 +2,9 @@
  * digest.h: the names of things, the same in every process and language.
  *
  * Block digest: SHA-256("kvasir-block-v1", schema digest, parent digest (32 zero bytes at the
- * root), u32le count, u32le token ids, u32le length, extra). Schema digest: SHA-256 of the schema's
- * sorted key=value\n text. Vectors are published in tests/base/digest_vectors.txt.
+ * root), u32le count, u32le token ids, u32le length, extra). Key digest, of opaque schemas:
+ * SHA-256(schema digest, key bytes). Schema digest: SHA-256 of the schema's sorted key=value\n
+ * text. Vectors are published in tests/base/digest_vectors.txt.
  */
 #ifndef KVC_BASE_DIGEST_H
 #define KVC_BASE_DIGEST_H
@@ -27,10 +28,18 @@ kvc_status kvc_block_digest(const kvc_digest *schema, const kvc_digest *parent,
                             uint32_t extra_bytes, kvc_digest *digest_p) KVC_MUST_CHECK;
 
 /*
+ * Digest of a key of an opaque schema: SHA-256 of the schema's digest and the key's bytes. key may
+ * be NULL when key_bytes is 0. IO if libcrypto fails. Any thread.
+ */
+kvc_status kvc_key_digest(const kvc_digest *schema, const void *key, size_t key_bytes,
+                          kvc_digest *digest_p) KVC_MUST_CHECK;
+
+/*
  * Checks a schema: names and counts within limits, unique part ids up to KVC_MAX_PART_ID, slices
  * inside rows, at least one part, block_tokens a multiple of 16 within limits, block_tokens *
  * row_bytes <= max_value_bytes for each part, KV parts' K and V lengths = kv_heads * dim * dtype
- * size. On INVALID, why_p (may be NULL) gets a static text naming the rule that was broken.
+ * size; an opaque one has no parts and no block_tokens. On INVALID, why_p (may be NULL) gets a
+ * static text naming the rule that was broken.
  */
 kvc_status kvc_schema_check(const kvc_schema *schema, uint32_t max_value_bytes,
                             const char **why_p) KVC_MUST_CHECK;

@@ -112,6 +112,12 @@ static const char *schema_rule(const kvc_schema *schema, uint32_t max_value_byte
         return "recipe must have 1 to 4096 bytes";
     if (schema->tp_size == 0)
         return "tp_size must not be 0";
+    if (schema->opaque > 1)
+        return "opaque must be 0 or 1";
+    if (schema->opaque)
+        return schema->n_parts || schema->block_tokens
+                   ? "an opaque schema has no parts, and block_tokens 0"
+                   : NULL;
     if (schema->block_tokens < KVC_BLOCK_TOKENS_MIN || schema->block_tokens > KVC_BLOCK_TOKENS_MAX)
         return "block_tokens must be 64 to 1024";
     if (schema->block_tokens % 16 != 0)
@@ -221,8 +227,11 @@ static void text_schema(kvc_strbuf *text, const kvc_schema *schema, const kvc_pa
     for (uint32_t i = 0; i < schema->n_parts; i++)
         parts[i] = &schema->parts[i];
     qsort(parts, schema->n_parts, sizeof(*parts), by_part_id);
-    text_uint(text, "block_tokens", schema->block_tokens);
+    if (!schema->opaque)
+        text_uint(text, "block_tokens", schema->block_tokens);
     text_name(text, "model", schema->model);
+    if (schema->opaque)
+        text_uint(text, "opaque", schema->opaque);
     for (uint32_t i = 0; i < schema->n_parts; i++)
         text_part(text, parts[i]);
     text_name(text, "recipe", schema->recipe);
@@ -236,7 +245,7 @@ kvc_status kvc_schema_text(const kvc_schema *schema, char **text_p, size_t *len_
     *len_bytes_p = 0;
     if (schema_rule(schema, UINT32_MAX) != NULL)
         return KVC_INVALID;
-    const kvc_part **parts = malloc(schema->n_parts * sizeof(*parts));
+    const kvc_part **parts = malloc((schema->n_parts + 1) * sizeof(*parts));
     /* The host program's locale may write doubles with a comma. */
     locale_t c_locale = newlocale(LC_NUMERIC_MASK, "C", (locale_t)0);
     if (parts != NULL && c_locale != (locale_t)0) {

@@ -105,13 +105,14 @@ kvc_status kvci_get_put_blocks_reply(kvci_job *job, kvc_reply *reply)
 kvc_status kvci_get_match_prefix_reply(kvci_job *job, kvc_reply *reply)
 {
     const Kvasir__V1__MatchPrefixReply *msg = (const Kvasir__V1__MatchPrefixReply *)job->msg;
-    if (msg->n_tiers != 0 && (msg->n_tiers != msg->hits || msg->n_tiers > KVC_MAX_DIGESTS))
+    if (msg->n_tiers != 0 && (msg->n_tiers < msg->hits || msg->n_tiers > KVC_MAX_DIGESTS))
         return kvci_refuse(job, "there must be one tier for each hit, or none");
     uint8_t *tiers = kvc_arena_alloc(job->arena, msg->n_tiers);
     if (tiers == NULL)
         return kvci_no_memory(job);
     for (size_t i = 0; i < msg->n_tiers; i++) {
-        if ((int)msg->tiers[i] < KVC_TIER_GPU || (int)msg->tiers[i] > KVC_TIER_LMDB)
+        int none = i < msg->hits ? KVC_TIER_GPU : 0; /* behind the hits, a value may be missing */
+        if ((int)msg->tiers[i] < none || (int)msg->tiers[i] > KVC_TIER_LMDB)
             return kvci_refuse(job, "a hit's tier is not one of the protocol's");
         tiers[i] = (uint8_t)msg->tiers[i];
     }

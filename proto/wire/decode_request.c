@@ -74,6 +74,7 @@ kvc_status kvci_get_schema(kvci_job *job, const Kvasir__V1__Schema *msg,
         .block_tokens = msg->block_tokens,
         .n_parts = (uint32_t)msg->n_parts,
         .parts = parts,
+        .opaque = msg->opaque != 0,
     };
     *schema_p = schema;
     return KVC_OK;
@@ -103,6 +104,7 @@ kvc_status kvci_get_put_blocks_request(kvci_job *job, kvc_request *req)
             return kvci_refuse(job, "a value's digest must have 32 bytes");
         values[i].part = msg->values[i]->part;
         values[i].len_bytes = msg->values[i]->len_bytes;
+        values[i].whole = (kvc_whole){msg->values[i]->total_bytes, msg->values[i]->sum};
     }
     req->u.put_blocks.promise = (kvc_promise)msg->promise;
     req->u.put_blocks.n_values = (uint32_t)msg->n_values;
@@ -126,6 +128,7 @@ kvc_status kvci_get_match_prefix_request(kvci_job *job, kvc_request *req)
     req->u.match_prefix.n_parts = (uint32_t)msg->n_parts;
     req->u.match_prefix.parts = msg->parts;
     req->u.match_prefix.want_tiers = msg->want_tiers != 0;
+    req->u.match_prefix.want_each = msg->want_each != 0;
     return KVC_OK;
 }
 

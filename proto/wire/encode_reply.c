@@ -112,7 +112,7 @@ kvc_status kvci_put_match_prefix_reply(const kvc_reply *reply, const kvci_out *o
 {
     Kvasir__V1__MatchPrefixReply msg = KVASIR__V1__MATCH_PREFIX_REPLY__INIT;
     uint32_t n = reply->u.match_prefix.n_tiers;
-    if (n != 0 && (n != reply->u.match_prefix.hits || n > KVC_MAX_DIGESTS))
+    if (n != 0 && (n < reply->u.match_prefix.hits || n > KVC_MAX_DIGESTS))
         return KVC_INVALID;
     msg.tiers = kvc_arena_alloc(out->arena, n * sizeof(*msg.tiers));
     if (msg.tiers == NULL)

@@ -47,7 +47,7 @@ static Kvasir__V1__Part put_part(const kvc_part *part, Kvasir__V1__Rope *rope)
 
 static bool schema_fits(const kvc_schema *schema)
 {
-    if (schema == NULL || schema->n_parts > KVC_MAX_PARTS ||
+    if (schema == NULL || schema->n_parts > KVC_MAX_PARTS || schema->opaque > 1 ||
         !kvci_fits(kvci_put_text(schema->model), KVC_MAX_NAME_BYTES) ||
         !kvci_fits(kvci_put_text(schema->revision), KVC_MAX_NAME_BYTES) ||
         !kvci_fits(kvci_put_text(schema->recipe), KVC_MAX_RECIPE_BYTES))
@@ -84,6 +84,7 @@ kvc_status kvci_put_schema(const kvc_schema *schema, kvc_arena *arena, Kvasir__V
     msg_p->block_tokens = schema->block_tokens;
     msg_p->n_parts = n;
     msg_p->parts = list;
+    msg_p->opaque = schema->opaque != 0;
     return KVC_OK;
 }
 
@@ -115,6 +116,8 @@ kvc_status kvci_put_put_blocks_request(const kvc_request *req, const kvci_out *o
         values[i].digest = kvci_put_digest(&value->digest);
         values[i].part = value->part;
         values[i].len_bytes = value->len_bytes;
+        values[i].total_bytes = value->whole.total_bytes;
+        values[i].sum = value->whole.sum;
         list[i] = &values[i];
     }
     Kvasir__V1__PutBlocksRequest msg = KVASIR__V1__PUT_BLOCKS_REQUEST__INIT;
@@ -136,6 +139,7 @@ kvc_status kvci_put_match_prefix_request(const kvc_request *req, const kvci_out 
     msg.n_parts = req->u.match_prefix.n_parts;
     msg.parts = (uint32_t *)(uintptr_t)req->u.match_prefix.parts;
     msg.want_tiers = req->u.match_prefix.want_tiers;
+    msg.want_each = req->u.match_prefix.want_each;
     return kvci_put(out, &msg.base, 0);
 }
 

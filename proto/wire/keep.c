@@ -56,7 +56,13 @@ kvc_status kvci_get_erase_reply(kvci_job *job, kvc_reply *reply)
 
 kvc_status kvci_put_hold_request(const kvc_request *req, const kvci_out *out)
 {
+    if (req->u.hold.n_digests > KVC_MAX_DIGESTS)
+        return KVC_INVALID;
     Kvasir__V1__HoldRequest msg = KVASIR__V1__HOLD_REQUEST__INIT;
+    if (req->u.hold.n_digests > 0) {
+        msg.schema = kvci_put_digest(&req->u.hold.schema);
+        msg.digests = kvci_put_digests(req->u.hold.digests, req->u.hold.n_digests);
+    }
     msg.context = req->u.hold.context;
     msg.hold = req->u.hold.hold;
     msg.ttl_ms = req->u.hold.ttl_ms;
@@ -69,6 +75,12 @@ kvc_status kvci_get_hold_request(kvci_job *job, kvc_request *req)
     req->u.hold.context = msg->context;
     req->u.hold.hold = msg->hold;
     req->u.hold.ttl_ms = msg->ttl_ms;
+    if (msg->digests.len == 0)
+        return KVC_OK;
+    if (kvci_get_digest(&msg->schema, &req->u.hold.schema) != KVC_OK)
+        return kvci_refuse(job, kvci_bad_schema);
+    if (kvci_get_digests(&msg->digests, &req->u.hold.n_digests, &req->u.hold.digests) != KVC_OK)
+        return kvci_refuse(job, kvci_bad_digests);
     return KVC_OK;
 }
 
@@ -124,9 +136,13 @@ kvc_status kvci_get_release_reply(kvci_job *job, kvc_reply *reply)
 
 kvc_status kvci_put_prefetch_request(const kvc_request *req, const kvci_out *out)
 {
-    if (req->u.prefetch.n_parts > KVC_MAX_PARTS)
+    if (req->u.prefetch.n_parts > KVC_MAX_PARTS || req->u.prefetch.n_digests > KVC_MAX_DIGESTS)
         return KVC_INVALID;
     Kvasir__V1__PrefetchRequest msg = KVASIR__V1__PREFETCH_REQUEST__INIT;
+    if (req->u.prefetch.n_digests > 0) {
+        msg.schema = kvci_put_digest(&req->u.prefetch.schema);
+        msg.digests = kvci_put_digests(req->u.prefetch.digests, req->u.prefetch.n_digests);
+    }
     msg.context = req->u.prefetch.context;
     msg.n_parts = req->u.prefetch.n_parts;
     msg.parts = (uint32_t *)(uintptr_t)req->u.prefetch.parts;
@@ -149,6 +165,13 @@ kvc_status kvci_get_prefetch_request(kvci_job *job, kvc_request *req)
     req->u.prefetch.first_block = msg->first_block;
     req->u.prefetch.n_blocks = msg->n_blocks;
     req->u.prefetch.tier = (kvc_tier)msg->tier;
+    if (msg->digests.len == 0)
+        return KVC_OK;
+    if (kvci_get_digest(&msg->schema, &req->u.prefetch.schema) != KVC_OK)
+        return kvci_refuse(job, kvci_bad_schema);
+    if (kvci_get_digests(&msg->digests, &req->u.prefetch.n_digests, &req->u.prefetch.digests) !=
+        KVC_OK)
+        return kvci_refuse(job, kvci_bad_digests);
     return KVC_OK;
 }
 

@@ -39,9 +39,16 @@ const char *kvc_method_name(kvc_method method);
 /* KVC_METHOD_* of a method; 0 for a number that is none. */
 uint32_t kvc_method_flags(kvc_method method);
 
+/* What a piece says of the opaque value that it is of; 0 and 0 for other values. */
+typedef struct kvc_whole {
+    uint64_t total_bytes;
+    uint64_t sum; /* XXH3-64 of the whole value, 1 where that is 0; 0: not said */
+} kvc_whole;
+
 typedef struct kvc_put_value {
     kvc_digest digest;
     uint32_t part, len_bytes;
+    kvc_whole whole;
 } kvc_put_value;
 
 /* The header of a value of PutBlocksStream. */
@@ -50,6 +57,7 @@ typedef struct kvc_put_offer {
     uint32_t part, len_bytes;
     kvc_promise promise;
     uint64_t ttl_ms;
+    kvc_whole whole;
 } kvc_put_offer;
 
 typedef struct kvc_put_answer {
@@ -85,6 +93,7 @@ typedef struct kvc_block_value {
     kvc_status status;
     kvc_tier tier;      /* 0 unless status is OK */
     uint32_t len_bytes; /* 0 unless status is OK */
+    kvc_whole whole;
 } kvc_block_value;
 
 typedef struct kvc_counter {
@@ -116,7 +125,7 @@ typedef struct kvc_request {
             uint32_t n_digests, n_parts;
             const kvc_digest *digests;
             const uint32_t *parts;
-            bool want_tiers;
+            bool want_tiers, want_each;
         } match_prefix;
         struct {
             kvc_digest schema;
@@ -149,15 +158,20 @@ typedef struct kvc_request {
         } erase;
         struct {
             uint64_t context, hold, ttl_ms;
+            kvc_digest schema; /* unused where context or hold is not 0 */
+            uint32_t n_digests;
+            const kvc_digest *digests;
         } hold;
         struct {
             uint64_t hold;
         } release;
         struct {
             uint64_t context;
-            uint32_t n_parts, first_block, n_blocks;
+            uint32_t n_parts, first_block, n_blocks, n_digests;
             const uint32_t *parts;
             kvc_tier tier;
+            kvc_digest schema; /* unused where context is not 0 */
+            const kvc_digest *digests;
         } prefetch;
         struct {
             kvc_saved_context context;
@@ -219,8 +233,8 @@ typedef struct kvc_reply {
             const kvc_put_answer *answers;
         } put_stream;
         struct {
-            uint32_t hits, n_tiers; /* n_tiers: hits, or 0 where they were not asked for */
-            const uint8_t *tiers;   /* kvc_tier each */
+            uint32_t hits, n_tiers; /* n_tiers: hits, all digests, or 0, as was asked for */
+            const uint8_t *tiers;   /* kvc_tier each; 0: not there */
         } match_prefix;
         struct {
             uint64_t context, ttl_ms, n_tokens;

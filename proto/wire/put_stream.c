@@ -24,6 +24,8 @@ kvc_status kvci_put_put_blocks_stream_request(const kvc_request *req, const kvci
         offers[i].len_bytes = offer->len_bytes;
         offers[i].promise = (Kvasir__V1__Promise)offer->promise;
         offers[i].ttl_ms = offer->ttl_ms;
+        offers[i].total_bytes = offer->whole.total_bytes;
+        offers[i].sum = offer->whole.sum;
         list[i] = &offers[i];
     }
     Kvasir__V1__PutBlocksStreamRequest msg = KVASIR__V1__PUT_BLOCKS_STREAM_REQUEST__INIT;
@@ -45,6 +47,7 @@ static kvc_status get_offer(kvci_job *job, const Kvasir__V1__PutOffer *msg, kvc_
     offer->len_bytes = msg->len_bytes;
     offer->promise = (kvc_promise)msg->promise;
     offer->ttl_ms = msg->ttl_ms;
+    offer->whole = (kvc_whole){msg->total_bytes, msg->sum};
     return KVC_OK;
 }
 

@@ -96,6 +96,8 @@ kvc_status kvci_put_fetch_blocks_reply(const kvc_reply *reply, const kvci_out *o
         values[i].part = value->part;
         values[i].tier = (Kvasir__V1__Tier)value->tier;
         values[i].len_bytes = value->len_bytes;
+        values[i].total_bytes = value->whole.total_bytes;
+        values[i].sum = value->whole.sum;
         kvc_status status = kvci_put_status(value->status, &values[i].status);
         if (status != KVC_OK)
             return status;
@@ -117,7 +119,8 @@ static kvc_status get_value(kvci_job *job, const Kvasir__V1__BlockValue *msg,
         return kvci_refuse(job, "a value's status is not one of the protocol's");
     if ((int)msg->tier < 0 || (int)msg->tier > KVC_TIER_LMDB)
         return kvci_refuse(job, "a value's tier is not one of the protocol's");
-    if (((int)msg->status == 0) != (msg->len_bytes > 0))
+    bool may_be_empty = msg->sum != 0 && msg->total_bytes == 0;
+    if ((int)msg->status == 0 ? msg->len_bytes == 0 && !may_be_empty : msg->len_bytes > 0)
         return kvci_refuse(job, "a value has bytes if and only if its status is OK");
     *value = (kvc_block_value){
         .block = msg->block,
@@ -125,6 +128,7 @@ static kvc_status get_value(kvci_job *job, const Kvasir__V1__BlockValue *msg,
         .status = (kvc_status) - (int)msg->status,
         .tier = (kvc_tier)msg->tier,
         .len_bytes = msg->len_bytes,
+        .whole = {msg->total_bytes, msg->sum},
     };
     *data_bytes += msg->len_bytes;
     return KVC_OK;

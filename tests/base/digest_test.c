@@ -161,6 +161,19 @@ static void check_block(const char *words)
     check_digest(&digest, wanted);
 }
 
+static void check_key(const char *words)
+{
+    char schema_hex[128], key_hex[256], wanted[128];
+    unsigned char key[128];
+    kvc_digest schema, digest;
+    assert_int_equal(
+        sscanf(words, "schema=%127s bytes=%255s digest=%127s", schema_hex, key_hex, wanted), 3);
+    uint32_t key_bytes = read_hex(key_hex, key, sizeof(key));
+    assert_ok(kvc_digest_parse(schema_hex, &schema));
+    assert_ok(kvc_key_digest(&schema, key_bytes == 0 ? NULL : key, key_bytes, &digest));
+    check_digest(&digest, wanted);
+}
+
 /* Takes one line; counts digests in *n_p. */
 static void read_line(struct reading *reading, char *line, unsigned *n_p)
 {
@@ -180,9 +193,14 @@ static void read_line(struct reading *reading, char *line, unsigned *n_p)
         reading->schema.tp_size = (uint32_t)strtoul(rest, NULL, 10);
     else if (strcmp(line, "block_tokens") == 0)
         reading->schema.block_tokens = (uint32_t)strtoul(rest, NULL, 10);
+    else if (strcmp(line, "opaque") == 0)
+        reading->schema.opaque = (uint32_t)strtoul(rest, NULL, 10);
     else if (strcmp(line, "part") == 0)
         read_part(reading, rest);
-    else if (strcmp(line, "block") == 0) {
+    else if (strcmp(line, "key") == 0) {
+        check_key(rest);
+        (*n_p)++;
+    } else if (strcmp(line, "block") == 0) {
         check_block(rest);
         (*n_p)++;
     } else if (strcmp(line, "schema_digest") == 0) {
@@ -204,7 +222,7 @@ static void published_vectors(void **state)
     while (fgets(line, sizeof(line), stream) != NULL)
         read_line(&reading, line, &n);
     assert_int_equal(fclose(stream), 0);
-    assert_true(n >= 9);
+    assert_true(n >= 13);
 }
 
 static void sha256_of_standard_inputs(void **state)
@@ -325,6 +343,13 @@ static void schema_check_names_each_rule(void **state)
     REFUSED(recipe = long_name, "recipe must have 1 to 4096 bytes");
     REFUSED(recipe = "", "recipe must have 1 to 4096 bytes");
     REFUSED(tp_size = 0, "tp_size must not be 0");
+    REFUSED(opaque = 2, "opaque must be 0 or 1");
+    REFUSED(opaque = 1, "an opaque schema has no parts, and block_tokens 0");
+    kvc_schema opaque = good_schema(NULL, 0);
+    opaque.opaque = 1;
+    refused(&opaque, "an opaque schema has no parts, and block_tokens 0");
+    opaque.block_tokens = 0;
+    assert_ok(kvc_schema_check(&opaque, KVC_MAX_VALUE_BYTES, NULL));
     REFUSED(block_tokens = 48, "block_tokens must be 64 to 1024");
     REFUSED(block_tokens = 1040, "block_tokens must be 64 to 1024");
     REFUSED(block_tokens = 72, "block_tokens must be a multiple of 16");

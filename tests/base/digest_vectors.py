@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Recomputes every digest of digest_vectors.txt with hashlib and struct alone.
 
-The vectors are the published contract of block and schema digests: a client in any language can
-check itself against them. The C library checks itself against the same file. Nothing of the
+The vectors are the published contract of block, key and schema digests: a client in any language
+can check itself against them. The C library checks itself against the same file. Nothing of the
 library is used here, so that a mistake in it cannot hide.
 
 Usage: digest_vectors.py FILE           check; exit status 1 when a digest differs
@@ -39,8 +39,11 @@ def schema_text(fields, parts):
         "revision": encode(fields["revision"]),
         "recipe": encode(fields["recipe"]),
         "tp_size": str(int(fields["tp_size"])),
-        "block_tokens": str(int(fields["block_tokens"])),
     }
+    if int(fields.get("opaque", "0")):
+        lines["opaque"] = "1"
+    else:
+        lines["block_tokens"] = str(int(fields["block_tokens"]))
     for part in parts:
         prefix = "part.%05d." % int(part["part"])
         for key in PART_UINTS:
@@ -73,7 +76,7 @@ def walk(lines):
     fields, parts = {}, []
     for number, line in enumerate(lines):
         key, _, rest = line.partition(" ")
-        if key in ("model", "revision", "recipe", "tp_size", "block_tokens"):
+        if key in ("model", "revision", "recipe", "tp_size", "block_tokens", "opaque"):
             fields[key] = rest
         elif key == "schema":
             fields, parts = {"model": "", "revision": "", "recipe": ""}, []
@@ -81,6 +84,10 @@ def walk(lines):
             parts.append(dict(item.split("=", 1) for item in ("part=" + rest).split(" ")))
         elif key == "schema_digest":
             yield number, hashlib.sha256(schema_text(fields, parts)).hexdigest()
+        elif key == "key":
+            item = dict(word.split("=", 1) for word in rest.split(" "))
+            text = bytes.fromhex(item["schema"]) + hex_or_empty(item["bytes"])
+            yield number, hashlib.sha256(text).hexdigest()
         elif key == "block":
             item = dict(word.split("=", 1) for word in rest.split(" "))
             parent = ROOT if item["parent"] == "-" else bytes.fromhex(item["parent"])

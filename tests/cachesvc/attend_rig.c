@@ -216,7 +216,7 @@ static void a_put_block(a_server *f, const a_shape *s, uint32_t block, kvc_promi
                 for (uint32_t t = 0; t < s->dim; t++, at += elem)
                     (void)row_number(s, block * H_TOKENS + row, v, head, t, at);
     struct iovec iov = {value, bytes};
-    kvc_put_value put = {h_digest(block), 7, bytes};
+    kvc_put_value put = {h_digest(block), 7, bytes, {0, 0}};
     kvc_request req = {.method = KVC_PUT_BLOCKS, .data = &iov, .n_data = 1, .data_bytes = bytes};
     req.u.put_blocks.schema = f->digest;
     req.u.put_blocks.promise = promise;

@@ -210,7 +210,8 @@ static void test_bad_puts_leave_nothing(void **state)
     uint32_t hits;
     char bytes[2 * H_TOKENS * ROW] = {0};
     struct iovec iov = {.iov_base = bytes, .iov_len = H_TOKENS * ROW};
-    kvc_put_value values[2] = {{h_digest(1), 0, H_TOKENS * ROW}, {h_digest(1), 10, H_TOKENS * ROW}};
+    kvc_put_value values[2] = {{h_digest(1), 0, H_TOKENS * ROW, {0, 0}},
+                               {h_digest(1), 10, H_TOKENS * ROW, {0, 0}}};
     kvc_request req = {.method = KVC_PUT_BLOCKS, .data = &iov, .n_data = 1};
     req.data_bytes = iov.iov_len;
     req.u.put_blocks.schema = f->schema.digest;

@@ -7,6 +7,8 @@ import re
 import tree as trees
 
 FILE_LINES = 600
+# The protocol and its text stay in one file, which clients take as it is.
+FILE_LINES_OF = {"proto/kvasir.proto": 900}
 FUNCTION_LINES = 70
 COLUMNS = 100
 
@@ -54,8 +56,9 @@ def check_lengths(tree):
     for name in tree.source_files():
         lines = tree.lines(name)
         count = len(lines) - (lines[-1] == "")
-        if count > FILE_LINES:
-            wrong.append("%s: %d lines, at most %d" % (name, count, FILE_LINES))
+        most = FILE_LINES_OF.get(name, FILE_LINES)
+        if count > most:
+            wrong.append("%s: %d lines, at most %d" % (name, count, most))
         for number, line in enumerate(lines, 1):
             if len(line) > COLUMNS:
                 wrong.append("%s:%d: %d columns, at most %d" % (name, number, len(line), COLUMNS))

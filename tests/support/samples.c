@@ -81,7 +81,7 @@ static const kvc_schema *sample_schema(kvc_arena *arena)
     for (uint32_t i = 0; i < 3; i++)
         parts[i] = sample_part(i);
     parts[2].rope = (kvc_rope){0};
-    *schema = (kvc_schema){"a model", "rev-1", "full attention", 2, 128, 3, parts};
+    *schema = (kvc_schema){"a model", "rev-1", "full attention", 2, 128, 3, parts, 1};
     return schema;
 }
 
@@ -129,7 +129,8 @@ static const kvc_put_value *sample_values(uint32_t n, kvc_arena *arena)
 {
     kvc_put_value *values = zeroed(arena, n, sizeof(*values));
     for (uint32_t i = 0; i < n; i++)
-        values[i] = (kvc_put_value){sample_digest(i), i * 3, 1000 + i};
+        values[i] =
+            (kvc_put_value){sample_digest(i), i * 3, 1000 + i, {(1ull << 42) + i, ~0ull - i}};
     return values;
 }
 
@@ -142,7 +143,8 @@ static const kvc_put_offer *sample_offers(uint32_t n, kvc_arena *arena)
                                     i * 3,
                                     1000 + i,
                                     i % 2 ? KVC_PROMISE_DURABLE : KVC_PROMISE_MEMORY,
-                                    (1ull << 40) + i};
+                                    (1ull << 40) + i,
+                                    {(1ull << 43) + i, ~9ull - i}};
     return offers;
 }
 
@@ -175,6 +177,9 @@ static void fill_keep_request(kvc_request *req, kvc_arena *arena)
         req->u.hold.context = 83;
         req->u.hold.hold = 84;
         req->u.hold.ttl_ms = 85;
+        req->u.hold.schema = sample_digest(99);
+        req->u.hold.n_digests = 3;
+        req->u.hold.digests = sample_digests(3, arena);
         break;
     case KVC_RELEASE:
         req->u.release.hold = 86;
@@ -186,6 +191,9 @@ static void fill_keep_request(kvc_request *req, kvc_arena *arena)
         req->u.prefetch.first_block = 88;
         req->u.prefetch.n_blocks = 89;
         req->u.prefetch.tier = KVC_TIER_DRAM;
+        req->u.prefetch.schema = sample_digest(100);
+        req->u.prefetch.n_digests = 5;
+        req->u.prefetch.digests = sample_digests(5, arena);
         break;
     default:
         break;
@@ -268,6 +276,17 @@ static void fill_put_stream_request(kvc_request *req, size_t data_bytes, kvc_are
     req->data_bytes = data_bytes;
 }
 
+static void fill_match_request(kvc_request *req, kvc_arena *arena)
+{
+    req->u.match_prefix.schema = sample_digest(91);
+    req->u.match_prefix.n_digests = 20;
+    req->u.match_prefix.digests = sample_digests(20, arena);
+    req->u.match_prefix.n_parts = 4;
+    req->u.match_prefix.parts = sample_parts;
+    req->u.match_prefix.want_tiers = true;
+    req->u.match_prefix.want_each = true;
+}
+
 kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *arena)
 {
     kvc_request req = {.method = method};
@@ -282,12 +301,7 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
         fill_put_stream_request(&req, data_bytes, arena);
         break;
     case KVC_MATCH_PREFIX:
-        req.u.match_prefix.schema = sample_digest(91);
-        req.u.match_prefix.n_digests = 20;
-        req.u.match_prefix.digests = sample_digests(20, arena);
-        req.u.match_prefix.n_parts = 4;
-        req.u.match_prefix.parts = sample_parts;
-        req.u.match_prefix.want_tiers = true;
+        fill_match_request(&req, arena);
         break;
     case KVC_OPEN_CONTEXT:
         req.u.open_context.schema = sample_digest(92);
@@ -371,7 +385,8 @@ static void fill_blocks_reply(kvc_reply *reply, size_t data_bytes, kvc_arena *ar
     values[1] = (kvc_block_value){.block = KVC_MAX_DIGESTS - 1,
                                   .part = KVC_MAX_PART_ID,
                                   .tier = KVC_TIER_LMDB,
-                                  .len_bytes = (uint32_t)data_bytes};
+                                  .len_bytes = (uint32_t)data_bytes,
+                                  .whole = {1ull << 44, 1ull << 45}};
     values[2] = (kvc_block_value){.block = 5, .part = 11, .status = KVC_CORRUPT};
     if (data_bytes == 0)
         values[1].status = KVC_AGAIN;

@@ -75,6 +75,7 @@ static const char *schema_diff(const kvc_schema *a, const kvc_schema *b)
     SAME_TEXT(recipe);
     SAME(tp_size);
     SAME(block_tokens);
+    SAME(opaque);
     SAME(n_parts);
     for (uint32_t i = 0; i < a->n_parts; i++) {
         const char *why = part_diff(&a->parts[i], &b->parts[i]);
@@ -118,6 +119,8 @@ static const char *values_diff(const kvc_put_value *a, const kvc_put_value *b, u
         SAME_BYTES(digest.bytes, KVC_DIGEST_BYTES);
         SAME(part);
         SAME(len_bytes);
+        SAME(whole.total_bytes);
+        SAME(whole.sum);
     }
     return NULL;
 }
@@ -131,6 +134,8 @@ static const char *offers_diff(const kvc_put_offer *a, const kvc_put_offer *b, u
         SAME(len_bytes);
         SAME(promise);
         SAME(ttl_ms);
+        SAME(whole.total_bytes);
+        SAME(whole.sum);
     }
     return NULL;
 }
@@ -186,6 +191,9 @@ static const char *keep_diff(const kvc_request *a, const kvc_request *b)
         SAME(u.hold.context);
         SAME(u.hold.hold);
         SAME(u.hold.ttl_ms);
+        SAME(u.hold.n_digests);
+        SAME_BYTES(u.hold.schema.bytes, KVC_DIGEST_BYTES);
+        SAME_BYTES(u.hold.digests, a->u.hold.n_digests * sizeof(kvc_digest));
     } else if (a->method == KVC_RELEASE) {
         SAME(u.release.hold);
     } else if (a->method == KVC_PREFETCH) {
@@ -195,6 +203,9 @@ static const char *keep_diff(const kvc_request *a, const kvc_request *b)
         SAME(u.prefetch.first_block);
         SAME(u.prefetch.n_blocks);
         SAME(u.prefetch.tier);
+        SAME(u.prefetch.n_digests);
+        SAME_BYTES(u.prefetch.schema.bytes, KVC_DIGEST_BYTES);
+        SAME_BYTES(u.prefetch.digests, a->u.prefetch.n_digests * sizeof(kvc_digest));
     }
     return NULL;
 }
@@ -270,6 +281,7 @@ const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
         SAME(u.match_prefix.n_digests);
         SAME(u.match_prefix.n_parts);
         SAME(u.match_prefix.want_tiers);
+        SAME(u.match_prefix.want_each);
         SAME_BYTES(u.match_prefix.digests, a->u.match_prefix.n_digests * sizeof(kvc_digest));
         SAME_BYTES(u.match_prefix.parts, a->u.match_prefix.n_parts * sizeof(uint32_t));
         return NULL;
@@ -385,6 +397,8 @@ static const char *blocks_diff(const kvc_reply *a, const kvc_reply *b)
         SAME(u.fetch_blocks.values[i].status);
         SAME(u.fetch_blocks.values[i].tier);
         SAME(u.fetch_blocks.values[i].len_bytes);
+        SAME(u.fetch_blocks.values[i].whole.total_bytes);
+        SAME(u.fetch_blocks.values[i].whole.sum);
     }
     return data_diff(a->data, b->data, a->data_bytes);
 }

@@ -22,6 +22,7 @@ extern "C" {
 #define KVC_BLOCK_TOKENS_MAX   1024u
 #define KVC_MAX_VALUE_BYTES    (1u << 20) /* payload of one value, and of one message */
 #define KVC_MAX_PARTS          4096u      /* parts of one schema */
+#define KVC_MAX_PIECES         2048u      /* pieces of one opaque value */
 #define KVC_MAX_PART_ID        65535u
 #define KVC_MAX_BATCH_VALUES   1024u  /* values in one PutBlocks */
 #define KVC_MAX_DIGESTS        16384u /* digests in one message */
@@ -119,6 +120,7 @@ typedef struct kvc_schema {
     uint32_t block_tokens;
     uint32_t n_parts;
     const kvc_part *parts;
+    uint32_t opaque; /* 1: values of any length under keys of any bytes; no parts, block_tokens 0 */
 } kvc_schema;
 
 /*
