@@ -13,6 +13,7 @@
 #include "base/clock.h"
 #include "base/metrics.h"
 #include "cascade.h"
+#include "maps.h"
 #include "request.h"
 #include "writer.h"
 
@@ -56,6 +57,8 @@ static kvc_status walk(erase *e)
             kvs_index_erase(index, e->schema, &e->call->req.u.erase.digests[i], e->parts,
                             e->n_parts, &e->sum);
     }
+    if (e->sum.pending)
+        kvs_maps_revoke_erased(e->server->maps);
     kvs_cascade_reap(e->server);
     return KVC_OK;
 }

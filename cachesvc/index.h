@@ -225,6 +225,8 @@ void kvs_index_unref(kvs_index *index, const uint32_t *values, uint32_t n);
 /* The caller, who holds a reference, found the lmdb copy bad: no lookup finds it any more. False:
    somebody else said so before, or a good copy in dram keeps serving. */
 bool kvs_index_doom(kvs_index *index, uint32_t id);
+/* Whether any of values, which the caller references, was erased or found bad. */
+bool kvs_index_any_doomed(kvs_index *index, const uint32_t *values, uint32_t n);
 /* A promotion ended (slot NULL: in vain); drops its reference. False: the slot was not taken. */
 bool kvs_index_loaded(kvs_index *index, uint32_t id, const kvs_slot *slot);
 

@@ -117,6 +117,18 @@ void kvs_index_unref(kvs_index *index, const uint32_t *values, uint32_t n)
     }
 }
 
+bool kvs_index_any_doomed(kvs_index *index, const uint32_t *values, uint32_t n)
+{
+    bool any = false;
+    for (uint32_t i = 0; i < n && !any;) {
+        kvc_mutex_lock(&index->lock);
+        for (uint32_t end = i + KVS_INDEX_STEP; i < n && i < end && !any; i++)
+            any = kvs_value_at(index, values[i])->flags & (KVS_DOOMED | KVS_ERASED);
+        kvc_mutex_unlock(&index->lock);
+    }
+    return any;
+}
+
 bool kvs_index_doom(kvs_index *index, uint32_t id)
 {
     kvc_mutex_lock(&index->lock);

@@ -19,6 +19,7 @@
 #include "base/metrics.h"
 #include "base/text.h"
 #include "cascade.h"
+#include "maps.h"
 #include "recover.h"
 #include "request.h"
 #include "saved.h"
@@ -240,8 +241,10 @@ static kvc_status create_tables(kvs_server *server)
     server->index->max_held = s->max_hold_bytes ? s->max_hold_bytes : s->dram_bytes / 2;
     server->index->max_held_total = s->dram_bytes / 10 * 9;
     server->saved = kvs_saved_create(server);
-    return server->contexts && server->holds && server->ttls && server->saved ? KVC_OK
-                                                                              : KVC_NO_MEMORY;
+    server->maps = kvs_maps_create(server);
+    return server->maps && server->contexts && server->holds && server->ttls && server->saved
+               ? KVC_OK
+               : KVC_NO_MEMORY;
 }
 
 kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
@@ -304,6 +307,8 @@ static kvc_status listen_one(kvs_server *server, const char *uri)
         .handshake_ns = server->settings.handshake_ns,
         .keepalive_ns = server->settings.keepalive_ns,
         .idle_ns = server->settings.idle_ns,
+        .ring_bytes = server->settings.shm_ring_bytes,
+        .peer_gone = kvs_maps_peer_gone,
     };
     kvt_listener *listener;
     kvc_status status = ops->listen(&opts, &listener);
@@ -391,6 +396,7 @@ void kvs_server_close(kvs_server *server, bool flush)
     kvs_contexts_destroy(server->contexts);
     kvs_holds_destroy(server->holds);
     kvs_saved_destroy(server->saved);
+    kvs_maps_destroy(server->maps);
     kvs_ttls_destroy(server->ttls);
     if (server->index)
         kvs_cascade_reap(server);

@@ -26,6 +26,7 @@
 
 typedef struct kvs_writer kvs_writer;
 typedef struct kvs_saved kvs_saved;
+typedef struct kvs_maps kvs_maps;
 
 /* An open tier and what the server counts about it. */
 typedef struct kvs_store {
@@ -47,6 +48,7 @@ typedef struct kvs_server {
     kvs_holds *holds;
     kvs_saved *saved;
     kvs_ttls *ttls;
+    kvs_maps *maps;
     atomic_ullong streamed_bytes; /* of buffers for bodies that PutBlocksStream waits for */
     kvs_store dram, lmdb;
     struct kvs_attender *attender; /* NULL: AttendRows is not served */

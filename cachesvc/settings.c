@@ -25,7 +25,8 @@
 
 static const kvc_setting table[] = {
     {"listen", KVC_CONFIG_STRING, FIELD(listen), "grpc://127.0.0.1:7811", 1, 4096, NULL,
-     "The addresses to listen on, separated by commas: grpc://HOST:PORT, grpc+unix:///PATH. Port 0 "
+     "The addresses to listen on, separated by commas: grpc://HOST:PORT, grpc+unix:///PATH, "
+     "shm:///PATH for clients on this host. Port 0 "
      "lets the system choose; the line \"listening on\" says which."},
     {"admin_listen", KVC_CONFIG_STRING, FIELD(admin_listen), "", 0, 255, NULL,
      "Where /metrics (Prometheus), /healthz and /readyz are answered over HTTP: HOST:PORT with a "
@@ -83,6 +84,17 @@ static const kvc_setting table[] = {
      "Bytes of values that one tenant's holds may keep from eviction; beyond it Hold is refused. "
      "0: "
      "half of dram_bytes. All tenants together may hold nine tenths of dram_bytes."},
+    {"max_map_pin_bytes", KVC_CONFIG_BYTES, FIELD(max_map_pin_bytes), "0", 0, 64 * TIB, NULL,
+     "Bytes of values that the maps of one tenant's clients (shm://) may keep where they are in "
+     "dram; what is beyond it they fetch by request. 0: half of dram_bytes. All tenants together "
+     "may pin nine tenths of dram_bytes."},
+    {"shm_ring_bytes", KVC_CONFIG_BYTES, FIELD(shm_ring_bytes), "8MiB", 64 * KIB, 1024 * MIB, NULL,
+     "Shared memory through which the bodies of puts of one shm:// connection travel."},
+    {"shm_map_uids", KVC_CONFIG_STRING, FIELD(shm_map_uids), "", 0, 4096, NULL,
+     "User ids, separated by commas, whose processes may map dram over shm://, besides the "
+     "server's own user. Others read by request."},
+    {"shm_map_gids", KVC_CONFIG_STRING, FIELD(shm_map_gids), "", 0, 4096, NULL,
+     "Group ids whose processes may, in the same way."},
     {"max_saved", KVC_CONFIG_UINT, FIELD(max_saved), "1024", 1, 65536, NULL,
      "Contexts that one tenant may have saved by name, those being saved included."},
     {"max_saved_bytes", KVC_CONFIG_BYTES, FIELD(max_saved_bytes), "1GiB", 1 * MIB, 1 * TIB, NULL,
@@ -153,6 +165,23 @@ kvc_status kvs_settings_defaults(kvs_settings *settings, kvc_config **config_p)
     return kvc_config_load(&kvs_program, 1, argv, NULL, settings, config_p, why);
 }
 
+bool kvs_ids_are_numbers(const char *list)
+{
+    return list[strspn(list, "0123456789, ")] == '\0';
+}
+
+bool kvs_ids_have(const char *list, uint32_t id)
+{
+    bool found = false;
+    while (*list && !found) {
+        char *end;
+        unsigned long long one = strtoull(list, &end, 10);
+        found = end != list && one == id;
+        list = end + strcspn(end, "0123456789");
+    }
+    return found;
+}
+
 kvc_status kvs_settings_check(const kvs_settings *settings, char why[KVC_CONFIG_WHY_BYTES])
 {
     if (settings->max_value_bytes > settings->dram_bytes) {
@@ -162,6 +191,16 @@ kvc_status kvs_settings_check(const kvs_settings *settings, char why[KVC_CONFIG_
     }
     if (settings->max_hold_bytes > settings->dram_bytes / 10 * 9) {
         snprintf(why, KVC_CONFIG_WHY_BYTES, "max_hold_bytes is above nine tenths of dram_bytes");
+        return KVC_INVALID;
+    }
+    if (settings->max_map_pin_bytes > settings->dram_bytes / 10 * 9) {
+        snprintf(why, KVC_CONFIG_WHY_BYTES, "max_map_pin_bytes is above nine tenths of dram_bytes");
+        return KVC_INVALID;
+    }
+    if (!kvs_ids_are_numbers(settings->shm_map_uids) ||
+        !kvs_ids_are_numbers(settings->shm_map_gids)) {
+        snprintf(why, KVC_CONFIG_WHY_BYTES,
+                 "shm_map_uids and shm_map_gids take numbers, separated by commas");
         return KVC_INVALID;
     }
     if (settings->lmdb_path[0] && settings->lmdb_bytes && settings->lmdb_bytes < 16 * MIB) {

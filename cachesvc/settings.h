@@ -19,8 +19,11 @@ typedef struct kvs_settings {
     const char *lmdb_path;
     uint64_t max_value_bytes, max_inflight_bytes, max_calls;
     uint64_t context_ttl_ns, max_contexts, max_open_blocks;
-    uint64_t max_hold_bytes;             /* 0: half of dram_bytes */
-    uint64_t max_saved, max_saved_bytes; /* contexts saved by name */
+    uint64_t max_hold_bytes;    /* 0: half of dram_bytes */
+    uint64_t max_map_pin_bytes; /* 0: half of dram_bytes */
+    uint64_t shm_ring_bytes;
+    const char *shm_map_uids, *shm_map_gids; /* numbers, separated by commas */
+    uint64_t max_saved, max_saved_bytes;     /* contexts saved by name */
     uint64_t schema_grace_ns;
     uint64_t transport_threads, disk_threads;
     uint64_t attend_threads, attend_queue;
@@ -49,6 +52,9 @@ kvc_status kvs_settings_defaults(kvs_settings *settings, kvc_config **config_p) 
 /* What the table cannot say: one setting against another. why gets a line. */
 kvc_status kvs_settings_check(const kvs_settings *settings,
                               char why[KVC_CONFIG_WHY_BYTES]) KVC_MUST_CHECK;
+/* Of shm_map_uids and its like. */
+bool kvs_ids_are_numbers(const char *list);
+bool kvs_ids_have(const char *list, uint32_t id);
 /* The settings in force, with their sources, as YAML; gives malloc'd text. NULL: no memory. */
 char *kvs_settings_text(const kvc_config *config);
 

@@ -22,7 +22,8 @@ typedef struct kvsi_segment {
     uint64_t len_bytes, class_bytes;
     uint64_t touched_bytes; /* from the start on: its pages are there */
     uint32_t number, generation, n_slots, n_used;
-    bool closed; /* in no list until it is empty or opened again: somebody empties it */
+    uint32_t n_mappings; /* of other processes; see kvs_dram_count_mapping */
+    bool closed;         /* in no list until it is empty or opened again: somebody empties it */
     uint64_t summary[KVSI_SEGMENT_WORDS / 64]; /* bit w: free[w] is not zero */
     uint64_t free[KVSI_SEGMENT_WORDS];         /* bit set: slot is free */
     uint64_t committed[KVSI_SEGMENT_WORDS];

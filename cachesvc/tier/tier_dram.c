@@ -160,6 +160,16 @@ static kvsi_segment *find_empty_of(kvs_tier *tier, const kvc_digest *tenant)
     return NULL;
 }
 
+/* One that may go to another tenant. */
+static kvsi_segment *find_unmapped(kvs_tier *tier)
+{
+    kvsi_segment *segment = tier->empty;
+
+    while (segment != NULL && segment->n_mappings > 0)
+        segment = segment->next;
+    return segment;
+}
+
 static kvc_status create_segment(kvs_tier *tier, uint32_t number, kvsi_segment **segment_p)
 {
     kvc_status status = kvsi_segment_create(tier->segment_bytes, number, segment_p);
@@ -197,10 +207,9 @@ static kvc_status get_segment(kvs_tier *tier, const kvc_digest *tenant, kvsi_seg
         status = create_segment(tier, tier->n_created, segment_p);
         if (status == KVC_OK)
             tier->n_created++;
-    } else if (tier->empty != NULL) {
-        status = replace_segment(tier, tier->empty, segment_p);
     } else {
-        status = KVC_AGAIN;
+        kvsi_segment *other = find_unmapped(tier);
+        status = other != NULL ? replace_segment(tier, other, segment_p) : KVC_AGAIN;
     }
     if (status == KVC_OK)
         (*segment_p)->tenant = *tenant;
@@ -435,6 +444,15 @@ void kvs_dram_segments(kvs_tier *tier, kvs_dram_segment *segments, uint32_t max,
     for (uint32_t i = 0; i < tier->n_created && i < max; i++)
         segments[i] = describe(tier->segments[i]);
     *n_p = tier->n_created;
+    kvc_mutex_unlock(&tier->lock);
+}
+
+void kvs_dram_count_mapping(kvs_tier *tier, uint32_t number, bool more)
+{
+    kvc_mutex_lock(&tier->lock);
+    kvsi_segment *segment = tier->segments[number];
+    KVC_ASSERT(more || segment->n_mappings > 0);
+    segment->n_mappings = more ? segment->n_mappings + 1 : segment->n_mappings - 1;
     kvc_mutex_unlock(&tier->lock);
 }
 

@@ -32,6 +32,13 @@ typedef struct kvs_dram_segment {
 void kvs_dram_segments(kvs_tier *tier, kvs_dram_segment *segments, uint32_t max, uint32_t *n_p);
 
 /*
+ * One process more (or less) maps the segment: while any does, it goes to no other tenant, since
+ * its memory would stay taken beside that of the memfd that replaced it. To be counted in while a
+ * slot of it is held. Any thread, does not block.
+ */
+void kvs_dram_count_mapping(kvs_tier *tier, uint32_t number, bool more);
+
+/*
  * Where a held slot lies: its segment's description and the byte offset in it. INVALID: slot is
  * not one of this tier's held slots. Any thread, does not block.
  */

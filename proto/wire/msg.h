@@ -82,6 +82,12 @@ typedef struct kvc_attend_query {
     const uint32_t *ranks; /* [n_picks] positions of the keys, or NULL: taken as they are stored */
 } kvc_attend_query;
 
+/* Of the memory that a MapContext reply brings: what its table calls id, from now on. */
+typedef struct kvc_map_segment {
+    uint32_t id; /* never 0 */
+    uint64_t len_bytes;
+} kvc_map_segment;
+
 typedef struct kvc_missing_row {
     uint32_t index;
     kvc_status status;
@@ -204,6 +210,12 @@ typedef struct kvc_request {
             const kvc_digest *digests;
             const uint32_t *parts;
         } fetch_blocks;
+        struct {
+            uint64_t context, map;
+            uint32_t n_parts, first_block, n_blocks;
+            const uint32_t *parts;
+            bool release;
+        } map_context;
     } u;
     const struct iovec *data; /* payload; on decode, into the received bytes */
     uint32_t n_data;
@@ -283,6 +295,11 @@ typedef struct kvc_reply {
             uint32_t n_values;
             const kvc_block_value *values;
         } fetch_blocks;
+        struct {
+            uint64_t map, pinned_bytes, max_bytes;
+            uint32_t lease_bytes, lease_slot, n_blocks, unpinned, n_segments;
+            const kvc_map_segment *segments;
+        } map_context;
         struct {
             uint64_t uptime_ms, boot_id;
             uint32_t n_tiers, n_counters;

@@ -245,6 +245,17 @@ static void copy_message(h_peer *peer, const kvc_reply *reply)
     }
 }
 
+static void copy_map(h_peer *peer, const kvc_reply *reply)
+{
+    peer->n_fds = peer->xfer.n_fds;
+    for (uint32_t i = 0; i < peer->n_fds; i++) {
+        peer->fds[i] = peer->xfer.fds[i];
+        peer->xfer.fds[i] = -1;
+    }
+    memcpy(peer->segments, reply->u.map_context.segments,
+           reply->u.map_context.n_segments * sizeof(peer->segments[0]));
+}
+
 static void copy_reply(h_peer *peer)
 {
     const kvc_reply *reply = &peer->xfer.reply;
@@ -263,6 +274,8 @@ static void copy_reply(h_peer *peer)
     }
     if (reply->method == KVC_MATCH_PREFIX && peer->tiers && reply->u.match_prefix.n_tiers)
         memcpy(peer->tiers, reply->u.match_prefix.tiers, reply->u.match_prefix.n_tiers);
+    if (reply->method == KVC_MAP_CONTEXT)
+        copy_map(peer, reply);
     if (reply->method == KVC_PUT_BLOCKS && reply->u.put_blocks.n_values <= H_MAX_BATCH)
         memcpy(peer->status, reply->u.put_blocks.status, reply->u.put_blocks.n_values);
 }
@@ -294,7 +307,7 @@ kvc_status h_call(h_peer *peer, const kvc_request *req)
     peer->data = NULL;
     peer->data_bytes = 0;
     peer->n_missing = peer->n_messages = peer->n_picks = peer->n_values = 0;
-    peer->rows_dram = peer->rows_lmdb = 0;
+    peer->rows_dram = peer->rows_lmdb = peer->n_fds = 0;
     peer->max_data_bytes = 0;
     peer->done = false;
     memset(&peer->xfer, 0, sizeof(peer->xfer));

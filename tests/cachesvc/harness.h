@@ -75,6 +75,10 @@ struct h_peer {
     uint64_t max_data_bytes; /* of one message */
     kvc_block_value values[8192];
     void (*on_message)(h_peer *peer); /* NULL: nothing */
+    /* Of the last MapContext: descriptors, which are the test's, and what segments they are. */
+    int fds[KVT_MAX_FDS];
+    uint32_t n_fds;
+    kvc_map_segment segments[KVC_MAX_MAP_SEGMENTS];
 };
 h_peer *h_connect(const char *uri, const char *tenant);
 void h_disconnect(h_peer *peer);

@@ -195,6 +195,15 @@ static void fill_keep_request(kvc_request *req, kvc_arena *arena)
         req->u.prefetch.n_digests = 5;
         req->u.prefetch.digests = sample_digests(5, arena);
         break;
+    case KVC_MAP_CONTEXT:
+        req->u.map_context.context = (1ull << 63) + 187;
+        req->u.map_context.map = 188;
+        req->u.map_context.n_parts = 3;
+        req->u.map_context.parts = sample_parts;
+        req->u.map_context.first_block = 189;
+        req->u.map_context.n_blocks = 190;
+        req->u.map_context.release = true;
+        break;
     default:
         break;
     }
@@ -322,6 +331,7 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
     case KVC_HOLD:
     case KVC_RELEASE:
     case KVC_PREFETCH:
+    case KVC_MAP_CONTEXT:
         fill_keep_request(&req, arena);
         break;
     case KVC_PUT_CONTEXT:
@@ -346,9 +356,7 @@ kvc_request sample_request(kvc_method method, size_t data_bytes, kvc_arena *aren
         req.u.fetch_blocks.n_parts = 3;
         req.u.fetch_blocks.parts = sample_parts;
         break;
-    case KVC_DESCRIBE:
-    case KVC_STATS:
-    case KVC_METHOD_COUNT:
+    default: /* those without fields */
         break;
     }
     return req;
@@ -378,6 +386,20 @@ static void fill_fetch_reply(kvc_reply *reply, size_t data_bytes, kvc_arena *are
     reply->data_bytes = data_bytes;
 }
 
+static void fill_map_reply(kvc_reply *reply)
+{
+    static const kvc_map_segment segments[] = {{1, 1ull << 26}, {UINT32_MAX, 1ull << 40}, {7, 1}};
+    reply->u.map_context.map = (1ull << 63) + 5;
+    reply->u.map_context.lease_bytes = 65536;
+    reply->u.map_context.lease_slot = 8191;
+    reply->u.map_context.n_blocks = 6001;
+    reply->u.map_context.n_segments = 3;
+    reply->u.map_context.segments = segments;
+    reply->u.map_context.pinned_bytes = 1ull << 41;
+    reply->u.map_context.max_bytes = 1ull << 42;
+    reply->u.map_context.unpinned = 6002;
+}
+
 static void fill_blocks_reply(kvc_reply *reply, size_t data_bytes, kvc_arena *arena)
 {
     kvc_block_value *values = zeroed(arena, 3, sizeof(*values));
@@ -390,8 +412,12 @@ static void fill_blocks_reply(kvc_reply *reply, size_t data_bytes, kvc_arena *ar
     values[2] = (kvc_block_value){.block = 5, .part = 11, .status = KVC_CORRUPT};
     if (data_bytes == 0)
         values[1].status = KVC_AGAIN;
-    reply->u.fetch_blocks.n_values = 3;
-    reply->u.fetch_blocks.values = values;
+    if (reply->method == KVC_MAP_CONTEXT) {
+        fill_map_reply(reply);
+    } else {
+        reply->u.fetch_blocks.n_values = 3;
+        reply->u.fetch_blocks.values = values;
+    }
     reply->data = sample_data(data_bytes, arena);
     reply->n_data = PIECES;
     reply->data_bytes = data_bytes;
@@ -483,6 +509,17 @@ static void fill_saved_reply(kvc_reply *reply, size_t data_bytes, kvc_arena *are
     }
 }
 
+static void fill_describe_reply(kvc_reply *reply, kvc_arena *arena)
+{
+    reply->u.describe.version = "0.1.0";
+    reply->u.describe.boot_id = 1ull << 63;
+    reply->u.describe.limits = (kvc_limits){1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
+    reply->u.describe.n_tiers = 2;
+    reply->u.describe.tiers = sample_tiers(arena);
+    reply->u.describe.n_schemas = 3;
+    reply->u.describe.schemas = sample_digests(3, arena);
+}
+
 kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
 {
     static const uint8_t tiers[] = {KVC_TIER_DRAM, KVC_TIER_LMDB, KVC_TIER_GPU};
@@ -490,13 +527,7 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
     kvc_reply reply = {.method = method};
     switch (method) {
     case KVC_DESCRIBE:
-        reply.u.describe.version = "0.1.0";
-        reply.u.describe.boot_id = 1ull << 63;
-        reply.u.describe.limits = (kvc_limits){1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
-        reply.u.describe.n_tiers = 2;
-        reply.u.describe.tiers = sample_tiers(arena);
-        reply.u.describe.n_schemas = 3;
-        reply.u.describe.schemas = sample_digests(3, arena);
+        fill_describe_reply(&reply, arena);
         break;
     case KVC_REGISTER_SCHEMA:
         reply.u.register_schema.digest = sample_digest(5);
@@ -544,6 +575,7 @@ kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)
         reply.u.fetch_rows.n_picks = 4321;
         break;
     case KVC_FETCH_BLOCKS:
+    case KVC_MAP_CONTEXT:
         fill_blocks_reply(&reply, data_bytes, arena);
         break;
     case KVC_DELETE_CONTEXT:

@@ -254,6 +254,18 @@ static const char *saved_request_diff(const kvc_request *a, const kvc_request *b
     return NULL;
 }
 
+static const char *map_request_diff(const kvc_request *a, const kvc_request *b)
+{
+    SAME(u.map_context.context);
+    SAME(u.map_context.map);
+    SAME(u.map_context.n_parts);
+    SAME_BYTES(u.map_context.parts, a->u.map_context.n_parts * sizeof(uint32_t));
+    SAME(u.map_context.first_block);
+    SAME(u.map_context.n_blocks);
+    SAME(u.map_context.release);
+    return NULL;
+}
+
 const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
 {
     SAME(method);
@@ -265,8 +277,7 @@ const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
         SAME_BYTES(u.put_blocks.schema.bytes, KVC_DIGEST_BYTES);
         SAME(u.put_blocks.promise);
         SAME(u.put_blocks.n_values);
-        if (values_diff(a->u.put_blocks.values, b->u.put_blocks.values, a->u.put_blocks.n_values) !=
-            NULL)
+        if (values_diff(a->u.put_blocks.values, b->u.put_blocks.values, a->u.put_blocks.n_values))
             return "values";
         return data_diff(a->data, b->data, a->data_bytes);
     case KVC_PUT_BLOCKS_STREAM:
@@ -292,6 +303,8 @@ const char *sample_request_diff(const kvc_request *a, const kvc_request *b)
         SAME_BYTES(u.fetch_blocks.digests, a->u.fetch_blocks.n_digests * sizeof(kvc_digest));
         SAME_BYTES(u.fetch_blocks.parts, a->u.fetch_blocks.n_parts * sizeof(uint32_t));
         return NULL;
+    case KVC_MAP_CONTEXT:
+        return map_request_diff(a, b);
     case KVC_FETCH_ROWS_STREAM:
     case KVC_FETCH_ROWS:
         SAME(u.fetch_rows.n_groups);
@@ -388,8 +401,27 @@ static const char *fetch_diff(const kvc_reply *a, const kvc_reply *b)
     return data_diff(a->data, b->data, a->data_bytes);
 }
 
+static const char *map_diff(const kvc_reply *a, const kvc_reply *b)
+{
+    SAME(u.map_context.map);
+    SAME(u.map_context.lease_bytes);
+    SAME(u.map_context.lease_slot);
+    SAME(u.map_context.n_blocks);
+    SAME(u.map_context.pinned_bytes);
+    SAME(u.map_context.max_bytes);
+    SAME(u.map_context.unpinned);
+    SAME(u.map_context.n_segments);
+    for (uint32_t i = 0; i < a->u.map_context.n_segments; i++) {
+        SAME(u.map_context.segments[i].id);
+        SAME(u.map_context.segments[i].len_bytes);
+    }
+    return NULL;
+}
+
 static const char *blocks_diff(const kvc_reply *a, const kvc_reply *b)
 {
+    if (a->method == KVC_MAP_CONTEXT)
+        return map_diff(a, b);
     SAME(u.fetch_blocks.n_values);
     for (uint32_t i = 0; i < a->u.fetch_blocks.n_values; i++) {
         SAME(u.fetch_blocks.values[i].block);
@@ -480,6 +512,7 @@ const char *sample_reply_diff(const kvc_reply *a, const kvc_reply *b)
     case KVC_FETCH_ROWS:
         return fetch_diff(a, b);
     case KVC_FETCH_BLOCKS:
+    case KVC_MAP_CONTEXT:
         return blocks_diff(a, b);
     case KVC_STATS:
         return stats_diff(a, b);

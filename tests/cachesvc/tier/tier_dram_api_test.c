@@ -184,6 +184,38 @@ static void test_change_of_tenant_gives_fresh_memory(void **state)
     munmap((void *)(uintptr_t)old, before.len_bytes);
 }
 
+/* While a process maps a segment of tenant 1, tenant 2 does not get it, empty as it is; tenant 1
+ * does, in the same memory. */
+static void test_mapped_segment_stays_with_its_tenant(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_slot slots[64];
+    kvs_dram_segment before, after;
+    uint64_t off;
+    void *addr;
+
+    open_with(t, 1u << 20, 1u << 20); /* one segment */
+    uint32_t n = fill(t, 1, (shape){4096, 16}, slots, 64);
+    assert_int_equal(kvs_dram_locate(t->tier, slots[0], &before, &off), KVC_OK);
+    kvs_dram_count_mapping(t->tier, before.number, true);
+    kvs_dram_count_mapping(t->tier, before.number, true);
+    drop(t, 1, slots, n);
+    kvs_value_key key = key_of(2, 77, 0), own = key_of(1, 78, 0);
+    kvs_slot slot;
+    for (int mappings = 2; mappings > 0; mappings--) {
+        assert_int_equal(t->ops->reserve(t->tier, &key, 65536, 1, &slot, &addr), KVC_AGAIN);
+        assert_int_equal(t->ops->reserve(t->tier, &own, 65536, 1, &slot, &addr), KVC_OK);
+        assert_int_equal(kvs_dram_locate(t->tier, slot, &after, &off), KVC_OK);
+        assert_ptr_equal(after.base, before.base);
+        t->ops->release(t->tier, &own, slot);
+        kvs_dram_count_mapping(t->tier, before.number, false);
+    }
+    assert_int_equal(t->ops->reserve(t->tier, &key, 65536, 1, &slot, &addr), KVC_OK);
+    for (uint32_t i = 0; i < 65536; i++)
+        assert_int_equal(((uint8_t *)addr)[i], 0);
+    t->ops->release(t->tier, &key, slot);
+}
+
 /* One class took everything; once one of its segments is empty, another class has room. */
 static void test_empty_segment_changes_class(void **state)
 {
@@ -291,6 +323,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_longer_than_a_segment, setup, teardown),
         cmocka_unit_test_setup_teardown(test_tenants_do_not_share, setup, teardown),
         cmocka_unit_test_setup_teardown(test_change_of_tenant_gives_fresh_memory, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_mapped_segment_stays_with_its_tenant, setup, teardown),
         cmocka_unit_test_setup_teardown(test_empty_segment_changes_class, setup, teardown),
         cmocka_unit_test_setup_teardown(test_closed_segment, setup, teardown),
         cmocka_unit_test_setup_teardown(test_many_small_slots, setup, teardown),
