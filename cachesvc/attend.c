@@ -113,8 +113,10 @@ static kvc_status check_query(kvt_call *call, uint32_t g, const kvc_part *part,
         why = "n_q_heads is not a multiple of the part's kv_head_count";
     else if (query->ranks && (part->rope.type <= KVC_ROPE_NONE || part->rope.stored_rotated))
         why = "ranks, but the part's keys are not to be rotated";
-    else if (query->ranks && part->q_dim % 2)
-        why = "ranks, but q_dim is odd";
+    else if (query->q_positions && part->rope.type <= KVC_ROPE_NONE)
+        why = "q_positions, but the part has no rotary embedding";
+    else if ((query->ranks || query->q_positions) && part->q_dim % 2)
+        why = "ranks or q_positions, but q_dim is odd";
     else if (query->same_q && before &&
              (query->n_q != before->query->n_q || query->n_q_heads != before->query->n_q_heads ||
               query->q_dtype != before->query->q_dtype || part->q_dim != before->dim))

@@ -15,6 +15,7 @@
 typedef struct work {
     const void **rows;
     int32_t *positions;
+    int32_t q_positions[KVC_MAX_ATTEND_QUERIES];
     double *inv_freq;
     float *q, *o, *lse; /* of one group */
     void *raw;          /* queries as they came */
@@ -80,20 +81,31 @@ static void take(work *w, const kvc_request *req, size_t len_bytes)
     }
 }
 
+/* Queries in f32, rotated where that is asked for. */
 static kvc_status take_queries(work *w, const kvs_attend *attend, const kvs_attend_group *group)
 {
     kvk_backend *be = attend->fetch.server->attender->backend;
-    if (!group->q_bytes)
-        return KVC_OK; /* still there from the group before */
-    take(w, &attend->fetch.call->req, group->q_bytes);
-    uint32_t width = group->query->n_q_heads * group->dim;
-    const kvk_convert_args args = {
-        .in = {w->raw, group->q_bytes / group->query->n_q, (kvk_dtype)group->query->q_dtype},
-        .n = group->query->n_q,
-        .width = width,
+    const kvc_attend_query *query = group->query;
+    uint32_t width = query->n_q_heads * group->dim;
+    kvk_rows in = {w->raw, width * kvk_dtype_bytes((kvk_dtype)query->q_dtype),
+                   (kvk_dtype)query->q_dtype};
+    take(w, &attend->fetch.call->req, group->q_bytes); /* else those before are still there */
+    if (!query->q_positions) {
+        const kvk_convert_args args = {.in = in, .n = query->n_q, .width = width, .out = w->q};
+        return kvk_backend_ops(be)->convert(be, &args, NULL);
+    }
+    for (uint32_t i = 0; i < query->n_q; i++)
+        w->q_positions[i] = (int32_t)query->q_positions[i];
+    const kvk_rope_args args = {
+        .in = in,
+        .n = query->n_q,
+        .n_heads = query->n_q_heads,
+        .head_dim = group->dim,
+        .inv_freq = w->inv_freq,
+        .positions = w->q_positions,
         .out = w->q,
     };
-    return kvk_backend_ops(be)->convert(be, &args, NULL);
+    return kvk_backend_ops(be)->rope(be, &args, NULL);
 }
 
 /* Addresses and positions of the group's rows that are here. */
@@ -123,15 +135,16 @@ static kvc_status frequencies(work *w, const kvs_attend_group *group)
         .high_freq_factor = group->rope.high_freq_factor,
         .original_max_position = group->rope.original_max_position,
     };
-    return group->ranks ? kvk_rope_inv_freq(&params, group->dim, w->inv_freq) : KVC_OK;
+    bool rotates = group->ranks || group->query->q_positions;
+    return rotates ? kvk_rope_inv_freq(&params, group->dim, w->inv_freq) : KVC_OK;
 }
 
 static kvc_status attend_group(work *w, const kvs_attend *attend, const kvs_attend_group *group)
 {
     kvk_backend *be = attend->fetch.server->attender->backend;
-    kvc_status status = take_queries(w, attend, group);
+    kvc_status status = frequencies(w, group);
     if (status == KVC_OK)
-        status = frequencies(w, group);
+        status = take_queries(w, attend, group);
     if (status != KVC_OK)
         return status;
     const kvk_attend_args args = {

@@ -51,6 +51,7 @@ static void init_state(kvc_client *client)
     for (size_t i = 0; i < sizeof(heads) / sizeof(heads[0]); i++)
         kvci_list_init(heads[i]);
     client->next_due_ns = UINT64_MAX;
+    kvci_ways_init(client);
     client->seed = kvc_now_ns() | 1;
 }
 

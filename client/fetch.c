@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/assert.h"
+#include "base/clock.h"
 #include "internal.h"
 
 /* Where the next message starts. */
@@ -124,8 +125,27 @@ static void fetch_fail(kvci_msg *msg, kvc_status status)
         memset(msg->call->u.fetch.status + msg->first, (int8_t)status, msg->n_items);
 }
 
+/* Of what went through without a retry: those say little about the way. */
+static void learn(kvci_call *call)
+{
+    uint64_t bytes = 0, n_rows = 0, n_missing = call->u.fetch.info.rows_missing;
+    for (uint32_t i = 0; i < call->n_msgs; i++) {
+        const kvci_msg *msg = &call->msgs[i];
+        if (msg->sends != 1)
+            return;
+        for (uint32_t s = 0; s < msg->n_segs; s++) {
+            bytes += (uint64_t)msg->segs[s].n * msg->segs[s].row_bytes;
+            n_rows += msg->segs[s].n;
+        }
+    }
+    if (call->status == KVC_OK && n_rows > 0)
+        kvci_way_learn(call->client, false, bytes / n_rows * (n_rows - n_missing),
+                       kvc_now_ns() - call->began_ns);
+}
+
 static void fetch_finish(kvci_call *call)
 {
+    learn(call);
     for (uint32_t i = 0; i < call->n_msgs; i++)
         call->u.fetch.info.requests += call->msgs[i].sends;
     if (call->u.fetch.info_p != NULL)

@@ -43,6 +43,7 @@ typedef struct kvci_upload kvci_upload;
 /* ---- link.c: one connection ---------------------------------------------------------------- */
 
 typedef struct kvci_link {
+    const char *uri; /* of the client's list */
     const kvt_ops *ops;
     kvt_conn *conn;
     uint32_t submitting; /* threads inside submit; the link lives until it is 0 */
@@ -121,6 +122,7 @@ typedef struct kvci_kind {
     bool bulk_lane;     /* waits behind everything else */
     bool names_schema;  /* NOT_FOUND may mean that a restarted server forgot the schema */
     bool stop_on_error; /* the first failed message ends those not yet sent */
+    bool again_ends;    /* AGAIN is an answer: there is another way than to wait */
     bool not_twice;     /* carried out twice it does harm: no retry where the outcome is unknown */
     /* Checks and copies a good reply; transport thread, no lock. why_p gets a static text. */
     kvc_status (*take)(kvci_msg *msg, const kvc_reply *reply, const char **why_p);
@@ -143,7 +145,7 @@ struct kvci_call {
     const kvci_kind *kind;
     kvc_op *op;
     kvc_region *region; /* in use by it; may be NULL */
-    uint64_t deadline_ns;
+    uint64_t deadline_ns, began_ns;
     uint32_t refs; /* 1 while incomplete, plus one per thread inside submit */
     uint32_t n_msgs, n_left;
     bool cancelled, once; /* once: no retries */
@@ -162,6 +164,12 @@ struct kvci_call {
             kvc_fetch_info *info_p;
             kvc_fetch_info info;
         } fetch;
+        struct {
+            const kvc_attend_group *groups;
+            int8_t *status;
+            kvc_fetch_info *info_p;
+            kvc_fetch_info info;
+        } attend;
         struct {
             uint8_t *base; /* of the region */
             const kvc_block_part *parts;
@@ -211,6 +219,16 @@ void kvci_call_put(kvci_call *call);
 kvc_status kvci_put_check(const kvc_client *client, const char *name, kvc_promise promise,
                           const kvc_value *values, uint32_t n, const kvc_region *src,
                           const kvc_limits *limits, uint64_t *bytes_p);
+
+/* way.c: what a way was found to cost. */
+typedef struct kvci_way_state {
+    double fixed_ns, byte_ns;
+    uint64_t n_small, n_large; /* samples of each */
+} kvci_way_state;
+
+void kvci_ways_init(kvc_client *client);
+/* Under the lock: a request about so many bytes of rows went well and took so long. */
+void kvci_way_learn(kvc_client *client, bool near, uint64_t bytes, uint64_t took_ns);
 
 /* fetch_stream.c: what kvc_fetch_stream does differently. */
 extern const kvci_kind kvci_fetch_stream_kind;
@@ -338,6 +356,13 @@ bool kvci_msg_waits(const kvci_msg *msg);
 kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
                         int8_t *status, const char **why_p);
 
+/* The checks on the missing rows alone; *bytes_p: what the others have by their row_bytes. */
+kvc_status kvci_check_missing(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
+                              uint64_t *bytes_p, const char **why_p);
+/* After that: OK for each of n picks, and the missing ones' own statuses. */
+void kvci_put_statuses(const kvc_reply *reply, int8_t *status, uint32_t n);
+uint64_t kvci_iov_bytes(const struct iovec *iov, uint32_t n_iov);
+
 /* A place in a reply's payload. */
 typedef struct kvci_cursor {
     const struct iovec *iov;
@@ -399,6 +424,8 @@ struct kvc_client {
     bool closing, stopping;
     kvci_schema schemas[KVCI_MAX_SCHEMAS];
     uint32_t n_schemas;
+    kvci_way_state ways[KVC_WAY_COUNT];
+    uint32_t n_choices;
     kvc_cond prog_cond, keeper_cond;
     kvc_cond done_cond; /* an op completed, a context settled, a count of the above fell to 0 */
     kvc_thread prog, keeper;

@@ -120,6 +120,7 @@ static kvc_status link_open(kvc_client *client, const char *uri, uint64_t deadli
     kvci_link *link = calloc(1, sizeof(*link));
     if (link == NULL)
         return kvci_fail(KVC_NO_MEMORY, "client: no memory");
+    link->uri = uri;
     link->ops = kvt_find(uri);
     kvt_connect_opts opts = {
         .size_bytes = sizeof(opts),

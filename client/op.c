@@ -52,6 +52,7 @@ kvc_status kvci_call_start(kvci_call *call, kvc_op *op)
     op->status = KVC_OK;
     op_set_state(op, OP_IN_FLIGHT);
     call->op = op;
+    call->began_ns = kvc_now_ns();
     call->refs = 1;
     client->live++;
     if (call->region != NULL)

@@ -15,7 +15,7 @@ kvci_verdict kvci_judge(const kvci_msg *msg, kvc_status status)
         return KVCI_FINISH;
     switch (status) {
     case KVC_AGAIN:
-        return KVCI_RETRY;
+        return call->kind->again_ends ? KVCI_FINISH : KVCI_RETRY;
     case KVC_UNAVAILABLE:
     case KVC_CLOSED:
     case KVC_CANCELLED: /* not by the caller: the link went away under it */

@@ -27,9 +27,8 @@ void kvci_copy_out(kvci_cursor *cur, uint8_t *dst, size_t len_bytes)
     }
 }
 
-/* Bytes that the reply must carry; PROTOCOL if the missing rows make no sense. */
-static kvc_status expected_bytes(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
-                                 uint64_t *bytes_p, const char **why_p)
+kvc_status kvci_check_missing(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
+                              uint64_t *bytes_p, const char **why_p)
 {
     uint64_t bytes = 0, first = 0;
     uint32_t m = 0, n_missing = reply->u.fetch_rows.n_missing;
@@ -55,12 +54,20 @@ static kvc_status expected_bytes(const kvci_seg *segs, uint32_t n_segs, const kv
     return KVC_OK;
 }
 
-static uint64_t iov_bytes(const struct iovec *iov, uint32_t n_iov)
+uint64_t kvci_iov_bytes(const struct iovec *iov, uint32_t n_iov)
 {
     uint64_t sum_bytes = 0;
     for (uint32_t i = 0; i < n_iov; i++)
         sum_bytes += iov[i].iov_len;
     return sum_bytes;
+}
+
+void kvci_put_statuses(const kvc_reply *reply, int8_t *status, uint32_t n)
+{
+    memset(status, KVC_OK, n);
+    for (uint32_t m = 0; m < reply->u.fetch_rows.n_missing; m++)
+        status[reply->u.fetch_rows.missing[m].index] =
+            (int8_t)reply->u.fetch_rows.missing[m].status;
 }
 
 static uint32_t slot_of(const kvci_seg *seg, uint32_t i)
@@ -84,10 +91,10 @@ kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *
                         int8_t *status, const char **why_p)
 {
     uint64_t bytes = 0;
-    kvc_status checked = expected_bytes(segs, n_segs, reply, &bytes, why_p);
+    kvc_status checked = kvci_check_missing(segs, n_segs, reply, &bytes, why_p);
     if (checked != KVC_OK)
         return checked;
-    if (bytes != reply->data_bytes || bytes != iov_bytes(reply->data, reply->n_data)) {
+    if (bytes != reply->data_bytes || bytes != kvci_iov_bytes(reply->data, reply->n_data)) {
         *why_p = "the rows' length does not fit the request (is row_bytes the part's?)";
         return KVC_PROTOCOL;
     }

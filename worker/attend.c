@@ -22,7 +22,7 @@ typedef struct subset {
 static bool wanted(const kvw_step *step, uint32_t row, kvwi_which which)
 {
     uint8_t state = ((const uint8_t *)step->state.p)[row];
-    return which == KVWI_RESIDENT ? state == KVWI_ROW_HERE : state != KVWI_ROW_MISSING;
+    return state == KVWI_ROW_HERE || (which != KVWI_RESIDENT && state == KVWI_ROW_COMING);
 }
 
 static kvc_status reserve(kvw_step *step)
@@ -90,14 +90,20 @@ static void set_visible(const kvw_step *step, const kvwi_segment *seg, subset *s
     }
 }
 
+void kvwi_query_positions(const kvw_step *step, const kvwi_segment *seg, int32_t *pos)
+{
+    for (uint32_t i = 0; i < step->n_q; i++) {
+        pos[i] = seg->near ? (int32_t)(seg->n - step->n_q + i)
+                           : (int32_t)step->seq->worker->opts.far_position;
+    }
+}
+
 static kvc_status rotate(kvw_step *step, const kvwi_segment *seg, const void *q)
 {
     const kvw_worker *w = step->seq->worker;
     const kvw_opts *o = &w->opts;
     int32_t *pos = step->q_pos.p;
-    for (uint32_t i = 0; i < step->n_q; i++) {
-        pos[i] = seg->near ? (int32_t)(seg->n - step->n_q + i) : (int32_t)o->far_position;
-    }
+    kvwi_query_positions(step, seg, pos);
     const kvk_rope_args args = {
         .in = {q, (size_t)o->n_q_heads * o->head_dim * w->elem_bytes, o->dtype},
         .n = step->n_q,
@@ -144,6 +150,20 @@ static kvc_status merge(kvw_step *step, float *acc, float *part, uint32_t n, uin
                                  .n = n,
                                  .dim = dim};
     return w->ops->merge(w->be, &args, NULL);
+}
+
+kvc_status kvwi_attend_merge(kvw_step *step, float *part)
+{
+    const kvw_opts *o = &step->seq->worker->opts;
+    uint32_t n = step->n_q * o->n_q_heads;
+    kvc_status st = KVC_OK;
+    if (step->has_acc) {
+        st = merge(step, step->acc.p, part, n, o->head_dim);
+    } else {
+        memcpy(step->acc.p, part, (size_t)n * (o->head_dim + 1u) * sizeof(float));
+    }
+    step->has_acc = true;
+    return st;
 }
 
 static kvc_status attend_segment(kvw_step *step, const kvwi_segment *seg, const void *q,

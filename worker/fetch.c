@@ -1,5 +1,6 @@
 /*
- * fetch.c: the third phase of a step: misses on their way from the store into residency slots.
+ * fetch.c: one way of a step's misses (ways.c chooses): rows on their way from the store into
+ * residency slots.
  *
  * Submitted and awaited on the sequence's thread; the client's progress thread fills rows, status
  * and info in between, and nothing here touches them until the op is complete. A step with a fetch
@@ -14,14 +15,38 @@
 /* Time that completion may take beyond the deadline before the op is cancelled. */
 #define GRACE_NS 1000000000ull
 
-void kvwi_fetch_submit(kvw_step *step)
+/* Every hit of the step is younger than the slots taken here, so none of them is given away. */
+static kvc_status take_slots(kvw_step *step)
+{
+    kvwi_residency *r = &step->seq->layers[step->layer].residency;
+    const uint32_t *row = step->miss_row.p, *pos = step->miss_pos.p;
+    uint32_t *slot = step->miss_slot.p;
+    const uint8_t **rows = step->rows.p;
+    if (step->n_misses > r->n_slots) {
+        return kvwi_fail(KVC_NO_SPACE, "a step needs more rows than residency_slots");
+    }
+    for (uint32_t i = 0; i < step->n_misses; i++) {
+        kvc_status st = kvwi_residency_take(r, pos[i], &slot[i]);
+        if (st != KVC_OK) {
+            return kvwi_fail(st, "a step needs more rows than residency_slots");
+        }
+        rows[row[i]] = r->rows + slot[i] * r->row_bytes;
+    }
+    return KVC_OK;
+}
+
+kvc_status kvwi_fetch_submit(kvw_step *step)
 {
     kvw_seq *seq = step->seq;
     const kvw_worker *w = seq->worker;
     step->fetch_status = KVC_OK;
     step->in_flight = false;
     if (step->n_misses == 0) {
-        return;
+        return KVC_OK;
+    }
+    kvc_status st = take_slots(step);
+    if (st != KVC_OK) {
+        return st;
     }
     const kvc_pick_group group = {
         .context = seq->context,
@@ -33,15 +58,15 @@ void kvwi_fetch_submit(kvw_step *step)
         .dst_off_bytes = (size_t)step->layer * w->opts.residency_slots * w->row_bytes,
     };
     memset(&step->info, 0, sizeof(step->info));
-    step->deadline_ns = kvc_deadline_ns(w->opts.fetch_timeout_ns);
     kvc_op_init(&step->op, NULL, NULL);
     step->fetch_status = kvc_fetch(w->opts.client, &group, 1, seq->residency_region,
                                    step->miss_status.p, &step->info, step->deadline_ns, &step->op);
     step->in_flight = step->fetch_status == KVC_OK;
+    return KVC_OK;
 }
 
 /* Waits for completion itself, whatever it takes: the buffers are the op's until then. */
-static kvc_status complete(kvw_step *step)
+kvc_status kvwi_fetch_complete(kvw_step *step)
 {
     if (!step->in_flight) {
         return step->fetch_status;
@@ -90,20 +115,18 @@ static void count(kvw_step *step, uint32_t lost)
     s->rows_dram += step->info.rows_dram;
     s->rows_lmdb += step->info.rows_lmdb;
     s->requests += step->info.requests;
+    step->seq->n_fetched += step->n_misses - lost;
     s->bytes_fetched += (uint64_t)(step->n_misses - lost) * step->seq->worker->row_bytes;
 }
 
-kvc_status kvwi_fetch_wait(kvw_step *step)
+kvc_status kvwi_fetch_settle(kvw_step *step)
 {
     kvw_seq *seq = step->seq;
     kvc_status first = KVC_OK;
     if (step->n_misses == 0) {
         return KVC_OK;
     }
-    uint64_t t0 = kvc_now_ns();
-    kvc_status st = complete(step);
-    seq->stats.ns_fetch_wait += kvc_now_ns() - t0;
-    uint32_t lost = settle(step, st, &first);
+    uint32_t lost = settle(step, step->fetch_status, &first);
     count(step, lost);
     if (lost == 0) {
         return KVC_OK;
@@ -126,6 +149,9 @@ void kvwi_fetch_abandon(kvw_step *step)
         kvc_op_cancel(&step->op);
         step->fetch_status = kvc_op_wait(&step->op, 0);
         step->in_flight = false;
+    }
+    if (step->near_sent) { /* what it answered is nobody's: no row of it is here */
+        memset(step->miss_status.p, KVC_CANCELLED, step->n_misses);
     }
     (void)settle(step, step->fetch_status, &first);
 }

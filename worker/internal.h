@@ -54,6 +54,7 @@ struct kvw_worker {
     const kvk_ops *ops;
     double *inv_freq; /* [head_dim/2]; NULL: no rotary embedding */
     float scale;
+    kvc_way way;                           /* asked for; KVC_WAY_COUNT: auto */
     size_t elem_bytes, k_bytes, row_bytes; /* of one element, of K of one token, of one kv row */
     uint32_t n_levels;
     kvwi_level level[KVWI_MAX_LEVELS];
@@ -119,6 +120,7 @@ struct kvw_seq {
     kvw_step *free_steps;
     uint8_t taint[16]; /* rows were dropped or a query predicted: nobody may reuse what follows */
     bool tainted;
+    uint64_t n_fetched, n_reused_rows; /* rows that came to the residency; uses of rows in it */
     kvw_stats stats;
 };
 
@@ -128,7 +130,17 @@ typedef struct kvwi_segment {
     bool near; /* keys numbered from 0, causal; else keys unrotated, queries at far_position */
 } kvwi_segment;
 
-typedef enum kvwi_row_state { KVWI_ROW_HERE = 0, KVWI_ROW_COMING, KVWI_ROW_MISSING } kvwi_row_state;
+typedef enum kvwi_row_state {
+    KVWI_ROW_HERE = 0,
+    KVWI_ROW_COMING,
+    KVWI_ROW_MISSING,
+    KVWI_ROW_AFAR, /* attended beside the data: in the step's near partials */
+} kvwi_row_state;
+
+/* The misses of one segment that go to the server as one group. */
+typedef struct kvwi_near_part {
+    uint32_t segment, first, n; /* of the near list */
+} kvwi_near_part;
 
 struct kvw_step {
     kvw_seq *seq;
@@ -141,8 +153,14 @@ struct kvw_step {
     kvwi_segment segment[2];
     uint32_t n_segments, n_rows;
     kvwi_buf pos, rows, state; /* per row: position, address, kvwi_row_state */
-    /* misses */
+    /* misses: those that go or went by rows; those of the near partials are no more among them */
     uint32_t n_misses;
+    kvc_way way;
+    uint32_t tried; /* bits 1 << kvc_way: ways that failed in this step */
+    kvwi_near_part near_part[2];
+    uint32_t n_near_parts;
+    bool near_sent, near_here; /* asked for; its partials are to be merged */
+    kvwi_buf near_q, near_out, near_rank, near_q_pos;
     kvwi_buf miss_row, miss_pos, miss_slot, miss_status;
     kvc_op op;
     kvc_fetch_info info;
@@ -238,18 +256,46 @@ kvc_status kvwi_resolve(kvw_step *step) KVC_MUST_CHECK;
 /* fetch.c ---------------------------------------------------------------------------------------
  */
 
-/* Submits the fetch of the step's misses; a failure to submit is kept for kvwi_fetch_wait. */
-void kvwi_fetch_submit(kvw_step *step);
-/* Waits, marks rows HERE or MISSING, applies the policy. */
-kvc_status kvwi_fetch_wait(kvw_step *step) KVC_MUST_CHECK;
+/* Takes residency slots for the misses and submits their fetch; a failure to submit is kept for
+ * kvwi_fetch_wait. NO_SPACE: more misses than slots. */
+kvc_status kvwi_fetch_submit(kvw_step *step) KVC_MUST_CHECK;
+/* Waits for the fetch to end, however it does; its status. */
+kvc_status kvwi_fetch_complete(kvw_step *step);
+/* After that: marks rows HERE or MISSING, applies the policy. */
+kvc_status kvwi_fetch_settle(kvw_step *step) KVC_MUST_CHECK;
 /* Ends a fetch nobody waits for. */
 void kvwi_fetch_abandon(kvw_step *step);
+
+/* ways.c ----------------------------------------------------------------------------------------
+ */
+
+/* Chooses how the misses are reached and sets off what needs no query. NO_SPACE. */
+kvc_status kvwi_misses_begin(kvw_step *step) KVC_MUST_CHECK;
+/* With the real query: asks the server to attend, where that is the way. */
+kvc_status kvwi_misses_query(kvw_step *step, const void *q) KVC_MUST_CHECK;
+/* Waits for the misses, by another way where one fails; marks rows, applies the policy. */
+kvc_status kvwi_misses_wait(kvw_step *step) KVC_MUST_CHECK;
+
+/* near.c ----------------------------------------------------------------------------------------
+ */
+
+/* Sends q and the misses to the server. Errors as of kvc_attend: nothing was sent. */
+kvc_status kvwi_near_submit(kvw_step *step, const void *q) KVC_MUST_CHECK;
+/* Waits for the partials. OK: near_here is set, and the misses that they cover are none any more.
+ */
+kvc_status kvwi_near_wait(kvw_step *step) KVC_MUST_CHECK;
+/* Merges the partials into the step's accumulator. */
+kvc_status kvwi_near_merge(kvw_step *step) KVC_MUST_CHECK;
 
 /* attend.c --------------------------------------------------------------------------------------
  */
 
 typedef enum kvwi_which { KVWI_ALL = 0, KVWI_RESIDENT, KVWI_ARRIVED } kvwi_which;
 
+/* Merges a partial o [n, dim] then lse [n], f32, into the step's accumulator. */
+kvc_status kvwi_attend_merge(kvw_step *step, float *part) KVC_MUST_CHECK;
+/* Where query i of a segment stands, for its rotary embedding. */
+void kvwi_query_positions(const kvw_step *step, const kvwi_segment *seg, int32_t *pos);
 /* Attends q over the rows of a kind and merges into the step's accumulator. */
 kvc_status kvwi_attend(kvw_step *step, const void *q, kvwi_which which) KVC_MUST_CHECK;
 /* The accumulator as out (dtype) and lse. */

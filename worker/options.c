@@ -54,17 +54,17 @@ static kvc_status own_string(const char **text_p, const char *option, size_t max
 /* Strings first: from here on kvwi_options_fini frees them. */
 static kvc_status own_strings(kvw_opts *o)
 {
-    const char **const strings[] = {&o->model, &o->revision, &o->backend, &o->selector,
-                                    &o->projection_path};
-    static const char *const names[] = {"model", "revision", "backend", "selector",
-                                        "projection_path"};
-    const char *given[5];
+    const char **const strings[] = {&o->model,    &o->revision,        &o->backend,
+                                    &o->selector, &o->projection_path, &o->way};
+    static const char *const names[] = {"model",    "revision",        "backend",
+                                        "selector", "projection_path", "way"};
+    const char *given[6];
     kvc_status st = KVC_OK;
-    for (size_t i = 0; i < 5; i++) {
+    for (size_t i = 0; i < 6; i++) {
         given[i] = *strings[i];
         *strings[i] = NULL;
     }
-    for (size_t i = 0; i < 5 && st == KVC_OK; i++) {
+    for (size_t i = 0; i < 6 && st == KVC_OK; i++) {
         *strings[i] = given[i];
         st = own_string(strings[i], names[i], i < 2 ? KVC_MAX_NAME_BYTES : 4000u);
     }
@@ -212,6 +212,23 @@ static kvc_status check_index(kvw_opts *o, kvw_index_kind default_index)
     return KVC_OK;
 }
 
+/* KVC_WAY_COUNT stands for auto. */
+static kvc_status check_way(kvw_worker *w)
+{
+    const char *way = w->opts.way;
+    w->way = KVC_WAY_COUNT;
+    if (way[0] == '\0' || strcmp(way, "auto") == 0) {
+        return KVC_OK;
+    }
+    for (int i = 0; i < KVC_WAY_COUNT; i++) {
+        if (strcmp(way, kvc_way_name((kvc_way)i)) == 0) {
+            w->way = (kvc_way)i;
+            return KVC_OK;
+        }
+    }
+    return bad("way", "must be auto, rows, near, shm or rdma");
+}
+
 static kvc_status derive(kvw_worker *w)
 {
     const kvw_opts *o = &w->opts;
@@ -252,7 +269,7 @@ kvc_status kvwi_options_fill(kvw_worker *worker, const kvw_opts *opts)
     }
     if ((st = derive(worker)) != KVC_OK || (st = check_tp(o)) != KVC_OK ||
         (st = check_store(o, worker->row_bytes)) != KVC_OK ||
-        (st = check_windows(o, worker->selector)) != KVC_OK) {
+        (st = check_windows(o, worker->selector)) != KVC_OK || (st = check_way(worker)) != KVC_OK) {
         return st;
     }
     return check_index(o, worker->selector->default_index);
@@ -266,5 +283,6 @@ void kvwi_options_fini(kvw_worker *worker)
     free((void *)(uintptr_t)o->backend);
     free((void *)(uintptr_t)o->selector);
     free((void *)(uintptr_t)o->projection_path);
+    free((void *)(uintptr_t)o->way);
     free(worker->inv_freq);
 }

@@ -2,8 +2,8 @@
  * resolve.c: the second phase of a step: the rows in attention order, and which of them are here.
  *
  * Runs on the sequence's thread. The order is by position (sinks, picks ascending, recent and new),
- * whatever is resident; that is what makes `exact` independent of it. Misses get their residency
- * slots here, so the addresses of rows that are still to come are known too.
+ * whatever is resident; that is what makes `exact` independent of it. Misses are listed; they get
+ * residency slots only where they are fetched.
  */
 #include <string.h>
 
@@ -67,48 +67,24 @@ static const uint8_t *find_row(kvw_seq *seq, uint32_t layer, uint32_t pos)
     if (block != NULL) {
         return kvwi_block_row(w, block, layer, pos % bt);
     }
-    return kvwi_residency_use(&seq->layers[layer].residency, pos);
+    const uint8_t *row = kvwi_residency_use(&seq->layers[layer].residency, pos);
+    seq->n_reused_rows += row != NULL;
+    return row;
 }
 
-static kvc_status add_miss(kvw_step *step, uint32_t row, uint32_t pos)
-{
-    kvwi_residency *r = &step->seq->layers[step->layer].residency;
-    uint32_t slot = 0, i = step->n_misses;
-    kvc_status st = kvwi_residency_take(r, pos, &slot);
-    if (st != KVC_OK) {
-        return kvwi_fail(st, "a step needs more rows than residency_slots");
-    }
-    ((uint32_t *)step->miss_row.p)[i] = row;
-    ((uint32_t *)step->miss_pos.p)[i] = pos;
-    ((uint32_t *)step->miss_slot.p)[i] = slot;
-    ((const uint8_t **)step->rows.p)[row] = r->rows + slot * r->row_bytes;
-    ((uint8_t *)step->state.p)[row] = KVWI_ROW_COMING;
-    step->n_misses++;
-    return KVC_OK;
-}
-
-/* Hits first, so that no miss takes the slot of a row that this step has. */
-static kvc_status find_rows(kvw_step *step)
+static void find_rows(kvw_step *step)
 {
     const uint32_t *pos = step->pos.p;
     const uint8_t **rows = step->rows.p;
     uint8_t *state = step->state.p;
-    kvc_status st = KVC_OK;
-    uint32_t n_absent = 0;
     for (uint32_t i = 0; i < step->n_rows; i++) {
         rows[i] = find_row(step->seq, step->layer, pos[i]);
         state[i] = rows[i] != NULL ? KVWI_ROW_HERE : KVWI_ROW_COMING;
-        n_absent += rows[i] == NULL;
-    }
-    if (n_absent > step->seq->layers[step->layer].residency.n_slots) {
-        return kvwi_fail(KVC_NO_SPACE, "a step needs more rows than residency_slots");
-    }
-    for (uint32_t i = 0; st == KVC_OK && n_absent != 0 && i < step->n_rows; i++) {
         if (rows[i] == NULL) {
-            st = add_miss(step, i, pos[i]);
+            ((uint32_t *)step->miss_row.p)[step->n_misses] = i;
+            ((uint32_t *)step->miss_pos.p)[step->n_misses++] = pos[i];
         }
     }
-    return st;
 }
 
 kvc_status kvwi_resolve(kvw_step *step)
@@ -126,7 +102,7 @@ kvc_status kvwi_resolve(kvw_step *step)
     /* none has arrived: what is settled before the fetch gives its slots back */
     memset(step->miss_status.p, KVC_NOT_FOUND, step->n_rows);
     list_rows(step);
-    st = find_rows(step);
+    find_rows(step);
     seq->stats.misses += step->n_misses;
-    return st;
+    return KVC_OK;
 }

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "base/digest.h"
+#include "base/log.h"
 #include "internal.h"
 
 static const char *const index_names[] = {"", "exact", "compressed", "reranked"};
@@ -180,6 +181,28 @@ static kvc_status name_schema(kvw_worker *w, const kvc_schema *schema)
     return KVC_OK;
 }
 
+/* What the ways cost, where there is more than one to choose from; or that the one asked for is
+ * none. A probe that fails leaves guesses. */
+static kvc_status open_ways(const kvw_worker *w, const kvc_part *part)
+{
+    kvc_client *client = w->opts.client;
+    const kvc_way_ask ask = {.n_rows = 1, .row_bytes = part->row_bytes, .n_q = 1};
+    kvc_way_cost costs[KVC_WAY_COUNT];
+    if (client == NULL) {
+        return KVC_OK;
+    }
+    (void)kvc_way_costs(client, &ask, costs);
+    if (w->way != KVC_WAY_COUNT && costs[w->way].why_not != NULL) {
+        return kvwi_fail(KVC_UNSUPPORTED, "way: \"%s\": %s", costs[w->way].name,
+                         costs[w->way].why_not);
+    }
+    bool choice = w->way == KVC_WAY_COUNT && costs[KVC_WAY_NEAR].why_not == NULL;
+    if (choice && kvc_way_probe(client, &w->schema, part, w->opts.n_q_heads, 0) != KVC_OK) {
+        KVC_LOG_DEBUG(WORKER, "the ways could not be measured: %s", kvc_last_error());
+    }
+    return KVC_OK;
+}
+
 kvc_status kvwi_schema_open(kvw_worker *worker)
 {
     const kvw_opts *o = &worker->opts;
@@ -204,6 +227,10 @@ kvc_status kvwi_schema_open(kvw_worker *worker)
         .parts = parts,
     };
     st = name_schema(worker, &schema);
+    if (st == KVC_OK) {
+        const kvc_part own = kv_part(worker, o->tp_rank, 0);
+        st = open_ways(worker, &own);
+    }
     free(parts);
     return st;
 }

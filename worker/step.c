@@ -16,9 +16,10 @@
 static void free_step(kvw_step *step)
 {
     kvwi_buf *const bufs[] = {
-        &step->pos,       &step->rows,        &step->state, &step->miss_row, &step->miss_pos,
-        &step->miss_slot, &step->miss_status, &step->q_rot, &step->q_pos,    &step->sub_rows,
-        &step->sub_pos,   &step->visible,     &step->acc,   &step->part};
+        &step->pos,       &step->rows,        &step->state,     &step->miss_row, &step->miss_pos,
+        &step->miss_slot, &step->miss_status, &step->q_rot,     &step->q_pos,    &step->sub_rows,
+        &step->sub_pos,   &step->visible,     &step->acc,       &step->part,     &step->near_q,
+        &step->near_out,  &step->near_rank,   &step->near_q_pos};
     for (size_t i = 0; i < sizeof(bufs) / sizeof(bufs[0]); i++) {
         kvwi_buf_fini(bufs[i]);
     }
@@ -96,6 +97,9 @@ static kvc_status open_step(kvw_seq *seq, uint32_t layer, const void *q_select, 
     step->attended = false;
     step->attend_status = KVC_OK;
     step->in_flight = false;
+    step->near_sent = false;
+    step->near_here = false;
+    step->n_near_parts = 0;
     if (st != KVC_OK) {
         give_step(step);
         return st;
@@ -124,14 +128,17 @@ static kvc_status begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint
     } else {
         (void)kvwi_fail(st, "layer %u: selection failed: %s", layer, kvc_status_name(st));
     }
+    uint32_t n_misses = step->n_misses;
+    if (st == KVC_OK) {
+        st = kvwi_misses_begin(step);
+    }
     if (st != KVC_OK) {
         step->fetch_status = st;
         kvwi_fetch_abandon(step);
         give_step(step);
         return st;
     }
-    seq->stats.hits += step->full ? 0 : seq->layers[layer].picks.n - step->n_misses;
-    kvwi_fetch_submit(step);
+    seq->stats.hits += step->full ? 0 : seq->layers[layer].picks.n - n_misses;
     *step_p = step;
     return KVC_OK;
 }
@@ -167,7 +174,10 @@ kvc_status kvw_step_attend(kvw_step *step, const void *q)
         return KVC_OK;
     }
     step->attended = true;
-    step->attend_status = kvwi_attend(step, q, KVWI_RESIDENT);
+    step->attend_status = kvwi_misses_query(step, q);
+    if (step->attend_status == KVC_OK) {
+        step->attend_status = kvwi_attend(step, q, KVWI_RESIDENT);
+    }
     return step->attend_status;
 }
 
@@ -177,7 +187,8 @@ static kvc_status attend_rest(kvw_step *step, const void *q)
     if (!step->attended) {
         return kvwi_attend(step, q, KVWI_ALL);
     }
-    return step->n_misses == 0 ? KVC_OK : kvwi_attend(step, q, KVWI_ARRIVED);
+    kvc_status st = step->n_misses == 0 ? KVC_OK : kvwi_attend(step, q, KVWI_ARRIVED);
+    return st == KVC_OK && step->near_here ? kvwi_near_merge(step) : st;
 }
 
 kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
@@ -194,7 +205,7 @@ kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
     } else if (!step->attended && !step->seq->worker->opts.exact && step->n_misses != 0) {
         st = kvw_step_attend(step, q);
     }
-    kvc_status fetched = kvwi_fetch_wait(step);
+    kvc_status fetched = kvwi_misses_wait(step);
     st = st == KVC_OK ? fetched : st;
     if (st == KVC_OK) {
         st = attend_rest(step, q);

@@ -37,10 +37,20 @@ kvc_status kvci_put_attend_rows_request(const kvc_request *req, const kvci_out *
         groups[i].same_q = query->same_q;
         groups[i].n_ranks = query->ranks != NULL ? rows[i]->n_picks : 0;
         groups[i].ranks = (uint32_t *)(uintptr_t)query->ranks;
+        groups[i].n_q_positions = query->q_positions != NULL ? query->n_q : 0;
+        groups[i].q_positions = (uint32_t *)(uintptr_t)query->q_positions;
         msg.groups[i] = &groups[i];
     }
     msg.n_groups = n;
     return kvci_put(out, &msg.base, req->data_bytes);
+}
+
+static bool below_max(const uint32_t *positions, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (positions[i] >= KVC_MAX_RANK)
+            return false;
+    return true;
 }
 
 static kvc_status get_query(kvci_job *job, const Kvasir__V1__AttendGroup *msg, bool first,
@@ -56,9 +66,10 @@ static kvc_status get_query(kvci_job *job, const Kvasir__V1__AttendGroup *msg, b
         return kvci_refuse(job, "the first group has no group before it whose queries to take");
     if (msg->n_ranks != 0 && msg->n_ranks != msg->rows->n_picks)
         return kvci_refuse(job, "a group has one rank for each pick, or none");
-    for (size_t i = 0; i < msg->n_ranks; i++)
-        if (msg->ranks[i] >= KVC_MAX_RANK)
-            return kvci_refuse(job, "a rank is 2^30 or above");
+    if (msg->n_q_positions != 0 && msg->n_q_positions != msg->n_q)
+        return kvci_refuse(job, "a group has one position for each query, or none");
+    if (!below_max(msg->ranks, msg->n_ranks) || !below_max(msg->q_positions, msg->n_q_positions))
+        return kvci_refuse(job, "a rank or position is 2^30 or above");
     *query_p = (kvc_attend_query){
         .n_q = msg->n_q,
         .n_q_heads = msg->n_q_heads,
@@ -66,6 +77,7 @@ static kvc_status get_query(kvci_job *job, const Kvasir__V1__AttendGroup *msg, b
         .o_dtype = (kvc_dtype)msg->o_dtype,
         .same_q = msg->same_q != 0,
         .ranks = msg->n_ranks != 0 ? msg->ranks : NULL,
+        .q_positions = msg->n_q_positions != 0 ? msg->q_positions : NULL,
     };
     return KVC_OK;
 }

@@ -80,6 +80,7 @@ typedef struct kvc_attend_query {
     kvc_dtype q_dtype, o_dtype;
     bool same_q;           /* those of the group before */
     const uint32_t *ranks; /* [n_picks] positions of the keys, or NULL: taken as they are stored */
+    const uint32_t *q_positions; /* [n_q] where queries are to be rotated, or NULL: they are */
 } kvc_attend_query;
 
 /* Of the memory that a MapContext reply brings: what its table calls id, from now on. */

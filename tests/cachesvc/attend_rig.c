@@ -80,8 +80,11 @@ static double logit(const a_shape *s, const double *freq, uint32_t q, uint32_t h
         double b = row_number(s, pos, false, kv, half + t, NULL);
         double c = s->ranks ? cos(angle_at * freq[t]) : 1,
                d = s->ranks ? sin(angle_at * freq[t]) : 0;
-        x += q_number(s, q, head, t, NULL) * (a * c - b * d);
-        x += q_number(s, q, head, half + t, NULL) * (b * c + a * d);
+        double q_a = q_number(s, q, head, t, NULL), q_b = q_number(s, q, head, half + t, NULL);
+        double e = s->q_moved ? cos((40.0 + 7 * q) * freq[t]) : 1;
+        double g = s->q_moved ? sin((40.0 + 7 * q) * freq[t]) : 0;
+        x += (q_a * e - q_b * g) * (a * c - b * d);
+        x += (q_b * e + q_a * g) * (b * c + a * d);
     }
     x *= s->scale != 0 ? s->scale : 1 / sqrt((double)s->dim);
     return s->softcap != 0 ? s->softcap * tanh(x / s->softcap) : x;
@@ -293,7 +296,15 @@ void a_ask_init(a_ask *a, const a_server *f, const a_shape *s, const uint32_t *p
             for (uint32_t t = 0; t < s->dim; t++, at += elem)
                 (void)q_number(s, q, head, t, at);
     a->groups[0] = (kvc_row_group){f->context, 7, n, picks};
-    a->queries[0] = (kvc_attend_query){s->n_q, s->n_q_heads, s->q_dtype, s->o_dtype, false, ranks};
+    a->queries[0] = (kvc_attend_query){s->n_q,
+                                       s->n_q_heads,
+                                       s->q_dtype,
+                                       s->o_dtype,
+                                       false,
+                                       ranks,
+                                       s->q_moved ? a->q_positions : NULL};
+    for (uint32_t q = 0; q < s->n_q && q < MAX_Q; q++)
+        a->q_positions[q] = 40 + 7 * q;
     a->iov[0] = (struct iovec){a->q, 3};
     a->iov[1] = (struct iovec){a->q + 3, 0};
     a->iov[2] = (struct iovec){a->q + 3, bytes - 3};

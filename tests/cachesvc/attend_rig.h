@@ -24,6 +24,7 @@ typedef struct a_shape {
     double scale, softcap;
     bool ranks;
     uint32_t n_picks;
+    bool q_moved; /* the server rotates query i at position 40 + 7 i */
 } a_shape;
 
 typedef struct a_server {
@@ -57,6 +58,7 @@ typedef struct a_ask {
     kvc_request req;
     kvc_row_group groups[4];
     kvc_attend_query queries[4];
+    uint32_t q_positions[MAX_Q];
     struct iovec iov[3];
     char *q;
 } a_ask;

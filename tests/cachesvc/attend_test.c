@@ -19,15 +19,17 @@ static void test_shapes(void **state)
 {
     static const a_shape shapes[] = {
         {1, 32, 8, 128, KVC_DTYPE_BF16, KVC_DTYPE_BF16, KVC_DTYPE_BF16, KVC_ROPE_PLAIN, 0, 0, false,
-         700},
+         700, true},
         {1, 8, 2, 64, KVC_DTYPE_F16, KVC_DTYPE_F32, KVC_DTYPE_F32, KVC_ROPE_PLAIN, 0.3, 0, true,
-         500},
+         500, false},
         {4, 6, 2, 64, KVC_DTYPE_BF16, KVC_DTYPE_F16, KVC_DTYPE_F16, KVC_ROPE_LLAMA3, 0, 5, true,
-         129},
+         129, true},
         {3, 4, 4, 32, KVC_DTYPE_F32, KVC_DTYPE_F32, KVC_DTYPE_F32, KVC_ROPE_NONE, 0, 2.5, false,
-         127},
-        {1, 9, 3, 64, KVC_DTYPE_F16, KVC_DTYPE_BF16, KVC_DTYPE_F32, KVC_ROPE_PLAIN, 0, 0, true, 1},
-        {2, 5, 5, 48, KVC_DTYPE_BF16, KVC_DTYPE_F32, KVC_DTYPE_F32, KVC_ROPE_PLAIN, 0, 0, true, 66},
+         127, false},
+        {1, 9, 3, 64, KVC_DTYPE_F16, KVC_DTYPE_BF16, KVC_DTYPE_F32, KVC_ROPE_PLAIN, 0, 0, true, 1,
+         false},
+        {2, 5, 5, 48, KVC_DTYPE_BF16, KVC_DTYPE_F32, KVC_DTYPE_F32, KVC_ROPE_PLAIN, 0, 0, true, 66,
+         true},
     };
     a_server *f = *state;
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
@@ -111,7 +113,7 @@ static void test_missing(void **state)
     a_attend(f, s, picks, ranks, 300, &got);
     expect_missing(f, 300);
     a_oracle(&(a_shape){1, 8, 2, 64, KVC_DTYPE_BF16, KVC_DTYPE_BF16, KVC_DTYPE_F32, KVC_ROPE_PLAIN,
-                        0, 0, true, 300},
+                        0, 0, true, 300, false},
              picks, ranks, 300, here, &want);
     a_check_equal(s, &got, &want, "some missing");
     /* Another value goes while the context stays open. */
@@ -251,7 +253,7 @@ static void test_cold(void **state)
     a_server *f = *state;
     const a_shape *s =
         &(a_shape){1, 32, 8,     128, KVC_DTYPE_BF16, KVC_DTYPE_BF16, KVC_DTYPE_F32, KVC_ROPE_PLAIN,
-                   0, 0,  false, 200};
+                   0, 0,  false, 200, false};
     h_temp_dir(f->dir);
     f->h.settings.lmdb_path = f->dir;
     f->h.settings.lmdb_bytes = 256u << 20;

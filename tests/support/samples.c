@@ -110,7 +110,8 @@ static const kvc_attend_query *sample_queries(uint32_t n, kvc_arena *arena)
                                         i % 2 ? KVC_DTYPE_BF16 : KVC_DTYPE_F16,
                                         i % 2 ? KVC_DTYPE_F32 : KVC_DTYPE_BF16,
                                         i == 2,
-                                        i == 0 || i == 2 ? NULL : ranks};
+                                        i == 0 || i == 2 ? NULL : ranks,
+                                        i % 2 ? ranks + 3 : NULL};
     }
     return queries;
 }

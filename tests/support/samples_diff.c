@@ -109,6 +109,10 @@ static const char *queries_diff(const kvc_request *ra, const kvc_request *rb)
             return "ranks";
         if (a->ranks != NULL)
             SAME_BYTES(ranks, ra->u.fetch_rows.groups[i].n_picks * sizeof(uint32_t));
+        if ((a->q_positions == NULL) != (b->q_positions == NULL))
+            return "q_positions";
+        if (a->q_positions != NULL)
+            SAME_BYTES(q_positions, a->n_q * sizeof(uint32_t));
     }
     return data_diff(ra->data, rb->data, ra->data_bytes);
 }

@@ -321,7 +321,8 @@ static void attend_limits(void)
 {
     const char *why = "";
     const uint64_t bf16 = KVC_DTYPE_BF16;
-    struct buf group = {0}, buf = {0};
+    struct buf rows = {0}, group = {0}, buf = {0};
+    const uint32_t picks[2] = {0};
     assert_int_equal(attend_group(3, 1, 32, bf16, false, 3, KVC_MAX_RANK - 1, &why), KVC_OK);
     assert_int_equal(attend_group(0, KVC_MAX_ATTEND_QUERIES, 1024, bf16, false, 0, 0, &why),
                      KVC_OK);
@@ -336,6 +337,18 @@ static void attend_limits(void)
     attend_refused(attend_group(3, 1, 32, bf16, false, 2, 0, &why), &why, "rank");
     attend_refused(attend_group(0, 1, 32, bf16, false, 1, 0, &why), &why, "rank");
     attend_refused(attend_group(3, 1, 32, bf16, false, 3, KVC_MAX_RANK, &why), &why, "2^30");
+    put_bytes(&rows, 3, picks, sizeof(picks));
+    put_bytes(&group, 1, rows.bytes, rows.len);
+    put_number(&group, 2, 1);
+    put_number(&group, 3, 1);
+    put_number(&group, 4, bf16);
+    put_number(&group, 5, bf16);
+    put_bytes(&group, 8, "\1\2", 2);
+    put_bytes(&buf, 1, group.bytes, group.len);
+    attend_refused(decode_request(KVC_ATTEND_ROWS, &buf, &why), &why, "each query");
+    clear(&rows);
+    clear(&group);
+    clear(&buf);
     put_number(&group, 2, 1);
     put_bytes(&buf, 1, group.bytes, group.len);
     attend_refused(decode_request(KVC_ATTEND_ROWS, &buf, &why), &why, "no rows");

@@ -208,6 +208,85 @@ kvc_status kvc_fetch_stream(kvc_client *client, const kvc_pick_group *groups, ui
                             const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,
                             uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
 
+/*
+ * Queries that attend over the rows of one list of picks, beside the data. The result is a partial:
+ * o normalised over the rows that the server has, lse the natural log of the sum of exponentials;
+ * rows that it lacks have their status and count in none of it. Partials merge by log-sum-exp (see
+ * AttendRows in kvasir.proto). Scale, softcap, heads and rotary embedding are those of the part.
+ */
+typedef struct kvc_attend_group {
+    kvc_context *context;
+    uint32_t part, n_picks;
+    const uint32_t *picks; /* token positions */
+    const uint32_t *ranks; /* [n_picks] positions at which keys are rotated; NULL: as stored */
+    const uint32_t *q_positions;  /* [n_q] where the server rotates q; NULL: it is as it shall be */
+    uint32_t row_bytes;           /* of the part, for what is learnt about ways; 0: not known */
+    uint32_t n_q, n_q_heads, dim; /* dim: the part's q_dim and v_dim */
+    kvc_dtype q_dtype, o_dtype;   /* F32, F16 or BF16 */
+    const void *q;                /* [n_q, n_q_heads, dim]; NULL: the group before has the same */
+    void *o;                      /* [n_q, n_q_heads, dim] */
+    float *lse;                   /* [n_q, n_q_heads] */
+} kvc_attend_group;
+
+/*
+ * Attends in one request. Borrows groups (the array); keeps picks, ranks, q, o, lse, status and
+ * info_p until completion. status [total picks] (may be NULL) and info_p as for kvc_fetch; where
+ * the op fails o and lse are undefined. A server that attends too much already ends it with AGAIN
+ * at once, with no retry: the rows can be fetched, which costs it less. UNSUPPORTED: the server
+ * does not attend, or not over this part. INVALID: more than one request holds (max_picks,
+ * max_groups, max_attend_queries, max_message_bytes of queries or of results): the caller cuts it.
+ */
+kvc_status kvc_attend(kvc_client *client, const kvc_attend_group *groups, uint32_t n_groups,
+                      int8_t *status, kvc_fetch_info *info_p, uint64_t deadline_ns,
+                      kvc_op *op) KVC_MUST_CHECK;
+
+/* ---- ways: how the attention of a step reaches its rows ----------------------------------------
+ */
+
+/* A row of client/ways.def each. */
+typedef enum kvc_way {
+    KVC_WAY_ROWS = 0, /* kvc_fetch through messages */
+    KVC_WAY_NEAR,     /* kvc_attend */
+    KVC_WAY_SHM,      /* kvc_fetch on a shm:// connection */
+    KVC_WAY_RDMA,     /* kvc_fetch on an rdma:// connection */
+    KVC_WAY_COUNT,
+} kvc_way;
+
+/* What a request would move; 0 for what is not known. */
+typedef struct kvc_way_ask {
+    uint32_t n_rows, row_bytes, n_q;
+    uint64_t qo_bytes; /* of queries and of results, whichever is more */
+    double reuse;      /* how often a fetched row will be used again without being fetched */
+    uint32_t refused;  /* bits 1 << kvc_way of ways that the caller cannot go or has tried */
+} kvc_way_ask;
+
+typedef struct kvc_way_cost {
+    const char *name;         /* "rows", "near", "shm", "rdma" */
+    const char *why_not;      /* static; NULL: possible */
+    double fixed_ns, byte_ns; /* of a request; of a byte of rows */
+    double cost_ns;           /* of what was asked, rows counted at 1 / (1 + reuse) */
+    uint64_t samples;         /* requests that it was learnt from; 0: a guess */
+} kvc_way_cost;
+
+/* "rows" and so on; NULL past the last. */
+const char *kvc_way_name(kvc_way way);
+/*
+ * What each way of this client's connection would cost: costs [KVC_WAY_COUNT]. Learnt from every
+ * kvc_fetch and kvc_attend that went well, newer ones counting more. Returns the cheapest that is
+ * possible, or KVC_WAY_COUNT where none is. Does not block.
+ */
+kvc_way kvc_way_costs(kvc_client *client, const kvc_way_ask *ask, kvc_way_cost *costs);
+/* The same, as a request is about to be made: now and then a way that looks dear is tried, so that
+ * what was dear once is measured again, and the choice is counted. */
+kvc_way kvc_way_choose(kvc_client *client, const kvc_way_ask *ask);
+/*
+ * Measures the round trips of the ways that this connection has, by a few requests over part `part`
+ * (dim, heads and dtype as the schema has them) of an empty context. Blocks. A way that fails is
+ * not learnt; OK as long as the server answers.
+ */
+kvc_status kvc_way_probe(kvc_client *client, const kvc_digest *schema, const kvc_part *part,
+                         uint32_t n_q_heads, uint64_t deadline_ns) KVC_MUST_CHECK;
+
 /* Where the values of one part go: that of block i to dst_off_bytes + i * stride_bytes. */
 typedef struct kvc_block_part {
     uint32_t part, value_bytes; /* block_tokens * row_bytes of the part */

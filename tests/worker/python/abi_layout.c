@@ -29,7 +29,7 @@
     X(t, projection_path) X(t, n_sink) X(t, n_recent) X(t, k) X(t, eps) X(t, chunk_tokens) \
     X(t, far_position) X(t, reselect_cos) X(t, all_reduce) X(t, all_reduce_arg) \
     X(t, residency_slots) X(t, exact) X(t, index_dims) X(t, rerank_dims) X(t, rerank_factor) \
-    X(t, put_window) X(t, put_timeout_ns) X(t, reuse_any)
+    X(t, put_window) X(t, put_timeout_ns) X(t, reuse_any) X(t, way)
 #define SEQ_OPTS(X, t) \
     X(t, size_bytes) X(t, tokens) X(t, n_tokens) X(t, adapter) X(t, salt)
 #define STATS(X, t) \
@@ -38,7 +38,7 @@
     X(t, bytes_fetched) X(t, bytes_put) X(t, requests) X(t, blocks_put) X(t, blocks_existed) \
     X(t, index_rows_rebuilt) X(t, bytes_index) X(t, bytes_residency) X(t, bytes_window) \
     X(t, ns_select) X(t, ns_fetch_wait) X(t, ns_attend) X(t, ns_append) X(t, full_steps) \
-    X(t, put_retries) X(t, ns_put_wait)
+    X(t, put_retries) X(t, ns_put_wait) X(t, rows_near) X(t, way_fallbacks)
 #define CLIENT_OPTS(X, t) \
     X(t, size_bytes) X(t, uris) X(t, connect_timeout_ns) X(t, default_timeout_ns) \
     X(t, n_channels)

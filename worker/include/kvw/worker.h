@@ -109,6 +109,15 @@ typedef struct kvw_opts {
     uint32_t put_window;     /* blocks of a sequence on their way to the store; 0: 4 */
     uint64_t put_timeout_ns; /* how long kvw_tokens waits for the window; 0: 60 s */
     uint32_t reuse_any;      /* see kvw_tokens; 1: enters the recipe */
+    /*
+     * How rows that are not resident are reached: "auto" (NULL: the same) takes for each step the
+     * way that has cost least, by kvc_way_choose; "rows", "near", "shm" or "rdma" asks for one of
+     * them, and another is taken only where it cannot serve a step. "near": the server attends and
+     * sends a partial; its o is rounded to dtype, so a step differs from one by rows by at most
+     * 2^-8 (bf16) or 2^-11 (f16) of the largest |v|, beside the last bits of f32. Never with exact,
+     * nor in passes of chunk_tokens, whose blocks others reuse.
+     */
+    const char *way;
 } kvw_opts;
 
 /*
@@ -250,6 +259,8 @@ typedef struct kvw_stats {
     uint64_t ns_select, ns_fetch_wait, ns_attend, ns_append;
     uint64_t full_steps;               /* steps short enough to attend everything */
     uint64_t put_retries, ns_put_wait; /* values sent again; time that the engine waited to put */
+    uint64_t rows_near;     /* misses attended beside the data; they do not become resident */
+    uint64_t way_fallbacks; /* steps whose misses one way did not bring and another did */
 } kvw_stats;
 
 KVW_API kvc_status kvw_seq_stats(const kvw_seq *seq, kvw_stats *stats_p) KVC_MUST_CHECK;

@@ -74,6 +74,7 @@ class WorkerOpts(C.Structure):
         ("put_window", C.c_uint32),
         ("put_timeout_ns", C.c_uint64),
         ("reuse_any", C.c_uint32),
+        ("way", C.c_char_p),
     ]
 
 
@@ -94,7 +95,7 @@ class WorkerStats(C.Structure):
             "tokens tokens_reused steps reselects picks hits misses rows_gpu rows_dram rows_lmdb "
             "rows_dropped bytes_fetched bytes_put requests blocks_put blocks_existed "
             "index_rows_rebuilt bytes_index bytes_residency bytes_window ns_select ns_fetch_wait "
-            "ns_attend ns_append full_steps put_retries ns_put_wait"
+            "ns_attend ns_append full_steps put_retries ns_put_wait rows_near way_fallbacks"
         ).split()
     ]
 

@@ -92,7 +92,8 @@ class Worker:
     store. client None: every row stays resident. Other keywords are those of kvw_opts: revision,
     index ("exact", "compressed", "reranked"), projection (path), policy ("fail", "drop"), promise
     ("memory", "durable"), fetch_timeout_s, put_timeout_s, reselect_cos (theta of TokenSelect's
-    Selection Cache; 0: off; the paper uses 0.9), backend, and the counts (n_sink, n_recent, k, eps,
+    Selection Cache; 0: off; the paper uses 0.9), backend, way (how rows that are not resident are
+    reached: "auto", "rows", "near", "shm", "rdma"), and the counts (n_sink, n_recent, k, eps,
     chunk_tokens, block_tokens, ...). Blocks; raises KvasirError.
 
     Tensor parallelism: one Worker per rank, with tp_size, tp_rank, a geometry of the rank's heads,
@@ -117,6 +118,7 @@ class Worker:
         reselect_cos=0.0,
         backend=None,
         all_reduce=None,
+        way=None,
         **counts,
     ):
         self._handle = None
@@ -148,6 +150,7 @@ class Worker:
             projection_path=_bytes(projection),
             reselect_cos=reselect_cos,
             put_timeout_ns=_lib.ns(put_timeout_s),
+            way=_bytes(way),
             **counts,
         )
         if self._group is not None:
