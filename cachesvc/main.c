@@ -16,6 +16,7 @@
 #include "base/fault.h"
 #include "base/log.h"
 #include "base/thread.h"
+#include "heap.h"
 #include "server.h"
 
 #define EXIT_START 1
@@ -155,6 +156,7 @@ int main(int argc, char **argv)
         return kvs_tier_check_main(argv[2]);
     kvc_block_signals(NULL); /* but SIGBUS: a start may meet a map whose file fails */
     kvt_init();
+    kvs_heap_init();
     if (kvc_config_load(&kvs_program, argc, argv, environ, &settings, &config, why) != KVC_OK) {
         fprintf(stderr, "cachesvc: %s\nTry 'cachesvc --help'.\n", why);
         return EXIT_BAD;

@@ -19,6 +19,7 @@
 #include "base/metrics.h"
 #include "base/text.h"
 #include "cascade.h"
+#include "heap.h"
 #include "maps.h"
 #include "recover.h"
 #include "request.h"
@@ -30,6 +31,7 @@
 #define TICK_NS    250000000ull
 #define WINDOW_NS  60000000000ull /* of promotion by use */
 #define REPORT_NS  10000000000ull
+#define REST_TICKS 8u
 
 /* ---- tiers ----------------------------------------------------------------------------------- */
 
@@ -134,6 +136,14 @@ static void collect_schemas(kvs_server *server, uint64_t now_ns)
     kvc_mutex_unlock(&server->record_lock);
 }
 
+/* Memory that nobody needed lately goes back to the system. */
+static void rest(kvs_server *server)
+{
+    if (++server->n_ticks % REST_TICKS == 0)
+        kvs_buffers_rest(&server->buffers);
+    kvs_heap_tick(kvs_buffers_held(&server->buffers));
+}
+
 void kvs_server_tick(kvs_server *server)
 {
     uint64_t now_ns = kvc_now_ns();
@@ -156,6 +166,7 @@ void kvs_server_tick(kvs_server *server)
         kvs_writer_kick(server->writer);
     }
     atomic_store(&server->window, (uint32_t)(now_ns / WINDOW_NS));
+    rest(server);
 }
 
 static void ticker_main(void *arg)
@@ -259,6 +270,7 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
         sizeof(server->boot_id))
         server->boot_id = kvc_wall_ns();
     fill_limits(server);
+    server->inflight.max_bytes = settings->max_inflight_bytes;
     kvs_buffers_init(&server->buffers, server->limits.max_message_bytes + PAGE_BYTES,
                      settings->max_inflight_bytes);
     kvs_admission_init(&server->admission, (kvs_admission_policy)settings->lmdb_admission,
@@ -303,6 +315,7 @@ static kvc_status listen_one(kvs_server *server, const char *uri)
         .max_message_bytes = server->limits.max_message_bytes,
         .max_calls = (uint32_t)server->settings.max_calls,
         .max_inflight_bytes = server->settings.max_inflight_bytes,
+        .inflight = &server->inflight,
         .n_threads = (uint32_t)server->settings.transport_threads,
         .handshake_ns = server->settings.handshake_ns,
         .keepalive_ns = server->settings.keepalive_ns,

@@ -70,6 +70,7 @@ typedef struct kvs_server {
     kvc_mutex record_lock; /* rank RECORD: a schema's record and its entry change together */
     bool schemas_lost;     /* at start: values may be waiting for them, so none is collected */
 
+    kvt_budget inflight; /* of requests' bytes, whichever listener has them */
     uint32_t n_listeners;
     struct {
         const kvt_ops *ops;
@@ -80,6 +81,7 @@ typedef struct kvs_server {
     kvc_mutex ticker_lock; /* rank LEAF; guards stopping */
     kvc_cond ticker_cond;
     bool stopping;
+    uint32_t n_ticks; /* the ticker's */
 } kvs_server;
 
 /* Copies settings (its strings stay borrowed). Blocks: recovers lmdb. Errors are logged. */

@@ -64,10 +64,10 @@ static const kvc_setting table[] = {
     {"max_value_bytes", KVC_CONFIG_BYTES, FIELD(max_value_bytes), "1MiB", 4 * KIB,
      KVC_MAX_VALUE_BYTES, NULL,
      "The largest value; RegisterSchema refuses parts whose blocks are larger."},
-    {"max_inflight_bytes", KVC_CONFIG_BYTES, FIELD(max_inflight_bytes), "128MiB", 2 * MIB, 1 * TIB,
+    {"max_inflight_bytes", KVC_CONFIG_BYTES, FIELD(max_inflight_bytes), "64MiB", 2 * MIB, 1 * TIB,
      NULL,
-     "Request payloads held at once by one listener; beyond it calls are answered AGAIN. "
-     "Reply buffers have a cap of the same size."},
+     "Request payloads held at once by all listeners; beyond it calls are answered AGAIN. Reply "
+     "buffers have a cap of the same size."},
     {"max_calls", KVC_CONFIG_UINT, FIELD(max_calls), "1024", 1, 65536, NULL,
      "Calls in flight at once on one listener; beyond it they are answered AGAIN."},
     {"context_ttl", KVC_CONFIG_DURATION, FIELD(context_ttl_ns), "10m", 10 * MS, 240 * HOUR, NULL,

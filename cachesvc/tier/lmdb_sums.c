@@ -1,8 +1,9 @@
 /*
  * lmdb_sums.c: a hash table with an LRU list over immutable, counted entries; see lmdb_sums.h.
  *
- * One leaf lock guards the table, the list and every entry's refs. Invariant: used_bytes, the
- * bucket array included, is at most max_bytes once the cache holds anything.
+ * One leaf lock guards the table, the list, every entry's refs and the pool. Invariant: the bucket
+ * array and the pool take max_bytes at most; entries that find no room there are malloc'd and not
+ * cached.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -10,6 +11,7 @@
 #include "base/assert.h"
 #include "base/sum.h"
 #include "base/thread.h"
+#include "lmdb_pool.h"
 #include "lmdb_sums.h"
 
 #define BYTES_PER_BUCKET 1024u /* about one entry of 256 rows */
@@ -20,7 +22,7 @@ struct kvsi_sums {
     kvsi_sums_entry **buckets;
     uint32_t n_buckets;
     kvsi_sums_entry *newest, *oldest;
-    uint64_t max_bytes, used_bytes;
+    kvsi_pool pool; /* of the entries */
 };
 
 static uint64_t entry_bytes(uint32_t n_rows)
@@ -39,21 +41,27 @@ kvc_status kvsi_sums_create(uint64_t max_bytes, kvsi_sums **sums_p)
     while (sums->n_buckets < MAX_BUCKETS && sums->n_buckets < max_bytes / BYTES_PER_BUCKET)
         sums->n_buckets *= 2;
     sums->buckets = calloc(sums->n_buckets, sizeof(kvsi_sums_entry *));
-    if (sums->buckets == NULL) {
+    uint64_t table_bytes = sums->n_buckets * sizeof(kvsi_sums_entry *);
+    if (sums->buckets == NULL ||
+        kvsi_pool_init(&sums->pool, max_bytes > table_bytes ? max_bytes - table_bytes : 0) !=
+            KVC_OK) {
+        free(sums->buckets);
         free(sums);
         return KVC_NO_MEMORY;
     }
-    sums->max_bytes = max_bytes;
-    sums->used_bytes = sums->n_buckets * sizeof(kvsi_sums_entry *);
     kvc_mutex_init(&sums->lock, KVC_RANK_LEAF);
     *sums_p = sums;
     return KVC_OK;
 }
 
-static void unref(kvsi_sums_entry *entry)
+static void unref(kvsi_sums *sums, kvsi_sums_entry *entry)
 {
     KVC_ASSERT(entry->refs > 0);
-    if (--entry->refs == 0)
+    if (--entry->refs > 0)
+        return;
+    if (kvsi_pool_has(&sums->pool, entry))
+        kvsi_pool_free(&sums->pool, entry);
+    else
         free(entry);
 }
 
@@ -87,8 +95,7 @@ static void uncache(kvsi_sums *sums, kvsi_sums_entry **link)
 
     *link = entry->chain;
     lru_unlink(sums, entry);
-    sums->used_bytes -= entry_bytes(entry->n_rows);
-    unref(entry);
+    unref(sums, entry);
 }
 
 void kvsi_sums_destroy(kvsi_sums *sums)
@@ -98,6 +105,7 @@ void kvsi_sums_destroy(kvsi_sums *sums)
     while (sums->oldest != NULL)
         uncache(sums, find_link(sums, sums->oldest->key, sums->oldest->hash));
     kvc_mutex_fini(&sums->lock);
+    kvsi_pool_fini(&sums->pool);
     free(sums->buckets);
     free(sums);
 }
@@ -117,40 +125,52 @@ kvsi_sums_entry *kvsi_sums_find(kvsi_sums *sums, const uint8_t key[KVSI_KEY_BYTE
     return entry;
 }
 
-/* Caches a new entry unless another reader was faster or it does not fit at all. */
+/* Room for an entry in the pool, which the oldest ones make; NULL: it does not fit at all. */
+static kvsi_sums_entry *make_room(kvsi_sums *sums, size_t len_bytes)
+{
+    kvsi_sums_entry *entry = NULL;
+
+    if (len_bytes > kvsi_pool_max(&sums->pool))
+        return NULL;
+    while ((entry = kvsi_pool_alloc(&sums->pool, len_bytes)) == NULL && sums->oldest != NULL)
+        uncache(sums, find_link(sums, sums->oldest->key, sums->oldest->hash));
+    return entry;
+}
+
 static void cache(kvsi_sums *sums, kvsi_sums_entry *entry)
 {
-    uint64_t bytes = entry_bytes(entry->n_rows);
-    kvsi_sums_entry **link = find_link(sums, entry->key, entry->hash);
+    kvsi_sums_entry **link = &sums->buckets[entry->hash & (sums->n_buckets - 1)];
 
-    if (*link != NULL)
-        uncache(sums, link);
-    while (sums->oldest != NULL && sums->used_bytes + bytes > sums->max_bytes)
-        uncache(sums, find_link(sums, sums->oldest->key, sums->oldest->hash));
-    if (sums->used_bytes + bytes > sums->max_bytes)
-        return;
-    link = &sums->buckets[entry->hash & (sums->n_buckets - 1)];
     entry->chain = *link;
     *link = entry;
     lru_link(sums, entry);
     entry->refs++;
-    sums->used_bytes += bytes;
 }
 
 kvsi_sums_entry *kvsi_sums_add(kvsi_sums *sums, const uint8_t key[KVSI_KEY_BYTES],
                                const uint32_t *row_sums, uint32_t n_rows)
 {
-    kvsi_sums_entry *entry = calloc(1, (size_t)entry_bytes(n_rows));
+    size_t len_bytes = (size_t)entry_bytes(n_rows);
+    uint64_t hash = kvc_value_sum(key, KVSI_KEY_BYTES);
 
-    if (entry == NULL)
-        return NULL;
-    entry->hash = kvc_value_sum(key, KVSI_KEY_BYTES);
-    entry->refs = 1;
-    entry->n_rows = n_rows;
-    memcpy(entry->key, key, KVSI_KEY_BYTES);
-    memcpy(entry->sums, row_sums, n_rows * sizeof(uint32_t));
     kvc_mutex_lock(&sums->lock);
-    cache(sums, entry);
+    kvsi_sums_entry **link = find_link(sums, key, hash);
+    if (*link != NULL) /* another reader was faster */
+        uncache(sums, link);
+    kvsi_sums_entry *entry = make_room(sums, len_bytes);
+    bool in_pool = entry != NULL;
+    if (!in_pool)
+        entry = malloc(len_bytes);
+    if (entry != NULL) {
+        memset(entry, 0, sizeof(*entry));
+        entry->hash = hash;
+        entry->refs = 1;
+        entry->n_rows = n_rows;
+        memcpy(entry->key, key, KVSI_KEY_BYTES);
+        memcpy(entry->sums, row_sums, n_rows * sizeof(uint32_t));
+    }
+    if (in_pool)
+        cache(sums, entry);
     kvc_mutex_unlock(&sums->lock);
     return entry;
 }
@@ -158,7 +178,7 @@ kvsi_sums_entry *kvsi_sums_add(kvsi_sums *sums, const uint8_t key[KVSI_KEY_BYTES
 void kvsi_sums_put(kvsi_sums *sums, kvsi_sums_entry *entry)
 {
     kvc_mutex_lock(&sums->lock);
-    unref(entry);
+    unref(sums, entry);
     kvc_mutex_unlock(&sums->lock);
 }
 

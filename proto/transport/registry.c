@@ -59,6 +59,28 @@ void kvti_count_refusal(kvc_status status)
         KVC_COUNT(requests_timed_out);
 }
 
+kvt_budget *kvti_budget(const kvt_listen_opts *opts, kvt_budget *own)
+{
+    own->max_bytes = opts->max_inflight_bytes;
+    atomic_init(&own->used_bytes, 0);
+    return opts->inflight != NULL ? opts->inflight : own;
+}
+
+bool kvti_budget_take(kvt_budget *budget, uint64_t len_bytes)
+{
+    uint_least64_t used = atomic_load(&budget->used_bytes);
+    do {
+        if (used > 0 && (used >= budget->max_bytes || len_bytes > budget->max_bytes - used))
+            return false;
+    } while (!atomic_compare_exchange_weak(&budget->used_bytes, &used, used + len_bytes));
+    return true;
+}
+
+void kvti_budget_give(kvt_budget *budget, uint64_t len_bytes)
+{
+    atomic_fetch_sub(&budget->used_bytes, len_bytes);
+}
+
 /* Messages of megabytes come and go: without these, glibc hands their pages back to the kernel
  * after each and faults them in again, which halves the bandwidth. Once one of them is set, glibc
  * no longer raises the size from which it maps each block afresh (128 KiB), so that is set too:

@@ -30,15 +30,19 @@
 #ifndef KVT_TRANSPORT_H
 #define KVT_TRANSPORT_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 
 #include "base/arena.h"
 #include "wire/msg.h"
 
-#define KVT_DETAIL_BYTES 256
-#define KVT_MAX_SLICES   260 /* payload slices of one reply */
-#define KVT_MAX_FDS      64u /* descriptors that go with one reply (shm) */
+#define KVT_DETAIL_BYTES    256
+#define KVT_MAX_SLICES      260 /* payload slices of one reply */
+#define KVT_MAX_FDS         64u /* descriptors that go with one reply (shm) */
+/* What gRPC may hold, beyond the requests that its listeners were handed, for messages that arrive
+ * and for connections that wait for one. */
+#define KVT_GRPC_READ_BYTES ((uint64_t)32 << 20)
 
 typedef struct kvt_ops kvt_ops;
 typedef struct kvt_listener kvt_listener;
@@ -93,6 +97,13 @@ struct kvt_call {
     int cancelled;          /* set by the transport; read it with kvt_call_cancelled */
 };
 
+/* Request bytes that listeners hold together, whatever their transports. The server's; it outlives
+ * them. */
+typedef struct kvt_budget {
+    uint64_t max_bytes;
+    atomic_uint_least64_t used_bytes;
+} kvt_budget;
+
 /* Limits that are 0 get the transport's defaults: 1 MiB, 1,024 calls, 64 MiB, 10 minutes. */
 typedef struct kvt_listen_opts {
     size_t size_bytes; /* of this struct */
@@ -102,6 +113,7 @@ typedef struct kvt_listen_opts {
     uint32_t max_message_bytes;  /* bulk payload of one message; larger ones are refused */
     uint32_t max_calls;          /* in flight at once; beyond: AGAIN */
     uint64_t max_inflight_bytes; /* of requests held at once; beyond: AGAIN */
+    kvt_budget *inflight;        /* kept: the limit instead, shared with others; NULL: none */
     uint32_t n_threads;          /* 0: min(cores, 4) */
     uint64_t handshake_ns;       /* a connection that has not spoken by then is closed; 0: 10 s */
     uint64_t keepalive_ns;       /* a silent one is asked whether it lives; 0: 30 s */

@@ -25,6 +25,12 @@ extern const kvt_ops kvt_grpc_ops;
 extern const kvt_ops kvt_shm_ops;
 extern const kvt_ops kvt_rdma_ops;
 
+/* The budget that a listener charges: opts->inflight, or own, made for it alone. */
+kvt_budget *kvti_budget(const kvt_listen_opts *opts, kvt_budget *own);
+/* Whether len_bytes fit, and then they are charged. What is alone always fits. Any thread. */
+bool kvti_budget_take(kvt_budget *budget, uint64_t len_bytes) KVC_MUST_CHECK;
+void kvti_budget_give(kvt_budget *budget, uint64_t len_bytes);
+
 /* Counts a call of ours that is answered without the server having seen it, in the metrics that the
    server keeps of the calls that it sees. */
 void kvti_count_refusal(kvc_status status);

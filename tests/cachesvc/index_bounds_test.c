@@ -11,6 +11,7 @@
 
 #include "buffers.h"
 #include "evict.h"
+#include "heap.h"
 
 #define N_PARTS KVC_MAX_PARTS
 
@@ -280,6 +281,7 @@ static void test_buffers_keep_their_cap(void **state)
     uint64_t before = heap_bytes();
     for (uint32_t i = 0; i < N_BIG; i++)
         assert_int_equal(kvs_buffer_get(&pool, BIG, &buffers[i]), KVC_OK);
+    assert_true(kvs_buffers_held(&pool) > N_BIG * (uint64_t)BIG && kvs_buffers_held(&pool) <= cap);
     assert_int_equal(kvs_buffer_get(&pool, BIG, &buffers[N_BIG]), KVC_AGAIN);
     for (uint32_t i = 0; i < N_BIG; i++)
         kvs_buffer_release(buffers[i]);
@@ -288,7 +290,7 @@ static void test_buffers_keep_their_cap(void **state)
         assert_true(n < N_SMALL);
     }
     assert_true((uint64_t)n * SMALL > cap * 9 / 10); /* kept ones make way */
-    assert_true(heap_bytes() - before < cap + (64u << 10));
+    assert_true(heap_bytes() - before < cap + (64u << 10) && kvs_buffers_held(&pool) <= cap);
     for (uint32_t i = 0; i < n; i++)
         kvs_buffer_release(buffers[i]);
     assert_int_equal(kvs_buffer_get(&pool, BIG / 3, &buffers[0]), KVC_OK);
@@ -297,9 +299,107 @@ static void test_buffers_keep_their_cap(void **state)
     assert_true(heap_bytes() - before < 64u << 10);
 }
 
+/* Large buffers that nobody took between two rests go back; those in use, and in turn, stay. */
+static void test_buffers_rest(void **state)
+{
+    enum { BIG = 1 << 20, N = 6 };
+    kvs_buffer *buffers[N];
+    kvs_buffers pool;
+    (void)state;
+    kvs_buffers_init(&pool, BIG, 64u << 20);
+    for (uint32_t i = 0; i < N; i++)
+        assert_int_equal(kvs_buffer_get(&pool, BIG, &buffers[i]), KVC_OK);
+    uint64_t all = kvs_buffers_held(&pool);
+    assert_true(all >= N * (uint64_t)BIG);
+    for (uint32_t i = 0; i < N; i++)
+        kvs_buffer_release(buffers[i]);
+    kvs_buffers_rest(&pool); /* all were out since the last one */
+    assert_int_equal(kvs_buffers_held(&pool), all);
+    for (uint32_t turn = 0; turn < 3; turn++) {
+        assert_int_equal(kvs_buffer_get(&pool, BIG, &buffers[0]), KVC_OK);
+        assert_int_equal(kvs_buffer_get(&pool, BIG, &buffers[1]), KVC_OK);
+        kvs_buffer_release(buffers[0]);
+        kvs_buffer_release(buffers[1]);
+        kvs_buffers_rest(&pool);
+        assert_int_equal(kvs_buffers_held(&pool), all / N * 2);
+    }
+    assert_int_equal(kvs_buffer_get(&pool, BIG, &buffers[0]), KVC_OK);
+    kvs_buffers_rest(&pool);
+    kvs_buffers_rest(&pool);
+    assert_int_equal(kvs_buffers_held(&pool), all / N);
+    memset(buffers[0]->bytes, 1, BIG);
+    kvs_buffer_release(buffers[0]);
+    kvs_buffers_rest(&pool);
+    kvs_buffers_rest(&pool);
+    assert_int_equal(kvs_buffers_held(&pool), 0);
+    kvs_buffers_fini(&pool);
+}
+
+/* Small buffers of one size, with blocks that stay allocated in between: the heap does not grow on
+   and on, as it does where what is freed is not found again. */
+static void test_small_buffers_are_found_again(void **state)
+{
+    enum { AT_ONCE = 16, TURNS = 3000, LEN = 200 << 10 };
+    static void *pins[TURNS];
+    kvs_buffer *buffers[AT_ONCE] = {NULL};
+    kvs_buffers pool;
+    (void)state;
+    kvs_buffers_init(&pool, 1u << 20, 64u << 20);
+    uint64_t before = mallinfo2().arena;
+    (void)mallopt(M_MMAP_THRESHOLD, 32 << 20); /* as in the daemon */
+    for (uint32_t i = 0; i < TURNS; i++) {
+        if (buffers[i * 7 % AT_ONCE])
+            kvs_buffer_release(buffers[i * 7 % AT_ONCE]);
+        assert_int_equal(kvs_buffer_get(&pool, LEN, &buffers[i * 7 % AT_ONCE]), KVC_OK);
+        assert_int_equal((uintptr_t)buffers[i * 7 % AT_ONCE]->bytes % 64, 0);
+        buffers[i * 7 % AT_ONCE]->bytes[LEN - 1] = 1;
+        pins[i] = malloc(24);
+    }
+    uint64_t grown = mallinfo2().arena - before;
+    print_message("%llu KiB of heap for %u KiB at once\n", (unsigned long long)(grown >> 10),
+                  AT_ONCE * LEN >> 10);
+    assert_true(grown < 16u << 20);
+    for (uint32_t i = 0; i < TURNS; i++)
+        free(pins[i]);
+    for (uint32_t i = 0; i < AT_ONCE; i++)
+        kvs_buffer_release(buffers[i]);
+    kvs_buffers_fini(&pool);
+}
+
+/* What malloc keeps of freed memory goes back once nobody has used it for some ticks. */
+static void test_heap_rests(void **state)
+{
+    enum { N = 1600, BLOCK = 40 << 10 };
+    static void *blocks[N];
+    (void)state;
+    uint64_t before = kvs_heap_free_bytes(0);
+    for (uint32_t i = 0; i < N; i++) {
+        blocks[i] = malloc(BLOCK);
+        assert_non_null(blocks[i]);
+        memset(blocks[i], 1, BLOCK);
+    }
+    for (uint32_t i = 0; i < N; i++)
+        if (i % 100)
+            free(blocks[i]);               /* the rest pins the heap */
+    bool known = mallinfo2().uordblks > 0; /* not under a sanitizer */
+    uint64_t free_bytes = kvs_heap_free_bytes(0);
+    if (known)
+        assert_true(free_bytes > before + N / 2 * (uint64_t)BLOCK);
+    for (uint32_t i = 0; i < 32; i++)
+        kvs_heap_tick(0);
+    uint64_t rested = kvs_heap_free_bytes(0);
+    print_message("%llu KiB kept, %llu after a rest\n", (unsigned long long)(free_bytes >> 10),
+                  (unsigned long long)(rested >> 10));
+    if (known)
+        assert_true(rested < KVS_HEAP_KEEP_BYTES);
+    for (uint32_t i = 0; i < N; i += 100)
+        free(blocks[i]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_small_buffers_are_found_again), /* first: of a heap that is small */
         cmocka_unit_test_setup_teardown(test_memory_follows_values, setup, teardown),
         cmocka_unit_test_setup_teardown(test_parts_come_and_go, setup, teardown),
         cmocka_unit_test_setup_teardown(test_lmdb_scan_is_bounded, setup, teardown),
@@ -308,6 +408,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_who_comes_back_is_known, setup, teardown),
         cmocka_unit_test_setup_teardown(test_match_keeps_its_deadline, setup, teardown),
         cmocka_unit_test(test_buffers_keep_their_cap),
+        cmocka_unit_test(test_buffers_rest),
+        cmocka_unit_test(test_heap_rests),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -13,6 +13,7 @@ void many_slices(void **state);
 void every_error(void **state);
 void limits_of_messages(void **state);
 void limits_of_calls(void **state);
+void limits_that_are_shared(void **state);
 void dropped_data(void **state);
 void close_waits_for_slices(void **state);
 void thousand_at_once(void **state);

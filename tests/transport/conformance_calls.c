@@ -291,6 +291,36 @@ void limits_of_calls(void **state)
     fixture_close(&f);
 }
 
+/* A budget that others charge too; what a call took is given back with its answer. */
+void limits_that_are_shared(void **state)
+{
+    (void)state;
+    fixture f;
+    job held, j;
+    kvt_budget budget = {.max_bytes = 300000};
+    fixture_init(&f);
+    f.listen.max_inflight_bytes = 1000; /* does not count */
+    f.listen.inflight = &budget;
+    fixture_handle(&f, hold_handler);
+    fixture_listen(&f);
+    fixture_connect(&f, 1);
+    job_init(&held, &f, sample_request(KVC_PUT_BLOCKS, 100000, &f.arena), 0);
+    job_submit(&held);
+    wait_held(&f, 1);
+    uint64_t taken = atomic_load(&budget.used_bytes);
+    assert_true(taken > 100000 && taken < 150000);
+    atomic_fetch_add(&budget.used_bytes, 150000); /* another listener's */
+    job_init(&j, &f, sample_request(KVC_PUT_BLOCKS, 100000, &f.arena), 10 * SECOND);
+    assert_status(job_run(&j), KVC_AGAIN);
+    assert_non_null(strstr(j.xfer.detail, "bytes in flight"));
+    job_fini(&j);
+    assert_int_equal(answer_held(&f), 1);
+    wait_done(&f, 2);
+    job_fini(&held);
+    fixture_close(&f);
+    assert_int_equal(atomic_load(&budget.used_bytes), 150000);
+}
+
 static void drop_and_hold(fixture *f, kvt_call *call)
 {
     kvt_call_drop_data(call);

@@ -30,6 +30,7 @@ static int run_suite(const char *name, const char *uri)
         cmocka_unit_test(every_error),
         cmocka_unit_test(limits_of_messages),
         cmocka_unit_test(limits_of_calls),
+        cmocka_unit_test(limits_that_are_shared),
         cmocka_unit_test(dropped_data),
         cmocka_unit_test(thousand_at_once),
         cmocka_unit_test(submit_refuses),

@@ -17,12 +17,7 @@
 
 static void uncharge(struct kvti_call *call)
 {
-    kvt_listener *listener = call->queue->listener;
-    if (call->charged_bytes == 0)
-        return;
-    kvc_mutex_lock(&listener->mutex);
-    listener->inflight_bytes -= call->charged_bytes;
-    kvc_mutex_unlock(&listener->mutex);
+    kvti_budget_give(call->queue->listener->budget, call->charged_bytes);
     call->charged_bytes = 0;
 }
 
@@ -257,12 +252,10 @@ static kvc_status admit(struct kvti_call *call, const char **why_p)
     } else if (listener->n_calls > listener->opts.max_calls) {
         status = KVC_AGAIN;
         *why_p = "too many calls in flight";
-    } else if (listener->inflight_bytes > 0 &&
-               listener->inflight_bytes + len_bytes > listener->opts.max_inflight_bytes) {
+    } else if (!kvti_budget_take(listener->budget, len_bytes)) {
         status = KVC_AGAIN;
         *why_p = "too many request bytes in flight";
     } else {
-        listener->inflight_bytes += len_bytes;
         call->charged_bytes = len_bytes;
     }
     kvc_mutex_unlock(&listener->mutex);

@@ -142,6 +142,7 @@ struct kvt_listener {
     kvti_queue *queues;
     uint32_t n_queues;
     kvti_tag shutdown_tag;
+    kvt_budget own_budget, *budget; /* of request bytes: the one that is charged */
 
     /* rank TRANSPORT; guards the rest; nothing is called under it */
     kvc_mutex mutex;
@@ -149,7 +150,6 @@ struct kvt_listener {
     uint32_t n_calls;
     uint32_t n_arriving; /* calls handed over by gRPC and not counted in n_calls yet */
     bool closed;         /* the queues are being shut down: nothing may be started on them */
-    uint64_t inflight_bytes;
     bool draining, serving;
     bool gone; /* the server has let go of every call and connection */
     kvti_watch *watches;

@@ -7,6 +7,7 @@
  */
 #include <errno.h>
 #include <limits.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,7 +26,6 @@
 #define ARMED_OTHER   16u
 #define ARMED_HEALTH  4u
 #define GOODBYE_MS    200u /* for clients to close by themselves after the last answer */
-#define QUOTA_SLACK   ((uint64_t)128 << 20)
 #define NS_PER_MS     1000000ull
 #define PING_MS       500
 #define HANDSHAKE_NS  (10ull * 1000000000) /* what listen takes for options that are 0 */
@@ -78,6 +78,7 @@ static kvc_status take_opts(kvt_listener *listener, const kvt_listen_opts *opts,
         listener->opts.max_inflight_bytes = KVTI_MAX_INFLIGHT_BYTES;
     if (listener->opts.max_deadline_ns == 0)
         listener->opts.max_deadline_ns = KVTI_MAX_DEADLINE_NS;
+    listener->budget = kvti_budget(&listener->opts, &listener->own_budget);
     listener->opts.n_threads = threads_wanted(opts->n_threads);
     return kvti_grpc_target(opts->uri, target_p);
 }
@@ -89,13 +90,45 @@ static int to_ms(uint64_t ns, uint64_t default_ns)
     return ms == 0 ? 1 : ms > INT_MAX ? INT_MAX : (int)ms;
 }
 
-static grpc_server *create_server(const kvt_listen_opts *opts)
+/*
+ * What gRPC may take for messages that it receives, those that are in flight with the server
+ * included: one quota for all listeners, for the largest that was asked for. Where it comes short,
+ * gRPC reads in small pieces, shrinks its windows and gives back what waiting connections have
+ * ready for their next message; in the end it breaks off calls.
+ */
+static pthread_mutex_t quota_lock = PTHREAD_MUTEX_INITIALIZER; /* guards the three below */
+static grpc_resource_quota *quota;
+static uint64_t quota_bytes;
+static uint32_t n_quota_users;
+
+static grpc_resource_quota *hold_quota(uint64_t inflight_bytes)
 {
-    grpc_resource_quota *quota = grpc_resource_quota_create("kvasir");
-    uint64_t quota_bytes = opts->max_inflight_bytes + QUOTA_SLACK;
+    pthread_mutex_lock(&quota_lock);
+    if (n_quota_users++ == 0) {
+        quota = grpc_resource_quota_create("kvasir");
+        quota_bytes = 0;
+    }
+    if (quota_bytes < inflight_bytes + KVT_GRPC_READ_BYTES) {
+        quota_bytes = inflight_bytes + KVT_GRPC_READ_BYTES;
+        grpc_resource_quota_resize(quota, (size_t)quota_bytes);
+    }
+    pthread_mutex_unlock(&quota_lock);
+    return quota;
+}
+
+static void put_quota(void)
+{
+    pthread_mutex_lock(&quota_lock);
+    if (--n_quota_users == 0)
+        grpc_resource_quota_unref(quota);
+    pthread_mutex_unlock(&quota_lock);
+}
+
+static grpc_server *create_server(const kvt_listener *listener)
+{
+    const kvt_listen_opts *opts = &listener->opts;
     uint32_t streams =
         opts->max_calls < STREAMS_MAX ? opts->max_calls + STREAMS_SLACK : STREAMS_MAX;
-    grpc_resource_quota_resize(quota, (size_t)quota_bytes);
     grpc_arg args[] = {
         kvti_arg(GRPC_ARG_ALLOW_REUSEPORT, 0),
         kvti_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH,
@@ -112,12 +145,11 @@ static grpc_server *create_server(const kvt_listen_opts *opts)
         kvti_local_sockets_arg(),
         {.type = GRPC_ARG_POINTER,
          .key = (char *)(uintptr_t)GRPC_ARG_RESOURCE_QUOTA,
-         .value.pointer = {quota, grpc_resource_quota_arg_vtable()}},
+         .value.pointer = {hold_quota(listener->budget->max_bytes),
+                           grpc_resource_quota_arg_vtable()}},
     };
     grpc_channel_args list = {sizeof(args) / sizeof(args[0]), args};
-    grpc_server *server = grpc_server_create(&list, NULL);
-    grpc_resource_quota_unref(quota);
-    return server;
+    return grpc_server_create(&list, NULL);
 }
 
 static void register_methods(kvt_listener *listener)
@@ -249,7 +281,7 @@ static kvc_status grpc_listen(const kvt_listen_opts *opts, kvt_listener **listen
     kvc_mutex_init(&listener->mutex, KVC_RANK_TRANSPORT);
     kvc_cond_init(&listener->changed);
     listener->shutdown_tag.fn = on_shutdown;
-    listener->server = create_server(&listener->opts);
+    listener->server = create_server(listener);
     register_methods(listener);
     status = open_queues(listener);
     if (status != KVC_OK)
@@ -265,6 +297,7 @@ static kvc_status grpc_listen(const kvt_listen_opts *opts, kvt_listener **listen
 err_queues:
     close_queues(listener);
     grpc_server_destroy(listener->server);
+    put_quota();
     destroy_queues(listener);
     kvc_cond_fini(&listener->changed);
     kvc_mutex_fini(&listener->mutex);
@@ -346,8 +379,9 @@ static void grpc_listener_close(kvt_listener *listener)
     wait_until_quiet(listener);
     close_queues(listener);
     grpc_server_destroy(listener->server);
+    put_quota();
     destroy_queues(listener);
-    KVC_ASSERT(listener->n_calls == 0 && listener->inflight_bytes == 0);
+    KVC_ASSERT(listener->n_calls == 0 && atomic_load(&listener->own_budget.used_bytes) == 0);
     kvc_cond_fini(&listener->changed);
     kvc_mutex_fini(&listener->mutex);
     free(listener);

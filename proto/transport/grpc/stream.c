@@ -56,16 +56,10 @@ kvc_status kvti_call_send(kvt_call *base, const kvc_reply *reply, const kvt_slic
 /* Counts the message that came against the listener's limit. AGAIN: it is reached. */
 static kvc_status charge(struct kvti_call *call, const char **why_p)
 {
-    kvt_listener *listener = call->queue->listener;
     uint64_t len_bytes = grpc_byte_buffer_length(call->request);
-    kvc_mutex_lock(&listener->mutex);
-    bool room = listener->inflight_bytes == 0 ||
-                listener->inflight_bytes + len_bytes <= listener->opts.max_inflight_bytes;
-    if (room) {
-        listener->inflight_bytes += len_bytes;
+    bool room = kvti_budget_take(call->queue->listener->budget, len_bytes);
+    if (room)
         call->charged_bytes = len_bytes;
-    }
-    kvc_mutex_unlock(&listener->mutex);
     *why_p = room ? NULL : "too many request bytes in flight";
     return room ? KVC_OK : KVC_AGAIN;
 }

@@ -76,8 +76,8 @@ struct kvt_listener {
     kvti_incall *queue, **queue_end;
     kvti_incall *calls;
     uint32_t n_calls;
-    uint32_t n_lent; /* slices of answers, not yet released */
-    uint64_t inflight_bytes;
+    uint32_t n_lent;                /* slices of answers, not yet released */
+    kvt_budget own_budget, *budget; /* of request bytes: the one that is charged */
     bool draining, stopping, serving;
 };
 

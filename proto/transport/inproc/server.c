@@ -80,11 +80,8 @@ static kvc_status decode(kvt_listener *listener, kvti_incall *call, const char *
 static kvc_status charge(kvt_listener *listener, kvti_incall *call, const char **why_p)
 {
     kvti_inproc_lock();
-    bool room = listener->inflight_bytes == 0 ||
-                listener->inflight_bytes + call->len_bytes <= listener->opts.max_inflight_bytes;
-    if (room)
-        listener->inflight_bytes += call->len_bytes;
-    else
+    bool room = kvti_budget_take(listener->budget, call->len_bytes);
+    if (!room)
         call->len_bytes = 0;
     kvti_inproc_unlock();
     *why_p = "too many request bytes in flight";
@@ -152,6 +149,7 @@ kvc_status kvti_inproc_listen(const kvt_listen_opts *opts, kvt_listener **listen
         listener->opts.max_calls = KVTI_MAX_CALLS;
     if (listener->opts.max_inflight_bytes == 0)
         listener->opts.max_inflight_bytes = KVTI_MAX_INFLIGHT_BYTES;
+    listener->budget = kvti_budget(&listener->opts, &listener->own_budget);
     if (listener->opts.max_deadline_ns == 0)
         listener->opts.max_deadline_ns = KVTI_MAX_DEADLINE_NS;
     kvc_cond_init(&listener->work);
@@ -205,15 +203,13 @@ kvc_status kvti_inproc_enqueue(kvt_listener *listener, kvti_incall *call, const 
     if (listener->n_calls >= listener->opts.max_calls)
         return KVC_AGAIN;
     *why_p = "too many request bytes in flight";
-    if (listener->inflight_bytes > 0 &&
-        listener->inflight_bytes + call->len_bytes > listener->opts.max_inflight_bytes)
+    if (!kvti_budget_take(listener->budget, call->len_bytes))
         return KVC_AGAIN;
     uint64_t give_up_ns = kvc_now_ns() + listener->opts.max_deadline_ns;
     uint64_t deadline_ns = call->base.deadline_ns;
     call->base.deadline_ns =
         deadline_ns == 0 || deadline_ns > give_up_ns ? give_up_ns : deadline_ns;
     listener->n_calls++;
-    listener->inflight_bytes += call->len_bytes;
     call->listener = listener;
     call->next = listener->calls;
     if (call->next != NULL)
@@ -237,7 +233,7 @@ static void leave_listener(kvti_incall *call)
     if (call->next != NULL)
         call->next->prev = call->prev;
     listener->n_calls--;
-    listener->inflight_bytes -= call->len_bytes;
+    kvti_budget_give(listener->budget, call->len_bytes);
     kvc_cond_broadcast(&listener->changed);
 }
 
@@ -321,7 +317,7 @@ void kvti_inproc_recv(kvt_call *base)
     call->bytes = NULL;
     base->req = (kvc_request){.method = call->method};
     kvti_inproc_lock();
-    call->listener->inflight_bytes -= call->len_bytes;
+    kvti_budget_give(call->listener->budget, call->len_bytes);
     call->len_bytes = 0;
     call->receiving = true;
     kvti_inproc_feed(call);
@@ -348,7 +344,7 @@ void kvti_inproc_drop_data(kvt_call *base)
     free(call->bytes);
     call->bytes = NULL;
     kvti_inproc_lock();
-    call->listener->inflight_bytes -= call->len_bytes;
+    kvti_budget_give(call->listener->budget, call->len_bytes);
     call->len_bytes = 0;
     kvti_inproc_unlock();
 }

@@ -61,7 +61,7 @@ void kvtr_drop_bytes(kvtr_rcall *call)
 {
     kvtr_buf_put(call->data);
     call->data = NULL;
-    call->listener->inflight_bytes -= call->charged_bytes;
+    kvti_budget_give(call->listener->budget, call->charged_bytes);
     call->charged_bytes = 0;
 }
 
@@ -121,6 +121,7 @@ void kvtr_end_early(kvtr_rcall *call, kvc_status status, const char *why)
 
 /* ---- a request arrives ----------------------------------------------------------------------- */
 
+/* OK: the bytes are charged. */
 static kvc_status admit_bytes(kvt_listener *listener, const kvc_frame *frame, const char **why_p)
 {
     uint64_t len_bytes = (uint64_t)frame->head_bytes + frame->data_bytes;
@@ -128,27 +129,32 @@ static kvc_status admit_bytes(kvt_listener *listener, const kvc_frame *frame, co
     if (frame->data_bytes > listener->opts.max_message_bytes)
         return KVC_INVALID;
     *why_p = too_many_bytes;
-    if (listener->inflight_bytes > 0 &&
-        listener->inflight_bytes + len_bytes > listener->opts.max_inflight_bytes)
-        return KVC_AGAIN;
-    return KVC_OK;
+    return kvti_budget_take(listener->budget, len_bytes) ? KVC_OK : KVC_AGAIN;
 }
 
-/* With the mutex held: counts the bytes in and sees to the READ, if there is one to be. */
+static void give_bytes(kvt_listener *listener, const kvc_frame *frame)
+{
+    kvti_budget_give(listener->budget, (uint64_t)frame->head_bytes + frame->data_bytes);
+}
+
+/* With the mutex held: the call has the charged bytes from now on, or they are given back; sees to
+ * the READ, if there is one to be. */
 static kvc_status take_bytes(kvtr_rcall *call, const kvc_frame *frame, const char **why_p)
 {
-    kvt_listener *listener = call->listener;
     kvtr_read *read = NULL;
     bool full;
     call->data_bytes = frame->data_bytes;
     if ((frame->flags & KVC_FRAME_ELSEWHERE) != 0 && frame->data_bytes > 0) {
         *why_p = too_many_bytes;
         call->data = kvtr_buf_get(call->link->domain, frame->data_bytes, &full);
-        if (call->data == NULL)
+        if (call->data == NULL) {
+            give_bytes(call->listener, frame);
             return KVC_AGAIN;
+        }
         read = calloc(1, sizeof(*read));
         *why_p = "out of memory";
         if (read == NULL) {
+            give_bytes(call->listener, frame);
             kvtr_buf_put(call->data);
             call->data = NULL;
             return KVC_NO_MEMORY;
@@ -160,7 +166,6 @@ static kvc_status take_bytes(kvtr_rcall *call, const kvc_frame *frame, const cha
                             .arg = call};
     }
     call->charged_bytes = (uint64_t)frame->head_bytes + frame->data_bytes;
-    listener->inflight_bytes += call->charged_bytes;
     call->reading = read != NULL;
     if (read != NULL)
         kvtr_start_read(call->link, read);

@@ -113,13 +113,14 @@ static void set_defaults(kvt_listener *listener)
         opts->max_calls = KVTI_MAX_CALLS;
     if (opts->max_inflight_bytes == 0)
         opts->max_inflight_bytes = KVTI_MAX_INFLIGHT_BYTES;
+    listener->budget = kvti_budget(opts, &listener->own_budget);
     if (opts->max_deadline_ns == 0)
         opts->max_deadline_ns = KVTI_MAX_DEADLINE_NS;
     listener->loop.handshake_ns = opts->handshake_ns == 0 ? HANDSHAKE_NS : opts->handshake_ns;
     listener->loop.keepalive_ns = opts->keepalive_ns == 0 ? KEEPALIVE_NS : opts->keepalive_ns;
     listener->loop.idle_ns = opts->idle_ns == 0 ? IDLE_NS : opts->idle_ns;
     /* Buffers come in powers of two. */
-    listener->loop.pool_max_bytes = 2 * opts->max_inflight_bytes + POOL_BYTES;
+    listener->loop.pool_max_bytes = 2 * listener->budget->max_bytes + POOL_BYTES;
 }
 
 static kvc_status bind_id(kvt_listener *listener, struct sockaddr_storage *addr, const char *uri)

@@ -51,8 +51,8 @@ struct kvt_listener {
     kvtr_rcall *calls;
     kvtr_rcall *queue, **queue_end;
     uint32_t n_calls, n_lent;
-    uint64_t inflight_bytes;
-    uint64_t next_deadline_ns; /* no call's is earlier; 0: none */
+    kvt_budget own_budget, *budget; /* of request bytes: the one that is charged */
+    uint64_t next_deadline_ns;      /* no call's is earlier; 0: none */
     bool draining, serving;
 };
 

@@ -15,22 +15,12 @@
 
 bool kvti_charge(kvt_listener *listener, uint64_t len_bytes)
 {
-    kvc_mutex_lock(&listener->lock);
-    bool room = listener->inflight_bytes == 0 ||
-                listener->inflight_bytes + len_bytes <= listener->opts.max_inflight_bytes;
-    if (room)
-        listener->inflight_bytes += len_bytes;
-    kvc_mutex_unlock(&listener->lock);
-    return room;
+    return kvti_budget_take(listener->budget, len_bytes);
 }
 
 void kvti_uncharge(kvt_listener *listener, uint64_t len_bytes)
 {
-    if (len_bytes == 0)
-        return;
-    kvc_mutex_lock(&listener->lock);
-    listener->inflight_bytes -= len_bytes;
-    kvc_mutex_unlock(&listener->lock);
+    kvti_budget_give(listener->budget, len_bytes);
 }
 
 static void drop_bytes(kvti_shmcall *call)

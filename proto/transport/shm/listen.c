@@ -431,6 +431,7 @@ kvc_status kvti_shm_listen(const kvt_listen_opts *opts, kvt_listener **listener_
     (void)snprintf(listener->uri, sizeof(listener->uri), "shm://%s", address.sun_path);
     listener->opts.uri = listener->uri;
     default_opts(&listener->opts);
+    listener->budget = kvti_budget(&listener->opts, &listener->own_budget);
     kvc_mutex_init(&listener->lock, KVC_RANK_QUEUE);
     kvc_cond_init(&listener->changed);
     kvc_status status = open_socket(listener);

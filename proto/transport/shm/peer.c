@@ -93,13 +93,11 @@ static kvc_status admit(kvti_peer *peer, const kvc_frame *frame, const char **wh
     } else if (frame->data_bytes > listener->opts.max_message_bytes) {
         *why_p = "the message's data is longer than max_message_bytes";
         status = KVC_INVALID;
-    } else if (listener->inflight_bytes > 0 &&
-               listener->inflight_bytes + len_bytes > listener->opts.max_inflight_bytes) {
+    } else if (!kvti_charge(listener, len_bytes)) {
         *why_p = "too many request bytes in flight";
         status = KVC_AGAIN;
     } else {
         listener->n_calls++;
-        listener->inflight_bytes += len_bytes;
         peer->charged_bytes = len_bytes;
     }
     kvc_mutex_unlock(&listener->lock);

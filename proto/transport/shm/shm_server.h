@@ -25,7 +25,7 @@ struct kvti_shmcall {
     kvti_peer *peer;
     kvc_method method;
     uint8_t *bytes;      /* the message; NULL once its data was dropped */
-    uint64_t len_bytes;  /* counted in inflight_bytes */
+    uint64_t len_bytes;  /* charged to the budget */
     uint8_t *next_bytes; /* sent by the client before the server asked; NULL: none, or refused */
     uint64_t next_len_bytes;
     uint64_t next_head_bytes; /* what of the message the decoder is given */
@@ -85,11 +85,11 @@ struct kvt_listener {
     uint64_t inode; /* of the socket's name */
     kvti_loop loops[KVTI_SHM_LOOPS_MAX];
     uint32_t n_loops, next_loop;
-    kvc_mutex lock;   /* rank QUEUE; guards what follows */
-    kvc_cond changed; /* n_calls or n_peers fell */
-    int fd;           /* of the listening socket; -1: closed */
+    kvt_budget own_budget, *budget; /* of request bytes: the one that is charged */
+    kvc_mutex lock;                 /* rank QUEUE; guards what follows */
+    kvc_cond changed;               /* n_calls or n_peers fell */
+    int fd;                         /* of the listening socket; -1: closed */
     uint32_t n_calls, n_peers;
-    uint64_t inflight_bytes;
     bool draining, serving;
 };
 

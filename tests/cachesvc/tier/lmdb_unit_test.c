@@ -4,13 +4,14 @@
  */
 #include "tier_support.h"
 
-#include <malloc.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/sum.h"
+#include "lmdb_pool.h"
 #include "lmdb_record.h"
 #include "lmdb_sums.h"
+#include "support.h"
 
 static void test_rows_start_on_a_page(void **state)
 {
@@ -92,17 +93,17 @@ static void test_sums_cache_keeps_its_cap(void **state)
 
     (void)state;
     assert_int_equal(kvsi_sums_create(64u << 10, &sums), KVC_OK);
-    struct mallinfo2 before = mallinfo2();
+    uintptr_t lowest = UINTPTR_MAX, highest = 0;
     for (uint32_t i = 0; i < 500; i++) {
         make_key(i, key);
         for (uint32_t k = 0; k < 256; k++)
             values[k] = i * 1000 + k;
         kvsi_sums_entry *entry = kvsi_sums_add(sums, key, values, 256);
         assert_non_null(entry);
+        lowest = (uintptr_t)entry < lowest ? (uintptr_t)entry : lowest;
+        highest = (uintptr_t)entry > highest ? (uintptr_t)entry : highest;
+        assert_true(highest - lowest < 64u << 10); /* one mapping of that size has them all */
         kvsi_sums_put(sums, entry);
-        struct mallinfo2 now = mallinfo2();
-        assert_true(now.uordblks - before.uordblks <=
-                    (64u << 10) + 8192); /* the heap's own heads */
         /* Keep the first one in use: it is the newest again and again. */
         make_key(0, key);
         entry = kvsi_sums_find(sums, key);
@@ -123,6 +124,85 @@ static void test_sums_cache_keeps_its_cap(void **state)
     }
     assert_in_range(n_cached, 40, 60);
     kvsi_sums_destroy(sums);
+}
+
+/* Where values of another size are read from now on, theirs take the place of the old ones. */
+static void test_sums_cache_changes_sizes(void **state)
+{
+    static const uint32_t sizes[] = {256, 1000, 16, 700};
+    kvsi_sums *sums;
+    uint32_t values[5000] = {0};
+    uint8_t key[KVSI_KEY_BYTES];
+
+    (void)state;
+    assert_int_equal(kvsi_sums_create(512u << 10, &sums), KVC_OK);
+    for (uint32_t turn = 0; turn < 4; turn++) {
+        uint32_t n_cached = 0, n_rows = sizes[turn];
+        for (uint32_t i = 0; i < 2000; i++) {
+            make_key(turn * 2000 + i, key);
+            values[n_rows - 1] = i;
+            kvsi_sums_put(sums, kvsi_sums_add(sums, key, values, n_rows));
+        }
+        for (uint32_t i = 0; i < 2000; i++) {
+            make_key(turn * 2000 + i, key);
+            kvsi_sums_entry *entry = kvsi_sums_find(sums, key);
+            if (entry == NULL)
+                continue;
+            assert_int_equal(entry->sums[n_rows - 1], i);
+            kvsi_sums_put(sums, entry);
+            n_cached++;
+        }
+        assert_true(n_cached * (152 + n_rows * 4) > 300u << 10);
+    }
+    make_key(9999, key); /* larger than anything the cache takes: served, and nothing gives way */
+    kvsi_sums_entry *large = kvsi_sums_add(sums, key, values, 5000);
+    assert_non_null(large);
+    assert_null(kvsi_sums_find(sums, key));
+    kvsi_sums_put(sums, large);
+    make_key(3 * 2000 + 1999, key);
+    kvsi_sums_entry *last = kvsi_sums_find(sums, key);
+    assert_non_null(last);
+    kvsi_sums_put(sums, last);
+    kvsi_sums_destroy(sums);
+}
+
+/* Random cells of all sizes: none overlaps another, and all of the pool can be had again. */
+static void test_pool(void **state)
+{
+    enum { N = 400 };
+    static struct {
+        uint8_t *at;
+        uint32_t len, mark;
+    } cells[N];
+    kvsi_pool pool;
+    support_random random = support_seed(1);
+
+    (void)state;
+    assert_int_equal(kvsi_pool_init(&pool, 256u << 10), KVC_OK);
+    for (uint32_t i = 0; i < 200000; i++) {
+        uint32_t k = (uint32_t)support_below(&random, N);
+        if (cells[k].at != NULL) {
+            for (uint32_t b = 0; b < cells[k].len; b++)
+                assert_int_equal(cells[k].at[b], (uint8_t)(cells[k].mark + b));
+            kvsi_pool_free(&pool, cells[k].at);
+            cells[k].at = NULL;
+            continue;
+        }
+        cells[k].len = 1 + (uint32_t)support_below(&random, i / 1000 % 2 == 0 ? 300 : 3000);
+        cells[k].mark = i;
+        cells[k].at = kvsi_pool_alloc(&pool, cells[k].len);
+        for (uint32_t b = 0; cells[k].at != NULL && b < cells[k].len; b++)
+            cells[k].at[b] = (uint8_t)(i + b);
+        assert_true(cells[k].at == NULL || kvsi_pool_has(&pool, cells[k].at));
+    }
+    for (uint32_t k = 0; k < N; k++)
+        if (cells[k].at != NULL)
+            kvsi_pool_free(&pool, cells[k].at);
+    for (uint32_t k = 0; k < pool.n_slabs; k++)
+        assert_non_null(kvsi_pool_alloc(&pool, kvsi_pool_max(&pool)));
+    assert_null(kvsi_pool_alloc(&pool, 1));
+    assert_false(kvsi_pool_has(&pool, &pool));
+    kvsi_pool_fini(&pool);
 }
 
 /* An entry that someone holds outlives its drop; the key is gone at once. */
@@ -173,6 +253,8 @@ int main(void)
         cmocka_unit_test(test_key_round_trip),
         cmocka_unit_test(test_record_check),
         cmocka_unit_test(test_sums_cache_keeps_its_cap),
+        cmocka_unit_test(test_sums_cache_changes_sizes),
+        cmocka_unit_test(test_pool),
         cmocka_unit_test(test_sums_cache_drop),
         cmocka_unit_test(test_sums_cache_of_nothing),
     };

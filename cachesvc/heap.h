@@ -1,0 +1,41 @@
+/*
+ * heap.h: the process's own memory, beside the tiers: what it may come to, and how it is kept
+ * there.
+ *
+ * RssAnon + RssShmem stay within dram_bytes + row_sums_bytes + 64 B a value + 256 MiB, with up to
+ * 1,000 connections and the settings' defaults. The 256 MiB are made of
+ *
+ *   what                                                     MiB   held there by
+ *   the process: tables, threads' stacks, libraries           25
+ *   connections, 30 KiB each                                  30   max_connections
+ *   requests received and not worked off                      64   max_inflight_bytes
+ *   requests arriving, memory waiting for them                32   KVT_GRPC_READ_BYTES (gRPC's
+ * quota) answers on their way                                      64   max_inflight_bytes again
+ *   pages that LMDB prepares for a commit                     32   group_commit_bytes
+ *   holes and what was freed lately                            9   KVS_HEAP_ARENAS,
+ * KVS_HEAP_KEEP_BYTES
+ *
+ * which are never at their most all together. Whoever raises max_inflight_bytes, group_commit_bytes
+ * or max_connections raises the bound by twice the first, and by the others once.
+ *
+ * malloc keeps what was freed, in arenas of its own for every few threads, and each of them keeps
+ * the most that it ever needed. So there are few, and what nobody has used for a while goes back.
+ */
+#ifndef KVS_HEAP_H
+#define KVS_HEAP_H
+
+#include <stdint.h>
+
+/* Free memory that malloc may keep for good. */
+#define KVS_HEAP_KEEP_BYTES ((uint64_t)24 << 20)
+
+/* Sets malloc up for this process. Main thread, after kvt_init and before the others start. */
+void kvs_heap_init(void);
+/* To be called every 250 ms or so, by one thread: gives the system back what malloc has kept
+   without need for a while. mapped_bytes: memory in RAM that is not malloc's. May take some
+   milliseconds, seldom. */
+void kvs_heap_tick(uint64_t mapped_bytes);
+/* What malloc has free and in RAM now, or less; 0: not known. Any thread. */
+uint64_t kvs_heap_free_bytes(uint64_t mapped_bytes);
+
+#endif
