@@ -189,3 +189,60 @@ uint64_t o_erase(h_peer *peer, const h_schema *schema, uint64_t key)
     assert_int_equal(h_call(peer, &req), KVC_OK);
     return peer->xfer.reply.u.erase.values;
 }
+
+void o_rig_start(o_rig *r)
+{
+    h_server_start(&r->h);
+    r->peer = h_connect(r->h.listen, "default");
+    assert_int_equal(h_register(r->peer, &r->schema), KVC_OK);
+}
+
+void o_rig_stop(o_rig *r, bool flush)
+{
+    h_disconnect(r->peer);
+    h_server_stop(&r->h, flush);
+}
+
+o_rig *o_rig_create(bool lmdb)
+{
+    o_rig *r = calloc(1, sizeof(*r));
+    assert_non_null(r);
+    o_schema_init(&r->schema, "opaque/model");
+    h_server_init(&r->h);
+    r->h.settings.dram_bytes = 96 << 20;
+    if (lmdb) {
+        h_temp_dir(r->dir);
+        r->h.settings.lmdb_path = r->dir;
+        r->h.settings.lmdb_bytes = 256 << 20;
+    }
+    return r;
+}
+
+void o_rig_destroy(o_rig *r)
+{
+    h_server_fini(&r->h);
+    if (r->dir[0])
+        h_remove_dir(r->dir);
+    free(r);
+}
+
+const size_t o_lengths[O_N_LENGTHS] = {
+    0,       1,           63,          4031,         4032,         4033,         4095,
+    4096,    4097,        100000,      O_PIECE - 65, O_PIECE - 64, O_PIECE - 63, O_PIECE - 1,
+    O_PIECE, O_PIECE + 1, 2 * O_PIECE, 5557453};
+
+void o_put_and_get_all(o_rig *r, kvc_promise promise)
+{
+    for (uint32_t i = 0; i < O_N_LENGTHS; i++) {
+        assert_false(o_there(r->peer, &r->schema, i));
+        assert_int_equal(o_put(r->peer, &r->schema, i, 7, o_lengths[i], promise, 0), KVC_OK);
+        assert_true(o_there(r->peer, &r->schema, i));
+        o_get_equal(r->peer, &r->schema, i, 7, o_lengths[i]);
+        assert_int_equal(o_put(r->peer, &r->schema, i, 7, o_lengths[i], promise, 0), KVC_EXISTS);
+        assert_int_equal(o_put(r->peer, &r->schema, i, 8, o_lengths[i] + 1, promise, 0),
+                         KVC_EXISTS);
+        o_get_equal(r->peer, &r->schema, i, 7, o_lengths[i]);
+    }
+    for (uint32_t i = 0; i < O_N_LENGTHS; i++)
+        o_get_equal(r->peer, &r->schema, i, 7, o_lengths[i]);
+}

@@ -36,4 +36,22 @@ void o_get_equal(h_peer *peer, const h_schema *schema, uint64_t key, uint64_t se
 bool o_there(h_peer *peer, const h_schema *schema, uint64_t key);
 uint64_t o_erase(h_peer *peer, const h_schema *schema, uint64_t key);
 
+/* A server with room for some such values, one peer, and lmdb in a fresh folder or none. */
+typedef struct o_rig {
+    h_server h; /* its settings may be changed before the start */
+    h_schema schema;
+    h_peer *peer;
+    char dir[256];
+} o_rig;
+o_rig *o_rig_create(bool lmdb);
+void o_rig_start(o_rig *r);
+void o_rig_stop(o_rig *r, bool flush);
+void o_rig_destroy(o_rig *r);
+
+/* Lengths at which something changes. */
+#define O_N_LENGTHS 18u
+extern const size_t o_lengths[O_N_LENGTHS];
+/* Puts and gets a value of each, under its number as the key, and tries to put another. */
+void o_put_and_get_all(o_rig *r, kvc_promise promise);
+
 #endif
