@@ -157,23 +157,63 @@ static kvc_status prepare_append(kvw_seq *seq, uint32_t layer, const void *k, ui
     return st == KVC_OK ? reserve_index(seq, layer, end, n_tokens) : st;
 }
 
-kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n_tokens)
+/* The landmarks of the pass's chunks; a chunk's lies in the index rows of its tokens. */
+static void write_landmarks(kvw_seq *seq, uint32_t layer, const float *landmarks, uint32_t n_tokens)
 {
-    if (seq == NULL || k == NULL || v == NULL || layer >= seq->worker->opts.n_layers) {
-        return kvwi_fail(KVC_INVALID, "seq, k and v must not be NULL, layer must exist");
-    }
+    kvwi_pages *pages = &seq->layers[layer].level[0];
+    kvwi_pages_write(pages, seq->pass.first, n_tokens, landmarks, pages->row_bytes);
+    pages->n_rows = seq->pass.first + n_tokens;
+}
+
+/* landmarks: of selectors of chunks, else NULL. */
+static kvc_status append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                         const float *landmarks, uint32_t n_tokens)
+{
     uint64_t t0 = kvc_now_ns();
     uint32_t end = seq->pass.first + n_tokens;
     kvc_status st = prepare_append(seq, layer, k, n_tokens);
     st = kvwi_group_agree(seq->worker, st);
-    if (st == KVC_OK) {
+    if (st == KVC_OK && landmarks == NULL) {
         st = kvwi_index_append(seq, layer, seq->pass.first, k, seq->worker->k_bytes, n_tokens);
     }
     if (st != KVC_OK) {
         return st == KVC_NO_MEMORY ? kvwi_fail(st, "out of memory") : st;
     }
+    if (landmarks != NULL) {
+        write_landmarks(seq, layer, landmarks, n_tokens);
+    }
     write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
     seq->layers[layer].n_tokens = end;
     seq->stats.ns_append += kvc_now_ns() - t0;
     return KVC_OK;
+}
+
+kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n_tokens)
+{
+    if (seq == NULL || k == NULL || v == NULL || layer >= seq->worker->opts.n_layers) {
+        return kvwi_fail(KVC_INVALID, "seq, k and v must not be NULL, layer must exist");
+    }
+    if (seq->worker->selector->fusion != 0) {
+        return kvwi_fail(KVC_INVALID, "selector: %s needs landmarks: kvw_append_chunks",
+                         seq->worker->opts.selector);
+    }
+    return append(seq, layer, k, v, NULL, n_tokens);
+}
+
+kvc_status kvw_append_chunks(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                             const float *landmarks, uint32_t n_tokens)
+{
+    if (seq == NULL || k == NULL || v == NULL || landmarks == NULL ||
+        layer >= seq->worker->opts.n_layers) {
+        return kvwi_fail(KVC_INVALID, "seq, k, v and landmarks must not be NULL, layer must exist");
+    }
+    const kvw_opts *o = &seq->worker->opts;
+    if (seq->worker->selector->fusion == 0) {
+        return kvwi_fail(KVC_INVALID, "selector: %s has no landmarks", o->selector);
+    }
+    size_t n = (size_t)n_tokens / KVW_CHUNK_TOKENS * (size_t)o->landmark_dim;
+    if (n_tokens % KVW_CHUNK_TOKENS != 0 || !kvwi_all_finite(landmarks, n, KVK_F32)) {
+        return kvwi_fail(KVC_INVALID, "layer %u: chunks must be whole, landmarks finite", layer);
+    }
+    return append(seq, layer, k, v, landmarks, n_tokens);
 }

@@ -65,18 +65,22 @@ kvc_status kvwi_fetch_submit(kvw_step *step)
     return KVC_OK;
 }
 
-/* Waits for completion itself, whatever it takes: the buffers are the op's until then. */
+kvc_status kvwi_op_complete(kvc_op *op, uint64_t deadline_ns)
+{
+    kvc_status st = kvc_op_wait(op, deadline_ns + GRACE_NS);
+    if (st == KVC_TIMED_OUT && kvc_now_ns() >= deadline_ns + GRACE_NS) {
+        kvc_op_cancel(op);
+        (void)kvc_op_wait(op, 0);
+    }
+    return st;
+}
+
 kvc_status kvwi_fetch_complete(kvw_step *step)
 {
     if (!step->in_flight) {
         return step->fetch_status;
     }
-    kvc_status st = kvc_op_wait(&step->op, step->deadline_ns + GRACE_NS);
-    if (st == KVC_TIMED_OUT && kvc_now_ns() >= step->deadline_ns + GRACE_NS) {
-        kvc_op_cancel(&step->op);
-        (void)kvc_op_wait(&step->op, 0);
-        st = KVC_TIMED_OUT;
-    }
+    kvc_status st = kvwi_op_complete(&step->op, step->deadline_ns);
     step->in_flight = false;
     step->fetch_status = st;
     return st;

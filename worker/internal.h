@@ -118,6 +118,7 @@ struct kvw_seq {
     char label[2u * KVC_MAX_NAME_BYTES + 24u]; /* of digests, see names.c; not terminated */
     uint32_t label_bytes;
     kvw_step *free_steps;
+    kvw_retriever *retrievers;
     uint8_t taint[16]; /* rows were dropped or a query predicted: nobody may reuse what follows */
     bool tainted;
     uint64_t n_fetched, n_reused_rows; /* rows that came to the residency; uses of rows in it */
@@ -263,6 +264,9 @@ kvc_status kvwi_fetch_submit(kvw_step *step) KVC_MUST_CHECK;
 kvc_status kvwi_fetch_complete(kvw_step *step);
 /* After that: marks rows HERE or MISSING, applies the policy. */
 kvc_status kvwi_fetch_settle(kvw_step *step) KVC_MUST_CHECK;
+/* Waits for an op's end, whatever it takes, since memory is the op's until then; TIMED_OUT where it
+ * had to be cancelled after its deadline. */
+kvc_status kvwi_op_complete(kvc_op *op, uint64_t deadline_ns) KVC_MUST_CHECK;
 /* Ends a fetch nobody waits for. */
 void kvwi_fetch_abandon(kvw_step *step);
 
@@ -286,6 +290,15 @@ kvc_status kvwi_near_submit(kvw_step *step, const void *q) KVC_MUST_CHECK;
 kvc_status kvwi_near_wait(kvw_step *step) KVC_MUST_CHECK;
 /* Merges the partials into the step's accumulator. */
 kvc_status kvwi_near_merge(kvw_step *step) KVC_MUST_CHECK;
+
+/* retrieve.c ------------------------------------------------------------------------------------
+ */
+
+void kvwi_retrievers_close(kvw_seq *seq);
+/* Chunks from n_chunks on are gone: nobody may attend to their rows. */
+void kvwi_retrievers_forget(kvw_seq *seq, uint32_t n_chunks);
+/* Of chunks held by retrievers. */
+uint64_t kvwi_retrievers_bytes(const kvw_seq *seq);
 
 /* attend.c --------------------------------------------------------------------------------------
  */

@@ -110,10 +110,28 @@ static void open_exact(kvw_worker *w)
     w->level[0].d_in = w->level[0].dims;
 }
 
+/* A chunk's landmark is spread over the index rows of its tokens, so that index rows are stored,
+ * matched and brought back as those of any selector. */
+static void open_landmarks(kvw_worker *w)
+{
+    w->n_levels = 1;
+    w->level[0] = (kvwi_level){
+        .exact = true,
+        .heads = 1,
+        .dims = (uint32_t)w->opts.landmark_dim,
+        .row_bytes = (size_t)w->opts.landmark_dim * sizeof(float) / KVW_CHUNK_TOKENS,
+    };
+    w->index_row_bytes = w->level[0].row_bytes;
+}
+
 kvc_status kvwi_levels_open(kvw_worker *worker)
 {
     const char *why = NULL;
     const kvw_opts *o = &worker->opts;
+    if (worker->selector->fusion != 0) {
+        open_landmarks(worker);
+        return KVC_OK;
+    }
     if (o->index == KVW_INDEX_EXACT) {
         open_exact(worker);
         return KVC_OK;

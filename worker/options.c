@@ -14,6 +14,8 @@
 
 #define DEFAULT_SINK      128u
 #define DEFAULT_K         2048u
+#define DEFAULT_K_CHUNKS  8u
+#define MAX_LANDMARK_DIM  65536u
 #define DEFAULT_CHUNK     512u
 #define DEFAULT_BLOCK     256u
 #define DEFAULT_FACTOR    4u
@@ -151,7 +153,7 @@ static kvc_status check_windows(kvw_opts *o, const kvw_selector_ops *selector)
 {
     default_u32(&o->n_sink, DEFAULT_SINK);
     default_u32(&o->n_recent, selector->default_recent);
-    default_u32(&o->k, DEFAULT_K);
+    default_u32(&o->k, selector->fusion != 0 ? DEFAULT_K_CHUNKS : DEFAULT_K);
     default_u32(&o->chunk_tokens, DEFAULT_CHUNK);
     default_u32(&o->far_position, o->n_recent);
     if (o->n_sink > MAX_WINDOW_TOKENS || o->n_recent > MAX_WINDOW_TOKENS ||
@@ -183,6 +185,30 @@ static kvc_status check_windows(kvw_opts *o, const kvw_selector_ops *selector)
         return bad("exact, reuse_any", "must be 0 or 1");
     }
     return KVC_OK;
+}
+
+/* Of selectors of whole chunks. */
+static kvc_status check_chunks(const kvw_opts *o, const kvw_selector_ops *selector)
+{
+    if (selector->fusion == 0) {
+        return o->landmark_dim == 0 ? KVC_OK : bad("landmark_dim", "this selector has none");
+    }
+    if (o->landmark_dim == 0 || o->landmark_dim > MAX_LANDMARK_DIM || o->landmark_dim % 16 != 0) {
+        return bad("landmark_dim", "must be a multiple of 16, at most 65536");
+    }
+    if (o->k > KVK_CHUNKS_MAX) {
+        return bad("k", "must be at most 1024 chunks");
+    }
+    if (o->block_tokens % KVW_CHUNK_TOKENS != 0 || o->chunk_tokens % KVW_CHUNK_TOKENS != 0) {
+        return bad("block_tokens, chunk_tokens", "must be whole chunks of 64 tokens");
+    }
+    if (o->rope.theta != 0 || o->eps != 0) {
+        return bad("rope, eps", "have no meaning where chunks are retrieved");
+    }
+    if (o->policy != KVW_FAIL) {
+        return bad("policy", "must be FAIL where chunks are retrieved");
+    }
+    return o->index == KVW_INDEX_EXACT ? KVC_OK : bad("index", "must be EXACT: landmarks are");
 }
 
 static kvc_status check_index(kvw_opts *o, kvw_index_kind default_index)
@@ -272,7 +298,8 @@ kvc_status kvwi_options_fill(kvw_worker *worker, const kvw_opts *opts)
         (st = check_windows(o, worker->selector)) != KVC_OK || (st = check_way(worker)) != KVC_OK) {
         return st;
     }
-    return check_index(o, worker->selector->default_index);
+    st = check_index(o, worker->selector->default_index);
+    return st == KVC_OK ? check_chunks(o, worker->selector) : st;
 }
 
 void kvwi_options_fini(kvw_worker *worker)

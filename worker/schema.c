@@ -42,11 +42,20 @@ static void write_recipe(const kvw_worker *w, char *text, size_t cap)
                    w->selector->positions == KVW_FAR_NEAR ? o->far_position : 0, o->reselect_cos,
                    o->chunk_tokens, o->exact, o->reuse_any ? "any" : "chunks",
                    o->backend[0] != '\0' ? o->backend : "cpu", kvk_backend_isa(w->be));
+    if (w->selector->fusion != 0) {
+        size_t n = strlen(text);
+        (void)snprintf(text + n, cap - n, ";landmark_dim=%u", (unsigned)o->landmark_dim);
+    }
 }
 
 static void write_codec(const kvw_worker *w, char *text, size_t cap)
 {
     char hex[KVC_DIGEST_HEX_BYTES];
+    if (w->selector->fusion != 0) {
+        (void)snprintf(text, cap, "%s;f32;landmark_dim=%u;chunk=%u", w->opts.selector,
+                       w->level[0].dims, KVW_CHUNK_TOKENS);
+        return;
+    }
     projection_hex(w, hex);
     (void)snprintf(text, cap, "%s;int8;dims=%u", w->opts.selector, w->level[0].dims);
     for (uint32_t i = 1; i < w->n_levels; i++) {

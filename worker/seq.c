@@ -198,6 +198,7 @@ void kvw_seq_destroy(kvw_seq *seq)
     }
     kvw_worker *w = seq->worker;
     kvwi_steps_free(seq);
+    kvwi_retrievers_close(seq);
     if (seq->context != NULL) {
         end_puts(seq, kvc_deadline_ns(w->opts.put_timeout_ns));
     }
@@ -260,6 +261,9 @@ kvc_status kvw_tokens(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens)
     if (n_tokens > seq->worker->opts.chunk_tokens || n_tokens > KVWI_MAX_TOKENS - held) {
         return kvwi_fail(KVC_INVALID, "a pass has at most chunk_tokens tokens, a sequence 2^30");
     }
+    if (seq->worker->selector->fusion != 0 && n_tokens % KVW_CHUNK_TOKENS != 0) {
+        return kvwi_fail(KVC_INVALID, "n_tokens: a pass is of whole chunks of 64 tokens");
+    }
     kvc_status st = check_settled(seq);
     if (st == KVC_OK) {
         st = kvwi_blocks_submit(seq, held, kvc_deadline_ns(seq->worker->opts.put_timeout_ns));
@@ -288,11 +292,15 @@ kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens)
     if (n_tokens < (uint64_t)seq->n_submitted * seq->worker->opts.block_tokens) {
         return kvwi_fail(KVC_INVALID, "n_tokens: kvw_flush has accepted the pass");
     }
+    if (seq->worker->selector->fusion != 0 && n_tokens % KVW_CHUNK_TOKENS != 0) {
+        return kvwi_fail(KVC_INVALID, "n_tokens: chunks of 64 tokens go as a whole");
+    }
     kvc_status st = check_settled(seq);
     if (st != KVC_OK || seq->pass.n == 0) {
         return st;
     }
     uint32_t n = (uint32_t)n_tokens, kept = n - seq->pass.first;
+    kvwi_retrievers_forget(seq, n / KVW_CHUNK_TOKENS);
     if (kept != 0 && kept != seq->pass.n && !seq->worker->opts.reuse_any) {
         kvwi_names_taint(seq); /* what is kept saw the queries of what is not */
     }
@@ -364,6 +372,7 @@ kvc_status kvw_seq_stats(const kvw_seq *seq, kvw_stats *stats_p)
         }
         s.bytes_residency += (uint64_t)seq->layers[i].residency.n_used * w->row_bytes;
     }
+    s.bytes_residency += kvwi_retrievers_bytes(seq);
     for (uint32_t i = 0; i < seq->n_blocks; i++) {
         s.bytes_window += seq->blocks[i].buf != NULL ? w->block_bytes : 0;
     }

@@ -64,6 +64,10 @@ static kvc_status check_begin(const kvw_seq *seq, uint32_t layer, const void *q,
         return kvwi_fail(KVC_INVALID, "layer %u: n_q must be 1 to the pass's tokens, appended",
                          layer);
     }
+    if (seq->worker->selector->fusion != 0) {
+        return kvwi_fail(KVC_INVALID, "selector: %s has retrievers, not steps",
+                         seq->worker->opts.selector);
+    }
     if (seq->layers[layer].step != NULL) {
         return kvwi_fail(KVC_AGAIN, "layer %u: a step is open", layer);
     }

@@ -73,18 +73,19 @@ typedef struct kvw_selector_ops {
     kvwi_form form;
     kvw_position_rule positions;
     bool recent_holds_new; /* the recent window counts the new tokens */
+    kvk_fusion fusion;     /* of whole chunks, see retrieve.c; 0: it picks tokens */
     bool reuses;           /* the Selection Cache (kvw_opts.reselect_cos) makes sense for it */
-    /* REQ. q [n_q, n_q_heads, head_dim] in the worker's dtype, before RoPE -> *query_p, in scratch
-       until the next prepare. */
+    /* REQ, as aggregate is, unless fusion is given. q [n_q, n_q_heads, head_dim] in the worker's
+       dtype, before RoPE -> *query_p, in scratch until the next prepare. */
     kvc_status (*prepare)(kvw_select_ctx *ctx, const void *q, uint32_t n_q, kvw_query *query_p);
-    /* REQ. out [source->n]: one score per row, higher is better; the whole group agrees on it. */
+    /* out [source->n]: one score per row, higher is better; the whole group agrees on it. */
     kvc_status (*aggregate)(kvw_select_ctx *ctx, const kvw_query *query, const kvw_source *source,
                             float *out);
 } kvw_selector_ops;
 
 /* The selector by name; NULL: none. */
 const kvw_selector_ops *kvw_selector_find(const char *name);
-/* The i-th registered selector, NULL past the end; the conformance suite loops over it. */
+/* The i-th selector of tokens, NULL past the end; the conformance suite loops over them. */
 const kvw_selector_ops *kvw_selector_at(uint32_t i);
 
 /*

@@ -8,5 +8,7 @@
 
 extern const kvw_selector_ops kvw_selector_esa;
 extern const kvw_selector_ops kvw_selector_tokenselect;
+extern const kvw_selector_ops kvw_selector_gca;
+extern const kvw_selector_ops kvw_selector_hsa;
 
 #endif

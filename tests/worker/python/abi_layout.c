@@ -29,7 +29,7 @@
     X(t, projection_path) X(t, n_sink) X(t, n_recent) X(t, k) X(t, eps) X(t, chunk_tokens) \
     X(t, far_position) X(t, reselect_cos) X(t, all_reduce) X(t, all_reduce_arg) \
     X(t, residency_slots) X(t, exact) X(t, index_dims) X(t, rerank_dims) X(t, rerank_factor) \
-    X(t, put_window) X(t, put_timeout_ns) X(t, reuse_any) X(t, way)
+    X(t, put_window) X(t, put_timeout_ns) X(t, reuse_any) X(t, way) X(t, landmark_dim)
 #define SEQ_OPTS(X, t) \
     X(t, size_bytes) X(t, tokens) X(t, n_tokens) X(t, adapter) X(t, salt)
 #define STATS(X, t) \

@@ -35,6 +35,7 @@ extern "C" {
 typedef struct kvw_worker kvw_worker;
 typedef struct kvw_seq kvw_seq;
 typedef struct kvw_step kvw_step;
+typedef struct kvw_retriever kvw_retriever;
 
 /* What to do about rows that are late or missing. */
 typedef enum kvw_policy {
@@ -85,12 +86,12 @@ typedef struct kvw_opts {
     const char *backend; /* NULL: "cpu" */
     uint32_t n_threads;  /* 0: one per core */
     /* selection */
-    const char *selector;        /* "esa", "tokenselect" */
+    const char *selector;        /* "esa", "tokenselect"; of whole chunks: "gca", "hsa" */
     kvw_index_kind index;        /* 0: ESA COMPRESSED, TokenSelect EXACT */
     const char *projection_path; /* calibration artefact; NULL where index is EXACT */
     uint32_t n_sink;             /* 0: 128 */
     uint32_t n_recent;           /* 0: selector's (ESA 4096, TokenSelect 512) */
-    uint32_t k;                  /* 0: 2048 */
+    uint32_t k;                  /* 0: 2048; chunks: 0: 8 */
     uint32_t eps;                /* proximity window, tokens each side */
     uint32_t chunk_tokens; /* prefill chunk; 0: 512; block_tokens must divide it or be a multiple */
     uint32_t far_position; /* ESA: w, the constant distance of far keys; 0: n_recent */
@@ -118,6 +119,8 @@ typedef struct kvw_opts {
      * nor in passes of chunk_tokens, whose blocks others reuse.
      */
     const char *way;
+    /* "gca", "hsa": elements of a landmark, a multiple of 16; else 0 */
+    uint64_t landmark_dim;
 } kvw_opts;
 
 /*
@@ -245,6 +248,60 @@ KVW_API kvc_status kvw_flush(kvw_seq *seq, uint64_t deadline_ns) KVC_MUST_CHECK;
  */
 KVW_API kvc_status kvw_last_picks(const kvw_seq *seq, uint32_t layer, const uint32_t **picks_p,
                                   uint32_t *n_p) KVC_MUST_CHECK;
+
+/*
+ * Retrieval of whole chunks: selectors "gca" (arXiv 2410.01651) and "hsa" (2504.16795).
+ *
+ * A layer is a memory: one K and V for all that read it. Chunks are KVW_CHUNK_TOKENS tokens, their
+ * landmark token last; the engine appends them when its encoder has finished them, so a pass is of
+ * whole chunks, and a chunk that is not full yet is not there to be retrieved. Where each chunk's
+ * softmax has 1 in its denominator, the landmark's row of K and V is zero (exp(0) = 1). There are
+ * no steps and no positions: a retriever scores landmarks, takes the k best chunks, brings them
+ * whole into memory of its own and attends to each, as often as the engine likes.
+ */
+#define KVW_CHUNK_TOKENS 64u
+#define KVW_ALL_HEADS    UINT32_MAX
+
+/* kvw_append for such a worker: besides landmarks [n_tokens / 64, landmark_dim], borrowed. INVALID
+ * also: n_tokens is not of whole chunks, or a landmark not finite. */
+KVW_API kvc_status kvw_append_chunks(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                                     const float *landmarks, uint32_t n_tokens) KVC_MUST_CHECK;
+
+/*
+ * A retriever over one layer: one for each group that retrieves for itself. kv_head KVW_ALL_HEADS
+ * (GCA): all heads share its chunks, and all of a landmark is scored. A kv head (HSA; not with
+ * tp_size > 1): for its query heads alone, by the kv_head-th of n_kv_heads equal pieces of
+ * landmarks and query. Holds k chunks. Belongs to the sequence's thread and ends with it at the
+ * latest. INVALID; NO_MEMORY.
+ */
+KVW_API kvc_status kvw_retriever_open(kvw_seq *seq, uint32_t layer, uint32_t kv_head,
+                                      kvw_retriever **retriever_p) KVC_MUST_CHECK;
+/* Cancels what is in flight. NULL is fine. */
+KVW_API void kvw_retriever_close(kvw_retriever *retriever);
+
+/*
+ * Chooses the k best of the first n_chunks chunks by query [landmark_dim], as it is, over landmarks
+ * (scores q.l / sqrt(dim); score descending, position ascending), weighs them (gca: softmax over
+ * the chosen; hsa: stick breaking, newest first) and asks the store for those that are not here, in
+ * one fetch; never waits for it. Strict causality is n_chunks: chunk t retrieves among the t before
+ * it. Replaces what was retrieved before. INVALID: fewer chunks are there, a query not finite.
+ */
+KVW_API kvc_status kvw_retrieve(kvw_retriever *retriever, const float *query,
+                                uint64_t n_chunks) KVC_MUST_CHECK;
+/* What was chosen, ascending chunks, until the next kvw_retrieve: scores before the division by
+ * sqrt(dim), weights; *n_p <= k. Does not wait. */
+KVW_API kvc_status kvw_retrieved(const kvw_retriever *retriever, const uint32_t **chunks_p,
+                                 const float **scores_p, const float **weights_p,
+                                 uint32_t *n_p) KVC_MUST_CHECK;
+/*
+ * out = sum over the chosen of weight * attention over that chunk alone; q, out [n_q, query heads
+ * of the retriever, head_dim] in dtype; out may be q; zero where nothing was there to choose. The
+ * first call after kvw_retrieve waits for the chunks up to fetch_timeout_ns: TIMED_OUT, NOT_FOUND,
+ * UNAVAILABLE, after which only another kvw_retrieve helps. The same bits whatever had to be
+ * fetched.
+ */
+KVW_API kvc_status kvw_retriever_attend(kvw_retriever *retriever, const void *q, uint32_t n_q,
+                                        void *out) KVC_MUST_CHECK;
 
 /* Counters since kvw_seq_create; bytes are the worker's own. */
 typedef struct kvw_stats {

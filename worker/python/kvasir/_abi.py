@@ -75,6 +75,7 @@ class WorkerOpts(C.Structure):
         ("put_timeout_ns", C.c_uint64),
         ("reuse_any", C.c_uint32),
         ("way", C.c_char_p),
+        ("landmark_dim", C.c_uint64),
     ]
 
 

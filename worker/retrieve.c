@@ -1,0 +1,575 @@
+/*
+ * retrieve.c: retrieval of whole chunks by landmarks (GCA 2410.01651 sec 3, HSA 2504.16795), with
+ * memory of its own for the chosen ones.
+ *
+ * A retriever belongs to its sequence's thread. Its slab has room for k chunks, so a fetch writes
+ * where nobody else's rows lie, chunks that are chosen again stay, and attention reads the slab
+ * alone: the same bytes in the same order whatever was resident. Invariants: held[s] is the chunk
+ * whose rows slot s has, or will have when the fetch in flight is over; ids ascend and ids[i] lies
+ * in slot[i]; a chunk that did not arrive whole is not held.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "base/clock.h"
+#include "convert.h"
+#include "internal.h"
+
+#define NONE UINT32_MAX
+
+struct kvw_retriever {
+    kvw_seq *seq;
+    kvw_retriever *next; /* in the sequence's list */
+    uint32_t layer;
+    uint32_t first_head, n_heads; /* kv heads that it attends for */
+    uint32_t dim, dim_off;        /* elements of a landmark that it scores, and where they begin */
+    bool ready;                   /* a retrieval was made and nothing has spoilt it */
+    uint32_t n;
+    uint32_t *ids, *slot, *held;    /* [k] */
+    float *scores, *weights;        /* [k] */
+    uint32_t *order_ids;            /* [k] as top-k gave them */
+    float *order_scores, *order_w;  /* [k] likewise */
+    uint32_t *miss_pos, *miss_slot; /* [k * chunk] */
+    int8_t *miss_status;            /* [k * chunk] */
+    const void *rows[KVW_CHUNK_TOKENS];
+    uint8_t *slab; /* [k, chunk, row_bytes] */
+    size_t slab_bytes;
+    kvc_region *region; /* NULL without a store */
+    uint32_t n_misses;  /* rows */
+    kvc_op op;
+    kvc_fetch_info info;
+    bool in_flight;
+    uint64_t deadline_ns;
+    kvc_status fetch_status;
+    kvwi_buf all_scores, topk, q, part, out;
+};
+
+/* ---- open and close ---- */
+
+static kvc_status open_slab(kvw_retriever *r)
+{
+    const kvw_worker *w = r->seq->worker;
+    r->slab_bytes = (size_t)w->opts.k * KVW_CHUNK_TOKENS * w->row_bytes;
+    void *p = mmap(NULL, r->slab_bytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    r->slab = p;
+    if (w->opts.client == NULL) {
+        return KVC_OK;
+    }
+    const kvc_region_desc desc = {
+        .size_bytes = sizeof(desc), .base = p, .len_bytes = r->slab_bytes, .kind = KVC_MEMORY_HOST};
+    kvc_status st = kvc_region_register(w->opts.client, &desc, &r->region);
+    return st == KVC_OK ? st
+                        : kvwi_fail(st, "a retriever cannot be registered: %s", kvc_last_error());
+}
+
+/* One allocation for the lists of k and of k chunks' rows. */
+static kvc_status open_lists(kvw_retriever *r)
+{
+    size_t k = r->seq->worker->opts.k, rows = k * KVW_CHUNK_TOKENS;
+    uint32_t *p = calloc(4u * k + 2u * rows + (rows + 3u) / 4u, sizeof(*p));
+    if (p == NULL) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    r->ids = p;
+    r->slot = p + k;
+    r->held = p + 2u * k;
+    r->order_ids = p + 3u * k;
+    r->miss_pos = p + 4u * k;
+    r->miss_slot = r->miss_pos + rows;
+    r->miss_status = (int8_t *)(r->miss_slot + rows);
+    r->scores = calloc(4u * k, sizeof(float));
+    if (r->scores == NULL) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    r->weights = r->scores + k;
+    r->order_scores = r->scores + 2u * k;
+    r->order_w = r->scores + 3u * k;
+    memset(r->held, 0xff, k * sizeof(*r->held));
+    return KVC_OK;
+}
+
+/* Cancels what is in flight and waits for its end; chunks that nobody has waited for are not held.
+ */
+static void stop_fetch(kvw_retriever *r)
+{
+    if (r->in_flight) {
+        kvc_op_cancel(&r->op);
+        (void)kvc_op_wait(&r->op, 0);
+        r->in_flight = false;
+    }
+    for (uint32_t i = 0; i < r->n_misses; i++) {
+        r->held[r->miss_slot[i] / KVW_CHUNK_TOKENS] = NONE;
+    }
+    r->n_misses = 0;
+    r->ready = false;
+}
+
+static void free_retriever(kvw_retriever *r)
+{
+    const kvw_worker *w = r->seq->worker;
+    stop_fetch(r);
+    if (r->region != NULL) {
+        (void)kvc_region_deregister(w->opts.client, r->region);
+    }
+    if (r->slab != NULL) {
+        (void)munmap(r->slab, r->slab_bytes);
+    }
+    kvwi_buf *const bufs[] = {&r->all_scores, &r->topk, &r->q, &r->part, &r->out};
+    for (size_t i = 0; i < sizeof(bufs) / sizeof(bufs[0]); i++) {
+        kvwi_buf_fini(bufs[i]);
+    }
+    free(r->ids);
+    free(r->scores);
+    free(r);
+}
+
+static kvc_status check_open(const kvw_seq *seq, uint32_t layer, uint32_t kv_head)
+{
+    const kvw_worker *w = seq->worker;
+    if (w->selector->fusion == 0) {
+        return kvwi_fail(KVC_INVALID, "selector: %s picks tokens, not chunks", w->opts.selector);
+    }
+    if (layer >= w->opts.n_layers) {
+        return kvwi_fail(KVC_INVALID, "layer: there are %u", w->opts.n_layers);
+    }
+    if (kv_head == KVW_ALL_HEADS) {
+        return KVC_OK;
+    }
+    if (kv_head >= w->opts.n_kv_heads || w->opts.tp_size > 1 ||
+        w->opts.landmark_dim % w->opts.n_kv_heads != 0) {
+        return kvwi_fail(KVC_INVALID, "kv_head: must exist on the one rank, and landmark_dim be a "
+                                      "multiple of n_kv_heads");
+    }
+    return KVC_OK;
+}
+
+kvc_status kvw_retriever_open(kvw_seq *seq, uint32_t layer, uint32_t kv_head,
+                              kvw_retriever **retriever_p)
+{
+    if (seq == NULL || retriever_p == NULL) {
+        return kvwi_fail(KVC_INVALID, "seq and retriever_p must not be NULL");
+    }
+    *retriever_p = NULL;
+    kvc_status st = check_open(seq, layer, kv_head);
+    if (st != KVC_OK) {
+        return st;
+    }
+    kvw_retriever *r = calloc(1, sizeof(*r));
+    if (r == NULL) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    const kvw_opts *o = &seq->worker->opts;
+    bool all = kv_head == KVW_ALL_HEADS;
+    r->seq = seq;
+    r->layer = layer;
+    r->first_head = all ? 0 : kv_head;
+    r->n_heads = all ? o->n_kv_heads : 1;
+    r->dim = (uint32_t)o->landmark_dim / (all ? 1 : o->n_kv_heads);
+    r->dim_off = all ? 0 : kv_head * r->dim;
+    st = open_lists(r);
+    if (st == KVC_OK) {
+        st = open_slab(r);
+    }
+    if (st != KVC_OK) {
+        free_retriever(r);
+        return st;
+    }
+    r->next = seq->retrievers;
+    seq->retrievers = r;
+    *retriever_p = r;
+    return KVC_OK;
+}
+
+void kvw_retriever_close(kvw_retriever *retriever)
+{
+    if (retriever == NULL) {
+        return;
+    }
+    kvw_retriever **at = &retriever->seq->retrievers;
+    while (*at != retriever) {
+        at = &(*at)->next;
+    }
+    *at = retriever->next;
+    free_retriever(retriever);
+}
+
+void kvwi_retrievers_close(kvw_seq *seq)
+{
+    while (seq->retrievers != NULL) {
+        kvw_retriever_close(seq->retrievers);
+    }
+}
+
+void kvwi_retrievers_forget(kvw_seq *seq, uint32_t n_chunks)
+{
+    for (kvw_retriever *r = seq->retrievers; r != NULL; r = r->next) {
+        for (uint32_t s = 0; s < seq->worker->opts.k; s++) {
+            if (r->held[s] != NONE && r->held[s] >= n_chunks) {
+                r->held[s] = NONE;
+                r->ready = false;
+            }
+        }
+    }
+}
+
+uint64_t kvwi_retrievers_bytes(const kvw_seq *seq)
+{
+    const kvw_worker *w = seq->worker;
+    uint64_t n = 0;
+    for (const kvw_retriever *r = seq->retrievers; r != NULL; r = r->next) {
+        for (uint32_t s = 0; s < w->opts.k; s++) {
+            n += r->held[s] != NONE ? KVW_CHUNK_TOKENS * w->row_bytes : 0;
+        }
+    }
+    return n;
+}
+
+/* ---- choose ---- */
+
+/* Scores of chunks 0 .. n - 1, a page of landmarks at a time. */
+static kvc_status score(kvw_retriever *r, const float *query, uint32_t n, float *out)
+{
+    const kvw_worker *w = r->seq->worker;
+    const kvwi_pages *pages = &r->seq->layers[r->layer].level[0];
+    size_t stride = (size_t)w->opts.landmark_dim * sizeof(float);
+    kvc_status st = KVC_OK;
+    for (uint32_t done = 0; st == KVC_OK && done < n;) {
+        uint32_t run = 0;
+        const uint8_t *marks = kvwi_pages_row(pages, done * KVW_CHUNK_TOKENS, &run);
+        run = kvwi_min_u32(run / KVW_CHUNK_TOKENS, n - done);
+        const kvk_score_keys_args args = {
+            .q = query + r->dim_off,
+            .m = 1,
+            .n_q_heads = 1,
+            .n_kv_heads = 1,
+            .head_dim = r->dim,
+            .keys = {marks + r->dim_off * sizeof(float), stride, KVK_F32},
+            .n = run,
+            .out = out + done,
+            .out_stride = run,
+        };
+        st = w->ops->score_keys(w->be, &args, NULL);
+        done += run;
+    }
+    return st;
+}
+
+static kvc_status take_best(kvw_retriever *r, const float *scores, uint32_t n)
+{
+    const kvw_worker *w = r->seq->worker;
+    uint32_t k = kvwi_min_u32(w->opts.k, n);
+    size_t bytes = kvk_topk_workspace_bytes(n, k);
+    kvc_status st = kvwi_buf_need(&r->topk, bytes);
+    if (st != KVC_OK) {
+        return st;
+    }
+    const kvk_topk_args best = {.scores = scores,
+                                .n = n,
+                                .k = k,
+                                .ids = r->order_ids,
+                                .out_scores = r->order_scores,
+                                .n_out_p = &r->n,
+                                .workspace = r->topk.p,
+                                .workspace_bytes = bytes};
+    st = w->ops->topk(w->be, &best, NULL);
+    if (st != KVC_OK) {
+        return st;
+    }
+    const kvk_chunk_weights_args weigh = {.scores = r->order_scores,
+                                          .ids = r->order_ids,
+                                          .n = 1,
+                                          .k = r->n,
+                                          .fusion = w->selector->fusion,
+                                          .scale = 1.0f / sqrtf((float)r->dim),
+                                          .weights = r->order_w};
+    return w->ops->chunk_weights(w->be, &weigh, NULL);
+}
+
+/* The lists by ascending chunk: the order of attention. */
+static void sort_chosen(kvw_retriever *r)
+{
+    for (uint32_t i = 0; i < r->n; i++) {
+        uint32_t at = 0;
+        for (uint32_t j = 0; j < r->n; j++) {
+            at += r->order_ids[j] < r->order_ids[i];
+        }
+        r->ids[at] = r->order_ids[i];
+        r->scores[at] = r->order_scores[i];
+        r->weights[at] = r->order_w[i];
+    }
+}
+
+static kvc_status choose(kvw_retriever *r, const float *query, uint32_t n)
+{
+    uint64_t t0 = kvc_now_ns();
+    r->n = 0;
+    kvc_status st = kvwi_buf_need(&r->all_scores, (n + 1u) * sizeof(float));
+    if (st == KVC_OK && n != 0) {
+        st = score(r, query, n, r->all_scores.p);
+        if (st == KVC_OK) {
+            st = take_best(r, r->all_scores.p, n);
+        }
+    }
+    sort_chosen(r);
+    r->seq->stats.steps++;
+    r->seq->stats.reselects++;
+    r->seq->stats.ns_select += kvc_now_ns() - t0;
+    return st == KVC_OK ? st : kvwi_fail(st, "retrieval failed: %s", kvc_status_name(st));
+}
+
+/* ---- bring ---- */
+
+static bool is_chosen(const kvw_retriever *r, uint32_t chunk)
+{
+    for (uint32_t i = 0; i < r->n; i++) {
+        if (r->ids[i] == chunk) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static uint32_t slot_with(const kvw_retriever *r, uint32_t chunk)
+{
+    uint32_t s = 0;
+    while (s < r->seq->worker->opts.k && r->held[s] != chunk) {
+        s++;
+    }
+    return s;
+}
+
+/* Rows of a chunk into slot s: from its block's buffer, or noted as misses. */
+static void bring(kvw_retriever *r, uint32_t chunk, uint32_t s)
+{
+    kvw_seq *seq = r->seq;
+    const kvw_worker *w = seq->worker;
+    uint32_t bt = w->opts.block_tokens, first = chunk * KVW_CHUNK_TOKENS;
+    const kvwi_block *block = seq->blocks[first / bt].buf;
+    size_t bytes = KVW_CHUNK_TOKENS * w->row_bytes;
+    r->held[s] = chunk;
+    if (block != NULL) {
+        memcpy(r->slab + s * bytes, kvwi_block_row(w, block, r->layer, first % bt), bytes);
+        return;
+    }
+    for (uint32_t i = 0; i < KVW_CHUNK_TOKENS; i++) {
+        r->miss_pos[r->n_misses] = first + i;
+        r->miss_slot[r->n_misses] = s * KVW_CHUNK_TOKENS + i;
+        r->miss_status[r->n_misses++] = KVC_NOT_FOUND;
+    }
+}
+
+/* A slot for every chosen chunk; those that are held stay where they are. */
+static void place(kvw_retriever *r)
+{
+    kvw_stats *stats = &r->seq->stats;
+    uint32_t k = r->seq->worker->opts.k;
+    r->n_misses = 0;
+    for (uint32_t s = 0; s < k; s++) {
+        r->held[s] = r->held[s] != NONE && is_chosen(r, r->held[s]) ? r->held[s] : NONE;
+    }
+    for (uint32_t i = 0; i < r->n; i++) {
+        uint32_t s = slot_with(r, r->ids[i]);
+        if (s == k) {
+            s = slot_with(r, NONE); /* there is one: no more are chosen than slots */
+            bring(r, r->ids[i], s);
+        }
+        r->slot[i] = s;
+    }
+    uint64_t rows = (uint64_t)r->n * KVW_CHUNK_TOKENS;
+    stats->picks += rows;
+    stats->misses += r->n_misses;
+    stats->hits += rows - r->n_misses;
+}
+
+static void submit(kvw_retriever *r)
+{
+    const kvw_worker *w = r->seq->worker;
+    r->fetch_status = KVC_OK;
+    if (r->n_misses == 0) {
+        return;
+    }
+    const kvc_pick_group group = {.context = r->seq->context,
+                                  .part = w->kv_parts[r->layer],
+                                  .row_bytes = (uint32_t)w->row_bytes,
+                                  .n_picks = r->n_misses,
+                                  .picks = r->miss_pos,
+                                  .dst_slots = r->miss_slot};
+    memset(&r->info, 0, sizeof(r->info));
+    r->deadline_ns = kvc_deadline_ns(w->opts.fetch_timeout_ns);
+    kvc_op_init(&r->op, NULL, NULL);
+    r->fetch_status = kvc_fetch(w->opts.client, &group, 1, r->region, r->miss_status, &r->info,
+                                r->deadline_ns, &r->op);
+    r->in_flight = r->fetch_status == KVC_OK;
+}
+
+kvc_status kvw_retrieve(kvw_retriever *r, const float *query, uint64_t n_chunks)
+{
+    if (r == NULL || query == NULL) {
+        return kvwi_fail(KVC_INVALID, "retriever and query must not be NULL");
+    }
+    const kvw_opts *o = &r->seq->worker->opts;
+    uint32_t held = r->seq->layers[r->layer].n_tokens / KVW_CHUNK_TOKENS;
+    if (n_chunks > held) {
+        return kvwi_fail(KVC_INVALID, "n_chunks: layer %u has %u whole chunks", r->layer, held);
+    }
+    if (!kvwi_all_finite(query, (size_t)o->landmark_dim, KVK_F32)) {
+        return kvwi_fail(KVC_INVALID, "the query is not finite");
+    }
+    stop_fetch(r);
+    kvc_status st = choose(r, query, (uint32_t)n_chunks);
+    if (st != KVC_OK) {
+        r->n = 0;
+        return st;
+    }
+    place(r);
+    submit(r);
+    r->ready = true;
+    return KVC_OK;
+}
+
+kvc_status kvw_retrieved(const kvw_retriever *r, const uint32_t **chunks_p, const float **scores_p,
+                         const float **weights_p, uint32_t *n_p)
+{
+    if (r == NULL || chunks_p == NULL || scores_p == NULL || weights_p == NULL || n_p == NULL) {
+        return kvwi_fail(KVC_INVALID, "retriever and outputs must not be NULL");
+    }
+    *chunks_p = r->ids;
+    *scores_p = r->scores;
+    *weights_p = r->weights;
+    *n_p = r->n;
+    return KVC_OK;
+}
+
+/* ---- attend ---- */
+
+/* The first failure among the rows asked for; their chunks are not held. */
+static kvc_status settle(kvw_retriever *r, kvc_status fetched)
+{
+    const kvw_worker *w = r->seq->worker;
+    kvw_stats *s = &r->seq->stats;
+    kvc_status first = KVC_OK;
+    uint32_t lost = 0;
+    for (uint32_t i = 0; i < r->n_misses; i++) {
+        kvc_status st = (kvc_status)r->miss_status[i];
+        if (st != KVC_OK) {
+            first = lost++ == 0 ? (fetched != KVC_OK ? fetched : st) : first;
+            r->held[r->miss_slot[i] / KVW_CHUNK_TOKENS] = NONE;
+        }
+    }
+    s->rows_gpu += r->info.rows_gpu;
+    s->rows_dram += r->info.rows_dram;
+    s->rows_lmdb += r->info.rows_lmdb;
+    s->requests += r->info.requests;
+    s->bytes_fetched += (uint64_t)(r->n_misses - lost) * w->row_bytes;
+    return lost == 0 ? KVC_OK
+                     : kvwi_fail(first, "layer %u: %u of %u rows did not arrive: %s", r->layer,
+                                 lost, r->n_misses, kvc_status_name(first));
+}
+
+/* The chosen chunks are in the slab. */
+static kvc_status arrive(kvw_retriever *r)
+{
+    if (!r->ready) {
+        return kvwi_fail(KVC_INVALID, "nothing was retrieved, or it did not arrive");
+    }
+    if (r->n_misses == 0) {
+        return KVC_OK;
+    }
+    uint64_t t0 = kvc_now_ns();
+    kvc_status st = r->fetch_status;
+    if (r->in_flight) {
+        st = kvwi_op_complete(&r->op, r->deadline_ns);
+        r->in_flight = false;
+    }
+    r->seq->stats.ns_fetch_wait += kvc_now_ns() - t0;
+    st = settle(r, st);
+    r->n_misses = 0;
+    r->ready = st == KVC_OK;
+    return st;
+}
+
+static kvc_status attend_chunk(kvw_retriever *r, uint32_t i, uint32_t n_q, uint32_t heads, float *o,
+                               float *lse)
+{
+    const kvw_worker *w = r->seq->worker;
+    size_t head_bytes = (size_t)w->opts.head_dim * w->elem_bytes;
+    const uint8_t *chunk = r->slab + (size_t)r->slot[i] * KVW_CHUNK_TOKENS * w->row_bytes;
+    for (uint32_t j = 0; j < KVW_CHUNK_TOKENS; j++) {
+        r->rows[j] = chunk + j * w->row_bytes;
+    }
+    const kvk_attend_args args = {
+        .q = r->q.p,
+        .n_q = n_q,
+        .n_q_heads = heads,
+        .n_kv_heads = r->n_heads,
+        .head_dim = w->opts.head_dim,
+        .rows = r->rows,
+        .n_kv = KVW_CHUNK_TOKENS,
+        .k_off_bytes = r->first_head * head_bytes,
+        .v_off_bytes = w->k_bytes + r->first_head * head_bytes,
+        .dtype = w->opts.dtype,
+        .scale = w->scale,
+        .o = o,
+        .lse = lse,
+    };
+    return w->ops->attend(w->be, &args, NULL);
+}
+
+/* Every chunk's partial, then their weighted sum in r->out. */
+static kvc_status attend_chosen(kvw_retriever *r, uint32_t n_q, uint32_t heads)
+{
+    const kvw_worker *w = r->seq->worker;
+    size_t rows = (size_t)n_q * heads, len = rows * w->opts.head_dim;
+    float *o = r->part.p, *lse = o + r->n * len;
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < r->n; i++) {
+        st = attend_chunk(r, i, n_q, heads, o + i * len, lse + i * rows);
+    }
+    const kvk_chunk_fuse_args fuse = {.o = o,
+                                      .lse = lse,
+                                      .weights = r->weights,
+                                      .n_chunks = r->n,
+                                      .n = (uint32_t)rows,
+                                      .dim = w->opts.head_dim,
+                                      .out = r->out.p};
+    return st == KVC_OK ? w->ops->chunk_fuse(w->be, &fuse, NULL) : st;
+}
+
+kvc_status kvw_retriever_attend(kvw_retriever *r, const void *q, uint32_t n_q, void *out)
+{
+    if (r == NULL || q == NULL || out == NULL || n_q == 0) {
+        return kvwi_fail(KVC_INVALID, "retriever, q and out must not be NULL, n_q not 0");
+    }
+    const kvw_worker *w = r->seq->worker;
+    uint32_t heads = w->opts.n_q_heads / w->opts.n_kv_heads * r->n_heads;
+    size_t rows = (size_t)n_q * heads, len = rows * w->opts.head_dim;
+    kvc_status st = arrive(r);
+    if (st != KVC_OK) {
+        return st;
+    }
+    uint64_t t0 = kvc_now_ns();
+    if (kvwi_buf_need(&r->q, len * sizeof(float)) != KVC_OK ||
+        kvwi_buf_need(&r->out, len * sizeof(float)) != KVC_OK ||
+        kvwi_buf_need(&r->part, (size_t)(r->n + 1u) * (len + rows) * sizeof(float)) != KVC_OK) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    uint32_t width = heads * w->opts.head_dim;
+    const kvk_convert_args convert = {
+        .in = {q, width * w->elem_bytes, w->opts.dtype}, .n = n_q, .width = width, .out = r->q.p};
+    st = w->ops->convert(w->be, &convert, NULL);
+    if (st == KVC_OK) {
+        st = attend_chosen(r, n_q, heads);
+    }
+    if (st != KVC_OK) {
+        return kvwi_fail(st, "attention failed: %s", kvc_status_name(st));
+    }
+    kvk_from_f32(r->out.p, len, w->opts.dtype, out);
+    r->seq->stats.ns_attend += kvc_now_ns() - t0;
+    return KVC_OK;
+}
