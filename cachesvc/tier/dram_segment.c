@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "base/assert.h"
+#include "base/lent.h"
 #include "base/log.h"
 #include "dram_segment.h"
 
@@ -50,6 +51,8 @@ static kvc_status map_sealed(kvsi_segment *segment)
         KVC_LOG_ERROR(TIER, "dram: cannot seal a segment: %s", strerror(errno));
         goto err_unmap;
     }
+    /* Where memory for the note is out, a transport copies what it would else have registered. */
+    (void)!kvc_lent_add(segment->base, len);
     return KVC_OK;
 
 err_unmap:
@@ -82,6 +85,7 @@ void kvsi_segment_destroy(kvsi_segment *segment)
 {
     if (segment == NULL)
         return;
+    kvc_lent_remove(segment->base);
     munmap(segment->base, (size_t)segment->len_bytes);
     close(segment->fd);
     free(segment);

@@ -414,6 +414,16 @@ bool fake_verbs_all_gone(void)
            live.comp_channels == 0 && live.cqs == 0 && live.qps == 0;
 }
 
+bool fake_verbs_registered(const void *addr)
+{
+    bool found = false;
+    pthread_mutex_lock(&fake_mutex);
+    for (uint32_t i = 1; i < MAX_MRS && !found; i++)
+        found = mrs[i].used && mrs[i].mr.addr == addr;
+    pthread_mutex_unlock(&fake_mutex);
+    return found;
+}
+
 uint32_t fake_verbs_posted(enum ibv_wr_opcode opcode)
 {
     pthread_mutex_lock(&fake_mutex);

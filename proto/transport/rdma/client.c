@@ -88,7 +88,7 @@ static void on_cm(kvtr_loop *loop, struct rdma_cm_id *id, const struct rdma_cm_e
         return;
     switch (event->event) {
     case RDMA_CM_EVENT_ADDR_RESOLVED:
-        if (kvtr_verbs_now->resolve_route(id, KVTI_RESOLVE_MS) != 0)
+        if (!link->has_qp && kvtr_verbs_now->resolve_route(id, KVTI_RESOLVE_MS) != 0)
             fail_link(link, "no RDMA route to that address");
         break;
     case RDMA_CM_EVENT_ROUTE_RESOLVED:
@@ -101,6 +101,7 @@ static void on_cm(kvtr_loop *loop, struct rdma_cm_id *id, const struct rdma_cm_e
         break;
     case RDMA_CM_EVENT_TIMEWAIT_EXIT:
     case RDMA_CM_EVENT_CONNECT_RESPONSE:
+    case RDMA_CM_EVENT_CONNECT_REQUEST: /* these two are not for this end */
         break;
     default:
         kvtr_link_poll(link); /* what came before the end */

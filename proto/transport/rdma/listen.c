@@ -76,7 +76,8 @@ static void on_cm(kvtr_loop *loop, struct rdma_cm_id *id, const struct rdma_cm_e
 {
     kvt_listener *listener = (kvt_listener *)loop;
     if (event->event == RDMA_CM_EVENT_CONNECT_REQUEST) {
-        on_request(listener, id, &event->param.conn);
+        if (id->context == NULL)
+            on_request(listener, id, &event->param.conn);
         return;
     }
     kvtr_link *link = id == NULL || id == listener->id ? NULL : id->context;

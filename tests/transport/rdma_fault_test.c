@@ -1,0 +1,414 @@
+/*
+ * rdma_fault_test.c: the RDMA transport on verbs that fail: completions, events, registrations.
+ *
+ * Every case ends with a request that goes well and with nothing of the device's left. The verbs
+ * are those of fake_verbs.h, so this runs anywhere.
+ */
+#include "fixture.h"
+
+#include <sys/mman.h>
+
+#include "base/lent.h"
+#include "base/log.h"
+#include "base/metrics.h"
+#include "fake_verbs.h"
+
+#define BIG KVC_MAX_VALUE_BYTES
+
+static uint8_t *lent; /* [BIG] lent; every byte follows from its place */
+static uint32_t n_slices, slice_bytes;
+
+static uint8_t byte_at(size_t i)
+{
+    return (uint8_t)(i * 131 + (i >> 8));
+}
+
+static int make_lent(void **state)
+{
+    (void)state;
+    lent = mmap(NULL, BIG, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (lent == MAP_FAILED)
+        return 1;
+    for (size_t i = 0; i < BIG; i++)
+        lent[i] = byte_at(i);
+    return kvc_lent_add(lent, BIG) != KVC_OK;
+}
+
+static int drop_lent(void **state)
+{
+    (void)state;
+    kvc_lent_remove(lent);
+    return munmap(lent, BIG);
+}
+
+/* A fetch gets n_slices of lent memory; a put is checked. */
+static void handler(fixture *f, kvt_call *call)
+{
+    kvt_slice slices[KVT_MAX_SLICES];
+    if (call->req.method == KVC_PUT_BLOCKS) {
+        size_t at = 0;
+        bool right = true;
+        for (uint32_t i = 0; i < call->req.n_data; i++) {
+            right = right &&
+                    memcmp(call->req.data[i].iov_base, lent + at, call->req.data[i].iov_len) == 0;
+            at += call->req.data[i].iov_len;
+        }
+        fixture_reply(f, call, right ? KVC_OK : KVC_CORRUPT, NULL, 0, NULL, NULL, 0);
+        return;
+    }
+    for (uint32_t i = 0; i < n_slices; i++)
+        slices[i] = counted_slice(f, lent + (size_t)i * slice_bytes, slice_bytes);
+    fixture_reply(f, call, KVC_OK, NULL, 0, NULL, slices, n_slices);
+}
+
+typedef struct bulk {
+    job j; /* first */
+    void (*next)(kvt_xfer *xfer);
+    struct iovec data;
+    bool wrong;
+} bulk;
+
+static void check_bytes(kvt_xfer *xfer)
+{
+    bulk *b = (bulk *)xfer;
+    size_t at = 0;
+    if (xfer->status == KVC_OK && xfer->req->method == KVC_FETCH_ROWS) {
+        for (uint32_t i = 0; i < xfer->reply.n_data; i++) {
+            b->wrong = b->wrong || memcmp(xfer->reply.data[i].iov_base, lent + at,
+                                          xfer->reply.data[i].iov_len) != 0;
+            at += xfer->reply.data[i].iov_len;
+        }
+        b->wrong = b->wrong || at != (size_t)n_slices * slice_bytes;
+    }
+    b->wrong = b->wrong || xfer->status == KVC_CORRUPT;
+    b->next(xfer);
+}
+
+static void bulk_init(bulk *b, fixture *f, kvc_method method, size_t put_bytes)
+{
+    kvc_request req = sample_request(method, 0, &f->arena);
+    b->wrong = false;
+    b->data = (struct iovec){lent, put_bytes};
+    if (method == KVC_PUT_BLOCKS) {
+        req.data = &b->data;
+        req.n_data = 1;
+        req.data_bytes = put_bytes;
+    }
+    job_init(&b->j, f, req, 20 * SECOND);
+    b->next = b->j.xfer.done;
+    b->j.xfer.done = check_bytes;
+}
+
+static kvc_status run_bulk(fixture *f, kvc_method method, size_t put_bytes)
+{
+    bulk b;
+    bulk_init(&b, f, method, put_bytes);
+    kvc_status status = job_run(&b.j);
+    job_fini(&b.j);
+    assert_false(b.wrong);
+    return status;
+}
+
+static void set_reply(uint32_t n, uint32_t bytes)
+{
+    n_slices = n;
+    slice_bytes = bytes;
+}
+
+static void open_on(fixture *f, const fake_device *device)
+{
+    fake_verbs_use(device);
+    fixture_open(f, 1);
+    fixture_handle(f, handler);
+}
+
+/* A mixture in flight at once, each of which ends well or with the connection's end. */
+static void run_mixture(fixture *f)
+{
+    enum { N = 6 };
+    bulk b[N];
+    uint32_t n_before = f->n_done;
+    for (uint32_t i = 0; i < N; i++) {
+        bulk_init(&b[i], f, i % 2 ? KVC_PUT_BLOCKS : KVC_FETCH_ROWS, i == 1 ? 100 : 200000);
+        job_submit(&b[i].j);
+    }
+    wait_done(f, n_before + N);
+    for (uint32_t i = 0; i < N; i++) {
+        assert_int_equal(atomic_load(&b[i].j.n_done), 1);
+        assert_true(b[i].j.status == KVC_OK || b[i].j.status == KVC_UNAVAILABLE);
+        assert_false(b[i].wrong);
+        job_fini(&b[i].j);
+    }
+}
+
+/* Another connection takes the place of the lost one; the old one may be lost in between. */
+static void assert_recovers(fixture *f)
+{
+    kvc_status status = KVC_UNAVAILABLE;
+    uint64_t give_up_ns = kvc_deadline_ns(20 * SECOND);
+    while (status == KVC_UNAVAILABLE && !kvc_expired(give_up_ns)) {
+        status = run_bulk(f, KVC_FETCH_ROWS, 0);
+        if (status == KVC_OK)
+            status = run_bulk(f, KVC_PUT_BLOCKS, 300000);
+    }
+    assert_ok(status);
+}
+
+static void close_all(fixture *f)
+{
+    fake_verbs_fault(&fake_no_faults);
+    fixture_close(f);
+    assert_true(fake_verbs_all_gone());
+}
+
+/* ---- counts ---------------------------------------------------------------------------------- */
+
+/* One WRITE for as many slices as the queue pair takes, and one signal for all of them. */
+static void counts_of_chains(void **state)
+{
+    (void)state;
+    static const struct {
+        fake_device device;
+        uint32_t n, bytes, writes;
+    } cases[] = {
+        {{32, 256, 16, false}, 256, 4096, 8}, {{32, 256, 16, false}, 33, 768, 2},
+        {{32, 0, 16, false}, 32, 4096, 1},    {{6, 64, 1, true}, 256, 4096, 43},
+        {{1, 64, 1, true}, 20, 4096, 20},     {{1, 64, 1, true}, 256, 4096, 1}, /* copied */
+    };
+    for (size_t c = 0; c < sizeof(cases) / sizeof(cases[0]); c++) {
+        fixture f;
+        set_reply(cases[c].n, cases[c].bytes);
+        open_on(&f, &cases[c].device);
+        assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
+        uint32_t writes = fake_verbs_posted(IBV_WR_RDMA_WRITE), signals = fake_verbs_signals();
+        uint32_t sends = fake_verbs_posted(IBV_WR_SEND);
+        uint64_t bytes = kvc_metric_get(KVC_M_rdma_written_bytes);
+        assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
+        assert_int_equal(fake_verbs_posted(IBV_WR_RDMA_WRITE) - writes, cases[c].writes);
+        sends = fake_verbs_posted(IBV_WR_SEND) - sends;
+        assert_int_equal(fake_verbs_signals() - signals, sends); /* none of them a WRITE's */
+        assert_in_range(sends, 2, 3);                            /* and perhaps credits */
+        assert_int_equal(kvc_metric_get(KVC_M_rdma_written_bytes) - bytes,
+                         cases[c].n * cases[c].bytes);
+        close_all(&f);
+        assert_int_equal(atomic_load(&f.n_released), 2 * cases[c].n);
+    }
+}
+
+static void counts_of_reads(void **state)
+{
+    (void)state;
+    fixture f;
+    open_on(&f, NULL);
+    assert_ok(run_bulk(&f, KVC_PUT_BLOCKS, BIG));
+    assert_int_equal(fake_verbs_posted(IBV_WR_RDMA_READ), 1);
+    assert_ok(run_bulk(&f, KVC_PUT_BLOCKS, 1000)); /* goes with its frame */
+    assert_int_equal(fake_verbs_posted(IBV_WR_RDMA_READ), 1);
+    close_all(&f);
+    static const fake_device no_reads = {.max_sge = 4, .max_inline_bytes = 0, .max_reads = 0};
+    open_on(&f, &no_reads);
+    assert_ok(run_bulk(&f, KVC_PUT_BLOCKS, BIG)); /* in fragments */
+    assert_int_equal(fake_verbs_posted(IBV_WR_RDMA_READ), 0);
+    close_all(&f);
+}
+
+static uint32_t n_picks_got;
+
+static void picks_handler(fixture *f, kvt_call *call)
+{
+    n_picks_got = 0;
+    for (uint32_t g = 0; g < call->req.u.fetch_rows.n_groups; g++)
+        n_picks_got += call->req.u.fetch_rows.groups[g].n_picks;
+    handler(f, call);
+}
+
+static void rows_one_to_all(void **state)
+{
+    (void)state;
+    static const uint32_t counts[] = {1, 2, 255, 2048, KVC_MAX_PICKS};
+    fixture f;
+    open_on(&f, NULL);
+    fixture_handle(&f, picks_handler);
+    uint32_t *picks = calloc(KVC_MAX_PICKS, sizeof(*picks));
+    for (uint32_t i = 0; i < KVC_MAX_PICKS; i++)
+        picks[i] = i * 7919;
+    for (size_t c = 0; c < sizeof(counts) / sizeof(counts[0]); c++) {
+        bulk b;
+        kvc_row_group group = {.context = 1, .n_picks = counts[c], .picks = picks};
+        set_reply(counts[c] < 256 ? counts[c] : 256, 16);
+        slice_bytes = counts[c] < 256 ? 16 : counts[c] / 256 * 16; /* rows of 16 bytes */
+        bulk_init(&b, &f, KVC_FETCH_ROWS, 0);
+        b.j.req.u.fetch_rows.n_groups = 1;
+        b.j.req.u.fetch_rows.groups = &group;
+        assert_ok(job_run(&b.j));
+        assert_false(b.wrong);
+        assert_int_equal(n_picks_got, counts[c]);
+        job_fini(&b.j);
+    }
+    free(picks);
+    close_all(&f);
+}
+
+/* ---- faults ---------------------------------------------------------------------------------- */
+
+static void every_completion_status(void **state)
+{
+    (void)state;
+    set_reply(64, 4096);
+    for (int wc = IBV_WC_LOC_LEN_ERR; wc <= IBV_WC_GENERAL_ERR; wc++) {
+        fixture f;
+        open_on(&f, NULL);
+        for (uint32_t after = 1; after <= 9; after += 2) {
+            fake_faults fault = fake_no_faults;
+            fault.wc = (enum ibv_wc_status)wc;
+            fault.wc_after = after;
+            fake_verbs_fault(&fault);
+            run_mixture(&f);
+            fake_verbs_fault(&fake_no_faults);
+            assert_recovers(&f);
+        }
+        close_all(&f);
+    }
+}
+
+static void posts_fail(void **state)
+{
+    (void)state;
+    set_reply(64, 4096);
+    for (uint32_t after = 0; after < 12; after++) {
+        fixture f;
+        open_on(&f, NULL);
+        fake_faults fault = fake_no_faults;
+        fault.post_fails_after = after;
+        fake_verbs_fault(&fault);
+        run_mixture(&f);
+        fake_verbs_fault(&fake_no_faults);
+        assert_recovers(&f);
+        close_all(&f);
+    }
+}
+
+static void every_event(void **state)
+{
+    (void)state;
+    set_reply(64, 4096);
+    for (int type = RDMA_CM_EVENT_ADDR_RESOLVED; type <= RDMA_CM_EVENT_TIMEWAIT_EXIT; type++) {
+        fixture f;
+        open_on(&f, NULL);
+        assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
+        assert_int_equal(fake_verbs_event((enum rdma_cm_event_type)type), 2);
+        assert_recovers(&f);
+        close_all(&f);
+    }
+}
+
+static void every_event_in_flight(void **state)
+{
+    (void)state;
+    set_reply(64, 4096);
+    for (int type = RDMA_CM_EVENT_ADDR_RESOLVED; type <= RDMA_CM_EVENT_TIMEWAIT_EXIT; type++) {
+        fixture f;
+        bulk b;
+        open_on(&f, NULL);
+        fixture_handle(&f, hold_handler);
+        bulk_init(&b, &f, KVC_PUT_BLOCKS, 100000);
+        job_submit(&b.j);
+        wait_held(&f, 1);
+        (void)fake_verbs_event((enum rdma_cm_event_type)type);
+        (void)answer_held(&f);
+        wait_done(&f, 1);
+        assert_true(b.j.status == KVC_NOT_FOUND || b.j.status == KVC_UNAVAILABLE);
+        job_fini(&b.j);
+        fixture_handle(&f, handler);
+        assert_recovers(&f);
+        close_all(&f);
+    }
+}
+
+/* Without memory the payload goes in fragments, against credits; or there is no connection. */
+static void registration_fails(void **state)
+{
+    (void)state;
+    set_reply(256, 4096);
+    for (uint32_t after = 0; after < 6; after++) {
+        fixture f;
+        fake_verbs_use(NULL);
+        fake_faults fault = fake_no_faults;
+        fault.reg_fails_after = after;
+        fake_verbs_fault(&fault);
+        uint64_t failed = kvc_metric_get(KVC_M_rdma_registrations_failed);
+        uint64_t waits = kvc_metric_get(KVC_M_rdma_credit_waits);
+        fixture_open(&f, 1);
+        fixture_handle(&f, handler);
+        kvc_status put = run_bulk(&f, KVC_PUT_BLOCKS, BIG);
+        kvc_status got = run_bulk(&f, KVC_FETCH_ROWS, 0);
+        assert_status(got, after < 2 ? KVC_UNAVAILABLE : KVC_OK); /* two rings */
+        assert_true(put == KVC_OK || put == KVC_UNAVAILABLE || put == KVC_AGAIN);
+        assert_true(after >= 5 || kvc_metric_get(KVC_M_rdma_registrations_failed) > failed);
+        if (after == 2)
+            assert_true(kvc_metric_get(KVC_M_rdma_credit_waits) > waits);
+        fake_verbs_fault(&fake_no_faults);
+        assert_recovers(&f);
+        close_all(&f);
+    }
+}
+
+static void device_gives_nothing(void **state)
+{
+    (void)state;
+    set_reply(4, 4096);
+    for (int what = 0; what < 3; what++) {
+        fixture f;
+        open_on(&f, NULL);
+        fake_faults fault = fake_no_faults;
+        fault.qp_fails = what == 0;
+        fault.cq_fails = what == 1;
+        fault.pd_fails = what == 2;
+        fake_verbs_fault(&fault);
+        assert_status(run_bulk(&f, KVC_FETCH_ROWS, 0), KVC_UNAVAILABLE);
+        fake_verbs_fault(&fake_no_faults);
+        assert_recovers(&f);
+        close_all(&f);
+    }
+}
+
+/* Memory that is taken back is registered no more, and other memory at its address is its own. */
+static void lent_memory_comes_and_goes(void **state)
+{
+    (void)state;
+    fixture f;
+    set_reply(16, 4096);
+    open_on(&f, NULL);
+    assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
+    assert_int_equal(fake_verbs_posted(IBV_WR_RDMA_WRITE), 1);
+    assert_true(fake_verbs_registered(lent));
+    kvc_lent_remove(lent);
+    assert_false(fake_verbs_registered(lent));
+    assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0)); /* copied to a buffer that is registered */
+    assert_int_equal(fake_verbs_posted(IBV_WR_RDMA_WRITE), 2);
+    assert_false(fake_verbs_registered(lent));
+    assert_ok(kvc_lent_add(lent, BIG));
+    assert_false(fake_verbs_registered(lent)); /* not before its first use */
+    assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
+    assert_true(fake_verbs_registered(lent));
+    close_all(&f);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(counts_of_chains),
+        cmocka_unit_test(counts_of_reads),
+        cmocka_unit_test(rows_one_to_all),
+        cmocka_unit_test(every_completion_status),
+        cmocka_unit_test(posts_fail),
+        cmocka_unit_test(every_event),
+        cmocka_unit_test(every_event_in_flight),
+        cmocka_unit_test(registration_fails),
+        cmocka_unit_test(device_gives_nothing),
+        cmocka_unit_test(lent_memory_comes_and_goes),
+    };
+    kvc_log_set_level(getenv("KVASIR_TEST_LOG") != NULL ? KVC_LOG_LEVEL_TRACE : KVC_LOG_LEVEL_OFF);
+    suite_uri = "rdma://127.0.0.1:0";
+    return cmocka_run_group_tests(tests, make_lent, drop_lent);
+}
