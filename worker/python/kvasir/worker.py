@@ -82,7 +82,8 @@ _u32 = ctypes.c_uint32
 # Options that pass through to kvw_opts as they are; 0 is the C side's default.
 _COUNTS = (
     "tp_size tp_rank block_tokens n_threads n_sink n_recent k eps chunk_tokens far_position "
-    "residency_slots exact index_dims rerank_dims rerank_factor put_window reuse_any"
+    "residency_slots exact index_dims rerank_dims rerank_factor put_window reuse_any "
+    "landmark_dim"
 ).split()
 
 
@@ -129,6 +130,7 @@ class Worker:
         g = self.geometry = geometry
         self.client = client
         self.dtype = tensors.dtype_name(g.dtype)
+        self.landmark_dim = counts.get("landmark_dim", 0)
         self.chunk_tokens = counts["chunk_tokens"] = counts.get("chunk_tokens") or CHUNK_TOKENS
         opts = _abi.WorkerOpts(
             size_bytes=ctypes.sizeof(_abi.WorkerOpts),
@@ -233,6 +235,15 @@ class Sequence:
             )
         self.n_reused = reused.value
 
+    @property
+    def handle(self):
+        """Handle of the kvw_seq, for what belongs to the sequence."""
+        return self._handle
+
+    def call(self, name, *args):
+        """The same as the methods here, for a Retriever."""
+        self._call(name, *args)
+
     def _call(self, name, *args):
         """A call of the library on this sequence, checked."""
         with self._handle as ptr, self.worker.causes():
@@ -267,6 +278,15 @@ class Sequence:
         """The pass's K (before RoPE) and V in one layer: [n, n_kv_heads, head_dim]."""
         n = len(k)
         self._call("kvw_append", layer, self._kv("k", k, n), self._kv("v", v, n), n)
+
+    def append_chunks(self, layer, k, v, landmarks):
+        """append of whole chunks of 64 tokens, with their landmarks [n / 64, landmark_dim] float32
+        (selectors of chunks)."""
+        n, width = len(k), self.worker.landmark_dim
+        marks = tensors.address("landmarks", landmarks, "float32", (n // 64, width))
+        self._call(
+            "kvw_append_chunks", layer, self._kv("k", k, n), self._kv("v", v, n), marks, n
+        )
 
     def step(self, layer, q):
         """Begins attention of q [n, n_q_heads, head_dim], real or predicted. A Step."""

@@ -182,23 +182,32 @@ class UpperLayer(nn.Module):
         self.out = linear(c.hidden, c.hidden, gain)
         self.mlp = Mlp(c, gain)
 
-    def _attend(self, x, kv, w):
-        """x [B, U, S, hidden], kv [B, U, k, 2, H, S, d], w [B, U, k] -> [B, U, S, hidden]."""
+    def _attend(self, x, retrieved):
+        """x [B, U, S, hidden] -> the same shape."""
         b, n, s, hidden = x.shape
-        k = kv.shape[2]
-        q = self.query(self.norm(x)).view(b, n, 1, s, self.c.heads, -1).transpose(3, 4)
-        q = q.expand(-1, -1, k, -1, -1, -1).flatten(0, 2)
-        flat = kv.flatten(0, 2)
-        o = F.scaled_dot_product_attention(q, flat[:, 0], flat[:, 1])
-        o = o.view(b, n, k, self.c.heads, s, -1)
-        o = torch.einsum("bnkhsd,bnk->bnshd", o, w.to(o.dtype))
+        o = retrieved.attend(self.query(self.norm(x)).view(b, n, s, self.c.heads, -1))
         return self.out(o.reshape(b, n, s, hidden))
 
-    def forward(self, x, bias, kv, w):
+    def forward(self, x, bias, retrieved):
         x = x + self.attention(x, bias)
-        if kv is not None:
-            x = x + F.pad(self._attend(x[:, 1:], kv, w), (0, 0, 0, 0, 1, 0))
+        if retrieved is not None:
+            x = x + F.pad(self._attend(x[:, 1:], retrieved), (0, 0, 0, 0, 1, 0))
         return x + self.mlp(x)
+
+
+class Retrieved:
+    """The chunks that a group uses: kv [B, n, k, 2, H, S, d], w [B, n, k]."""
+
+    def __init__(self, kv, w):
+        self.kv, self.w = kv, w
+
+    def attend(self, q):
+        """q [B, n, S, H, d] -> the same shape: one softmax a chunk, then the weighted sum."""
+        b, n, s, heads, d = q.shape
+        k, flat = self.kv.shape[2], self.kv.flatten(0, 2)
+        q = q.transpose(2, 3)[:, :, None].expand(-1, -1, k, -1, -1, -1).flatten(0, 2)
+        o = F.scaled_dot_product_attention(q, flat[:, 0], flat[:, 1]).view(b, n, k, heads, s, d)
+        return torch.einsum("bnkhsd,bnk->bnshd", o, self.w.to(o.dtype))
 
 
 class Memory:
@@ -212,6 +221,11 @@ class Memory:
         self.c, self.gumbel = c, gumbel
         self.body, self.tail = body, tail
         self.before = body[0].shape[1]
+
+    def retrieve(self, q):
+        """q [B, U - 1, hidden] of a group -> what chunks 1 .. U - 1 of the tail retrieve."""
+        ids, w = self.choose(self.scores(q))
+        return Retrieved(self.gather(ids), w)
 
     def scores(self, q):
         """q [B, U - 1, hidden] of the tail's chunks -> [B, U - 1, before + U], -inf from t on."""
@@ -324,13 +338,9 @@ class Model(nn.Module):
         bias = self.bias(x.shape[1], x.device)
         size = self.c.upper // self.c.groups
         for g, norm in enumerate(self.query_norms):
-            kv = w = None
-            if x.shape[1] > 1:
-                q = norm(x[:, :-1, -1])
-                ids, w = memory.choose(memory.scores(q))
-                kv = memory.gather(ids)
+            retrieved = memory.retrieve(norm(x[:, :-1, -1])) if x.shape[1] > 1 else None
             for layer in self.upper[g * size : (g + 1) * size]:
-                x = layer(x, bias, kv, w)
+                x = layer(x, bias, retrieved)
         return self.head(self.out_norm(x))
 
     def forward(self, tokens, n_tail, gumbel=None):
