@@ -5,7 +5,7 @@
  * Where the handle is stale, the digest list here is enough: the context is opened anew with the
  * length asked for. Invariant: after a failure the list is as it was.
  */
-#include "internal.h"
+#include "map.h"
 
 /* What the server was told of a truncate may have been done although we know nothing of it. */
 static bool outcome_unknown(kvc_status status)
@@ -49,6 +49,8 @@ kvc_status kvc_context_truncate(kvc_context *context, uint32_t n_blocks, uint64_
         kvci_context_stale(context, context->gen);
         kvc_mutex_unlock(&client->lock);
     }
+    if (status == KVC_OK)
+        kvci_map_cut(context, n_blocks);
     kvci_context_give(context, status, ambiguous, handle, n_blocks);
     if (status == KVC_OK && handle != old_handle)
         kvci_handle_close(client, old_handle);
@@ -104,5 +106,7 @@ kvc_status kvc_context_fork(kvc_context *context, uint32_t n_blocks, uint64_t tt
         kvci_context_free(twin);
     else
         *context_p = twin;
+    if (status == KVC_OK)
+        kvci_map_follow(twin, deadline_ns);
     return status;
 }

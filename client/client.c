@@ -9,7 +9,7 @@
 #include <string.h>
 
 #include "base/clock.h"
-#include "internal.h"
+#include "map.h"
 
 #define RETRY_PAUSE_NS (20ull * 1000000)
 
@@ -153,6 +153,7 @@ void kvc_client_close(kvc_client *client)
     kvc_mutex_unlock(&client->lock);
     stop_threads(client);
     kvci_link_close(client->link);
+    kvci_epoch_unref(client->epoch);
     free_client(client);
 }
 

@@ -9,7 +9,7 @@
 #include <string.h>
 
 #include "base/clock.h"
-#include "internal.h"
+#include "map.h"
 
 #define CHAIN_ATTEMPTS 3
 
@@ -142,6 +142,7 @@ kvc_status kvc_context_open(kvc_client *client, const kvc_digest *schema, const 
         kvci_context_free(context);
         return status;
     }
+    kvci_map_follow(context, deadline_ns);
     *context_p = context;
     return KVC_OK;
 }
@@ -264,6 +265,8 @@ kvc_status kvc_context_extend(kvc_context *context, const kvc_digest *blocks, ui
     kvci_context_give(context, status, ambiguous, handle, n_old + n);
     if (status == KVC_OK && handle != old_handle)
         kvci_handle_close(client, old_handle);
+    if (status == KVC_OK)
+        kvci_map_follow(context, deadline_ns);
     return status;
 }
 
@@ -272,6 +275,7 @@ void kvc_context_close(kvc_context *context)
     if (context == NULL)
         return;
     kvc_client *client = context->client;
+    kvci_map_drop(context);
     kvc_mutex_lock(&client->lock);
     context->closing = true;
     while (context->busy)

@@ -6,11 +6,12 @@
  * each scatters its reply on the transport thread that brought it and writes the statuses of its
  * own picks.
  */
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/assert.h"
 #include "base/clock.h"
-#include "internal.h"
+#include "map.h"
 
 /* Where the next message starts. */
 typedef struct cut {
@@ -143,8 +144,17 @@ static void learn(kvci_call *call)
                        kvc_now_ns() - call->began_ns);
 }
 
+void kvci_fetch_settle(kvci_call *call)
+{
+    kvci_left *left = call->u.fetch.left;
+    for (uint32_t i = 0; left != NULL && left->final != NULL && i < left->n; i++)
+        left->final[left->index[i]] = left->status[i];
+    free(left);
+}
+
 static void fetch_finish(kvci_call *call)
 {
+    kvci_fetch_settle(call);
     learn(call);
     for (uint32_t i = 0; i < call->n_msgs; i++)
         call->u.fetch.info.requests += call->msgs[i].sends;
@@ -185,26 +195,12 @@ static void fill(kvci_call *call, cut c, uint8_t *base, kvci_seg *segs, kvc_row_
     }
 }
 
-static kvc_status fetch(kvc_client *client, const kvci_kind *kind, const kvc_pick_group *groups,
-                        uint32_t n_groups, const kvc_region *dst, int8_t *status,
+/* Cuts what is to be fetched, which was checked, into messages and sends them. left as in the call.
+ */
+static kvc_status start(kvc_client *client, const kvci_kind *kind, cut c, const kvc_region *dst,
+                        const kvc_fetch_info *served, kvci_left *left, int8_t *status,
                         kvc_fetch_info *info_p, uint64_t deadline_ns, kvc_op *op)
 {
-    uint64_t bytes = 0;
-    kvc_limits limits = kvci_limits(client);
-    if (dst == NULL || dst->client != client)
-        return kvci_fail(KVC_INVALID, "fetch: the region is NULL or another client's");
-    kvc_status checked = check(client, groups, n_groups, dst, &limits, &bytes);
-    if (checked != KVC_OK)
-        return checked;
-    cut c = {
-        .groups = groups,
-        .n_groups = n_groups,
-        .max_picks = limits.max_picks,
-        .max_groups = limits.max_groups,
-        .target_bytes = kind->message != NULL
-                            ? UINT32_MAX
-                            : kvci_target_bytes(client, bytes, limits.max_message_bytes),
-    };
     uint32_t n_msgs = 0, n_segs = 0, n_picks = 0;
     cut count = c;
     for (uint32_t n; (n = cut_next(&count, NULL, NULL, NULL, &n_picks)) > 0; n_msgs++)
@@ -217,13 +213,53 @@ static kvc_status fetch(kvc_client *client, const kvci_kind *kind, const kvc_pic
     if (call == NULL)
         return kvci_fail(KVC_NO_MEMORY, "fetch: no memory");
     call->region = (kvc_region *)dst; /* counts its users only */
-    call->u.fetch.status = status;
+    call->u.fetch.status = left != NULL ? left->status : status;
     call->u.fetch.info_p = info_p;
-    call->u.fetch.info = (kvc_fetch_info){0};
+    call->u.fetch.info = *served;
+    call->u.fetch.left = left;
     kvci_seg *segs = kvci_carve(call, n_segs, sizeof(*segs));
     kvc_row_group *rows = kvci_carve(call, n_segs, sizeof(*rows));
     fill(call, c, dst->base, segs, rows);
     return kvci_call_start(call, op);
+}
+
+static uint64_t left_bytes(const kvci_left *left)
+{
+    uint64_t bytes = 0;
+    for (uint32_t g = 0; g < left->n_groups; g++)
+        bytes += (uint64_t)left->groups[g].n_picks * left->groups[g].row_bytes;
+    return bytes;
+}
+
+static kvc_status fetch(kvc_client *client, const kvci_kind *kind, const kvc_pick_group *groups,
+                        uint32_t n_groups, const kvc_region *dst, int8_t *status,
+                        kvc_fetch_info *info_p, uint64_t deadline_ns, kvc_op *op)
+{
+    uint64_t bytes = 0;
+    kvc_limits limits = kvci_limits(client);
+    if (dst == NULL || dst->client != client)
+        return kvci_fail(KVC_INVALID, "fetch: the region is NULL or another client's");
+    kvc_status checked = check(client, groups, n_groups, dst, &limits, &bytes);
+    if (checked != KVC_OK)
+        return checked;
+    kvc_fetch_info served = {0};
+    kvci_left *left = kvci_serve(groups, n_groups, dst, status, &served);
+    if (left != NULL)
+        bytes = left_bytes(left);
+    cut c = {
+        .groups = left != NULL ? left->groups : groups,
+        .n_groups = n_groups,
+        .max_picks = limits.max_picks,
+        .max_groups = limits.max_groups,
+        .target_bytes = kind->message != NULL
+                            ? UINT32_MAX
+                            : kvci_target_bytes(client, bytes, limits.max_message_bytes),
+    };
+    kvc_status started =
+        start(client, kind, c, dst, &served, left, status, info_p, deadline_ns, op);
+    if (started != KVC_OK)
+        free(left);
+    return started;
 }
 
 kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,

@@ -80,6 +80,7 @@ static void rows_fail(kvci_msg *msg, kvc_status status)
 static void rows_finish(kvci_call *call)
 {
     kvc_fetch_info *info = &call->u.fetch.info;
+    kvci_fetch_settle(call);
     for (uint32_t i = 0; i < call->n_msgs; i++) {
         const kvci_msg *msg = &call->msgs[i];
         info->rows_gpu += msg->info.rows_gpu;

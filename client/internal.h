@@ -24,6 +24,7 @@
 #define KVCI_MAX_IOVECS         256u /* pieces of one put message */
 #define KVCI_MAX_REOPENS        8u   /* of a fetch message's contexts before it gives up */
 #define KVCI_MAX_URIS           16u
+#define KVCI_MAX_SEGMENTS       (1u << 20) /* of a server's memory, mapped */
 #define KVCI_MAX_SCHEMAS        64u /* registered here and made known again after a restart */
 #define KVCI_POOL_CALLS         32u
 #define KVCI_POOL_BYTES         ((size_t)512 << 10) /* scratch that a pooled call may keep */
@@ -163,6 +164,7 @@ struct kvci_call {
             int8_t *status;
             kvc_fetch_info *info_p;
             kvc_fetch_info info;
+            struct kvci_left *left; /* what the maps did not serve; NULL: all of it */
         } fetch;
         struct {
             const kvc_attend_group *groups;
@@ -230,6 +232,8 @@ void kvci_ways_init(kvc_client *client);
 /* Under the lock: a request about so many bytes of rows went well and took so long. */
 void kvci_way_learn(kvc_client *client, bool near, uint64_t bytes, uint64_t took_ns);
 
+/* fetch.c: the statuses of what the maps left go where they belong; under the lock. */
+void kvci_fetch_settle(kvci_call *call);
 /* fetch_stream.c: what kvc_fetch_stream does differently. */
 extern const kvci_kind kvci_fetch_stream_kind;
 
@@ -304,10 +308,13 @@ struct kvc_context {
     _Atomic uint32_t n_blocks;
     /* under client->lock */
     uint64_t handle, gen;
-    bool busy;      /* an extend or a reopen owns blocks */
-    bool reopening; /* the handle is stale; fetches wait */
-    bool closing;   /* its owner waits for busy: not queued again */
-    bool suspect;   /* the server may hold more blocks than we do: reopen before the next extend */
+    bool busy;            /* an extend or a reopen owns blocks */
+    bool reopening;       /* the handle is stale; fetches wait */
+    struct kvci_map *map; /* see map.h; NULL: none */
+    atomic_bool has_map;
+    uint32_t n_cuts; /* truncates so far */
+    bool closing;    /* its owner waits for busy: not queued again */
+    bool suspect;    /* the server may hold more blocks than we do: reopen before the next extend */
 };
 
 /* A context over blocks [n], copied, without a handle; NULL after kvci_fail. */
@@ -426,6 +433,10 @@ struct kvc_client {
     uint32_t n_schemas;
     kvci_way_state ways[KVC_WAY_COUNT];
     uint32_t n_choices;
+    bool mapping;             /* a thread maps, which owns the two that follow */
+    struct kvci_epoch *epoch; /* what the server has passed; NULL: nothing */
+    kvc_map_opts map_opts;
+    bool maps_wanted, maps_refused; /* contexts map themselves; this link cannot */
     kvc_cond prog_cond, keeper_cond;
     kvc_cond done_cond; /* an op completed, a context settled, a count of the above fell to 0 */
     kvc_thread prog, keeper;

@@ -168,6 +168,7 @@ static void publish(kvc_client *client, kvci_link *link)
 {
     kvc_mutex_lock(&client->lock);
     client->link = link;
+    client->maps_refused = false;
     client->limits = link->limits;
     client->boot_id = link->boot_id;
     kvc_mutex_unlock(&client->lock);

@@ -305,6 +305,60 @@ kvc_status kvc_fetch_blocks(kvc_client *client, const kvc_digest *schema, const 
                             const kvc_region *dst, int8_t *status, uint8_t *tiers,
                             uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
 
+/* ---- rows without a request (shm) --------------------------------------------------------------
+ */
+
+/*
+ * Over shm:// a context's values can be mapped: kvc_fetch and kvc_fetch_stream then copy its rows
+ * from the server's memory with no request, and ask only for what is not mapped. The results are
+ * the same, but that a row which an Erase took away in that very moment, and which is answered
+ * NOT_FOUND, may have left bytes in its slot. What is mapped stays in its place at the server (a
+ * map-pin, within caps).
+ */
+typedef struct kvc_map_opts {
+    size_t size_bytes; /* sizeof(kvc_map_opts) */
+    bool all;      /* contexts map all parts but index ones as they open and grow, best effort */
+    bool populate; /* fault a segment's pages in as it is mapped */
+    /* May be NULL: a segment has been mapped, or is about to be unmapped; for who registers memory
+     * with a device. On a thread that maps, closes or unmaps, or ends a fetch; must not call back.
+     */
+    void (*on_segment)(void *arg, const void *base, size_t len_bytes, bool mapped);
+    void *arg;
+} kvc_map_opts;
+
+typedef struct kvc_map_info {
+    uint64_t values, by_request;      /* of the context: mapped; not */
+    uint64_t pinned_bytes, max_bytes; /* of all maps of the tenant; their cap */
+} kvc_map_info;
+
+/* What holds for segments and contexts that are mapped from now on. Copies opts. */
+kvc_status kvc_client_map_contexts(kvc_client *client, const kvc_map_opts *opts);
+/*
+ * Maps parts [n_parts] (0: all but index parts) of the context, or what came since; later extends
+ * follow by themselves. Other parts than before replace them. Blocks. UNSUPPORTED: the connection
+ * is not shm; DENIED: the server lets only other users map. info_p may be NULL.
+ */
+kvc_status kvc_context_map(kvc_context *context, const uint32_t *parts, uint32_t n_parts,
+                           uint64_t deadline_ns, kvc_map_info *info_p);
+/* Gives it back; fetches go by request. Blocks for a second at most. */
+void kvc_context_unmap(kvc_context *context);
+
+typedef struct kvc_mapped_value {
+    const void *rows; /* [block_tokens, row_bytes], read-only, in a segment */
+    uint32_t row_bytes;
+    uint64_t stamp;
+} kvc_mapped_value;
+
+/*
+ * Where a value lies, for who reads it himself. The address is good until the context is mapped,
+ * grows, is unmapped or closed. The server may take the map back, and use the place for other
+ * values: read first, then ask kvc_context_is_mapped, and drop what was read if it says no. A
+ * device reads until its work has completed. NOT_FOUND: by request.
+ */
+kvc_status kvc_context_locate(kvc_context *context, uint32_t part, uint32_t block,
+                              kvc_mapped_value *value_p);
+bool kvc_context_is_mapped(kvc_context *context, uint64_t stamp);
+
 /* ---- what stays and what goes ------------------------------------------------------------------
  */
 

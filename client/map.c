@@ -1,0 +1,146 @@
+/*
+ * map.c: the memory of a server of this host, mapped read-only, and tables of what lies where.
+ *
+ * Any thread; see map.h. Segments and the lease are unmapped once no map and no client names their
+ * epoch. Lengths and offsets were checked by whoever filled a table in.
+ */
+#include "map.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+kvci_epoch *kvci_epoch_create(const kvc_map_opts *opts, int lease_fd, size_t lease_bytes)
+{
+    kvci_epoch *epoch = calloc(1, sizeof(*epoch));
+    void *lease = mmap(NULL, lease_bytes, PROT_READ, MAP_SHARED, lease_fd, 0);
+    (void)close(lease_fd);
+    if (epoch == NULL || lease == MAP_FAILED) {
+        if (lease != MAP_FAILED)
+            (void)munmap(lease, lease_bytes);
+        free(epoch);
+        return NULL;
+    }
+    atomic_init(&epoch->refs, 1);
+    epoch->opts = *opts;
+    epoch->lease = lease;
+    epoch->lease_bytes = lease_bytes;
+    return epoch;
+}
+
+static bool grow(kvci_epoch *epoch, uint32_t id)
+{
+    uint32_t n = epoch->n_segments == 0 ? 64 : epoch->n_segments;
+    while (n <= id)
+        n *= 2;
+    kvci_segment *more = realloc(epoch->segments, n * sizeof(*more));
+    if (more == NULL)
+        return false;
+    memset(more + epoch->n_segments, 0, (n - epoch->n_segments) * sizeof(*more));
+    epoch->segments = more;
+    epoch->n_segments = n;
+    return true;
+}
+
+kvc_status kvci_epoch_add(kvci_epoch *epoch, uint32_t id, int fd, size_t len_bytes)
+{
+    int flags = MAP_SHARED | (epoch->opts.populate ? MAP_POPULATE : 0);
+    void *base = MAP_FAILED;
+    if (id < KVCI_MAX_SEGMENTS && (id < epoch->n_segments || grow(epoch, id)) &&
+        epoch->segments[id].base == NULL)
+        base = mmap(NULL, len_bytes, PROT_READ, flags, fd, 0);
+    (void)close(fd);
+    if (base == MAP_FAILED)
+        return KVC_NO_MEMORY;
+    epoch->segments[id] = (kvci_segment){base, len_bytes};
+    if (epoch->opts.on_segment != NULL)
+        epoch->opts.on_segment(epoch->opts.arg, base, len_bytes, true);
+    return KVC_OK;
+}
+
+void kvci_epoch_unref(kvci_epoch *epoch)
+{
+    if (epoch == NULL || atomic_fetch_sub(&epoch->refs, 1) > 1)
+        return;
+    for (uint32_t i = 0; i < epoch->n_segments; i++) {
+        const kvci_segment *segment = &epoch->segments[i];
+        if (segment->base == NULL)
+            continue;
+        if (epoch->opts.on_segment != NULL)
+            epoch->opts.on_segment(epoch->opts.arg, segment->base, segment->len_bytes, false);
+        (void)munmap((void *)(uintptr_t)segment->base, segment->len_bytes);
+    }
+    (void)munmap((void *)(uintptr_t)epoch->lease, epoch->lease_bytes);
+    free(epoch->segments);
+    free(epoch);
+}
+
+kvci_map *kvci_map_create(kvci_epoch *epoch, const kvci_map *old, uint32_t n_old, uint32_t n_blocks,
+                          uint32_t n_parts)
+{
+    kvci_map *map = calloc(1, sizeof(*map));
+    if (map == NULL)
+        return NULL;
+    atomic_init(&map->refs, 1);
+    atomic_init(&map->n_blocks, n_old);
+    map->n_parts = n_parts;
+    map->parts = calloc(2 * (size_t)n_parts, sizeof(*map->parts));
+    map->values = calloc((size_t)n_blocks * n_parts + 1, sizeof(*map->values));
+    if (map->parts == NULL || map->values == NULL) {
+        free(map->parts);
+        free(map->values);
+        free(map);
+        return NULL;
+    }
+    map->row_bytes = map->parts + n_parts;
+    map->epoch = epoch;
+    atomic_fetch_add(&epoch->refs, 1);
+    if (old != NULL) {
+        map->number = old->number;
+        map->boot_id = old->boot_id;
+        map->slot = old->slot;
+        map->block_tokens = old->block_tokens;
+        map->info = old->info;
+        memcpy(map->parts, old->parts, 2 * (size_t)n_parts * sizeof(*map->parts));
+        memcpy(map->values, old->values, (size_t)n_old * n_parts * sizeof(*map->values));
+    }
+    return map;
+}
+
+void kvci_map_unref(kvci_map *map)
+{
+    if (map == NULL || atomic_fetch_sub(&map->refs, 1) > 1)
+        return;
+    kvci_epoch_unref(map->epoch);
+    free(map->parts);
+    free(map->values);
+    free(map);
+}
+
+kvci_map *kvci_map_of(kvc_context *context)
+{
+    kvc_client *client = context->client;
+    kvc_mutex_lock(&client->lock);
+    kvci_map *map = context->map;
+    if (map != NULL && map->boot_id != client->boot_id)
+        map = NULL; /* of a server that is no more */
+    if (map != NULL)
+        atomic_fetch_add(&map->refs, 1);
+    kvc_mutex_unlock(&client->lock);
+    return map;
+}
+
+bool kvci_map_holds(const kvci_map *map)
+{
+    atomic_thread_fence(memory_order_acquire); /* what was read, was read before this */
+    return atomic_load_explicit(&map->epoch->lease[map->slot], memory_order_relaxed) == map->number;
+}
+
+int kvci_map_part(const kvci_map *map, uint32_t part)
+{
+    for (uint32_t i = 0; i < map->n_parts; i++)
+        if (map->parts[i] == part)
+            return (int)i;
+    return -1;
+}

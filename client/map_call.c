@@ -1,0 +1,450 @@
+/*
+ * map_call.c: asking the server for maps, and the interface to them.
+ *
+ * Caller's threads, which block. One MapContext of a client is under way at a time
+ * (client->mapping), since what a reply calls by its id may have come with the reply before.
+ * Invariant: a table is put in place only if the context has not been cut since it was asked for.
+ */
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "map.h"
+
+#define ENTRY_BYTES 8u
+#define PAGE_BYTES  4096u
+#define ATTEMPTS    3
+
+/* One reply, as it comes on the transport's thread: copied, and its descriptors taken. */
+typedef struct answer {
+    kvc_reply reply; /* without pointers */
+    kvc_map_segment segments[KVC_MAX_MAP_SEGMENTS];
+    int fds[KVT_MAX_FDS];
+    uint32_t n_fds;
+    uint8_t *table;
+    size_t table_bytes;
+} answer;
+
+static void answer_fini(answer *a)
+{
+    for (uint32_t i = 0; i < a->n_fds; i++)
+        if (a->fds[i] >= 0)
+            (void)close(a->fds[i]);
+    free(a->table);
+    *a = (answer){0};
+}
+
+static kvc_status map_take(kvci_msg *msg, const kvc_reply *reply, const char **why_p)
+{
+    answer *a = msg->call->u.keep.info_p;
+    answer_fini(a); /* of an attempt before */
+    a->reply = *reply;
+    memcpy(a->segments, reply->u.map_context.segments,
+           reply->u.map_context.n_segments * sizeof(a->segments[0]));
+    for (; a->n_fds < msg->xfer.n_fds; a->n_fds++) {
+        a->fds[a->n_fds] = msg->xfer.fds[a->n_fds];
+        msg->xfer.fds[a->n_fds] = -1;
+    }
+    *why_p = "no memory for the table of a map";
+    a->table = malloc(reply->data_bytes + 1);
+    if (a->table == NULL)
+        return KVC_NO_MEMORY;
+    a->table_bytes = reply->data_bytes;
+    kvci_cursor cur = {.iov = reply->data};
+    kvci_copy_out(&cur, a->table, reply->data_bytes);
+    *why_p = "a map without its descriptors";
+    uint32_t want = reply->u.map_context.n_segments + (reply->u.map_context.lease_bytes > 0);
+    return a->n_fds == want ? KVC_OK : KVC_PROTOCOL;
+}
+
+static const kvci_kind map_kind = {.name = "map", .take = map_take};
+
+static kvc_status ask(kvc_context *context, const kvc_request *req, uint64_t deadline_ns, answer *a)
+{
+    kvci_call *call = kvci_call_new(context->client, &map_kind, 1,
+                                    kvci_carve_bytes(1, sizeof(kvci_seg)), deadline_ns);
+    if (call == NULL)
+        return kvci_fail(KVC_NO_MEMORY, "map: no memory");
+    kvci_msg *msg = &call->msgs[0];
+    msg->n_items = 1;
+    msg->req = *req;
+    if (!req->u.map_context.release) { /* else it names no context */
+        msg->segs = kvci_carve(call, 1, sizeof(kvci_seg));
+        msg->segs[0].context = context;
+        msg->n_segs = 1;
+        msg->handle_p = &msg->req.u.map_context.context;
+    }
+    call->u.keep.info_p = a;
+    kvc_op op;
+    kvc_op_init(&op, NULL, NULL);
+    kvc_status status = kvci_call_start(call, &op);
+    return status == KVC_OK ? kvc_op_wait(&op, 0) : status;
+}
+
+/* ---- one at a time ----------------------------------------------------------------------------
+ */
+
+static kvc_status begin_mapping(kvc_client *client, uint64_t deadline_ns)
+{
+    kvc_status status = KVC_OK;
+    kvc_mutex_lock(&client->lock);
+    while (client->mapping && status == KVC_OK)
+        status = kvc_cond_wait_until(&client->done_cond, &client->lock, deadline_ns);
+    if (!client->mapping)
+        status = KVC_OK;
+    if (status == KVC_OK)
+        client->mapping = true;
+    kvc_mutex_unlock(&client->lock);
+    return status == KVC_OK ? KVC_OK : kvci_fail(status, "map: another one took too long");
+}
+
+static void end_mapping(kvc_client *client)
+{
+    kvc_mutex_lock(&client->lock);
+    client->mapping = false;
+    kvc_cond_broadcast(&client->done_cond);
+    kvc_mutex_unlock(&client->lock);
+}
+
+/* ---- what a reply brings ----------------------------------------------------------------------
+ */
+
+/* Who maps alone reads and changes client->epoch. */
+static kvc_status take_segments(kvc_client *client, answer *a)
+{
+    uint32_t at = 0;
+    if (a->reply.u.map_context.lease_bytes > 0) {
+        kvci_epoch_unref(client->epoch);
+        client->epoch =
+            kvci_epoch_create(&client->map_opts, a->fds[0], a->reply.u.map_context.lease_bytes);
+        a->fds[0] = -1;
+        at = 1;
+    }
+    kvc_status status = client->epoch != NULL ? KVC_OK : KVC_NO_MEMORY;
+    for (uint32_t i = 0; status == KVC_OK && i < a->reply.u.map_context.n_segments; i++, at++) {
+        status = kvci_epoch_add(client->epoch, a->segments[i].id, a->fds[at],
+                                (size_t)a->segments[i].len_bytes);
+        a->fds[at] = -1;
+    }
+    uint64_t words = client->epoch != NULL ? client->epoch->lease_bytes / sizeof(uint64_t) : 0;
+    if (status == KVC_OK && a->reply.u.map_context.lease_slot >= words)
+        status = KVC_PROTOCOL;
+    return status == KVC_OK ? KVC_OK
+                            : kvci_fail(status, "map: the server's memory cannot be mapped");
+}
+
+static uint32_t get_u32(const uint8_t *at)
+{
+    return (uint32_t)at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
+}
+
+/* An entry as an address; NULL: by request, also where the segment is not known here. */
+static const uint8_t *place_of(const kvci_epoch *epoch, const uint8_t *entry, uint64_t value_bytes)
+{
+    uint32_t id = get_u32(entry);
+    uint64_t off_bytes = (uint64_t)get_u32(entry + 4) * PAGE_BYTES;
+    if (id == 0 || id >= epoch->n_segments || epoch->segments[id].base == NULL ||
+        off_bytes + value_bytes > epoch->segments[id].len_bytes)
+        return NULL;
+    return epoch->segments[id].base + off_bytes;
+}
+
+/* Adds a reply's table behind what the map has. False: it is not the table that was asked for. */
+static bool add_table(kvci_map *map, const answer *a, uint32_t room)
+{
+    uint32_t n = a->reply.u.map_context.n_blocks, first = atomic_load(&map->n_blocks);
+    if (n > room - first || a->table_bytes != (uint64_t)n * map->n_parts * ENTRY_BYTES)
+        return false;
+    for (size_t i = 0; i < (size_t)n * map->n_parts; i++) {
+        uint64_t bytes = (uint64_t)map->row_bytes[i % map->n_parts] * map->block_tokens;
+        const uint8_t *at = place_of(map->epoch, a->table + i * ENTRY_BYTES, bytes);
+        map->values[(size_t)first * map->n_parts + i] = at;
+        map->info.values += at != NULL;
+        map->info.by_request += at == NULL;
+    }
+    atomic_store(&map->n_blocks, first + n);
+    map->info.pinned_bytes = a->reply.u.map_context.pinned_bytes;
+    map->info.max_bytes = a->reply.u.map_context.max_bytes;
+    return true;
+}
+
+/* ---- a map from its first reply to its last ----------------------------------------------------
+ */
+
+typedef struct plan {
+    kvc_context *context;
+    const uint32_t *parts; /* [n_parts] */
+    const uint32_t *row_bytes;
+    uint32_t n_parts, block_tokens, n_blocks, n_cuts;
+    uint64_t deadline_ns;
+} plan;
+
+static void release_number(kvc_context *context, uint64_t number)
+{
+    answer a = {0};
+    kvc_request req = {.method = KVC_MAP_CONTEXT};
+    req.u.map_context.map = number;
+    req.u.map_context.release = true;
+    (void)ask(context, &req, kvc_now_ns() + KVCI_CLOSE_TIMEOUT_NS, &a);
+    answer_fini(&a);
+}
+
+/* Asks for what is behind the first n_old blocks, until all is answered. NOT_FOUND: the server
+ * knows the old map no more. */
+static kvc_status extend(const plan *p, const kvci_map *old, kvci_map **map_p)
+{
+    kvc_client *client = p->context->client;
+    kvci_map *map = NULL;
+    kvc_status status = KVC_OK;
+    uint32_t first = old != NULL ? atomic_load(&old->n_blocks) : 0;
+    uint64_t number = old != NULL ? old->number : 0;
+    *map_p = NULL;
+    do {
+        answer a = {0};
+        kvc_request req = {.method = KVC_MAP_CONTEXT};
+        req.u.map_context.map = number;
+        req.u.map_context.n_parts = p->n_parts;
+        req.u.map_context.parts = p->parts;
+        req.u.map_context.first_block = first;
+        req.u.map_context.n_blocks = p->n_blocks - first;
+        status = ask(p->context, &req, p->deadline_ns, &a);
+        if (status == KVC_OK)
+            status = take_segments(client, &a);
+        number = status == KVC_OK ? a.reply.u.map_context.map : number;
+        if (status == KVC_OK && map == NULL) {
+            map = kvci_map_create(client->epoch, old, first, p->n_blocks, p->n_parts);
+            status = map != NULL ? KVC_OK : kvci_fail(KVC_NO_MEMORY, "map: no memory");
+        }
+        if (status == KVC_OK && old == NULL && first == 0) {
+            map->number = number;
+            map->slot = a.reply.u.map_context.lease_slot;
+            map->block_tokens = p->block_tokens;
+            memcpy(map->parts, p->parts, p->n_parts * sizeof(*p->parts));
+            memcpy(map->row_bytes, p->row_bytes, p->n_parts * sizeof(*p->row_bytes));
+        }
+        if (status == KVC_OK && !add_table(map, &a, p->n_blocks))
+            status = kvci_fail(KVC_PROTOCOL, "map: the table makes no sense");
+        bool more = a.reply.u.map_context.n_blocks + a.reply.u.map_context.n_segments > 0;
+        answer_fini(&a);
+        if (status != KVC_OK || !more)
+            break;
+        first = atomic_load(&map->n_blocks);
+    } while (first < p->n_blocks);
+    if (status != KVC_OK && old == NULL && number != 0)
+        release_number(p->context, number);
+    if (status != KVC_OK) {
+        kvci_map_unref(map);
+        return status;
+    }
+    *map_p = map;
+    return KVC_OK;
+}
+
+/* Puts it in the place of the old one, unless the context was cut meanwhile. */
+static kvc_status put_in_place(const plan *p, kvci_map *map, uint64_t boot_id, kvc_map_info *info_p)
+{
+    kvc_context *context = p->context;
+    kvc_client *client = context->client;
+    kvc_mutex_lock(&client->lock);
+    kvci_map *old = context->map;
+    uint64_t old_number = old != NULL ? old->number : 0;
+    bool fits = context->n_cuts == p->n_cuts && client->boot_id == boot_id;
+    if (fits) {
+        map->boot_id = boot_id;
+        context->map = map;
+        atomic_store(&context->has_map, true);
+        if (info_p != NULL)
+            *info_p = map->info;
+    }
+    kvc_mutex_unlock(&client->lock);
+    if (!fits) {
+        if (old_number != map->number)
+            release_number(context, map->number);
+        kvci_map_unref(map);
+        return kvci_fail(KVC_AGAIN, "map: the context changed meanwhile");
+    }
+    if (old_number != 0 && old_number != map->number)
+        release_number(context, old_number);
+    kvci_map_unref(old);
+    return KVC_OK;
+}
+
+static bool covers(const kvci_map *map, const plan *p)
+{
+    return map != NULL && map->n_parts == p->n_parts && kvci_map_holds(map) &&
+           memcmp(map->parts, p->parts, p->n_parts * sizeof(*p->parts)) == 0;
+}
+
+/* Grows the context's map where it has these parts, else makes another. */
+static kvc_status map_planned(plan *p, kvc_map_info *info_p)
+{
+    kvc_client *client = p->context->client;
+    kvc_status status = KVC_NOT_FOUND;
+    for (int i = 0; i < ATTEMPTS && status == KVC_NOT_FOUND; i++) {
+        kvci_map *old = i == 0 ? kvci_map_of(p->context) : NULL, *map = NULL;
+        kvc_mutex_lock(&client->lock);
+        p->n_cuts = p->context->n_cuts;
+        p->n_blocks = atomic_load(&p->context->n_blocks);
+        uint64_t boot_id = client->boot_id;
+        kvc_mutex_unlock(&client->lock);
+        bool grows = covers(old, p);
+        if (grows && atomic_load(&old->n_blocks) >= p->n_blocks) {
+            if (info_p != NULL)
+                *info_p = old->info;
+            status = KVC_OK;
+        } else {
+            status = extend(p, grows ? old : NULL, &map);
+            if (status == KVC_OK)
+                status = put_in_place(p, map, boot_id, info_p);
+        }
+        kvci_map_unref(old);
+    }
+    return status;
+}
+
+/* The schema's view of the parts; n 0: all but compressed keys. Gives *parts_p, [2 * n]. */
+static kvc_status find_parts(kvc_context *context, const uint32_t *parts, uint32_t n,
+                             uint64_t deadline_ns, plan *p, uint32_t **parts_p)
+{
+    kvc_schema *schema;
+    kvc_status status = kvc_schema_get(context->client, &context->schema, deadline_ns, &schema);
+    *parts_p = NULL;
+    if (status != KVC_OK)
+        return status;
+    uint32_t n_want = n > 0 ? n : schema->n_parts, n_found = 0;
+    uint32_t *list = calloc(2 * (size_t)n_want, sizeof(*list));
+    for (uint32_t i = 0; list != NULL && i < n_want; i++) {
+        const kvc_part *part = n == 0 ? &schema->parts[i] : NULL;
+        for (uint32_t k = 0; part == NULL && k < schema->n_parts; k++)
+            if (schema->parts[k].part == parts[i])
+                part = &schema->parts[k];
+        if (part == NULL || (n == 0 && part->kind == KVC_PART_INDEX))
+            continue;
+        list[n_found] = part->part;
+        list[n_want + n_found++] = part->row_bytes;
+    }
+    *p = (plan){.context = context,
+                .parts = list,
+                .row_bytes = list == NULL ? NULL : list + n_want,
+                .n_parts = n_found,
+                .block_tokens = schema->block_tokens,
+                .deadline_ns = deadline_ns};
+    free(schema);
+    *parts_p = list;
+    if (list == NULL)
+        return kvci_fail(KVC_NO_MEMORY, "map: no memory");
+    return n_found > 0 && (n == 0 || n_found == n)
+               ? KVC_OK
+               : kvci_fail(KVC_INVALID, "map: a part is not in the schema, or there is none");
+}
+
+kvc_status kvc_context_map(kvc_context *context, const uint32_t *parts, uint32_t n_parts,
+                           uint64_t deadline_ns, kvc_map_info *info_p)
+{
+    kvc_client *client = context->client;
+    plan p;
+    uint32_t *list = NULL;
+    deadline_ns = kvci_deadline(client, deadline_ns);
+    if (n_parts > KVC_MAX_PARTS)
+        return kvci_fail(KVC_INVALID, "map: %u parts, at most %u", n_parts, KVC_MAX_PARTS);
+    kvc_status status = begin_mapping(client, deadline_ns);
+    if (status != KVC_OK)
+        return status;
+    status = find_parts(context, parts, n_parts, deadline_ns, &p, &list);
+    if (status == KVC_OK)
+        status = map_planned(&p, info_p);
+    free(list);
+    end_mapping(client);
+    return status;
+}
+
+void kvci_map_follow(kvc_context *context, uint64_t deadline_ns)
+{
+    kvc_client *client = context->client;
+    kvc_mutex_lock(&client->lock);
+    kvci_map *map = context->map;
+    bool wanted = (client->maps_wanted && !client->maps_refused) || map != NULL;
+    if (map != NULL)
+        atomic_fetch_add(&map->refs, 1);
+    kvc_mutex_unlock(&client->lock);
+    if (!wanted)
+        return;
+    kvc_status status = kvc_context_map(context, map == NULL ? NULL : map->parts,
+                                        map == NULL ? 0 : map->n_parts, deadline_ns, NULL);
+    kvci_map_unref(map);
+    if (status != KVC_UNSUPPORTED && status != KVC_DENIED)
+        return;
+    kvc_mutex_lock(&client->lock);
+    client->maps_refused = true; /* until there is another link */
+    kvc_mutex_unlock(&client->lock);
+}
+
+void kvci_map_cut(kvc_context *context, uint32_t n)
+{
+    kvc_client *client = context->client;
+    kvc_mutex_lock(&client->lock);
+    context->n_cuts++;
+    if (context->map != NULL && atomic_load(&context->map->n_blocks) > n)
+        atomic_store(&context->map->n_blocks, n);
+    kvc_mutex_unlock(&client->lock);
+}
+
+void kvci_map_drop(kvc_context *context)
+{
+    kvc_client *client = context->client;
+    kvc_mutex_lock(&client->lock);
+    kvci_map *map = context->map;
+    bool connected = client->link != NULL && !client->link_suspect && !client->closing;
+    context->map = NULL;
+    atomic_store(&context->has_map, false);
+    kvc_mutex_unlock(&client->lock);
+    if (map != NULL && connected)
+        release_number(context, map->number);
+    kvci_map_unref(map);
+}
+
+void kvc_context_unmap(kvc_context *context)
+{
+    kvci_map_drop(context);
+}
+
+kvc_status kvc_client_map_contexts(kvc_client *client, const kvc_map_opts *opts)
+{
+    if (opts->size_bytes != sizeof(*opts))
+        return kvci_fail(KVC_INVALID, "map: size_bytes is not that of kvc_map_opts");
+    kvc_status status = begin_mapping(client, kvci_deadline(client, 0));
+    if (status != KVC_OK)
+        return status;
+    client->map_opts = *opts;
+    kvc_mutex_lock(&client->lock);
+    client->maps_wanted = opts->all;
+    kvc_mutex_unlock(&client->lock);
+    end_mapping(client);
+    return KVC_OK;
+}
+
+kvc_status kvc_context_locate(kvc_context *context, uint32_t part, uint32_t block,
+                              kvc_mapped_value *value_p)
+{
+    kvci_map *map = kvci_map_of(context);
+    int i = map == NULL ? -1 : kvci_map_part(map, part);
+    *value_p = (kvc_mapped_value){0};
+    if (i >= 0 && block < atomic_load(&map->n_blocks)) {
+        value_p->rows = map->values[(size_t)block * map->n_parts + (uint32_t)i];
+        value_p->row_bytes = map->row_bytes[i];
+        value_p->stamp = map->number;
+    }
+    bool found = value_p->rows != NULL && kvci_map_holds(map);
+    kvci_map_unref(map);
+    return found ? KVC_OK
+                 : kvci_fail(KVC_NOT_FOUND, "map: part %u of block %u is not mapped", part, block);
+}
+
+bool kvc_context_is_mapped(kvc_context *context, uint64_t stamp)
+{
+    kvci_map *map = kvci_map_of(context);
+    bool holds = map != NULL && map->number == stamp && kvci_map_holds(map);
+    kvci_map_unref(map);
+    return holds;
+}
