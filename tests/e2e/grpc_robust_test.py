@@ -137,6 +137,9 @@ class Mutations(Case):
     def seeds(self, digests, context):
         """Whatever takes something away names what nobody looks at afterwards."""
         group = pb.RowGroup(context=context, part=1, picks=range(0, 500, 7))
+        queries = pb.AttendGroup(
+            rows=group, n_q=1, n_q_heads=2, q_dtype=pb.DTYPE_F32, o_dtype=pb.DTYPE_F32
+        )
         named = {"schema": self.schema, "digests": b"".join(digests)}
         prey = self.digests(2, 8)
         self.store.PutBlocks(self.put_request(prey[:2], (0, 1)))
@@ -155,6 +158,9 @@ class Mutations(Case):
             "ExtendContext": pb.ExtendContextRequest(context=context, digests=digests[0]),
             "FetchRows": pb.FetchRowsRequest(groups=[group]),
             "FetchRowsStream": pb.FetchRowsStreamRequest(groups=[group]),
+            "AttendRows": pb.AttendRowsRequest(
+                groups=[queries], data=bytes(2 * 4 * base.ROW_BYTES[1] // 4)
+            ),
             "FetchBlocks": pb.FetchBlocksRequest(parts=[0, 1], **named),
             "CloseContext": pb.CloseContextRequest(context=twins[0]),
             "TruncateContext": pb.TruncateContextRequest(context=twins[1], n_blocks=7),
