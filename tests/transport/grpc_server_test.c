@@ -225,6 +225,56 @@ static void health_watch(void **state)
     fixture_close(&f);
 }
 
+static void drain_main(void *arg)
+{
+    fixture *f = arg;
+    f->ops->drain(f->listener, kvc_deadline_ns(60 * SECOND));
+}
+
+/* While a call is still in flight, its connection's next calls reach who listens there now. */
+static void drain_sends_clients_away(void **state)
+{
+    (void)state;
+    fixture f, successor;
+    job held, j;
+    kvc_thread thread;
+    fixture_open(&f, 1);
+    fixture_handle(&f, hold_handler);
+    job_init(&held, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
+    job_submit(&held);
+    wait_held(&f, 1);
+    assert_ok(kvc_thread_start(&thread, "drain", drain_main, &f));
+    fixture_init(&successor);
+    successor.listen.uri = f.uri;
+    kvc_status status = KVC_IO;
+    for (int i = 0; i < 2000 && status != KVC_OK; i++) { /* until the port is free */
+        status = successor.ops->listen(&successor.listen, &successor.listener);
+        usleep(status == KVC_OK ? 0 : 10000);
+    }
+    assert_ok(status);
+    status = KVC_CLOSED;
+    for (int i = 0; i < 2000 && status != KVC_OK; i++) {
+        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
+        status = job_run(&j);
+        job_fini(&j);
+        assert_true(status == KVC_OK || status == KVC_CLOSED || status == KVC_UNAVAILABLE);
+        usleep(status == KVC_OK ? 0 : 10000);
+    }
+    assert_ok(status);
+    assert_true(atomic_load(&successor.n_calls) > 0);
+    assert_int_equal(atomic_load(&f.n_calls), 1);
+    assert_int_equal(atomic_load(&held.n_done), 0);
+    uint32_t n_before = f.n_done;
+    assert_int_equal(answer_held(&f), 1);
+    wait_done(&f, n_before + 1);
+    assert_status(held.status, KVC_NOT_FOUND); /* its answer still came through */
+    kvc_thread_join(&thread);
+    job_fini(&held);
+    fixture_close_server(&successor);
+    kvc_arena_reset(&successor.arena);
+    fixture_close(&f);
+}
+
 static void foreign_calls(void **state)
 {
     (void)state;
@@ -490,10 +540,15 @@ static void local_connections(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(health_check),          cmocka_unit_test(health_watch),
-        cmocka_unit_test(foreign_calls),         cmocka_unit_test(huge_message),
-        cmocka_unit_test(any_protobuf_reads_it), cmocka_unit_test(stalled_peer),
-        cmocka_unit_test(far_deadlines),         cmocka_unit_test(local_connections),
+        cmocka_unit_test(health_check),
+        cmocka_unit_test(health_watch),
+        cmocka_unit_test(drain_sends_clients_away),
+        cmocka_unit_test(foreign_calls),
+        cmocka_unit_test(huge_message),
+        cmocka_unit_test(any_protobuf_reads_it),
+        cmocka_unit_test(stalled_peer),
+        cmocka_unit_test(far_deadlines),
+        cmocka_unit_test(local_connections),
     };
     suite_uri = "grpc://127.0.0.1:0";
     kvc_log_set_level(KVC_LOG_LEVEL_OFF);

@@ -56,7 +56,8 @@ void kvti_serve_queue(kvti_queue *queue)
         while (queue->oldest != NULL && kvc_expired(queue->oldest->give_up_ns)) {
             struct kvti_call *call = queue->oldest;
             leave_queue(call);
-            (void)grpc_call_cancel(call->call, NULL);
+            (void)grpc_call_cancel_with_status(call->call, GRPC_STATUS_DEADLINE_EXCEEDED,
+                                               "the server's own deadline has passed", NULL);
         }
     }
 }

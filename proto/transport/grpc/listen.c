@@ -2,7 +2,7 @@
  * listen.c: the server end's life: bind, run, drain, close.
  *
  * n_threads completion queues, one thread each ("kvt-grpc-N"); nothing on them blocks. Shutdown
- * goes: refuse new calls, wait for the answers, shut the server down, cancel what is left, wait
+ * goes: refuse new calls, send clients elsewhere, wait for the answers, cancel what is left, wait
  * until gRPC has let go of everything, and only then close the queues.
  */
 #include <errno.h>
@@ -359,12 +359,14 @@ static void grpc_drain(kvt_listener *listener, uint64_t deadline_ns)
     if (again)
         return;
     kvti_watch_publish(listener);
-    bool done = wait_for_answers(listener, deadline_ns);
-    if (!done)
-        KVC_LOG_WARN(GRPC, "drain: calls still in flight are cancelled");
+    /* Now, not once the answers are out: this tells clients to go elsewhere (GOAWAY), and closes
+       the port, so that they do not come back. Calls in flight go on. */
     kvti_give(&listener->shutdown_tag);
     grpc_server_shutdown_and_notify(listener->server, listener->queues[0].cq,
                                     &listener->shutdown_tag);
+    bool done = wait_for_answers(listener, deadline_ns);
+    if (!done)
+        KVC_LOG_WARN(GRPC, "drain: calls still in flight are cancelled");
     if (done)
         wait_until_gone(listener, kvc_deadline_ns(GOODBYE_MS * NS_PER_MS));
     grpc_server_cancel_all_calls(listener->server);

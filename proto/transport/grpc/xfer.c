@@ -26,7 +26,7 @@ struct kvti_xfer {
     grpc_call *call; /* until the batch has ended; then NULL, under the connection's mutex */
     atomic_uint n_refs;
     bool late;         /* the deadline had passed at submit: nothing is sent */
-    bool cancel_asked; /* by kvti_cancel_all; guarded by the connection's mutex */
+    bool cancel_asked; /* by us; guarded by the connection's mutex while call is not NULL */
     kvti_tag ended, last_slice;
     grpc_byte_buffer *request, *reply;
     grpc_metadata_array initial, trailing;
@@ -117,6 +117,9 @@ static void take_error(kvti_xfer *op)
     const char *detail = text;
     uint32_t number = trailer(op, KVTI_STATUS_KEY, KVC_STATUS_COUNT - 1);
     xfer->status = number != 0 ? (kvc_status) - (int)number : kvti_from_grpc(op->code, text);
+    /* So gRPC ends, without a word, calls that reach a server while it sends its clients away. */
+    if (number == 0 && op->code == GRPC_STATUS_CANCELLED && !op->cancel_asked)
+        xfer->status = KVC_UNAVAILABLE;
     if (number != 0) {
         const char *name = kvc_status_name(xfer->status);
         size_t len = strlen(name);
@@ -435,6 +438,8 @@ void kvti_cancel(kvt_conn *conn, kvt_xfer *xfer)
     kvc_mutex_lock(&conn->mutex);
     kvti_xfer *op = xfer->priv;
     grpc_call *call = op == NULL ? NULL : op->call;
+    if (op != NULL)
+        op->cancel_asked = true;
     if (call != NULL)
         grpc_call_ref(call);
     kvc_mutex_unlock(&conn->mutex);
