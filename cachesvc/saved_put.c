@@ -63,36 +63,55 @@ static kvc_status check_name(kvs_saved *saved, const kvc_digest *tenant, const c
     return KVC_EXISTS;
 }
 
+/* What a tenant, and all of them together, have saved or are saving. */
+typedef struct taken {
+    uint64_t all_bytes, own_bytes;
+    uint32_t n, n_uploads; /* the tenant's */
+} taken;
+
+static void count_list(const kvsi_saved_entry *e, const kvc_digest *tenant, taken *t, uint32_t *n_p)
+{
+    for (; e; e = e->next) {
+        bool own = kvc_digest_equal(&e->tenant, tenant);
+        t->all_bytes += e->context.body_bytes;
+        t->own_bytes += own ? e->context.body_bytes : 0;
+        *n_p += own;
+    }
+}
+
 /* Is there room for one more of body_bytes? Locked. */
 static kvc_status check_room(kvs_saved *saved, const kvc_digest *tenant, uint64_t body_bytes,
                              char *why)
 {
     const kvs_settings *s = &saved->server->settings;
-    uint64_t cap_bytes = s->max_saved_bytes, sum_bytes = body_bytes;
-    uint32_t n = 0, n_uploads = 0;
+    uint64_t cap_bytes = s->max_saved_bytes;
+    taken t = {.all_bytes = body_bytes, .own_bytes = body_bytes};
     if (!saved->server->lmdb.ops && cap_bytes > KVS_SAVED_MEMORY_BYTES)
         cap_bytes = KVS_SAVED_MEMORY_BYTES;
-    for (const kvsi_saved_entry *e = saved->list; e; e = e->next) {
-        sum_bytes += e->context.body_bytes;
-        n += kvc_digest_equal(&e->tenant, tenant);
-    }
-    for (const kvsi_saved_entry *e = saved->uploads; e; e = e->next) {
-        sum_bytes += e->context.body_bytes;
-        n_uploads += kvc_digest_equal(&e->tenant, tenant);
-    }
-    bool many = n + n_uploads >= s->max_saved, busy = n_uploads >= KVS_SAVED_UPLOADS;
-    if (many)
+    uint64_t share_bytes = s->max_saved_tenant_bytes ? s->max_saved_tenant_bytes : cap_bytes / 2;
+    count_list(saved->list, tenant, &t, &t.n);
+    count_list(saved->uploads, tenant, &t, &t.n_uploads);
+    why[0] = '\0';
+    if (t.n + t.n_uploads >= s->max_saved)
         snprintf(why, KVS_SAVED_WHY_BYTES, "the tenant has max_saved %" PRIu64 ": delete one",
                  s->max_saved);
-    else if (sum_bytes > cap_bytes)
+    else if (t.own_bytes > share_bytes)
+        snprintf(why, KVS_SAVED_WHY_BYTES,
+                 "the tenant's share of max_saved_bytes is %" PRIu64
+                 "; its contexts would come to %" PRIu64 ": delete some",
+                 share_bytes, t.own_bytes);
+    else if (t.all_bytes > cap_bytes)
         snprintf(why, KVS_SAVED_WHY_BYTES,
                  "max_saved_bytes is %" PRIu64 "; all would come to %" PRIu64, cap_bytes,
-                 sum_bytes);
-    else if (busy)
-        snprintf(why, KVS_SAVED_WHY_BYTES, "%u contexts are being saved already", n_uploads);
-    if (many || sum_bytes > cap_bytes)
+                 t.all_bytes);
+    if (why[0]) {
+        KVC_COUNT(saved_refused);
         return KVC_NO_SPACE;
-    return busy ? KVC_AGAIN : KVC_OK;
+    }
+    if (t.n_uploads < KVS_SAVED_UPLOADS)
+        return KVC_OK;
+    snprintf(why, KVS_SAVED_WHY_BYTES, "%u contexts are being saved already", t.n_uploads);
+    return KVC_AGAIN;
 }
 
 static bool same_head(const kvc_saved_context *a, const kvc_saved_context *b)

@@ -47,7 +47,8 @@ static const kvc_setting table[] = {
     {"lmdb_write_budget_bytes", KVC_CONFIG_BYTES, FIELD(lmdb_write_budget_bytes), "0", 0,
      1024 * TIB, NULL,
      "Bytes of values that may be written to lmdb in a day, to spare the disk. DURABLE puts count "
-     "and are always written; MEMORY values stay in dram only once it is spent. 0: no limit."},
+     "and are always written; MEMORY values stay in dram only once it is spent. The day begins "
+     "with the process: a restart begins a new one. 0: no limit."},
     {"lmdb_reader", KVC_CONFIG_DURATION, FIELD(lmdb_reader_ns), "100ms", 1 * MS, 10 * SECOND, NULL,
      "The longest that a read of lmdb keeps freed space from being used again, while it waits for "
      "the disk."},
@@ -101,6 +102,11 @@ static const kvc_setting table[] = {
      "Bytes of all the contexts saved by name: their digests, token ids and rows of tails. They "
      "are "
      "part of lmdb_bytes. Without lmdb they are kept in memory, 64 MiB of them at most."},
+    {"max_saved_tenant_bytes", KVC_CONFIG_BYTES, FIELD(max_saved_tenant_bytes), "0", 0, 1 * TIB,
+     NULL,
+     "What one tenant may have of max_saved_bytes, so that its contexts leave room for the "
+     "others'. "
+     "0: half of it."},
     {"transport_threads", KVC_CONFIG_UINT, FIELD(transport_threads), "0", 0, 64, NULL,
      "Threads for each listener. 0: as many as there are cores, 4 at most."},
     {"disk_threads", KVC_CONFIG_UINT, FIELD(disk_threads), "8", 1, 256, NULL,

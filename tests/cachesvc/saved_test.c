@@ -4,6 +4,8 @@
  */
 #include "harness.h"
 
+#include "base/metrics.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -51,6 +53,7 @@ static int start(void **state, bool has_lmdb)
     }
     f->h.settings.max_saved = 4;
     f->h.settings.max_saved_bytes = 4u << 20;
+    f->h.settings.max_saved_tenant_bytes = 4u << 20;
     begin(f);
     assert_int_equal(h_register(f->peer, &f->schema), KVC_OK);
     f->body = malloc(4u << 20);
@@ -353,6 +356,31 @@ static void test_limits(void **state)
     assert_int_equal(count(f->peer, "", 0, &more), 4);
 }
 
+/* One tenant gets its share and no more, so another one still has room; each refusal counts. */
+static void test_shares(void **state)
+{
+    fixture *f = *state;
+    kvs_settings *settings = &f->h.server->settings;
+    settings->max_saved_tenant_bytes = 0; /* half of 4 MiB */
+    kvc_request first = put_of(f, "first", 1000, 1), large = put_of(f, "large", 9000, 2);
+    kvc_request others = put_of(f, "others", 1000, 3);
+    uint64_t refused = kvc_metric_get(KVC_M_saved_refused);
+    assert_in_range(size_of(&large), 2u << 20, 3u << 20);
+    assert_int_equal(put_all(f, &first, 0), KVC_OK);
+    assert_int_equal(put_piece(f, &large, 0, 0, PIECE), KVC_NO_SPACE);
+    assert_non_null(
+        strstr(f->peer->xfer.detail, "the tenant's share of max_saved_bytes is 2097152"));
+    assert_int_equal(kvc_metric_get(KVC_M_saved_refused), refused + 1);
+    h_peer *mine = f->peer;
+    f->peer = h_connect(kvs_server_uri(f->h.server, 0), "another");
+    assert_int_equal(h_register(f->peer, &f->schema), KVC_OK);
+    assert_int_equal(put_all(f, &others, 1), KVC_OK);
+    h_disconnect(f->peer);
+    f->peer = mine;
+    settings->max_saved_tenant_bytes = 4u << 20;
+    assert_int_equal(put_all(f, &large, 0), KVC_OK);
+}
+
 static void test_get_schema(void **state)
 {
     fixture *f = *state;
@@ -474,6 +502,7 @@ int main(void)
         BOTH(test_pieces),
         BOTH(test_bad_shapes),
         BOTH(test_limits),
+        BOTH(test_shares),
         cmocka_unit_test_setup_teardown(test_restart, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_failing_writes, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_schema_stays, setup_lmdb, teardown),
@@ -483,6 +512,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_pieces, setup_memory, teardown),
         cmocka_unit_test_setup_teardown(test_bad_shapes, setup_memory, teardown),
         cmocka_unit_test_setup_teardown(test_limits, setup_memory, teardown),
+        cmocka_unit_test_setup_teardown(test_shares, setup_memory, teardown),
 #endif
         cmocka_unit_test_setup_teardown(test_get_schema, setup_memory, teardown),
     };
