@@ -1,7 +1,6 @@
 /*
  * doctor_machine.c: clock, limits, CPU, memory, kernel and RDMA devices of this machine.
  */
-#include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +10,7 @@
 
 #include "base/text.h"
 #include "doctor.h"
+#include "transport/rdma_check.h"
 
 #define LINE_BYTES     256
 #define WANTED_FILES   4096u
@@ -127,26 +127,27 @@ static void check_memory(doctor *d)
         doctor_report(d, DOCTOR_OK, "memory", "huge pages for shared memory are allowed");
 }
 
+#ifdef KVASIR_RDMA
+static void report_rdma(void *arg, kvt_rdma_level level, const char *text, const char *fix)
+{
+    static const doctor_level levels[] = {DOCTOR_OK, DOCTOR_INFO, DOCTOR_WARN};
+    doctor_report(arg, levels[level], "rdma", "%s", text);
+    if (fix[0] != '\0')
+        doctor_fix(arg, "%s", fix);
+}
+
 static void check_rdma(doctor *d)
 {
-    DIR *folder = opendir("/sys/class/infiniband");
-    struct dirent *entry;
-    char names[LINE_BYTES] = "";
-    size_t used = 0;
-    while (folder != NULL && (entry = readdir(folder)) != NULL) {
-        if (entry->d_name[0] == '.')
-            continue;
-        int n = snprintf(names + used, sizeof(names) - used, " %s", entry->d_name);
-        if (n > 0 && used + (size_t)n < sizeof(names))
-            used += (size_t)n;
-    }
-    if (folder != NULL)
-        (void)closedir(folder);
-    if (used > 0)
-        doctor_report(d, DOCTOR_INFO, "rdma", "devices:%s", names);
-    else
-        doctor_report(d, DOCTOR_INFO, "rdma", "no devices; gRPC is used between machines");
+    kvt_rdma_facts facts;
+    kvt_rdma_gather(&facts);
+    kvt_rdma_explain(&facts, report_rdma, d);
 }
+#else
+static void check_rdma(doctor *d)
+{
+    doctor_report(d, DOCTOR_INFO, "rdma", "this kvctl was built without RDMA");
+}
+#endif
 
 void doctor_check_machine(doctor *d)
 {

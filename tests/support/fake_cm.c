@@ -51,6 +51,11 @@ fake_qp *fake_find_qp(uint32_t qp_num)
     return qp;
 }
 
+fake_qp *fake_next_qp(fake_qp *qp)
+{
+    return qp == NULL ? qps : qp->next;
+}
+
 /* ---- events ---------------------------------------------------------------------------------- */
 
 static fake_event *queue_event(fake_id *id, enum rdma_cm_event_type type, const void *data,

@@ -37,6 +37,9 @@ struct fake_qp {
     uint32_t max_sge, sq_depth, sq_used, unsignalled;
     fake_recv recvs[FAKE_RECVS];
     uint32_t recv_at, n_recvs;
+    struct ibv_send_wr late[FAKE_RECVS]; /* READs to be done once the queue is empty */
+    struct ibv_sge late_sge[FAKE_RECVS];
+    uint32_t n_late;
 };
 
 extern pthread_mutex_t fake_mutex;
@@ -48,6 +51,8 @@ extern struct ibv_context fake_context;
 /* With the mutex held. */
 void fake_qp_error(fake_qp *qp);
 fake_qp *fake_find_qp(uint32_t qp_num);
+/* All of them, one after another; NULL: the first, and after the last. */
+fake_qp *fake_next_qp(fake_qp *qp);
 /* Fills in the calls of librdmacm. */
 void fake_cm_table(kvtr_verbs *table);
 

@@ -167,11 +167,15 @@ static void add_wc(fake_cq *cq, const struct ibv_wc *wc)
         cq->armed = false;
 }
 
+static void do_late(fake_cq *cq);
+
 static int poll_cq(struct ibv_cq *base, int n, struct ibv_wc *wc)
 {
     fake_cq *cq = (fake_cq *)base;
     int got = 0;
     pthread_mutex_lock(&fake_mutex);
+    if (cq->n == 0)
+        do_late(cq);
     for (; got < n && cq->n > 0; got++, cq->n--) {
         wc[got] = cq->wcs[cq->at];
         cq->at = (cq->at + 1) % cq->cq.cqe;
@@ -282,6 +286,55 @@ static bool fits(const fake_qp *qp, const struct ibv_send_wr *wr)
            qp->sq_used < qp->sq_depth && (wr->opcode != IBV_WR_RDMA_READ || wr->num_sge == 1);
 }
 
+/* With the mutex held. */
+static void do_and_complete(fake_qp *qp, const struct ibv_send_wr *wr)
+{
+    bool faulted = fake_fault.wc != IBV_WC_SUCCESS && !qp->error && --fake_fault.wc_after == 0;
+    enum ibv_wc_status status = faulted ? fake_fault.wc : do_wr(qp, wr);
+    if (faulted)
+        fake_fault.wc = IBV_WC_SUCCESS;
+    if ((wr->send_flags & IBV_SEND_SIGNALED) || status != IBV_WC_SUCCESS) {
+        bool reads = wr->opcode == IBV_WR_RDMA_READ;
+        struct ibv_wc wc = {.wr_id = wr->wr_id,
+                            .status = status,
+                            .opcode = reads ? IBV_WC_RDMA_READ : IBV_WC_SEND,
+                            .vendor_err = reads ? 1 : qp->unsignalled,
+                            .qp_num = qp->qp.qp_num};
+        if (!reads)
+            qp->unsignalled = 0;
+        add_wc((fake_cq *)qp->qp.send_cq, &wc);
+    }
+    if (status != IBV_WC_SUCCESS) {
+        fake_qp_error(qp);
+        if (qp->peer != NULL && status != IBV_WC_WR_FLUSH_ERR)
+            fake_qp_error(qp->peer);
+    }
+}
+
+/* With the mutex held: whoever polls when nothing else is there does it. */
+static void put_off(fake_qp *qp, const struct ibv_send_wr *wr)
+{
+    uint64_t one = 1;
+    fake_cq *cq = (fake_cq *)qp->qp.send_cq;
+    qp->late_sge[qp->n_late] = wr->sg_list[0];
+    qp->late[qp->n_late++] = *wr;
+    if (cq->armed && write(cq->cq.channel->fd, &one, sizeof(one)) == sizeof(one))
+        cq->armed = false;
+}
+
+static void do_late(fake_cq *cq)
+{
+    for (fake_qp *qp = fake_next_qp(NULL); qp != NULL; qp = fake_next_qp(qp)) {
+        if ((fake_cq *)qp->qp.send_cq != cq)
+            continue;
+        for (uint32_t i = 0; i < qp->n_late; i++) {
+            qp->late[i].sg_list = &qp->late_sge[i];
+            do_and_complete(qp, &qp->late[i]);
+        }
+        qp->n_late = 0;
+    }
+}
+
 static int post_send(struct ibv_qp *base, struct ibv_send_wr *wr, struct ibv_send_wr **bad_p)
 {
     fake_qp *qp = (fake_qp *)base;
@@ -296,27 +349,13 @@ static int post_send(struct ibv_qp *base, struct ibv_send_wr *wr, struct ibv_sen
     }
     posted[wr->opcode]++;
     qp->sq_used++;
-    qp->unsignalled++;
-    bool faulted = fake_fault.wc != IBV_WC_SUCCESS && !qp->error && --fake_fault.wc_after == 0;
-    enum ibv_wc_status status = faulted ? fake_fault.wc : do_wr(qp, wr);
-    if (faulted)
-        fake_fault.wc = IBV_WC_SUCCESS;
+    qp->unsignalled += wr->opcode != IBV_WR_RDMA_READ;
     if (wr->send_flags & IBV_SEND_SIGNALED)
         signals++;
-    if ((wr->send_flags & IBV_SEND_SIGNALED) || status != IBV_WC_SUCCESS) {
-        struct ibv_wc wc = {.wr_id = wr->wr_id,
-                            .status = status,
-                            .opcode = wr->opcode == IBV_WR_SEND ? IBV_WC_SEND : IBV_WC_RDMA_READ,
-                            .vendor_err = qp->unsignalled,
-                            .qp_num = qp->qp.qp_num};
-        qp->unsignalled = 0;
-        add_wc((fake_cq *)qp->qp.send_cq, &wc);
-    }
-    if (status != IBV_WC_SUCCESS) {
-        fake_qp_error(qp);
-        if (qp->peer != NULL && status != IBV_WC_WR_FLUSH_ERR)
-            fake_qp_error(qp->peer);
-    }
+    if (fake_dev.late_reads && wr->opcode == IBV_WR_RDMA_READ && qp->n_late < FAKE_RECVS)
+        put_off(qp, wr);
+    else
+        do_and_complete(qp, wr);
     pthread_mutex_unlock(&fake_mutex);
     return 0;
 }

@@ -17,6 +17,7 @@
 typedef struct fake_device {
     uint32_t max_sge, max_inline_bytes, max_reads;
     bool iwarp;
+    bool late_reads; /* a READ is done, and completes, after the SENDs that were posted behind it */
 } fake_device;
 
 /* Everything that was made and not yet destroyed. */

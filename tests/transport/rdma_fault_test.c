@@ -171,9 +171,12 @@ static void counts_of_chains(void **state)
         fake_device device;
         uint32_t n, bytes, writes;
     } cases[] = {
-        {{32, 256, 16, false}, 256, 4096, 8}, {{32, 256, 16, false}, 33, 768, 2},
-        {{32, 0, 16, false}, 32, 4096, 1},    {{6, 64, 1, true}, 256, 4096, 43},
-        {{1, 64, 1, true}, 20, 4096, 20},     {{1, 64, 1, true}, 256, 4096, 1}, /* copied */
+        {{32, 256, 16, false, false}, 256, 4096, 8},
+        {{32, 256, 16, false, false}, 33, 768, 2},
+        {{32, 0, 16, false, false}, 32, 4096, 1},
+        {{6, 64, 1, true, false}, 256, 4096, 43},
+        {{1, 64, 1, true, false}, 20, 4096, 20},
+        {{1, 64, 1, true, false}, 256, 4096, 1}, /* copied */
     };
     for (size_t c = 0; c < sizeof(cases) / sizeof(cases[0]); c++) {
         fixture f;
@@ -209,6 +212,33 @@ static void counts_of_reads(void **state)
     open_on(&f, &no_reads);
     assert_ok(run_bulk(&f, KVC_PUT_BLOCKS, BIG)); /* in fragments */
     assert_int_equal(fake_verbs_posted(IBV_WR_RDMA_READ), 0);
+    close_all(&f);
+}
+
+/* siw completes a READ after SENDs that were posted behind it: which of them is done is said by its
+ * id alone. */
+static void reads_complete_late(void **state)
+{
+    (void)state;
+    enum { N = 8 };
+    static const fake_device late = {6, 64, 4, true, true};
+    fixture f;
+    bulk b[N];
+    set_reply(64, 4096);
+    open_on(&f, &late);
+    for (int round = 0; round < 20; round++) {
+        uint32_t n_before = f.n_done;
+        for (uint32_t i = 0; i < N; i++) {
+            bulk_init(&b[i], &f, i % 3 ? KVC_PUT_BLOCKS : KVC_FETCH_ROWS, 100000 + 50000 * i);
+            job_submit(&b[i].j);
+        }
+        wait_done(&f, n_before + N);
+        for (uint32_t i = 0; i < N; i++) {
+            assert_ok(b[i].j.status);
+            assert_false(b[i].wrong);
+            job_fini(&b[i].j);
+        }
+    }
     close_all(&f);
 }
 
@@ -399,6 +429,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(counts_of_chains),
         cmocka_unit_test(counts_of_reads),
+        cmocka_unit_test(reads_complete_late),
         cmocka_unit_test(rows_one_to_all),
         cmocka_unit_test(every_completion_status),
         cmocka_unit_test(posts_fail),

@@ -199,28 +199,38 @@ void kvtr_link_break(kvtr_link *link, const char *why)
     kvtr_loop_wake(link->loop);
 }
 
-/* With the mutex held: the oldest signalled work request is done. */
-static kvtr_read *complete_one(kvtr_link *link)
+/* With the mutex held. The id says which work request it is: READs and SENDs may complete in
+ * another order than that in which they were posted (siw's do). */
+static kvtr_read *complete_one(kvtr_link *link, uint64_t wr_id)
 {
-    kvtr_posted *posted = &link->posted[link->posted_at];
-    link->posted_at = (link->posted_at + 1) % KVTI_SQ_DEPTH;
-    link->n_posted--;
+    uint32_t slot = (uint32_t)wr_id & ~KVTI_READ_WR;
+    if ((wr_id & KVTI_READ_WR) != 0) {
+        kvtr_read *read = slot < KVTI_MAX_READS ? link->reading[slot] : NULL;
+        if (read != NULL) {
+            link->reading[slot] = NULL;
+            link->n_reads--;
+            link->sq_used--;
+        }
+        return read;
+    }
+    kvtr_posted *posted = slot < KVTI_N_SEND ? &link->posted[slot] : NULL;
+    if (posted == NULL || !posted->busy)
+        return NULL;
+    posted->busy = false;
     link->sq_used -= posted->n_wrs;
-    if (posted->is_send)
-        link->n_sends--;
-    else
-        link->n_reads--;
+    link->n_sends--;
     if (posted->out != NULL) {
         posted->out->next = link->loop->junk.outs;
         link->loop->junk.outs = posted->out;
+        posted->out = NULL;
     }
-    return posted->read;
+    return NULL;
 }
 
-static void on_sent(kvtr_link *link)
+static void on_sent(kvtr_link *link, uint64_t wr_id)
 {
     kvc_mutex_lock(&link->loop->mutex);
-    kvtr_read *read = link->n_posted > 0 ? complete_one(link) : NULL;
+    kvtr_read *read = complete_one(link, wr_id);
     kvtr_pump(link);
     kvtr_junk junk = kvtr_junk_take(link->loop);
     kvc_mutex_unlock(&link->loop->mutex);
@@ -255,7 +265,7 @@ static void on_completion(kvtr_link *link, const struct ibv_wc *wc)
     if (ok && (wc->opcode & IBV_WC_RECV) != 0)
         ok = on_received(link, (uint32_t)wc->wr_id, wc->byte_len);
     else if (ok)
-        on_sent(link);
+        on_sent(link, wc->wr_id);
     if (ok)
         return;
     kvc_mutex_lock(&link->loop->mutex);
@@ -288,17 +298,18 @@ void kvtr_link_poll(kvtr_link *link)
 static kvtr_read *strip(kvtr_link *link)
 {
     kvtr_read *reads = link->read;
-    for (; link->n_posted > 0; link->n_posted--) {
-        kvtr_posted *posted = &link->posted[link->posted_at];
-        link->posted_at = (link->posted_at + 1) % KVTI_SQ_DEPTH;
-        if (posted->out != NULL) {
-            posted->out->next = link->loop->junk.outs;
-            link->loop->junk.outs = posted->out;
-        }
-        if (posted->read != NULL) {
-            posted->read->next = reads;
-            reads = posted->read;
-        }
+    for (uint32_t i = 0; i < KVTI_N_SEND; i++) {
+        kvtr_out *out = link->posted[i].out;
+        if (out == NULL)
+            continue;
+        out->next = link->loop->junk.outs;
+        link->loop->junk.outs = out;
+    }
+    for (uint32_t i = 0; i < KVTI_MAX_READS; i++) {
+        if (link->reading[i] == NULL)
+            continue;
+        link->reading[i]->next = reads;
+        reads = link->reading[i];
     }
     while (link->out != NULL) {
         kvtr_out *out = link->out;

@@ -15,14 +15,15 @@
 #include "verbs.h"
 #include "wire/frame.h"
 
-#define KVTI_FRAG_BYTES   4096u /* of one SEND, its envelope included */
-#define KVTI_ENV_BYTES    8u    /* u32 bytes, u16 credits given back, u16 of 0 */
-#define KVTI_N_RECV       32u   /* receives posted on a link: 128 KiB */
-#define KVTI_N_SEND       16u   /* fragments under way on a link: 64 KiB */
-#define KVTI_SQ_DEPTH     256u  /* work requests asked for */
-#define KVTI_MAX_READS    16u   /* outstanding READs of a link */
-#define KVTI_INLINE_BYTES 256u  /* asked for */
-#define KVTI_MAX_SGE      32u   /* used of what the device has */
+#define KVTI_FRAG_BYTES   4096u    /* of one SEND, its envelope included */
+#define KVTI_ENV_BYTES    8u       /* u32 bytes, u16 credits given back, u16 of 0 */
+#define KVTI_N_RECV       32u      /* receives posted on a link: 128 KiB */
+#define KVTI_N_SEND       16u      /* fragments under way on a link: 64 KiB */
+#define KVTI_SQ_DEPTH     256u     /* work requests asked for */
+#define KVTI_READ_WR      0x10000u /* in a work request's id: a READ, else a fragment */
+#define KVTI_MAX_READS    16u      /* outstanding READs of a link */
+#define KVTI_INLINE_BYTES 256u     /* asked for */
+#define KVTI_MAX_SGE      32u      /* used of what the device has */
 #define KVTI_CALL_BUCKETS 64u
 #define KVTI_URI_BYTES    300u
 #define KVTI_LANDINGS     16u /* buffers of a connection that replies may be written to */
@@ -114,12 +115,11 @@ typedef struct kvtr_read {
     void *arg;
 } kvtr_read;
 
-/* A signalled work request under way; they complete in the order in which they were posted. */
+/* A fragment under way, by its slot of the ring. */
 typedef struct kvtr_posted {
-    uint32_t n_wrs; /* itself and the unsignalled ones before it */
-    bool is_send;   /* a fragment; else a READ */
+    bool busy;
+    uint32_t n_wrs; /* itself and the unsignalled WRITEs before it */
     kvtr_out *out;  /* whose last fragment it is */
-    kvtr_read *read;
 } kvtr_posted;
 
 typedef enum kvtr_link_state {
@@ -155,9 +155,9 @@ struct kvtr_link {
     uint32_t send_at; /* next slot of the ring */
     kvtr_out *out, **out_end;
     kvtr_read *read, **read_end;
-    kvtr_posted posted[KVTI_SQ_DEPTH];
-    uint32_t posted_at, n_posted;
-    kvc_frame frame; /* being put together */
+    kvtr_posted posted[KVTI_N_SEND];
+    kvtr_read *reading[KVTI_MAX_READS]; /* under way */
+    kvc_frame frame;                    /* being put together */
     uint8_t *partial;
     size_t partial_len_bytes, partial_bytes;
     uint64_t heard_ns, said_ns, used_ns, born_ns;

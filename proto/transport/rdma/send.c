@@ -43,20 +43,6 @@ kvtr_out *kvtr_out_create(const kvc_frame *frame, const void *head, const char *
     return out;
 }
 
-/* Remembers a signalled work request. */
-static kvtr_posted *remember(kvtr_link *link, bool is_send)
-{
-    kvtr_posted *posted = &link->posted[(link->posted_at + link->n_posted) % KVTI_SQ_DEPTH];
-    KVC_ASSERT(link->n_posted < KVTI_SQ_DEPTH);
-    *posted = (kvtr_posted){.n_wrs = 1 + link->sq_unsignalled, .is_send = is_send};
-    link->n_posted++;
-    link->sq_used++;
-    link->sq_unsignalled = 0;
-    KVC_COUNT(rdma_work_requests);
-    KVC_COUNT(rdma_signals);
-    return posted;
-}
-
 static bool post(kvtr_link *link, struct ibv_send_wr *wr)
 {
     struct ibv_send_wr *bad;
@@ -82,6 +68,7 @@ static bool post_fragment(kvtr_link *link, kvtr_out *out)
         memcpy(at + KVTI_ENV_BYTES, out->bytes + out->sent_bytes, n_bytes);
     struct ibv_sge sge = {(uintptr_t)at, (uint32_t)n_bytes + KVTI_ENV_BYTES, link->ring_mr->lkey};
     struct ibv_send_wr wr = {
+        .wr_id = link->send_at,
         .sg_list = &sge,
         .num_sge = 1,
         .opcode = IBV_WR_SEND,
@@ -90,7 +77,12 @@ static bool post_fragment(kvtr_link *link, kvtr_out *out)
     };
     if (!post(link, &wr))
         return false;
-    kvtr_posted *posted = remember(link, true);
+    kvtr_posted *posted = &link->posted[link->send_at];
+    *posted = (kvtr_posted){.busy = true, .n_wrs = 1 + link->sq_unsignalled};
+    link->sq_unsignalled = 0;
+    link->sq_used++;
+    KVC_COUNT(rdma_work_requests);
+    KVC_COUNT(rdma_signals);
     KVC_COUNT_N(rdma_sent_bytes, sge.length);
     link->send_at = (link->send_at + 1) % KVTI_N_SEND;
     link->n_sends++;
@@ -107,7 +99,7 @@ static bool post_fragment(kvtr_link *link, kvtr_out *out)
 
 static bool room_for_fragment(const kvtr_link *link, uint32_t credits)
 {
-    return link->credits >= credits && link->n_sends < KVTI_N_SEND &&
+    return link->credits >= credits && !link->posted[link->send_at].busy &&
            link->sq_used < link->sq_depth;
 }
 
@@ -203,7 +195,11 @@ static bool post_chain(kvtr_link *link, kvtr_out *out)
 static bool post_read(kvtr_link *link, kvtr_read *read)
 {
     struct ibv_sge sge = {(uintptr_t)read->buf->bytes, read->len_bytes, read->buf->mr->lkey};
+    uint32_t slot = 0;
+    while (link->reading[slot] != NULL) /* max_reads are as many at most */
+        slot++;
     struct ibv_send_wr wr = {
+        .wr_id = KVTI_READ_WR | slot,
         .sg_list = &sge,
         .num_sge = 1,
         .opcode = IBV_WR_RDMA_READ,
@@ -212,8 +208,11 @@ static bool post_read(kvtr_link *link, kvtr_read *read)
     };
     if (!post(link, &wr))
         return false;
-    remember(link, false)->read = read;
+    link->reading[slot] = read;
     link->n_reads++;
+    link->sq_used++;
+    KVC_COUNT(rdma_work_requests);
+    KVC_COUNT(rdma_signals);
     KVC_COUNT_N(rdma_read_bytes, read->len_bytes);
     return true;
 }
@@ -284,7 +283,7 @@ void kvtr_pump(kvtr_link *link)
         link->nudge = false;
         (void)post_fragment(link, NULL);
     }
-    if (link->closing && link->out == NULL && link->n_posted == 0)
+    if (link->closing && link->out == NULL && link->n_sends == 0 && link->n_reads == 0)
         kvtr_link_break(link, "the server has shut down");
 }
 
