@@ -149,7 +149,7 @@ static kvc_status fill_from_map(kvsi_reading *r, bool cold)
 {
     if (cold)
         ask_for_all(r);
-    int rc = kvsi_env_run(&r->class->env, copy_from_map, r);
+    int rc = kvsi_env_look(&r->class->env, copy_from_map, r);
     if (rc == FILL_TOO_OLD)
         return KVC_AGAIN;
     return rc == FILL_DONE ? KVC_OK : KVC_IO;
@@ -258,7 +258,7 @@ static bool find_in_file(kvsi_reading *r)
 
     if (env->direct_fd < 0 || atomic_load(&env->no_direct))
         return false;
-    if (atomic_load(&env->map_base) == 0 && kvsi_env_run(env, find_base, r) != MDB_SUCCESS)
+    if (atomic_load(&env->map_base) == 0 && kvsi_env_look(env, find_base, r) != MDB_SUCCESS)
         return false;
     r->file_bytes = (uintptr_t)r->first_page - atomic_load(&env->map_base);
     return true;
@@ -270,7 +270,7 @@ static kvc_status fill_through_lane(kvsi_reading *r)
     int rc;
 
     do {
-        rc = kvsi_env_run(&r->class->env, fill_lane, r);
+        rc = kvsi_env_look(&r->class->env, fill_lane, r);
         status = rc == FILL_DONE || rc == FILL_LANE ? flush_lane(r) : KVC_IO;
     } while (status == KVC_OK && rc == FILL_LANE);
     if (status == KVC_IO)

@@ -66,14 +66,23 @@ static void log_fault(kvsi_env *env, int why)
                           : "LMDB found a page that makes no sense");
 }
 
-int kvsi_env_run(kvsi_env *env, int (*fn)(void *arg), void *arg)
+static int judge(kvsi_env *env, int rc)
 {
-    int rc = atomic_load(&env->dead) ? EIO : kvsi_guard_run(fn, arg); /* LMDB knows no such state */
-
-    if (rc != KVSI_GUARD_BUS && rc != KVSI_GUARD_ASSERT)
+    if (rc != KVSI_GUARD_BUS && rc != KVSI_GUARD_ASSERT && rc != KVSI_GUARD_WILD)
         return rc;
     log_fault(env, rc);
     return EIO;
+}
+
+/* LMDB knows no such state as dead. */
+int kvsi_env_run(kvsi_env *env, int (*fn)(void *arg), void *arg)
+{
+    return judge(env, atomic_load(&env->dead) ? EIO : kvsi_guard_run(fn, arg));
+}
+
+int kvsi_env_look(kvsi_env *env, int (*fn)(void *arg), void *arg)
+{
+    return judge(env, atomic_load(&env->dead) ? EIO : kvsi_guard_read(fn, arg));
 }
 
 static kvc_status failed(const kvsi_env *env, const char *what, int rc)

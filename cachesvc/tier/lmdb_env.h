@@ -50,6 +50,9 @@ typedef struct kvsi_env_pages {
  * it; else fn's own result.
  */
 int kvsi_env_run(kvsi_env *env, int (*fn)(void *arg), void *arg);
+/* The same for an fn that writes to nothing but what arg leads to: pages that lead it out of the
+   map are a failed file, too. */
+int kvsi_env_look(kvsi_env *env, int (*fn)(void *arg), void *arg);
 
 /* OK, or what an LMDB or system error code means: AGAIN for a full map, NO_SPACE, ... */
 kvc_status kvsi_lmdb_status(int rc);

@@ -166,7 +166,7 @@ static kvc_status copy_record(meta_get *g)
         if (status != KVC_OK)
             return status;
         g->cursor = NULL;
-        int rc = kvsi_env_run(g->env, get_one, g);
+        int rc = kvsi_env_look(g->env, get_one, g);
         if (g->cursor != NULL)
             mdb_cursor_close(g->cursor);
         kvsi_env_read_end(g->env, g->txn);

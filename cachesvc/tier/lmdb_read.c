@@ -51,7 +51,7 @@ static kvc_status begin(kvsi_reading *r)
     if (status != KVC_OK)
         return status;
     r->until_ns = kvc_now_ns() + r->tier->reader_ns;
-    status = kvsi_lmdb_status(kvsi_env_run(&r->class->env, look_up, r));
+    status = kvsi_lmdb_status(kvsi_env_look(&r->class->env, look_up, r));
     if (status == KVC_OK && r->record.mv_size != kvsi_record_bytes(r->row_bytes, r->n_rows))
         status = KVC_CORRUPT;
     if (status == KVC_OK)

@@ -107,7 +107,7 @@ static kvc_status next_batch(batch *b)
     if (status != KVC_OK)
         return status;
     b->cursor = NULL;
-    int rc = kvsi_env_run(b->env, fill_batch, b);
+    int rc = kvsi_env_look(b->env, fill_batch, b);
     if (b->cursor != NULL)
         mdb_cursor_close(b->cursor);
     kvsi_env_read_end(b->env, b->txn);

@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -195,6 +196,47 @@ static void test_reads_that_cannot_begin(void **state)
     assert_int_equal(n_begun, 1);
     assert_int_equal(count_right(t, v, large), N_VALUES / 2);
     assert_int_equal(count_right(t, v, small), 0);
+}
+
+static atomic_bool wild; /* a page leads LMDB out of the map */
+
+int __real_mdb_get(MDB_txn *txn, MDB_dbi dbi, MDB_val *key, MDB_val *data);
+int __wrap_mdb_get(MDB_txn *txn, MDB_dbi dbi, MDB_val *key, MDB_val *data);
+
+int __wrap_mdb_get(MDB_txn *txn, MDB_dbi dbi, MDB_val *key, MDB_val *data)
+{
+    static char *volatile nowhere;
+    if (atomic_load(&wild)) {
+        if (nowhere == NULL) {
+            nowhere = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            assert_ptr_not_equal(nowhere, MAP_FAILED);
+        }
+        return *(volatile char *)nowhere;
+    }
+    return __real_mdb_get(txn, dbi, key, data);
+}
+
+/* A read that a rotten page leads astray is an error of its file; the process lives, and the other
+   files are not affected. */
+static void test_read_led_astray(void **state)
+{
+    tier_under_test *t = *state;
+    stored v[N_VALUES];
+    kvs_value_key key = key_of(5, 5, 5);
+    bool equal;
+    uint32_t i = 0;
+
+    assert_int_equal(tut_open(t), KVC_OK);
+    put_all(t, v);
+    while (v[i].s.n_rows != large.n_rows)
+        i++;
+    atomic_store(&wild, true);
+    assert_int_equal(check_rows(t, &v[i].key, 1, v[i].s, v[i].slot, 0, 1, &equal), KVC_IO);
+    atomic_store(&wild, false);
+    assert_non_null(strstr(log_text, "a page that makes no sense"));
+    assert_int_equal(put_value(t, &key, 1, large, true).status, KVC_IO);
+    assert_int_equal(count_right(t, v, small), N_VALUES / 2);
+    tut_close(t);
 }
 
 static bool keep_any(void *arg, const char *name, const void *data, size_t len_bytes)
@@ -502,6 +544,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_file_cut_while_reading, setup, teardown),
         cmocka_unit_test_setup_teardown(test_file_cut_under_the_writer, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_read_led_astray, setup, teardown),
         cmocka_unit_test_setup_teardown(test_reads_that_cannot_begin, setup, teardown),
         cmocka_unit_test_setup_teardown(test_meta_cut, setup, teardown),
         cmocka_unit_test_setup_teardown(test_vanished_folder, setup, teardown),
