@@ -116,6 +116,12 @@ static void drop(mapping *m, uint32_t value)
     m->values[n - ++m->n_dropped] = value;
 }
 
+/* The reply can name no further segment. The lease took a descriptor of a connection's first. */
+static bool is_full(const mapping *m)
+{
+    return m->n_fds == KVT_MAX_FDS || m->reply.u.map_context.n_segments == KVC_MAX_MAP_SEGMENTS;
+}
+
 /* One value's entry. False: its segment cannot be passed in this reply. */
 static bool place(mapping *m, const kvs_read *read, uint32_t value_bytes, uint8_t *entry)
 {
@@ -130,8 +136,7 @@ static bool place(mapping *m, const kvs_read *read, uint32_t value_bytes, uint8_
     }
     uint32_t id = 0;
     if (kvs_dram_locate(m->server->dram.tier, read->slot, &segment, &off_bytes) == KVC_OK)
-        id = kvs_map_segment(m->server->maps, m->call->peer->id, &segment, m->n_fds == KVT_MAX_FDS,
-                             &fd);
+        id = kvs_map_segment(m->server->maps, m->call->peer->id, &segment, is_full(m), &fd);
     if (id == 0)
         return false;
     if (fd >= 0) {

@@ -227,6 +227,64 @@ static void rows_are_read_without_a_request(void **state)
     assert_int_equal(kvc_metric_get(KVC_M_map_pinned_bytes), 0);
 }
 
+/* One block whose parts lie in a segment each: more than the descriptors of a reply. */
+static void segments_come_reply_by_reply(void **state)
+{
+    enum { PARTS = 130 };
+    static kvc_part parts[PARTS];
+    static uint8_t bytes[H_TOKENS * 64 * PARTS];
+    uint32_t ids[PARTS];
+    rig *r = *state;
+    kvc_put_value value = {.digest = h_digest(1)};
+    uint64_t context, map = 0;
+    r->h.settings.dram_bytes = 10ull << 30;
+    for (uint32_t i = 0; i < PARTS; i++) {
+        uint32_t row_bytes = 64 * (i + 1);
+        ids[i] = i;
+        parts[i] = r->schema.parts[0];
+        parts[i].part = parts[i].layer = i;
+        parts[i].row_bytes = row_bytes;
+        parts[i].k_len_bytes = parts[i].v_off_bytes = parts[i].v_len_bytes = row_bytes / 2;
+        parts[i].q_dim = parts[i].v_dim = row_bytes / 4;
+    }
+    r->schema.schema.parts = parts;
+    r->schema.schema.n_parts = PARTS;
+    assert_int_equal(kvc_schema_digest(&r->schema.schema, &r->schema.digest), KVC_OK);
+    start(r);
+    for (uint32_t i = 0; i < PARTS; i++) {
+        struct iovec data = {bytes, (size_t)H_TOKENS * parts[i].row_bytes};
+        kvc_request req = {
+            .method = KVC_PUT_BLOCKS, .data = &data, .n_data = 1, .data_bytes = data.iov_len};
+        value.part = i;
+        value.len_bytes = (uint32_t)data.iov_len;
+        req.u.put_blocks.schema = r->schema.digest;
+        req.u.put_blocks.promise = KVC_PROMISE_MEMORY;
+        req.u.put_blocks.values = &value;
+        req.u.put_blocks.n_values = 1;
+        assert_int_equal(h_call(r->v.peer, &req), KVC_OK);
+    }
+    assert_int_equal(h_open(r->v.peer, &r->schema, 1, 1, 0, &context), KVC_OK);
+    kvc_request req = {.method = KVC_MAP_CONTEXT};
+    const kvc_reply *reply = &r->v.peer->xfer.reply;
+    uint32_t n_calls = 0, n_segments = 0;
+    req.u.map_context.context = context;
+    req.u.map_context.parts = ids;
+    req.u.map_context.n_parts = PARTS;
+    do {
+        req.u.map_context.map = map;
+        assert_int_equal(h_call(r->v.peer, &req), KVC_OK);
+        map = reply->u.map_context.map;
+        n_segments += reply->u.map_context.n_segments;
+        assert_int_equal(r->v.peer->n_fds, reply->u.map_context.n_segments + (n_calls == 0));
+        assert_int_equal(kvc_metric_get(KVC_M_mapped_segments), n_segments);
+        for (uint32_t i = 0; i < r->v.peer->n_fds; i++)
+            assert_int_equal(close(r->v.peer->fds[i]), 0);
+    } while (++n_calls < 5 && reply->u.map_context.n_blocks == 0);
+    assert_int_equal(reply->u.map_context.n_blocks, 1);
+    assert_true(n_calls > 2 && n_segments > 2 * KVC_MAX_MAP_SEGMENTS - 1);
+    assert_int_equal(kvc_metric_get(KVC_M_map_pins), PARTS);
+}
+
 static void clients_cannot_write_or_resize(void **state)
 {
     rig *r = *state;
@@ -439,13 +497,10 @@ int main(void)
 {
 #define CASE(fn) cmocka_unit_test_setup_teardown(fn, setup, teardown)
     const struct CMUnitTest tests[] = {
-        CASE(rows_are_read_without_a_request),
-        CASE(clients_cannot_write_or_resize),
-        CASE(a_pinned_value_is_not_used_again),
-        CASE(caps_leave_the_rest_to_requests),
-        CASE(erase_takes_a_map_back),
-        CASE(a_dead_connection_leaves_nothing),
-        CASE(who_may_not_map),
+        CASE(rows_are_read_without_a_request),  CASE(segments_come_reply_by_reply),
+        CASE(clients_cannot_write_or_resize),   CASE(a_pinned_value_is_not_used_again),
+        CASE(caps_leave_the_rest_to_requests),  CASE(erase_takes_a_map_back),
+        CASE(a_dead_connection_leaves_nothing), CASE(who_may_not_map),
         CASE(not_over_other_transports),
     };
     return cmocka_run_group_tests_name("map", tests, NULL, NULL);
