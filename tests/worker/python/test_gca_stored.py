@@ -1,15 +1,19 @@
 """The GCA decoder with its memory in a worker: the answers of torch alone, resident and stored."""
 
+import json
+import os
+import subprocess
 import tempfile
 import unittest
 
 import need
 
 need.modules("numpy", "torch")
+import numpy as np
 import torch
 
 import kvasir
-from kvasir.gca import stored
+from kvasir.gca import stored, weights
 from kvasir.gca.model import Config, Model
 from kvasir.retriever import Retriever
 from server import Server
@@ -43,6 +47,7 @@ class Stored(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
+        self.folder = folder.name
         self.server = Server(folder.name)
         self.addCleanup(self.server.stop)
         self.model = model()
@@ -59,6 +64,28 @@ class Stored(unittest.TestCase):
         self.assertTrue(torch.equal(offloaded, resident))
         self.assertGreater(stats["misses"], 0)
         self.assertEqual(stats["bytes_fetched"], stats["misses"] * 2 * 32 * 4)
+
+    def in_c(self, *more):
+        """Logits by gca_answer, and what it prints."""
+        paths = {n: os.path.join(self.folder, n) for n in ("weights", "tokens", "out")}
+        command = [os.environ["KVASIR_GCA_ANSWER"], "--tail", str(TAIL), *more]
+        for name, path in paths.items():
+            command += [f"--{name}", path]
+        config = json.dumps(self.model.c.__dict__)
+        weights.save(paths["weights"], dict(self.model.named_parameters()), {"config": config})
+        self.tokens.numpy().astype("<u4").tofile(paths["tokens"])
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return torch.from_numpy(np.fromfile(paths["out"], "<f4").reshape(1, TAIL, 64, 64)), text
+
+    def test_plain_c_gives_the_same_answers(self):
+        with torch.no_grad():
+            want = self.model(self.tokens[None], TAIL)
+        resident, text = self.in_c()
+        torch.testing.assert_close(resident, want, rtol=1e-4, atol=1e-4)
+        self.assertIn("chunks fetched 0 (0 bytes), retrievals 8", text)
+        stored_too, text = self.in_c("--server", self.server.start())
+        self.assertTrue(torch.equal(stored_too, resident))
+        self.assertNotIn("chunks fetched 0 ", text)
 
     def test_a_closed_retriever_says_so(self):
         with stored.open_worker(self.model, n_threads=1) as worker:
