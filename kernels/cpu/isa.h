@@ -87,9 +87,17 @@ typedef struct kvki_attend_block {
     float *max, *sum;
 } kvki_attend_block;
 
+/* Rows that will be wanted soon: K and V of all heads of each, line by line. */
+typedef struct kvki_ahead {
+    const void *const *rows; /* [n] */
+    uint32_t n, row, side;   /* side 0: K, 1: V */
+    size_t off_bytes[2], len_bytes, at_bytes;
+} kvki_ahead;
+
 struct kvki_isa {
     const char *name;
     uint32_t panel; /* columns of a gemm panel */
+    uint32_t lanes; /* of a vector of floats */
 
     void (*convert)(const void *in, kvk_dtype dtype, size_t n, float *out);
     void (*add)(float *acc, const float *x, size_t n);
@@ -116,6 +124,9 @@ struct kvki_isa {
     uint32_t (*filter)(const float *x, uint32_t from, uint32_t to, float low, uint32_t *pos);
     void (*attend_pack)(const kvki_attend_pack *p);
     void (*attend_block)(const kvki_attend_block *b);
+    /* both for few query rows that see the same p->n keys (> 0), without packing (p->kt and p->v
+       are not used); head_dim is a multiple of `lanes`; moves ahead to its end */
+    void (*attend_few)(const kvki_attend_pack *p, const kvki_attend_block *b, kvki_ahead *ahead);
     /* merges the partial (max, sum, o) of m rows of n columns into (max_a, sum_a, o_a) */
     void (*attend_merge)(uint32_t m, uint32_t n, size_t ldo, const float *max, const float *sum,
                          const float *o, float *max_a, float *sum_a, float *o_a);

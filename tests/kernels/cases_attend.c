@@ -3,14 +3,22 @@
 #include "cases.h"
 
 static const problem_shape shapes[] = {
-    {1, 1, 1, 1, 1, KVK_F32, false, false, 0},    {3, 2, 1, 8, 0, KVK_F32, false, false, 0},
-    {1, 9, 3, 64, 300, KVK_BF16, true, false, 0}, {8, 9, 3, 64, 129, KVK_BF16, true, true, 0},
-    {20, 9, 3, 64, 280, KVK_BF16, true, true, 0}, {40, 4, 4, 22, 130, KVK_F16, true, true, 0},
-    {5, 8, 1, 66, 257, KVK_F32, true, true, 30},  {30, 6, 2, 128, 140, KVK_F32, false, true, 0},
-    {2, 2, 2, 7, 50, KVK_I8, false, true, 0},     {33, 32, 8, 128, 70, KVK_BF16, false, false, 50},
+    {1, 1, 1, 1, 1, KVK_F32, false, false, 0},
+    {3, 2, 1, 8, 0, KVK_F32, false, false, 0},
+    {1, 9, 3, 64, 300, KVK_BF16, true, false, 0},
+    {8, 9, 3, 64, 129, KVK_BF16, true, true, 0},
+    {20, 9, 3, 64, 280, KVK_BF16, true, true, 0},
+    {40, 4, 4, 22, 130, KVK_F16, true, true, 0},
+    {5, 8, 1, 66, 257, KVK_F32, true, true, 30},
+    {30, 6, 2, 128, 140, KVK_F32, false, true, 0},
+    {2, 2, 2, 7, 50, KVK_I8, false, true, 0},
+    {33, 32, 8, 128, 70, KVK_BF16, false, false, 50},
     {17, 2, 1, 64, 200, KVK_F32, false, true, 1}, /* logits around the cap */
     {60, 2, 1, 64, 20, KVK_BF16, true, true, 0},  /* the first queries see nothing */
     {3, 2, 1, 576, 40, KVK_BF16, true, false, 0},
+    {1, 32, 8, 128, 300, KVK_BF16, false, false, 0}, /* few rows: straight from where they lie */
+    {1, 7, 1, 64, 140, KVK_F16, true, false, 30},
+    {1, 4, 2, 32, 130, KVK_I8, false, false, 0},
 };
 
 static void compare(const subject *s, problem *p)
