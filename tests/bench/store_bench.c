@@ -242,11 +242,13 @@ static int rows_of(bench *b, rig_shape shape, const char *title, bool peers)
            contest(b, title, false, rows_once, peers ? peer_rows_once : NULL, row_bytes, slices);
 }
 
-/* A server for one shape: a class of values that comes late gets few of a full tier's segments. */
-static int start_dram(bench *b)
+/* A server for one shape: a class of values that comes late gets few of a full tier's segments. The
+ * puts that warm up fill it, so that what is timed finds memory that is in use. */
+static int start_dram(bench *b, rig_shape shape)
 {
     char dram[32];
-    snprintf(dram, sizeof dram, "%uMiB", 2 * b->rig.blocks + 64);
+    uint64_t round_bytes = (uint64_t)rig_values(&b->rig, shape) * rig_value_bytes(shape);
+    snprintf(dram, sizeof dram, "%lluKiB", (unsigned long long)(round_bytes / 1024 * 5 / 2));
     return rig_start(&b->rig, dram, NULL);
 }
 
@@ -263,7 +265,7 @@ static int run_dram(bench *b)
     };
     int failed = 0;
     for (uint32_t i = 0; i < sizeof cases / sizeof cases[0] && !failed; i++) {
-        failed = start_dram(b);
+        failed = start_dram(b, cases[i].shape);
         if (!failed && cases[i].put) {
             failed = values_of(b, cases[i].shape, cases[i].put, cases[i].get);
         }
