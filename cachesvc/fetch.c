@@ -24,6 +24,7 @@ void kvs_fetch_fini(kvs_fetch *fetch)
     free(fetch->extra);
     free(fetch->pick_read);
     free(fetch->pick_row);
+    free(fetch->ranges);
     free(fetch->contexts);
 }
 
@@ -157,12 +158,7 @@ static void worker_leaves(kvs_fetch *fetch)
 static void worker_run(kvs_job *job)
 {
     kvs_fetch *fetch = ((kvs_fetch_worker *)job)->fetch;
-    for (;;) {
-        uint32_t i = atomic_fetch_add(&fetch->next_lmdb, 1);
-        if (i >= fetch->n_lmdb || kvs_given_up(fetch->call) != KVC_OK)
-            break;
-        kvs_gather_read(fetch, fetch->lmdb_reads[i]);
-    }
+    kvs_gather_read(fetch);
     worker_leaves(fetch);
 }
 
@@ -173,6 +169,8 @@ kvc_status kvs_fetch_read_cold(kvs_fetch *fetch)
     uint32_t max = kvs_disk_threads(fetch->server->disk);
     max = max < KVS_FETCH_WORKERS ? max : KVS_FETCH_WORKERS;
     want = want < max ? want : max;
+    if (!kvs_gather_prepare(fetch))
+        return KVC_AGAIN;
     atomic_store(&fetch->n_working, want);
     for (uint32_t i = 0; i < want; i++) {
         fetch->workers[i].job.run = worker_run;

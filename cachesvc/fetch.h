@@ -27,6 +27,7 @@ typedef struct kvs_fetch_read {
     const char *base; /* rows in dram; NULL: not there */
     uint32_t part;
     uint32_t first_pick, last_pick; /* chain of its picks through pick_next */
+    kvs_row_range *ranges;          /* of one in lmdb: room for as many as it has picks */
     kvc_status status;
 } kvs_fetch_read;
 
@@ -53,6 +54,7 @@ typedef struct kvs_fetch {
     kvs_read *reads;        /* [n_reads] */
     kvs_fetch_read *extra;  /* [n_reads] */
     uint32_t *lmdb_reads;   /* [n_lmdb] numbers of the reads that disk threads do */
+    kvs_row_range *ranges;  /* of all of these; NULL: there are none */
     uint32_t *pick_read;    /* [n_picks] number of its read, or KVS_NO_READ */
     uint32_t *pick_next;    /* [n_picks] next pick of the same read, or KVS_NO_READ */
     uint32_t *pick_off;     /* [n_picks] bytes from the start of the answer */
@@ -97,8 +99,11 @@ void kvs_gather_place(kvs_fetch *fetch);
 uint32_t kvs_gather_slices(kvs_fetch *fetch, kvt_slice *slices);
 /* Copies the rows of dram to their places in the buffer. */
 void kvs_gather_copy(kvs_fetch *fetch);
-/* Reads the rows of one lmdb read into the buffer; sets its status. Disk thread. */
-void kvs_gather_read(kvs_fetch *fetch, uint32_t read);
+/* Memory for the ranges of what is in lmdb. False: none. */
+bool kvs_gather_prepare(kvs_fetch *fetch);
+/* Takes part in the lmdb reads until none is left, or nobody waits any more: rows into the buffer,
+   and their statuses. Disk threads, several at once. */
+void kvs_gather_read(kvs_fetch *fetch);
 /* Closes the gaps of reads that failed after kvs_gather_place. */
 void kvs_gather_compact(kvs_fetch *fetch);
 /* The rows that are missing, ascending; in the call's arena. False: no memory. */

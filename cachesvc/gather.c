@@ -1,9 +1,9 @@
 /*
  * gather.c: rows from where they lie to where the answer wants them.
  *
- * Transport and disk threads; one thread at a time, but kvs_gather_read, which runs for different
- * reads at once and touches only its read's rows and status. Invariant: offsets ascend with the
- * picks, and two rows never overlap.
+ * Transport and disk threads; one thread at a time, but kvs_gather_read, which runs on several at
+ * once and touches only the rows and statuses of the reads that it took. Invariant: offsets ascend
+ * with the picks, and two rows never overlap.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +14,6 @@
 #include "fetch.h"
 
 #define MIN_SLICE_BYTES 4096u /* below it, copying a row is cheaper than sending a slice */
-#define MAX_RANGES      1024u
 
 static bool pick_found(const kvs_fetch *fetch, uint32_t pick)
 {
@@ -84,48 +83,79 @@ void kvs_gather_copy(kvs_fetch *fetch)
     }
 }
 
-/* The row ranges of a read from pick on; *pick_p: where the next call goes on. */
-static uint32_t fill_ranges(const kvs_fetch *fetch, uint32_t *pick_p, kvs_row_range *ranges)
+bool kvs_gather_prepare(kvs_fetch *fetch)
 {
-    uint32_t n = 0, p = *pick_p, last = KVS_NO_READ;
-    while (p != KVS_NO_READ) {
+    size_t n = 0;
+    for (uint32_t i = 0; i < fetch->n_lmdb; i++)
+        n += fetch->reads[fetch->lmdb_reads[i]].n_rows;
+    kvs_row_range *ranges = malloc((n ? n : 1) * sizeof(*ranges));
+    fetch->ranges = ranges;
+    for (uint32_t i = 0; ranges && i < fetch->n_lmdb; i++) {
+        fetch->extra[fetch->lmdb_reads[i]].ranges = ranges;
+        ranges += fetch->reads[fetch->lmdb_reads[i]].n_rows;
+    }
+    return fetch->ranges != NULL;
+}
+
+/* The row ranges of a read, from its picks. */
+static uint32_t fill_ranges(const kvs_fetch *fetch, const kvs_fetch_read *extra)
+{
+    kvs_row_range *ranges = extra->ranges;
+    uint32_t n = 0, last = KVS_NO_READ;
+    for (uint32_t p = extra->first_pick; p != KVS_NO_READ; p = fetch->pick_next[p]) {
         kvs_row_range *range = n ? &ranges[n - 1] : NULL;
-        if (range && p == last + 1 && fetch->pick_row[p] == range->first + range->n) {
+        if (range && p == last + 1 && fetch->pick_row[p] == range->first + range->n)
             range->n++;
-        } else {
-            if (n == MAX_RANGES)
-                break;
+        else
             ranges[n++] = (kvs_row_range){.first = fetch->pick_row[p],
                                           .n = 1,
                                           .dst = fetch->buffer->bytes + fetch->pick_off[p]};
-        }
         last = p;
-        p = fetch->pick_next[p];
     }
-    *pick_p = p;
     return n;
 }
 
-void kvs_gather_read(kvs_fetch *fetch, uint32_t read)
+static void read_done(void *arg, const kvs_tier_read *tier_read)
 {
-    kvs_server *server = fetch->server;
-    kvs_fetch_read *extra = &fetch->extra[read];
-    const kvs_part *part = &extra->schema->parts[extra->part];
-    kvs_row_range ranges[MAX_RANGES];
-    kvs_value_key key;
-    uint32_t pick = extra->first_pick;
-    kvc_status status = KVC_FAULT("fetch.read") ? KVC_IO : KVC_OK;
-    kvs_index_key(server->index, fetch->reads[read].value, &key);
-    while (status == KVC_OK && pick != KVS_NO_READ) {
-        uint32_t n = fill_ranges(fetch, &pick, ranges);
-        status = server->lmdb.ops->read(server->lmdb.tier, &key, fetch->reads[read].slot,
-                                        part->row_bytes, extra->schema->block_tokens, ranges, n);
-    }
+    kvs_fetch *fetch = arg;
+    uint32_t read = (uint32_t)((kvs_fetch_read *)tier_read->arg - fetch->extra);
+    kvc_status status = tier_read->status;
     if (status == KVC_CORRUPT || status == KVC_NOT_FOUND)
-        kvs_cascade_bad(server, fetch->reads[read].value, status);
-    if (status != KVC_OK && status != KVC_CORRUPT && status != KVC_NOT_FOUND)
+        kvs_cascade_bad(fetch->server, fetch->reads[read].value, status);
+    else if (status != KVC_OK)
         status = KVC_IO;
-    extra->status = status;
+    fetch->extra[read].status = status;
+}
+
+static bool next_read(void *arg, kvs_tier_read *tier_read)
+{
+    kvs_fetch *fetch = arg;
+    for (;;) {
+        uint32_t i = atomic_fetch_add(&fetch->next_lmdb, 1);
+        if (i >= fetch->n_lmdb || kvs_given_up(fetch->call) != KVC_OK)
+            return false;
+        uint32_t read = fetch->lmdb_reads[i];
+        kvs_fetch_read *extra = &fetch->extra[read];
+        if (KVC_FAULT("fetch.read")) {
+            extra->status = KVC_IO;
+            continue;
+        }
+        kvs_index_key(fetch->server->index, fetch->reads[read].value, &tier_read->key);
+        tier_read->slot = fetch->reads[read].slot;
+        tier_read->row_bytes = kvs_fetch_row_bytes(fetch, read);
+        tier_read->n_rows = extra->schema->block_tokens;
+        tier_read->ranges = extra->ranges;
+        tier_read->n_ranges = fill_ranges(fetch, extra);
+        tier_read->arg = extra;
+        return true;
+    }
+}
+
+void kvs_gather_read(kvs_fetch *fetch)
+{
+    kvs_store *lmdb = &fetch->server->lmdb;
+    kvs_tier_reads reads = {.next = next_read, .done = read_done, .arg = fetch};
+    lmdb->ops->read_each(lmdb->tier, &reads);
 }
 
 void kvs_gather_compact(kvs_fetch *fetch)

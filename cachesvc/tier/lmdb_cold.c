@@ -216,13 +216,20 @@ static void while_waiting(void *arg)
     r->early = true;
 }
 
-static kvc_status flush_lane(kvsi_reading *r)
+static void start_lane(kvsi_reading *r, bool now)
+{
+    if (r->n_pieces > 0)
+        kvsi_lane_start(r->lane, r->class->env.direct_fd, r->pieces, r->n_pieces, now);
+}
+
+/* Waits for what was started, and copies it to where it goes. */
+static kvc_status empty_lane(kvsi_reading *r, void (*waiting)(void *arg), void *arg)
 {
     kvc_status status = KVC_OK;
 
     if (r->n_pieces > 0)
-        status = kvsi_lane_read(r->lane, r->class->env.direct_fd, r->pieces, r->n_pieces,
-                                while_waiting, r);
+        status =
+            kvsi_lane_wait(r->lane, r->class->env.direct_fd, r->pieces, r->n_pieces, waiting, arg);
     KVC_COUNT_N(lmdb_direct_bytes, r->lane_bytes);
     for (uint32_t i = 0; i < r->n_copies && status == KVC_OK; i++)
         memcpy(r->copies[i].dst, r->lane->buffer + r->copies[i].at_bytes, r->copies[i].len_bytes);
@@ -271,7 +278,11 @@ static kvc_status fill_through_lane(kvsi_reading *r)
 
     do {
         rc = kvsi_env_look(&r->class->env, fill_lane, r);
-        status = rc == FILL_DONE || rc == FILL_LANE ? flush_lane(r) : KVC_IO;
+        status = KVC_IO;
+        if (rc == FILL_DONE || rc == FILL_LANE) {
+            start_lane(r, false);
+            status = empty_lane(r, while_waiting, r);
+        }
     } while (status == KVC_OK && rc == FILL_LANE);
     if (status == KVC_IO)
         KVC_LOG_ERROR(TIER, "lmdb: %s/%s: the disk gives an error for cold rows",
@@ -288,7 +299,7 @@ kvc_status kvsi_reading_fill(kvsi_reading *r)
     if (!again)
         r->span = first_span(r);
     if (cold && r->tier->lanes != NULL && find_in_file(r))
-        r->lane = kvsi_lane_take(r->tier->lanes);
+        r->lane = kvsi_lane_take(r->tier->lanes, false);
     if (r->lane != NULL) {
         status = fill_through_lane(r);
         kvsi_lane_give(r->tier->lanes, r->lane);
@@ -302,4 +313,31 @@ kvc_status kvsi_reading_fill(kvsi_reading *r)
             return KVC_AGAIN;
     }
     return fill_from_map(r, cold);
+}
+
+kvsi_launched kvsi_reading_launch(kvsi_reading *r)
+{
+    r->span = first_span(r);
+    if (!looks_cold(r))
+        return fill_from_map(r, false) == KVC_OK ? KVSI_LAUNCH_WARM : KVSI_LAUNCH_NOT;
+    if (r->tier->lanes == NULL || !find_in_file(r))
+        return KVSI_LAUNCH_NOT;
+    r->lane = kvsi_lane_take(r->tier->lanes, true);
+    if (r->lane == NULL)
+        return KVSI_LAUNCH_NOT;
+    if (kvsi_env_look(&r->class->env, fill_lane, r) == FILL_DONE) {
+        start_lane(r, true);
+        return KVSI_LAUNCH_AWAY;
+    }
+    kvsi_lane_give(r->tier->lanes, r->lane);
+    r->lane = NULL;
+    return KVSI_LAUNCH_NOT;
+}
+
+kvc_status kvsi_reading_land(kvsi_reading *r, void (*waiting)(void *arg), void *arg)
+{
+    kvc_status status = empty_lane(r, waiting, arg);
+    kvsi_lane_give(r->tier->lanes, r->lane);
+    r->lane = NULL;
+    return status;
 }

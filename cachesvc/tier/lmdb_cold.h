@@ -64,4 +64,34 @@ void kvsi_reading_let_go(kvsi_reading *r);
  */
 kvc_status kvsi_reading_fill(kvsi_reading *r) KVC_MUST_CHECK;
 
+typedef enum kvsi_launched {
+    KVSI_LAUNCH_NOT,  /* this value is to be read by itself */
+    KVSI_LAUNCH_WARM, /* it was in RAM: all is filled */
+    KVSI_LAUNCH_AWAY, /* the rest of it is under way in the reading's lane, and must land */
+} kvsi_launched;
+
+/*
+ * Reading ahead. launch copies what is in RAM and starts to read the rest; the transaction is open
+ * and the record looked up, and may be let go afterwards. land waits and copies: OK, IO,
+ * UNSUPPORTED.
+ */
+kvsi_launched kvsi_reading_launch(kvsi_reading *r) KVC_MUST_CHECK;
+kvc_status kvsi_reading_land(kvsi_reading *r, void (*waiting)(void *arg), void *arg) KVC_MUST_CHECK;
+
+/* --- lmdb_read.c, for lmdb_ahead.c --- */
+
+/* Checks the request and fills in r, all but its transaction. INVALID. */
+kvc_status kvsi_reading_init(kvsi_reading *r, kvs_tier *tier, const kvs_value_key *key,
+                             kvs_slot slot, uint32_t row_bytes, uint32_t n_rows,
+                             const kvs_row_range *ranges, uint32_t n_ranges) KVC_MUST_CHECK;
+/* Sums from the cache, or room for the prefix; NO_MEMORY. kvsi_reading_finish follows in any case.
+ */
+kvc_status kvsi_reading_prepare(kvsi_reading *r) KVC_MUST_CHECK;
+/* Finds the record in r->txn, which is open. NOT_FOUND, CORRUPT, IO. */
+kvc_status kvsi_reading_look_up(kvsi_reading *r) KVC_MUST_CHECK;
+/* Whether what was read is right; CORRUPT is logged unless r->early. */
+kvc_status kvsi_reading_verify(kvsi_reading *r) KVC_MUST_CHECK;
+void kvsi_reading_finish(kvsi_reading *r);
+void kvsi_reading_count(const kvsi_reading *r); /* the bytes, once all is well */
+
 #endif

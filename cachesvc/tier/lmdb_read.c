@@ -43,6 +43,17 @@ static int look_up(void *arg)
     return mdb_get(r->txn, r->class->env.dbi, &name, &r->record);
 }
 
+kvc_status kvsi_reading_look_up(kvsi_reading *r)
+{
+    kvc_status status = kvsi_lmdb_status(kvsi_env_look(&r->class->env, look_up, r));
+
+    if (status == KVC_OK && r->record.mv_size != kvsi_record_bytes(r->row_bytes, r->n_rows))
+        status = KVC_CORRUPT;
+    if (status == KVC_OK)
+        r->first_page = (const uint8_t *)r->record.mv_data - KVSI_RECORD_OFF;
+    return status;
+}
+
 /* Opens the transaction and finds the record. */
 static kvc_status begin(kvsi_reading *r)
 {
@@ -51,16 +62,10 @@ static kvc_status begin(kvsi_reading *r)
     if (status != KVC_OK)
         return status;
     r->until_ns = kvc_now_ns() + r->tier->reader_ns;
-    status = kvsi_lmdb_status(kvsi_env_look(&r->class->env, look_up, r));
-    if (status == KVC_OK && r->record.mv_size != kvsi_record_bytes(r->row_bytes, r->n_rows))
-        status = KVC_CORRUPT;
-    if (status == KVC_OK)
-        r->first_page = (const uint8_t *)r->record.mv_data - KVSI_RECORD_OFF;
-    return status;
+    return kvsi_reading_look_up(r);
 }
 
-/* The sums that were cached, or room to read the prefix to. */
-static kvc_status prepare(kvsi_reading *r)
+kvc_status kvsi_reading_prepare(kvsi_reading *r)
 {
     r->prefix_bytes = kvsi_record_prefix_bytes(r->n_rows);
     r->entry = kvsi_sums_find(r->tier->sums, r->packed);
@@ -101,7 +106,14 @@ static kvc_status verify_rows(const kvsi_reading *r)
     return KVC_OK;
 }
 
-static void finish(kvsi_reading *r)
+kvc_status kvsi_reading_verify(kvsi_reading *r)
+{
+    kvc_status status = get_sums(r);
+
+    return status == KVC_OK ? verify_rows(r) : status;
+}
+
+void kvsi_reading_finish(kvsi_reading *r)
 {
     kvsi_reading_let_go(r);
     if (r->entry != NULL)
@@ -116,7 +128,7 @@ static void finish(kvsi_reading *r)
 static kvc_status read_once(kvsi_reading *r)
 {
     r->early = false;
-    kvc_status status = prepare(r);
+    kvc_status status = kvsi_reading_prepare(r);
     if (status == KVC_OK)
         status = begin(r);
     if (status == KVC_OK)
@@ -130,32 +142,47 @@ static kvc_status read_once(kvsi_reading *r)
     }
     kvsi_reading_let_go(r);
     if (status == KVC_OK)
-        status = get_sums(r);
-    if (status == KVC_OK)
-        status = verify_rows(r);
-    finish(r);
+        status = kvsi_reading_verify(r);
+    kvsi_reading_finish(r);
     return status;
+}
+
+kvc_status kvsi_reading_init(kvsi_reading *r, kvs_tier *tier, const kvs_value_key *key,
+                             kvs_slot slot, uint32_t row_bytes, uint32_t n_rows,
+                             const kvs_row_range *ranges, uint32_t n_ranges)
+{
+    if (slot.a >= KVSI_MAX_CLASSES || slot.b != kvsi_slot(0, row_bytes, n_rows).b)
+        return KVC_INVALID;
+    kvc_status status = check_ranges(ranges, n_ranges, n_rows);
+    if (status != KVC_OK)
+        return status;
+    memset(r, 0, offsetof(kvsi_reading, pieces));
+    r->tier = tier;
+    r->class = &tier->classes[slot.a];
+    r->key = key;
+    r->row_bytes = row_bytes;
+    r->n_rows = n_rows;
+    r->ranges = ranges;
+    r->n_ranges = n_ranges;
+    kvsi_key_pack(key, row_bytes, n_rows, r->packed);
+    return KVC_OK;
+}
+
+void kvsi_reading_count(const kvsi_reading *r)
+{
+    for (uint32_t i = 0; i < r->n_ranges; i++)
+        atomic_fetch_add_explicit(&r->tier->bytes_read, (uint64_t)r->ranges[i].n * r->row_bytes,
+                                  memory_order_relaxed);
 }
 
 kvc_status kvsi_read(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
                      uint32_t n_rows, const kvs_row_range *ranges, uint32_t n_ranges)
 {
     kvsi_reading r;
+    kvc_status status = kvsi_reading_init(&r, tier, key, slot, row_bytes, n_rows, ranges, n_ranges);
 
-    if (slot.a >= KVSI_MAX_CLASSES || slot.b != kvsi_slot(0, row_bytes, n_rows).b)
-        return KVC_INVALID;
-    kvc_status status = check_ranges(ranges, n_ranges, n_rows);
     if (status != KVC_OK)
         return status;
-    memset(&r, 0, offsetof(kvsi_reading, pieces));
-    r.tier = tier;
-    r.class = &tier->classes[slot.a];
-    r.key = key;
-    r.row_bytes = row_bytes;
-    r.n_rows = n_rows;
-    r.ranges = ranges;
-    r.n_ranges = n_ranges;
-    kvsi_key_pack(key, row_bytes, n_rows, r.packed);
     for (uint32_t tries = 0; tries < MAX_TRIES; tries++) {
         status = read_once(&r);
         /* Bytes that moved away under a transaction that was let go are not damaged. */
@@ -164,8 +191,7 @@ kvc_status kvsi_read(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot, ui
     }
     if (status == KVC_IO)
         kvsi_class_check(tier, r.class);
-    for (uint32_t i = 0; i < n_ranges && status == KVC_OK; i++)
-        atomic_fetch_add_explicit(&tier->bytes_read, (uint64_t)ranges[i].n * row_bytes,
-                                  memory_order_relaxed);
+    if (status == KVC_OK)
+        kvsi_reading_count(&r);
     return status;
 }

@@ -27,8 +27,10 @@ typedef struct ring_lane {
 } ring_lane;
 
 struct kvsi_lanes {
-    kvc_mutex lock; /* rank QUEUE; guards idle */
+    kvc_mutex lock; /* rank QUEUE; guards the rest */
     kvsi_lane *idle;
+    uint32_t n_out;
+    atomic_uint n_reads; /* under way in all lanes; not guarded */
 };
 
 static void destroy_lane(kvsi_lane *lane)
@@ -96,26 +98,55 @@ void kvsi_lanes_destroy(kvsi_lanes *lanes)
     free(lanes);
 }
 
-kvsi_lane *kvsi_lane_take(kvsi_lanes *lanes)
+static void count_back(kvsi_lanes *lanes)
 {
+    kvc_mutex_lock(&lanes->lock);
+    lanes->n_out--;
+    kvc_mutex_unlock(&lanes->lock);
+}
+
+kvsi_lane *kvsi_lane_take(kvsi_lanes *lanes, bool spare)
+{
+    kvsi_lane *lane = NULL;
     int error;
 
     kvc_mutex_lock(&lanes->lock);
-    kvsi_lane *lane = lanes->idle;
+    bool may = !spare || lanes->n_out < KVSI_LANES_SPARE;
+    if (may) {
+        lanes->n_out++;
+        lane = lanes->idle;
+    }
     if (lane != NULL)
         lanes->idle = lane->next;
     kvc_mutex_unlock(&lanes->lock);
-    return lane != NULL ? lane : make_lane(&error);
+    if (lane == NULL && may) {
+        lane = make_lane(&error);
+        if (lane == NULL)
+            count_back(lanes);
+    }
+    if (lane != NULL)
+        lane->n_reads = &lanes->n_reads;
+    return lane;
 }
 
 void kvsi_lane_give(kvsi_lanes *lanes, kvsi_lane *lane)
 {
-    if (lane == NULL || lane->lost)
+    if (lane == NULL)
         return;
+    if (lane->lost) {
+        count_back(lanes);
+        return;
+    }
     kvc_mutex_lock(&lanes->lock);
+    lanes->n_out--;
     lane->next = lanes->idle;
     lanes->idle = lane;
     kvc_mutex_unlock(&lanes->lock);
+}
+
+bool kvsi_lanes_busy(kvsi_lanes *lanes)
+{
+    return atomic_load_explicit(&lanes->n_reads, memory_order_relaxed) >= KVSI_LANES_READS;
 }
 
 /* What one completion says; the rest of a short read is fetched here. */
@@ -160,19 +191,28 @@ static uint32_t reap(ring_lane *own, int fd, const kvsi_piece *pieces, uint32_t 
     return n;
 }
 
-kvc_status kvsi_lane_read(kvsi_lane *lane, int fd, const kvsi_piece *pieces, uint32_t n,
-                          void (*waiting)(void *arg), void *arg)
+void kvsi_lane_start(kvsi_lane *lane, int fd, const kvsi_piece *pieces, uint32_t n, bool now)
 {
     ring_lane *own = (ring_lane *)lane;
-    kvc_status status = KVC_OK;
-    uint32_t done = 0;
 
+    atomic_fetch_add(lane->n_reads, n);
     for (uint32_t i = 0; i < n; i++) {
         struct io_uring_sqe *sqe = io_uring_get_sqe(&own->ring);
         io_uring_prep_read(sqe, fd, lane->buffer + pieces[i].at_bytes, pieces[i].len_bytes,
                            pieces[i].off_bytes);
         io_uring_sqe_set_data64(sqe, i);
     }
+    if (now)
+        (void)io_uring_submit(&own->ring); /* what is refused is tried again while waiting */
+}
+
+kvc_status kvsi_lane_wait(kvsi_lane *lane, int fd, const kvsi_piece *pieces, uint32_t n,
+                          void (*waiting)(void *arg), void *arg)
+{
+    ring_lane *own = (ring_lane *)lane;
+    kvc_status status = KVC_OK;
+    uint32_t done = 0;
+
     for (uint32_t refused = 0; done < n;) {
         struct __kernel_timespec nap = {.tv_nsec = NAP_NS};
         struct io_uring_cqe *first;
@@ -181,11 +221,14 @@ kvc_status kvsi_lane_read(kvsi_lane *lane, int fd, const kvsi_piece *pieces, uin
             if (++refused == MAX_REFUSED) {
                 KVC_LOG_ERROR(TIER, "lmdb: io_uring gives error %d; reading without it", -rc);
                 lane->lost = true;
+                atomic_fetch_sub(lane->n_reads, n - done);
                 return KVC_UNSUPPORTED;
             }
             usleep(NAP_NS / 1000);
         }
-        done += reap(own, fd, pieces, n, &status);
+        uint32_t reaped = reap(own, fd, pieces, n, &status);
+        atomic_fetch_sub(lane->n_reads, reaped);
+        done += reaped;
         if (done < n)
             waiting(arg);
     }
@@ -207,9 +250,16 @@ void kvsi_lanes_destroy(kvsi_lanes *lanes)
     (void)lanes;
 }
 
-kvsi_lane *kvsi_lane_take(kvsi_lanes *lanes)
+bool kvsi_lanes_busy(kvsi_lanes *lanes)
 {
     (void)lanes;
+    return true;
+}
+
+kvsi_lane *kvsi_lane_take(kvsi_lanes *lanes, bool spare)
+{
+    (void)lanes;
+    (void)spare;
     return NULL;
 }
 
@@ -219,7 +269,16 @@ void kvsi_lane_give(kvsi_lanes *lanes, kvsi_lane *lane)
     (void)lane;
 }
 
-kvc_status kvsi_lane_read(kvsi_lane *lane, int fd, const kvsi_piece *pieces, uint32_t n,
+void kvsi_lane_start(kvsi_lane *lane, int fd, const kvsi_piece *pieces, uint32_t n, bool now)
+{
+    (void)lane;
+    (void)fd;
+    (void)pieces;
+    (void)n;
+    (void)now;
+}
+
+kvc_status kvsi_lane_wait(kvsi_lane *lane, int fd, const kvsi_piece *pieces, uint32_t n,
                           void (*waiting)(void *arg), void *arg)
 {
     (void)lane;

@@ -145,6 +145,7 @@ void kvsi_commit(kvs_tier *tier, kvsi_batch *batch);
 
 kvc_status kvsi_read(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
                      uint32_t n_rows, const kvs_row_range *ranges, uint32_t n_ranges);
+void kvsi_read_each(kvs_tier *tier, const kvs_tier_reads *reads); /* lmdb_ahead.c */
 kvc_status kvsi_recover(kvs_tier *tier, kvs_tier_found *found, void *arg);
 
 /* --- lmdb_meta.c --- */

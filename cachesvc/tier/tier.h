@@ -102,6 +102,23 @@ typedef struct kvs_tier_write {
     struct kvs_tier_write *next; /* the tier's */
 } kvs_tier_write;
 
+/* One value to read; the ranges are kept until it is done. */
+typedef struct kvs_tier_read {
+    kvs_value_key key;
+    kvs_slot slot;
+    uint32_t row_bytes, n_rows, n_ranges;
+    const kvs_row_range *ranges;
+    void *arg;
+    kvc_status status; /* result */
+} kvs_tier_read;
+
+/* Where read_each takes its work from and what it tells; both on the caller's thread. */
+typedef struct kvs_tier_reads {
+    bool (*next)(void *arg, kvs_tier_read *read_p); /* fills it in; false: there is no more */
+    void (*done)(void *arg, const kvs_tier_read *read);
+    void *arg;
+} kvs_tier_reads;
+
 /* Called by recover for each value found, on the caller's thread. Return false to stop. */
 typedef bool kvs_tier_found(void *arg, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
                             uint32_t n_rows);
@@ -146,6 +163,9 @@ typedef struct kvs_tier_ops {
        (dst undefined), NOT_FOUND if the value is gone, IO. Called on a disk thread; may block. */
     kvc_status (*read)(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
                        uint32_t n_rows, const kvs_row_range *ranges, uint32_t n_ranges);
+    /* BLOCKING: REQ. Reads every value that reads->next gives, each as read does, and tells
+       reads->done of each once, in any order; a few are under way at a time. Disk thread. */
+    void (*read_each)(kvs_tier *tier, const kvs_tier_reads *reads);
     /* BLOCKING: REQ. Waits until the values of slots [n] are synced, with all that was written and
        released before; n 0: everything. A slot's status (status [n], NULL if nobody asks) does not
        depend on what became of others where they are synced apart. Answers the first failure: IO.

@@ -294,6 +294,17 @@ static kvc_status fault_read(kvs_tier *tier, const kvs_value_key *key, kvs_slot 
     return tier->ops->read(tier->inner, key, slot, row_bytes, n_rows, ranges, n_ranges);
 }
 
+static void fault_read_each(kvs_tier *tier, const kvs_tier_reads *reads)
+{
+    kvs_tier_read read;
+
+    while (reads->next(reads->arg, &read)) {
+        read.status = fault_read(tier, &read.key, read.slot, read.row_bytes, read.n_rows,
+                                 read.ranges, read.n_ranges);
+        reads->done(reads->arg, &read);
+    }
+}
+
 static kvc_status fault_sync(kvs_tier *tier, const kvs_slot *slots, uint32_t n, int8_t *status_p)
 {
     kvc_status status = inject(tier, OP_SYNC);
@@ -361,6 +372,7 @@ void kvsi_fault_ops(const char *name, const kvs_tier_ops *inner, kvs_tier_ops *o
         .close_segment = addressable ? fault_close_segment : NULL,
         .write = blocking ? fault_write_op : NULL,
         .read = blocking ? fault_read : NULL,
+        .read_each = blocking ? fault_read_each : NULL,
         .sync = blocking ? fault_sync : NULL,
         .sync_releases = blocking ? fault_sync_releases : NULL,
         .recover = persistent ? fault_recover : NULL,

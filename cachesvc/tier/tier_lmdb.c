@@ -495,6 +495,7 @@ const kvs_tier_ops kvsi_lmdb_ops = {
     .release = kvsi_release,
     .write = kvsi_write,
     .read = kvsi_read,
+    .read_each = kvsi_read_each,
     .sync = kvsi_sync,
     .sync_releases = kvsi_sync_releases,
     .recover = kvsi_recover,

@@ -163,6 +163,165 @@ static void test_warm_then_cold(void **state)
         assert_int_equal(read_some(t, i, slots[i], 64, 2, &seed), KVC_OK);
 }
 
+/* --- many values in one call --- */
+
+#define EACH_READS  60u
+#define EACH_RANGES 24u
+
+/* What one read of a run asks for, and what it got. */
+typedef struct wanted {
+    uint32_t shape;
+    kvs_slot slot;
+    kvs_row_range ranges[EACH_RANGES];
+    uint8_t *got;
+    size_t got_bytes;
+    bool unknown, outside;
+    uint32_t n_done;
+    kvc_status status;
+} wanted;
+
+typedef struct run {
+    const kvs_slot *slots;
+    uint32_t n, next;
+    uint64_t seed;
+    uint32_t only; /* shape; N_SHAPES: all of them */
+    wanted reads[EACH_READS];
+} run;
+
+static bool next_of_run(void *arg, kvs_tier_read *read_p)
+{
+    run *all = arg;
+    if (all->next == all->n)
+        return false;
+    wanted *w = &all->reads[all->next++];
+    w->shape = all->only < N_SHAPES ? all->only : (uint32_t)(rng_next(&all->seed) % N_SHAPES);
+    shape s = shapes[w->shape];
+    w->got_bytes = (size_t)EACH_RANGES * s.row_bytes;
+    w->got = malloc(w->got_bytes);
+    for (uint32_t k = 0; k < EACH_RANGES; k++)
+        w->ranges[k] = (kvs_row_range){(uint32_t)(rng_next(&all->seed) % s.n_rows), 1,
+                                       w->got + (size_t)k * s.row_bytes};
+    w->outside = rng_next(&all->seed) % 16 == 0;
+    if (w->outside)
+        w->ranges[3].first = s.n_rows;
+    w->unknown = !w->outside && rng_next(&all->seed) % 16 == 0;
+    *read_p = (kvs_tier_read){.key = shape_key(w->shape),
+                              .slot = all->slots[w->shape],
+                              .row_bytes = s.row_bytes,
+                              .n_rows = s.n_rows,
+                              .n_ranges = EACH_RANGES,
+                              .ranges = w->ranges,
+                              .arg = w};
+    if (w->unknown)
+        read_p->key.part = 77;
+    return true;
+}
+
+static void done_of_run(void *arg, const kvs_tier_read *read)
+{
+    wanted *w = read->arg;
+    (void)arg;
+    w->n_done++;
+    w->status = read->status;
+}
+
+/* OK: every read ended once and with what it should. damaged: a shape whose values are; N_SHAPES:
+ * none. */
+static void check_run(run *all, uint32_t damaged)
+{
+    for (uint32_t i = 0; i < all->n; i++) {
+        wanted *w = &all->reads[i];
+        shape s = shapes[w->shape];
+        kvs_value_key key = shape_key(w->shape);
+        uint8_t *want = malloc((size_t)s.row_bytes * s.n_rows);
+        kvc_status status = w->outside            ? KVC_INVALID
+                            : w->unknown          ? KVC_NOT_FOUND
+                            : w->shape == damaged ? KVC_CORRUPT
+                                                  : KVC_OK;
+        fill_rows(&key, 1, s, want);
+        assert_int_equal(w->n_done, 1);
+        assert_int_equal(w->status, status);
+        for (uint32_t k = 0; k < EACH_RANGES && status == KVC_OK; k++)
+            assert_memory_equal(w->ranges[k].dst, want + (size_t)w->ranges[k].first * s.row_bytes,
+                                s.row_bytes);
+        free(want);
+        free(w->got);
+    }
+}
+
+static void run_each(tier_under_test *t, run *all, const kvs_slot *slots, uint32_t n, uint64_t seed)
+{
+    kvs_tier_reads reads = {.next = next_of_run, .done = done_of_run, .arg = all};
+    all->slots = slots;
+    all->n = n;
+    all->next = 0;
+    all->seed = seed;
+    memset(all->reads, 0, sizeof(all->reads));
+    t->ops->read_each(t->tier, &reads);
+    assert_int_equal(all->next, n);
+}
+
+/* All of them cold, some of them, none; few and many; some that are not there or ask too much. */
+static void test_each_is_right(void **state)
+{
+    static const uint32_t counts[] = {0, 1, 3, 4, 5, EACH_READS};
+    tier_under_test *t = *state;
+    kvs_slot slots[N_SHAPES];
+    run *all = calloc(1, sizeof(*all));
+
+    all->only = N_SHAPES;
+    put_shapes(t, slots);
+    for (uint32_t c = 0; c < sizeof(counts) / sizeof(counts[0]); c++) {
+        make_cold(t, slots);
+        run_each(t, all, slots, counts[c], c);
+        check_run(all, N_SHAPES);
+        drop_class(t, classes[c % N_SHAPES]);
+        run_each(t, all, slots, counts[c], c + 100);
+        check_run(all, N_SHAPES);
+    }
+    t->opts.reader_ns = 1; /* every transaction is too old at once */
+    make_cold(t, slots);
+    run_each(t, all, slots, EACH_READS, 1000);
+    check_run(all, N_SHAPES);
+    free(all);
+}
+
+/* Every row of a value changed on the disk: its reads say so, the others do not. */
+static void test_each_sees_damage(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_slot slots[N_SHAPES];
+    kvs_value_key key = shape_key(0);
+    shape s = shapes[0];
+    run *all = calloc(1, sizeof(*all));
+    uint8_t *rows = malloc((size_t)s.row_bytes * s.n_rows), *file = malloc(8u << 20);
+    char path[256];
+
+    put_shapes(t, slots);
+    make_cold(t, slots);
+    fill_rows(&key, 1, s, rows);
+    snprintf(path, sizeof(path), "%s/class-%u/data.mdb", t->dir, classes[0]);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    ssize_t n = pread(fd, file, 8u << 20, 0);
+    assert_true(n > 0);
+    for (uint32_t i = 0; i < s.n_rows; i++) {
+        uint8_t *at = memmem(file, (size_t)n, rows + (size_t)i * s.row_bytes, s.row_bytes);
+        assert_non_null(at);
+        *at ^= 1;
+        assert_int_equal(pwrite(fd, at, 1, at - file), 1);
+    }
+    close(fd);
+    drop_class(t, classes[0]);
+    all->only = N_SHAPES;
+    kvc_log_set_level(KVC_LOG_LEVEL_OFF);
+    run_each(t, all, slots, EACH_READS, 5);
+    kvc_log_set_level(KVC_LOG_LEVEL_WARN);
+    check_run(all, 0);
+    free(rows);
+    free(file);
+    free(all);
+}
+
 /* --- reads from the map and their transactions --- */
 
 static kvsi_env *gated; /* its gate closes as a read looks its record up, until the read lets go */
@@ -240,6 +399,14 @@ int __wrap_io_uring_submit_and_wait_timeout(struct io_uring *ring, struct io_uri
     return -ETIME;
 }
 
+int __real_io_uring_submit(struct io_uring *ring);
+int __wrap_io_uring_submit(struct io_uring *ring);
+
+int __wrap_io_uring_submit(struct io_uring *ring)
+{
+    return atomic_load(&held) ? 0 : __real_io_uring_submit(ring);
+}
+
 static bool old_kernel;
 
 int __real_io_uring_queue_init(unsigned depth, struct io_uring *ring, unsigned flags);
@@ -273,7 +440,8 @@ static void test_old_kernel(void **state)
 typedef struct slow_read {
     tier_under_test *t;
     uint32_t shape;
-    kvs_slot slot;
+    const kvs_slot *slots;
+    run *all; /* many values of all shapes; NULL: one of shape */
     kvc_status status;
     atomic_bool done;
 } slow_read;
@@ -283,7 +451,10 @@ static void *read_slowly(void *arg)
     slow_read *r = arg;
     uint64_t seed = 5;
 
-    r->status = read_some(r->t, r->shape, r->slot, 64, 1, &seed);
+    if (r->all != NULL)
+        run_each(r->t, r->all, r->slots, EACH_READS, seed);
+    else
+        r->status = read_some(r->t, r->shape, r->slots[r->shape], 64, 1, &seed);
     atomic_store(&r->done, true);
     return NULL;
 }
@@ -299,15 +470,14 @@ static void start_slow(slow_read *r, pthread_t *thread)
 }
 
 /* The writer needs the map for itself (it grows) while a read waits for the disk. */
-static void test_growth_during_a_slow_read(void **state)
+static void growth(tier_under_test *t, run *all)
 {
-    tier_under_test *t = *state;
     kvs_slot slots[N_SHAPES];
     pthread_t thread;
 
     put_shapes(t, slots);
     make_cold(t, slots);
-    slow_read r = {.t = t, .shape = 0, .slot = slots[0]};
+    slow_read r = {.t = t, .shape = 0, .slots = slots, .all = all};
     start_slow(&r, &thread);
     uint64_t before = medium_bytes(t);
     for (uint32_t i = 0; i < 12; i++) {
@@ -321,10 +491,23 @@ static void test_growth_during_a_slow_read(void **state)
     assert_int_equal(r.status, KVC_OK);
 }
 
-/* An old read transaction is let go: pages that are freed can be used again, by and by. */
-static void test_reader_ns(void **state)
+static void test_growth_during_a_slow_read(void **state)
 {
-    tier_under_test *t = *state;
+    growth(*state, NULL);
+}
+
+static void test_growth_during_slow_reads(void **state)
+{
+    run *all = calloc(1, sizeof(*all));
+    all->only = N_SHAPES;
+    growth(*state, all);
+    check_run(all, N_SHAPES);
+    free(all);
+}
+
+/* An old read transaction is let go: pages that are freed can be used again, by and by. */
+static void reader_ns(tier_under_test *t, run *all)
+{
     kvs_slot slots[N_SHAPES];
     pthread_t thread;
 
@@ -332,7 +515,7 @@ static void test_reader_ns(void **state)
     t->opts.reader_ns = 5000000;
     put_shapes(t, slots);
     make_cold(t, slots);
-    slow_read r = {.t = t, .shape = 1, .slot = slots[1]};
+    slow_read r = {.t = t, .shape = 1, .slots = slots, .all = all};
     start_slow(&r, &thread);
     usleep(20000);
     for (uint32_t i = 0; i < 200; i++) { /* far more than the cap, one after the other */
@@ -347,6 +530,20 @@ static void test_reader_ns(void **state)
     assert_int_equal(r.status, KVC_OK);
 }
 
+static void test_reader_ns(void **state)
+{
+    reader_ns(*state, NULL);
+}
+
+static void test_reader_ns_of_many(void **state)
+{
+    run *all = calloc(1, sizeof(*all));
+    all->only = N_SHAPES;
+    reader_ns(*state, all);
+    check_run(all, N_SHAPES);
+    free(all);
+}
+
 /* Against the contract, a value goes away under its reader: it is gone, not damaged or wrong. */
 static void test_value_goes_away_during_a_slow_read(void **state)
 {
@@ -359,7 +556,7 @@ static void test_value_goes_away_during_a_slow_read(void **state)
     t->opts.reader_ns = 1;
     put_shapes(t, slots);
     make_cold(t, slots);
-    slow_read r = {.t = t, .shape = 1, .slot = slots[1]};
+    slow_read r = {.t = t, .shape = 1, .slots = slots};
     kvs_value_key gone = shape_key(1);
     start_slow(&r, &thread);
     usleep(10000);
@@ -381,11 +578,15 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_cold_rows_are_right, setup, teardown),
         cmocka_unit_test_setup_teardown(test_warm_then_cold, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_each_is_right, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_each_sees_damage, setup, teardown),
         cmocka_unit_test_setup_teardown(test_map_reads_let_go, setup, teardown),
 #ifdef KVSI_WITH_URING
         cmocka_unit_test_setup_teardown(test_old_kernel, setup, teardown),
         cmocka_unit_test_setup_teardown(test_growth_during_a_slow_read, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_growth_during_slow_reads, setup, teardown),
         cmocka_unit_test_setup_teardown(test_reader_ns, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_reader_ns_of_many, setup, teardown),
         cmocka_unit_test_setup_teardown(test_value_goes_away_during_a_slow_read, setup, teardown),
 #endif
     };

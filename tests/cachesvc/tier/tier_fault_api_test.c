@@ -142,6 +142,73 @@ static void test_late_failure_leaves_nothing(void **state)
     assert_int_equal(found, ok);
 }
 
+enum { EACH = 9 };
+
+typedef struct each {
+    kvs_slot slots[EACH];
+    kvs_row_range ranges[EACH];
+    uint32_t next, n_done;
+    kvc_status status[EACH];
+} each;
+
+static bool next_each(void *arg, kvs_tier_read *read_p)
+{
+    each *e = arg;
+    uint32_t i = e->next;
+
+    if (i == EACH)
+        return false;
+    e->next++;
+    *read_p = (kvs_tier_read){.key = key_of(1, i, 3),
+                              .slot = e->slots[i],
+                              .row_bytes = small.row_bytes,
+                              .n_rows = small.n_rows,
+                              .n_ranges = 1,
+                              .ranges = &e->ranges[i],
+                              .arg = &e->status[i]};
+    return true;
+}
+
+static void done_each(void *arg, const kvs_tier_read *read)
+{
+    each *e = arg;
+
+    e->n_done++;
+    *(kvc_status *)read->arg = read->status;
+}
+
+/* Values of one call: each is told of once, and one that fails does not spoil the others. */
+static void test_each_of_many_values(void **state)
+{
+    each e = {.next = 0};
+    kvs_tier_reads reads = {.next = next_each, .done = done_each, .arg = &e};
+    uint8_t want[512 * 64], got[EACH][512 * 5];
+
+    if (kvs_tier_find("fault:lmdb") == NULL) {
+        *state = NULL;
+        skip();
+    }
+    tier_under_test *t = make(state, "fault:lmdb", "read=every:4:CORRUPT");
+    assert_int_equal(tut_open(t), KVC_OK);
+    for (uint32_t i = 0; i < EACH; i++) {
+        kvs_value_key key = key_of(1, i, 3);
+        put_result r = put_value(t, &key, 1, small, false);
+        assert_int_equal(r.status, KVC_OK);
+        e.slots[i] = r.slot;
+        e.ranges[i] = (kvs_row_range){i == 5 ? 60 : i * 5, 5, got[i]};
+    }
+    t->ops->read_each(t->tier, &reads);
+    assert_int_equal(e.n_done, EACH);
+    for (uint32_t i = 0; i < EACH; i++) {
+        kvs_value_key key = key_of(1, i, 3);
+        kvc_status status = i == 5 ? KVC_INVALID : i % 4 == 3 ? KVC_CORRUPT : KVC_OK;
+        assert_int_equal(e.status[i], status);
+        fill_rows(&key, 1, small, want);
+        if (status == KVC_OK)
+            assert_memory_equal(got[i], want + (size_t)i * 5 * 512, 5 * 512);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -149,6 +216,7 @@ int main(void)
         cmocka_unit_test_teardown(test_every_third_reserve, teardown),
         cmocka_unit_test_teardown(test_named_status_and_after, teardown),
         cmocka_unit_test_teardown(test_delay, teardown),
+        cmocka_unit_test_teardown(test_each_of_many_values, teardown),
         cmocka_unit_test_teardown(test_open_fails, teardown),
         cmocka_unit_test_teardown(test_late_failure_leaves_nothing, teardown),
     };
