@@ -33,6 +33,7 @@ const char kvctl_help[] =
     "    release   end holds\n"
     "    erase     remove values from every tier of the server\n"
     "    doctor    check server and machine, and say what to do about what is wrong\n"
+    "    explain   by which way missing rows would be reached, and why\n"
     "    bench     time puts and reads against the server\n"
     "    help      this page, or that of a command\n"
     "\n"

@@ -13,9 +13,9 @@
 static void test_help(void **state)
 {
     (void)state;
-    static const char *const commands[] = {"status", "match",   "rows", "doctor",  "top",
-                                           "get",    "put",     "hold", "release", "prefetch",
-                                           "erase",  "context", "bench"};
+    static const char *const commands[] = {"status", "match",   "rows",  "doctor",  "top",
+                                           "get",    "put",     "hold",  "release", "prefetch",
+                                           "erase",  "context", "bench", "explain"};
     static const char *const sections[] = {
         "NAME\n", "SYNOPSIS\n", "DESCRIPTION\n", "OPTIONS\n", "EXIT STATUS\n", "EXAMPLES\n", NULL};
     expect(NULL, WORDS("--help"), 0, sections, NULL);
@@ -275,6 +275,21 @@ static void test_put_get(void **state)
     (void)unlink(schema);
 }
 
+/* The ways of a gRPC connection; part 0 of the shared store is a kv part. */
+static void test_explain(void **state)
+{
+    (void)state;
+    expect(NULL, WORDS(ON, "explain", "--schema", schema_hex, "--part", "0", "--q-heads", "8"), 0,
+           WORDS("rows ", "near ", "(measured)", "shm    not possible", "it costs least"), NULL);
+    expect(NULL,
+           WORDS(ON, "--json", "explain", "--schema", schema_hex, "--part", "0", "--q-heads", "8",
+                 "--queries", "65"),
+           0, WORDS("{\"way\":\"rows\",\"ways\":[", "more queries than the server takes"), NULL);
+    expect(NULL, WORDS(ON, "explain", "--schema", schema_hex, "--part", "999", "--q-heads", "8"), 1,
+           NULL, "no part 999");
+    expect(NULL, WORDS(ON, "explain", "--schema", schema_hex, "--part", "0"), 2, NULL, "--q-heads");
+}
+
 static void test_keep(void **state)
 {
     (void)state;
@@ -384,7 +399,7 @@ int main(void)
         cmocka_unit_test(test_rows),        cmocka_unit_test(test_doctor),
         cmocka_unit_test(test_schema_file), cmocka_unit_test(test_put_get),
         cmocka_unit_test(test_keep),        cmocka_unit_test(test_top),
-        cmocka_unit_test(test_bench),
+        cmocka_unit_test(test_explain),     cmocka_unit_test(test_bench),
     };
     return cmocka_run_group_tests(tests, open_shared, close_shared);
 }
