@@ -230,7 +230,8 @@ class Memory:
     def scores(self, q):
         """q [B, U - 1, hidden] of the tail's chunks -> [B, U - 1, before + U], -inf from t on."""
         q = q.float()
-        s = torch.cat([q @ side[0].transpose(1, 2) for side in (self.body, self.tail)], dim=2)
+        with torch.autocast(q.device.type, enabled=False):  # choices and weights hang on them
+            s = torch.cat([q @ side[0].transpose(1, 2) for side in (self.body, self.tail)], dim=2)
         t = self.before + torch.arange(q.shape[1], device=q.device)
         i = torch.arange(s.shape[2], device=q.device)
         return (s / math.sqrt(self.c.hidden)).masked_fill(i[None] >= t[:, None], -math.inf)
