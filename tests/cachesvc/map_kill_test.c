@@ -1,0 +1,334 @@
+/*
+ * map_kill_test.c: kill -9 of a client and of the server in the middle of random reads and puts
+ * over shm: no byte of a completed read is wrong, and the server keeps no pin, map or segment.
+ *
+ * A real cachesvc. Clients that are to be killed are this program again, with "--client URI SEED".
+ * KVASIR_KILL_ROUNDS sets how many kills of each kind (clients 24, servers 6; fewer under
+ * sanitizers).
+ */
+#include "harness.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "daemon.h"
+#include "kvc/client.h"
+
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#define ROUNDS 8
+#else
+#define ROUNDS 24
+#endif
+
+#define ROW_BYTES 512u
+#define BLOCKS    24u
+#define FIRST     100u
+#define PICKS     300u
+#define WRONG     3 /* exit status of a client that has read a wrong byte */
+#define MS        1000000ull
+
+static char program[4096];
+
+/* ---- a client ------------------------------------------------------------------------------- */
+
+typedef struct worker {
+    kvc_client *client;
+    kvc_region *region;
+    kvc_context *context;
+    h_schema schema;
+    uint8_t *bytes; /* [PICKS * ROW_BYTES] */
+    uint64_t random;
+    uint64_t n_reads, n_served; /* without a request */
+} worker;
+
+static bool worker_open(worker *w, const char *uri, uint64_t seed)
+{
+    memset(w, 0, sizeof(*w));
+    w->random = seed | 1;
+    h_schema_init(&w->schema, "kill", 2, ROW_BYTES, false);
+    w->bytes = calloc(PICKS, ROW_BYTES);
+    kvc_client_opts opts = {.size_bytes = sizeof(opts), .uris = uri};
+    kvc_region_desc desc = {.size_bytes = sizeof(desc),
+                            .base = w->bytes,
+                            .len_bytes = PICKS * ROW_BYTES,
+                            .kind = KVC_MEMORY_HOST};
+    kvc_map_opts map = {.size_bytes = sizeof(map), .all = true};
+    kvc_digest digest;
+    return w->bytes != NULL && kvc_client_open(&opts, &w->client) == KVC_OK &&
+           kvc_region_register(w->client, &desc, &w->region) == KVC_OK &&
+           kvc_client_map_contexts(w->client, &map) == KVC_OK &&
+           kvc_schema_register(w->client, &w->schema.schema, 0, &digest) == KVC_OK;
+}
+
+static void worker_close(worker *w)
+{
+    kvc_context_close(w->context);
+    (void)kvc_region_deregister(w->client, w->region);
+    kvc_client_close(w->client);
+    free(w->bytes);
+}
+
+static kvc_status worker_context(worker *w)
+{
+    kvc_digest digests[BLOCKS];
+    for (uint32_t i = 0; i < BLOCKS; i++)
+        digests[i] = h_digest(FIRST + i);
+    kvc_context_close(w->context);
+    w->context = NULL;
+    return kvc_context_open(w->client, &w->schema.digest, digests, BLOCKS, 0, 0, &w->context);
+}
+
+/* One value of a block, of bytes that follow from its name. */
+static kvc_status worker_put(worker *w, uint64_t block, uint32_t part)
+{
+    int8_t status = KVC_OK;
+    kvc_value value = {.digest = h_digest(block), .part = part, .len_bytes = ROW_BYTES * H_TOKENS};
+    kvc_op op;
+    h_fill(block, part, ROW_BYTES, w->bytes);
+    kvc_op_init(&op, NULL, NULL);
+    kvc_status sent = kvc_put(w->client, &w->schema.digest, KVC_PROMISE_MEMORY, &value, 1,
+                              w->region, &status, kvc_deadline_ns(500 * MS), &op);
+    return sent == KVC_OK ? kvc_op_wait(&op, 0) : sent;
+}
+
+/* Random rows; false: one of a completed read was wrong. */
+static bool worker_read(worker *w)
+{
+    static uint32_t picks[PICKS];
+    static int8_t status[PICKS];
+    uint32_t part = h_random(&w->random) % 2 ? 10 : 0;
+    for (uint32_t i = 0; i < PICKS; i++)
+        picks[i] = (uint32_t)(h_random(&w->random) % (BLOCKS * H_TOKENS));
+    kvc_pick_group group = {.context = w->context,
+                            .part = part,
+                            .row_bytes = ROW_BYTES,
+                            .n_picks = PICKS,
+                            .picks = picks};
+    kvc_fetch_info info = {0};
+    kvc_op op;
+    kvc_op_init(&op, NULL, NULL);
+    memset(w->bytes, 0, PICKS * ROW_BYTES);
+    if (kvc_fetch(w->client, &group, 1, w->region, status, &info, kvc_deadline_ns(500 * MS), &op) !=
+            KVC_OK ||
+        kvc_op_wait(&op, 0) != KVC_OK)
+        return true; /* nobody answered: that is no wrong byte */
+    w->n_reads++;
+    w->n_served += info.requests == 0;
+    for (uint32_t i = 0; i < PICKS; i++) {
+        const uint8_t *row = w->bytes + i * ROW_BYTES;
+        if (status[i] == KVC_OK &&
+            !h_row_is(FIRST + picks[i] / H_TOKENS, part, picks[i] % H_TOKENS, ROW_BYTES, row))
+            return false;
+    }
+    return true;
+}
+
+/* Reads, puts and opens until it is killed. */
+static int run_client(const char *uri, uint64_t seed)
+{
+    worker w;
+    kvc_log_set_level(KVC_LOG_LEVEL_OFF);
+    if (!worker_open(&w, uri, seed))
+        return 2;
+    for (;;) {
+        uint64_t what = h_random(&w.random) % 16;
+        if (what < 2 || w.context == NULL)
+            (void)worker_context(&w);
+        else if (what < 4)
+            (void)worker_put(&w, 100000 + h_random(&w.random) % 100000, 0);
+        else if (!worker_read(&w))
+            return WRONG;
+    }
+}
+
+/* ---- the server -------------------------------------------------------------------------------
+ */
+
+typedef struct rig {
+    char dir[256], uri[300];
+    support_daemon daemon;
+    worker w;
+} rig;
+
+static void start_daemon(rig *r)
+{
+    const char *const args[] = {"--listen", r->uri, "--dram-bytes", "8MiB", NULL};
+    assert_true(support_daemon_start(&r->daemon, r->dir, args));
+}
+
+static void open_rig(rig *r)
+{
+    memset(r, 0, sizeof(*r));
+    h_temp_dir(r->dir);
+    snprintf(r->uri, sizeof(r->uri), "shm://%s/socket", r->dir);
+    start_daemon(r);
+    assert_true(worker_open(&r->w, r->uri, (uint64_t)time(NULL)));
+}
+
+static void fill(rig *r)
+{
+    for (uint32_t i = 0; i < BLOCKS; i++)
+        for (uint32_t p = 0; p < 2; p++)
+            assert_int_equal(worker_put(&r->w, FIRST + i, 10 * p), KVC_OK);
+}
+
+static void close_rig(rig *r)
+{
+    worker_close(&r->w);
+    int status = support_daemon_stop(&r->daemon, SIGTERM);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    h_remove_dir(r->dir);
+}
+
+static uint64_t counter(rig *r, const char *name)
+{
+    kvc_server_stats *stats = NULL;
+    uint64_t value = UINT64_MAX;
+    assert_int_equal(kvc_stats(r->w.client, kvc_deadline_ns(20000 * MS), &stats), KVC_OK);
+    for (uint32_t i = 0; i < stats->n_counters; i++)
+        if (strcmp(stats->counters[i].name, name) == 0)
+            value = stats->counters[i].value;
+    kvc_stats_free(stats);
+    return value;
+}
+
+static void wait_counter(rig *r, const char *name, uint64_t want)
+{
+    uint64_t deadline_ns = kvc_deadline_ns(60000 * MS), got;
+    while ((got = counter(r, name)) != want && !kvc_expired(deadline_ns))
+        usleep(5000);
+    if (got != want)
+        fail_msg("%s: %llu, not %llu", name, (unsigned long long)got, (unsigned long long)want);
+}
+
+static uint64_t rounds(uint64_t ours)
+{
+    const char *text = getenv("KVASIR_KILL_ROUNDS");
+    return text == NULL ? ours : strtoull(text, NULL, 0);
+}
+
+static void nap(uint64_t us)
+{
+    nanosleep(&(struct timespec){.tv_sec = (time_t)(us / 1000000),
+                                 .tv_nsec = (long)(us % 1000000 * 1000)},
+              NULL);
+}
+
+static pid_t spawn_client(const char *uri, uint64_t seed)
+{
+    char text[32];
+    snprintf(text, sizeof(text), "%llu", (unsigned long long)seed);
+    pid_t pid = fork();
+    if (pid == 0) {
+        execl(program, program, "--client", uri, text, (char *)NULL);
+        _exit(4);
+    }
+    return pid;
+}
+
+/* ---- cases ------------------------------------------------------------------------------------
+ */
+
+/* Three at a time; each has mapped, is reading, putting, or only about to connect. */
+static void killed_clients_leave_nothing(void **state)
+{
+    (void)state;
+    rig r;
+    uint64_t n = rounds(ROUNDS), most_pins = 0;
+    pid_t pids[3] = {0};
+    open_rig(&r);
+    fill(&r);
+    for (uint64_t i = 0; i < n + 3; i++) {
+        pid_t *pid = &pids[i % 3];
+        int status;
+        if (*pid != 0) {
+            assert_int_equal(kill(*pid, SIGKILL), 0);
+            assert_int_equal(waitpid(*pid, &status, 0), *pid);
+            if (!WIFSIGNALED(status))
+                fail_msg("a client ended with %d (%d: it read a wrong byte)", WEXITSTATUS(status),
+                         WRONG);
+        }
+        *pid = i < n ? spawn_client(r.uri, h_random(&r.w.random)) : 0;
+        nap(h_random(&r.w.random) % 100000);
+        uint64_t pins = counter(&r, "map_pins");
+        most_pins = pins > most_pins ? pins : most_pins;
+    }
+    assert_true(most_pins > 0); /* else nothing was put to the test */
+    wait_counter(&r, "maps", 0);
+    wait_counter(&r, "map_pins", 0);
+    wait_counter(&r, "map_pinned_bytes", 0);
+    wait_counter(&r, "mapped_segments", 0);
+    wait_counter(&r, "requests_in_flight", 1); /* the one that asks */
+    for (int i = 0; i < 2; i++) { /* what they had pinned can be mapped and read like all else */
+        fill(&r);
+        assert_int_equal(worker_context(&r.w), KVC_OK);
+        assert_true(worker_read(&r.w));
+    }
+    print_message("%llu clients killed, at most %llu pins at a time\n", (unsigned long long)n,
+                  (unsigned long long)most_pins);
+    close_rig(&r);
+}
+
+typedef struct killer {
+    rig *r;
+    uint64_t after_us;
+} killer;
+
+static void run_killer(void *arg)
+{
+    killer *k = arg;
+    nap(k->after_us);
+    (void)support_daemon_stop(&k->r->daemon, SIGKILL);
+}
+
+static void a_killed_server_gives_no_wrong_byte(void **state)
+{
+    (void)state;
+    rig r;
+    uint64_t n = rounds(ROUNDS / 4);
+    open_rig(&r);
+    for (uint64_t i = 0; i < n; i++) {
+        kvc_thread thread;
+        killer k = {&r, h_random(&r.w.random) % 60000};
+        assert_int_equal(kvc_schema_register(r.w.client, &r.w.schema.schema, 0, &(kvc_digest){{0}}),
+                         KVC_OK);
+        fill(&r);
+        assert_int_equal(worker_context(&r.w), KVC_OK);
+        assert_true(worker_read(&r.w));
+        assert_int_equal(kvc_thread_start(&thread, "killer", run_killer, &k), KVC_OK);
+        uint64_t end_ns = kvc_deadline_ns(k.after_us * 1000 + 30 * MS);
+        while (!kvc_expired(end_ns)) {
+            assert_true(worker_read(&r.w));
+            if (h_random(&r.w.random) % 8 == 0)
+                (void)worker_put(&r.w, 100000 + h_random(&r.w.random) % 1000, 10);
+        }
+        kvc_thread_join(&thread);
+        start_daemon(&r); /* its socket was left behind */
+    }
+    assert_true(r.w.n_served > 0);
+    print_message("%llu servers killed, %llu reads, %llu of them without a request\n",
+                  (unsigned long long)n, (unsigned long long)r.w.n_reads,
+                  (unsigned long long)r.w.n_served);
+    close_rig(&r);
+}
+
+int main(int argc, char **argv)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(killed_clients_leave_nothing),
+        cmocka_unit_test(a_killed_server_gives_no_wrong_byte),
+    };
+    if (argc == 4 && strcmp(argv[1], "--client") == 0)
+        return run_client(argv[2], strtoull(argv[3], NULL, 0));
+    ssize_t len = readlink("/proc/self/exe", program, sizeof(program) - 1);
+    if (len <= 0)
+        return 1;
+    kvc_log_set_level(KVC_LOG_LEVEL_ERROR);
+    return cmocka_run_group_tests_name("map_kill", tests, NULL, NULL);
+}
