@@ -90,8 +90,10 @@ static const kvc_setting table[] = {
      "Bytes of values that the maps of one tenant's clients (shm://) may keep where they are in "
      "dram; what is beyond it they fetch by request. 0: half of dram_bytes. All tenants together "
      "may pin nine tenths of dram_bytes."},
-    {"shm_ring_bytes", KVC_CONFIG_BYTES, FIELD(shm_ring_bytes), "8MiB", 64 * KIB, 1024 * MIB, NULL,
-     "Shared memory through which the bodies of puts of one shm:// connection travel."},
+    {"shm_ring_bytes", KVC_CONFIG_BYTES, FIELD(shm_ring_bytes), "2MiB", 64 * KIB, 1024 * MIB, NULL,
+     "Shared memory through which payloads of one shm:// connection travel, in each direction. All "
+     "of it together stays within a quarter of max_inflight_bytes; connections beyond that "
+     "have none."},
     {"shm_map_uids", KVC_CONFIG_STRING, FIELD(shm_map_uids), "", 0, 4096, NULL,
      "User ids, separated by commas, whose processes may map dram over shm://, besides the "
      "server's own user. Others read by request."},

@@ -119,7 +119,7 @@ typedef struct kvt_listen_opts {
     uint64_t keepalive_ns;       /* a silent one is asked whether it lives; 0: 30 s */
     uint64_t idle_ns;            /* one without calls is closed; 0: 30 minutes */
     uint64_t max_deadline_ns;    /* from arrival; calls without a nearer deadline get this one */
-    uint64_t ring_bytes; /* shm: staging ring of each connection, through which puts go; 0: 8 MiB */
+    uint64_t ring_bytes; /* shm: each staging ring, two a connection, for payloads; 0: 2 MiB */
     /* shm, may be NULL: a connection has ended, and so has every call of it; once. Any thread; may
      * be within kvt_call_reply. */
     void (*peer_gone)(void *arg, uint64_t peer);

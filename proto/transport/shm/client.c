@@ -120,7 +120,7 @@ kvc_status kvti_shm_connect(const kvt_connect_opts *opts, kvt_conn **conn_p)
         conn->opts.max_message_bytes = KVC_MAX_VALUE_BYTES;
     conn->address = address;
     conn->pipe.fd = -1;
-    conn->ring.fd = -1;
+    conn->ring.fd = conn->reply_ring.fd = -1;
     conn->pipe.last = &conn->pipe.first;
     conn->over_end = &conn->over;
     kvc_status status = KVC_NO_MEMORY;

@@ -159,7 +159,8 @@ static bool begin_frame(void *arg, const kvc_frame *frame, bool *keep_p)
 {
     kvt_conn *conn = arg;
     *keep_p = false;
-    if ((frame->flags & KVC_FRAME_ELSEWHERE) != 0)
+    if ((frame->flags & KVC_FRAME_ELSEWHERE) != 0 &&
+        !kvti_ring_holds(&conn->reply_ring, frame->spare[0], frame->data_bytes))
         return false;
     switch (frame->kind) {
     case KVC_FRAME_HELLO:
@@ -181,22 +182,23 @@ static bool begin_frame(void *arg, const kvc_frame *frame, bool *keep_p)
 static bool take_hello(kvt_conn *conn, const kvc_frame *frame, const uint8_t *body)
 {
     kvc_hello hello;
-    int fd = -1;
+    int fds[2] = {-1, -1};
     if (kvc_hello_decode(body, frame->head_bytes, &hello) != KVC_OK)
         return false;
     conn->greeted = true;
     if (hello.spare[0] == 0)
         return true;
-    if (!kvti_pipe_take_fds(&conn->pipe, &fd, 1))
+    if (!kvti_pipe_take_fds(&conn->pipe, fds, 2))
         return false;
+    /* Without the ring of replies, what comes through it could not be read. */
+    bool good = kvti_ring_map(fds[1], hello.spare[1], &conn->reply_ring) == KVC_OK;
     kvc_mutex_lock(&conn->lock);
-    if (kvti_ring_map(fd, hello.spare[0], &conn->ring) == KVC_OK)
+    if (good && kvti_ring_map(fds[0], hello.spare[0], &conn->ring) == KVC_OK)
         conn->pipe.ring = &conn->ring;
-    else
-        KVC_LOG_WARN(SHM, "the staging ring cannot be mapped: bodies go through the socket");
     kvc_mutex_unlock(&conn->lock);
-    (void)close(fd);
-    return true;
+    (void)close(fds[0]);
+    (void)close(fds[1]);
+    return good;
 }
 
 /* One message of a stream. Then its sender may send the next; a bad message ends the transfer. */
@@ -263,6 +265,9 @@ static bool end_frame(void *arg, const kvc_frame *frame, uint8_t *body)
     kvt_conn *conn = arg;
     kvti_shmop *op = find_op(conn, frame->call);
     bool right = true;
+    if ((frame->flags & KVC_FRAME_ELSEWHERE) != 0)
+        kvti_ring_take(&conn->reply_ring, frame->spare[0], frame->data_bytes,
+                       body == NULL ? NULL : body + frame->head_bytes + frame->detail_bytes);
     switch (frame->kind) {
     case KVC_FRAME_HELLO:
         right = take_hello(conn, frame, body);
@@ -298,6 +303,7 @@ static void disconnect(kvt_conn *conn, kvc_status status, const char *why)
     kvti_pipe_drop_all(&conn->pipe, &over);
     kvti_pipe_close(&conn->pipe);
     kvti_ring_unmap(&conn->ring);
+    kvti_ring_unmap(&conn->reply_ring);
     kvc_mutex_unlock(&conn->lock);
     kvti_out_free(over);
 }

@@ -52,7 +52,25 @@ void kvti_peer_end(kvti_peer *peer, uint64_t call, kvc_method method, kvc_status
     queue_own(peer, &frame, &parts);
 }
 
-/* The server's hello, with the staging ring where there is one. */
+/* Two rings, as long as all rings of the listener together stay within their share of the bytes of
+ * requests that it may hold: else the connection works without. */
+static void make_rings(kvti_peer *peer)
+{
+    kvt_listener *listener = peer->loop->listener;
+    const kvt_listen_opts *opts = &listener->opts;
+    kvc_mutex_lock(&listener->lock);
+    bool room = listener->ring_bytes + 2 * opts->ring_bytes <=
+                listener->budget->max_bytes / KVTI_SHM_RING_SHARE;
+    if (room)
+        listener->ring_bytes += peer->ring_bytes = 2 * opts->ring_bytes;
+    kvc_mutex_unlock(&listener->lock);
+    if (!room || kvti_ring_create(opts->ring_bytes, &peer->ring) != KVC_OK)
+        return;
+    if (kvti_ring_create(opts->ring_bytes, &peer->reply_ring) != KVC_OK)
+        kvti_ring_unmap(&peer->ring);
+}
+
+/* The server's hello, with the rings where there are any. */
 static bool greet(kvti_peer *peer, const uint8_t *body, size_t body_bytes)
 {
     const kvt_listen_opts *opts = &peer->loop->listener->opts;
@@ -63,15 +81,19 @@ static bool greet(kvti_peer *peer, const uint8_t *body, size_t body_bytes)
     if (peer->greeted || kvc_hello_decode(body, body_bytes, &theirs) != KVC_OK)
         return false;
     peer->greeted = true;
-    if (opts->ring_bytes > 0 && kvti_ring_create(opts->ring_bytes, &peer->ring) == KVC_OK)
-        ours.spare[0] = peer->ring.len_bytes;
+    make_rings(peer);
+    const int fds[2] = {peer->ring.fd, peer->reply_ring.fd};
+    ours.spare[0] = peer->ring.len_bytes;
+    ours.spare[1] = peer->reply_ring.len_bytes;
     kvc_hello_encode(&ours, bytes);
     kvc_frame frame = {.kind = KVC_FRAME_HELLO, .head_bytes = sizeof(bytes)};
-    kvti_parts parts = {.head = bytes, .fds = &peer->ring.fd, .n_fds = ours.spare[0] > 0};
+    kvti_parts parts = {.head = bytes, .fds = fds, .n_fds = ours.spare[0] > 0 ? 2 : 0};
     kvc_mutex_lock(&peer->lock);
     queue_own(peer, &frame, &parts);
+    if (ours.spare[1] > 0)
+        peer->pipe.ring = &peer->reply_ring;
     kvc_mutex_unlock(&peer->lock);
-    peer->ring.fd = -1; /* the frame closes it */
+    peer->ring.fd = peer->reply_ring.fd = -1; /* the frame closes them */
     return true;
 }
 
@@ -355,7 +377,7 @@ kvti_peer *kvti_peer_create(kvti_loop *loop, int fd)
     }
     peer->base = (kvt_peer){.uid = cred.uid, .gid = cred.gid, .pid = cred.pid};
     peer->loop = loop;
-    peer->ring.fd = -1;
+    peer->ring.fd = peer->reply_ring.fd = -1;
     peer->events_end = &peer->events;
     peer->began_ns = kvc_now_ns();
     atomic_init(&peer->refs, 1);
@@ -370,10 +392,13 @@ void kvti_peer_unref(kvti_peer *peer)
         return;
     if (listener->opts.peer_gone != NULL && peer->greeted)
         listener->opts.peer_gone(listener->opts.arg, peer->base.id);
+    uint64_t ring_bytes = peer->ring_bytes;
     kvti_ring_unmap(&peer->ring);
+    kvti_ring_unmap(&peer->reply_ring);
     kvc_mutex_fini(&peer->lock);
     free(peer);
     kvc_mutex_lock(&listener->lock);
+    listener->ring_bytes -= ring_bytes;
     listener->n_peers--;
     kvc_cond_broadcast(&listener->changed);
     kvc_mutex_unlock(&listener->lock);

@@ -1,11 +1,11 @@
 /*
- * ring.c: the staging ring, through which the bodies of puts travel.
+ * ring.c: the staging rings, one in each direction, through which payloads travel.
  *
- * The client copies a body in when its frame begins to leave, the server copies it out when the
+ * One end copies a payload in when its frame begins to leave, the other copies it out when the
  * frame has come, so positions are taken and given back in the same order. The server believes
- * nothing that stands in the memory: positions come in frames and are checked, its own count is its
- * own, and it sums and serves only what it has copied. The length is sealed, so that the other end
- * cannot pull pages away under it.
+ * nothing that stands in the memory: positions come in frames and are checked, and it sums and
+ * serves only what it has copied; a client that lies about what it has taken spoils its own
+ * replies. The length is sealed, so that the other end cannot pull pages away.
  */
 #include <errno.h>
 #include <fcntl.h>

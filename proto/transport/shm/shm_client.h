@@ -34,7 +34,8 @@ struct kvt_conn {
     kvc_mutex lock; /* rank TRANSPORT; guards all below but the pipe's input */
     kvc_cond idle;  /* n of ops fell to 0 */
     kvti_pipe pipe;
-    kvti_ring ring; /* of the server's hello */
+    kvti_ring ring;       /* bodies of requests, of the server's hello */
+    kvti_ring reply_ring; /* payloads of replies; the thread's */
     kvti_table ops;
     kvti_shmop *over, **over_end;
     uint64_t next_id;

@@ -25,7 +25,8 @@
 #define KVTI_SHM_BUCKETS    256u        /* of a connection's calls by id */
 #define KVTI_SHM_RING_FROM  (16u << 10) /* shorter bodies go through the socket */
 #define KVTI_SHM_HELLO_MAX  4096u       /* of a later version's, of which the rest is skipped */
-#define KVTI_SHM_RING_BYTES (8u << 20)  /* unless the listener says otherwise */
+#define KVTI_SHM_RING_SHARE 4u          /* of max_inflight_bytes: all rings of a listener */
+#define KVTI_SHM_RING_BYTES (2u << 20)  /* unless the listener says otherwise */
 #define KVTI_SHM_RING_MAX   (1u << 30)
 
 /* Flags of frames: how many descriptors came with it, in units of 256. */
@@ -50,20 +51,21 @@ void kvti_table_remove(kvti_table *table, kvti_node *node);
 
 /* ---- the staging ring ------------------------------------------------------------------------ */
 
-/* The first page of the ring's memfd. The client only reads it; what it writes there is ignored. */
+/* The first page of a ring's memfd. */
 typedef struct kvti_ring_page {
-    _Atomic uint64_t taken; /* position up to which the server has copied out */
+    _Atomic uint64_t taken; /* position up to which the reading end has copied out */
 } kvti_ring_page;
 
 /* Positions count bytes since the start and never fall; a body lies whole, at position modulo
- * len_bytes, from data on. Guarded like its pipe's output at the client, its input at the server.
+ * len_bytes, from data on. Guarded like its pipe's output at the writing end, its input at the
+ * other.
  */
 typedef struct kvti_ring {
     int fd; /* the server's until it has been passed */
     kvti_ring_page *page;
     uint8_t *data;
     uint64_t len_bytes; /* 0: there is none */
-    uint64_t at;        /* client: next free position; server: copied out up to here */
+    uint64_t at;        /* writer: next free position; reader: copied out up to here */
 } kvti_ring;
 
 /* Makes a sealed memfd of len_bytes (rounded to pages) and maps it. NO_MEMORY, UNSUPPORTED. */
@@ -71,12 +73,12 @@ kvc_status kvti_ring_create(uint64_t len_bytes, kvti_ring *ring_p) KVC_MUST_CHEC
 /* Maps what the server passed; borrows fd. INVALID: it is not len_bytes long or not sealed. */
 kvc_status kvti_ring_map(int fd, uint64_t len_bytes, kvti_ring *ring_p) KVC_MUST_CHECK;
 void kvti_ring_unmap(kvti_ring *ring);
-/* Client: copies data in. False: there is no room now. */
+/* Writer: copies data in. False: there is no room now. */
 bool kvti_ring_put(kvti_ring *ring, const struct iovec *data, uint32_t n_data, uint32_t len_bytes,
                    uint64_t *at_p);
-/* Server: whether the peer may have put len_bytes at position at. */
+/* Reader: whether the peer may have put len_bytes at position at. */
 bool kvti_ring_holds(const kvti_ring *ring, uint64_t at, uint32_t len_bytes);
-/* Server: copies them out (dst NULL: not), and lets the peer have the room again. */
+/* Reader: copies them out (dst NULL: not), and lets the peer have the room again. */
 void kvti_ring_take(kvti_ring *ring, uint64_t at, uint32_t len_bytes, uint8_t *dst);
 
 /* ---- a socket's two directions --------------------------------------------------------------- */

@@ -47,7 +47,9 @@ struct kvti_peer {
     kvti_loop *loop;
     kvc_mutex lock; /* rank TRANSPORT; guards the pipe's output, calls, events, refs, closed */
     kvti_pipe pipe;
-    kvti_ring ring; /* the loop's */
+    kvti_ring ring;       /* bodies of requests; the loop's */
+    kvti_ring reply_ring; /* payloads of replies; of the pipe's output */
+    uint64_t ring_bytes;  /* of both, counted at the listener */
     kvti_table calls;
     kvti_shmcall *events, **events_end;
     atomic_uint refs; /* the loop's, its ready list's, and one for each call */
@@ -90,6 +92,7 @@ struct kvt_listener {
     kvc_cond changed;               /* n_calls or n_peers fell */
     int fd;                         /* of the listening socket; -1: closed */
     uint32_t n_calls, n_peers;
+    uint64_t ring_bytes; /* of all peers' rings */
     bool draining, serving;
 };
 
