@@ -68,7 +68,7 @@ static int put_once(kvsi_env *env, const char *name, const void *data, size_t le
 static kvc_status make_room(kvs_tier *tier, size_t len_bytes)
 {
     uint64_t old = tier->meta.map_pages;
-    uint64_t pages = kvsi_claim(tier, old, old + 2 * (len_bytes / KVSI_PAGE_BYTES) + 32);
+    uint64_t pages = kvsi_claim_meta(tier, old, old + 2 * (len_bytes / KVSI_PAGE_BYTES) + 32);
 
     if (pages > old && kvsi_env_grow(&tier->meta, pages) == KVC_OK) {
         tier->meta.map_pages = pages;

@@ -4,7 +4,9 @@
  * Budget: every page of capacity_bytes is either claimed by an environment's map (map_pages, plus
  * KVSI_ENV_SLACK_PAGES for its lock file and the file system's own blocks) or free to be claimed.
  * Files never shrink, so a claim is never given back while the tier is open. What a first meta map
- * takes is never claimed otherwise, so that a damaged meta can be replaced in a full folder.
+ * takes is never claimed otherwise, so that a damaged meta can be replaced in a full folder; nor is
+ * what it may grow to in a store that is full of values (KVSI_META_PART), so that contexts can still
+ * be saved there.
  */
 #ifndef KVSI_LMDB_TIER_H
 #define KVSI_LMDB_TIER_H
@@ -19,6 +21,7 @@
 #define KVSI_MAX_QUEUED     4096u /* writes */
 #define KVSI_CLASS_PAGES    64u   /* a class's map is never smaller */
 #define KVSI_META_PAGES     128u  /* the meta map's first size */
+#define KVSI_META_PART      64u   /* of the capacity: what values leave to the meta map */
 #define KVSI_MIN_CAPACITY   (4ull << 20)
 #define KVSI_MAX_META_NAME  500u
 #define KVSI_MAX_NAME       512u /* no LMDB key is longer */
@@ -78,6 +81,7 @@ struct kvs_tier {
     kvc_cond work;  /* something for the writer */
     kvc_cond woken; /* a waiter is done */
     uint64_t claimed_pages;
+    uint64_t reserved_pages; /* not claimed yet, and the meta map's only */
     uint32_t n_classes;     /* classes[0 .. n_classes) never change place */
     uint32_t refused_pages; /* the size class that was last refused, and logged */
     kvsi_class classes[KVSI_MAX_CLASSES];
@@ -94,7 +98,7 @@ struct kvs_tier {
 
 /* --- tier_lmdb.c --- */
 
-/* What may still be claimed; the caller holds the tier lock. */
+/* What may still be claimed for values; the caller holds the tier lock. */
 uint64_t kvsi_left_pages(const kvs_tier *tier);
 /*
  * Claims budget so that a map of now_pages can hold need_pages, and a step more where there is
@@ -102,6 +106,8 @@ uint64_t kvsi_left_pages(const kvs_tier *tier);
  * Takes the tier lock.
  */
 uint64_t kvsi_claim(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages);
+/* The same for the meta map. */
+uint64_t kvsi_claim_meta(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages);
 void kvsi_unclaim(kvs_tier *tier, uint64_t pages);
 /* Pages that a class's trees, free lists and fragments may take beyond its records. */
 uint64_t kvsi_reserve_pages(const kvsi_class *class);

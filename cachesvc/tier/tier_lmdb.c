@@ -41,12 +41,13 @@
 
 uint64_t kvsi_left_pages(const kvs_tier *tier)
 {
-    uint64_t taken = tier->claimed_pages + KVSI_META_PAGES + KVSI_ENV_SLACK_PAGES;
+    uint64_t taken =
+        tier->claimed_pages + tier->reserved_pages + KVSI_META_PAGES + KVSI_ENV_SLACK_PAGES;
 
     return taken < tier->capacity_pages ? tier->capacity_pages - taken : 0;
 }
 
-uint64_t kvsi_claim(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages)
+static uint64_t claim(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages, bool meta)
 {
     /* As much again as there is, up to a step: a class that stays small takes little. */
     uint64_t step = now_pages < MIN_STEP_PAGES ? MIN_STEP_PAGES : now_pages;
@@ -55,12 +56,24 @@ uint64_t kvsi_claim(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages)
     uint64_t want = need_pages > now_pages ? need_pages - now_pages + step : 0;
 
     kvc_mutex_lock(&tier->lock);
-    uint64_t left = kvsi_left_pages(tier);
+    uint64_t reserved = meta ? tier->reserved_pages : 0;
+    uint64_t left = kvsi_left_pages(tier) + reserved;
     if (want > left)
         want = left;
     tier->claimed_pages += want;
+    tier->reserved_pages -= want < reserved ? want : reserved;
     kvc_mutex_unlock(&tier->lock);
     return now_pages + want;
+}
+
+uint64_t kvsi_claim(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages)
+{
+    return claim(tier, now_pages, need_pages, false);
+}
+
+uint64_t kvsi_claim_meta(kvs_tier *tier, uint64_t now_pages, uint64_t need_pages)
+{
+    return claim(tier, now_pages, need_pages, true);
 }
 
 void kvsi_unclaim(kvs_tier *tier, uint64_t pages)
@@ -307,6 +320,8 @@ static kvc_status open_meta(kvs_tier *tier)
         return status;
     status = kvsi_env_count(&tier->meta, &pages);
     tier->meta_used_pages = pages.records + pages.tree;
+    uint64_t part = tier->capacity_pages / KVSI_META_PART;
+    tier->reserved_pages = part > map_pages ? part - map_pages : 0;
     return status;
 }
 

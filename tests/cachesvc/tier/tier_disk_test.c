@@ -239,6 +239,40 @@ static void test_read_led_astray(void **state)
     tut_close(t);
 }
 
+/* A store that is full of values still takes the records of saved contexts, up to a part of it. */
+static void test_full_of_values_takes_meta(void **state)
+{
+    enum { RECORD = 128 << 10 };
+    tier_under_test *t = *state;
+    static uint8_t data[RECORD];
+    put_result r = {.status = KVC_OK};
+    uint32_t n_records = 0;
+    char name[32];
+
+    t->opts.capacity_bytes = 256u << 20;
+    assert_int_equal(tut_open(t), KVC_OK);
+    for (uint32_t i = 0; r.status == KVC_OK; i++) {
+        kvs_value_key key = key_of(3, i, 0);
+        r = put_value(t, &key, 1, large, i % 64 == 63);
+        assert_true(i < 4096);
+    }
+    assert_true(r.status == KVC_AGAIN || r.status == KVC_NO_SPACE);
+    for (; n_records < 64; n_records++) {
+        snprintf(name, sizeof(name), "piece/%u", n_records);
+        if (t->ops->meta_put(t->tier, name, data, sizeof(data)) != KVC_OK)
+            break;
+    }
+    assert_true(n_records * (uint64_t)RECORD > t->opts.capacity_bytes / 64 / 2);
+    assert_true(medium_bytes(t) <= t->opts.capacity_bytes);
+    for (uint32_t i = 0; i < n_records; i++) { /* what is deleted makes room for the next */
+        snprintf(name, sizeof(name), "piece/%u", i);
+        assert_int_equal(t->ops->meta_put(t->tier, name, NULL, 0), KVC_OK);
+        snprintf(name, sizeof(name), "again/%u", i);
+        assert_int_equal(t->ops->meta_put(t->tier, name, data, sizeof(data)), KVC_OK);
+    }
+    tut_close(t);
+}
+
 static bool keep_any(void *arg, const char *name, const void *data, size_t len_bytes)
 {
     (void)name;
@@ -545,6 +579,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_file_cut_while_reading, setup, teardown),
         cmocka_unit_test_setup_teardown(test_file_cut_under_the_writer, setup, teardown),
         cmocka_unit_test_setup_teardown(test_read_led_astray, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_full_of_values_takes_meta, setup, teardown),
         cmocka_unit_test_setup_teardown(test_reads_that_cannot_begin, setup, teardown),
         cmocka_unit_test_setup_teardown(test_meta_cut, setup, teardown),
         cmocka_unit_test_setup_teardown(test_vanished_folder, setup, teardown),
