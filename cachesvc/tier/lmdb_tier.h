@@ -5,8 +5,8 @@
  * KVSI_ENV_SLACK_PAGES for its lock file and the file system's own blocks) or free to be claimed.
  * Files never shrink, so a claim is never given back while the tier is open. What a first meta map
  * takes is never claimed otherwise, so that a damaged meta can be replaced in a full folder; nor is
- * what it may grow to in a store that is full of values (KVSI_META_PART), so that contexts can still
- * be saved there.
+ * what it may grow to in a store that is full of values (KVSI_META_PART), so that contexts can
+ * still be saved there.
  */
 #ifndef KVSI_LMDB_TIER_H
 #define KVSI_LMDB_TIER_H
@@ -82,8 +82,8 @@ struct kvs_tier {
     kvc_cond woken; /* a waiter is done */
     uint64_t claimed_pages;
     uint64_t reserved_pages; /* not claimed yet, and the meta map's only */
-    uint32_t n_classes;     /* classes[0 .. n_classes) never change place */
-    uint32_t refused_pages; /* the size class that was last refused, and logged */
+    uint32_t n_classes;      /* classes[0 .. n_classes) never change place */
+    uint32_t refused_pages;  /* the size class that was last refused, and logged */
     kvsi_class classes[KVSI_MAX_CLASSES];
     kvs_tier_write *writes, **writes_end;
     kvsi_drop *drops, **drops_end;
