@@ -159,7 +159,17 @@ struct kvci_call {
     union {
         struct {
             int8_t *status;
+            /* of kvc_opaque_put: the values [n] and what is said of them */
+            int8_t *whole_status;
+            const uint32_t *n_pieces;
+            uint32_t n;
         } put;
+        struct {
+            uint8_t *base; /* of the region */
+            kvc_opaque_value *values;
+            struct kvci_gather *gathers; /* [n]; opaque.c */
+            int8_t *status;
+        } opaque;
         struct {
             int8_t *status;
             kvc_fetch_info *info_p;
@@ -198,6 +208,28 @@ struct kvci_call {
         } keep;
     } u;
 };
+
+/* ---- put_stream.c, for opaque.c ---- */
+
+/* What is to be put; borrowed until kvci_upload_new returns, but for src's bytes and the outputs.
+ */
+typedef struct kvci_put {
+    const kvc_digest *schema;
+    kvc_promise promise;
+    uint64_t ttl_ms;
+    const kvc_value *values; /* [n] */
+    const kvc_whole *wholes; /* [n]; NULL: no pieces */
+    uint32_t n;
+    uint64_t bytes; /* of all values */
+    const kvc_region *src;
+    int8_t *status;       /* [n]; NULL: the call has its own */
+    uint64_t *granted_ms; /* [n]; may be NULL */
+    size_t extra_bytes;   /* to carve */
+} kvci_put;
+/* A call that puts them by streams. NULL: no memory. */
+kvci_call *kvci_upload_new(kvc_client *client, const kvci_put *put, uint64_t deadline_ns);
+/* Folds the statuses of pieces; as kvci_kind.finish. */
+void kvci_opaque_put_finish(kvci_call *call);
 
 /* Bytes that kvci_carve takes for n things of a size. */
 size_t kvci_carve_bytes(size_t n, size_t size_bytes);
@@ -379,6 +411,8 @@ typedef struct kvci_cursor {
 
 /* Copies the next len_bytes, which must be there. */
 void kvci_copy_out(kvci_cursor *cur, uint8_t *dst, size_t len_bytes);
+/* Goes on behind them. */
+void kvci_skip(kvci_cursor *cur, size_t len_bytes);
 
 /* ---- region.c, schema.c, error.c ------------------------------------------------------------- */
 

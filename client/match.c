@@ -16,12 +16,14 @@ static kvc_status match_take(kvci_msg *msg, const kvc_reply *reply, const char *
         return KVC_PROTOCOL;
     }
     uint8_t *tiers = msg->call->u.match.tiers;
-    if (tiers != NULL && reply->u.match_prefix.n_tiers != reply->u.match_prefix.hits) {
+    uint32_t n_tiers =
+        msg->req.u.match_prefix.want_each ? msg->n_items : reply->u.match_prefix.hits;
+    if (tiers != NULL && reply->u.match_prefix.n_tiers != n_tiers) {
         *why_p = "the tiers are missing";
         return KVC_PROTOCOL;
     }
-    if (tiers != NULL && reply->u.match_prefix.hits > 0)
-        memcpy(tiers + msg->first, reply->u.match_prefix.tiers, reply->u.match_prefix.hits);
+    if (tiers != NULL && n_tiers > 0)
+        memcpy(tiers + msg->first, reply->u.match_prefix.tiers, n_tiers);
     msg->call->u.match.hits[msg - msg->call->msgs] = reply->u.match_prefix.hits;
     return KVC_OK;
 }
@@ -34,7 +36,8 @@ static void match_finish(kvci_call *call)
         if (call->u.match.hits[i] < call->msgs[i].n_items)
             break;
     }
-    *call->u.match.hits_p = hits;
+    if (call->u.match.hits_p != NULL)
+        *call->u.match.hits_p = hits;
 }
 
 static const kvci_kind match_kind = {
@@ -45,19 +48,11 @@ static const kvci_kind match_kind = {
     .finish = match_finish,
 };
 
-kvc_status kvc_match(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
-                     uint32_t n, const uint32_t *parts, uint32_t n_parts, uint32_t *hits_p,
-                     uint64_t deadline_ns, kvc_op *op)
+/* each: of an opaque schema, tiers of all digests; then hits_p may be NULL. */
+static kvc_status match(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                        uint32_t n, const uint32_t *parts, uint32_t n_parts, bool each,
+                        uint8_t *tiers, uint32_t *hits_p, uint64_t deadline_ns, kvc_op *op)
 {
-    return kvc_match_tiers(client, schema, digests, n, parts, n_parts, NULL, hits_p, deadline_ns,
-                           op);
-}
-
-kvc_status kvc_match_tiers(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
-                           uint32_t n, const uint32_t *parts, uint32_t n_parts, uint8_t *tiers,
-                           uint32_t *hits_p, uint64_t deadline_ns, kvc_op *op)
-{
-    *hits_p = 0;
     if (n_parts > KVC_MAX_PARTS)
         return kvci_fail(KVC_INVALID, "match: %u parts, at most %u", n_parts, KVC_MAX_PARTS);
     uint32_t per_msg = kvci_limits(client).max_digests;
@@ -88,6 +83,29 @@ kvc_status kvc_match_tiers(kvc_client *client, const kvc_digest *schema, const k
         msg->req.u.match_prefix.n_parts = n_parts;
         msg->req.u.match_prefix.parts = own_parts;
         msg->req.u.match_prefix.want_tiers = tiers != NULL;
+        msg->req.u.match_prefix.want_each = each;
     }
     return kvci_call_start(call, op);
+}
+
+kvc_status kvc_match(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                     uint32_t n, const uint32_t *parts, uint32_t n_parts, uint32_t *hits_p,
+                     uint64_t deadline_ns, kvc_op *op)
+{
+    return kvc_match_tiers(client, schema, digests, n, parts, n_parts, NULL, hits_p, deadline_ns,
+                           op);
+}
+
+kvc_status kvc_match_tiers(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                           uint32_t n, const uint32_t *parts, uint32_t n_parts, uint8_t *tiers,
+                           uint32_t *hits_p, uint64_t deadline_ns, kvc_op *op)
+{
+    *hits_p = 0;
+    return match(client, schema, digests, n, parts, n_parts, false, tiers, hits_p, deadline_ns, op);
+}
+
+kvc_status kvc_opaque_match(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                            uint32_t n, uint8_t *tiers, uint64_t deadline_ns, kvc_op *op)
+{
+    return match(client, schema, digests, n, NULL, 0, true, tiers, NULL, deadline_ns, op);
 }

@@ -16,6 +16,7 @@ struct kvci_upload {
     uint64_t ttl_ms;
     uint8_t *base;           /* of the region */
     const kvc_value *values; /* [n_items], ours */
+    const kvc_whole *wholes; /* [n_items], ours; NULL: they are no pieces */
     uint64_t *granted_ms;    /* [n_items]; may be NULL */
     bool *settled;           /* [n_items] */
     uint32_t *item_of;       /* [n_items] of this attempt's offers */
@@ -34,6 +35,7 @@ static void fill_offers(kvci_upload *up, kvc_request *req)
     uint32_t n = 0;
     for (; up->next < up->n_items && up->n_open < KVC_PUT_WINDOW_VALUES; up->next++) {
         const kvc_value *value = &up->values[up->next];
+        kvc_whole whole = up->wholes ? up->wholes[up->next] : (kvc_whole){0};
         if (up->settled[up->next])
             continue;
         up->item_of[up->n_offers++] = up->next;
@@ -43,7 +45,8 @@ static void fill_offers(kvci_upload *up, kvc_request *req)
                                           .part = value->part,
                                           .len_bytes = value->len_bytes,
                                           .promise = up->promise,
-                                          .ttl_ms = up->ttl_ms};
+                                          .ttl_ms = up->ttl_ms,
+                                          .whole = whole};
     }
     *req = (kvc_request){.method = KVC_PUT_BLOCKS_STREAM};
     req->u.put_stream.n_offers = n;
@@ -155,6 +158,65 @@ static const kvci_kind upload_kind = {
     .fail = upload_fail,
 };
 
+static const kvci_kind pieces_kind = {
+    .name = "opaque put",
+    .bulk_lane = true,
+    .names_schema = true,
+    .begin = upload_begin,
+    .message = upload_message,
+    .pushed = upload_pushed,
+    .take = upload_end,
+    .fail = upload_fail,
+    .finish = kvci_opaque_put_finish,
+};
+
+kvci_call *kvci_upload_new(kvc_client *client, const kvci_put *put, uint64_t deadline_ns)
+{
+    uint32_t n = put->n;
+    uint64_t wanted = put->bytes / KVCI_STRIPE_MIN_BYTES + 1;
+    uint32_t n_msgs = wanted < client->n_channels ? (uint32_t)wanted : client->n_channels;
+    uint32_t per_msg = (n + n_msgs - 1) / n_msgs;
+    n_msgs = per_msg == 0 ? 0 : (n + per_msg - 1) / per_msg;
+    size_t extra_bytes = kvci_carve_bytes(n, sizeof(*put->values)) +
+                         kvci_carve_bytes(n, sizeof(*put->wholes)) + kvci_carve_bytes(n, 1) +
+                         kvci_carve_bytes(n, sizeof(bool)) + kvci_carve_bytes(n, sizeof(uint32_t)) +
+                         kvci_carve_bytes(n_msgs, sizeof(kvci_upload)) + put->extra_bytes;
+    kvci_call *call = kvci_call_new(client, put->wholes ? &pieces_kind : &upload_kind, n_msgs,
+                                    extra_bytes, deadline_ns);
+    if (call == NULL)
+        return NULL;
+    kvc_value *own = kvci_carve(call, n, sizeof(*own));
+    kvc_whole *wholes = kvci_carve(call, n, sizeof(*wholes));
+    bool *settled = kvci_carve(call, n, sizeof(*settled));
+    uint32_t *item_of = kvci_carve(call, n, sizeof(*item_of));
+    kvci_upload *uploads = kvci_carve(call, n_msgs, sizeof(*uploads));
+    if (n > 0)
+        memcpy(own, put->values, n * sizeof(*own));
+    if (n > 0 && put->wholes)
+        memcpy(wholes, put->wholes, n * sizeof(*wholes));
+    call->region = (kvc_region *)put->src; /* counts its users only */
+    call->u.put.status = put->status ? put->status : kvci_carve(call, n, 1);
+    for (uint32_t i = 0; i < n_msgs; i++) {
+        kvci_msg *msg = &call->msgs[i];
+        uint32_t first = i * per_msg, left = n - first;
+        msg->first = first;
+        msg->n_items = left < per_msg ? left : per_msg;
+        msg->upload = &uploads[i];
+        uploads[i] = (kvci_upload){.schema = *put->schema,
+                                   .promise = put->promise,
+                                   .ttl_ms = put->ttl_ms,
+                                   .base = put->src->base,
+                                   .values = own + first,
+                                   .wholes = put->wholes ? wholes + first : NULL,
+                                   .granted_ms = put->granted_ms ? put->granted_ms + first : NULL,
+                                   .settled = settled + first,
+                                   .item_of = item_of + first,
+                                   .n_items = msg->n_items};
+        msg->req.method = KVC_PUT_BLOCKS_STREAM;
+    }
+    return call;
+}
+
 kvc_status kvc_put_stream(kvc_client *client, const kvc_digest *schema, kvc_promise promise,
                           uint64_t ttl_ms, const kvc_value *values, uint32_t n,
                           const kvc_region *src, int8_t *status, uint64_t *granted_ms,
@@ -166,40 +228,17 @@ kvc_status kvc_put_stream(kvc_client *client, const kvc_digest *schema, kvc_prom
         kvci_put_check(client, "put stream", promise, values, n, src, &limits, &bytes);
     if (checked != KVC_OK)
         return checked;
-    uint64_t wanted = bytes / KVCI_STRIPE_MIN_BYTES + 1;
-    uint32_t n_msgs = wanted < client->n_channels ? (uint32_t)wanted : client->n_channels;
-    uint32_t per_msg = (n + n_msgs - 1) / n_msgs;
-    n_msgs = per_msg == 0 ? 0 : (n + per_msg - 1) / per_msg;
-    size_t extra_bytes = kvci_carve_bytes(n, sizeof(*values)) + kvci_carve_bytes(n, sizeof(bool)) +
-                         kvci_carve_bytes(n, sizeof(uint32_t)) +
-                         kvci_carve_bytes(n_msgs, sizeof(kvci_upload));
-    kvci_call *call = kvci_call_new(client, &upload_kind, n_msgs, extra_bytes, deadline_ns);
+    kvci_put put = {.schema = schema,
+                    .promise = promise,
+                    .ttl_ms = ttl_ms,
+                    .values = values,
+                    .n = n,
+                    .bytes = bytes,
+                    .src = src,
+                    .status = status,
+                    .granted_ms = granted_ms};
+    kvci_call *call = kvci_upload_new(client, &put, deadline_ns);
     if (call == NULL)
         return kvci_fail(KVC_NO_MEMORY, "put stream: no memory");
-    kvc_value *own = kvci_carve(call, n, sizeof(*own));
-    bool *settled = kvci_carve(call, n, sizeof(*settled));
-    uint32_t *item_of = kvci_carve(call, n, sizeof(*item_of));
-    kvci_upload *uploads = kvci_carve(call, n_msgs, sizeof(*uploads));
-    if (n > 0)
-        memcpy(own, values, n * sizeof(*own));
-    call->region = (kvc_region *)src; /* counts its users only */
-    call->u.put.status = status;
-    for (uint32_t i = 0; i < n_msgs; i++) {
-        kvci_msg *msg = &call->msgs[i];
-        uint32_t first = i * per_msg, left = n - first;
-        msg->first = first;
-        msg->n_items = left < per_msg ? left : per_msg;
-        msg->upload = &uploads[i];
-        uploads[i] = (kvci_upload){.schema = *schema,
-                                   .promise = promise,
-                                   .ttl_ms = ttl_ms,
-                                   .base = src->base,
-                                   .values = own + first,
-                                   .granted_ms = granted_ms ? granted_ms + first : NULL,
-                                   .settled = settled + first,
-                                   .item_of = item_of + first,
-                                   .n_items = msg->n_items};
-        msg->req.method = KVC_PUT_BLOCKS_STREAM;
-    }
     return kvci_call_start(call, op);
 }

@@ -27,6 +27,20 @@ void kvci_copy_out(kvci_cursor *cur, uint8_t *dst, size_t len_bytes)
     }
 }
 
+void kvci_skip(kvci_cursor *cur, size_t len_bytes)
+{
+    while (len_bytes > 0) {
+        size_t left_bytes = cur->iov[cur->i].iov_len - cur->off_bytes;
+        size_t step_bytes = left_bytes < len_bytes ? left_bytes : len_bytes;
+        len_bytes -= step_bytes;
+        cur->off_bytes += step_bytes;
+        if (cur->off_bytes == cur->iov[cur->i].iov_len) {
+            cur->i++;
+            cur->off_bytes = 0;
+        }
+    }
+}
+
 kvc_status kvci_check_missing(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
                               uint64_t *bytes_p, const char **why_p)
 {

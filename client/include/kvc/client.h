@@ -359,6 +359,48 @@ kvc_status kvc_context_locate(kvc_context *context, uint32_t part, uint32_t bloc
                               kvc_mapped_value *value_p);
 bool kvc_context_is_mapped(kvc_context *context, uint64_t stamp);
 
+/* ---- opaque values: of any length, under any bytes ---------------------------------------------
+ */
+
+/* The name of a key of an opaque schema, as all calls take it. key may be NULL when key_bytes is 0.
+ * IO if libcrypto fails. */
+kvc_status kvc_opaque_key(const kvc_digest *schema, const void *key, size_t key_bytes,
+                          kvc_digest *digest_p) KVC_MUST_CHECK;
+
+typedef struct kvc_opaque_value {
+    kvc_digest digest;  /* of the key */
+    size_t off_bytes;   /* in the region */
+    uint64_t len_bytes; /* of the value; to get one: the room there, then its length */
+} kvc_opaque_value;
+
+/*
+ * Stores n values from src, each cut into pieces, which are sent only where the server lacks them.
+ * Borrows values; keeps src's bytes and status [n] until completion. status[i]: OK; EXISTS, also
+ * where another value has the key; AGAIN, where there is no room, or another value is being put
+ * under the key: put it again later; ... The op is OK when every piece was answered. ttl_ms as for
+ * kvc_put_stream. INVALID: a place outside src, or more than KVC_MAX_PIECES pieces.
+ */
+kvc_status kvc_opaque_put(kvc_client *client, const kvc_digest *schema, kvc_promise promise,
+                          uint64_t ttl_ms, const kvc_opaque_value *values, uint32_t n,
+                          const kvc_region *src, int8_t *status, uint64_t deadline_ns,
+                          kvc_op *op) KVC_MUST_CHECK;
+
+/*
+ * Gets n values. Keeps values, dst and status [n] until completion. status[i]: OK, all of the value
+ * is at its place, its sum was compared, and len_bytes is its length; NO_SPACE: it is longer than
+ * its room, and len_bytes says how long; NOT_FOUND; AGAIN, IO, CORRUPT. The bytes of a value that
+ * is not OK are undefined, and those behind one are untouched. INVALID: a place outside dst.
+ */
+kvc_status kvc_opaque_get(kvc_client *client, const kvc_digest *schema, kvc_opaque_value *values,
+                          uint32_t n, const kvc_region *dst, int8_t *status, uint64_t deadline_ns,
+                          kvc_op *op) KVC_MUST_CHECK;
+
+/* tiers [n], kept until completion: where each value would be read from (kvc_tier), 0 where it is
+ * not there. Borrows digests. */
+kvc_status kvc_opaque_match(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                            uint32_t n, uint8_t *tiers, uint64_t deadline_ns,
+                            kvc_op *op) KVC_MUST_CHECK;
+
 /* ---- what stays and what goes ------------------------------------------------------------------
  */
 
