@@ -10,6 +10,40 @@
 #include "base/text.h"
 #include "kvctl.h"
 
+struct kvctl_key {
+    struct kvctl_key *next;
+    uint8_t *bytes;
+    size_t n;
+};
+
+static bool add_key(const char *text, bool is_hex, kvctl_blocks *blocks)
+{
+    struct kvctl_key *key = calloc(1, sizeof(*key));
+    if (key == NULL || !kvctl_key_parse(text, is_hex, &key->bytes, &key->n)) {
+        free(key);
+        return false;
+    }
+    key->next = blocks->keys;
+    blocks->keys = key;
+    blocks->n_keys++;
+    return true;
+}
+
+/* The digests of the keys, in the order in which they were written. */
+static bool digests_from_keys(kvctl_blocks *blocks)
+{
+    blocks->digests = calloc(blocks->n_keys, sizeof(*blocks->digests));
+    blocks->n_digests = blocks->n_keys;
+    bool good = blocks->digests != NULL;
+    uint32_t i = blocks->n_keys;
+    for (const struct kvctl_key *key = blocks->keys; good && key != NULL; key = key->next)
+        good = kvc_opaque_key(&blocks->schema.digest, key->bytes, key->n, &blocks->digests[--i]) ==
+               KVC_OK;
+    if (!good)
+        kvctl_error("memory is out");
+    return good;
+}
+
 bool kvctl_blocks_option(int option, kvctl_blocks *blocks)
 {
     switch (option) {
@@ -27,6 +61,9 @@ bool kvctl_blocks_option(int option, kvctl_blocks *blocks)
     case 'b':
         return kvctl_number_parse("--block-tokens", optarg, KVC_BLOCK_TOKENS_MIN,
                                   KVC_BLOCK_TOKENS_MAX, &blocks->block_tokens);
+    case 'k':
+    case 'K':
+        return add_key(optarg, option == 'K', blocks);
     default:
         return false;
     }
@@ -45,6 +82,8 @@ static bool digests_from_words(int argc, char **argv, kvctl_blocks *blocks)
 
 static bool read_digests(int argc, char **argv, kvctl_blocks *blocks)
 {
+    if (blocks->n_keys > 0)
+        return digests_from_keys(blocks);
     if (optind < argc)
         return digests_from_words(argc, argv, blocks);
     size_t len_bytes;
@@ -70,8 +109,11 @@ kvctl_exit kvctl_blocks_read(const char *command, int argc, char **argv, kvctl_b
     bool from_words = optind < argc;
     if (!blocks->has_schema)
         return kvctl_usage(command, "--schema is missing");
-    if (from_words + (blocks->digests_path != NULL) + (blocks->tokens_path != NULL) > 1)
-        return kvctl_usage(command, "digests come from one place: words, --digests or --tokens");
+    if (from_words + (blocks->digests_path != NULL) + (blocks->tokens_path != NULL) +
+            (blocks->n_keys > 0) >
+        1)
+        return kvctl_usage(command,
+                           "digests come from one place: words, --digests, --tokens or --key");
     if (blocks->tokens_path != NULL && blocks->block_tokens == 0)
         return kvctl_usage(command, "--tokens needs --block-tokens, or a file as --schema");
     return read_digests(argc, argv, blocks) ? KVCTL_OK : KVCTL_USAGE;
@@ -79,6 +121,11 @@ kvctl_exit kvctl_blocks_read(const char *command, int argc, char **argv, kvctl_b
 
 void kvctl_blocks_free(kvctl_blocks *blocks)
 {
+    for (struct kvctl_key *key = blocks->keys, *next; key != NULL; key = next) {
+        next = key->next;
+        free(key->bytes);
+        free(key);
+    }
     free(blocks->schema.text);
     free(blocks->parts);
     free(blocks->digests);

@@ -56,8 +56,9 @@ bool kvctl_schema_read(const char *word, kvctl_schema *schema_p)
         kvctl_error("--schema wants 64 hex digits or a file with the schema's text");
         return false;
     }
-    if (kvctl_schema_number(schema_p, "block_tokens") == 0) {
-        kvctl_error("%s is no schema text: it has no line block_tokens=NUMBER", word);
+    if (kvctl_schema_number(schema_p, "block_tokens") == 0 &&
+        kvctl_schema_number(schema_p, "opaque") == 0) {
+        kvctl_error("%s is no schema text: it has no line block_tokens=NUMBER or opaque=1", word);
         free(schema_p->text);
         schema_p->text = NULL;
         return false;
@@ -76,6 +77,37 @@ uint32_t kvctl_schema_number(const kvctl_schema *schema, const char *key)
             line++;
     }
     return 0;
+}
+
+static int hex_digit(char c)
+{
+    static const char digits[] = "0123456789abcdef";
+    const char *at = c != '\0' ? strchr(digits, c | 0x20) : NULL;
+    return at != NULL ? (int)(at - digits) : -1;
+}
+
+bool kvctl_key_parse(const char *text, bool is_hex, uint8_t **key_p, size_t *key_bytes_p)
+{
+    size_t n = strlen(text);
+    *key_p = malloc(n + 1);
+    *key_bytes_p = is_hex ? n / 2 : n;
+    if (*key_p == NULL) {
+        kvctl_error("memory is out");
+        return false;
+    }
+    memcpy(*key_p, text, n);
+    bool good = !is_hex || n % 2 == 0;
+    for (size_t i = 0; is_hex && good && i < n / 2; i++) {
+        int high = hex_digit(text[2 * i]), low = hex_digit(text[2 * i + 1]);
+        good = high >= 0 && low >= 0;
+        (*key_p)[i] = (uint8_t)(good ? high << 4 | low : 0);
+    }
+    if (good)
+        return true;
+    kvctl_error("--key-hex wants pairs of hex digits, not '%s'", text);
+    free(*key_p);
+    *key_p = NULL;
+    return false;
 }
 
 /* items with room for one more, maybe moved; NULL, with items as they were, when memory is out. */

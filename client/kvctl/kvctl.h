@@ -77,6 +77,9 @@ bool kvctl_schema_read(const char *word, kvctl_schema *schema_p);
 /* A number of the schema's text ("block_tokens", "part.00003.row_bytes"); 0 where it is unknown. */
 uint32_t kvctl_schema_number(const kvctl_schema *schema, const char *key);
 
+/* The bytes of --key TEXT, or with is_hex of --key-hex HEX. The caller frees *key_p. False: why was
+ * printed. */
+bool kvctl_key_parse(const char *text, bool is_hex, uint8_t **key_p, size_t *key_bytes_p);
 /* Digests, 64 hex digits each, apart by white space. The caller frees *digests_p. */
 bool kvctl_digests_parse(const char *text, kvc_digest **digests_p, uint32_t *n_p);
 /* Block digests of token ids (decimal, apart by white space or commas); a tail is left out. The ids
@@ -101,15 +104,22 @@ typedef struct kvctl_blocks {
     kvc_digest *digests;
     uint32_t *tokens; /* those of --tokens, with the tail */
     uint32_t n_digests, n_tokens;
+    struct kvctl_key *keys; /* --key and --key-hex, the last first */
+    uint32_t n_keys;
 } kvctl_blocks;
 
 /* For the table of long options; getopt.h must be there. */
 #define KVCTL_BLOCKS_OPTIONS                                                                       \
     {"schema", required_argument, NULL, 's'}, {"parts", required_argument, NULL, 'p'},             \
         {"digests", required_argument, NULL, 'd'}, {"tokens", required_argument, NULL, 't'},       \
+        {"key", required_argument, NULL, 'k'}, {"key-hex", required_argument, NULL, 'K'},          \
     {                                                                                              \
         "block-tokens", required_argument, NULL, 'b'                                               \
     }
+/* That of the two options for keys. */
+#define KVCTL_KEYS_HELP                                                                            \
+    "    --key TEXT, --key-hex HEX\n"                                                              \
+    "        A key of an opaque schema, by its bytes as text or as hex digits. May be repeated.\n"
 /* Their paragraphs in a manual page, but that of --parts. */
 #define KVCTL_BLOCKS_HELP                                                                          \
     "    --schema SCHEMA\n"                                                                        \
@@ -129,6 +139,20 @@ bool kvctl_blocks_option(int option, kvctl_blocks *blocks);
 /* Reads the digests from the words left, the file named, or standard input. KVCTL_USAGE: said. */
 kvctl_exit kvctl_blocks_read(const char *command, int argc, char **argv, kvctl_blocks *blocks);
 void kvctl_blocks_free(kvctl_blocks *blocks);
+
+/* ---- opaque.c: kvctl put and get of one opaque value -------------------------------------------
+ */
+
+typedef struct kvctl_opaque {
+    const kvctl_schema *schema;
+    kvc_digest digest; /* of the key */
+    const char *path;  /* "-": standard input or output */
+    bool durable;
+} kvctl_opaque;
+/* value.c: bytes to a file, or to standard output for "-"; says why it could not. */
+kvctl_exit kvctl_write_value(const char *path, const uint8_t *bytes, size_t len_bytes);
+kvctl_exit kvctl_opaque_put(const kvctl_globals *globals, const kvctl_opaque *args);
+kvctl_exit kvctl_opaque_get(const kvctl_globals *globals, const kvctl_opaque *args);
 
 /* ---- json.c -----------------------------------------------------------------------------------
  */

@@ -15,6 +15,7 @@ static const char help[] =
     "    kvctl [--server URI] [--json] match --schema SCHEMA [--parts PARTS] [--tiers] DIGEST...\n"
     "    kvctl [--server URI] [--json] match --schema SCHEMA [--parts PARTS] [--tiers]\n"
     "          [--block-tokens N] --digests FILE | --tokens FILE\n"
+    "    kvctl [--server URI] [--json] match --schema SCHEMA --key TEXT | --key-hex HEX ...\n"
     "\n"
     "DESCRIPTION\n"
     "    Prints the length of the leading run of blocks of which the server holds every part "
@@ -23,7 +24,11 @@ static const char help[] =
     "    file, or computed from a file of token ids. Without any of these, digests are read from\n"
     "    standard input.\n"
     "\n"
-    "OPTIONS\n" KVCTL_BLOCKS_HELP "    --parts N[,N]... or FIRST-LAST\n"
+    "    Keys of an opaque schema follow nothing: for each the tier is printed that its value "
+    "would\n"
+    "    be read from, or that it is not there.\n"
+    "\n"
+    "OPTIONS\n" KVCTL_BLOCKS_HELP KVCTL_KEYS_HELP "    --parts N[,N]... or FIRST-LAST\n"
     "        The parts that must be there. Default: all of the schema but index parts.\n"
     "    --tiers\n"
     "        Also say how many of the blocks are read from which tier: of several parts the "
@@ -80,6 +85,27 @@ static void print_json(const match_args *args, uint32_t hits)
     kvctl_json_close();
 }
 
+/* Keys: each by itself. */
+static void print_keys(const kvctl_globals *globals, const match_args *args)
+{
+    uint32_t n_there = 0;
+    for (uint32_t i = 0; i < args->blocks.n_digests; i++)
+        n_there += args->tiers[i] != 0;
+    if (!globals->json) {
+        (void)printf("%u of %u values are there\n", n_there, args->blocks.n_digests);
+        for (uint32_t i = 0; i < args->blocks.n_digests; i++)
+            (void)printf("  %u %s\n", i, args->tiers[i] ? tier_names[args->tiers[i]] : "-");
+        return;
+    }
+    kvctl_json_open(NULL, '{');
+    kvctl_json_number("there", n_there);
+    kvctl_json_open("tiers", '[');
+    for (uint32_t i = 0; i < args->blocks.n_digests; i++)
+        kvctl_json_text(NULL, args->tiers[i] ? tier_names[args->tiers[i]] : "");
+    kvctl_json_close();
+    kvctl_json_close();
+}
+
 static kvctl_exit ask(const kvctl_globals *globals, const match_args *args)
 {
     kvc_client *client = NULL;
@@ -89,14 +115,20 @@ static kvctl_exit ask(const kvctl_globals *globals, const match_args *args)
     kvc_op op;
     uint32_t hits = 0;
     kvc_op_init(&op, NULL, NULL);
+    bool keys = args->blocks.n_keys > 0;
     kvc_status status =
-        kvc_match_tiers(client, &args->blocks.schema.digest, args->blocks.digests,
-                        args->blocks.n_digests, args->blocks.parts, args->blocks.n_parts,
-                        args->tiers, &hits, kvctl_deadline_ns(globals), &op);
+        keys
+            ? kvc_opaque_match(client, &args->blocks.schema.digest, args->blocks.digests,
+                               args->blocks.n_digests, args->tiers, kvctl_deadline_ns(globals), &op)
+            : kvc_match_tiers(client, &args->blocks.schema.digest, args->blocks.digests,
+                              args->blocks.n_digests, args->blocks.parts, args->blocks.n_parts,
+                              args->tiers, &hits, kvctl_deadline_ns(globals), &op);
     if (status == KVC_OK)
         status = kvctl_wait(&op, "matching");
     if (status != KVC_OK)
         result = kvctl_failed(status);
+    else if (keys)
+        print_keys(globals, args);
     else if (globals->json)
         print_json(args, hits);
     else
@@ -123,7 +155,7 @@ static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
     }
     if (result == KVCTL_OK)
         result = kvctl_blocks_read("match", argc, argv, &args.blocks);
-    if (result == KVCTL_OK && args.want_tiers) {
+    if (result == KVCTL_OK && (args.want_tiers || args.blocks.n_keys > 0)) {
         args.tiers = calloc(args.blocks.n_digests + 1, 1);
         result = args.tiers != NULL ? KVCTL_OK : KVCTL_FAILED;
     }

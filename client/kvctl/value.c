@@ -21,6 +21,8 @@ static const char put_help[] =
     "\n"
     "SYNOPSIS\n"
     "    kvctl [--server URI] [--json] put --schema SCHEMA --part N [--durable] DIGEST [FILE]\n"
+    "    kvctl [--server URI] [--json] put --schema SCHEMA --key TEXT | --key-hex HEX [--durable]\n"
+    "          [FILE]\n"
     "\n"
     "DESCRIPTION\n"
     "    Stores the bytes of FILE, or of standard input without one or for '-', as the rows of "
@@ -28,12 +30,18 @@ static const char put_help[] =
     "    block DIGEST in one part. Their number must be block_tokens times the part's row_bytes.\n"
     "    First put wins: where the value is there already it stays as it is, and that is said.\n"
     "\n"
+    "    With --key the schema is opaque: the value has any length and is named by any bytes. "
+    "Where\n"
+    "    SCHEMA is a file, the server is told of it first.\n"
+    "\n"
     "OPTIONS\n"
     "    --schema SCHEMA\n"
     "        The schema: its digest (64 hex digits), or a file with its text (lines key=value),\n"
     "        whose SHA-256 is the digest. Required; the server must know it.\n"
     "    --part N\n"
-    "        The part. Required.\n"
+    "        The part. Required without a key.\n"
+    "    --key TEXT, --key-hex HEX\n"
+    "        The key of an opaque value, by its bytes as text or as hex digits.\n"
     "    --durable\n"
     "        Answer only once the value is on disk and synced. Default: once it is in memory.\n"
     "    -h, --help\n"
@@ -55,6 +63,7 @@ static const char get_help[] =
     "SYNOPSIS\n"
     "    kvctl [--server URI] [--json] get --schema SCHEMA --part N [--row-bytes N]\n"
     "          [--block-tokens N] DIGEST [FILE]\n"
+    "    kvctl [--server URI] [--json] get --schema SCHEMA --key TEXT | --key-hex HEX [FILE]\n"
     "\n"
     "DESCRIPTION\n"
     "    Writes the rows of the block DIGEST in one part to FILE, or to standard output without "
@@ -67,7 +76,9 @@ static const char get_help[] =
     "        The schema: its digest (64 hex digits), or a file with its text (lines key=value),\n"
     "        from which block and row sizes are taken. Required.\n"
     "    --part N\n"
-    "        The part. Required.\n"
+    "        The part. Required without a key.\n"
+    "    --key TEXT, --key-hex HEX\n"
+    "        The key of an opaque value, by its bytes as text or as hex digits.\n"
     "    --row-bytes N, --block-tokens N\n"
     "        The sizes, where --schema is no file.\n"
     "    -h, --help\n"
@@ -85,7 +96,9 @@ static const char get_help[] =
 
 typedef struct value_args {
     kvctl_schema schema;
-    bool has_schema, has_part, durable;
+    bool has_schema, has_part, durable, has_key;
+    uint8_t *key;
+    size_t key_bytes;
     uint64_t part, row_bytes, block_tokens;
     kvc_digest digest;
     const char *path; /* "-": standard input or output */
@@ -108,14 +121,35 @@ static bool parse_option(int option, value_args *args)
     case 'D':
         args->durable = true;
         return true;
+    case 'k':
+    case 'K':
+        if (args->has_key)
+            return false;
+        args->has_key = kvctl_key_parse(optarg, option == 'K', &args->key, &args->key_bytes);
+        return args->has_key;
     default:
         return false;
     }
 }
 
+/* [FILE], where the value has a key. */
+static kvctl_exit parse_key_words(const char *command, int argc, char **argv, value_args *args)
+{
+    if (!args->has_schema || args->has_part)
+        return kvctl_usage(command, "--key wants --schema, and no --part");
+    if (argc - optind > 1)
+        return kvctl_usage(command, "a file or none: the key names the value");
+    if (kvc_opaque_key(&args->schema.digest, args->key, args->key_bytes, &args->digest) != KVC_OK)
+        return KVCTL_FAILED;
+    args->path = argc - optind == 1 ? argv[optind] : "-";
+    return KVCTL_OK;
+}
+
 /* DIGEST [FILE], after the options. */
 static kvctl_exit parse_words(const char *command, int argc, char **argv, value_args *args)
 {
+    if (args->has_key)
+        return parse_key_words(command, argc, argv, args);
     if (!args->has_schema || !args->has_part)
         return kvctl_usage(command, "--schema and --part are needed");
     if (argc - optind < 1 || argc - optind > 2)
@@ -202,16 +236,19 @@ done:
 static kvctl_exit run_put(const kvctl_globals *globals, int argc, char **argv)
 {
     static const struct option options[] = {
-        {"schema", required_argument, NULL, 's'},
-        {"part", required_argument, NULL, 'p'},
-        {"durable", no_argument, NULL, 'D'},
-        {0},
+        {"schema", required_argument, NULL, 's'},  {"part", required_argument, NULL, 'p'},
+        {"durable", no_argument, NULL, 'D'},       {"key", required_argument, NULL, 'k'},
+        {"key-hex", required_argument, NULL, 'K'}, {0},
     };
     value_args args = {.path = "-"};
     kvctl_exit result = parse("put", options, argc, argv, &args);
-    if (result == KVCTL_OK)
+    if (result == KVCTL_OK && args.has_key)
+        result = kvctl_opaque_put(
+            globals, &(kvctl_opaque){&args.schema, args.digest, args.path, args.durable});
+    else if (result == KVCTL_OK)
         result = put(globals, &args);
     free(args.schema.text);
+    free(args.key);
     return result;
 }
 
@@ -252,7 +289,7 @@ static kvc_status fetch(const kvctl_globals *globals, const value_args *args, kv
     return status;
 }
 
-static kvctl_exit write_value(const char *path, const uint8_t *bytes, size_t len_bytes)
+kvctl_exit kvctl_write_value(const char *path, const uint8_t *bytes, size_t len_bytes)
 {
     bool standard = strcmp(path, "-") == 0;
     FILE *stream = standard ? stdout : fopen(path, "we");
@@ -306,13 +343,30 @@ static kvctl_exit get(const kvctl_globals *globals, const value_args *args)
         result = KVCTL_FAILED;
     }
     if (result == KVCTL_OK)
-        result = write_value(args->path, bytes, len_bytes);
+        result = kvctl_write_value(args->path, bytes, len_bytes);
     if (result == KVCTL_OK)
         report(globals, args, bytes, len_bytes);
 done:
     kvc_client_close(client);
     free(bytes);
     return result;
+}
+
+/* The sizes of a value of rows, and then the value. */
+static kvctl_exit get_rows(const kvctl_globals *globals, value_args *args)
+{
+    char key[64];
+    (void)snprintf(key, sizeof(key), "part.%05llu.row_bytes", (unsigned long long)args->part);
+    if (args->row_bytes == 0)
+        args->row_bytes = kvctl_schema_number(&args->schema, key);
+    if (args->block_tokens == 0)
+        args->block_tokens = kvctl_schema_number(&args->schema, "block_tokens");
+    if (args->row_bytes == 0 || args->block_tokens == 0)
+        return kvctl_usage("get", "--row-bytes and --block-tokens, or a file as --schema");
+    if (args->block_tokens > KVC_BLOCK_TOKENS_MAX ||
+        args->block_tokens * args->row_bytes > KVC_MAX_VALUE_BYTES)
+        return kvctl_usage("get", "a value has at most %u bytes", KVC_MAX_VALUE_BYTES);
+    return get(globals, args);
 }
 
 static kvctl_exit run_get(const kvctl_globals *globals, int argc, char **argv)
@@ -322,26 +376,21 @@ static kvctl_exit run_get(const kvctl_globals *globals, int argc, char **argv)
         {"part", required_argument, NULL, 'p'},
         {"row-bytes", required_argument, NULL, 'r'},
         {"block-tokens", required_argument, NULL, 'b'},
+        {"key", required_argument, NULL, 'k'},
+        {"key-hex", required_argument, NULL, 'K'},
         {0},
     };
     value_args args = {.path = "-"};
-    char key[64];
     kvctl_exit result = parse("get", options, argc, argv, &args);
-    (void)snprintf(key, sizeof(key), "part.%05llu.row_bytes", (unsigned long long)args.part);
-    if (args.row_bytes == 0)
-        args.row_bytes = kvctl_schema_number(&args.schema, key);
-    if (args.block_tokens == 0)
-        args.block_tokens = kvctl_schema_number(&args.schema, "block_tokens");
-    if (result == KVCTL_OK && (args.row_bytes == 0 || args.block_tokens == 0))
-        result = kvctl_usage("get", "--row-bytes and --block-tokens, or a file as --schema");
-    else if (result == KVCTL_OK && (args.block_tokens > KVC_BLOCK_TOKENS_MAX ||
-                                    args.block_tokens * args.row_bytes > KVC_MAX_VALUE_BYTES))
-        result = kvctl_usage("get", "a value has at most %u bytes", KVC_MAX_VALUE_BYTES);
-    else if (result == KVCTL_OK && globals->json && strcmp(args.path, "-") == 0)
+    if (result == KVCTL_OK && globals->json && strcmp(args.path, "-") == 0)
         result = kvctl_usage("get", "--json needs a file for the bytes");
-    if (result == KVCTL_OK)
-        result = get(globals, &args);
+    if (result == KVCTL_OK && args.has_key)
+        result =
+            kvctl_opaque_get(globals, &(kvctl_opaque){&args.schema, args.digest, args.path, false});
+    else if (result == KVCTL_OK)
+        result = get_rows(globals, &args);
     free(args.schema.text);
+    free(args.key);
     return result;
 }
 

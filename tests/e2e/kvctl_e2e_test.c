@@ -390,6 +390,40 @@ static void test_bench(void **state)
     free(o.err);
 }
 
+/* Opaque values: any length, named by a key; the server is told of the schema by its text. */
+static void test_keys(void **state)
+{
+    (void)state;
+    char schema[320], in[320], out[320], hex[KVC_DIGEST_HEX_BYTES];
+    static const char text[] = "model=m%20x\nopaque=1\nrecipe=engine\nrevision=\ntp_size=1\n";
+    static uint8_t bytes[3 << 20];
+    kvc_digest digest;
+    (void)snprintf(schema, sizeof(schema), "%s/opaque.schema", shared.folder);
+    (void)snprintf(in, sizeof(in), "%s/in.bin", shared.folder);
+    (void)snprintf(out, sizeof(out), "%s/out.bin", shared.folder);
+    write_file(schema, (const uint8_t *)text, sizeof(text) - 1);
+    assert_int_equal(kvc_sha256(text, sizeof(text) - 1, &digest), KVC_OK);
+    kvc_digest_hex(&digest, hex);
+    memset(bytes, 'x', sizeof(bytes));
+    write_file(in, bytes, sizeof(bytes));
+#define KEY(command, ...) WORDS(ON, command, "--schema", schema, __VA_ARGS__)
+    expect(NULL, KEY("put", "--key", "a/b@1", in), 0, WORDS("stored 3145728 bytes"), NULL);
+    expect(NULL, KEY("put", "--key", "a/b@1", in), 0, WORDS("first put wins"), NULL);
+    expect("", KEY("put", "--key", "empty", "--durable"), 0, WORDS("stored 0 bytes"), NULL);
+    expect(NULL, KEY("get", "--key", "a/b@1", out), 0, WORDS("3145728 bytes"), NULL);
+    expect(NULL, KEY("get", "--key-hex", "612F624031", out), 0, WORDS("3145728 bytes"), NULL);
+    expect(NULL, WORDS(ON, "--json", "get", "--schema", hex, "--key", "empty", out), 0,
+           WORDS("\"bytes\":0"), NULL);
+    expect(NULL, KEY("match", "--key", "a/b@1", "--key", "none", "--key", "empty"), 0,
+           WORDS("2 of 3 values are there", "0 dram", "1 -", "2 dram"), NULL);
+    expect(NULL, KEY("erase", "--key", "a/b@1"), 0, WORDS("3 values erased"), NULL);
+    expect(NULL, KEY("get", "--key", "a/b@1", out), 1, NULL, "NOT_FOUND");
+    expect(NULL, KEY("get", "--key-hex", "123", out), 2, NULL, "hex digits");
+    expect(NULL, KEY("get", "--key", "a", "--part", "0", out), 2, NULL, "--part");
+    expect(NULL, KEY("match", "--key", "a", hex), 2, NULL, "one place");
+#undef KEY
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -398,8 +432,9 @@ int main(void)
         cmocka_unit_test(test_match),       cmocka_unit_test(test_match_tokens),
         cmocka_unit_test(test_rows),        cmocka_unit_test(test_doctor),
         cmocka_unit_test(test_schema_file), cmocka_unit_test(test_put_get),
-        cmocka_unit_test(test_keep),        cmocka_unit_test(test_top),
-        cmocka_unit_test(test_explain),     cmocka_unit_test(test_bench),
+        cmocka_unit_test(test_keys),        cmocka_unit_test(test_keep),
+        cmocka_unit_test(test_top),         cmocka_unit_test(test_explain),
+        cmocka_unit_test(test_bench),
     };
     return cmocka_run_group_tests(tests, open_shared, close_shared);
 }
