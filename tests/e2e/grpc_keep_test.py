@@ -138,7 +138,9 @@ class Keep(Case):
         context = self.open(self.digests(55, 3)).context
         self.fails("INVALID", lambda: self.prefetch(context=context, first_block=4), "there are 3")
         self.fails(
-            "INVALID", lambda: self.prefetch(context=context, first_block=2, n_blocks=2), "there are 3"
+            "INVALID",
+            lambda: self.prefetch(context=context, first_block=2, n_blocks=2),
+            "there are 3",
         )
         self.fails("INVALID", lambda: self.prefetch(context=context, parts=[9]), "part 9")
         self.fails("INVALID", lambda: self.prefetch(context=context, tier=0), "tier")
