@@ -30,6 +30,7 @@ typedef struct blocks_stream {
     uint32_t n_digests, block; /* how many there are; the one whose turn it is */
     uint32_t n_parts, part;    /* as parts has; the next one of block */
     kvs_opaque_id id;          /* of the opaque value that first pieces have begun */
+    uint32_t id_set;           /* kvs_index_piece_set of the first of them */
     uint32_t id_block;         /* its place among the digests */
     bool id_failed;            /* one of its pieces was not had: the others are of no use */
     uint16_t parts[]; /* [n_parts] places in the schema; opaque: [KVC_MAX_PIECES] of block */
@@ -122,25 +123,29 @@ static void count(blocks_piece *piece, const kvc_block_value *values)
 
 /*
  * What a piece of an opaque value says of itself must fit to its name and to the pieces that went
- * before it. Else nothing of the value can be trusted, and it makes way for the next put.
+ * before it. Else nothing of the value can be trusted, and it makes way for the next put. Not where
+ * the block has got other pieces since the first one was read: no piece is held between two
+ * messages, so the value may have been erased and another put, which is as good as any. The piece
+ * is referenced, so it is erased with those that it stands beside.
  */
 static kvc_status check_piece(blocks_piece *piece, uint32_t i, const void *room,
                               kvc_block_value *value)
 {
     blocks_stream *blocks = piece->stream;
     kvs_opaque_id id;
-    kvs_value_key key;
     kvs_erased erased = {0};
-    kvs_index_key(piece->server->index, piece->reads[i].value, &key);
+    uint32_t set = kvs_index_piece_set(piece->server->index, piece->reads[i].value);
     kvc_status status =
-        kvs_opaque_read(piece->schema, piece->parts[i], key.part >> (32 - KVS_OPAQUE_TAG_BITS),
-                        room, &id, &value->len_bytes);
-    if (kvs_opaque_piece(piece->parts[i]) == 0)
+        kvs_opaque_read(piece->schema, piece->parts[i], set >> (32 - KVS_OPAQUE_TAG_BITS), room,
+                        &id, &value->len_bytes);
+    if (kvs_opaque_piece(piece->parts[i]) == 0) {
         blocks->id = id;
+        blocks->id_set = set;
+    }
     if (status == KVC_OK && (id.total_bytes != blocks->id.total_bytes || id.sum != blocks->id.sum))
-        status = KVC_CORRUPT;
+        status = set == blocks->id_set ? KVC_CORRUPT : KVC_NOT_FOUND;
     value->whole = (kvc_whole){id.total_bytes, id.sum};
-    if (status != KVC_OK)
+    if (status == KVC_CORRUPT)
         kvs_index_erase(piece->server->index, piece->schema, &blocks->digests[piece->blocks[i]],
                         NULL, 0, &erased);
     return status;
@@ -156,10 +161,8 @@ static void describe_piece(blocks_piece *piece, uint32_t i, const void *room,
         blocks->id_failed = false;
     }
     value->part = piece->parts[i] == KVS_OPAQUE_NO_PLACE ? 0 : kvs_opaque_piece(piece->parts[i]);
-    if (value->status == KVC_OK)
-        value->status = check_piece(piece, i, room, value);
-    if (value->status == KVC_OK && blocks->id_failed)
-        value->status = KVC_NOT_FOUND;
+    if (value->status == KVC_OK) /* without the first piece, there is nothing to compare with */
+        value->status = blocks->id_failed ? KVC_NOT_FOUND : check_piece(piece, i, room, value);
     if (value->status == KVC_OK)
         return;
     blocks->id_failed = true;

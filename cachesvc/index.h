@@ -247,6 +247,10 @@ kvs_claim kvs_index_claim_piece(kvs_index *index, const kvs_schema *schema, uint
 /* The places of all pieces of a value, at most KVC_MAX_PIECES; 0: not all are there. */
 uint32_t kvs_index_pieces(kvs_index *index, const kvs_schema *schema, const kvc_digest *digest,
                           uint16_t *places);
+/* What the pieces of a referenced one's block have in common: the tag in the first
+   KVS_OPAQUE_TAG_BITS bits, which stays while the reference does, and then when the last of them
+   was claimed. Pieces met under one such number at two times are of one lot. */
+uint32_t kvs_index_piece_set(kvs_index *index, uint32_t id);
 /*
  * As kvs_index_match for values: tiers [n] (may be NULL) gets that of the slowest piece, 0 for a
  * value that is not there. each: also what comes after the first that is not. TIMED_OUT.

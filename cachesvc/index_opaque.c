@@ -116,6 +116,14 @@ uint32_t kvs_index_pieces(kvs_index *index, const kvs_schema *schema, const kvc_
     return n;
 }
 
+uint32_t kvs_index_piece_set(kvs_index *index, uint32_t id)
+{
+    kvc_mutex_lock(&index->lock);
+    uint32_t set = kvs_block_at(index, kvs_value_at(index, id)->block)->set;
+    kvc_mutex_unlock(&index->lock);
+    return set;
+}
+
 kvc_status kvs_index_match_opaque(kvs_index *index, const kvs_schema *schema,
                                   const kvc_digest *digests, uint32_t n, bool each,
                                   uint64_t deadline_ns, uint8_t *tiers, uint32_t *hits_p)

@@ -233,6 +233,64 @@ static void damaged_pieces(void **state)
     o_rig_destroy(r);
 }
 
+/* What a reader that stands still between two messages finds when it goes on. */
+typedef struct swap {
+    o_rig *rig;
+    h_peer *other;
+    size_t len_bytes;
+    uint32_t n_messages;
+    uint64_t n_erased; /* and put: what became of it */
+    kvc_status put;
+} swap;
+
+static swap swapped;
+
+/* Another value in the place of the one that is being read, before its second piece is looked up.
+ */
+static void swap_values(h_peer *peer)
+{
+    (void)peer;
+    if (swapped.n_messages++)
+        return;
+    const h_schema *schema = &swapped.rig->schema;
+    swapped.n_erased = o_erase(swapped.other, schema, 7);
+    swapped.put = o_put(swapped.other, schema, 7, 2, swapped.len_bytes, KVC_PROMISE_DURABLE,
+                        kvc_deadline_ns(60000000000ull));
+}
+
+static void replaced_under_a_reader(void **state)
+{
+    (void)state;
+    uint8_t *value;
+    size_t n;
+    kvs_buffer *taken;
+    o_rig *r = o_rig_create(true);
+    /* There, what a message points at is released before its reader has taken it. */
+    (void)snprintf(r->h.listen, sizeof(r->h.listen), "shm://%s.sock", r->dir);
+    o_rig_start(r);
+    swapped = (swap){.rig = r, .len_bytes = 3 * O_PIECE - 5000};
+    assert_int_equal(o_put(r->peer, &r->schema, 7, 1, swapped.len_bytes, KVC_PROMISE_DURABLE, 0),
+                     KVC_OK);
+    swapped.other = h_connect(r->h.listen, "default");
+    /* While buffers are short, no message is made before the one ahead of it was taken. */
+    kvs_buffers *buffers = &r->h.server->buffers;
+    assert_int_equal(kvs_buffer_get(buffers, (uint32_t)(buffers->cap_bytes / 2 + 1), &taken),
+                     KVC_OK);
+    r->peer->on_message = swap_values;
+    assert_int_equal(o_get(r->peer, &r->schema, 7, &value, &n), KVC_NOT_FOUND);
+    r->peer->on_message = NULL;
+    kvs_buffer_release(taken);
+    assert_int_equal(swapped.n_erased, o_pieces(swapped.len_bytes));
+    assert_int_equal(swapped.put, KVC_OK);
+    o_get_equal(swapped.other, &r->schema, 7, 2, swapped.len_bytes);
+    h_disconnect(swapped.other);
+    o_rig_stop(r, false);
+    o_rig_start(r);
+    o_get_equal(r->peer, &r->schema, 7, 2, swapped.len_bytes);
+    o_rig_stop(r, false);
+    o_rig_destroy(r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -241,6 +299,7 @@ int main(void)
         cmocka_unit_test(loaded_ahead),
         cmocka_unit_test(rivals_after_a_crash),
         cmocka_unit_test(damaged_pieces),
+        cmocka_unit_test(replaced_under_a_reader),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

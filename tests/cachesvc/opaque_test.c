@@ -229,6 +229,48 @@ static void holds_of_keys(void **state)
     o_rig_destroy(r);
 }
 
+/* A first piece that cannot be read now says nothing of those behind it in its message. */
+static void busy_first_piece(void **state)
+{
+    (void)state;
+    enum { PIECE = 64 << 10, LEN = PIECE + 100, READERS = UINT16_MAX - 1 };
+    uint8_t *value, *content = o_content(1, LEN);
+    size_t n;
+    o_rig *r = o_rig_create(false);
+    r->h.settings.max_value_bytes = PIECE;
+    o_rig_start(r);
+    kvc_digest key = o_key(&r->schema, 1);
+    kvc_put_value values[2] = {{.digest = key, .len_bytes = PIECE, .whole = o_whole(content, LEN)},
+                               {.digest = key, .part = 1, .len_bytes = LEN - PIECE}};
+    values[1].whole = values[0].whole;
+    struct iovec iov = {content, LEN};
+    kvc_request req = {.method = KVC_PUT_BLOCKS, .data = &iov, .n_data = 1, .data_bytes = LEN};
+    req.u.put_blocks.schema = r->schema.digest;
+    req.u.put_blocks.promise = KVC_PROMISE_MEMORY;
+    req.u.put_blocks.n_values = 2;
+    req.u.put_blocks.values = values;
+    assert_int_equal(h_call(r->peer, &req), KVC_OK);
+    assert_true(r->peer->status[0] == KVC_OK && r->peer->status[1] == KVC_OK);
+
+    kvs_index *index = r->h.server->index;
+    const kvc_digest *name = &key;
+    const uint16_t first = KVS_OPAQUE_MORE;
+    const kvs_schema *schema = r->h.server->schemas->by_id[1];
+    kvs_read read;
+    for (uint32_t i = 0; i < READERS; i++) {
+        kvs_index_ref_named(index, schema, &name, &first, &read, 1);
+        assert_int_equal(read.where, KVS_IN_DRAM);
+    }
+    assert_int_equal(o_get(r->peer, &r->schema, 1, &value, &n), KVC_AGAIN);
+    for (uint32_t i = 0; i < READERS; i++)
+        kvs_index_unref(index, &read.value, 1);
+    assert_int_equal(h_call(r->peer, &req), KVC_OK);
+    assert_true(r->peer->status[0] == KVC_EXISTS && r->peer->status[1] == KVC_EXISTS);
+    free(content);
+    o_rig_stop(r, false);
+    o_rig_destroy(r);
+}
+
 /* ---- two writers, one key -------------------------------------------------------------------- */
 
 enum { RACES = 24 };
@@ -294,7 +336,7 @@ int main(void)
         cmocka_unit_test(sums_of_one_piece),      cmocka_unit_test(refused_calls),
         cmocka_unit_test(whole_or_nothing),       cmocka_unit_test(eviction_takes_whole_values),
         cmocka_unit_test(holds_of_keys),          cmocka_unit_test(writers_of_one_length),
-        cmocka_unit_test(writers_of_two_lengths),
+        cmocka_unit_test(writers_of_two_lengths), cmocka_unit_test(busy_first_piece),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
