@@ -19,6 +19,9 @@ void close_waits_for_slices(void **state);
 void thousand_at_once(void **state);
 void submit_refuses(void **state);
 
+/* conformance_headers.c: what does not fit a small message */
+void large_headers(void **state);
+
 /* conformance_ends.c: deadlines, cancels, and ends that go away */
 void deadline_passes(void **state);
 void deadline_is_told(void **state);

@@ -26,6 +26,7 @@ static int run_suite(const char *name, const char *uri)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_method),
         cmocka_unit_test(payload_sizes),
+        cmocka_unit_test(large_headers),
         cmocka_unit_test(many_slices),
         cmocka_unit_test(every_error),
         cmocka_unit_test(limits_of_messages),

@@ -128,7 +128,8 @@ static void send_frame(kvtr_rcall *call, kvc_frame *frame, const void *head, con
     kvtr_link *link = call->link;
     size_t whole_bytes = (size_t)frame->head_bytes + frame->detail_bytes + frame->data_bytes;
     kvtr_out *out;
-    if (kvtr_fits_fragment(link, whole_bytes) || frame->data_bytes > call->landing_bytes)
+    if (kvtr_fits_fragment(link, whole_bytes) || frame->data_bytes == 0 ||
+        frame->data_bytes > call->landing_bytes)
         out = create_whole(frame, head, detail, slices, n_slices);
     else
         out = create_chain(call, frame, head, detail, slices, n_slices, kept_p);
