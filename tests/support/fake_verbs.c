@@ -463,6 +463,18 @@ bool fake_verbs_registered(const void *addr)
     return found;
 }
 
+bool fake_verbs_open(const void *addr)
+{
+    bool open = false;
+    pthread_mutex_lock(&fake_mutex);
+    for (uint32_t i = 1; i < MAX_MRS && !open; i++)
+        open = mrs[i].used && mrs[i].mr.addr == addr &&
+               (mrs[i].access &
+                (IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC)) != 0;
+    pthread_mutex_unlock(&fake_mutex);
+    return open;
+}
+
 uint32_t fake_verbs_posted(enum ibv_wr_opcode opcode)
 {
     pthread_mutex_lock(&fake_mutex);

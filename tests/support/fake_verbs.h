@@ -43,6 +43,8 @@ fake_live fake_verbs_live(void);
 bool fake_verbs_all_gone(void);
 /* True if memory that begins there is registered. */
 bool fake_verbs_registered(const void *addr);
+/* True if a peer may read or write some of the memory that is registered from there. */
+bool fake_verbs_open(const void *addr);
 /* Queues an event for every id that is connected or connecting; gives their number. */
 uint32_t fake_verbs_event(enum rdma_cm_event_type type);
 /* Work requests of a kind that were posted, and the most pieces that one of them had. */

@@ -7,6 +7,7 @@
 #include "fixture.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "base/lent.h"
 #include "base/log.h"
@@ -424,6 +425,53 @@ static void lent_memory_comes_and_goes(void **state)
     close_all(&f);
 }
 
+/* What is lent is sent from: on iWARP too, where sinks of READs are open to the peer. */
+static void lent_memory_is_shut(void **state)
+{
+    (void)state;
+    set_reply(16, 4096);
+    for (int iwarp = 0; iwarp < 2; iwarp++) {
+        const fake_device device = {6, 64, 4, iwarp == 1, false};
+        fixture f;
+        open_on(&f, &device);
+        assert_ok(run_bulk(&f, KVC_PUT_BLOCKS, BIG));
+        assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
+        assert_true(fake_verbs_registered(lent));
+        assert_false(fake_verbs_open(lent));
+        close_all(&f);
+    }
+}
+
+/* Idle is a link without calls: one whose answer takes longer than idle_ns stays. */
+static void calls_are_not_idle(void **state)
+{
+    (void)state;
+    fixture f;
+    bulk b;
+    set_reply(4, 4096);
+    fake_verbs_use(NULL);
+    fixture_init(&f);
+    f.listen.idle_ns = 100 * MS;
+    fixture_listen(&f);
+    fixture_connect(&f, 1);
+    fixture_handle(&f, hold_handler);
+    bulk_init(&b, &f, KVC_FETCH_ROWS, 0);
+    job_submit(&b.j);
+    wait_held(&f, 1);
+    usleep(800000); /* several looks of the loop past its idle time */
+    fixture_handle(&f, handler);
+    assert_int_equal(answer_held(&f), 1);
+    wait_done(&f, 1);
+    assert_status(b.j.status, KVC_NOT_FOUND);
+    job_fini(&b.j);
+    uint64_t give_up_ns = kvc_deadline_ns(20 * SECOND);
+    while (fake_verbs_live().qps > 0 && !kvc_expired(give_up_ns)) /* then it is idle */
+        usleep(5000);
+    assert_int_equal(fake_verbs_live().qps, 0);
+    assert_recovers(&f);
+    close_all(&f);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -438,6 +486,8 @@ int main(void)
         cmocka_unit_test(registration_fails),
         cmocka_unit_test(device_gives_nothing),
         cmocka_unit_test(lent_memory_comes_and_goes),
+        cmocka_unit_test(lent_memory_is_shut),
+        cmocka_unit_test(calls_are_not_idle),
     };
     kvc_log_set_level(getenv("KVASIR_TEST_LOG") != NULL ? KVC_LOG_LEVEL_TRACE : KVC_LOG_LEVEL_OFF);
     suite_uri = "rdma://127.0.0.1:0";

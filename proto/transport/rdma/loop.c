@@ -82,11 +82,19 @@ static void read_cm(kvtr_loop *loop)
     }
 }
 
+static bool has_calls(const kvtr_link *link)
+{
+    uint32_t b = 0;
+    while (b < KVTI_CALL_BUCKETS && link->calls[b] == NULL)
+        b++;
+    return b < KVTI_CALL_BUCKETS;
+}
+
 static bool too_old(const kvtr_loop *loop, const kvtr_link *link, uint64_t now_ns)
 {
     if (link->state == KVTI_LINK_CONNECTING || !link->spoken)
         return loop->handshake_ns != 0 && now_ns > link->born_ns + loop->handshake_ns;
-    return loop->idle_ns != 0 && now_ns > link->used_ns + loop->idle_ns;
+    return loop->idle_ns != 0 && now_ns > link->used_ns + loop->idle_ns && !has_calls(link);
 }
 
 /* A peer whose host has died says nothing: only something sent to it finds out. */

@@ -2,10 +2,10 @@
  * memory.c: protection domains, the pool of registered buffers, and lent memory registered at its
  * first use.
  *
- * Guarded by the loop's mutex. A server's memory is registered for itself alone: it names no key to
- * anybody. A client names the keys of its pool and of its lent memory to the one server of its
+ * Guarded by the loop's mutex. Lent memory is registered for local use alone, and so is a server's
+ * pool, whose keys it names to nobody. A client names the keys of its pool to the one server of its
  * connection, whose domain nobody else shares. iWARP wants the target of a READ open to the peer,
- * so there each link has a domain of its own at both ends.
+ * so there the server's pool is, and each link has a domain of its own at both ends.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -108,7 +108,9 @@ struct ibv_mr *kvtr_range_find(kvtr_domain *domain, const void *base, size_t len
     if (off > range->len_bytes || len_bytes > range->len_bytes - off)
         return NULL;
     if (range->mr == NULL && !range->failed) {
-        range->mr = kvtr_register(domain->pd, range->base, range->len_bytes, domain->access);
+        /* They are only ever sent from: whatever the pool has to allow, no peer may touch them. */
+        range->mr =
+            kvtr_register(domain->pd, range->base, range->len_bytes, IBV_ACCESS_LOCAL_WRITE);
         range->failed = range->mr == NULL;
     }
     return range->mr;

@@ -65,7 +65,7 @@ struct kvtr_domain {
     struct ibv_pd *pd;
     uint32_t n_links, n_lent; /* links that use it, buffers handed out */
     bool shared;              /* by the links of the loop; iWARP: one each */
-    int access;               /* of pool and ranges */
+    int access;               /* of the pool */
     kvtr_buf *free[KVTI_BINS];
     uint64_t pool_bytes, pool_max_bytes; /* handed out or free */
     kvtr_range *ranges;                  /* ascending */
