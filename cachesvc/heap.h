@@ -7,16 +7,16 @@
  *
  *   what                                                     MiB   held there by
  *   the process: tables, threads' stacks, libraries           25
- *   connections, 30 KiB each                                  30   max_connections
+ *   connections over gRPC, 30 KiB each                        30   1,000 of them: nothing caps them
  *   requests received and not worked off                      64   max_inflight_bytes
- *   requests arriving, memory waiting for them                32   KVT_GRPC_READ_BYTES (gRPC's
- * quota) answers on their way                                      64   max_inflight_bytes again
+ *   requests arriving, memory waiting for them                32   KVT_GRPC_READ_BYTES
+ *   answers on their way                                      64   max_inflight_bytes again
  *   pages that LMDB prepares for a commit                     32   group_commit_bytes
- *   holes and what was freed lately                            9   KVS_HEAP_ARENAS,
- * KVS_HEAP_KEEP_BYTES
+ *   holes and what was freed lately                            9   ARENAS, KVS_HEAP_KEEP_BYTES
  *
- * which are never at their most all together. Whoever raises max_inflight_bytes, group_commit_bytes
- * or max_connections raises the bound by twice the first, and by the others once.
+ * which are never at their most all together. Whoever raises max_inflight_bytes or
+ * group_commit_bytes raises the bound by twice the first and by the second once. While it attends,
+ * each thread of AttendRows (attend_threads) takes up to some 20 MiB besides.
  *
  * malloc keeps what was freed, in arenas of its own for every few threads, and each of them keeps
  * the most that it ever needed. So there are few, and what nobody has used for a while goes back.

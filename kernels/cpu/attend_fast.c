@@ -6,9 +6,12 @@
  * row a partial against the block's own maximum, and partials are merged in block order. So the
  * result of a query depends on its own values and the rows it sees, not on threads, tiles or the
  * other queries. Two ways to share out the work, with the same arithmetic:
- *   by tiles   many queries: all blocks are packed first, an item is (kv head, a few tiles of
- * rows); the tiles take turns on each block while it is in cache; by blocks  one tile of rows: an
- * item is (kv head, block), which packs, attends, keeps its state.
+ *   by tiles   many queries: blocks are packed first, an item is (kv head, a few tiles of rows);
+ *              the tiles take turns on each block while it is in cache;
+ *   by blocks  one tile of rows: an item is (kv head, block), which packs, attends, keeps its
+ * state. Both go over the blocks in runs, and only merged states pass from one run to the next: so
+ * what a call takes for its keys has a bound, RUN_BYTES for each thread, however often rows are
+ * named.
  */
 #include <math.h>
 #include <string.h>
@@ -21,6 +24,7 @@
 /* Query rows of a kv head up to which packing does not pay: one pass over the keys for each four.
  */
 #define FEW_ROWS_MAX 8u
+#define RUN_BYTES    ((size_t)8 << 20)
 #define SCORE_FLOATS ((size_t)KVKI_ATTEND_ROWS * KVKI_ATTEND_KEYS)
 
 static size_t max_of(size_t a, size_t b)
@@ -38,18 +42,22 @@ typedef struct job {
     const kvk_attend_args *a;
     const kvki_isa *isa;
     size_t group, n_rows, tiles, blocks;
+    size_t run;          /* blocks of a run, at most */
+    size_t first, n;     /* the run's first block; how many it has */
     size_t share;        /* tiles of one item */
     size_t dpad;         /* head_dim rounded up to a panel */
     size_t pack_floats;  /* K and V of one block and head, packed */
     size_t state_floats; /* a state of KVKI_ATTEND_ROWS rows */
     size_t work_floats;  /* scratch of one worker */
     float *q;            /* [n_kv_heads, n_rows, head_dim] scaled */
-    float *cos, *sin;    /* [n_kv, head_dim / 2] or NULL */
-    const float *kept;   /* angles of positions from 0 on, or NULL */
-    float *packed;       /* by tiles: [n_kv_heads, blocks, pack_floats] */
-    bool *finite;        /* by tiles: [n_kv_heads, blocks] */
-    float *states;       /* by blocks: [n_kv_heads, blocks, state] */
-    float *work;         /* [threads, work_floats] */
+    bool rotate;
+    float *cos, *sin;  /* [run * KVKI_ATTEND_KEYS, head_dim / 2], if rotate */
+    const float *kept; /* angles of positions from 0 on, or NULL */
+    float *packed;     /* by tiles: [n_kv_heads, run, pack_floats] */
+    bool *finite;      /* by tiles: [n_kv_heads, run] */
+    float *states;     /* by blocks: [n_kv_heads, run, state] */
+    float *merged;     /* [n_kv_heads, tiles, state] of the runs before */
+    float *work;       /* [threads, work_floats] */
 } job;
 
 /* Result of up to KVKI_ATTEND_ROWS rows, running or of one block: o is [rows, dpad]. */
@@ -86,23 +94,24 @@ static void item_query(void *arg, size_t query, uint32_t worker)
     }
 }
 
-static void item_angles(void *arg, size_t block, uint32_t worker)
+/* at: of the run. */
+static void item_angles(void *arg, size_t at, uint32_t worker)
 {
     const job *w = arg;
     const kvk_attend_args *a = w->a;
-    size_t half = a->head_dim / 2;
-    size_t end = (block + 1) * KVKI_ATTEND_KEYS;
+    size_t half = a->head_dim / 2, begin = w->first * KVKI_ATTEND_KEYS;
+    size_t from = begin + at * KVKI_ATTEND_KEYS;
 
     (void)worker;
-    for (size_t j = block * KVKI_ATTEND_KEYS; j < a->n_kv && j < end; j++) {
+    for (size_t j = from; j < a->n_kv && j < from + KVKI_ATTEND_KEYS; j++) {
+        float *cos_p = w->cos + (j - begin) * half, *sin_p = w->sin + (j - begin) * half;
         if (w->kept) {
-            const float *from = w->kept + (size_t)a->k_positions[j] * 2 * half;
-            memcpy(w->cos + j * half, from, half * sizeof(float));
-            memcpy(w->sin + j * half, from + half, half * sizeof(float));
+            const float *kept = w->kept + (size_t)a->k_positions[j] * 2 * half;
+            memcpy(cos_p, kept, half * sizeof(float));
+            memcpy(sin_p, kept + half, half * sizeof(float));
             continue;
         }
-        w->isa->angles(a->k_positions[j], a->inv_freq, (uint32_t)half, w->cos + j * half,
-                       w->sin + j * half);
+        w->isa->angles(a->k_positions[j], a->inv_freq, (uint32_t)half, cos_p, sin_p);
     }
 }
 
@@ -124,7 +133,8 @@ static const float *kept_angles(kvk_backend *be, const kvk_attend_args *a)
 static kvki_attend_pack pack_of(const job *w, size_t kv_head, size_t block, float *tmp)
 {
     const kvk_attend_args *a = w->a;
-    size_t first = block * KVKI_ATTEND_KEYS, half = a->head_dim / 2;
+    size_t first = block * KVKI_ATTEND_KEYS;
+    size_t angles = (block - w->first) * KVKI_ATTEND_KEYS * (a->head_dim / 2);
     size_t left = a->n_kv - first;
     size_t head_bytes = kv_head * a->head_dim * kvk_dtype_bytes(a->dtype);
     return (kvki_attend_pack){
@@ -134,8 +144,8 @@ static kvki_attend_pack pack_of(const job *w, size_t kv_head, size_t block, floa
         .k_off_bytes = a->k_off_bytes + head_bytes,
         .v_off_bytes = a->v_off_bytes + head_bytes,
         .dtype = a->dtype,
-        .cos = w->cos ? w->cos + first * half : NULL,
-        .sin = w->sin ? w->sin + first * half : NULL,
+        .cos = w->rotate ? w->cos + angles : NULL,
+        .sin = w->rotate ? w->sin + angles : NULL,
         .tmp = tmp,
     };
 }
@@ -212,119 +222,71 @@ static size_t tmp_floats(const job *w)
     return KVKI_PACK_ROWS * (((size_t)w->a->head_dim + 15) / 16 * 16);
 }
 
+static bool is_last(const job *w)
+{
+    return w->first + w->n == w->blocks;
+}
+
+static state merged_at(const job *w, size_t kv_head, size_t tile)
+{
+    return state_at(w->merged + (kv_head * w->tiles + tile) * w->state_floats);
+}
+
 /* ---- by tiles ---- */
 
 static void item_pack(void *arg, size_t item, uint32_t worker)
 {
     const job *w = arg;
     float *tmp = w->work + worker * w->work_floats;
+    size_t kv_head = item / w->n, at = kv_head * w->run + item % w->n;
 
-    w->finite[item] =
-        pack_block(w, item / w->blocks, item % w->blocks, tmp, w->packed + item * w->pack_floats);
+    w->finite[at] =
+        pack_block(w, kv_head, w->first + item % w->n, tmp, w->packed + at * w->pack_floats);
 }
 
 static void item_tiles(void *arg, size_t item, uint32_t worker)
 {
     const job *w = arg;
     size_t shares = (w->tiles + w->share - 1) / w->share;
-    size_t kv_head = item / shares, first = item % shares * w->share * KVKI_ATTEND_ROWS;
-    size_t end = min_of(w->n_rows, first + w->share * KVKI_ATTEND_ROWS);
+    size_t kv_head = item / shares, first = item % shares * w->share;
+    size_t end = min_of(w->tiles, first + w->share);
     float *scores = w->work + worker * w->work_floats;
-    state one = state_at(scores + SCORE_FLOATS), all[SHARE_MAX];
+    state one = state_at(scores + SCORE_FLOATS);
 
-    for (size_t t = 0; t < w->share; t++) {
-        all[t] = state_at(scores + SCORE_FLOATS + (t + 1) * w->state_floats);
-        state_clear(w, all[t], KVKI_ATTEND_ROWS);
-    }
-    for (size_t block = 0; block < w->blocks; block++) {
-        size_t at = kv_head * w->blocks + block;
+    for (size_t t = first; t < end && w->first == 0; t++)
+        state_clear(w, merged_at(w, kv_head, t), KVKI_ATTEND_ROWS);
+    for (size_t i = 0; i < w->n; i++) {
+        size_t at = kv_head * w->run + i;
         const float *packed = w->packed + at * w->pack_floats;
-        for (size_t row = first, t = 0; row < end; row += KVKI_ATTEND_ROWS, t++) {
-            size_t m = min_of(end - row, KVKI_ATTEND_ROWS);
-            if (attend_rows(w, kv_head, row, m, block, packed, w->finite[at], scores, one))
-                merge_rows(w, m, one, all[t]);
+        for (size_t t = first; t < end; t++) {
+            size_t row = t * KVKI_ATTEND_ROWS, m = min_of(w->n_rows - row, KVKI_ATTEND_ROWS);
+            if (attend_rows(w, kv_head, row, m, w->first + i, packed, w->finite[at], scores, one))
+                merge_rows(w, m, one, merged_at(w, kv_head, t));
         }
     }
-    for (size_t row = first, t = 0; row < end; row += KVKI_ATTEND_ROWS, t++)
-        finish_rows(w, kv_head, row, min_of(end - row, KVKI_ATTEND_ROWS), all[t]);
+    for (size_t t = first; t < end && is_last(w); t++) {
+        size_t row = t * KVKI_ATTEND_ROWS;
+        finish_rows(w, kv_head, row, min_of(w->n_rows - row, KVKI_ATTEND_ROWS),
+                    merged_at(w, kv_head, t));
+    }
 }
 
-static kvc_status run_by_tiles(kvk_backend *be, job *w)
+static void run_tiles(kvk_backend *be, job *w)
 {
-    size_t packs = w->a->n_kv_heads * w->blocks;
-    size_t threads = kvki_pool_threads(be->pool);
-
-    /* As many tiles to an item as leaves each thread four items. */
-    w->share = min_of(SHARE_MAX, max_of(1, w->tiles * w->a->n_kv_heads / (threads * 4)));
-    w->work_floats = max_of(SCORE_FLOATS + (w->share + 1) * w->state_floats, tmp_floats(w));
-    w->packed = kvki_scratch_take(be->scratch, packs * (w->pack_floats * sizeof(float) + 1) +
-                                                   threads * w->work_floats * sizeof(float));
-    if (!w->packed)
-        return KVC_NO_MEMORY;
-    w->work = w->packed + packs * w->pack_floats;
-    w->finite = (bool *)(w->work + threads * w->work_floats);
-    kvki_pool_run(be->pool, packs, item_pack, w);
+    kvki_pool_run(be->pool, w->a->n_kv_heads * w->n, item_pack, w);
     kvki_pool_run(be->pool, w->a->n_kv_heads * ((w->tiles + w->share - 1) / w->share), item_tiles,
                   w);
-    kvki_scratch_give(be->scratch, w->packed);
-    return KVC_OK;
 }
 
 /* ---- by blocks ---- */
 
-/* The part of the next block's rows that the item of this head asks for. */
-static kvki_ahead ahead_of(const job *w, size_t kv_head, size_t block)
-{
-    const kvk_attend_args *a = w->a;
-    size_t first = (block + 1) * KVKI_ATTEND_KEYS;
-    size_t n = first < a->n_kv ? min_of(a->n_kv - first, KVKI_ATTEND_KEYS) : 0;
-    size_t from = n * kv_head / a->n_kv_heads, to = n * (kv_head + 1) / a->n_kv_heads;
-
-    return (kvki_ahead){
-        .rows = n ? a->rows + first + from : NULL,
-        .n = (uint32_t)(to - from),
-        .off_bytes = {a->k_off_bytes, a->v_off_bytes},
-        .len_bytes = (size_t)a->n_kv_heads * a->head_dim * kvk_dtype_bytes(a->dtype),
-    };
-}
-
-/* Few rows that see the same keys; false: it takes the packed form. */
-static bool attend_few(const job *w, size_t kv_head, size_t block, float *scratch, state out)
-{
-    const kvk_attend_args *a = w->a;
-    size_t from = block * KVKI_ATTEND_KEYS, seen = a->visible ? a->visible[0] : a->n_kv;
-
-    if (w->n_rows > FEW_ROWS_MAX || a->head_dim % w->isa->lanes != 0 || seen <= from ||
-        (a->visible && a->visible[a->n_q - 1] != seen))
-        return false;
-    kvki_attend_pack p = pack_of(w, kv_head, block, scratch + SCORE_FLOATS);
-    p.n = (uint32_t)min_of(p.n, seen - from);
-    kvki_attend_block b = {.q = w->q + kv_head * w->n_rows * a->head_dim,
-                           .m = (uint32_t)w->n_rows,
-                           .head_dim = a->head_dim,
-                           .softcap = a->softcap,
-                           .s = scratch,
-                           .o = out.o,
-                           .ldo = w->dpad,
-                           .max = out.max,
-                           .sum = out.sum};
-    kvki_ahead ahead = ahead_of(w, kv_head, block);
-    if (w->dpad != a->head_dim)
-        memset(out.o, 0, w->n_rows * w->dpad * sizeof(float));
-    w->isa->attend_few(&p, &b, &ahead);
-    return true;
-}
-
-/* Heads of a block follow each other, so that its rows are read from memory once. */
 static void item_block(void *arg, size_t item, uint32_t worker)
 {
     const job *w = arg;
-    size_t block = item / w->a->n_kv_heads, kv_head = item % w->a->n_kv_heads;
+    size_t kv_head = item / w->n, i = item % w->n, block = w->first + i;
     float *packed = w->work + worker * w->work_floats;
     float *scores = packed + w->pack_floats;
-    state out = state_at(w->states + (kv_head * w->blocks + block) * w->state_floats);
-    if (attend_few(w, kv_head, block, scores, out))
-        return;
+    state out = state_at(w->states + (kv_head * w->run + i) * w->state_floats);
     bool finite = pack_block(w, kv_head, block, scores + SCORE_FLOATS, packed);
 
     if (!attend_rows(w, kv_head, 0, w->n_rows, block, packed, finite, scores, out))
@@ -334,30 +296,22 @@ static void item_block(void *arg, size_t item, uint32_t worker)
 static void item_merge(void *arg, size_t kv_head, uint32_t worker)
 {
     const job *w = arg;
-    state all = state_at(w->work + worker * w->work_floats);
+    state all = merged_at(w, kv_head, 0);
 
-    state_clear(w, all, w->n_rows);
-    for (size_t block = 0; block < w->blocks; block++)
-        merge_rows(w, w->n_rows,
-                   state_at(w->states + (kv_head * w->blocks + block) * w->state_floats), all);
-    finish_rows(w, kv_head, 0, w->n_rows, all);
+    (void)worker;
+    if (w->first == 0)
+        state_clear(w, all, w->n_rows);
+    for (size_t i = 0; i < w->n; i++)
+        merge_rows(w, w->n_rows, state_at(w->states + (kv_head * w->run + i) * w->state_floats),
+                   all);
+    if (is_last(w))
+        finish_rows(w, kv_head, 0, w->n_rows, all);
 }
 
-static kvc_status run_by_blocks(kvk_backend *be, job *w)
+static void run_blocks(kvk_backend *be, job *w)
 {
-    size_t items = w->a->n_kv_heads * w->blocks;
-    size_t threads = kvki_pool_threads(be->pool);
-
-    w->work_floats = w->pack_floats + SCORE_FLOATS + max_of(tmp_floats(w), w->state_floats);
-    w->states = kvki_scratch_take(
-        be->scratch, (items * w->state_floats + threads * w->work_floats) * sizeof(float));
-    if (!w->states)
-        return KVC_NO_MEMORY;
-    w->work = w->states + items * w->state_floats;
-    kvki_pool_run(be->pool, items, item_block, w);
+    kvki_pool_run(be->pool, w->a->n_kv_heads * w->n, item_block, w);
     kvki_pool_run(be->pool, w->a->n_kv_heads, item_merge, w);
-    kvki_scratch_give(be->scratch, w->states);
-    return KVC_OK;
 }
 
 /* ---- the whole ---- */
@@ -376,27 +330,70 @@ static job job_of(const kvk_backend *be, const kvk_attend_args *a)
     return w;
 }
 
+/* How the work is cut. Gives the floats that a run's blocks keep. */
+static size_t plan(job *w, size_t threads)
+{
+    size_t heads = w->a->n_kv_heads;
+    size_t block_floats = heads * (w->tiles == 1 ? w->state_floats : w->pack_floats);
+    size_t angles = w->rotate ? (size_t)KVKI_ATTEND_KEYS * w->a->head_dim : 0;
+    size_t most = threads * RUN_BYTES / ((block_floats + angles) * sizeof(float));
+
+    w->run = max_of(1, min_of(most, w->blocks));
+    /* As many tiles to an item as leaves each thread four items. */
+    w->share = min_of(SHARE_MAX, max_of(1, w->tiles * heads / (threads * 4)));
+    w->work_floats = w->tiles == 1 ? w->pack_floats + SCORE_FLOATS + tmp_floats(w)
+                                   : max_of(SCORE_FLOATS + w->state_floats, tmp_floats(w));
+    return w->run * block_floats;
+}
+
+/* All memory of a call, in one piece; NULL: there is none. Every part keeps the alignment. */
+static float *place(kvk_backend *be, job *w)
+{
+    const kvk_attend_args *a = w->a;
+    size_t threads = kvki_pool_threads(be->pool), kept_floats = plan(w, threads);
+    size_t q_floats = ((size_t)a->n_q * a->n_q_heads * a->head_dim + ALIGN_FLOATS - 1) /
+                      ALIGN_FLOATS * ALIGN_FLOATS;
+    size_t angle_floats = w->rotate ? w->run * KVKI_ATTEND_KEYS * (a->head_dim / 2) : 0;
+    size_t merged_floats = a->n_kv_heads * w->tiles * w->state_floats;
+    size_t n_floats = kept_floats + merged_floats + threads * w->work_floats + q_floats;
+    float *memory = kvki_scratch_take(be->scratch, (n_floats + 2 * angle_floats) * sizeof(float) +
+                                                       a->n_kv_heads * w->run * sizeof(bool));
+
+    if (!memory)
+        return NULL;
+    w->packed = w->states = memory;
+    w->merged = memory + kept_floats;
+    w->work = w->merged + merged_floats;
+    w->q = w->work + threads * w->work_floats;
+    w->cos = w->q + q_floats;
+    w->sin = w->cos + angle_floats;
+    w->finite = (bool *)(w->sin + angle_floats);
+    return memory;
+}
+
 kvc_status kvki_fast_attend(kvk_backend *be, const kvk_attend_args *a)
 {
     job w = job_of(be, a);
-    bool rotate = a->inv_freq && a->k_positions;
-    size_t q_floats = (size_t)a->n_q * a->n_q_heads * a->head_dim;
-    size_t angle_floats = rotate ? (size_t)a->n_kv * (a->head_dim / 2) : 0;
-    kvc_status st = KVC_OK;
+    float *memory = NULL;
 
     if (a->n_q == 0)
         return KVC_OK;
-    w.q = kvki_scratch_take(be->scratch, (q_floats + 2 * angle_floats) * sizeof(float));
-    if (!w.q)
+    w.rotate = a->inv_freq && a->k_positions;
+    memory = place(be, &w);
+    if (!memory)
         return KVC_NO_MEMORY;
     kvki_pool_run(be->pool, a->n_q, item_query, &w);
-    if (rotate) {
-        w.cos = w.q + q_floats;
-        w.sin = w.cos + angle_floats;
-        w.kept = kept_angles(be, a);
-        kvki_pool_run(be->pool, w.blocks, item_angles, &w);
-    }
-    st = w.tiles == 1 ? run_by_blocks(be, &w) : run_by_tiles(be, &w);
-    kvki_scratch_give(be->scratch, w.q);
-    return st;
+    w.kept = w.rotate ? kept_angles(be, a) : NULL;
+    do {
+        w.n = min_of(w.run, w.blocks - w.first);
+        if (w.rotate)
+            kvki_pool_run(be->pool, w.n, item_angles, &w);
+        if (w.tiles == 1)
+            run_blocks(be, &w);
+        else
+            run_tiles(be, &w);
+        w.first += w.n;
+    } while (w.first < w.blocks);
+    kvki_scratch_give(be->scratch, memory);
+    return KVC_OK;
 }

@@ -16,6 +16,7 @@ static const problem_shape shapes[] = {
     {17, 2, 1, 64, 200, KVK_F32, false, true, 1}, /* logits around the cap */
     {60, 2, 1, 64, 20, KVK_BF16, true, true, 0},  /* the first queries see nothing */
     {3, 2, 1, 576, 40, KVK_BF16, true, false, 0},
+    {2, 16, 16, 64, 5000, KVK_F16, true, true, 0},   /* keys of two runs */
     {1, 32, 8, 128, 300, KVK_BF16, false, false, 0}, /* few rows: straight from where they lie */
     {1, 7, 1, 64, 140, KVK_F16, true, false, 30},
     {1, 4, 2, 32, 130, KVK_I8, false, false, 0},

@@ -130,6 +130,52 @@ static void test_two_models_share_a_backend(void **state)
     free_all();
 }
 
+/* What the ops take from the system; the linker sends their calls of aligned_alloc here. */
+static size_t taken_bytes;
+void *__real_aligned_alloc(size_t align, size_t len_bytes);
+void *__wrap_aligned_alloc(size_t align, size_t len_bytes);
+
+void *__wrap_aligned_alloc(size_t align, size_t len_bytes)
+{
+    taken_bytes += len_bytes;
+    return __real_aligned_alloc(align, len_bytes);
+}
+
+/* One row named as often as a request may: what a call takes does not grow with it. Both cuts. */
+static void test_attend_memory(void **state)
+{
+    enum { N_KV = 65536, D = 64, MOST_BYTES = 12 << 20 };
+    static const uint32_t n_q[] = {7, 1};
+    kvk_backend_opts opts = {.size_bytes = sizeof(opts), .n_threads = 1};
+    problem_shape shape = {7, 8, 1, D, 1, KVK_BF16, true, false, 0};
+    support_random random = support_seed(6);
+    problem p = make_problem(&random, &shape);
+    const void **rows = get(N_KV * sizeof(*rows));
+    int32_t *positions = get(N_KV * sizeof(*positions));
+
+    (void)state;
+    for (size_t j = 0; j < N_KV; j++)
+        rows[j] = p.a.rows[0];
+    p.a.rows = rows;
+    p.a.k_positions = positions;
+    p.a.n_kv = N_KV;
+    for (size_t i = 0; i < 2; i++) {
+        subject s = {.label = "memory"};
+        const char *row = (const char *)rows[0] + p.a.v_off_bytes;
+        p.a.n_q = n_q[i];
+        assert_ok(kvk_backend_open("cpu", &opts, &s.be));
+        taken_bytes = 0;
+        assert_ok(kvk_backend_ops(s.be)->attend(s.be, &p.a, NULL));
+        assert_true(taken_bytes > 0 && taken_bytes <= MOST_BYTES);
+        for (size_t t = 0; t < D; t++) { /* the mean of equal values */
+            double v = (double)decoded(row, KVK_BF16, t);
+            assert_near(&s, "o", t, (double)p.a.o[t], v, 1e-4 * (1 + fabs(v)));
+        }
+        kvk_backend_close(s.be);
+    }
+    free_all();
+}
+
 #define CALLERS 4
 #define ROUNDS  20
 
@@ -190,6 +236,7 @@ int main(void)
         cmocka_unit_test(test_every_isa_of_this_cpu_opens),
         cmocka_unit_test(test_two_models_share_a_backend),
         cmocka_unit_test(test_many_callers),
+        cmocka_unit_test(test_attend_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
