@@ -263,3 +263,99 @@ void bytes_changed_under_way(void **state)
     assert_serves(&f);
     fixture_close(&f);
 }
+
+/* A body that stops half way is waited for as long as its call may take, and no longer: it counts
+ * against what all connections together may send. */
+void half_a_body_is_not_waited_for(void **state)
+{
+    (void)state;
+    static const uint8_t half[1 << 19];
+    fixture f;
+    job j;
+    const void *head;
+    size_t head_bytes;
+    uint8_t bytes[KVC_FRAME_BYTES];
+    fixture_init(&f);
+    f.listen.max_inflight_bytes = 1u << 20;
+    f.listen.handshake_ns = SECOND;
+    fixture_listen(&f);
+    fixture_connect(&f, 1);
+    int fd = raw_connect(f.uri);
+    raw_hello(fd);
+    kvc_frame frame = {.kind = KVC_FRAME_REQUEST,
+                       .method = KVC_PUT_BLOCKS,
+                       .call = 1,
+                       .data_bytes = 1 << 20,
+                       .deadline_ns = 100 * MS};
+    assert_ok(kvc_frame_encode(&frame, bytes));
+    raw_send(fd, bytes, sizeof(bytes));
+    raw_send(fd, half, sizeof(half));
+    assert_cut_off(fd);
+    /* The same of a further message, once its call is over and while it is not. */
+    fixture_handle(&f, hold_handler);
+    for (uint32_t i = 0; i < 2; i++) {
+        kvc_request req = sample_request(KVC_PUT_BLOCKS_STREAM, 0, &f.arena);
+        assert_ok(kvc_wire_encode_request(&req, &f.arena, &head, &head_bytes));
+        frame = (kvc_frame){.kind = KVC_FRAME_REQUEST,
+                            .method = KVC_PUT_BLOCKS_STREAM,
+                            .call = 1,
+                            .head_bytes = (uint32_t)head_bytes,
+                            .deadline_ns = i == 0 ? 1 : SECOND};
+        fd = raw_connect(f.uri);
+        raw_hello(fd);
+        raw_frame(fd, &frame, head);
+        wait_held(&f, 1);
+        frame = (kvc_frame){.kind = KVC_FRAME_MESSAGE,
+                            .method = KVC_PUT_BLOCKS_STREAM,
+                            .call = 1,
+                            .data_bytes = 1000000};
+        assert_ok(kvc_frame_encode(&frame, bytes));
+        raw_send(fd, bytes, sizeof(bytes));
+        raw_send(fd, half, 1000);
+        assert_cut_off(fd);
+        assert_int_equal(answer_held(&f), 1);
+    }
+    fixture_handle(&f, sample_handler);
+    job_init(&j, &f, sample_request(KVC_PUT_BLOCKS, 3000, &f.arena), 20 * SECOND);
+    assert_ok(job_run(&j));
+    job_fini(&j);
+    fixture_close(&f);
+}
+
+/* More than the socket takes. */
+static void long_message_handler(fixture *f, kvt_call *call)
+{
+    static const uint8_t bytes[1 << 20];
+    kvc_reply reply = {.method = call->req.method};
+    kvt_slice slice = counted_slice(f, bytes, sizeof(bytes));
+    fixture_reply(f, call, KVC_OK, NULL, 0, &reply, &slice, 1);
+}
+
+/* A client that asks for the next message of a stream without reading the one before. */
+void credit_needs_a_message_that_has_left(void **state)
+{
+    (void)state;
+    fixture f;
+    const void *head;
+    size_t head_bytes;
+    fixture_init(&f);
+    f.listen.ring_bytes = 4096; /* so that messages go through the socket */
+    fixture_listen(&f);
+    fixture_connect(&f, 1);
+    fixture_handle(&f, long_message_handler);
+    int fd = raw_connect(f.uri);
+    kvc_request req = sample_request(KVC_FETCH_ROWS_STREAM, 0, &f.arena);
+    assert_ok(kvc_wire_encode_request(&req, &f.arena, &head, &head_bytes));
+    kvc_frame frame = {.kind = KVC_FRAME_REQUEST,
+                       .method = KVC_FETCH_ROWS_STREAM,
+                       .call = 1,
+                       .head_bytes = (uint32_t)head_bytes};
+    kvc_frame credit = {.kind = KVC_FRAME_CREDIT, .call = 1};
+    raw_hello(fd);
+    raw_frame(fd, &frame, head);
+    raw_frame(fd, &credit, NULL);
+    assert_cut_off(fd);
+    fixture_handle(&f, sample_handler);
+    assert_serves(&f);
+    fixture_close(&f);
+}

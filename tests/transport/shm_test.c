@@ -233,6 +233,8 @@ int main(void)
         cmocka_unit_test(strangers_are_cut_off),
         cmocka_unit_test(random_frames_do_no_harm),
         cmocka_unit_test(bytes_changed_under_way),
+        cmocka_unit_test(half_a_body_is_not_waited_for),
+        cmocka_unit_test(credit_needs_a_message_that_has_left),
     };
     kvc_log_set_level(getenv("KVASIR_TEST_LOG") != NULL ? KVC_LOG_LEVEL_TRACE : KVC_LOG_LEVEL_OFF);
     if (mkdtemp(dir) == NULL)

@@ -7,5 +7,7 @@
 void strangers_are_cut_off(void **state);
 void random_frames_do_no_harm(void **state);
 void bytes_changed_under_way(void **state);
+void half_a_body_is_not_waited_for(void **state);
+void credit_needs_a_message_that_has_left(void **state);
 
 #endif

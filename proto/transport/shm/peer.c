@@ -20,23 +20,25 @@
 /* ---- frames that the transport sends by itself ------------------------------------------------
  */
 
-/* With the peer's lock held; without memory the connection ends. */
-static void queue_own(kvti_peer *peer, const kvc_frame *frame, const kvti_parts *parts)
+/* With the peer's lock held. False: memory is out, so the connection ends; parts are the caller's.
+ */
+static bool queue_own(kvti_peer *peer, const kvc_frame *frame, const kvti_parts *parts)
 {
     kvti_out *out = peer->closed ? NULL : kvti_out_create(frame, parts);
     if (out == NULL) {
         peer->pipe.broken = true;
-        return;
+        return false;
     }
     kvti_pipe_queue(&peer->pipe, out);
     kvti_peer_wake(peer);
+    return true;
 }
 
 void kvti_peer_tell(kvti_peer *peer, kvc_frame_kind kind, uint64_t call)
 {
     kvc_frame frame = {.kind = kind, .call = call};
     kvti_parts none = {0};
-    queue_own(peer, &frame, &none);
+    (void)queue_own(peer, &frame, &none);
 }
 
 void kvti_peer_end(kvti_peer *peer, uint64_t call, kvc_method method, kvc_status status,
@@ -49,7 +51,7 @@ void kvti_peer_end(kvti_peer *peer, uint64_t call, kvc_method method, kvc_status
                        .status = status,
                        .retry_after_ms = status == KVC_AGAIN ? KVTI_RETRY_MS : 0,
                        .detail_bytes = (uint32_t)strlen(why)};
-    queue_own(peer, &frame, &parts);
+    (void)queue_own(peer, &frame, &parts);
 }
 
 /* Two rings, as long as all rings of the listener together stay within their share of the bytes of
@@ -89,12 +91,13 @@ static bool greet(kvti_peer *peer, const uint8_t *body, size_t body_bytes)
     kvc_frame frame = {.kind = KVC_FRAME_HELLO, .head_bytes = sizeof(bytes)};
     kvti_parts parts = {.head = bytes, .fds = fds, .n_fds = ours.spare[0] > 0 ? 2 : 0};
     kvc_mutex_lock(&peer->lock);
-    queue_own(peer, &frame, &parts);
-    if (ours.spare[1] > 0)
+    bool queued = queue_own(peer, &frame, &parts);
+    if (queued && ours.spare[1] > 0)
         peer->pipe.ring = &peer->reply_ring;
     kvc_mutex_unlock(&peer->lock);
-    peer->ring.fd = peer->reply_ring.fd = -1; /* the frame closes them */
-    return true;
+    if (queued)
+        peer->ring.fd = peer->reply_ring.fd = -1; /* the frame closes them */
+    return queued;
 }
 
 /* ---- what a frame may do ----------------------------------------------------------------------
@@ -126,6 +129,24 @@ static kvc_status admit(kvti_peer *peer, const kvc_frame *frame, const char **wh
     return status;
 }
 
+/* When the call of a request that comes now is over. */
+static uint64_t deadline_of(const kvti_peer *peer, const kvc_frame *frame)
+{
+    uint64_t give_up_ns = peer->loop->listener->opts.max_deadline_ns;
+    uint64_t left_ns = frame->deadline_ns;
+    return kvc_now_ns() + (left_ns == 0 || left_ns > give_up_ns ? give_up_ns : left_ns);
+}
+
+/* The body of the frame that has begun is charged already, so it may not take for ever. A client
+ * that has given the call up owes the rest of it: hence the time of a handshake beside. */
+static void await_body(kvti_peer *peer, uint64_t deadline_ns)
+{
+    kvti_loop *loop = peer->loop;
+    peer->body_late_ns = deadline_ns + loop->listener->opts.handshake_ns;
+    if (loop->next_late_ns == 0 || peer->body_late_ns < loop->next_late_ns)
+        loop->next_late_ns = peer->body_late_ns;
+}
+
 static kvti_shmcall *find_call(kvti_peer *peer, uint64_t id)
 {
     kvti_node *node = kvti_table_find(&peer->calls, id);
@@ -140,7 +161,9 @@ static bool admit_message(kvti_peer *peer, const kvc_frame *frame)
     bool dead = call == NULL || call->gone || call->answered;
     bool right = dead || (kvt_streams_request(call->method) && !call->has_next &&
                           !call->half_closed && call->method == frame->method);
+    uint64_t deadline_ns = dead ? kvc_now_ns() : call->base.deadline_ns;
     kvc_mutex_unlock(&peer->lock);
+    await_body(peer, deadline_ns);
     bool last = (frame->flags & KVC_FRAME_LAST) != 0;
     uint64_t len_bytes = (uint64_t)frame->head_bytes + frame->data_bytes;
     if (!right || (last && len_bytes > 0))
@@ -180,6 +203,7 @@ static bool begin_frame(void *arg, const kvc_frame *frame, bool *keep_p)
         kvc_mutex_unlock(&peer->lock);
         if (!peer->greeted || known || frame->call == 0)
             return false;
+        await_body(peer, deadline_of(peer, frame));
         peer->refused = admit(peer, frame, &peer->why);
         *keep_p = peer->refused == KVC_OK;
         return true;
@@ -212,13 +236,10 @@ static kvti_shmcall *create_call(kvti_peer *peer, const kvc_frame *frame, uint8_
     kvti_shmcall *call = calloc(1, sizeof(*call));
     if (call == NULL)
         return NULL;
-    uint64_t give_up_ns = peer->loop->listener->opts.max_deadline_ns;
-    uint64_t left_ns = frame->deadline_ns;
     call->base.ops = &kvt_shm_ops;
     call->base.tenant = "default";
     call->base.peer = &peer->base;
-    call->base.deadline_ns =
-        kvc_now_ns() + (left_ns == 0 || left_ns > give_up_ns ? give_up_ns : left_ns);
+    call->base.deadline_ns = deadline_of(peer, frame);
     call->method = call->base.req.method = frame->method;
     call->node.id = frame->call;
     call->peer = peer;
@@ -308,16 +329,22 @@ static void take_message(kvti_peer *peer, const kvc_frame *frame, uint8_t *body)
     count_out(peer, false);
 }
 
-static void take_credit(kvti_peer *peer, const kvc_frame *frame)
+/* False: it is for a message that has not left, with which a stream would run ahead of a client
+ * that does not read. */
+static bool take_credit(kvti_peer *peer, const kvc_frame *frame)
 {
     kvc_mutex_lock(&peer->lock);
     kvti_shmcall *call = find_call(peer, frame->call);
-    if (call != NULL && call->sending) {
+    bool sending = call != NULL && call->sending, waits = false;
+    for (const kvti_out *out = peer->pipe.first; sending && out != NULL && !waits; out = out->next)
+        waits = out->owner == call;
+    if (sending && !waits) {
         call->sending = false;
         call->sent_due = call->sent_ok = true;
         kvti_call_list(call);
     }
     kvc_mutex_unlock(&peer->lock);
+    return !waits;
 }
 
 static void take_cancel(kvti_peer *peer, const kvc_frame *frame)
@@ -352,7 +379,7 @@ static bool end_frame(void *arg, const kvc_frame *frame, uint8_t *body)
         take_message(peer, frame, body);
         break;
     case KVC_FRAME_CREDIT:
-        take_credit(peer, frame);
+        right = take_credit(peer, frame);
         break;
     default:
         take_cancel(peer, frame);
@@ -520,6 +547,11 @@ uint64_t kvti_peer_late(kvti_peer *peer, uint64_t now_ns)
         kvti_peer_gone(peer, "it has not spoken");
     if (!peer->greeted)
         first_ns = hand_ns;
+    bool half = peer->greeted && !peer->closed && peer->pipe.in_body;
+    if (half && now_ns >= peer->body_late_ns)
+        kvti_peer_gone(peer, "half a message came, and no more in time");
+    else if (half)
+        first_ns = peer->body_late_ns;
     kvc_mutex_lock(&peer->lock);
     for (kvti_node *node = peer->calls.all; node != NULL; node = node->next) {
         kvti_shmcall *call = (kvti_shmcall *)((uint8_t *)node - offsetof(kvti_shmcall, node));

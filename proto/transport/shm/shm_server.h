@@ -61,6 +61,7 @@ struct kvti_peer {
     kvti_peer *next_ready;
     uint64_t began_ns;
     /* The message being read; the loop's. */
+    uint64_t body_late_ns; /* its body is to be there by then */
     uint64_t charged_bytes;
     kvc_status refused; /* OK: it is kept */
     const char *why;
