@@ -31,6 +31,7 @@ typedef struct kvci_map {
     uint64_t number, boot_id;
     uint32_t slot, block_tokens, n_parts;
     atomic_uint n_blocks;        /* may fall */
+    atomic_bool was_cut;         /* it has; the server's map is longer, so another is to be begun */
     uint32_t *parts, *row_bytes; /* [n_parts] */
     const uint8_t **values;      /* [blocks * n_parts]; NULL: by request */
     uint64_t n_values;           /* that are not NULL */

@@ -209,9 +209,11 @@ static kvc_status extend(const plan *p, const kvci_map *old, kvci_map **map_p)
         req.u.map_context.first_block = first;
         req.u.map_context.n_blocks = p->n_blocks - first;
         status = ask(p->context, &req, p->deadline_ns, &a);
+        /* Before anything of the reply can fail: the server has the map from here on. */
+        if (a.reply.u.map_context.map != 0)
+            number = a.reply.u.map_context.map;
         if (status == KVC_OK)
             status = take_segments(client, &a);
-        number = status == KVC_OK ? a.reply.u.map_context.map : number;
         if (status == KVC_OK && map == NULL) {
             map = kvci_map_create(client->epoch, old, first, p->n_blocks, p->n_parts);
             status = map != NULL ? KVC_OK : kvci_fail(KVC_NO_MEMORY, "map: no memory");
@@ -264,7 +266,7 @@ static kvc_status put_in_place(const plan *p, kvci_map *map, uint64_t boot_id, k
         kvci_map_unref(map);
         return kvci_fail(KVC_AGAIN, "map: the context changed meanwhile");
     }
-    if (old_number != 0 && old_number != map->number)
+    if (old_number != 0 && old_number != map->number && kvci_map_holds(old))
         release_number(context, old_number);
     kvci_map_unref(old);
     return KVC_OK;
@@ -272,8 +274,8 @@ static kvc_status put_in_place(const plan *p, kvci_map *map, uint64_t boot_id, k
 
 static bool covers(const kvci_map *map, const plan *p)
 {
-    return map != NULL && map->n_parts == p->n_parts && kvci_map_holds(map) &&
-           memcmp(map->parts, p->parts, p->n_parts * sizeof(*p->parts)) == 0;
+    return map != NULL && map->n_parts == p->n_parts && !atomic_load(&map->was_cut) &&
+           kvci_map_holds(map) && memcmp(map->parts, p->parts, p->n_parts * sizeof(*p->parts)) == 0;
 }
 
 /* Grows the context's map where it has these parts, else makes another. */
@@ -289,6 +291,10 @@ static kvc_status map_planned(plan *p, kvc_map_info *info_p)
         uint64_t boot_id = client->boot_id;
         kvc_mutex_unlock(&client->lock);
         bool grows = covers(old, p);
+        /* The server's map still pins what was cut off: it goes first, so that its pins are free
+         * for the one that takes its place. */
+        if (old != NULL && atomic_load(&old->was_cut) && kvci_map_holds(old))
+            release_number(p->context, old->number);
         if (grows && atomic_load(&old->n_blocks) >= p->n_blocks) {
             if (info_p != NULL)
                 *info_p = old->info;
@@ -385,8 +391,10 @@ void kvci_map_cut(kvc_context *context, uint32_t n)
     kvc_client *client = context->client;
     kvc_mutex_lock(&client->lock);
     context->n_cuts++;
-    if (context->map != NULL && atomic_load(&context->map->n_blocks) > n)
+    if (context->map != NULL && atomic_load(&context->map->n_blocks) > n) {
         atomic_store(&context->map->n_blocks, n);
+        atomic_store(&context->map->was_cut, true);
+    }
     kvc_mutex_unlock(&client->lock);
 }
 

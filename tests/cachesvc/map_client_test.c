@@ -283,6 +283,27 @@ static void a_cut_context_forgets_its_end(void **state)
     assert_int_equal(kvc_metric_get(KVC_M_map_pins), 0);
 }
 
+/* What was cut off is not pinned for ever, however often a context is cut and grows again. */
+static void cuts_give_pins_back(void **state)
+{
+    rig *r = *state;
+    const uint64_t numbers[2] = {1, 2};
+    start(r);
+    put_blocks(r, 1, 30);
+    kvc_context *context = open_context(r, numbers, 2);
+    for (uint32_t i = 0; i < 14; i++) {
+        assert_int_equal(extend(context, 3 + 2 * i), KVC_OK);
+        assert_int_equal(extend(context, 4 + 2 * i), KVC_OK);
+        assert_int_equal(kvc_metric_get(KVC_M_map_pins), 8);
+        assert_int_equal(kvc_metric_get(KVC_M_maps), 1);
+        expect_rows(r, context, 10, (const uint64_t[]){1, 2, 3 + 2 * i, 4 + 2 * i}, 4);
+        assert_int_equal(r->info.requests, 0);
+        assert_int_equal(kvc_context_truncate(context, 2, 0), KVC_OK);
+    }
+    kvc_context_close(context);
+    assert_int_equal(kvc_metric_get(KVC_M_map_pins), 0);
+}
+
 static void erased_rows_are_gone_at_once(void **state)
 {
     rig *r = *state;
@@ -373,7 +394,7 @@ int main(void)
         CASE(mapped_and_asked_rows_are_the_same), CASE(no_request_where_all_is_mapped),
         CASE(a_cut_context_forgets_its_end),      CASE(erased_rows_are_gone_at_once),
         CASE(a_new_server_is_mapped_anew),        CASE(caps_change_nothing_but_the_way),
-        CASE(other_transports_go_by_request),
+        CASE(other_transports_go_by_request),     CASE(cuts_give_pins_back),
     };
     return cmocka_run_group_tests_name("map_client", tests, NULL, NULL);
 }
