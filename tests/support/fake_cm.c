@@ -35,6 +35,7 @@ struct fake_id {
     fake_id *peer;
     uint16_t port; /* network order */
     bool listening, connected, ended;
+    bool orphan; /* of a listening id that is gone, before anybody heard of it */
     int n_unacked;
 };
 
@@ -171,6 +172,29 @@ static void part(fake_id *id)
     peer->ended = true;
 }
 
+/* With the mutex held. */
+static void free_id(fake_id *id)
+{
+    fake_id **at = &ids;
+    while (*at != id)
+        at = &(*at)->next;
+    *at = id->next;
+    fake_now.ids--;
+    free(id);
+}
+
+/* With the mutex held: connections that nobody will hear of go with the id that listened. */
+static void drop_brought(fake_channel *channel)
+{
+    for (fake_event *event = channel->first; event != NULL; event = event->next) {
+        if (event->event.event != RDMA_CM_EVENT_CONNECT_REQUEST)
+            continue;
+        fake_id *id = (fake_id *)event->event.id;
+        part(id);
+        id->orphan = true;
+    }
+}
+
 static int destroy_id(struct rdma_cm_id *base)
 {
     fake_id *id = (fake_id *)base;
@@ -178,9 +202,11 @@ static int destroy_id(struct rdma_cm_id *base)
     pthread_mutex_lock(&fake_mutex);
     KVC_ASSERT(id->n_unacked == 0 && base->qp == NULL); /* a real one would wait for ever */
     part(id);
+    if (id->listening)
+        drop_brought(channel);
     for (fake_event **at = &channel->first; *at != NULL;) {
         fake_event *event = *at;
-        if (event->event.id != base) {
+        if (event->event.id != base && !((fake_id *)event->event.id)->orphan) {
             at = &event->next;
             continue;
         }
@@ -190,13 +216,13 @@ static int destroy_id(struct rdma_cm_id *base)
     channel->last = &channel->first;
     while (*channel->last != NULL)
         channel->last = &(*channel->last)->next;
-    fake_id **at = &ids;
-    while (*at != id)
-        at = &(*at)->next;
-    *at = id->next;
-    fake_now.ids--;
+    free_id(id);
+    for (fake_id *next, *other = ids; other != NULL; other = next) {
+        next = other->next;
+        if (other->orphan)
+            free_id(other);
+    }
     pthread_mutex_unlock(&fake_mutex);
-    free(id);
     return 0;
 }
 
