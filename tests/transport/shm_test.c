@@ -164,6 +164,64 @@ static void descriptors_are_passed(void **state)
     fixture_close(&f);
 }
 
+static atomic_bool stand_still;
+
+static void stand_still_done(kvt_xfer *xfer)
+{
+    while (atomic_load(&stand_still))
+        usleep(1000);
+    next_done(xfer);
+}
+
+/* Whichever end drops descriptors, the other one believes that they have come: both start anew. */
+static void dropped_descriptors_end_the_connection(void **state)
+{
+    (void)state;
+    fixture f;
+    job j, other;
+    open_watched(&f);
+    fixture_handle(&f, hold_handler);
+    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
+    job_submit(&j);
+    wait_held(&f, 1);
+    f.ops->cancel(f.conn, &j.xfer);
+    for (int i = 0; i < 20000 && !kvt_call_cancelled(f.held[0]); i++)
+        usleep(1000);
+    assert_int_equal(atomic_load(&n_gone), 0);
+    f.n_held = 0;
+    fds_handler(&f, f.held[0]); /* nobody waits for it any more */
+    wait_gone();
+    for (int k = 0; k < 2; k++)
+        (void)close(made_fds[k]);
+    job_fini(&j);
+    /* The client gives up what has been answered, while its thread does not look. */
+    atomic_store(&n_gone, 0);
+    atomic_store(&stand_still, true);
+    fixture_handle(&f, sample_handler);
+    job_init(&other, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
+    next_done = other.xfer.done;
+    other.xfer.done = stand_still_done;
+    job_submit(&other);
+    for (int i = 0; i < 20000 && atomic_load(&f.n_calls) < 2; i++)
+        usleep(1000);
+    fixture_handle(&f, fds_handler);
+    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
+    job_submit(&j);
+    for (int i = 0; i < 20000 && atomic_load(&f.n_calls) < 3; i++)
+        usleep(1000);
+    f.ops->cancel(f.conn, &j.xfer);
+    assert_int_equal(atomic_load(&n_gone), 0);
+    atomic_store(&stand_still, false);
+    wait_gone();
+    wait_done(&f, 3);
+    assert_status(j.status, KVC_CANCELLED);
+    for (int k = 0; k < 2; k++)
+        (void)close(made_fds[k]);
+    job_fini(&j);
+    job_fini(&other);
+    fixture_close(&f);
+}
+
 /* Once the last call was answered, and not before. */
 static void the_server_hears_when_a_peer_has_gone(void **state)
 {
@@ -228,6 +286,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(bodies_go_through_the_ring),
         cmocka_unit_test(descriptors_are_passed),
+        cmocka_unit_test(dropped_descriptors_end_the_connection),
         cmocka_unit_test(the_server_hears_when_a_peer_has_gone),
         cmocka_unit_test(left_sockets_are_taken_over),
         cmocka_unit_test(strangers_are_cut_off),

@@ -84,6 +84,8 @@ void kvti_call_gone(kvti_shmcall *call, kvti_out **over_p)
     call->gone = true;
     __atomic_store_n(&call->base.cancelled, 1, __ATOMIC_RELEASE);
     kvti_pipe_drop(&call->peer->pipe, call, over_p);
+    if (call->peer->pipe.broken && !call->peer->closed)
+        kvti_peer_wake(call->peer);
     if (call->sending) {
         call->sending = false;
         call->sent_due = true;
@@ -225,10 +227,12 @@ void kvti_shm_reply(kvt_call *base, kvc_status status, const char *detail, uint3
     kvc_mutex_lock(&peer->lock);
     call->answered = true;
     bool gone = call->gone || out == NULL;
+    bool lost = base->n_fds > 0 && (gone || out->n_fds == 0); /* see kvti_pipe_drop */
     if (!gone) {
         out->ends = true;
         queue_out(peer, out, &over);
-    } else if (out == NULL) { /* without an answer its client would wait for ever */
+    }
+    if (lost || out == NULL) { /* without an answer its client would wait for ever */
         peer->pipe.broken = true;
         kvti_peer_wake(peer);
     }

@@ -222,9 +222,12 @@ static void take_message(kvt_conn *conn, kvti_shmop *op, const kvc_frame *frame,
     kvti_out_free(over);
 }
 
+/* False: the connection ends, also where descriptors came for a call that is over: the server
+ * believes that this end has them. */
 static bool take_end(kvt_conn *conn, kvti_shmop *op, const kvc_frame *frame, uint8_t *body)
 {
     answer a = {.frame = frame, .body = body};
+    bool taken = false;
     if ((frame->flags & KVTI_SHM_HAS_FDS) != 0) {
         if (frame->spare[1] == 0 || frame->spare[1] > KVT_MAX_FDS ||
             !kvti_pipe_take_fds(&conn->pipe, a.fds, (uint32_t)frame->spare[1]))
@@ -242,12 +245,13 @@ static bool take_end(kvt_conn *conn, kvti_shmop *op, const kvc_frame *frame, uin
         kvc_mutex_unlock(&conn->lock);
         if (mine)
             finish(conn, op, &a);
+        taken = mine;
     }
     for (uint32_t i = 0; i < a.n_fds; i++) {
         if (a.fds[i] >= 0)
             (void)close(a.fds[i]);
     }
-    return true;
+    return taken || a.n_fds == 0;
 }
 
 static void take_credit(kvt_conn *conn, kvti_shmop *op)

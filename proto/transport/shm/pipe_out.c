@@ -234,6 +234,7 @@ void kvti_pipe_drop(kvti_pipe *pipe, const void *owner, kvti_out **over_p)
         } else {
             *at = out->next;
             pipe->n_out--;
+            pipe->broken = pipe->broken || out->n_fds > 0;
             out->next = *over_p;
             *over_p = out;
         }

@@ -159,7 +159,8 @@ void kvti_pipe_queue(kvti_pipe *pipe, kvti_out *out);
 /* Sends what the socket takes; what has gone is put in front of *over_p. Does not block. */
 void kvti_pipe_flush(kvti_pipe *pipe, kvti_out **over_p);
 /* Takes back what belongs to owner: frames not begun go to *over_p; of one that has begun, the rest
- * is copied, so that the owner's memory is free. */
+ * is copied, so that the owner's memory is free. Where descriptors are among it the pipe is broken:
+ * who passed them believes that the other end has them, so both start anew. */
 void kvti_pipe_drop(kvti_pipe *pipe, const void *owner, kvti_out **over_p);
 /* Takes everything back. */
 void kvti_pipe_drop_all(kvti_pipe *pipe, kvti_out **over_p);
