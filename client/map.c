@@ -6,16 +6,32 @@
  */
 #include "map.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
+
+#define SEALS (F_SEAL_GROW | F_SEAL_SHRINK)
+
+/* Read-only; MAP_FAILED also where it is not as long as the server says, for good: reading behind
+ * its end would be a SIGBUS. Takes fd. */
+static void *map_sealed(int fd, size_t len_bytes, int flags)
+{
+    struct stat info;
+    int seals = fcntl(fd, F_GET_SEALS);
+    bool good = len_bytes > 0 && seals >= 0 && (seals & SEALS) == SEALS && fstat(fd, &info) == 0 &&
+                (uint64_t)info.st_size >= len_bytes;
+    void *base = good ? mmap(NULL, len_bytes, PROT_READ, MAP_SHARED | flags, fd, 0) : MAP_FAILED;
+    (void)close(fd);
+    return base;
+}
 
 kvci_epoch *kvci_epoch_create(const kvc_map_opts *opts, int lease_fd, size_t lease_bytes)
 {
     kvci_epoch *epoch = calloc(1, sizeof(*epoch));
-    void *lease = mmap(NULL, lease_bytes, PROT_READ, MAP_SHARED, lease_fd, 0);
-    (void)close(lease_fd);
+    void *lease = map_sealed(lease_fd, lease_bytes, 0);
     if (epoch == NULL || lease == MAP_FAILED) {
         if (lease != MAP_FAILED)
             (void)munmap(lease, lease_bytes);
@@ -45,12 +61,12 @@ static bool grow(kvci_epoch *epoch, uint32_t id)
 
 kvc_status kvci_epoch_add(kvci_epoch *epoch, uint32_t id, int fd, size_t len_bytes)
 {
-    int flags = MAP_SHARED | (epoch->opts.populate ? MAP_POPULATE : 0);
     void *base = MAP_FAILED;
     if (id < KVCI_MAX_SEGMENTS && (id < epoch->n_segments || grow(epoch, id)) &&
         epoch->segments[id].base == NULL)
-        base = mmap(NULL, len_bytes, PROT_READ, flags, fd, 0);
-    (void)close(fd);
+        base = map_sealed(fd, len_bytes, epoch->opts.populate ? MAP_POPULATE : 0);
+    else
+        (void)close(fd);
     if (base == MAP_FAILED)
         return KVC_NO_MEMORY;
     epoch->segments[id] = (kvci_segment){base, len_bytes};

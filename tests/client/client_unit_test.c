@@ -4,7 +4,12 @@
  */
 #include "support.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include "internal.h"
+#include "map.h"
 
 static void test_sizes(void **state)
 {
@@ -168,12 +173,38 @@ static void test_error_ring(void **state)
     assert_string_equal(kvc_last_error(), "CORRUPT");
 }
 
+/* Memory is mapped only where its length is the one that the server says, for good. */
+static void only_sealed_memory_of_the_right_length_is_mapped(void **state)
+{
+    (void)state;
+    kvc_map_opts opts = {.size_bytes = sizeof(opts)};
+    for (int sealed = 0; sealed < 2; sealed++) {
+        int fd = memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+        assert_int_equal(ftruncate(fd, 8192), 0);
+        if (sealed)
+            assert_int_equal(fcntl(fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK), 0);
+        assert_null(kvci_epoch_create(&opts, dup(fd), 8193));
+        kvci_epoch *epoch = kvci_epoch_create(&opts, dup(fd), 8192);
+        assert_int_equal(epoch != NULL, sealed);
+        if (sealed) {
+            assert_int_equal(kvci_epoch_add(epoch, 1, dup(fd), 12288), KVC_NO_MEMORY);
+            assert_int_equal(kvci_epoch_add(epoch, 1, dup(fd), 8192), KVC_OK);
+        }
+        kvci_epoch_unref(epoch);
+        assert_int_equal(close(fd), 0);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sizes),           cmocka_unit_test(test_scatter_model),
-        cmocka_unit_test(test_scatter_refuses), cmocka_unit_test(test_backoff),
-        cmocka_unit_test(test_judge),           cmocka_unit_test(test_error_ring),
+        cmocka_unit_test(only_sealed_memory_of_the_right_length_is_mapped),
+        cmocka_unit_test(test_sizes),
+        cmocka_unit_test(test_scatter_model),
+        cmocka_unit_test(test_scatter_refuses),
+        cmocka_unit_test(test_backoff),
+        cmocka_unit_test(test_judge),
+        cmocka_unit_test(test_error_ring),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
