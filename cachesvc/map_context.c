@@ -238,6 +238,8 @@ static void run(mapping *m)
     }
     kvs_index_unref(m->server->index, m->values, m->n_pinned);
     kvs_map_unpass(m->server->maps, peer, m->reply.u.map_context.n_segments, lease.fd >= 0);
+    if (m->call->req.u.map_context.map == 0) /* nobody will hear of it */
+        kvs_map_release(m->server->maps, peer, number);
     kvs_fail(m->call, status, "the map was taken back while it grew, or memory is out");
 }
 
