@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -354,6 +355,9 @@ void credit_needs_a_message_that_has_left(void **state)
     raw_hello(fd);
     raw_frame(fd, &frame, head);
     raw_frame(fd, &credit, NULL);
+    struct pollfd hup = {.fd = fd}; /* to read would let the message leave */
+    assert_int_equal(poll(&hup, 1, 20000), 1);
+    assert_true((hup.revents & POLLHUP) != 0);
     assert_cut_off(fd);
     fixture_handle(&f, sample_handler);
     assert_serves(&f);
