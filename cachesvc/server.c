@@ -139,7 +139,7 @@ static void collect_schemas(kvs_server *server, uint64_t now_ns)
 /* Memory that nobody needed lately goes back to the system. */
 static void rest(kvs_server *server)
 {
-    if (++server->n_ticks % REST_TICKS == 0)
+    if (atomic_fetch_add(&server->n_ticks, 1) % REST_TICKS == REST_TICKS - 1)
         kvs_buffers_rest(&server->buffers);
     kvs_heap_tick(kvs_buffers_held(&server->buffers));
 }

@@ -81,7 +81,7 @@ typedef struct kvs_server {
     kvc_mutex ticker_lock; /* rank LEAF; guards stopping */
     kvc_cond ticker_cond;
     bool stopping;
-    uint32_t n_ticks; /* the ticker's */
+    atomic_uint n_ticks;
 } kvs_server;
 
 /* Copies settings (its strings stay borrowed). Blocks: recovers lmdb. Errors are logged. */

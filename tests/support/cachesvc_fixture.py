@@ -73,6 +73,8 @@ class Cachesvc:
     def close(self):
         """Ends it for good; gives its exit status."""
         status = self.stop() if self.process.poll() is None else self.process.returncode
+        if status not in (0, -signal.SIGKILL):  # what it said last says why
+            sys.stderr.write("cachesvc ended with %d:\n%s" % (status, self.log()[-4000:]))
         shutil.rmtree(self.folder)
         return status
 

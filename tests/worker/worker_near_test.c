@@ -305,7 +305,7 @@ static void the_call_reopens_and_refuses(void **state)
 {
     near_bench *b = *state;
     static const uint32_t picks[3] = {1, 2, 3}, ranks[3] = {4, 5, 6};
-    uint16_t q[64] = {0}, o[64];
+    uint16_t q[128] = {0}, o[128]; /* as many as the refused ones ask for, too */
     float lse[4];
     int8_t status[3];
     kvc_digest digest, blocks[2] = {{{1}}, {{2}}};
