@@ -91,13 +91,14 @@ static grpc_channel *create_channel(const char *target, uint32_t i, uint32_t max
         kvti_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_OUT_MS),
         kvti_arg(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0),
         kvti_arg(GRPC_ARG_ENABLE_CHANNELZ, 0),
-        kvti_local_sockets_arg(), /* last: only where it fits */
+        kvti_sockets_arg(0), /* last: only where it fits */
     };
     size_t n_args = sizeof(args) / sizeof(args[0]) - !kvti_target_is_local(target);
     grpc_channel_args list = {n_args, args};
     grpc_channel_credentials *plain = grpc_insecure_credentials_create();
     grpc_channel *channel = grpc_channel_create(target, plain, &list);
     grpc_channel_credentials_release(plain);
+    kvti_sockets_arg_end(&args[sizeof(args) / sizeof(args[0]) - 1]);
     return channel;
 }
 

@@ -73,9 +73,11 @@ void kvti_start(grpc_call *call, const grpc_op *ops, size_t n_ops, kvti_tag *tag
 
 /* ---- socket.c ------------------------------------------------------------------------------- */
 
-/* An argument of servers, and of channels whose target is on this machine: what their connections
- * need that stay on it. Static. */
-grpc_arg kvti_local_sockets_arg(void);
+/* An argument of servers, whose peers the system asks after keepalive_s of silence, and of channels
+ * whose target is on this machine (0): what connections need that stay on it. The caller ends it
+ * once the server or channel is made, which has a reference of its own. */
+grpc_arg kvti_sockets_arg(int keepalive_s);
+void kvti_sockets_arg_end(grpc_arg *arg);
 /* Whether gRPC's name for an address says that it is on this machine. */
 bool kvti_target_is_local(const char *target);
 

@@ -31,7 +31,6 @@
 #define HANDSHAKE_NS  (10ull * 1000000000) /* what listen takes for options that are 0 */
 #define KEEPALIVE_NS  (30ull * 1000000000)
 #define IDLE_NS       (1800ull * 1000000000)
-#define KEEPALIVE_OUT 10000
 #define STREAMS_SLACK 256u
 #define STREAMS_MAX   100000u
 
@@ -137,19 +136,22 @@ static grpc_server *create_server(const kvt_listener *listener)
         kvti_arg(GRPC_ARG_MAX_CONCURRENT_STREAMS, (int)streams),
         kvti_arg(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, PING_MS),
         kvti_arg(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
-        kvti_arg(GRPC_ARG_KEEPALIVE_TIME_MS, to_ms(opts->keepalive_ns, KEEPALIVE_NS)),
+        kvti_arg(GRPC_ARG_KEEPALIVE_TIME_MS, INT_MAX), /* the system does that: socket.c */
         kvti_arg(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, to_ms(opts->handshake_ns, HANDSHAKE_NS)),
         kvti_arg(GRPC_ARG_MAX_CONNECTION_IDLE_MS, to_ms(opts->idle_ns, IDLE_NS)),
-        kvti_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_OUT),
         kvti_arg(GRPC_ARG_ENABLE_CHANNELZ, 0),
-        kvti_local_sockets_arg(),
+        kvti_sockets_arg((to_ms(opts->keepalive_ns, KEEPALIVE_NS) + 999) / 1000),
         {.type = GRPC_ARG_POINTER,
          .key = (char *)(uintptr_t)GRPC_ARG_RESOURCE_QUOTA,
          .value.pointer = {hold_quota(listener->budget->max_bytes),
                            grpc_resource_quota_arg_vtable()}},
     };
     grpc_channel_args list = {sizeof(args) / sizeof(args[0]), args};
-    return grpc_server_create(&list, NULL);
+    grpc_server *server = grpc_server_create(&list, NULL);
+    for (size_t i = 0; i < list.num_args; i++)
+        if (strcmp(args[i].key, GRPC_ARG_SOCKET_MUTATOR) == 0)
+            kvti_sockets_arg_end(&args[i]);
+    return server;
 }
 
 static void register_methods(kvt_listener *listener)

@@ -1,5 +1,8 @@
 /*
- * socket.c: congestion control of connections that do not leave this machine.
+ * socket.c: what gRPC does not set on its sockets.
+ *
+ * The system asks peers of a listener whether they live (SO_KEEPALIVE), not gRPC: of connections
+ * that never answer its pings, gRPC 1.51 frees some while their timers still run, and aborts.
  *
  * Nothing is lost or queued between two ends of one machine, so there is nothing to control: a
  * system whose default is BBR paces such a connection by timers and more than doubles the CPU time
@@ -7,18 +10,20 @@
  * that leave the machine keep the system's default.
  *
  * gRPC hands its sockets out to a grpc_socket_mutator, which its public headers name but do not
- * define; the layout here is the one that it has had since 1.34. Static data, any thread.
+ * define; the layout here is the one that it has had since 1.34. No state, any thread.
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <pthread.h>
 #include <string.h>
 #include <sys/socket.h>
 
+#include <grpc/support/alloc.h>
 #include <grpc/support/sync.h>
 
 #include "grpc_internal.h"
+
+#define KEEPALIVE_OUT_S 10
 
 enum fd_usage { USE_CLIENT_CONNECTION, USE_SERVER_LISTENER, USE_SERVER_CONNECTION };
 
@@ -37,6 +42,7 @@ typedef struct mutator_vtable {
 struct grpc_socket_mutator {
     const mutator_vtable *vtable;
     gpr_refcount refcount;
+    int keepalive_s; /* ours; of a listener's connections, 0: the clients' */
 };
 
 /* A mapped IPv4 address as IPv4. */
@@ -75,11 +81,28 @@ static bool stays_here(int fd)
     return is_loopback(&b) || IN6_ARE_ADDR_EQUAL(&a, &b);
 }
 
+static void set(int fd, int level, int option, int value)
+{
+    (void)setsockopt(fd, level, option, &value, sizeof(value));
+}
+
+/* Asked after keepalive_s of silence, and given up where nothing is heard for KEEPALIVE_OUT_S, also
+ * where that is of bytes on their way. On sockets that are not TCP's it does nothing. */
+static void keep_alive(int fd, int keepalive_s)
+{
+    set(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+    set(fd, IPPROTO_TCP, TCP_KEEPIDLE, keepalive_s);
+    set(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_OUT_S / 5);
+    set(fd, IPPROTO_TCP, TCP_KEEPCNT, 5);
+    set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, (keepalive_s + KEEPALIVE_OUT_S) * 1000);
+}
+
 /* Always true: a socket that keeps the default works too. */
 static bool tune(const socket_info *info, grpc_socket_mutator *mutator)
 {
     static const char reno[] = "reno";
-    (void)mutator;
+    if (info->usage == USE_SERVER_CONNECTION)
+        keep_alive(info->fd, mutator->keepalive_s);
     if (info->usage == USE_CLIENT_CONNECTION ||
         (info->usage == USE_SERVER_CONNECTION && stays_here(info->fd)))
         (void)setsockopt(info->fd, IPPROTO_TCP, TCP_CONGESTION, reno, sizeof(reno) - 1);
@@ -98,19 +121,22 @@ static int same(grpc_socket_mutator *a, grpc_socket_mutator *b)
     return (a > b) - (a < b);
 }
 
-static void keep(grpc_socket_mutator *mutator)
+static void last_unref(grpc_socket_mutator *mutator)
 {
-    (void)mutator; /* static */
+    gpr_free(mutator);
 }
 
 static void *arg_copy(void *arg)
 {
+    gpr_ref(&((grpc_socket_mutator *)arg)->refcount);
     return arg;
 }
 
 static void arg_destroy(void *arg)
 {
-    (void)arg;
+    grpc_socket_mutator *mutator = arg;
+    if (gpr_unref(&mutator->refcount))
+        last_unref(mutator);
 }
 
 static int arg_compare(void *a, void *b)
@@ -118,24 +144,23 @@ static int arg_compare(void *a, void *b)
     return same(a, b);
 }
 
-static grpc_socket_mutator the_mutator;
-
-static void init_once(void)
+grpc_arg kvti_sockets_arg(int keepalive_s)
 {
-    static const mutator_vtable vtable = {tune_nothing, same, keep, tune};
-    the_mutator.vtable = &vtable;
-    gpr_ref_init(&the_mutator.refcount, 1); /* ours, for ever */
+    static const mutator_vtable vtable = {tune_nothing, same, last_unref, tune};
+    static const grpc_arg_pointer_vtable arg_vtable = {arg_copy, arg_destroy, arg_compare};
+    grpc_socket_mutator *mutator = gpr_malloc(sizeof(*mutator));
+    mutator->vtable = &vtable;
+    mutator->keepalive_s = keepalive_s;
+    gpr_ref_init(&mutator->refcount, 1);
+    grpc_arg arg = {.type = GRPC_ARG_POINTER, .key = (char *)(uintptr_t)GRPC_ARG_SOCKET_MUTATOR};
+    arg.value.pointer.p = mutator;
+    arg.value.pointer.vtable = &arg_vtable;
+    return arg;
 }
 
-grpc_arg kvti_local_sockets_arg(void)
+void kvti_sockets_arg_end(grpc_arg *arg)
 {
-    static const grpc_arg_pointer_vtable vtable = {arg_copy, arg_destroy, arg_compare};
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    (void)pthread_once(&once, init_once);
-    grpc_arg arg = {.type = GRPC_ARG_POINTER, .key = (char *)(uintptr_t)GRPC_ARG_SOCKET_MUTATOR};
-    arg.value.pointer.p = &the_mutator;
-    arg.value.pointer.vtable = &vtable;
-    return arg;
+    arg_destroy(arg->value.pointer.p);
 }
 
 bool kvti_target_is_local(const char *target)
