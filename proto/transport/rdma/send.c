@@ -289,6 +289,12 @@ void kvtr_pump(kvtr_link *link)
 
 void kvtr_send(kvtr_link *link, kvtr_out *out)
 {
+    if (link->state == KVTI_LINK_DOWN) { /* what it had has been put aside already */
+        out->next = link->loop->junk.outs;
+        link->loop->junk.outs = out;
+        kvtr_loop_wake(link->loop);
+        return;
+    }
     out->next = NULL;
     *link->out_end = out;
     link->out_end = &out->next;
