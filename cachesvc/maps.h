@@ -18,11 +18,11 @@
 kvs_maps *kvs_maps_create(kvs_server *server); /* NULL: no memory */
 void kvs_maps_destroy(kvs_maps *maps);         /* no connection is left; NULL is fine */
 /* As kvt_listen_opts.peer_gone wants it; arg: the server. */
-void kvs_maps_peer_gone(void *arg, uint64_t peer);
+void kvs_maps_peer_gone(void *arg, uint64_t id);
 /* Takes back the maps that pin a value which was erased. Any thread; may block for milliseconds. */
 void kvs_maps_revoke_erased(kvs_maps *maps);
 
-/* ---- for MapContext ---- */
+/* ---- for MapContext; id: of the connection (kvt_peer), number: of one of its maps ---- */
 
 /* Where a map's word is, and the lease's own descriptor where the connection lacks it (else -1). */
 typedef struct kvs_lease_at {
@@ -35,7 +35,7 @@ typedef struct kvs_lease_at {
  * so it stays unless it is revoked. NOT_FOUND: it was, or never was. NO_SPACE: the connection has
  * too many; NO_MEMORY; UNSUPPORTED: the system has no memfd or seals.
  */
-kvc_status kvs_map_begin(kvs_maps *maps, uint64_t peer, const kvc_digest *tenant, uint64_t *map_p,
+kvc_status kvs_map_begin(kvs_maps *maps, uint64_t id, const kvc_digest *tenant, uint64_t *map_p,
                          kvs_lease_at *lease_p) KVC_MUST_CHECK;
 /* Reserves up to want_bytes of the tenant's pins; gives how many. */
 uint64_t kvs_map_reserve(kvs_maps *maps, const kvc_digest *tenant, uint64_t want_bytes);
@@ -43,15 +43,15 @@ uint64_t kvs_map_reserve(kvs_maps *maps, const kvc_digest *tenant, uint64_t want
  * Adds values [n], which the caller has referenced, to the map, and gives back what is left of the
  * reserved bytes. NOT_FOUND, NO_MEMORY: they are the caller's still, and no bytes are reserved.
  */
-kvc_status kvs_map_add(kvs_maps *maps, uint64_t peer, uint64_t map, const uint32_t *values,
+kvc_status kvs_map_add(kvs_maps *maps, uint64_t id, uint64_t number, const uint32_t *values,
                        uint32_t n, uint64_t used_bytes, uint64_t reserved_bytes) KVC_MUST_CHECK;
 /* What the connection calls the segment of a held slot; *fd_p: a descriptor of its own to pass, as
  * it is new to it, else -1. 0: no more may be passed now (no_fds), or memory is out. */
-uint32_t kvs_map_segment(kvs_maps *maps, uint64_t peer, const void *dram_segment, bool no_fds,
+uint32_t kvs_map_segment(kvs_maps *maps, uint64_t id, const void *dram_segment, bool no_fds,
                          int *fd_p);
 /* The last n_segments that were new, and the lease where it was, have not been passed after all. */
-void kvs_map_unpass(kvs_maps *maps, uint64_t peer, uint32_t n_segments, bool lease);
-void kvs_map_release(kvs_maps *maps, uint64_t peer, uint64_t map);
+void kvs_map_unpass(kvs_maps *maps, uint64_t id, uint32_t n_segments, bool lease);
+void kvs_map_release(kvs_maps *maps, uint64_t id, uint64_t number);
 uint64_t kvs_map_pinned(kvs_maps *maps, const kvc_digest *tenant);
 uint64_t kvs_map_max_bytes(const kvs_maps *maps);
 

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/assert.h"
 #include "base/clock.h"
 #include "map.h"
 
@@ -199,6 +200,7 @@ static kvc_status extend(const plan *p, const kvci_map *old, kvci_map **map_p)
     kvc_status status = KVC_OK;
     uint32_t first = old != NULL ? atomic_load(&old->n_blocks) : 0;
     uint64_t number = old != NULL ? old->number : 0;
+    KVC_ASSERT(p->parts != NULL && p->row_bytes != NULL);
     *map_p = NULL;
     do {
         answer a = {0};
@@ -218,18 +220,18 @@ static kvc_status extend(const plan *p, const kvci_map *old, kvci_map **map_p)
             map = kvci_map_create(client->epoch, old, first, p->n_blocks, p->n_parts);
             status = map != NULL ? KVC_OK : kvci_fail(KVC_NO_MEMORY, "map: no memory");
         }
-        if (status == KVC_OK && old == NULL && first == 0) {
+        if (status == KVC_OK && map != NULL && old == NULL && first == 0) {
             map->number = number;
             map->slot = a.reply.u.map_context.lease_slot;
             map->block_tokens = p->block_tokens;
             memcpy(map->parts, p->parts, p->n_parts * sizeof(*p->parts));
             memcpy(map->row_bytes, p->row_bytes, p->n_parts * sizeof(*p->row_bytes));
         }
-        if (status == KVC_OK && !add_table(map, &a, p->n_blocks))
+        if (status == KVC_OK && map != NULL && !add_table(map, &a, p->n_blocks))
             status = kvci_fail(KVC_PROTOCOL, "map: the table makes no sense");
         bool more = a.reply.u.map_context.n_blocks + a.reply.u.map_context.n_segments > 0;
         answer_fini(&a);
-        if (status != KVC_OK || !more)
+        if (status != KVC_OK || map == NULL || !more)
             break;
         first = atomic_load(&map->n_blocks);
     } while (first < p->n_blocks);
@@ -274,6 +276,7 @@ static kvc_status put_in_place(const plan *p, kvci_map *map, uint64_t boot_id, k
 
 static bool covers(const kvci_map *map, const plan *p)
 {
+    KVC_ASSERT(p->parts != NULL);
     return map != NULL && map->n_parts == p->n_parts && !atomic_load(&map->was_cut) &&
            kvci_map_holds(map) && memcmp(map->parts, p->parts, p->n_parts * sizeof(*p->parts)) == 0;
 }
@@ -309,6 +312,14 @@ static kvc_status map_planned(plan *p, kvc_map_info *info_p)
     return status;
 }
 
+static const kvc_part *find_part(const kvc_schema *schema, uint32_t number)
+{
+    for (uint32_t k = 0; k < schema->n_parts; k++)
+        if (schema->parts[k].part == number)
+            return &schema->parts[k];
+    return NULL;
+}
+
 /* The schema's view of the parts; n 0: all but compressed keys. Gives *parts_p, [2 * n]. */
 static kvc_status find_parts(kvc_context *context, const uint32_t *parts, uint32_t n,
                              uint64_t deadline_ns, plan *p, uint32_t **parts_p)
@@ -318,14 +329,13 @@ static kvc_status find_parts(kvc_context *context, const uint32_t *parts, uint32
     *parts_p = NULL;
     if (status != KVC_OK)
         return status;
-    uint32_t n_want = n > 0 ? n : schema->n_parts, n_found = 0;
+    if (n == 0)
+        parts = NULL;
+    uint32_t n_want = parts != NULL ? n : schema->n_parts, n_found = 0;
     uint32_t *list = calloc(2 * (size_t)n_want, sizeof(*list));
     for (uint32_t i = 0; list != NULL && i < n_want; i++) {
-        const kvc_part *part = n == 0 ? &schema->parts[i] : NULL;
-        for (uint32_t k = 0; part == NULL && k < schema->n_parts; k++)
-            if (schema->parts[k].part == parts[i])
-                part = &schema->parts[k];
-        if (part == NULL || (n == 0 && part->kind == KVC_PART_INDEX))
+        const kvc_part *part = parts == NULL ? &schema->parts[i] : find_part(schema, parts[i]);
+        if (part == NULL || (parts == NULL && part->kind == KVC_PART_INDEX))
             continue;
         list[n_found] = part->part;
         list[n_want + n_found++] = part->row_bytes;
