@@ -15,6 +15,7 @@
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <sys/socket.h>
 
@@ -42,7 +43,8 @@ typedef struct mutator_vtable {
 struct grpc_socket_mutator {
     const mutator_vtable *vtable;
     gpr_refcount refcount;
-    int keepalive_s; /* ours; of a listener's connections, 0: the clients' */
+    atomic_int keepalive_s; /* ours: a listener's; 0: a client's. Written once; atomic since only
+                               gRPC, which no sanitizer sees into, hands it to its threads */
 };
 
 /* A mapped IPv4 address as IPv4. */
@@ -102,7 +104,7 @@ static bool tune(const socket_info *info, grpc_socket_mutator *mutator)
 {
     static const char reno[] = "reno";
     if (info->usage == USE_SERVER_CONNECTION)
-        keep_alive(info->fd, mutator->keepalive_s);
+        keep_alive(info->fd, atomic_load(&mutator->keepalive_s));
     if (info->usage == USE_CLIENT_CONNECTION ||
         (info->usage == USE_SERVER_CONNECTION && stays_here(info->fd)))
         (void)setsockopt(info->fd, IPPROTO_TCP, TCP_CONGESTION, reno, sizeof(reno) - 1);
@@ -150,7 +152,7 @@ grpc_arg kvti_sockets_arg(int keepalive_s)
     static const grpc_arg_pointer_vtable arg_vtable = {arg_copy, arg_destroy, arg_compare};
     grpc_socket_mutator *mutator = gpr_malloc(sizeof(*mutator));
     mutator->vtable = &vtable;
-    mutator->keepalive_s = keepalive_s;
+    atomic_store(&mutator->keepalive_s, keepalive_s);
     gpr_ref_init(&mutator->refcount, 1);
     grpc_arg arg = {.type = GRPC_ARG_POINTER, .key = (char *)(uintptr_t)GRPC_ARG_SOCKET_MUTATOR};
     arg.value.pointer.p = mutator;
