@@ -1,6 +1,7 @@
 /* kernels_backend_test.c: the registry, opening and closing, and one backend used by many threads.
  */
 #include <pthread.h>
+#include <stdatomic.h>
 
 #include "attend_support.h"
 
@@ -131,13 +132,13 @@ static void test_two_models_share_a_backend(void **state)
 }
 
 /* What the ops take from the system; the linker sends their calls of aligned_alloc here. */
-static size_t taken_bytes;
+static atomic_size_t taken_bytes;
 void *__real_aligned_alloc(size_t align, size_t len_bytes);
 void *__wrap_aligned_alloc(size_t align, size_t len_bytes);
 
 void *__wrap_aligned_alloc(size_t align, size_t len_bytes)
 {
-    taken_bytes += len_bytes;
+    atomic_fetch_add(&taken_bytes, len_bytes);
     return __real_aligned_alloc(align, len_bytes);
 }
 
@@ -164,9 +165,10 @@ static void test_attend_memory(void **state)
         const char *row = (const char *)rows[0] + p.a.v_off_bytes;
         p.a.n_q = n_q[i];
         assert_ok(kvk_backend_open("cpu", &opts, &s.be));
-        taken_bytes = 0;
+        atomic_store(&taken_bytes, 0);
         assert_ok(kvk_backend_ops(s.be)->attend(s.be, &p.a, NULL));
-        assert_true(taken_bytes > 0 && taken_bytes <= MOST_BYTES);
+        size_t taken = atomic_load(&taken_bytes);
+        assert_true(taken > 0 && taken <= MOST_BYTES);
         for (size_t t = 0; t < D; t++) { /* the mean of equal values */
             double v = (double)decoded(row, KVK_BF16, t);
             assert_near(&s, "o", t, (double)p.a.o[t], v, 1e-4 * (1 + fabs(v)));
