@@ -10,6 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/le.h"
 #include "base/metrics.h"
 #include "maps.h"
 #include "request.h"
@@ -33,12 +34,6 @@ typedef struct mapping {
     kvc_map_segment segments[KVC_MAX_MAP_SEGMENTS];
     kvc_reply reply;
 } mapping;
-
-static void put_u32(uint8_t *at, uint32_t value)
-{
-    for (int i = 0; i < 4; i++)
-        at[i] = (uint8_t)(value >> (8 * i));
-}
 
 /* False after kvs_fail: whoever it is may not map, or this server cannot. */
 static bool may_map(kvs_server *server, kvt_call *call)
@@ -143,8 +138,8 @@ static bool place(mapping *m, const kvs_read *read, uint32_t value_bytes, uint8_
         m->segments[m->reply.u.map_context.n_segments++] = (kvc_map_segment){id, segment.len_bytes};
         m->fds[m->n_fds++] = fd;
     }
-    put_u32(entry, id);
-    put_u32(entry + 4, (uint32_t)(off_bytes / KVS_DRAM_PAGE_BYTES));
+    kvc_le_put(entry, id, 4);
+    kvc_le_put(entry + 4, (uint32_t)(off_bytes / KVS_DRAM_PAGE_BYTES), 4);
     m->values[m->n_pinned++] = read->value;
     m->used_bytes += value_bytes;
     return true;

@@ -11,6 +11,7 @@
 
 #include "base/assert.h"
 #include "base/clock.h"
+#include "base/le.h"
 #include "map.h"
 
 #define ENTRY_BYTES 8u
@@ -135,16 +136,11 @@ static kvc_status take_segments(kvc_client *client, answer *a)
                             : kvci_fail(status, "map: the server's memory cannot be mapped");
 }
 
-static uint32_t get_u32(const uint8_t *at)
-{
-    return (uint32_t)at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
-}
-
 /* An entry as an address; NULL: by request, also where the segment is not known here. */
 static const uint8_t *place_of(const kvci_epoch *epoch, const uint8_t *entry, uint64_t value_bytes)
 {
-    uint32_t id = get_u32(entry);
-    uint64_t off_bytes = (uint64_t)get_u32(entry + 4) * PAGE_BYTES;
+    uint32_t id = (uint32_t)kvc_le_get(entry, 4);
+    uint64_t off_bytes = (uint64_t)(uint32_t)kvc_le_get(entry + 4, 4) * PAGE_BYTES;
     if (id == 0 || id >= epoch->n_segments || epoch->segments[id].base == NULL ||
         off_bytes + value_bytes > epoch->segments[id].len_bytes)
         return NULL;

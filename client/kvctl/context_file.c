@@ -7,11 +7,11 @@
  */
 #include "context_file.h"
 
-#include <endian.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/digest.h"
+#include "base/le.h"
 #include "base/sum.h"
 
 #define MAGIC       "KVCTX002"
@@ -21,32 +21,6 @@
 #define SUM_OFF     56u
 #define RECORD_HEAD 16u /* length, zero, sum */
 #define GROW_BYTES  ((size_t)1 << 20)
-
-static uint32_t get32(const uint8_t *at)
-{
-    uint32_t value;
-    memcpy(&value, at, sizeof(value));
-    return le32toh(value);
-}
-
-static uint64_t get64(const uint8_t *at)
-{
-    uint64_t value;
-    memcpy(&value, at, sizeof(value));
-    return le64toh(value);
-}
-
-static void put32(uint8_t *at, uint32_t value)
-{
-    value = htole32(value);
-    memcpy(at, &value, sizeof(value));
-}
-
-static void put64(uint8_t *at, uint64_t value)
-{
-    value = htole64(value);
-    memcpy(at, &value, sizeof(value));
-}
 
 static size_t tables_bytes(const kvctl_file_head *head)
 {
@@ -123,8 +97,8 @@ static kvc_status read_tables(walk *w)
     if (status != KVC_OK)
         return status;
     /* The sum's own place counts as zeros. */
-    uint64_t sum = get64(w->bytes + SUM_OFF);
-    put64(w->bytes + SUM_OFF, 0);
+    uint64_t sum = kvc_le_get(w->bytes + SUM_OFF, 8);
+    kvc_le_put(w->bytes + SUM_OFF, 0, 8);
     if (sum != kvc_value_sum(w->bytes, HEAD_BYTES + n))
         return refuse(w, KVC_CORRUPT, "the sum of its tables is wrong");
     const uint8_t *at = w->bytes + HEAD_BYTES;
@@ -135,7 +109,7 @@ static kvc_status read_tables(walk *w)
     head->digests = (const kvc_digest *)(const void *)at;
     at += (size_t)head->n_blocks * KVC_DIGEST_BYTES;
     for (size_t i = 0; i < 2 * (size_t)head->n_parts + head->n_tokens; i++)
-        numbers[i] = get32(at + 4 * i);
+        numbers[i] = (uint32_t)kvc_le_get(at + 4 * i, 4);
     head->parts = (const kvctl_file_part *)(const void *)numbers;
     head->tokens = numbers + 2 * (size_t)head->n_parts;
     head->schema_msg = at + 4 * (2 * (size_t)head->n_parts + head->n_tokens);
@@ -152,12 +126,12 @@ static kvc_status read_head(walk *w)
     if (memcmp(w->bytes, MAGIC, MARK_BYTES) != 0)
         return refuse(w, KVC_PROTOCOL, "it is not a context file of this version");
     memcpy(&head->schema, w->bytes + MARK_BYTES, KVC_DIGEST_BYTES);
-    head->block_tokens = get32(w->bytes + 40);
-    head->n_blocks = get32(w->bytes + 44);
-    head->n_parts = get32(w->bytes + 48);
-    head->n_tokens = get32(w->bytes + 52);
-    head->schema_bytes = get32(w->bytes + 64);
-    head->tail_bytes = get32(w->bytes + 68);
+    head->block_tokens = (uint32_t)kvc_le_get(w->bytes + 40, 4);
+    head->n_blocks = (uint32_t)kvc_le_get(w->bytes + 44, 4);
+    head->n_parts = (uint32_t)kvc_le_get(w->bytes + 48, 4);
+    head->n_tokens = (uint32_t)kvc_le_get(w->bytes + 52, 4);
+    head->schema_bytes = (uint32_t)kvc_le_get(w->bytes + 64, 4);
+    head->tail_bytes = (uint32_t)kvc_le_get(w->bytes + 68, 4);
     status = check_counts(w);
     return status == KVC_OK ? read_tables(w) : status;
 }
@@ -204,15 +178,16 @@ static kvc_status read_value(walk *w, uint32_t want_bytes, bool *there_p)
     uint8_t record[RECORD_HEAD];
     if (!w->read(w->read_arg, record, sizeof(record)))
         return cut_off(w);
-    uint32_t len_bytes = get32(record);
+    uint32_t len_bytes = (uint32_t)kvc_le_get(record, 4);
     *there_p = len_bytes != 0;
-    if ((len_bytes != 0 && len_bytes != want_bytes) || get32(record + 4) != 0)
+    if ((len_bytes != 0 && len_bytes != want_bytes) || (uint32_t)kvc_le_get(record + 4, 4) != 0)
         return refuse(w, KVC_INVALID, "a value's length is not its part's");
     if (len_bytes == 0)
-        return get64(record + 8) == 0 ? KVC_OK : refuse(w, KVC_CORRUPT, "a value's sum is wrong");
+        return kvc_le_get(record + 8, 8) == 0 ? KVC_OK
+                                              : refuse(w, KVC_CORRUPT, "a value's sum is wrong");
     if (!w->read(w->read_arg, w->value, len_bytes))
         return cut_off(w);
-    if (get64(record + 8) != kvc_value_sum(w->value, len_bytes))
+    if (kvc_le_get(record + 8, 8) != kvc_value_sum(w->value, len_bytes))
         return refuse(w, KVC_CORRUPT, "a value's sum is wrong");
     return KVC_OK;
 }
@@ -233,7 +208,7 @@ static kvc_status read_values(walk *w, kvctl_file_value *each, void *each_arg, u
     }
     if (!w->read(w->read_arg, end, sizeof(end)))
         return cut_off(w);
-    if (memcmp(end, END_MARK, MARK_BYTES) != 0 || get64(end + MARK_BYTES) != *n_p)
+    if (memcmp(end, END_MARK, MARK_BYTES) != 0 || kvc_le_get(end + MARK_BYTES, 8) != *n_p)
         return refuse(w, KVC_CORRUPT, "its end mark is wrong");
     if (w->read(w->read_arg, &more, 1))
         return refuse(w, KVC_CORRUPT, "there is something behind its end");
@@ -276,27 +251,27 @@ bool kvctl_file_put_head(kvctl_file_write *write, void *arg, const kvctl_file_he
         return false;
     memcpy(bytes, MAGIC, MARK_BYTES);
     memcpy(bytes + MARK_BYTES, &head->schema, KVC_DIGEST_BYTES);
-    put32(bytes + 40, head->block_tokens);
-    put32(bytes + 44, head->n_blocks);
-    put32(bytes + 48, head->n_parts);
-    put32(bytes + 52, head->n_tokens);
+    kvc_le_put(bytes + 40, head->block_tokens, 4);
+    kvc_le_put(bytes + 44, head->n_blocks, 4);
+    kvc_le_put(bytes + 48, head->n_parts, 4);
+    kvc_le_put(bytes + 52, head->n_tokens, 4);
     uint8_t *at = bytes + HEAD_BYTES;
     if (head->n_blocks > 0)
         memcpy(at, head->digests, (size_t)head->n_blocks * KVC_DIGEST_BYTES);
     at += (size_t)head->n_blocks * KVC_DIGEST_BYTES;
     for (uint32_t i = 0; i < head->n_parts; i++, at += 8) {
-        put32(at, head->parts[i].part);
-        put32(at + 4, head->parts[i].value_bytes);
+        kvc_le_put(at, head->parts[i].part, 4);
+        kvc_le_put(at + 4, head->parts[i].value_bytes, 4);
     }
     for (uint32_t i = 0; i < head->n_tokens; i++, at += 4)
-        put32(at, head->tokens[i]);
-    put32(bytes + 64, head->schema_bytes);
-    put32(bytes + 68, head->tail_bytes);
+        kvc_le_put(at, head->tokens[i], 4);
+    kvc_le_put(bytes + 64, head->schema_bytes, 4);
+    kvc_le_put(bytes + 68, head->tail_bytes, 4);
     if (head->schema_bytes > 0)
         memcpy(at, head->schema_msg, head->schema_bytes);
     if (head->tail_bytes > 0)
         memcpy(at + head->schema_bytes, head->tail, head->tail_bytes);
-    put64(bytes + SUM_OFF, kvc_value_sum(bytes, n));
+    kvc_le_put(bytes + SUM_OFF, kvc_value_sum(bytes, n), 8);
     bool good = write(arg, bytes, n);
     free(bytes);
     return good;
@@ -307,8 +282,8 @@ bool kvctl_file_put_value(kvctl_file_write *write, void *arg, const uint8_t *byt
 {
     uint8_t record[RECORD_HEAD] = {0};
     if (bytes != NULL) {
-        put32(record, len_bytes);
-        put64(record + 8, kvc_value_sum(bytes, len_bytes));
+        kvc_le_put(record, len_bytes, 4);
+        kvc_le_put(record + 8, kvc_value_sum(bytes, len_bytes), 8);
     }
     return write(arg, record, sizeof(record)) && (bytes == NULL || write(arg, bytes, len_bytes));
 }
@@ -317,6 +292,6 @@ bool kvctl_file_put_end(kvctl_file_write *write, void *arg, uint64_t n_values)
 {
     uint8_t end[2 * MARK_BYTES];
     memcpy(end, END_MARK, MARK_BYTES);
-    put64(end + MARK_BYTES, n_values);
+    kvc_le_put(end + MARK_BYTES, n_values, 8);
     return write(arg, end, sizeof(end));
 }

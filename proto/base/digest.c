@@ -9,15 +9,11 @@
 #include <openssl/evp.h>
 #include <string.h>
 
+#include "base/le.h"
+
 #define TOKENS_PER_TURN 256u
 
 static const char block_tag[] = "kvasir-block-v1"; /* hashed without its NUL */
-
-static void put_u32le(unsigned char *out, uint32_t value)
-{
-    for (int i = 0; i < 4; i++)
-        out[i] = (unsigned char)(value >> (8 * i));
-}
 
 static bool hash_bytes(EVP_MD_CTX *ctx, const void *data, size_t len_bytes)
 {
@@ -27,7 +23,7 @@ static bool hash_bytes(EVP_MD_CTX *ctx, const void *data, size_t len_bytes)
 static bool hash_u32(EVP_MD_CTX *ctx, uint32_t value)
 {
     unsigned char bytes[4];
-    put_u32le(bytes, value);
+    kvc_le_put(bytes, value, 4);
     return hash_bytes(ctx, bytes, sizeof(bytes));
 }
 
@@ -37,7 +33,7 @@ static bool hash_tokens(EVP_MD_CTX *ctx, const uint32_t *tokens, uint32_t n_toke
     for (uint32_t first = 0; first < n_tokens; first += TOKENS_PER_TURN) {
         uint32_t n = n_tokens - first < TOKENS_PER_TURN ? n_tokens - first : TOKENS_PER_TURN;
         for (uint32_t i = 0; i < n; i++)
-            put_u32le(bytes + (size_t)i * 4, tokens[first + i]);
+            kvc_le_put(bytes + (size_t)i * 4, tokens[first + i], 4);
         if (!hash_bytes(ctx, bytes, (size_t)n * 4))
             return false;
     }

@@ -9,21 +9,9 @@
 
 #include <string.h>
 
+#include "base/le.h"
+
 #define MAGIC 0x0046564bu /* "KVF", the version in the fourth byte */
-
-static void put_bytes(uint8_t *at, uint64_t value, uint32_t n_bytes)
-{
-    for (uint32_t i = 0; i < n_bytes; i++)
-        at[i] = (uint8_t)(value >> (8 * i));
-}
-
-static uint64_t get_bytes(const uint8_t *at, uint32_t n_bytes)
-{
-    uint64_t value = 0;
-    for (uint32_t i = 0; i < n_bytes; i++)
-        value |= (uint64_t)at[i] << (8 * i);
-    return value;
-}
 
 static bool carries_message(kvc_frame_kind kind)
 {
@@ -72,19 +60,19 @@ kvc_status kvc_frame_encode(const kvc_frame *frame, uint8_t out_p[KVC_FRAME_BYTE
     if (fault_of(frame) != NULL)
         return KVC_INVALID;
     memset(out_p, 0, KVC_FRAME_BYTES);
-    put_bytes(out_p, MAGIC | KVC_FRAME_VERSION << 24, 4);
-    put_bytes(out_p + 4, (uint64_t)frame->kind, 1);
-    put_bytes(out_p + 5, (uint64_t)frame->method, 1);
-    put_bytes(out_p + 6, frame->flags, 2);
-    put_bytes(out_p + 8, frame->call, 8);
-    put_bytes(out_p + 16, (uint64_t)(-(int)frame->status), 2);
-    put_bytes(out_p + 18, frame->detail_bytes, 2);
-    put_bytes(out_p + 20, frame->retry_after_ms, 4);
-    put_bytes(out_p + 24, frame->deadline_ns, 8);
-    put_bytes(out_p + 32, frame->head_bytes, 4);
-    put_bytes(out_p + 36, frame->data_bytes, 4);
-    put_bytes(out_p + 40, frame->spare[0], 8);
-    put_bytes(out_p + 48, frame->spare[1], 8);
+    kvc_le_put(out_p, MAGIC | KVC_FRAME_VERSION << 24, 4);
+    kvc_le_put(out_p + 4, (uint64_t)frame->kind, 1);
+    kvc_le_put(out_p + 5, (uint64_t)frame->method, 1);
+    kvc_le_put(out_p + 6, frame->flags, 2);
+    kvc_le_put(out_p + 8, frame->call, 8);
+    kvc_le_put(out_p + 16, (uint64_t)(-(int)frame->status), 2);
+    kvc_le_put(out_p + 18, frame->detail_bytes, 2);
+    kvc_le_put(out_p + 20, frame->retry_after_ms, 4);
+    kvc_le_put(out_p + 24, frame->deadline_ns, 8);
+    kvc_le_put(out_p + 32, frame->head_bytes, 4);
+    kvc_le_put(out_p + 36, frame->data_bytes, 4);
+    kvc_le_put(out_p + 40, frame->spare[0], 8);
+    kvc_le_put(out_p + 48, frame->spare[1], 8);
     return KVC_OK;
 }
 
@@ -94,23 +82,23 @@ kvc_status kvc_frame_decode(const void *in, size_t in_bytes, kvc_frame *frame_p,
     const char *why = NULL;
     if (in_bytes < KVC_FRAME_BYTES)
         return KVC_AGAIN;
-    if (get_bytes(at, 4) != (MAGIC | KVC_FRAME_VERSION << 24)) {
+    if (kvc_le_get(at, 4) != (MAGIC | KVC_FRAME_VERSION << 24)) {
         why = "no frame of this version";
-    } else if (get_bytes(at + 56, 8) != 0) {
+    } else if (kvc_le_get(at + 56, 8) != 0) {
         why = "a frame with a reserved field set";
     } else {
         *frame_p = (kvc_frame){
             .kind = (kvc_frame_kind)at[4],
             .method = (kvc_method)at[5],
-            .flags = (uint32_t)get_bytes(at + 6, 2),
-            .call = get_bytes(at + 8, 8),
-            .status = (kvc_status)(-(int)get_bytes(at + 16, 2)),
-            .detail_bytes = (uint32_t)get_bytes(at + 18, 2),
-            .retry_after_ms = (uint32_t)get_bytes(at + 20, 4),
-            .deadline_ns = get_bytes(at + 24, 8),
-            .head_bytes = (uint32_t)get_bytes(at + 32, 4),
-            .data_bytes = (uint32_t)get_bytes(at + 36, 4),
-            .spare = {get_bytes(at + 40, 8), get_bytes(at + 48, 8)},
+            .flags = (uint32_t)kvc_le_get(at + 6, 2),
+            .call = kvc_le_get(at + 8, 8),
+            .status = (kvc_status)(-(int)kvc_le_get(at + 16, 2)),
+            .detail_bytes = (uint32_t)kvc_le_get(at + 18, 2),
+            .retry_after_ms = (uint32_t)kvc_le_get(at + 20, 4),
+            .deadline_ns = kvc_le_get(at + 24, 8),
+            .head_bytes = (uint32_t)kvc_le_get(at + 32, 4),
+            .data_bytes = (uint32_t)kvc_le_get(at + 36, 4),
+            .spare = {kvc_le_get(at + 40, 8), kvc_le_get(at + 48, 8)},
         };
         why = fault_of(frame_p);
     }
@@ -128,28 +116,28 @@ size_t kvc_frame_body_bytes(const kvc_frame *frame)
 void kvc_hello_encode(const kvc_hello *hello, uint8_t out_p[KVC_HELLO_BYTES])
 {
     memset(out_p, 0, KVC_HELLO_BYTES);
-    put_bytes(out_p, hello->version, 4);
-    put_bytes(out_p + 4, hello->max_message_bytes, 4);
-    put_bytes(out_p + 8, hello->max_calls, 4);
-    put_bytes(out_p + 12, hello->flags, 4);
+    kvc_le_put(out_p, hello->version, 4);
+    kvc_le_put(out_p + 4, hello->max_message_bytes, 4);
+    kvc_le_put(out_p + 8, hello->max_calls, 4);
+    kvc_le_put(out_p + 12, hello->flags, 4);
     for (uint32_t i = 0; i < 4; i++)
-        put_bytes(out_p + 16 + 8 * (size_t)i, hello->spare[i], 8);
-    put_bytes(out_p + 48, hello->boot_id, 8);
+        kvc_le_put(out_p + 16 + 8 * (size_t)i, hello->spare[i], 8);
+    kvc_le_put(out_p + 48, hello->boot_id, 8);
 }
 
 kvc_status kvc_hello_decode(const void *in, size_t in_bytes, kvc_hello *hello_p)
 {
     const uint8_t *at = in;
-    if (in_bytes < KVC_HELLO_BYTES || get_bytes(at, 4) == 0)
+    if (in_bytes < KVC_HELLO_BYTES || kvc_le_get(at, 4) == 0)
         return KVC_PROTOCOL;
     *hello_p = (kvc_hello){
-        .version = (uint32_t)get_bytes(at, 4),
-        .max_message_bytes = (uint32_t)get_bytes(at + 4, 4),
-        .max_calls = (uint32_t)get_bytes(at + 8, 4),
-        .flags = (uint32_t)get_bytes(at + 12, 4),
-        .boot_id = get_bytes(at + 48, 8),
+        .version = (uint32_t)kvc_le_get(at, 4),
+        .max_message_bytes = (uint32_t)kvc_le_get(at + 4, 4),
+        .max_calls = (uint32_t)kvc_le_get(at + 8, 4),
+        .flags = (uint32_t)kvc_le_get(at + 12, 4),
+        .boot_id = kvc_le_get(at + 48, 8),
     };
     for (uint32_t i = 0; i < 4; i++)
-        hello_p->spare[i] = get_bytes(at + 16 + 8 * (size_t)i, 8);
+        hello_p->spare[i] = kvc_le_get(at + 16 + 8 * (size_t)i, 8);
     return KVC_OK;
 }

@@ -12,6 +12,7 @@
 #include <sys/epoll.h>
 
 #include "base/clock.h"
+#include "base/le.h"
 #include "base/log.h"
 #include "base/metrics.h"
 #include "rdma_internal.h"
@@ -139,39 +140,30 @@ err_device: /* kvtr_link_destroy takes the rest away */
 
 /* ---- the handshake --------------------------------------------------------------------------- */
 
-static void put32(uint8_t *at, uint32_t value)
-{
-    for (uint32_t i = 0; i < 4; i++)
-        at[i] = (uint8_t)(value >> (8 * i));
-}
-
-static uint32_t get32(const uint8_t *at)
-{
-    return at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
-}
-
 void kvtr_intro_write(const kvtr_link *link, uint8_t out_p[KVTI_INTRO_BYTES])
 {
-    put32(out_p, INTRO_MAGIC);
-    put32(out_p + 4, KVC_FRAME_VERSION);
-    put32(out_p + 8, KVTI_N_RECV);
-    put32(out_p + 12, KVTI_FRAG_BYTES);
-    put32(out_p + 16, KVC_MAX_VALUE_BYTES);
-    put32(out_p + 20, link->max_reads);
+    kvc_le_put(out_p, INTRO_MAGIC, 4);
+    kvc_le_put(out_p + 4, KVC_FRAME_VERSION, 4);
+    kvc_le_put(out_p + 8, KVTI_N_RECV, 4);
+    kvc_le_put(out_p + 12, KVTI_FRAG_BYTES, 4);
+    kvc_le_put(out_p + 16, KVC_MAX_VALUE_BYTES, 4);
+    kvc_le_put(out_p + 20, link->max_reads, 4);
 }
 
 bool kvtr_intro_read(kvtr_link *link, const void *data, size_t len_bytes)
 {
     const uint8_t *in = data;
-    if (data == NULL || len_bytes < KVTI_INTRO_BYTES || get32(in) != INTRO_MAGIC ||
-        get32(in + 4) != KVC_FRAME_VERSION || get32(in + 8) < 4 || get32(in + 12) < MIN_FRAG)
+    if (data == NULL || len_bytes < KVTI_INTRO_BYTES ||
+        (uint32_t)kvc_le_get(in, 4) != INTRO_MAGIC ||
+        (uint32_t)kvc_le_get(in + 4, 4) != KVC_FRAME_VERSION ||
+        (uint32_t)kvc_le_get(in + 8, 4) < 4 || (uint32_t)kvc_le_get(in + 12, 4) < MIN_FRAG)
         return false;
-    link->credits = get32(in + 8);
-    link->peer_frag_bytes = get32(in + 12);
+    link->credits = (uint32_t)kvc_le_get(in + 8, 4);
+    link->peer_frag_bytes = (uint32_t)kvc_le_get(in + 12, 4);
     if (link->peer_frag_bytes > KVTI_FRAG_BYTES)
         link->peer_frag_bytes = KVTI_FRAG_BYTES;
-    link->peer_max_message_bytes = get32(in + 16);
-    link->peer_reads = get32(in + 20) > 0;
+    link->peer_max_message_bytes = (uint32_t)kvc_le_get(in + 16, 4);
+    link->peer_reads = (uint32_t)kvc_le_get(in + 20, 4) > 0;
     return true;
 }
 

@@ -9,13 +9,9 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "base/le.h"
 #include "base/log.h"
 #include "rdma_internal.h"
-
-static uint32_t get32(const uint8_t *at)
-{
-    return at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
-}
 
 static bool refuse(const char *why)
 {
@@ -61,7 +57,8 @@ static bool go_on(kvtr_link *link, const uint8_t *bytes, size_t len_bytes)
 
 bool kvtr_take_fragment(kvtr_link *link, uint8_t *bytes, uint32_t len_bytes)
 {
-    if (len_bytes < KVTI_ENV_BYTES || get32(bytes) != len_bytes - KVTI_ENV_BYTES || bytes[6] != 0 ||
+    if (len_bytes < KVTI_ENV_BYTES ||
+        (uint32_t)kvc_le_get(bytes, 4) != len_bytes - KVTI_ENV_BYTES || bytes[6] != 0 ||
         bytes[7] != 0)
         return refuse("an envelope that does not fit");
     uint32_t given = bytes[4] | (uint32_t)bytes[5] << 8;
