@@ -483,7 +483,16 @@ static void default_control(char name_p[16])
 }
 
 /* Connections of this process to or from port, and how many of them are not paced. */
-static uint32_t count_connections(in_port_t port, uint32_t *n_reno_p)
+static int option(int fd, int level, int name)
+{
+    int value = -1;
+    socklen_t len = sizeof(value);
+    return getsockopt(fd, level, name, &value, &len) == 0 ? value : -1;
+}
+
+/* asked: the server's, whose peer the system asks after keepalive_s of silence. */
+static uint32_t count_connections(in_port_t port, int keepalive_s, uint32_t *n_reno_p,
+                                  uint32_t *n_asked_p)
 {
     uint32_t n = 0;
     for (int fd = 0; fd < 1024; fd++) {
@@ -499,24 +508,22 @@ static uint32_t count_connections(in_port_t port, uint32_t *n_reno_p)
             continue;
         n++;
         *n_reno_p += strcmp(name, "reno") == 0;
+        *n_asked_p += own.sin_port == port && option(fd, SOL_SOCKET, SO_KEEPALIVE) == 1 &&
+                      option(fd, IPPROTO_TCP, TCP_KEEPIDLE) == keepalive_s &&
+                      option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT) > keepalive_s * 1000;
     }
     return n;
 }
 
-/* Within one machine nothing is to be paced, whatever the system's default is for others. */
-static void local_connections(void **state)
+/* A channel's two connections; gives how many use reno, and how many ask their peers. */
+static void open_and_count(int keepalive_s, uint32_t *n_reno_p, uint32_t *n_asked_p)
 {
-    (void)state;
     fixture f;
     job j;
-    char control[16];
-    uint32_t n_reno = 0;
-    default_control(control);
-    if (strcmp(control, "reno") == 0) {
-        print_message("the system's default is reno already: nothing to see\n");
-        skip();
-    }
-    fixture_open(&f, 2);
+    fixture_init(&f);
+    f.listen.keepalive_ns = (uint64_t)keepalive_s * SECOND;
+    fixture_listen(&f);
+    fixture_connect(&f, 2);
     for (uint32_t channel = 0; channel < 2; channel++) {
         job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 20 * SECOND);
         j.xfer.channel = channel;
@@ -524,9 +531,35 @@ static void local_connections(void **state)
         job_fini(&j);
     }
     in_port_t port = htons((uint16_t)strtoul(strrchr(f.uri, ':') + 1, NULL, 10));
-    assert_int_equal(count_connections(port, &n_reno), 4);
-    assert_int_equal(n_reno, 4);
+    *n_reno_p = *n_asked_p = 0;
+    assert_int_equal(count_connections(port, keepalive_s, n_reno_p, n_asked_p), 4);
     fixture_close(&f);
+}
+
+/* The system finds out whether a silent peer lives, as often as the listener was told. */
+static void silent_peers_are_asked(void **state)
+{
+    (void)state;
+    uint32_t n_reno, n_asked;
+    for (int keepalive_s = 7; keepalive_s < 80; keepalive_s *= 10) {
+        open_and_count(keepalive_s, &n_reno, &n_asked);
+        assert_int_equal(n_asked, 2);
+    }
+}
+
+/* Within one machine nothing is to be paced, whatever the system's default is for others. */
+static void local_connections(void **state)
+{
+    (void)state;
+    char control[16];
+    uint32_t n_reno, n_asked;
+    default_control(control);
+    if (strcmp(control, "reno") == 0) {
+        print_message("the system's default is reno already: nothing to see\n");
+        skip();
+    }
+    open_and_count(30, &n_reno, &n_asked);
+    assert_int_equal(n_reno, 4);
     static const char *const here[] = {"127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1",
                                        "[::ffff:127.0.0.1]:1"};
     static const char *const away[] = {"10.0.0.1:1", "128.0.0.1:1", "[::2]:1", "localhost.net:1",
@@ -548,6 +581,7 @@ int main(void)
         cmocka_unit_test(any_protobuf_reads_it),
         cmocka_unit_test(stalled_peer),
         cmocka_unit_test(far_deadlines),
+        cmocka_unit_test(silent_peers_are_asked),
         cmocka_unit_test(local_connections),
     };
     suite_uri = "grpc://127.0.0.1:0";
