@@ -42,12 +42,11 @@ static void test_truncate_unknown(void **state)
     fake_add_rule(&f.fake, &(fake_rule){.method = KVC_TRUNCATE_CONTEXT,
                                         .action = FAKE_LATE,
                                         .times = 1,
-                                        .delay_ms = 400});
-    assert_status(kvc_context_truncate(context, 5, in_ms(100)), KVC_TIMED_OUT);
+                                        .delay_ms = FAKE_KEEP_MS});
+    assert_status(kvc_context_truncate(context, 5, in_ms(400)), KVC_TIMED_OUT);
     assert_int_equal(kvc_context_blocks(context), 20);
     fixture_fetch_check(&f, context, 0, 10, 19 * 64, 1);
-    for (int i = 0; i < 1000 && fake_calls(&f.fake, KVC_OPEN_CONTEXT) < 2; i++)
-        usleep(1000);
+    fake_wait_calls(&f.fake, KVC_OPEN_CONTEXT, 2);
     assert_int_equal(fake_calls(&f.fake, KVC_OPEN_CONTEXT), 2);
     assert_int_equal(f.fake.n_blocks_last_open, 20);
     kvc_context_close(context);
@@ -206,18 +205,20 @@ static void test_hold_is_not_made_twice(void **state)
     for (uint32_t i = 0; i < 2; i++) {
         rule.status = lost[i];
         fake_add_rule(&f.fake, &rule);
-        assert_status(wait_for(kvc_hold(context, 777, &info, in_ms(5000), &op), &op), lost[i]);
+        assert_status(wait_for(kvc_hold(context, 777, &info, in_ms(PATIENCE_MS), &op), &op),
+                      lost[i]);
         assert_int_equal(fake_calls(&f.fake, KVC_HOLD), i + 1);
         assert_int_equal(info.hold, 0);
     }
     /* Where there is none for certain, it is asked for again; and renewing may be repeated. */
     rule.status = KVC_AGAIN;
     fake_add_rule(&f.fake, &rule);
-    assert_ok(wait_for(kvc_hold(context, 777, &info, in_ms(5000), &op), &op));
+    assert_ok(wait_for(kvc_hold(context, 777, &info, in_ms(PATIENCE_MS), &op), &op));
     assert_int_equal(fake_calls(&f.fake, KVC_HOLD), 4);
     rule.status = KVC_UNAVAILABLE;
     fake_add_rule(&f.fake, &rule);
-    assert_ok(wait_for(kvc_hold_renew(f.client, info.hold, 5, &info, in_ms(5000), &op), &op));
+    assert_ok(
+        wait_for(kvc_hold_renew(f.client, info.hold, 5, &info, in_ms(PATIENCE_MS), &op), &op));
     assert_int_equal(fake_calls(&f.fake, KVC_HOLD), 6);
     kvc_context_close(context);
     fixture_stop(&f);
@@ -242,14 +243,13 @@ static void test_prefetch(void **state)
     assert_int_equal(info.missing, 3);
     assert_int_equal(info.left, KVC_TIER_DRAM);
     assert_int_equal(info.moved_bytes, 4);
-    fake_add_rule(
-        &f.fake,
-        &(fake_rule){.method = KVC_PREFETCH, .action = FAKE_LATE, .times = 1, .delay_ms = 2000});
+    fake_add_rule(&f.fake, &(fake_rule){.method = KVC_PREFETCH,
+                                        .action = FAKE_LATE,
+                                        .times = 1,
+                                        .delay_ms = FAKE_KEEP_MS});
     assert_ok(kvc_prefetch(context, parts, 3, 6, 7, KVC_TIER_DRAM, &info, 0, &op));
     kvc_op_cancel(&op);
-    uint64_t start_ns = kvc_now_ns();
-    assert_status(kvc_op_wait(&op, 0), KVC_CANCELLED);
-    assert_true(kvc_now_ns() - start_ns < 1500 * MS);
+    assert_status(kvc_op_wait(&op, 0), KVC_CANCELLED); /* TIMED_OUT, if it waited */
     kvc_context_close(context);
     fixture_stop(&f);
 }

@@ -533,3 +533,26 @@ uint32_t fake_calls(fake_server *fake, kvc_method method)
     kvc_mutex_unlock(&fake->lock);
     return n;
 }
+
+void fake_wait_calls(fake_server *fake, kvc_method method, uint32_t n)
+{
+    support_wait_for(fake_calls(fake, method) >= n);
+}
+
+static bool has_calls(fake_server *fake)
+{
+    kvc_mutex_lock(&fake->lock);
+    bool has = fake->in_flight > 0;
+    kvc_mutex_unlock(&fake->lock);
+    return has;
+}
+
+void fake_let_go(fake_server *fake)
+{
+    kvc_mutex_lock(&fake->lock);
+    for (uint32_t i = 0; i < fake->n_late; i++)
+        fake->late[i].due_ns = 0;
+    kvc_cond_signal(&fake->cond);
+    kvc_mutex_unlock(&fake->lock);
+    support_wait_for(!has_calls(fake));
+}

@@ -15,11 +15,12 @@
 #define FAKE_MAX_RULES 16
 #define FAKE_MAX_PARTS 8
 #define FAKE_MAX_LATE  256
+#define FAKE_KEEP_MS   3600000u /* a delay_ms: until fake_let_go or fake_stop */
 
 typedef enum fake_action {
     FAKE_STATUS = 1,   /* answer with the rule's status and hint */
-    FAKE_LATE,         /* answer well, delay_ms later */
-    FAKE_LATE_STATUS,  /* answer with the rule's status, delay_ms later */
+    FAKE_LATE,         /* answer well, delay_ms later or once fake_let_go is called */
+    FAKE_LATE_STATUS,  /* answer with the rule's status, likewise */
     FAKE_SHORT,        /* fetch: a byte less than there should be */
     FAKE_LONG,         /* fetch: a byte more */
     FAKE_WILD_MISSING, /* fetch: a missing row beyond the request */
@@ -85,6 +86,10 @@ void fake_add_rule(fake_server *fake, const fake_rule *rule);
 /* Every handle given so far is stale from now on. */
 void fake_make_stale(fake_server *fake);
 uint32_t fake_calls(fake_server *fake, kvc_method method);
+/* Waits until n calls of the method have come. */
+void fake_wait_calls(fake_server *fake, kvc_method method, uint32_t n);
+/* Answers every call that waits for its time, and waits until none is without its answer. */
+void fake_let_go(fake_server *fake);
 /* Answers a call whose reply streams; over has the status to end it with. The fake server's own. */
 void fake_stream_answer(fake_server *fake, kvt_call *call, fake_action action,
                         void (*over)(fake_server *fake, kvt_call *call, kvc_status status));

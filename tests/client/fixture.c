@@ -6,7 +6,10 @@
 void fixture_open(fixture *f)
 {
     fake_listen(&f->fake, FIXTURE_URI);
-    kvc_client_opts opts = {.size_bytes = sizeof(opts), .uris = FIXTURE_URI, .n_channels = 2};
+    kvc_client_opts opts = {.size_bytes = sizeof(opts),
+                            .uris = FIXTURE_URI,
+                            .n_channels = 2,
+                            .default_timeout_ns = PATIENCE_MS * MS};
     assert_ok(kvc_client_open(&opts, &f->client));
 }
 
@@ -87,7 +90,7 @@ void fixture_fetch_check(fixture *f, kvc_context *context, uint32_t part, uint32
     kvc_op op;
     kvc_fetch_info info;
     kvc_op_init(&op, NULL, NULL);
-    assert_ok(kvc_fetch(f->client, &group, 1, region, status, &info, in_ms(20000), &op));
+    assert_ok(kvc_fetch(f->client, &group, 1, region, status, &info, in_ms(PATIENCE_MS), &op));
     kvc_status waited = kvc_op_wait(&op, 0);
     if (waited != KVC_OK)
         print_error("fetch: %s\n", kvc_last_error());
@@ -138,8 +141,7 @@ void count_done(kvc_op *op, void *arg)
 
 void await_done(counted *c)
 {
-    for (int i = 0; i < 10000 && atomic_load(&c->done) == 0; i++)
-        usleep(1000);
+    support_wait_for(atomic_load(&c->done) > 0);
     assert_int_equal(atomic_load(&c->done), 1);
 }
 

@@ -17,6 +17,7 @@
 
 #define FIXTURE_URI "inproc://client-test"
 #define MS          1000000ull
+#define PATIENCE_MS (SUPPORT_PATIENCE_S * 1000)
 
 typedef struct fixture {
     fake_server fake;

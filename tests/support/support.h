@@ -37,6 +37,24 @@ static inline void support_assert_status(kvc_status got, kvc_status wanted, cons
     _fail(file, line);
 }
 
+/*
+ * How long a test waits for what must come. It comes at once, but on a busy machine a thread may
+ * not run for seconds and a sync may take as long; so no test takes less patience than this, and
+ * none says that something is fast or has not happened yet because of the time that has passed.
+ */
+#define SUPPORT_PATIENCE_S  60u
+#define SUPPORT_PATIENCE_NS (SUPPORT_PATIENCE_S * 1000000000ull)
+
+/* Waits until the condition holds; fails if it does not in SUPPORT_PATIENCE_S. Counts looks and not
+ * seconds, so that time in which this process stood still does not count. */
+#define support_wait_for(condition)                                                                \
+    do {                                                                                           \
+        for (uint32_t n_looks_ = 0; !(condition) && n_looks_ < SUPPORT_PATIENCE_S * 1000;          \
+             n_looks_++)                                                                           \
+            (void)usleep(1000);                                                                    \
+        assert_true(condition);                                                                    \
+    } while (0)
+
 /* splitmix64: small, good enough to make up data, the same everywhere. */
 typedef struct support_random {
     uint64_t state;

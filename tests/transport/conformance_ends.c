@@ -21,9 +21,26 @@ static void answer_late(fixture *f)
 /* Blocks until the server has been told that the held call's client has gone. */
 static void wait_cancelled(fixture *f)
 {
-    for (int i = 0; i < 1000 && !kvt_call_cancelled(f->held[0]); i++)
-        usleep(10000);
-    assert_true(kvt_call_cancelled(f->held[0]));
+    support_wait_for(kvt_call_cancelled(f->held[0]));
+}
+
+/* A call that is held ends at its deadline. Where the machine was so busy that it did not even
+   reach the server in that time: again, with more. */
+static void run_to_deadline(fixture *f, job *j)
+{
+    uint64_t timeout_ns = 500 * MS;
+    for (;;) {
+        job_init(j, f, sample_request(KVC_FETCH_ROWS, 0, &f->arena), timeout_ns);
+        assert_status(job_run(j), KVC_TIMED_OUT);
+        assert_true(j->done_ns >= j->xfer.deadline_ns);
+        assert_true(j->done_ns < j->xfer.deadline_ns + PATIENCE_NS);
+        if (atomic_load(&f->n_calls) > 1)
+            break;
+        job_fini(j);
+        timeout_ns *= 2;
+        assert_true(timeout_ns < PATIENCE_NS);
+    }
+    wait_held(f, 1);
 }
 
 void deadline_passes(void **state)
@@ -32,15 +49,11 @@ void deadline_passes(void **state)
     fixture f;
     job j;
     fixture_open(&f, 1);
-    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 20 * SECOND);
+    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), PATIENCE_NS);
     assert_ok(job_run(&j)); /* connected */
     job_fini(&j);
     fixture_handle(&f, hold_handler);
-    job_init(&j, &f, sample_request(KVC_FETCH_ROWS, 0, &f.arena), 500 * MS);
-    assert_status(job_run(&j), KVC_TIMED_OUT);
-    assert_true(j.done_ns >= j.xfer.deadline_ns);
-    assert_true(j.done_ns < j.xfer.deadline_ns + 5 * SECOND);
-    wait_held(&f, 1);
+    run_to_deadline(&f, &j);
     wait_cancelled(&f);
     answer_late(&f);
     fixture_close(&f);
@@ -59,23 +72,31 @@ void deadline_is_told(void **state)
 {
     (void)state;
     fixture f;
-    job j[2];
+    job j;
+    int64_t off_ns = INT64_MAX;
+    uint32_t n = 0;
     fixture_open(&f, 1);
     fixture_handle(&f, hold_handler);
-    job_init(&j[0], &f, sample_request(KVC_STATS, 0, &f.arena), 30 * SECOND);
-    job_submit(&j[0]);
-    wait_held(&f, 1);
-    int64_t off_ns = (int64_t)(f.held[0]->deadline_ns - j[0].xfer.deadline_ns);
+    /* What is told is the time that is left, so what lies between its two looks at the clock comes
+       on top: on a busy machine that may be much, but not each time. */
+    for (; n < 20 && (off_ns <= -(int64_t)SECOND || off_ns >= (int64_t)SECOND); n++) {
+        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 2 * PATIENCE_NS);
+        job_submit(&j);
+        wait_held(&f, 1);
+        off_ns = (int64_t)(f.held[0]->deadline_ns - j.xfer.deadline_ns);
+        assert_string_equal(f.held[0]->tenant, "default");
+        assert_int_equal(answer_held(&f), 1);
+        wait_done(&f, n + 1);
+        job_fini(&j);
+    }
     assert_true(off_ns > -(int64_t)SECOND && off_ns < (int64_t)SECOND);
-    assert_string_equal(f.held[0]->tenant, "default");
-    job_init(&j[1], &f, sample_request(KVC_STATS, 0, &f.arena), 0);
-    job_submit(&j[1]);
-    wait_held(&f, 2);
-    assert_true(f.held[1]->deadline_ns > kvc_now_ns()); /* the listener's own */
-    assert_int_equal(answer_held(&f), 2);
-    wait_done(&f, 2);
-    job_fini(&j[0]);
-    job_fini(&j[1]);
+    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
+    job_submit(&j);
+    wait_held(&f, 1);
+    assert_true(f.held[0]->deadline_ns > kvc_now_ns()); /* the listener's own */
+    assert_int_equal(answer_held(&f), 1);
+    wait_done(&f, n + 1);
+    job_fini(&j);
     fixture_close(&f);
 }
 
@@ -156,7 +177,7 @@ void close_in_flight(void **state)
     }
     fixture_connect(&f, 1); /* the server goes on */
     fixture_handle(&f, sample_handler);
-    job_init(&late, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
+    job_init(&late, &f, sample_request(KVC_STATS, 0, &f.arena), PATIENCE_NS);
     assert_ok(job_run(&late));
     job_fini(&late);
     fixture_close(&f);
@@ -171,7 +192,7 @@ void nobody_there(void **state)
     fixture_listen(&f); /* only to learn an address that nobody uses afterwards */
     fixture_close_server(&f);
     fixture_connect(&f, 1);
-    job_init(&j, &f, sample_request(KVC_PUT_BLOCKS, 5000, &f.arena), 10 * SECOND);
+    job_init(&j, &f, sample_request(KVC_PUT_BLOCKS, 5000, &f.arena), PATIENCE_NS);
     assert_status(job_run(&j), KVC_UNAVAILABLE);
     assert_true(j.xfer.detail[0] != '\0');
     job_fini(&j);
@@ -198,10 +219,10 @@ void server_dies(void **state)
     f.listen.uri = uri;
     fixture_handle(&f, sample_handler);
     fixture_listen(&f);
-    uint64_t give_up_ns = kvc_deadline_ns(10 * SECOND);
+    uint64_t give_up_ns = kvc_deadline_ns(PATIENCE_NS);
     kvc_status status = KVC_UNAVAILABLE;
     while (status == KVC_UNAVAILABLE && !kvc_expired(give_up_ns)) {
-        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), SECOND);
+        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), PATIENCE_NS);
         status = job_run(&j);
         job_fini(&j);
         usleep(20000);
@@ -213,7 +234,7 @@ void server_dies(void **state)
 static void run_drain(void *arg)
 {
     fixture *f = arg;
-    f->ops->drain(f->listener, kvc_deadline_ns(20 * SECOND));
+    f->ops->drain(f->listener, kvc_deadline_ns(2 * PATIENCE_NS));
 }
 
 void drain_waits(void **state)
@@ -231,8 +252,8 @@ void drain_waits(void **state)
     assert_ok(kvc_thread_start(&thread, "drain", run_drain, &f));
     kvc_status status = KVC_OK;
     fixture_handle(&f, sample_handler);
-    for (int i = 0; i < 1000 && status == KVC_OK; i++) {
-        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
+    for (uint32_t i = 0; i < SUPPORT_PATIENCE_S * 1000 && status == KVC_OK; i++) {
+        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), PATIENCE_NS);
         status = job_run(&j);
         job_fini(&j);
         usleep(1000);
@@ -245,7 +266,7 @@ void drain_waits(void **state)
     wait_done(&f, n_before + 1);
     assert_status(held.status, KVC_NOT_FOUND); /* its answer still came through */
     kvc_thread_join(&thread);
-    assert_true(kvc_now_ns() - start_ns < 10 * SECOND);
+    assert_true(kvc_now_ns() - start_ns < PATIENCE_NS);
     job_fini(&held);
     fixture_close(&f);
 }
@@ -263,7 +284,7 @@ void drain_gives_up(void **state)
     uint64_t start_ns = kvc_now_ns();
     f.ops->drain(f.listener, kvc_deadline_ns(200 * MS));
     assert_true(kvc_now_ns() - start_ns >= 200 * MS);
-    assert_true(kvc_now_ns() - start_ns < 5 * SECOND);
+    assert_true(kvc_now_ns() - start_ns < PATIENCE_NS);
     wait_done(&f, 1);
     assert_true(j.status == KVC_UNAVAILABLE || j.status == KVC_CANCELLED);
     assert_int_equal(answer_held(&f), 1); /* the server still answers; nobody listens */
@@ -292,9 +313,7 @@ void listener_deadline(void **state)
         wait_done(&f, i + 1);
         assert_true(j.status == KVC_TIMED_OUT || j.status == KVC_CANCELLED);
         assert_true(kvc_now_ns() - start_ns >= 300 * MS);
-        for (int k = 0; k < 1000 && !kvt_call_cancelled(f.held[0]); k++)
-            usleep(1000);
-        assert_true(kvt_call_cancelled(f.held[0]));
+        wait_cancelled(&f);
         assert_int_equal(answer_held(&f), 1);
         job_fini(&j);
     }
@@ -366,12 +385,11 @@ void close_waits_for_slices(void **state)
     fixture_open(&f, 1);
     fixture_handle(&f, lending_handler);
     atomic_store(&in_done, 0);
-    job_init(&j, &f, sample_request(KVC_FETCH_ROWS, 0, &f.arena), 20 * SECOND);
+    job_init(&j, &f, sample_request(KVC_FETCH_ROWS, 0, &f.arena), PATIENCE_NS);
     plain_done = j.xfer.done;
     j.xfer.done = slow_done;
     job_submit(&j);
-    for (int i = 0; i < 2000 && atomic_load(&in_done) == 0; i++)
-        usleep(5000);
+    support_wait_for(atomic_load(&in_done) != 0);
     fixture_close_server(&f);
     assert_int_equal(atomic_load(&f.n_released), 1);
     wait_done(&f, 1);
@@ -392,7 +410,7 @@ void name_is_taken(void **state)
     assert_status(f.ops->listen(&opts, &second), KVC_IO);
     assert_null(second);
     job j; /* the first one goes on */
-    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
+    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), PATIENCE_NS);
     assert_ok(job_run(&j));
     job_fini(&j);
     fixture_close(&f);

@@ -40,7 +40,7 @@ static void run_one(fixture *f, const kvc_request *req, const kvc_reply *want)
     sent_reply = want;
     request_diff = NULL;
     pthread_mutex_unlock(&looking);
-    job_init(&j, f, *req, 20 * SECOND);
+    job_init(&j, f, *req, PATIENCE_NS);
     j.want = want;
     kvc_status status = job_run(&j);
     pthread_mutex_lock(&looking);

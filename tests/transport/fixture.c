@@ -131,7 +131,7 @@ void hold_handler(fixture *f, kvt_call *call)
 
 void wait_held(fixture *f, uint32_t n)
 {
-    uint64_t deadline_ns = kvc_deadline_ns(20 * SECOND);
+    uint64_t deadline_ns = kvc_deadline_ns(PATIENCE_NS);
     kvc_mutex_lock(&f->mutex);
     while (f->n_held < n && !kvc_expired(deadline_ns))
         (void)kvc_cond_wait_until(&f->changed, &f->mutex, deadline_ns);
@@ -142,7 +142,7 @@ void wait_held(fixture *f, uint32_t n)
 
 void wait_done(fixture *f, uint32_t n)
 {
-    uint64_t deadline_ns = kvc_deadline_ns(20 * SECOND);
+    uint64_t deadline_ns = kvc_deadline_ns(PATIENCE_NS);
     kvc_mutex_lock(&f->mutex);
     while (f->n_done < n && !kvc_expired(deadline_ns))
         (void)kvc_cond_wait_until(&f->changed, &f->mutex, deadline_ns);

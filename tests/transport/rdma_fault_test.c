@@ -95,7 +95,7 @@ static void bulk_init(bulk *b, fixture *f, kvc_method method, size_t put_bytes)
         req.n_data = 1;
         req.data_bytes = put_bytes;
     }
-    job_init(&b->j, f, req, 20 * SECOND);
+    job_init(&b->j, f, req, PATIENCE_NS);
     b->next = b->j.xfer.done;
     b->j.xfer.done = check_bytes;
 }
@@ -146,7 +146,7 @@ static void run_mixture(fixture *f)
 static void assert_recovers(fixture *f)
 {
     kvc_status status = KVC_UNAVAILABLE;
-    uint64_t give_up_ns = kvc_deadline_ns(20 * SECOND);
+    uint64_t give_up_ns = kvc_deadline_ns(PATIENCE_NS);
     while (status == KVC_UNAVAILABLE && !kvc_expired(give_up_ns)) {
         status = run_bulk(f, KVC_FETCH_ROWS, 0);
         if (status == KVC_OK)
@@ -464,7 +464,7 @@ static void calls_are_not_idle(void **state)
     wait_done(&f, 1);
     assert_status(b.j.status, KVC_NOT_FOUND);
     job_fini(&b.j);
-    uint64_t give_up_ns = kvc_deadline_ns(20 * SECOND);
+    uint64_t give_up_ns = kvc_deadline_ns(PATIENCE_NS);
     while (fake_verbs_live().qps > 0 && !kvc_expired(give_up_ns)) /* then it is idle */
         usleep(5000);
     assert_int_equal(fake_verbs_live().qps, 0);

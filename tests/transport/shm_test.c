@@ -39,8 +39,7 @@ static void open_watched(fixture *f)
 
 static void wait_gone(void)
 {
-    for (int i = 0; i < 20000 && atomic_load(&n_gone) == 0; i++)
-        usleep(1000);
+    support_wait_for(atomic_load(&n_gone) > 0);
     assert_int_equal(atomic_load(&n_gone), 1);
 }
 
@@ -83,7 +82,7 @@ static void bodies_go_through_the_ring(void **state)
             req.n_data = 1;
             req.data_bytes = len;
             sent += len;
-            job_init(&jobs[i], &f, req, 20 * SECOND);
+            job_init(&jobs[i], &f, req, PATIENCE_NS);
             job_submit(&jobs[i]);
         }
         wait_done(&f, before + N);
@@ -141,7 +140,7 @@ static void descriptors_are_passed(void **state)
     open_watched(&f);
     fixture_handle(&f, fds_handler);
     for (int i = 0; i < 2; i++) {
-        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
+        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), PATIENCE_NS);
         next_done = j.xfer.done;
         j.xfer.done = take_first;
         assert_ok(job_run(&j));
@@ -154,7 +153,7 @@ static void descriptors_are_passed(void **state)
             (void)close(made_fds[k]);
     }
     fixture_handle(&f, sample_handler);
-    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
+    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), PATIENCE_NS);
     next_done = j.xfer.done;
     j.xfer.done = take_first;
     assert_ok(job_run(&j));
@@ -185,8 +184,7 @@ static void dropped_descriptors_end_the_connection(void **state)
     job_submit(&j);
     wait_held(&f, 1);
     f.ops->cancel(f.conn, &j.xfer);
-    for (int i = 0; i < 20000 && !kvt_call_cancelled(f.held[0]); i++)
-        usleep(1000);
+    support_wait_for(kvt_call_cancelled(f.held[0]));
     assert_int_equal(atomic_load(&n_gone), 0);
     f.n_held = 0;
     fds_handler(&f, f.held[0]); /* nobody waits for it any more */
@@ -202,13 +200,11 @@ static void dropped_descriptors_end_the_connection(void **state)
     next_done = other.xfer.done;
     other.xfer.done = stand_still_done;
     job_submit(&other);
-    for (int i = 0; i < 20000 && atomic_load(&f.n_calls) < 2; i++)
-        usleep(1000);
+    support_wait_for(atomic_load(&f.n_calls) >= 2);
     fixture_handle(&f, fds_handler);
     job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
     job_submit(&j);
-    for (int i = 0; i < 20000 && atomic_load(&f.n_calls) < 3; i++)
-        usleep(1000);
+    support_wait_for(atomic_load(&f.n_calls) >= 3);
     f.ops->cancel(f.conn, &j.xfer);
     assert_int_equal(atomic_load(&n_gone), 0);
     atomic_store(&stand_still, false);
@@ -236,9 +232,7 @@ static void the_server_hears_when_a_peer_has_gone(void **state)
     uint64_t id = f.held[0]->peer->id;
     assert_true(id != 0);
     f.ops->conn_close(f.conn);
-    for (int i = 0; i < 20000 && !kvt_call_cancelled(f.held[0]); i++)
-        usleep(1000);
-    assert_true(kvt_call_cancelled(f.held[0]));
+    support_wait_for(kvt_call_cancelled(f.held[0]));
     assert_int_equal(atomic_load(&n_gone), 0);
     assert_int_equal(answer_held(&f), 1);
     wait_gone();
@@ -262,7 +256,7 @@ static void left_sockets_are_taken_over(void **state)
     (void)close(fd);
     open_watched(&f);
     job j;
-    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 10 * SECOND);
+    job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), PATIENCE_NS);
     assert_ok(job_run(&j));
     job_fini(&j);
     kvt_listener *second = NULL;

@@ -57,11 +57,11 @@ void run(rig *r, rig_record *record, uint32_t n_known, uint32_t *reused_p, kvw_s
     uint32_t half = *reused_p > 448 ? *reused_p : 448;
     /* flushed on the way: how many rows have left the worker does not depend on the put thread */
     rig_prefill(r, seq, *reused_p, half, rig_record_step, record);
-    assert_ok(kvw_flush(seq, kvc_deadline_ns(20000000000ull)));
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
     rig_prefill(r, seq, half, 660, rig_record_step, record);
-    assert_ok(kvw_flush(seq, kvc_deadline_ns(20000000000ull)));
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
     rig_decode(r, seq, 660, 700, rig_record_step, record);
-    assert_ok(kvw_flush(seq, kvc_deadline_ns(20000000000ull)));
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
     *stats = stats_of(seq);
     kvw_seq_destroy(seq);
 }

@@ -369,7 +369,7 @@ void store_stop(store *s)
     s->stopping = true;
     kvc_cond_signal(&s->cond);
     kvc_mutex_unlock(&s->lock);
-    s->ops->drain(s->listener, kvc_now_ns() + 1000 * NS_PER_MS);
+    s->ops->drain(s->listener, kvc_now_ns() + SUPPORT_PATIENCE_NS);
     s->ops->listener_close(s->listener);
     kvc_thread_join(&s->late_thread);
     for (uint32_t i = 0; i < s->n_values; i++)

@@ -92,7 +92,7 @@ static kvw_stats run(rig *r, rig_record *record, uint32_t *reused_p)
     assert_ok(kvw_seq_create(r->worker, r->tokens, r->n_tokens, &seq, reused_p));
     rig_prefill(r, seq, *reused_p, 1480, rig_record_step, record);
     rig_decode(r, seq, 1480, 1500, rig_record_step, record);
-    assert_ok(kvw_flush(seq, kvc_deadline_ns(20000000000ull)));
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
     assert_ok(kvw_seq_stats(seq, &stats));
     kvw_seq_destroy(seq);
     return stats;
@@ -150,7 +150,7 @@ static void a_sequence_outlives_its_server(void **state)
     rig_record_init(&shaken, &r);
     assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
     rig_prefill(&r, seq, 0, 960, rig_record_step, &shaken);
-    assert_ok(kvw_flush(seq, kvc_deadline_ns(20000000000ull)));
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
     kill_and_restart(e);
     rig_prefill(&r, seq, 960, 1480, rig_record_step, &shaken);
     rig_decode(&r, seq, 1480, 1500, rig_record_step, &shaken);

@@ -137,7 +137,7 @@ static kvw_stats run_with_a_hole(near_bench *b, const char *way, rig *r, rig_rec
     rig_record_init(record, r);
     assert_ok(kvw_seq_create(r->worker, NULL, 0, &seq, &reused));
     rig_prefill(r, seq, 0, 660, NULL, NULL);
-    assert_ok(kvw_flush(seq, kvc_deadline_ns(20000000000ull)));
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
     kvc_op_init(&op, NULL, NULL);
     assert_ok(kvc_erase(b->client, kvw_schema_digest(r->worker), &seq->blocks[3].digest, 1, NULL, 0,
                         NULL, 0, &op));
@@ -182,7 +182,7 @@ static void a_hole_fails_a_step(void **state)
     rig_open(&r);
     assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
     rig_prefill(&r, seq, 0, 640, NULL, NULL);
-    assert_ok(kvw_flush(seq, kvc_deadline_ns(20000000000ull)));
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
     /* whole chunks go by rows, since others may reuse their blocks */
     assert_true(stats_of(seq).misses > 0);
     assert_int_equal(stats_of(seq).rows_near, 0);
@@ -219,7 +219,7 @@ static void abandoned_steps_leave_nothing(void **state)
     rig_open(&r);
     assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
     rig_prefill(&r, seq, 0, 640, NULL, NULL);
-    assert_ok(kvw_flush(seq, kvc_deadline_ns(20000000000ull)));
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
     void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, 640, 1);
     void *k = rig_bytes(&r, r.k, rig_kv_width(&r), 0, 640, 1);
     void *v = rig_bytes(&r, r.v, rig_kv_width(&r), 0, 640, 1);
@@ -296,7 +296,7 @@ static kvc_status attend(kvc_client *client, const kvc_attend_group *groups, uin
     kvc_op op;
     kvc_op_init(&op, NULL, NULL);
     kvc_status st =
-        kvc_attend(client, groups, n, status, NULL, kvc_deadline_ns(20000000000ull), &op);
+        kvc_attend(client, groups, n, status, NULL, kvc_deadline_ns(60000000000ull), &op);
     return st == KVC_OK ? kvc_op_wait(&op, 0) : st;
 }
 
