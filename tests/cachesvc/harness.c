@@ -116,7 +116,7 @@ void h_server_start(h_server *h)
 
 void h_server_stop(h_server *h, bool flush)
 {
-    kvs_server_drain(h->server, kvc_deadline_ns(5000000000ull));
+    kvs_server_drain(h->server, kvc_deadline_ns(60000000000ull));
     kvs_server_close(h->server, flush);
     h->server = NULL;
 }
@@ -208,7 +208,7 @@ h_peer *h_connect(const char *uri, const char *tenant)
     assert_non_null(peer->ops);
     kvc_mutex_init(&peer->lock, KVC_RANK_LEAF);
     kvc_cond_init(&peer->cond);
-    peer->timeout_ns = 20000000000ull;
+    peer->timeout_ns = 60000000000ull;
     kvt_connect_opts opts = {.size_bytes = sizeof(opts),
                              .uri = uri,
                              .tenant = tenant,

@@ -334,7 +334,7 @@ static void check_erase_reader(fixture *f, kvc_status meanwhile)
     assert_int_equal(present(f, 0, 1, 0), 0);
     assert_int_equal(h_put1(f->peer, &f->schema, 0, 0, KVC_PROMISE_MEMORY), KVC_AGAIN);
     kvs_index_unref(f->h.server->index, &read.value, 1);
-    f->peer->timeout_ns = 20000000000ull;
+    f->peer->timeout_ns = 60000000000ull;
     kvc_status status = KVC_AGAIN; /* the first one may take a moment to end */
     for (int i = 0; i < 1000 && status == KVC_AGAIN; i++) {
         status = erase(f, 0, 0, 1, NULL, 0);

@@ -477,7 +477,7 @@ static void test_deadline_on_disk(void **state)
     assert_int_equal(h_open(f->peer, &f->schema, 0, 40, 0, &context), KVC_OK);
     f->peer->timeout_ns = 50000000;
     assert_int_equal(h_fetch(f->peer, context, 0, picks, 40), KVC_TIMED_OUT);
-    f->peer->timeout_ns = 20000000000ull;
+    f->peer->timeout_ns = 60000000000ull;
     h_fetch_equal(f->peer, &f->schema, context, 0, 0, picks, 2);
 }
 
