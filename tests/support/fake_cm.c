@@ -298,8 +298,10 @@ static int connect_id(struct rdma_cm_id *base, struct rdma_conn_param *param)
         other->id.verbs = &fake_context;
         other->peer = id;
         id->peer = other;
-        (void)queue_event(other, RDMA_CM_EVENT_CONNECT_REQUEST, param->private_data,
-                          param->private_data_len);
+        fake_event *event = queue_event(other, RDMA_CM_EVENT_CONNECT_REQUEST, param->private_data,
+                                        param->private_data_len);
+        event->event.param.conn.initiator_depth = param->responder_resources;
+        event->event.param.conn.responder_resources = param->initiator_depth;
     }
     pthread_mutex_unlock(&fake_mutex);
     return 0;

@@ -325,7 +325,7 @@ static void put_off(fake_qp *qp, const struct ibv_send_wr *wr)
 static void do_late(fake_cq *cq)
 {
     for (fake_qp *qp = fake_next_qp(NULL); qp != NULL; qp = fake_next_qp(qp)) {
-        if ((fake_cq *)qp->qp.send_cq != cq)
+        if ((fake_cq *)qp->qp.send_cq != cq || (fake_fault.reads_stall && !qp->error))
             continue;
         for (uint32_t i = 0; i < qp->n_late; i++) {
             qp->late[i].sg_list = &qp->late_sge[i];
@@ -352,7 +352,8 @@ static int post_send(struct ibv_qp *base, struct ibv_send_wr *wr, struct ibv_sen
     qp->unsignalled += wr->opcode != IBV_WR_RDMA_READ;
     if (wr->send_flags & IBV_SEND_SIGNALED)
         signals++;
-    if (fake_dev.late_reads && wr->opcode == IBV_WR_RDMA_READ && qp->n_late < FAKE_RECVS)
+    if ((fake_dev.late_reads || fake_fault.reads_stall) && wr->opcode == IBV_WR_RDMA_READ &&
+        qp->n_late < FAKE_RECVS)
         put_off(qp, wr);
     else
         do_and_complete(qp, wr);

@@ -4,12 +4,15 @@
  * Any thread of the server. A payload goes with its frame if one fragment holds both. Else it is
  * written to where the client said: gathered from lent memory with as many pieces per WRITE as the
  * queue pair takes, or, where some of it is not registered, copied to one buffer first. Where the
- * client named no place, or no buffer is to be had, it follows its frame in fragments.
+ * client named no place, or no buffer is to be had, it follows its frame in fragments. A call
+ * counts, and its slices stay, until the client has its END; one that does not take it in time
+ * loses its link.
  */
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/assert.h"
+#include "base/clock.h"
 #include "base/log.h"
 #include "server.h"
 #include "wire/wire.h"
@@ -35,8 +38,9 @@ static void release_all(const kvt_slice *slices, uint32_t n_slices)
     }
 }
 
-void kvtr_send_end(kvtr_link *link, uint64_t id, kvc_method method, kvc_status status,
-                   const char *detail, uint32_t retry_after_ms)
+/* NULL: no memory. */
+static kvtr_out *create_end(uint64_t id, kvc_method method, kvc_status status, const char *detail,
+                            uint32_t retry_after_ms)
 {
     kvc_frame frame = {
         .kind = KVC_FRAME_END,
@@ -46,11 +50,38 @@ void kvtr_send_end(kvtr_link *link, uint64_t id, kvc_method method, kvc_status s
         .retry_after_ms = status == KVC_AGAIN ? retry_after_ms : 0,
         .detail_bytes = detail == NULL ? 0 : (uint32_t)strnlen(detail, KVC_FRAME_DETAIL_BYTES),
     };
-    kvtr_out *out = kvtr_out_create(&frame, NULL, detail, NULL, 0);
-    if (out == NULL)
+    return kvtr_out_create(&frame, NULL, detail, NULL, 0);
+}
+
+void kvtr_send_end(kvtr_link *link, uint64_t id, kvc_method method, kvc_status status,
+                   const char *detail, uint32_t retry_after_ms)
+{
+    kvtr_out *out = create_end(id, method, status, detail, retry_after_ms);
+    if (out == NULL) {
         kvtr_link_break(link, "out of memory");
-    else
-        kvtr_send(link, out);
+        return;
+    }
+    out->late_ns = kvtr_late_of((kvt_listener *)link->loop, kvc_now_ns());
+    kvtr_send(link, out);
+}
+
+/* With the mutex held: what a call has to say, out NULL for want of memory. The call counts until
+ * its END has got there, and its link breaks where the client does not take it in time. */
+static void send_of(kvtr_rcall *call, kvtr_out *out, kvc_frame_kind kind)
+{
+    kvt_listener *listener = call->listener;
+    if (out == NULL) {
+        kvtr_link_break(call->link, "out of memory");
+        return;
+    }
+    out->late_ns = kvtr_late_of(listener, call->base.deadline_ns);
+    if (kind == KVC_FRAME_END) {
+        out->counted = &listener->n_calls;
+        listener->n_calls++;
+    } else {
+        out->message_of = call->id;
+    }
+    kvtr_send(call->link, out);
 }
 
 /* ---- payloads -------------------------------------------------------------------------------- */
@@ -72,14 +103,42 @@ static kvtr_buf *copy_slices(kvtr_link *link, const kvt_slice *slices, uint32_t 
     return buf;
 }
 
-/* With the mutex held: the frame with its payload inside. */
-static kvtr_out *create_whole(const kvc_frame *frame, const void *head, const char *detail,
+/* With the mutex held: the slices are out's from now on. */
+static bool keep_slices(kvtr_rcall *call, kvtr_out *out, const kvt_slice *slices, uint32_t n_slices)
+{
+    out->slices = calloc(n_slices, sizeof(*out->slices));
+    if (out->slices == NULL)
+        return false;
+    memcpy(out->slices, slices, n_slices * sizeof(*slices));
+    out->n_slices = n_slices;
+    out->lender = call->listener;
+    call->listener->n_lent += n_slices;
+    return true;
+}
+
+/* With the mutex held: the frame with its payload in one fragment. */
+static kvtr_out *create_small(const kvc_frame *frame, const void *head, const char *detail,
                               const kvt_slice *slices, uint32_t n_slices)
 {
     struct iovec data[KVT_MAX_SLICES];
     for (uint32_t i = 0; i < n_slices; i++)
         data[i] = (struct iovec){(void *)(uintptr_t)slices[i].base, slices[i].len_bytes};
     return kvtr_out_create(frame, head, detail, data, n_slices);
+}
+
+/* With the mutex held: the frame with its payload in fragments, which are copied from the slices as
+ * they leave: so what waits for the client is the server's to bound. Takes slices if *kept_p. */
+static kvtr_out *create_whole(kvtr_rcall *call, const kvc_frame *frame, const void *head,
+                              const char *detail, const kvt_slice *slices, uint32_t n_slices,
+                              bool *kept_p)
+{
+    kvtr_out *out = kvtr_out_create(frame, head, detail, NULL, 0);
+    if (out != NULL && out->tail_bytes > 0 && !keep_slices(call, out, slices, n_slices)) {
+        kvtr_out_free(out);
+        return NULL;
+    }
+    *kept_p = out != NULL && out->tail_bytes > 0;
+    return out;
 }
 
 /* With the mutex held: the frame and the WRITEs that go before it; takes slices if *kept_p. */
@@ -90,19 +149,18 @@ static kvtr_out *create_chain(kvtr_rcall *call, kvc_frame *frame, const void *he
     kvtr_link *link = call->link;
     uint32_t n_wrs = kvtr_chain_wrs(link, slices, n_slices);
     kvtr_buf *buf = NULL;
-    kvt_slice *copy = NULL;
-    if (n_wrs > 0 && n_wrs <= link->sq_depth / 2)
-        copy = calloc(n_slices, sizeof(*copy));
-    else
+    bool gather = n_wrs > 0 && n_wrs <= link->sq_depth / 2;
+    if (!gather)
         buf = copy_slices(link, slices, n_slices, frame->data_bytes);
-    if (copy == NULL && buf == NULL)
-        return create_whole(frame, head, detail, slices, n_slices);
+    if (!gather && buf == NULL)
+        return create_whole(call, frame, head, detail, slices, n_slices, kept_p);
     frame->flags |= KVC_FRAME_ELSEWHERE;
     frame->spare[0] = call->landing_addr;
     kvtr_out *out = kvtr_out_create(frame, head, detail, NULL, 0);
-    if (out == NULL) {
-        free(copy);
+    if (out == NULL || (gather && !keep_slices(call, out, slices, n_slices))) {
         kvtr_buf_put(buf);
+        free(out == NULL ? NULL : out->bytes);
+        free(out);
         return NULL;
     }
     out->chain = true;
@@ -110,14 +168,7 @@ static kvtr_out *create_chain(kvtr_rcall *call, kvc_frame *frame, const void *he
     out->remote_addr = call->landing_addr;
     out->remote_key = call->landing_key;
     out->buf = buf;
-    if (copy != NULL) {
-        memcpy(copy, slices, n_slices * sizeof(*copy));
-        out->slices = copy;
-        out->n_slices = n_slices;
-        out->lender = call->listener;
-        call->listener->n_lent += n_slices;
-        *kept_p = true;
-    }
+    *kept_p = gather;
     return out;
 }
 
@@ -128,15 +179,13 @@ static void send_frame(kvtr_rcall *call, kvc_frame *frame, const void *head, con
     kvtr_link *link = call->link;
     size_t whole_bytes = (size_t)frame->head_bytes + frame->detail_bytes + frame->data_bytes;
     kvtr_out *out;
-    if (kvtr_fits_fragment(link, whole_bytes) || frame->data_bytes == 0 ||
-        frame->data_bytes > call->landing_bytes)
-        out = create_whole(frame, head, detail, slices, n_slices);
+    if (kvtr_fits_fragment(link, whole_bytes))
+        out = create_small(frame, head, detail, slices, n_slices);
+    else if (frame->data_bytes == 0 || frame->data_bytes > call->landing_bytes)
+        out = create_whole(call, frame, head, detail, slices, n_slices, kept_p);
     else
         out = create_chain(call, frame, head, detail, slices, n_slices, kept_p);
-    if (out == NULL)
-        kvtr_link_break(link, "out of memory");
-    else
-        kvtr_send(link, out);
+    send_of(call, out, frame->kind);
 }
 
 /* ---- the table's slots ----------------------------------------------------------------------- */
@@ -184,7 +233,8 @@ void kvtr_rdma_reply(kvt_call *base, kvc_status status, const char *detail, uint
     if (call->link != NULL && whole)
         send_frame(call, &frame, head, NULL, slices, n_slices, &kept);
     else if (call->link != NULL)
-        kvtr_send_end(call->link, call->id, call->method, status, detail, retry_after_ms);
+        send_of(call, create_end(call->id, call->method, status, detail, retry_after_ms),
+                KVC_FRAME_END);
     /* Slices that stay ours are released below, and the listener must not go before. */
     call->listener->n_lent += kept ? 0 : n_slices;
     kvt_listener *listener = call->listener;

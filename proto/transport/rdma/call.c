@@ -15,15 +15,12 @@
 #include "server.h"
 #include "wire/wire.h"
 
-static const char too_long[] = "the message's data is longer than max_message_bytes";
-static const char too_many_bytes[] = "too many request bytes in flight";
-
 static kvtr_rcall **bucket_of(kvtr_link *link, uint64_t id)
 {
     return (kvtr_rcall **)&link->calls[id % KVTI_CALL_BUCKETS];
 }
 
-static kvtr_rcall *find_call(kvtr_link *link, uint64_t id)
+kvtr_rcall *kvtr_find_call(kvtr_link *link, uint64_t id)
 {
     kvtr_rcall *call = *bucket_of(link, id);
     while (call != NULL && call->id != id)
@@ -47,6 +44,8 @@ void kvtr_leave(kvtr_rcall *call)
     kvt_listener *listener = call->listener;
     kvtr_forget(call);
     kvtr_drop_bytes(call);
+    kvti_budget_give(listener->budget, call->next_charged_bytes);
+    call->next_charged_bytes = 0;
     if (call->prev != NULL)
         call->prev->next = call->next;
     else
@@ -91,141 +90,80 @@ void kvtr_feed(kvtr_rcall *call)
         kvtr_queue_call(call);
 }
 
-/* With the mutex held: the server hears that nobody waits any more. */
-static void set_gone(kvtr_rcall *call)
-{
-    call->gone = true;
-    __atomic_store_n(&call->base.cancelled, 1, __ATOMIC_RELEASE);
-    if (call->sending) {
-        call->sending = false;
-        call->sent_due = true;
-        call->sent_ok = false;
-        kvtr_queue_call(call);
-    }
-    kvtr_feed(call);
-}
-
-void kvtr_end_early(kvtr_rcall *call, kvc_status status, const char *why)
-{
-    if (call->gone)
-        return;
-    if (call->reading) { /* the client's memory is read until then */
-        call->early_status = status;
-        call->early_why = why;
-    } else if (call->link != NULL) {
-        kvtr_send_end(call->link, call->id, call->method, status, why, 0);
-        kvtr_forget(call);
-    }
-    set_gone(call);
-}
-
 /* ---- a request arrives ----------------------------------------------------------------------- */
 
-/* OK: the bytes are charged. */
-static kvc_status admit_bytes(kvt_listener *listener, const kvc_frame *frame, const char **why_p)
-{
-    uint64_t len_bytes = (uint64_t)frame->head_bytes + frame->data_bytes;
-    *why_p = too_long;
-    if (frame->data_bytes > listener->opts.max_message_bytes)
-        return KVC_INVALID;
-    *why_p = too_many_bytes;
-    return kvti_budget_take(listener->budget, len_bytes) ? KVC_OK : KVC_AGAIN;
-}
-
-static void give_bytes(kvt_listener *listener, const kvc_frame *frame)
-{
-    kvti_budget_give(listener->budget, (uint64_t)frame->head_bytes + frame->data_bytes);
-}
-
-/* With the mutex held: the call has the charged bytes from now on, or they are given back; sees to
- * the READ, if there is one to be. */
+/* With the mutex held: the call's payload is what the frame says, and charged_bytes are charged for
+ * it; sees to the READ, if there is one to be. */
 static kvc_status take_bytes(kvtr_rcall *call, const kvc_frame *frame, const char **why_p)
 {
-    kvtr_read *read = NULL;
     bool full;
     call->data_bytes = frame->data_bytes;
-    if ((frame->flags & KVC_FRAME_ELSEWHERE) != 0 && frame->data_bytes > 0) {
-        *why_p = too_many_bytes;
-        call->data = kvtr_buf_get(call->link->domain, frame->data_bytes, &full);
-        if (call->data == NULL) {
-            give_bytes(call->listener, frame);
-            return KVC_AGAIN;
-        }
-        read = calloc(1, sizeof(*read));
+    if ((frame->flags & KVC_FRAME_ELSEWHERE) == 0 || frame->data_bytes == 0)
+        return KVC_OK;
+    *why_p = kvtr_too_many_bytes;
+    call->data = kvtr_buf_get(call->link->domain, frame->data_bytes, &full);
+    if (call->data == NULL)
+        return KVC_AGAIN;
+    kvtr_read *read = calloc(1, sizeof(*read));
+    if (read == NULL) {
         *why_p = "out of memory";
-        if (read == NULL) {
-            give_bytes(call->listener, frame);
-            kvtr_buf_put(call->data);
-            call->data = NULL;
-            return KVC_NO_MEMORY;
-        }
-        *read = (kvtr_read){.buf = call->data,
-                            .len_bytes = frame->data_bytes,
-                            .remote_addr = frame->spare[0],
-                            .remote_key = (uint32_t)frame->spare[1],
-                            .arg = call};
+        return KVC_NO_MEMORY;
     }
-    call->charged_bytes = (uint64_t)frame->head_bytes + frame->data_bytes;
-    call->reading = read != NULL;
-    if (read != NULL)
-        kvtr_start_read(call->link, read);
+    *read = (kvtr_read){.buf = call->data,
+                        .len_bytes = frame->data_bytes,
+                        .remote_addr = frame->spare[0],
+                        .remote_key = (uint32_t)frame->spare[1],
+                        .arg = call};
+    call->reading = true;
+    kvtr_start_read(call->link, read);
     return KVC_OK;
 }
 
-/* With the mutex held: in the tables of listener and link, or refused. */
+/* With the mutex held: what was counted for the frame is the call's, which is in the tables of
+ * listener and link; or it is given back. */
 static kvc_status admit(kvtr_rcall *call, kvtr_link *link, const kvc_frame *frame,
                         const char **why_p)
 {
     kvt_listener *listener = call->listener;
-    *why_p = "the server is draining";
-    if (listener->draining)
-        return KVC_CLOSED;
-    *why_p = "too many calls in flight";
-    if (listener->n_calls >= listener->opts.max_calls)
-        return KVC_AGAIN;
-    kvc_status status = admit_bytes(listener, frame, why_p);
-    if (status != KVC_OK)
-        return status;
+    kvtr_begun *begun = &link->begun;
     call->link = link;
-    status = take_bytes(call, frame, why_p);
-    if (status != KVC_OK)
+    kvc_status status = take_bytes(call, frame, why_p);
+    if (status != KVC_OK) {
+        kvtr_drop_bytes(call);
+        kvtr_begun_drop(link);
         return status;
+    }
+    call->charged_bytes = begun->held_bytes;
+    begun->held_bytes = 0;
+    begun->counted = false;
     call->same = *bucket_of(link, call->id);
     *bucket_of(link, call->id) = call;
     call->next = listener->calls;
     if (call->next != NULL)
         call->next->prev = call;
     listener->calls = call;
-    listener->n_calls++;
     link->used_ns = kvc_now_ns();
-    uint64_t deadline_ns = call->base.deadline_ns;
-    if (listener->next_deadline_ns == 0 || deadline_ns < listener->next_deadline_ns)
-        listener->next_deadline_ns = deadline_ns;
+    kvtr_note_late(listener, call->base.deadline_ns);
     return KVC_OK;
 }
 
-static kvtr_rcall *create_call(kvt_listener *listener, const kvc_frame *frame, const uint8_t *body)
+static kvtr_rcall *create_call(kvtr_link *link, const kvc_frame *frame, const uint8_t *body)
 {
     kvtr_rcall *call = calloc(1, sizeof(*call));
-    size_t len_bytes = kvc_frame_body_bytes(frame);
-    uint8_t *bytes = malloc(len_bytes + 1);
+    uint8_t *bytes = kvtr_take_body(link, body);
     if (call == NULL || bytes == NULL) {
         free(call);
         free(bytes);
         return NULL;
     }
-    memcpy(bytes, body, len_bytes);
     call->bytes = bytes;
-    call->len_bytes = len_bytes;
-    call->listener = listener;
+    call->len_bytes = kvc_frame_body_bytes(frame);
+    call->listener = (kvt_listener *)link->loop;
     call->id = frame->call;
     call->method = call->base.req.method = frame->method;
     call->base.ops = &kvt_rdma_ops;
     call->base.tenant = "default";
-    uint64_t left_ns = listener->opts.max_deadline_ns;
-    if (frame->deadline_ns != 0 && frame->deadline_ns < left_ns)
-        left_ns = frame->deadline_ns;
-    call->base.deadline_ns = kvc_now_ns() + left_ns;
+    call->base.deadline_ns = kvtr_deadline_of(call->listener, frame);
     if ((frame->flags & KVC_FRAME_ELSEWHERE) == 0) {
         call->landing_addr = frame->spare[0];
         call->landing_key = (uint32_t)frame->spare[1];
@@ -244,7 +182,7 @@ static kvc_status decode(kvtr_rcall *call, const char **why_p)
     kvc_status status = kvc_wire_decode_request(call->method, pieces, n_pieces, &call->base.arena,
                                                 &call->base.req, why_p);
     if (status == KVC_OK && call->base.req.data_bytes > call->listener->opts.max_message_bytes) {
-        *why_p = too_long;
+        *why_p = kvtr_too_long; /* some of it went as header */
         return KVC_INVALID;
     }
     return status;
@@ -275,47 +213,56 @@ static void dispatch(kvtr_rcall *call)
     kvtr_rdma_reply(&call->base, status, why, 0, NULL, NULL, 0);
 }
 
-static bool on_request(kvtr_link *link, const kvc_frame *frame, const uint8_t *body)
+static void on_request(kvtr_link *link, const kvc_frame *frame, const uint8_t *body)
 {
     kvt_listener *listener = (kvt_listener *)link->loop;
-    const char *why = "out of memory";
-    kvc_status status = KVC_NO_MEMORY;
-    kvtr_rcall *call = create_call(listener, frame, body);
+    kvc_status status = link->begun.refused;
+    const char *why = link->begun.why;
+    kvtr_rcall *call = NULL;
+    if (status == KVC_OK) {
+        call = create_call(link, frame, body);
+        status = call == NULL ? KVC_NO_MEMORY : KVC_OK;
+        why = "out of memory";
+    }
     kvc_mutex_lock(&listener->loop.mutex);
-    bool twice = frame->call == 0 || find_call(link, frame->call) != NULL;
-    if (!twice && call != NULL)
+    if (status == KVC_OK)
         status = admit(call, link, frame, &why);
+    else
+        kvtr_begun_drop(link);
     bool reading = call != NULL && call->reading;
-    if (status != KVC_OK && !twice) {
+    if (status != KVC_OK) {
         kvti_count_refusal(status); /* before the client can have heard of it */
         kvtr_send_end(link, frame->call, frame->method, status, why,
                       status == KVC_AGAIN ? KVTI_RETRY_MS : 0);
     }
     kvc_mutex_unlock(&listener->loop.mutex);
-    if (status != KVC_OK) {
-        if (call != NULL)
-            kvtr_rcall_free(call);
-    } else if (!reading) {
+    if (status == KVC_OK && !reading)
         dispatch(call);
-    }
-    return !twice;
+    else if (status != KVC_OK && call != NULL)
+        kvtr_rcall_free(call);
 }
 
 /* ---- further messages ------------------------------------------------------------------------ */
 
-/* With the mutex held. */
-static bool on_message(kvtr_rcall *call, const kvc_frame *frame, const uint8_t *body)
+/* With the mutex held. False: no memory. What was charged for it goes with it. */
+static bool on_message(kvtr_link *link, kvtr_rcall *call, const kvc_frame *frame,
+                       const uint8_t *body)
 {
-    size_t len_bytes = kvc_frame_body_bytes(frame);
-    if (!kvt_streams_request(call->method) || call->half_closed || call->has_next)
-        return false;
+    kvtr_begun *begun = &link->begun;
+    if (call->gone || begun->refused == KVC_CANCELLED)
+        return true;
     if ((frame->flags & KVC_FRAME_LAST) != 0) {
         call->half_closed = true;
     } else {
-        call->next_bytes = malloc(len_bytes + 1);
-        if (call->next_bytes == NULL)
-            return false;
-        memcpy(call->next_bytes, body, len_bytes);
+        call->next_status = begun->refused;
+        call->next_why = begun->why;
+        if (begun->refused == KVC_OK) {
+            call->next_bytes = kvtr_take_body(link, body);
+            if (call->next_bytes == NULL)
+                return false;
+            call->next_charged_bytes = begun->held_bytes;
+            begun->held_bytes = 0;
+        }
         call->next_frame = *frame;
         call->has_next = true;
     }
@@ -323,30 +270,38 @@ static bool on_message(kvtr_rcall *call, const kvc_frame *frame, const uint8_t *
     return true;
 }
 
-static void on_credit(kvtr_rcall *call)
+/* With the mutex held. False: the message that it speaks of has not left yet: a stream would run
+ * ahead of a client that does not read. */
+static bool on_credit(kvtr_rcall *call)
 {
     if (!call->sending)
-        return;
+        return true;
+    for (const kvtr_out *out = call->link->out; out != NULL; out = out->next) {
+        if (out->message_of == call->id)
+            return false;
+    }
     call->sending = false;
     call->sent_due = call->sent_ok = true;
     kvtr_queue_call(call);
+    return true;
 }
 
 bool kvtr_on_frame(kvtr_link *link, const kvc_frame *frame, uint8_t *body)
 {
     bool ok = true;
-    if (frame->kind == KVC_FRAME_REQUEST)
-        return on_request(link, frame, body);
+    if (frame->kind == KVC_FRAME_REQUEST) {
+        on_request(link, frame, body);
+        return true;
+    }
     kvc_mutex_lock(&link->loop->mutex);
-    kvtr_rcall *call = find_call(link, frame->call); /* NULL: answered already */
-    if (frame->kind == KVC_FRAME_MESSAGE)
-        ok = call == NULL || on_message(call, frame, body);
+    kvtr_rcall *call = kvtr_find_call(link, frame->call); /* NULL: answered already */
+    if (frame->kind == KVC_FRAME_MESSAGE && call != NULL)
+        ok = on_message(link, call, frame, body);
     else if (frame->kind == KVC_FRAME_CREDIT && call != NULL)
-        on_credit(call);
+        ok = on_credit(call);
     else if (frame->kind == KVC_FRAME_CANCEL && call != NULL)
         kvtr_end_early(call, KVC_CANCELLED, "cancelled by the client");
-    else if (frame->kind != KVC_FRAME_CREDIT && frame->kind != KVC_FRAME_CANCEL)
-        ok = false;
+    kvtr_begun_drop(link);
     kvc_mutex_unlock(&link->loop->mutex);
     return ok;
 }
@@ -364,15 +319,25 @@ static void deliver_got(kvtr_rcall *call)
 /* With the mutex held: the message that was pushed becomes the call's. */
 static kvc_status take_next(kvtr_rcall *call, const char **why_p)
 {
-    kvc_status status = admit_bytes(call->listener, &call->next_frame, why_p);
+    kvt_listener *listener = call->listener;
+    const kvc_frame *frame = &call->next_frame;
+    kvc_status status = call->next_status;
+    *why_p = call->next_why;
     free(call->bytes);
     call->bytes = call->next_bytes;
-    call->len_bytes = kvc_frame_body_bytes(&call->next_frame);
+    call->len_bytes = call->next_bytes == NULL ? 0 : kvc_frame_body_bytes(frame);
+    call->charged_bytes = call->next_charged_bytes;
     call->next_bytes = NULL;
+    call->next_charged_bytes = 0;
     call->has_next = false;
-    if (status == KVC_OK)
-        status = take_bytes(call, &call->next_frame, why_p);
-    return status;
+    bool elsewhere = (frame->flags & KVC_FRAME_ELSEWHERE) != 0;
+    if (status == KVC_OK && elsewhere && !kvti_budget_take(listener->budget, frame->data_bytes)) {
+        *why_p = kvtr_too_many_bytes;
+        return KVC_AGAIN;
+    }
+    if (status == KVC_OK && elsewhere)
+        call->charged_bytes += frame->data_bytes;
+    return status == KVC_OK ? take_bytes(call, frame, why_p) : status;
 }
 
 static void tell_next(kvtr_rcall *call)
@@ -423,71 +388,14 @@ void kvtr_on_read(kvtr_link *link, kvtr_read *read)
         deliver_got(call);
 }
 
-/* ---- ends ------------------------------------------------------------------------------------ */
-
-/* With the mutex held. A READ that will never end; true: the call is nobody's. */
-static bool lose_read(kvtr_rcall *call)
-{
-    call->reading = false;
-    if (call->dispatched) {
-        kvtr_feed(call);
-        return false;
-    }
-    kvtr_leave(call);
-    return true;
-}
-
-void kvtr_on_down(kvtr_link *link, kvtr_read *reads)
-{
-    kvtr_rcall *calls = NULL;
-    kvc_mutex_lock(&link->loop->mutex);
-    for (uint32_t b = 0; b < KVTI_CALL_BUCKETS; b++) {
-        for (kvtr_rcall *call; (call = link->calls[b]) != NULL;) {
-            kvtr_forget(call);
-            set_gone(call);
-        }
-    }
-    while (reads != NULL) {
-        kvtr_read *read = reads;
-        kvtr_rcall *call = read->arg;
-        reads = read->next;
-        free(read);
-        if (lose_read(call)) {
-            call->same = calls;
-            calls = call;
-        }
-    }
-    kvc_mutex_unlock(&link->loop->mutex);
-    while (calls != NULL) {
-        kvtr_rcall *call = calls;
-        calls = call->same;
-        kvtr_rcall_free(call);
-    }
-}
-
-/* With the mutex held: ends what is late. */
-static void end_late(kvt_listener *listener)
-{
-    uint64_t now_ns = kvc_now_ns(), first_ns = 0;
-    if (listener->next_deadline_ns == 0 || now_ns < listener->next_deadline_ns)
-        return;
-    for (kvtr_rcall *call = listener->calls; call != NULL; call = call->next) {
-        if (call->gone)
-            continue;
-        if (call->base.deadline_ns <= now_ns)
-            kvtr_end_early(call, KVC_TIMED_OUT, "the deadline passed");
-        else if (first_ns == 0 || call->base.deadline_ns < first_ns)
-            first_ns = call->base.deadline_ns;
-    }
-    listener->next_deadline_ns = first_ns;
-}
+/* ---- the thread's turn ----------------------------------------------------------------------- */
 
 uint64_t kvtr_on_turn(kvtr_loop *loop)
 {
     kvt_listener *listener = (kvt_listener *)loop;
     for (;;) {
         kvc_mutex_lock(&loop->mutex);
-        end_late(listener);
+        kvtr_end_late(listener);
         kvtr_rcall *call = listener->queue;
         uint64_t next_ns = listener->next_deadline_ns;
         if (call == NULL) {

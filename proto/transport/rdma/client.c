@@ -110,6 +110,7 @@ static void on_cm(kvtr_loop *loop, struct rdma_cm_id *id, const struct rdma_cm_e
 }
 
 static const kvtr_owner owner = {
+    .on_begin = kvtr_client_begin,
     .on_frame = kvtr_client_frame,
     .on_read = NULL, /* a client reads nothing */
     .on_cm = on_cm,

@@ -66,6 +66,7 @@ struct kvt_conn {
 };
 
 /* ops.c */
+bool kvtr_client_begin(kvtr_link *link, const kvc_frame *frame, bool *keep_p);
 bool kvtr_client_frame(kvtr_link *link, const kvc_frame *frame, uint8_t *body);
 void kvtr_client_down(kvtr_link *link, kvtr_read *reads);
 uint64_t kvtr_client_turn(kvtr_loop *loop);

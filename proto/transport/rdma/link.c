@@ -19,6 +19,7 @@
 
 #define INTRO_MAGIC   0x3154564bu /* "KVT1" */
 #define MIN_FRAG      1024u
+#define MIN_CREDITS   4u
 #define RING_BYTES    ((size_t)(KVTI_N_RECV + KVTI_N_SEND) * KVTI_FRAG_BYTES)
 #define POLL_AT_ONCE  16
 #define ASK_SGE_FEWER 6u /* for devices that promise more than a queue pair gets */
@@ -30,6 +31,7 @@ kvtr_link *kvtr_link_create(kvtr_loop *loop, struct rdma_cm_id *id)
         return NULL;
     link->loop = loop;
     link->id = id;
+    link->granted = KVTI_N_RECV;
     link->out_end = &link->out;
     link->read_end = &link->read;
     link->born_ns = link->heard_ns = link->said_ns = link->used_ns = kvc_now_ns();
@@ -156,7 +158,9 @@ bool kvtr_intro_read(kvtr_link *link, const void *data, size_t len_bytes)
     if (data == NULL || len_bytes < KVTI_INTRO_BYTES ||
         (uint32_t)kvc_le_get(in, 4) != INTRO_MAGIC ||
         (uint32_t)kvc_le_get(in + 4, 4) != KVC_FRAME_VERSION ||
-        (uint32_t)kvc_le_get(in + 8, 4) < 4 || (uint32_t)kvc_le_get(in + 12, 4) < MIN_FRAG)
+        (uint32_t)kvc_le_get(in + 8, 4) < MIN_CREDITS ||
+        (uint32_t)kvc_le_get(in + 8, 4) > KVTI_MAX_CREDITS ||
+        (uint32_t)kvc_le_get(in + 12, 4) < MIN_FRAG)
         return false;
     link->credits = (uint32_t)kvc_le_get(in + 8, 4);
     link->peer_frag_bytes = (uint32_t)kvc_le_get(in + 12, 4);
@@ -310,6 +314,8 @@ static kvtr_read *strip(kvtr_link *link)
         link->loop->junk.outs = out;
     }
     link->out_end = &link->out;
+    link->n_outs = 0;
+    link->out_bytes = 0;
     link->read = NULL;
     link->read_end = &link->read;
     return reads;
@@ -351,6 +357,6 @@ void kvtr_link_destroy(kvtr_link *link)
     kvtr_domain_put(link->domain);
     (void)kvtr_verbs_now->destroy_id(link->id);
     free(link->ring);
-    free(link->partial);
+    free(link->begun.body);
     free(link);
 }

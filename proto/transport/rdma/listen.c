@@ -96,6 +96,7 @@ static void on_cm(kvtr_loop *loop, struct rdma_cm_id *id, const struct rdma_cm_e
 }
 
 static const kvtr_owner owner = {
+    .on_begin = kvtr_on_begin,
     .on_frame = kvtr_on_frame,
     .on_read = kvtr_on_read,
     .on_cm = on_cm,

@@ -37,6 +37,11 @@ kvtr_junk kvtr_junk_take(kvtr_loop *loop)
     for (kvtr_out *out = junk.outs; out != NULL; out = out->next) {
         kvtr_buf_put(out->buf);
         out->buf = NULL;
+        if (out->counted == NULL)
+            continue;
+        --*out->counted;
+        out->counted = NULL;
+        kvc_cond_broadcast(&loop->changed);
     }
     return junk;
 }

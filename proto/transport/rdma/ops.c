@@ -329,6 +329,16 @@ static void on_credit(kvtr_rop *op)
         op->xfer->pushed(op->xfer, true);
 }
 
+/* Bodies for those who hear of the end from elsewhere are not kept. */
+bool kvtr_client_begin(kvtr_link *link, const kvc_frame *frame, bool *keep_p)
+{
+    kvc_mutex_lock(&link->loop->mutex);
+    kvtr_rop *op = find_op(link, frame->call);
+    *keep_p = op != NULL && !op->ended;
+    kvc_mutex_unlock(&link->loop->mutex);
+    return op != NULL || frame->kind == KVC_FRAME_GOAWAY || frame->kind == KVC_FRAME_CREDIT;
+}
+
 bool kvtr_client_frame(kvtr_link *link, const kvc_frame *frame, uint8_t *body)
 {
     kvc_mutex_lock(&link->loop->mutex);

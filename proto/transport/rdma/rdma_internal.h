@@ -15,18 +15,23 @@
 #include "verbs.h"
 #include "wire/frame.h"
 
-#define KVTI_FRAG_BYTES   4096u    /* of one SEND, its envelope included */
-#define KVTI_ENV_BYTES    8u       /* u32 bytes, u16 credits given back, u16 of 0 */
-#define KVTI_N_RECV       32u      /* receives posted on a link: 128 KiB */
-#define KVTI_N_SEND       16u      /* fragments under way on a link: 64 KiB */
-#define KVTI_SQ_DEPTH     256u     /* work requests asked for */
-#define KVTI_READ_WR      0x10000u /* in a work request's id: a READ, else a fragment */
-#define KVTI_MAX_READS    16u      /* outstanding READs of a link */
-#define KVTI_INLINE_BYTES 256u     /* asked for */
-#define KVTI_MAX_SGE      32u      /* used of what the device has */
-#define KVTI_CALL_BUCKETS 64u
-#define KVTI_URI_BYTES    300u
-#define KVTI_LANDINGS     16u /* buffers of a connection that replies may be written to */
+#define KVTI_FRAG_BYTES    4096u    /* of one SEND, its envelope included */
+#define KVTI_ENV_BYTES     8u       /* u32 bytes, u16 credits given back, u16 of 0 */
+#define KVTI_N_RECV        32u      /* receives posted on a link: 128 KiB */
+#define KVTI_N_SEND        16u      /* fragments under way on a link: 64 KiB */
+#define KVTI_SQ_DEPTH      256u     /* work requests asked for */
+#define KVTI_READ_WR       0x10000u /* in a work request's id: a READ, else a fragment */
+#define KVTI_MAX_READS     16u      /* outstanding READs of a link */
+#define KVTI_INLINE_BYTES  256u     /* asked for */
+#define KVTI_MAX_SGE       32u      /* used of what the device has */
+#define KVTI_CALL_BUCKETS  64u
+#define KVTI_URI_BYTES     300u
+#define KVTI_LANDINGS      16u /* buffers of a connection that replies may be written to */
+#define KVTI_MAX_CREDITS   UINT16_MAX
+/* Beyond either, a client that does not take its answers is granted no more than it needs to give
+ * credits back. */
+#define KVTI_OUT_MAX       256u
+#define KVTI_OUT_MAX_BYTES (1u << 20) /* of memory of ours; slices are the server's */
 
 #define KVTI_RESOLVE_MS 2000
 #define KVTI_TICK_NS    ((uint64_t)200 * 1000000)  /* how late a silent link is noticed */
@@ -94,15 +99,20 @@ void kvtr_deregister(struct ibv_mr *mr);
 typedef struct kvtr_out {
     struct kvtr_out *next;
     uint8_t *bytes; /* [len_bytes] header and body */
-    size_t len_bytes, sent_bytes;
-    kvt_slice *slices; /* [n_slices] released once it is sent; those in front of release too */
+    size_t len_bytes, tail_bytes, sent_bytes;
+    kvt_slice *slices; /* [n_slices] released once it is sent */
     uint32_t n_slices;
+    uint32_t slice_at; /* tail_bytes: the slices follow bytes; where the next fragment begins */
+    size_t slice_off_bytes;
     bool chain; /* slices, or buf, are to be written to remote first */
     uint64_t remote_addr;
     uint32_t remote_key;
     uint32_t data_bytes;
     kvtr_buf *buf; /* copied payload */
     kvt_listener *lender;
+    uint64_t message_of; /* the call whose MESSAGE it is; 0: none's */
+    uint64_t late_ns;    /* when the link breaks if it has not got there; 0: no matter */
+    uint32_t *counted;   /* one less once it has got there or never will; under the mutex */
 } kvtr_out;
 
 /* A READ into buf; done runs on the loop's thread with the mutex free. */
@@ -121,6 +131,18 @@ typedef struct kvtr_posted {
     uint32_t n_wrs; /* itself and the unsignalled WRITEs before it */
     kvtr_out *out;  /* whose last fragment it is */
 } kvtr_posted;
+
+/* A frame of which the header is here: what the owner made of it. The loop's thread alone. */
+typedef struct kvtr_begun {
+    bool in_body;        /* more of it is to come */
+    bool counted;        /* a call of it counts already */
+    kvc_status refused;  /* its body is skipped, and this is what its call hears */
+    const char *why;     /* static */
+    uint64_t late_ns;    /* when the link breaks if it is not whole; 0: no matter */
+    uint64_t held_bytes; /* charged for it */
+    uint8_t *body;       /* [body_bytes] put together here; NULL: in one fragment, or skipped */
+    size_t body_bytes, got_bytes;
+} kvtr_begun;
 
 typedef enum kvtr_link_state {
     KVTI_LINK_NEW = 0,
@@ -151,6 +173,9 @@ struct kvtr_link {
     uint32_t peer_frag_bytes, peer_max_message_bytes;
     bool peer_reads; /* it can READ from us */
     uint32_t credits, owed;
+    uint32_t granted; /* fragments that the peer may still send */
+    uint32_t n_outs;  /* queued, and not all of it posted yet */
+    size_t out_bytes; /* of these */
     uint32_t n_sends; /* fragments under way */
     uint32_t send_at; /* next slot of the ring */
     kvtr_out *out, **out_end;
@@ -158,8 +183,7 @@ struct kvtr_link {
     kvtr_posted posted[KVTI_N_SEND];
     kvtr_read *reading[KVTI_MAX_READS]; /* under way */
     kvc_frame frame;                    /* being put together */
-    uint8_t *partial;
-    size_t partial_len_bytes, partial_bytes;
+    kvtr_begun begun;
     uint64_t heard_ns, said_ns, used_ns, born_ns;
     void *calls[KVTI_CALL_BUCKETS];
 };
@@ -172,7 +196,11 @@ typedef struct kvtr_junk {
 
 /* What a loop's owner does. */
 typedef struct kvtr_owner {
-    /* A frame has come, with its body; the thread, mutex free. False: it breaks the protocol. */
+    /* The header of a frame has come; false: it breaks the protocol. *keep_p false: the body is
+     * not wanted. Fills in refused, late_ns and what is counted of link->begun. Like on_frame. */
+    bool (*on_begin)(kvtr_link *link, const kvc_frame *frame, bool *keep_p);
+    /* A frame has come, with its body (NULL: not wanted); the thread, mutex free. False: it breaks
+     * the protocol. */
     bool (*on_frame)(kvtr_link *link, const kvc_frame *frame, uint8_t *body);
     void (*on_read)(kvtr_link *link, kvtr_read *read);
     /* A copy of an event that was acknowledged; private data is in it. */
@@ -230,7 +258,8 @@ bool kvtr_intro_read(kvtr_link *link, const void *data, size_t len_bytes);
 void kvtr_conn_param(kvtr_link *link, uint8_t *intro, struct rdma_conn_param *param_p);
 
 /* send.c; with the mutex held. */
-/* A frame and its body; data may be NULL where it does not go with it. NULL: no memory. */
+/* A frame and its body; where it has data here and n_data is 0, slices are to follow. NULL: no
+ * memory. */
 kvtr_out *kvtr_out_create(const kvc_frame *frame, const void *head, const char *detail,
                           const struct iovec *data, uint32_t n_data);
 /* Takes out. Posts what can be posted. */
@@ -245,6 +274,8 @@ void kvtr_out_free(kvtr_out *out);
 
 /* recv.c; the loop's thread, mutex free. A fragment has come; false: the link is broken. */
 bool kvtr_take_fragment(kvtr_link *link, uint8_t *bytes, uint32_t len_bytes);
+/* In on_frame: its body as memory of the caller's own; NULL: no memory. */
+uint8_t *kvtr_take_body(kvtr_link *link, const uint8_t *body);
 
 /* Also without the mutex, on the loop's thread: others may break the link meanwhile. */
 static inline bool kvtr_is_broken(const kvtr_link *link)

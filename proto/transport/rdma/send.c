@@ -11,6 +11,7 @@
 
 #include "base/assert.h"
 #include "base/clock.h"
+#include "base/le.h"
 #include "base/metrics.h"
 #include "rdma_internal.h"
 
@@ -18,6 +19,10 @@ kvtr_out *kvtr_out_create(const kvc_frame *frame, const void *head, const char *
                           const struct iovec *data, uint32_t n_data)
 {
     size_t len_bytes = KVC_FRAME_BYTES + kvc_frame_body_bytes(frame);
+    size_t tail_bytes = 0;
+    if (n_data == 0 && (frame->flags & KVC_FRAME_ELSEWHERE) == 0)
+        tail_bytes = frame->data_bytes;
+    len_bytes -= tail_bytes;
     kvtr_out *out = calloc(1, sizeof(*out));
     uint8_t *at = malloc(len_bytes);
     if (out == NULL || at == NULL || kvc_frame_encode(frame, at) != KVC_OK) {
@@ -27,6 +32,7 @@ kvtr_out *kvtr_out_create(const kvc_frame *frame, const void *head, const char *
     }
     out->bytes = at;
     out->len_bytes = len_bytes;
+    out->tail_bytes = tail_bytes;
     at += KVC_FRAME_BYTES;
     if (frame->head_bytes > 0)
         memcpy(at, head, frame->head_bytes);
@@ -39,7 +45,7 @@ kvtr_out *kvtr_out_create(const kvc_frame *frame, const void *head, const char *
             memcpy(at, data[i].iov_base, data[i].iov_len);
         at += data[i].iov_len;
     }
-    KVC_ASSERT(at == out->bytes + len_bytes);
+    KVC_ASSERT(at == out->bytes + out->len_bytes);
     return out;
 }
 
@@ -52,20 +58,66 @@ static bool post(kvtr_link *link, struct ibv_send_wr *wr)
     return false;
 }
 
+/* Copies the next n_bytes of out. */
+static void copy_out(kvtr_out *out, uint8_t *at, size_t n_bytes)
+{
+    if (out->sent_bytes < out->len_bytes) {
+        size_t n = out->len_bytes - out->sent_bytes;
+        n = n < n_bytes ? n : n_bytes;
+        memcpy(at, out->bytes + out->sent_bytes, n);
+        at += n;
+        n_bytes -= n;
+    }
+    while (n_bytes > 0) {
+        const kvt_slice *slice = &out->slices[out->slice_at];
+        size_t n = slice->len_bytes - out->slice_off_bytes;
+        if (n == 0) {
+            out->slice_at++;
+            out->slice_off_bytes = 0;
+            continue;
+        }
+        n = n < n_bytes ? n : n_bytes;
+        memcpy(at, (const uint8_t *)slice->base + out->slice_off_bytes, n);
+        out->slice_off_bytes += n;
+        at += n;
+        n_bytes -= n;
+    }
+}
+
+static size_t left_bytes(const kvtr_out *out)
+{
+    return out->len_bytes + out->tail_bytes - out->sent_bytes;
+}
+
+/* The client does not take its answers. */
+static bool is_full(const kvtr_link *link)
+{
+    return !link->loop->is_client &&
+           (link->n_outs > KVTI_OUT_MAX || link->out_bytes > KVTI_OUT_MAX_BYTES);
+}
+
+/* How many fragments the peer is told that it may send: as many as there are receives again. One
+ * that does not take its answers gets one at a time, to give credits with, and for each of them an
+ * answer leaves. */
+static uint32_t grant(const kvtr_link *link)
+{
+    if (!is_full(link))
+        return link->owed;
+    return link->granted == 0 && link->owed > 0 ? 1 : 0;
+}
+
 /* One fragment with the next bytes of out, or (out NULL) with credits alone. */
 static bool post_fragment(kvtr_link *link, kvtr_out *out)
 {
     uint8_t *at = link->ring + (size_t)(KVTI_N_RECV + link->send_at) * KVTI_FRAG_BYTES;
-    size_t n_bytes = out == NULL ? 0 : out->len_bytes - out->sent_bytes;
+    size_t n_bytes = out == NULL ? 0 : left_bytes(out);
+    uint32_t given = grant(link);
     if (n_bytes > link->peer_frag_bytes - KVTI_ENV_BYTES)
         n_bytes = link->peer_frag_bytes - KVTI_ENV_BYTES;
-    for (uint32_t i = 0; i < 4; i++)
-        at[i] = (uint8_t)(n_bytes >> (8 * i));
-    at[4] = (uint8_t)link->owed;
-    at[5] = (uint8_t)(link->owed >> 8);
-    at[6] = at[7] = 0;
+    kvc_le_put(at, n_bytes, 4);
+    kvc_le_put(at + 4, given, 4);
     if (n_bytes > 0)
-        memcpy(at + KVTI_ENV_BYTES, out->bytes + out->sent_bytes, n_bytes);
+        copy_out(out, at + KVTI_ENV_BYTES, n_bytes);
     struct ibv_sge sge = {(uintptr_t)at, (uint32_t)n_bytes + KVTI_ENV_BYTES, link->ring_mr->lkey};
     struct ibv_send_wr wr = {
         .wr_id = link->send_at,
@@ -87,12 +139,13 @@ static bool post_fragment(kvtr_link *link, kvtr_out *out)
     link->send_at = (link->send_at + 1) % KVTI_N_SEND;
     link->n_sends++;
     link->credits--;
-    link->owed = 0;
+    link->granted += given;
+    link->owed -= given;
     link->said_ns = kvc_now_ns();
     if (out == NULL)
         return true;
     out->sent_bytes += n_bytes;
-    if (out->sent_bytes == out->len_bytes)
+    if (left_bytes(out) == 0)
         posted->out = out;
     return true;
 }
@@ -252,18 +305,21 @@ static bool pump_outs(kvtr_link *link)
         kvtr_out *out = link->out;
         if (!post_chain(link, out))
             return !link->broken;
-        while (out->sent_bytes < out->len_bytes) {
-            if (!room_for_fragment(link, 2)) {
+        while (left_bytes(out) > 0) {
+            if (!room_for_fragment(link, is_full(link) ? 1 : 2)) {
                 if (link->credits < 2)
                     KVC_COUNT(rdma_credit_waits);
                 return true;
             }
             kvtr_out *next = out->next; /* out is its completion's once the last is posted */
-            bool last = out->len_bytes - out->sent_bytes <= link->peer_frag_bytes - KVTI_ENV_BYTES;
+            size_t len_bytes = out->len_bytes;
+            bool last = left_bytes(out) <= link->peer_frag_bytes - KVTI_ENV_BYTES;
             if (!post_fragment(link, out))
                 return false;
             if (last) {
                 link->out = next;
+                link->n_outs--;
+                link->out_bytes -= len_bytes;
                 if (next == NULL)
                     link->out_end = &link->out;
                 break;
@@ -279,7 +335,8 @@ void kvtr_pump(kvtr_link *link)
         return;
     if (!pump_reads(link) || !pump_outs(link))
         return;
-    if ((link->nudge || link->owed >= KVTI_N_RECV / 2) && room_for_fragment(link, 1)) {
+    bool owes = link->owed >= KVTI_N_RECV / 2 && grant(link) > 0;
+    if ((link->nudge || owes) && room_for_fragment(link, 1)) {
         link->nudge = false;
         (void)post_fragment(link, NULL);
     }
@@ -298,6 +355,8 @@ void kvtr_send(kvtr_link *link, kvtr_out *out)
     out->next = NULL;
     *link->out_end = out;
     link->out_end = &out->next;
+    link->n_outs++;
+    link->out_bytes += out->len_bytes;
     link->used_ns = kvc_now_ns();
     kvtr_pump(link);
 }

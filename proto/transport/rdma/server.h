@@ -41,6 +41,9 @@ struct kvtr_rcall {
     kvtr_buf *data; /* payload that was read */
     uint32_t data_bytes;
     uint64_t charged_bytes;
+    uint64_t next_charged_bytes; /* for next_bytes */
+    kvc_status next_status;      /* not OK: it was refused, and next_bytes is NULL */
+    const char *next_why;
 };
 
 struct kvt_listener {
@@ -57,11 +60,28 @@ struct kvt_listener {
 };
 
 /* The thread, mutex free. */
+bool kvtr_on_begin(kvtr_link *link, const kvc_frame *frame, bool *keep_p);
 bool kvtr_on_frame(kvtr_link *link, const kvc_frame *frame, uint8_t *body);
 void kvtr_on_read(kvtr_link *link, kvtr_read *read);
 void kvtr_on_down(kvtr_link *link, kvtr_read *reads);
 uint64_t kvtr_on_turn(kvtr_loop *loop);
 
+extern const char kvtr_too_long[], kvtr_too_many_bytes[];
+
+/* begin.c; with the mutex held. Gives back what was charged for a frame that has begun. */
+void kvtr_begun_drop(kvtr_link *link);
+/* When a call that comes now is over; needs no mutex. */
+uint64_t kvtr_deadline_of(const kvt_listener *listener, const kvc_frame *frame);
+/* Until when the link is borne with after a deadline: what waits for the client holds memory. */
+uint64_t kvtr_late_of(kvt_listener *listener, uint64_t deadline_ns);
+/* The thread looks at what is late at ns, or earlier. */
+void kvtr_note_late(kvt_listener *listener, uint64_t ns);
+
+/* ends.c; with the mutex held. Ends what is late, and links whose clients take too long. */
+void kvtr_end_late(kvt_listener *listener);
+
+/* NULL: no such call, or it was answered. */
+kvtr_rcall *kvtr_find_call(kvtr_link *link, uint64_t id);
 /* With the mutex held: ends a call early: the client gets status, the server hears that it has
  * gone. why is static. */
 void kvtr_end_early(kvtr_rcall *call, kvc_status status, const char *why);
