@@ -122,24 +122,32 @@ static bool place(mapping *m, const kvs_read *read, uint32_t value_bytes, uint8_
 {
     kvs_dram_segment segment;
     uint64_t off_bytes;
-    int fd;
     if (read->where != KVS_IN_DRAM || m->used_bytes + value_bytes > m->reserved_bytes) {
         m->reply.u.map_context.unpinned += read->where == KVS_IN_DRAM;
         if (read->where == KVS_IN_DRAM || read->where == KVS_IN_LMDB)
             drop(m, read->value);
         return true;
     }
-    uint32_t id = 0;
+    kvs_map_place at = {.fd = -1};
     if (kvs_dram_locate(m->server->dram.tier, read->slot, &segment, &off_bytes) == KVC_OK)
-        id = kvs_map_segment(m->server->maps, m->call->peer->id, &segment, is_full(m), &fd);
-    if (id == 0)
+        kvs_map_place_value(m->server->maps, m->call->peer->id, m->reply.u.map_context.map,
+                            read->value, &segment, is_full(m), &at);
+    if (at.id == 0 && !at.capped)
         return false;
-    if (fd >= 0) {
-        m->segments[m->reply.u.map_context.n_segments++] = (kvc_map_segment){id, segment.len_bytes};
-        m->fds[m->n_fds++] = fd;
+    if (at.fd >= 0) {
+        uint32_t i = m->reply.u.map_context.n_segments++;
+        m->segments[i] = (kvc_map_segment){at.id, segment.len_bytes};
+        m->fds[m->n_fds++] = at.fd;
     }
-    kvc_le_put(entry, id, 4);
-    kvc_le_put(entry + 4, (uint32_t)(off_bytes / KVS_DRAM_PAGE_BYTES), 4);
+    if (at.id > 0) {
+        kvc_le_put(entry, at.id, 4);
+        kvc_le_put(entry + 4, (uint32_t)(off_bytes / KVS_DRAM_PAGE_BYTES), 4);
+    }
+    m->reply.u.map_context.unpinned += at.capped;
+    if (at.capped || at.again) {
+        drop(m, read->value);
+        return true;
+    }
     m->values[m->n_pinned++] = read->value;
     m->used_bytes += value_bytes;
     return true;
@@ -225,14 +233,19 @@ static void run(mapping *m)
         m->fds[m->n_fds++] = lease.fd;
     reference(m);
     fill(m);
-    status = kvs_map_add(m->server->maps, peer, number, m->values, m->n_pinned, m->used_bytes,
+    uint32_t n_taken = m->n_pinned;
+    status = kvs_map_add(m->server->maps, peer, number, m->values, &n_taken, m->used_bytes,
                          m->reserved_bytes);
     if (status == KVC_OK) {
+        kvs_index_unref(m->server->index, m->values + n_taken, m->n_pinned - n_taken);
         answer(m);
         return;
     }
     kvs_index_unref(m->server->index, m->values, m->n_pinned);
-    kvs_map_unpass(m->server->maps, peer, m->reply.u.map_context.n_segments, lease.fd >= 0);
+    uint32_t ids[KVC_MAX_MAP_SEGMENTS], n_ids = m->reply.u.map_context.n_segments;
+    for (uint32_t i = 0; i < n_ids; i++)
+        ids[i] = m->segments[i].id;
+    kvs_map_unpass(m->server->maps, peer, ids, n_ids, lease.fd >= 0);
     if (m->call->req.u.map_context.map == 0) /* nobody will hear of it */
         kvs_map_release(m->server->maps, peer, number);
     kvs_fail(m->call, status, "the map was taken back while it grew, or memory is out");
@@ -242,6 +255,9 @@ void kvs_on_map_context(kvs_server *server, kvt_call *call, const kvc_digest *te
 {
     if (!may_map(server, call))
         return;
+    if (call->req.u.map_context.n_unmapped > 0)
+        kvs_map_unpass(server->maps, call->peer->id, call->req.u.map_context.unmapped,
+                       call->req.u.map_context.n_unmapped, false);
     if (call->req.u.map_context.release) {
         kvc_reply reply = {.method = KVC_MAP_CONTEXT};
         kvs_map_release(server->maps, call->peer->id, call->req.u.map_context.map);

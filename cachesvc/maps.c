@@ -5,11 +5,8 @@
  * its connection's list, and is cleared before a value of it is let go; tenants' pinned bytes are
  * the sum over their maps and what is reserved.
  */
-#include "maps.h"
-
 #include <errno.h>
 #include <fcntl.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -20,54 +17,17 @@
 #include "base/log.h"
 #include "base/metrics.h"
 #include "cascade.h"
-#include "tier/tier_dram.h"
+#include "maps_internal.h"
 
 #ifndef F_SEAL_FUTURE_WRITE
 #define F_SEAL_FUTURE_WRITE 0x0010
 #endif
 
-#define LEASE_WORDS  4096u /* maps that one connection may have */
-#define LEASE_BYTES  (LEASE_WORDS * sizeof(uint64_t))
-#define TENANT_SLOTS 64u
+#define LEASE_WORDS 4096u /* maps that one connection may have */
+#define LEASE_BYTES (LEASE_WORDS * sizeof(uint64_t))
 
-typedef struct map {
-    struct map *next;
-    uint64_t number, bytes;
-    uint32_t slot;    /* in the lease */
-    uint32_t *values; /* [n] referenced; room for a power of two */
-    uint32_t n;
-} map;
-
-typedef struct passed {
-    uint32_t number, generation;
-} passed;
-
-typedef struct peer {
-    struct peer *next;
-    uint64_t id;
-    kvc_digest tenant;
-    map *maps;
-    int lease_fd;
-    _Atomic uint64_t *lease; /* [LEASE_WORDS] */
-    bool lease_passed;
-    passed *segments; /* [room_segments]; id = place + 1 */
-    uint32_t n_segments, room_segments;
-} peer;
-
-typedef struct tenant_pins {
-    kvc_digest tenant;
-    uint64_t bytes;
-} tenant_pins;
-
-struct kvs_maps {
-    kvs_server *server;
-    uint64_t max_bytes, max_total;
-    kvc_mutex lock; /* rank CONTEXT; guards all below; never held with a context's */
-    peer *peers;
-    uint64_t next_number, total_bytes;
-    tenant_pins tenants[TENANT_SLOTS]; /* beyond them, tenants share the last */
-    uint32_t n_tenants;
-};
+typedef kvsi_map map;
+typedef kvsi_map_peer peer;
 
 kvs_maps *kvs_maps_create(kvs_server *server)
 {
@@ -77,6 +37,7 @@ kvs_maps *kvs_maps_create(kvs_server *server)
         return NULL;
     maps->server = server;
     maps->max_bytes = s->max_map_pin_bytes ? s->max_map_pin_bytes : s->dram_bytes / 2;
+    maps->max_mapped_bytes = s->max_mapped_bytes ? s->max_mapped_bytes : s->dram_bytes / 4 * 3;
     maps->max_total = s->dram_bytes / 10 * 9;
     maps->next_number = server->boot_id << 32;
     kvc_mutex_init(&maps->lock, KVC_RANK_CONTEXT);
@@ -99,23 +60,23 @@ uint64_t kvs_map_max_bytes(const kvs_maps *maps)
 
 /* ---- with the lock held ---------------------------------------------------------------------- */
 
-static tenant_pins *pins_of(kvs_maps *maps, const kvc_digest *tenant)
+kvsi_map_tenant *kvsi_map_tenant_of(kvs_maps *maps, const kvc_digest *tenant)
 {
     for (uint32_t i = 0; i < maps->n_tenants; i++)
         if (kvc_digest_equal(&maps->tenants[i].tenant, tenant))
             return &maps->tenants[i];
-    if (maps->n_tenants < TENANT_SLOTS)
+    if (maps->n_tenants < KVSI_MAP_TENANTS)
         maps->tenants[maps->n_tenants++].tenant = *tenant;
     return &maps->tenants[maps->n_tenants - 1];
 }
 
 static void unreserve(kvs_maps *maps, const kvc_digest *tenant, uint64_t bytes)
 {
-    pins_of(maps, tenant)->bytes -= bytes;
+    kvsi_map_tenant_of(maps, tenant)->bytes -= bytes;
     maps->total_bytes -= bytes;
 }
 
-static peer *find_peer(kvs_maps *maps, uint64_t id)
+kvsi_map_peer *kvsi_map_peer_of(kvs_maps *maps, uint64_t id)
 {
     peer *p = maps->peers;
     while (p && p->id != id)
@@ -129,6 +90,26 @@ static map *find_map(peer *p, uint64_t number)
     while (m && m->number != number)
         m = m->next;
     return m;
+}
+
+static uint32_t hash(const map *m, uint32_t value)
+{
+    return (value * UINT32_C(2654435769)) >> 7 & (m->n_set - 1);
+}
+
+/* Where the value is in the map's set, or would be. */
+static uint32_t *place_in(const map *m, uint32_t value)
+{
+    uint32_t i = hash(m, value);
+    while (m->set[i] != 0 && m->set[i] != value)
+        i = (i + 1) & (m->n_set - 1);
+    return &m->set[i];
+}
+
+bool kvsi_map_has(kvsi_map_peer *p, uint64_t number, uint32_t value)
+{
+    const map *m = find_map(p, number);
+    return m && m->n_set > 0 && *place_in(m, value) == value;
 }
 
 /* Takes a map out of its connection and clears its word: from here on its readers know. */
@@ -154,20 +135,10 @@ static void free_maps(kvs_maps *maps, map *list)
         KVC_GAUGE_SUB(map_pins, list->n);
         KVC_GAUGE_SUB(map_pinned_bytes, list->bytes);
         free(list->values);
+        free(list->set);
         free(list);
         list = next;
     }
-}
-
-static void free_peer(kvs_maps *maps, peer *p)
-{
-    for (uint32_t i = 0; i < p->n_segments; i++)
-        kvs_dram_count_mapping(maps->server->dram.tier, p->segments[i].number, false);
-    KVC_GAUGE_SUB(mapped_segments, p->n_segments);
-    (void)munmap(p->lease, LEASE_BYTES);
-    (void)close(p->lease_fd);
-    free(p->segments);
-    free(p);
 }
 
 void kvs_maps_peer_gone(void *arg, uint64_t id)
@@ -187,10 +158,15 @@ void kvs_maps_peer_gone(void *arg, uint64_t id)
         m->next = list;
         list = m;
     }
+    if (p)
+        kvsi_map_forget_segments(maps, p);
     kvc_mutex_unlock(&maps->lock);
     free_maps(maps, list);
-    if (p)
-        free_peer(maps, p);
+    if (!p)
+        return;
+    (void)munmap(p->lease, LEASE_BYTES);
+    (void)close(p->lease_fd);
+    free(p);
 }
 
 void kvs_maps_revoke_erased(kvs_maps *maps)
@@ -215,7 +191,7 @@ void kvs_maps_revoke_erased(kvs_maps *maps)
 void kvs_map_release(kvs_maps *maps, uint64_t id, uint64_t number)
 {
     kvc_mutex_lock(&maps->lock);
-    peer *p = find_peer(maps, id);
+    peer *p = kvsi_map_peer_of(maps, id);
     map *m = find_map(p, number);
     if (m) {
         cut(maps, p, m);
@@ -250,7 +226,7 @@ static kvc_status make_lease(peer *p)
 static kvc_status want_peer(kvs_maps *maps, uint64_t id, const kvc_digest *tenant)
 {
     kvc_mutex_lock(&maps->lock);
-    bool there = find_peer(maps, id) != NULL;
+    bool there = kvsi_map_peer_of(maps, id) != NULL;
     kvc_mutex_unlock(&maps->lock);
     if (there)
         return KVC_OK;
@@ -298,7 +274,7 @@ kvc_status kvs_map_begin(kvs_maps *maps, uint64_t id, const kvc_digest *tenant, 
     if (status != KVC_OK)
         return status;
     kvc_mutex_lock(&maps->lock);
-    peer *p = find_peer(maps, id);
+    peer *p = kvsi_map_peer_of(maps, id);
     map *m = fresh ? add_map(maps, p) : find_map(p, *map_p);
     if (m) {
         *map_p = m->number;
@@ -319,7 +295,7 @@ kvc_status kvs_map_begin(kvs_maps *maps, uint64_t id, const kvc_digest *tenant, 
 uint64_t kvs_map_reserve(kvs_maps *maps, const kvc_digest *tenant, uint64_t want_bytes)
 {
     kvc_mutex_lock(&maps->lock);
-    tenant_pins *pins = pins_of(maps, tenant);
+    kvsi_map_tenant *pins = kvsi_map_tenant_of(maps, tenant);
     uint64_t room = pins->bytes < maps->max_bytes ? maps->max_bytes - pins->bytes : 0;
     uint64_t all = maps->total_bytes < maps->max_total ? maps->max_total - maps->total_bytes : 0;
     uint64_t bytes = room < all ? room : all;
@@ -334,101 +310,71 @@ uint64_t kvs_map_reserve(kvs_maps *maps, const kvc_digest *tenant, uint64_t want
 uint64_t kvs_map_pinned(kvs_maps *maps, const kvc_digest *tenant)
 {
     kvc_mutex_lock(&maps->lock);
-    uint64_t bytes = pins_of(maps, tenant)->bytes;
+    uint64_t bytes = kvsi_map_tenant_of(maps, tenant)->bytes;
     kvc_mutex_unlock(&maps->lock);
     return bytes;
 }
 
-static bool room_for_segment(peer *p)
+/* Room for n more values in the list and, at most half full, in the set. */
+static bool grow(map *m, uint32_t n)
 {
-    if (p->n_segments < p->room_segments)
+    uint32_t have = m->values ? 64 : 0, want = 64;
+    while (have > 0 && have < m->n)
+        have *= 2;
+    while (want < m->n + n)
+        want *= 2;
+    if (have < want) {
+        uint32_t *more = realloc(m->values, want * sizeof(*more));
+        if (!more)
+            return false;
+        m->values = more;
+    }
+    if (m->n_set >= 2 * want)
         return true;
-    uint32_t room = p->room_segments ? 2 * p->room_segments : 16;
-    passed *more = realloc(p->segments, room * sizeof(*more));
-    if (!more)
+    uint32_t *set = calloc(2 * (size_t)want, sizeof(*set));
+    if (!set)
         return false;
-    p->segments = more;
-    p->room_segments = room;
+    free(m->set);
+    m->set = set;
+    m->n_set = 2 * want;
+    for (uint32_t i = 0; i < m->n; i++)
+        *place_in(m, m->values[i]) = m->values[i];
     return true;
 }
 
-/* Room for n more behind the first used, by powers of two from 64. */
-static bool grow(uint32_t **list, uint32_t used, uint32_t n)
+/* Takes those that it has not; the others move to the end of the list. Gives how many it took. */
+static uint32_t take_values(map *m, uint32_t *values, uint32_t n)
 {
-    uint32_t have = 64, want = 64;
-    while (have < used)
-        have *= 2;
-    while (want < used + n)
-        want *= 2;
-    if (*list && have >= want)
-        return true;
-    uint32_t *more = realloc(*list, want * sizeof(*more));
-    if (more)
-        *list = more;
-    return more != NULL;
+    uint32_t i = 0, end = n;
+    while (i < end) {
+        uint32_t value = values[i], *place = place_in(m, value);
+        if (*place == 0) {
+            *place = m->values[m->n++] = value;
+            i++;
+        } else {
+            values[i] = values[--end];
+            values[end] = value;
+        }
+    }
+    return end;
 }
 
-kvc_status kvs_map_add(kvs_maps *maps, uint64_t id, uint64_t number, const uint32_t *values,
-                       uint32_t n, uint64_t used_bytes, uint64_t reserved_bytes)
+kvc_status kvs_map_add(kvs_maps *maps, uint64_t id, uint64_t number, uint32_t *values,
+                       uint32_t *n_p, uint64_t used_bytes, uint64_t reserved_bytes)
 {
     kvc_mutex_lock(&maps->lock);
-    peer *p = find_peer(maps, id);
+    peer *p = kvsi_map_peer_of(maps, id);
     map *m = find_map(p, number);
     kvc_status status = m ? KVC_OK : KVC_NOT_FOUND;
-    if (m && !grow(&m->values, m->n, n))
+    if (m && !grow(m, *n_p))
         status = KVC_NO_MEMORY;
     unreserve(maps, &p->tenant, status == KVC_OK ? reserved_bytes - used_bytes : reserved_bytes);
-    if (status == KVC_OK && n > 0)
-        memcpy(m->values + m->n, values, n * sizeof(*values));
     if (status == KVC_OK) {
-        m->n += n;
+        *n_p = take_values(m, values, *n_p);
         m->bytes += used_bytes;
-        KVC_GAUGE_ADD(map_pins, n);
+        KVC_GAUGE_ADD(map_pins, *n_p);
         KVC_GAUGE_ADD(map_pinned_bytes, used_bytes);
     }
     kvc_mutex_unlock(&maps->lock);
     return status;
-}
-
-void kvs_map_unpass(kvs_maps *maps, uint64_t id, uint32_t n_segments, bool lease)
-{
-    passed last[KVC_MAX_MAP_SEGMENTS];
-    kvc_mutex_lock(&maps->lock);
-    peer *p = find_peer(maps, id);
-    KVC_ASSERT(n_segments <= KVC_MAX_MAP_SEGMENTS && n_segments <= p->n_segments);
-    p->lease_passed = p->lease_passed && !lease;
-    p->n_segments -= n_segments;
-    if (n_segments > 0)
-        memcpy(last, p->segments + p->n_segments, n_segments * sizeof(*last));
-    kvc_mutex_unlock(&maps->lock);
-    for (uint32_t i = 0; i < n_segments; i++)
-        kvs_dram_count_mapping(maps->server->dram.tier, last[i].number, false);
-    KVC_GAUGE_SUB(mapped_segments, n_segments);
-}
-
-uint32_t kvs_map_segment(kvs_maps *maps, uint64_t id, const void *dram_segment, bool no_fds,
-                         int *fd_p)
-{
-    const kvs_dram_segment *segment = dram_segment;
-    uint32_t i = 0;
-    *fd_p = -1;
-    kvc_mutex_lock(&maps->lock);
-    peer *p = find_peer(maps, id);
-    uint32_t n = p->n_segments;
-    while (i < n && (p->segments[i].number != segment->number ||
-                     p->segments[i].generation != segment->generation))
-        i++;
-    if (i == n && !no_fds) {
-        if (room_for_segment(p))
-            *fd_p = fcntl(segment->fd, F_DUPFD_CLOEXEC, 0);
-        if (*fd_p >= 0)
-            p->segments[p->n_segments++] = (passed){segment->number, segment->generation};
-    }
-    bool known = i < p->n_segments;
-    kvc_mutex_unlock(&maps->lock);
-    if (*fd_p >= 0) {
-        kvs_dram_count_mapping(maps->server->dram.tier, segment->number, true);
-        KVC_GAUGE_ADD(mapped_segments, 1);
-    }
-    return known ? i + 1 : 0;
 }

@@ -7,6 +7,9 @@
  * lease: a word per map, which holds the map's number while it is good. The server clears the word
  * before it lets the values go; a reader copies first, then looks at the word, and drops what it
  * copied if the word is another. Pinned bytes are counted once for each map.
+ *
+ * Segments are passed once to a connection and are its until it says that it maps them no more, or
+ * goes. Meanwhile no other tenant can have them, empty or not, so they are capped as pins are.
  */
 #ifndef KVS_MAPS_H
 #define KVS_MAPS_H
@@ -40,17 +43,27 @@ kvc_status kvs_map_begin(kvs_maps *maps, uint64_t id, const kvc_digest *tenant, 
 /* Reserves up to want_bytes of the tenant's pins; gives how many. */
 uint64_t kvs_map_reserve(kvs_maps *maps, const kvc_digest *tenant, uint64_t want_bytes);
 /*
- * Adds values [n], which the caller has referenced, to the map, and gives back what is left of the
- * reserved bytes. NOT_FOUND, NO_MEMORY: they are the caller's still, and no bytes are reserved.
+ * Adds values [*n_p], which the caller has referenced, to the map, and gives back what is left of
+ * the reserved bytes. Those that the map has already go to the end of the list, *n_p becomes how
+ * many were taken, and the rest are the caller's still. NOT_FOUND, NO_MEMORY: they all are, and no
+ * bytes are reserved.
  */
-kvc_status kvs_map_add(kvs_maps *maps, uint64_t id, uint64_t number, const uint32_t *values,
-                       uint32_t n, uint64_t used_bytes, uint64_t reserved_bytes) KVC_MUST_CHECK;
-/* What the connection calls the segment of a held slot; *fd_p: a descriptor of its own to pass, as
- * it is new to it, else -1. 0: no more may be passed now (no_fds), or memory is out. */
-uint32_t kvs_map_segment(kvs_maps *maps, uint64_t id, const void *dram_segment, bool no_fds,
-                         int *fd_p);
-/* The last n_segments that were new, and the lease where it was, have not been passed after all. */
-void kvs_map_unpass(kvs_maps *maps, uint64_t id, uint32_t n_segments, bool lease);
+kvc_status kvs_map_add(kvs_maps *maps, uint64_t id, uint64_t number, uint32_t *values,
+                       uint32_t *n_p, uint64_t used_bytes, uint64_t reserved_bytes) KVC_MUST_CHECK;
+
+typedef struct kvs_map_place {
+    uint32_t id; /* what the connection calls the segment; 0: it has not been passed */
+    int fd;      /* of its own, to be passed, as the segment is new to it; else -1 */
+    bool capped; /* id 0: no more may be mapped, whatever the reply has room for */
+    bool again;  /* the map pins the value already */
+} kvs_map_place;
+/* Finds the segment (a kvs_dram_segment) of a held slot among those of the connection, or passes
+ * it, unless no_fds: the reply has no room. */
+void kvs_map_place_value(kvs_maps *maps, uint64_t id, uint64_t number, uint32_t value,
+                         const void *dram_segment, bool no_fds, kvs_map_place *place_p);
+/* These segments, by the connection's ids [n], are mapped by it no more, or were not passed after
+ * all, and so is the lease. Ids that mean nothing are passed over. */
+void kvs_map_unpass(kvs_maps *maps, uint64_t id, const uint32_t *ids, uint32_t n, bool lease);
 void kvs_map_release(kvs_maps *maps, uint64_t id, uint64_t number);
 uint64_t kvs_map_pinned(kvs_maps *maps, const kvc_digest *tenant);
 uint64_t kvs_map_max_bytes(const kvs_maps *maps);

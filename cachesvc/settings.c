@@ -90,6 +90,10 @@ static const kvc_setting table[] = {
      "Bytes of values that the maps of one tenant's clients (shm://) may keep where they are in "
      "dram; what is beyond it they fetch by request. 0: half of dram_bytes. All tenants together "
      "may pin nine tenths of dram_bytes."},
+    {"max_mapped_bytes", KVC_CONFIG_BYTES, FIELD(max_mapped_bytes), "0", 0, 64 * TIB, NULL,
+     "Bytes of dram's segments (64 MiB each, less where dram is small) that one tenant's clients "
+     "may have mapped, pinned or not: no other tenant can use them. 0: three quarters of "
+     "dram_bytes. All tenants together may have nine tenths of dram_bytes."},
     {"shm_ring_bytes", KVC_CONFIG_BYTES, FIELD(shm_ring_bytes), "2MiB", 64 * KIB, 1024 * MIB, NULL,
      "Shared memory through which payloads of one shm:// connection travel, in each direction. All "
      "of it together stays within a quarter of max_inflight_bytes; connections beyond that "

@@ -21,6 +21,7 @@ typedef struct kvs_settings {
     uint64_t context_ttl_ns, max_contexts, max_open_blocks;
     uint64_t max_hold_bytes;    /* 0: half of dram_bytes */
     uint64_t max_map_pin_bytes; /* 0: half of dram_bytes */
+    uint64_t max_mapped_bytes;  /* 0: three quarters of dram_bytes */
     uint64_t shm_ring_bytes;
     const char *shm_map_uids, *shm_map_gids; /* numbers, separated by commas */
     uint64_t max_saved, max_saved_bytes;     /* contexts saved by name */

@@ -447,13 +447,16 @@ void kvs_dram_segments(kvs_tier *tier, kvs_dram_segment *segments, uint32_t max,
     kvc_mutex_unlock(&tier->lock);
 }
 
-void kvs_dram_count_mapping(kvs_tier *tier, uint32_t number, bool more)
+uint32_t kvs_dram_count_mapping(kvs_tier *tier, uint32_t number, bool more, uint64_t *len_bytes_p)
 {
     kvc_mutex_lock(&tier->lock);
     kvsi_segment *segment = tier->segments[number];
     KVC_ASSERT(more || segment->n_mappings > 0);
     segment->n_mappings = more ? segment->n_mappings + 1 : segment->n_mappings - 1;
+    uint32_t n = segment->n_mappings;
+    *len_bytes_p = segment->len_bytes;
     kvc_mutex_unlock(&tier->lock);
+    return n;
 }
 
 kvc_status kvs_dram_locate(kvs_tier *tier, kvs_slot slot, kvs_dram_segment *segment_p,

@@ -34,9 +34,9 @@ void kvs_dram_segments(kvs_tier *tier, kvs_dram_segment *segments, uint32_t max,
 /*
  * One process more (or less) maps the segment: while any does, it goes to no other tenant, since
  * its memory would stay taken beside that of the memfd that replaced it. To be counted in while a
- * slot of it is held. Any thread, does not block.
+ * slot of it is held. Gives how many do now, and how long it is. Any thread, does not block.
  */
-void kvs_dram_count_mapping(kvs_tier *tier, uint32_t number, bool more);
+uint32_t kvs_dram_count_mapping(kvs_tier *tier, uint32_t number, bool more, uint64_t *len_bytes_p);
 
 /*
  * Where a held slot lies: its segment's description and the byte offset in it. INVALID: slot is

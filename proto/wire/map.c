@@ -9,7 +9,8 @@ static const char bad_segment[] = "a segment without an id or a length";
 
 kvc_status kvci_put_map_context_request(const kvc_request *req, const kvci_out *out)
 {
-    if (req->u.map_context.n_parts > KVC_MAX_PARTS)
+    if (req->u.map_context.n_parts > KVC_MAX_PARTS ||
+        req->u.map_context.n_unmapped > KVC_MAX_UNMAPPED)
         return KVC_INVALID;
     Kvasir__V1__MapContextRequest msg = KVASIR__V1__MAP_CONTEXT_REQUEST__INIT;
     msg.context = req->u.map_context.context;
@@ -19,6 +20,8 @@ kvc_status kvci_put_map_context_request(const kvc_request *req, const kvci_out *
     msg.first_block = req->u.map_context.first_block;
     msg.n_blocks = req->u.map_context.n_blocks;
     msg.release = req->u.map_context.release;
+    msg.n_unmapped = req->u.map_context.n_unmapped;
+    msg.unmapped = (uint32_t *)(uintptr_t)req->u.map_context.unmapped;
     return kvci_put(out, &msg.base, 0);
 }
 
@@ -27,6 +30,8 @@ kvc_status kvci_get_map_context_request(kvci_job *job, kvc_request *req)
     const Kvasir__V1__MapContextRequest *msg = (const Kvasir__V1__MapContextRequest *)job->msg;
     if (msg->n_parts > KVC_MAX_PARTS)
         return kvci_refuse(job, "more parts than a schema can have");
+    if (msg->n_unmapped > KVC_MAX_UNMAPPED)
+        return kvci_refuse(job, "more segments than one request may give back");
     req->u.map_context.context = msg->context;
     req->u.map_context.map = msg->map;
     req->u.map_context.n_parts = (uint32_t)msg->n_parts;
@@ -34,6 +39,8 @@ kvc_status kvci_get_map_context_request(kvci_job *job, kvc_request *req)
     req->u.map_context.first_block = msg->first_block;
     req->u.map_context.n_blocks = msg->n_blocks;
     req->u.map_context.release = msg->release;
+    req->u.map_context.n_unmapped = (uint32_t)msg->n_unmapped;
+    req->u.map_context.unmapped = msg->unmapped;
     return KVC_OK;
 }
 

@@ -213,8 +213,8 @@ typedef struct kvc_request {
         } fetch_blocks;
         struct {
             uint64_t context, map;
-            uint32_t n_parts, first_block, n_blocks;
-            const uint32_t *parts;
+            uint32_t n_parts, first_block, n_blocks, n_unmapped;
+            const uint32_t *parts, *unmapped;
             bool release;
         } map_context;
     } u;

@@ -204,6 +204,8 @@ static void fill_keep_request(kvc_request *req, kvc_arena *arena)
         req->u.map_context.first_block = 189;
         req->u.map_context.n_blocks = 190;
         req->u.map_context.release = true;
+        req->u.map_context.n_unmapped = 2;
+        req->u.map_context.unmapped = sample_parts;
         break;
     default:
         break;

@@ -267,6 +267,8 @@ static const char *map_request_diff(const kvc_request *a, const kvc_request *b)
     SAME(u.map_context.first_block);
     SAME(u.map_context.n_blocks);
     SAME(u.map_context.release);
+    SAME(u.map_context.n_unmapped);
+    SAME_BYTES(u.map_context.unmapped, a->u.map_context.n_unmapped * sizeof(uint32_t));
     return NULL;
 }
 

@@ -36,6 +36,7 @@ extern "C" {
 #define KVC_MAX_ATTEND_HEADS   1024u
 #define KVC_MAX_RANK           (1u << 30)  /* positions of keys in AttendRows lie below it */
 #define KVC_MAX_SAVED_PAGE     256u        /* saved contexts in one ListContexts reply */
+#define KVC_MAX_UNMAPPED       1024u       /* segments given back by one MapContext */
 #define KVC_MAX_MAP_SEGMENTS   63u         /* that come with one MapContext reply */
 #define KVC_MIN_SAVED_PIECE    (64u << 10) /* of a saved context's body, but for the last one */
 

@@ -197,18 +197,21 @@ static void test_mapped_segment_stays_with_its_tenant(void **state)
     open_with(t, 1u << 20, 1u << 20); /* one segment */
     uint32_t n = fill(t, 1, (shape){4096, 16}, slots, 64);
     assert_int_equal(kvs_dram_locate(t->tier, slots[0], &before, &off), KVC_OK);
-    kvs_dram_count_mapping(t->tier, before.number, true);
-    kvs_dram_count_mapping(t->tier, before.number, true);
+    uint64_t len_bytes;
+    for (uint32_t i = 1; i <= 2; i++)
+        assert_int_equal(kvs_dram_count_mapping(t->tier, before.number, true, &len_bytes), i);
+    assert_int_equal(len_bytes, before.len_bytes);
     drop(t, 1, slots, n);
     kvs_value_key key = key_of(2, 77, 0), own = key_of(1, 78, 0);
     kvs_slot slot;
-    for (int mappings = 2; mappings > 0; mappings--) {
+    for (uint32_t mappings = 2; mappings > 0; mappings--) {
         assert_int_equal(t->ops->reserve(t->tier, &key, 65536, 1, &slot, &addr), KVC_AGAIN);
         assert_int_equal(t->ops->reserve(t->tier, &own, 65536, 1, &slot, &addr), KVC_OK);
         assert_int_equal(kvs_dram_locate(t->tier, slot, &after, &off), KVC_OK);
         assert_ptr_equal(after.base, before.base);
         t->ops->release(t->tier, &own, slot);
-        kvs_dram_count_mapping(t->tier, before.number, false);
+        assert_int_equal(kvs_dram_count_mapping(t->tier, before.number, false, &len_bytes),
+                         mappings - 1);
     }
     assert_int_equal(t->ops->reserve(t->tier, &key, 65536, 1, &slot, &addr), KVC_OK);
     for (uint32_t i = 0; i < 65536; i++)

@@ -1,0 +1,129 @@
+/*
+ * map_segments.c: which segments of dram have been passed to which connection; see maps.h.
+ *
+ * Any thread. Invariants: the dram tier counts a segment's connections, and while there are any it
+ * goes to no other tenant; a tenant's mapped bytes are those of its segments with connections.
+ * Whether a client has let go of memory cannot be seen: it is believed, as it is when it leaves.
+ */
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/metrics.h"
+#include "maps_internal.h"
+#include "tier/tier_dram.h"
+
+/* Makes *list hold more than i, filled up with fill. */
+static bool make_room(uint32_t **list, uint32_t *n, uint32_t i, uint32_t fill)
+{
+    uint32_t room = *n ? *n : 16;
+    while (room <= i)
+        room *= 2;
+    if (room == *n)
+        return true;
+    uint32_t *more = realloc(*list, room * sizeof(*more));
+    if (!more)
+        return false;
+    for (uint32_t k = *n; k < room; k++)
+        more[k] = fill;
+    *list = more;
+    *n = room;
+    return true;
+}
+
+static void count_bytes(kvs_maps *maps, const kvc_digest *tenant, uint64_t len_bytes, bool more)
+{
+    kvsi_map_tenant *t = kvsi_map_tenant_of(maps, tenant);
+    uint64_t by = more ? len_bytes : 0 - len_bytes;
+    t->mapped_bytes += by;
+    maps->total_mapped_bytes += by;
+    if (more)
+        KVC_GAUGE_ADD(mapped_bytes, len_bytes);
+    else
+        KVC_GAUGE_SUB(mapped_bytes, len_bytes);
+}
+
+/* One connection less has the segment. */
+static void take_back(kvs_maps *maps, kvsi_map_peer *p, uint32_t id)
+{
+    uint32_t number = p->numbers[id - 1];
+    uint64_t len_bytes;
+    p->numbers[id - 1] = KVSI_NO_SEGMENT;
+    p->ids[number] = 0;
+    p->n_passed--;
+    if (kvs_dram_count_mapping(maps->server->dram.tier, number, false, &len_bytes) == 0)
+        count_bytes(maps, &p->tenant, len_bytes, false);
+    KVC_GAUGE_SUB(mapped_segments, 1);
+}
+
+static bool fits(kvs_maps *maps, const kvc_digest *tenant, uint64_t len_bytes)
+{
+    return kvsi_map_tenant_of(maps, tenant)->mapped_bytes + len_bytes <= maps->max_mapped_bytes &&
+           maps->total_mapped_bytes + len_bytes <= maps->max_total;
+}
+
+/* Gives a segment, of which a slot is held, a free id of the connection. */
+static void pass(kvs_maps *maps, kvsi_map_peer *p, const kvs_dram_segment *segment,
+                 kvs_map_place *place)
+{
+    uint32_t at = p->n_passed;
+    for (uint32_t i = 0; i < p->n_numbers && p->n_passed < p->n_numbers; i++) {
+        at = i;
+        if (p->numbers[i] == KVSI_NO_SEGMENT)
+            break;
+    }
+    if (!make_room(&p->ids, &p->n_ids, segment->number, 0) ||
+        !make_room(&p->numbers, &p->n_numbers, at, KVSI_NO_SEGMENT))
+        return;
+    kvs_tier *tier = maps->server->dram.tier;
+    uint64_t len_bytes;
+    bool first = kvs_dram_count_mapping(tier, segment->number, true, &len_bytes) == 1;
+    place->capped = first && !fits(maps, &p->tenant, len_bytes);
+    if (!place->capped)
+        place->fd = fcntl(segment->fd, F_DUPFD_CLOEXEC, 0);
+    if (place->fd < 0) {
+        (void)kvs_dram_count_mapping(tier, segment->number, false, &len_bytes);
+        return;
+    }
+    if (first)
+        count_bytes(maps, &p->tenant, len_bytes, true);
+    p->numbers[at] = segment->number;
+    p->ids[segment->number] = place->id = at + 1;
+    p->n_passed++;
+    KVC_GAUGE_ADD(mapped_segments, 1);
+}
+
+void kvs_map_place_value(kvs_maps *maps, uint64_t id, uint64_t number, uint32_t value,
+                         const void *dram_segment, bool no_fds, kvs_map_place *place_p)
+{
+    const kvs_dram_segment *segment = dram_segment;
+    *place_p = (kvs_map_place){.fd = -1};
+    kvc_mutex_lock(&maps->lock);
+    kvsi_map_peer *p = kvsi_map_peer_of(maps, id);
+    place_p->again = kvsi_map_has(p, number, value);
+    place_p->id = segment->number < p->n_ids ? p->ids[segment->number] : 0;
+    if (place_p->id == 0 && !no_fds)
+        pass(maps, p, segment, place_p);
+    kvc_mutex_unlock(&maps->lock);
+}
+
+void kvs_map_unpass(kvs_maps *maps, uint64_t id, const uint32_t *ids, uint32_t n, bool lease)
+{
+    kvc_mutex_lock(&maps->lock);
+    kvsi_map_peer *p = kvsi_map_peer_of(maps, id);
+    if (p)
+        p->lease_passed = p->lease_passed && !lease;
+    for (uint32_t i = 0; p && i < n; i++)
+        if (ids[i] > 0 && ids[i] <= p->n_numbers && p->numbers[ids[i] - 1] != KVSI_NO_SEGMENT)
+            take_back(maps, p, ids[i]);
+    kvc_mutex_unlock(&maps->lock);
+}
+
+void kvsi_map_forget_segments(kvs_maps *maps, kvsi_map_peer *p)
+{
+    for (uint32_t id = 1; id <= p->n_numbers; id++)
+        if (p->numbers[id - 1] != KVSI_NO_SEGMENT)
+            take_back(maps, p, id);
+    free(p->ids);
+    free(p->numbers);
+}

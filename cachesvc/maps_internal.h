@@ -1,0 +1,69 @@
+/*
+ * maps_internal.h: what maps.c and map_segments.c share: connections, their maps, their segments.
+ *
+ * All of it is guarded by kvs_maps.lock, but for what a map that was cut still has.
+ */
+#ifndef KVSI_MAPS_INTERNAL_H
+#define KVSI_MAPS_INTERNAL_H
+
+#include <stdatomic.h>
+
+#include "base/thread.h"
+#include "maps.h"
+
+#define KVSI_MAP_TENANTS 64u
+
+typedef struct kvsi_map {
+    struct kvsi_map *next;
+    uint64_t number, bytes;
+    uint32_t slot;    /* in the lease */
+    uint32_t *values; /* [n] referenced; room for a power of two */
+    uint32_t *set;    /* [n_set, a power of two] the same by their hashes; 0: free */
+    uint32_t n, n_set;
+} kvsi_map;
+
+typedef struct kvsi_map_peer {
+    struct kvsi_map_peer *next;
+    uint64_t id;
+    kvc_digest tenant;
+    kvsi_map *maps;
+    int lease_fd;
+    _Atomic uint64_t *lease;
+    bool lease_passed;
+    /* A segment is passed once, however often it is laid out anew: while somebody maps it, it stays
+     * the same memory. */
+    uint32_t *ids; /* [n_ids] by the segment's number: what the connection calls it; 0: nothing */
+    uint32_t *numbers; /* [n_numbers] by id - 1; KVSI_NO_SEGMENT: the id is free */
+    uint32_t n_ids, n_numbers, n_passed;
+} kvsi_map_peer;
+
+#define KVSI_NO_SEGMENT UINT32_MAX
+
+typedef struct kvsi_map_tenant {
+    kvc_digest tenant;
+    uint64_t bytes;        /* pinned or reserved */
+    uint64_t mapped_bytes; /* of segments that at least one connection has been passed */
+} kvsi_map_tenant;
+
+struct kvs_maps {
+    kvs_server *server;
+    uint64_t max_bytes, max_mapped_bytes; /* of a tenant */
+    uint64_t max_total;                   /* of either, of all tenants */
+    kvc_mutex lock; /* rank CONTEXT; guards all below; never held with a context's */
+    kvsi_map_peer *peers;
+    uint64_t next_number, total_bytes, total_mapped_bytes;
+    kvsi_map_tenant tenants[KVSI_MAP_TENANTS]; /* beyond them, tenants share the last */
+    uint32_t n_tenants;
+};
+
+/* ---- maps.c, with the lock held ---- */
+kvsi_map_tenant *kvsi_map_tenant_of(kvs_maps *maps, const kvc_digest *tenant);
+kvsi_map_peer *kvsi_map_peer_of(kvs_maps *maps, uint64_t id); /* NULL: it has mapped nothing */
+/* Whether the connection's map of this number pins the value. */
+bool kvsi_map_has(kvsi_map_peer *peer, uint64_t number, uint32_t value);
+
+/* ---- map_segments.c, with the lock held ---- */
+/* The connection has gone: nothing is passed to it any more. */
+void kvsi_map_forget_segments(kvs_maps *maps, kvsi_map_peer *peer);
+
+#endif
