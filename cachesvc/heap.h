@@ -3,11 +3,11 @@
  * there.
  *
  * RssAnon + RssShmem stay within dram_bytes + row_sums_bytes + 64 B a value + 256 MiB, with up to
- * 1,000 connections and the settings' defaults. The 256 MiB are made of
+ * 1,000 connections (max_connections) and the settings' defaults. The 256 MiB are made of
  *
  *   what                                                     MiB   held there by
  *   the process: tables, threads' stacks, libraries           25
- *   connections over gRPC, 30 KiB each                        30   1,000 of them: nothing caps them
+ *   connections over gRPC, 30 KiB each                        30   max_connections
  *   requests received and not worked off                      64   max_inflight_bytes
  *   requests arriving, memory waiting for them                32   KVT_GRPC_READ_BYTES
  *   answers on their way                                      64   max_inflight_bytes again

@@ -19,6 +19,7 @@
 #include "base/metrics.h"
 #include "base/text.h"
 #include "cascade.h"
+#include "files.h"
 #include "heap.h"
 #include "maps.h"
 #include "recover.h"
@@ -271,6 +272,7 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
         server->boot_id = kvc_wall_ns();
     fill_limits(server);
     server->inflight.max_bytes = settings->max_inflight_bytes;
+    server->peers.max = kvs_files_connections(settings);
     kvs_buffers_init(&server->buffers, server->limits.max_message_bytes + PAGE_BYTES,
                      settings->max_inflight_bytes);
     kvs_admission_init(&server->admission, (kvs_admission_policy)settings->lmdb_admission,
@@ -316,6 +318,7 @@ static kvc_status listen_one(kvs_server *server, const char *uri)
         .max_calls = (uint32_t)server->settings.max_calls,
         .max_inflight_bytes = server->settings.max_inflight_bytes,
         .inflight = &server->inflight,
+        .peers = &server->peers,
         .n_threads = (uint32_t)server->settings.transport_threads,
         .handshake_ns = server->settings.handshake_ns,
         .keepalive_ns = server->settings.keepalive_ns,

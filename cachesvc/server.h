@@ -71,6 +71,7 @@ typedef struct kvs_server {
     bool schemas_lost;     /* at start: values may be waiting for them, so none is collected */
 
     kvt_budget inflight; /* of requests' bytes, whichever listener has them */
+    kvt_peers peers;     /* their connections */
     uint32_t n_listeners;
     struct {
         const kvt_ops *ops;

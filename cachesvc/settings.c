@@ -72,6 +72,11 @@ static const kvc_setting table[] = {
      "buffers have a cap of the same size."},
     {"max_calls", KVC_CONFIG_UINT, FIELD(max_calls), "1024", 1, 65536, NULL,
      "Calls in flight at once on one listener; beyond it they are answered AGAIN."},
+    {"max_connections", KVC_CONFIG_UINT, FIELD(max_connections), "1000", 1, 65536, NULL,
+     "Connections of all listeners together; one that comes beyond is closed at once, and its "
+     "client "
+     "tries again later. Over gRPC each takes some 30 KiB of memory, and every one a descriptor: "
+     "where the hard limit on open files is lower, so is this."},
     {"context_ttl", KVC_CONFIG_DURATION, FIELD(context_ttl_ns), "10m", 10 * MS, 240 * HOUR, NULL,
      "How long an open context lives after its last use, where the client does not say."},
     {"schema_grace", KVC_CONFIG_DURATION, FIELD(schema_grace_ns), "1h", 0, 240 * HOUR, NULL,

@@ -17,7 +17,7 @@ typedef struct kvs_settings {
     const char *admin_listen; /* HOST:PORT; "": none */
     uint64_t dram_bytes, lmdb_bytes;
     const char *lmdb_path;
-    uint64_t max_value_bytes, max_inflight_bytes, max_calls;
+    uint64_t max_value_bytes, max_inflight_bytes, max_calls, max_connections;
     uint64_t context_ttl_ns, max_contexts, max_open_blocks;
     uint64_t max_hold_bytes;    /* 0: half of dram_bytes */
     uint64_t max_map_pin_bytes; /* 0: half of dram_bytes */

@@ -7,11 +7,14 @@
 #include <pthread.h>
 #include <string.h>
 
+#include "base/clock.h"
+#include "base/log.h"
 #include "base/metrics.h"
 #include "transport_internal.h"
 
 #define MALLOC_KEEP_BYTES (64 << 20)
 #define MALLOC_MMAP_BYTES (32 << 20) /* the most that glibc takes */
+#define REFUSAL_LOG_NS    ((uint64_t)10 * 1000000000)
 
 static const kvt_ops *const transports[] = {
     &kvt_inproc_ops,
@@ -79,6 +82,38 @@ bool kvti_budget_take(kvt_budget *budget, uint64_t len_bytes)
 void kvti_budget_give(kvt_budget *budget, uint64_t len_bytes)
 {
     atomic_fetch_sub(&budget->used_bytes, len_bytes);
+}
+
+/* Not a line for each: whoever is refused comes again. */
+static void log_refusal(uint32_t max)
+{
+    static atomic_uint_least64_t next_ns;
+    uint64_t now_ns = kvc_now_ns();
+    uint_least64_t due_ns = atomic_load(&next_ns);
+    if (now_ns >= due_ns &&
+        atomic_compare_exchange_strong(&next_ns, &due_ns, now_ns + REFUSAL_LOG_NS))
+        KVC_LOG_WARN(TRANSPORT, "connections are refused: there are %u, as many as may be", max);
+}
+
+bool kvti_peers_take(kvt_peers *peers)
+{
+    unsigned n = peers == NULL ? 0 : atomic_load(&peers->n);
+    do {
+        if (peers != NULL && n >= peers->max) {
+            KVC_COUNT(connections_refused);
+            log_refusal(peers->max);
+            return false;
+        }
+    } while (peers != NULL && !atomic_compare_exchange_weak(&peers->n, &n, n + 1));
+    KVC_GAUGE_ADD(connections, 1);
+    return true;
+}
+
+void kvti_peers_give(kvt_peers *peers, uint32_t n)
+{
+    if (peers != NULL)
+        atomic_fetch_sub(&peers->n, n);
+    KVC_GAUGE_SUB(connections, n);
 }
 
 /* Messages of megabytes come and go: without these, glibc hands their pages back to the kernel

@@ -104,6 +104,14 @@ typedef struct kvt_budget {
     atomic_uint_least64_t used_bytes;
 } kvt_budget;
 
+/* Connections that listeners have together, whatever their transports; beyond max the next is
+ * closed as it comes. The server's; it outlives them. gRPC closes connections without a word:
+ * theirs count up to a second longer than they last. */
+typedef struct kvt_peers {
+    uint32_t max;
+    atomic_uint n;
+} kvt_peers;
+
 /* Limits that are 0 get the transport's defaults: 1 MiB, 1,024 calls, 64 MiB, 10 minutes. */
 typedef struct kvt_listen_opts {
     size_t size_bytes; /* of this struct */
@@ -114,6 +122,7 @@ typedef struct kvt_listen_opts {
     uint32_t max_calls;          /* in flight at once; beyond: AGAIN */
     uint64_t max_inflight_bytes; /* of requests held at once; beyond: AGAIN */
     kvt_budget *inflight;        /* kept: the limit instead, shared with others; NULL: none */
+    kvt_peers *peers;            /* kept: connections count here too; NULL: no limit of ours */
     uint32_t n_threads;          /* 0: min(cores, 4) */
     uint64_t handshake_ns;       /* a connection that has not spoken by then is closed; 0: 10 s */
     uint64_t keepalive_ns;       /* a silent one is asked whether it lives; 0: 30 s */

@@ -31,6 +31,12 @@ kvt_budget *kvti_budget(const kvt_listen_opts *opts, kvt_budget *own);
 bool kvti_budget_take(kvt_budget *budget, uint64_t len_bytes) KVC_MUST_CHECK;
 void kvti_budget_give(kvt_budget *budget, uint64_t len_bytes);
 
+/* Counts a connection that comes; false: it is to be refused, and that is counted and, now and
+ * then, logged. peers may be NULL. Any thread. */
+bool kvti_peers_take(kvt_peers *peers) KVC_MUST_CHECK;
+/* n of them have ended. */
+void kvti_peers_give(kvt_peers *peers, uint32_t n);
+
 /* Counts a call of ours that is answered without the server having seen it, in the metrics that the
    server keeps of the calls that it sees. */
 void kvti_count_refusal(kvc_status status);

@@ -66,6 +66,7 @@ class Case(base.Case):
 
 class Connections(Case):
     args = Case.args + ("--handshake", "1s", "--idle", "3s", "--keepalive", "1s")
+    args += ("--max-connections", str(2 * IDLE))
 
     def closed(self, link):
         """The server's side closes it: all that comes is read, up to the end."""
@@ -128,6 +129,40 @@ class Connections(Case):
         """Its connection is closed under it, and its next call just works."""
         self.serves()
         time.sleep(5)
+        self.serves()
+
+
+class Limited(Case):
+    """More connections than there may be: they are closed, and the others go on."""
+
+    MOST = 8
+    args = Case.args + ("--max-connections", str(MOST))
+
+    def counter(self, name):
+        counters = self.store.Stats(pb.StatsRequest()).counters
+        return next(counter.value for counter in counters if counter.name == name)
+
+    def lives(self, link):
+        """Whether the server has greeted it; else it has closed it."""
+        try:
+            return len(link.recv(9)) > 0
+        except ConnectionResetError:
+            return False
+
+    def test_too_many(self):
+        self.serves()
+        links = [self.dial(PREFACE + SETTINGS) for _ in range(3 * self.MOST)]
+        living = [link for link in links if self.lives(link)]
+        self.assertEqual(len(living), self.MOST - 1)
+        self.serves()
+        self.assertEqual(self.counter("connections"), self.MOST)
+        self.assertGreaterEqual(self.counter("connections_refused"), 2 * self.MOST + 1)
+        for link in links:
+            link.close()
+        self.waits_for(lambda: self.counter("connections") == 1)
+        link = self.dial(PREFACE + SETTINGS)
+        self.assertTrue(self.lives(link))
+        link.close()
         self.serves()
 
 

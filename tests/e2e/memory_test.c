@@ -283,7 +283,9 @@ static void open_crowd(crowd *c, const limits *l)
     support_random random = support_seed(1);
     support_make_folder(c->folder, sizeof(c->folder));
     (void)snprintf(values, sizeof(values), "%s/values", c->folder);
-    const char *args[] = {"--dram-bytes",
+    const char *args[] = {"--max-connections",
+                          "1100",
+                          "--dram-bytes",
                           "64MiB",
                           "--lmdb-path",
                           values,

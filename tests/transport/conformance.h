@@ -33,6 +33,7 @@ void server_dies(void **state);
 void drain_waits(void **state);
 void drain_gives_up(void **state);
 void listener_deadline(void **state);
+void connections_beyond(void **state);
 void bad_uris(void **state);
 void name_is_taken(void **state);
 

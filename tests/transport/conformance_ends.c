@@ -5,6 +5,7 @@
  */
 #include "fixture.h"
 
+#include "base/metrics.h"
 #include "conformance.h"
 
 /* Answers the one held call with a slice, late. */
@@ -352,6 +353,66 @@ void bad_uris(void **state)
     assert_null(kvt_find("nosuch://x"));
     assert_null(kvt_find("grpc:/x"));
     assert_null(kvt_at(1000));
+}
+
+/* A request that is repeated until it gets through, or gets status. */
+static void run_until(fixture *f, kvt_conn *conn, kvc_status wanted)
+{
+    uint64_t give_up_ns = kvc_deadline_ns(30 * SECOND);
+    kvc_status status = KVC_AGAIN;
+    kvt_conn *own = f->conn;
+    f->conn = conn;
+    while (status != wanted && !kvc_expired(give_up_ns)) {
+        job j;
+        job_init(&j, f, sample_request(KVC_STATS, 0, &f->arena), 10 * SECOND);
+        status = job_run(&j);
+        job_fini(&j);
+        usleep(20000);
+    }
+    f->conn = own;
+    assert_status(status, wanted);
+}
+
+/* Beyond the most connections the next is refused, the others go on, and one that ends makes room.
+ * inproc has no connections at the server. */
+void connections_beyond(void **state)
+{
+    (void)state;
+    enum { N = 3 };
+    fixture f;
+    kvt_conn *conns[N + 1];
+    kvt_peers peers = {.max = N};
+    fixture_init(&f);
+    f.listen.peers = &peers;
+    fixture_listen(&f);
+    if (strcmp(f.ops->name, "inproc") == 0) {
+        fixture_connect(&f, 1);
+        run_until(&f, f.conn, KVC_OK);
+        assert_int_equal(atomic_load(&peers.n), 0);
+        fixture_close(&f);
+        return;
+    }
+    uint64_t held = kvc_metric_get(KVC_M_connections);
+    uint64_t refused = kvc_metric_get(KVC_M_connections_refused);
+    for (uint32_t i = 0; i <= N; i++) {
+        fixture_connect(&f, 1);
+        conns[i] = f.conn;
+    }
+    for (uint32_t i = 0; i < N; i++)
+        run_until(&f, conns[i], KVC_OK);
+    assert_int_equal(atomic_load(&peers.n), N);
+    run_until(&f, conns[N], KVC_UNAVAILABLE);
+    assert_true(kvc_metric_get(KVC_M_connections_refused) > refused);
+    assert_int_equal(kvc_metric_get(KVC_M_connections), held + N);
+    for (uint32_t i = 0; i < N; i++)
+        run_until(&f, conns[i], KVC_OK);
+    f.ops->conn_close(conns[0]);
+    run_until(&f, conns[N], KVC_OK);
+    for (uint32_t i = 1; i < N; i++)
+        f.ops->conn_close(conns[i]);
+    fixture_close(&f);
+    assert_int_equal(atomic_load(&peers.n), 0);
+    assert_int_equal(kvc_metric_get(KVC_M_connections), held);
 }
 
 static void (*plain_done)(kvt_xfer *xfer);

@@ -47,6 +47,7 @@ static int run_suite(const char *name, const char *uri)
         cmocka_unit_test(bad_uris),
         cmocka_unit_test(name_is_taken),
         cmocka_unit_test(listener_deadline),
+        cmocka_unit_test(connections_beyond),
         cmocka_unit_test(close_waits_for_slices),
         cmocka_unit_test(stream_in_order),
         cmocka_unit_test(stream_waits_for_reader),

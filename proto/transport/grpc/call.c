@@ -15,6 +15,8 @@
 #include "grpc_internal.h"
 #include "wire/wire.h"
 
+#define LOOK_NS ((uint64_t)1000000000) /* between two looks at which connections have ended */
+
 static void uncharge(struct kvti_call *call)
 {
     kvti_budget_give(call->queue->listener->budget, call->charged_bytes);
@@ -49,10 +51,23 @@ static void leave_queue(struct kvti_call *call)
         queue->newest = call->older;
 }
 
+/* When there is something to do without an event; 0: never. Calls are in the order of their
+ * arrival, so the first to give up is the oldest; look_ns 0: not on this queue. */
+static uint64_t next_turn_ns(const kvti_queue *queue, uint64_t look_ns)
+{
+    uint64_t give_up_ns = queue->oldest == NULL ? 0 : queue->oldest->give_up_ns;
+    return give_up_ns == 0 || (look_ns != 0 && look_ns < give_up_ns) ? look_ns : give_up_ns;
+}
+
 void kvti_serve_queue(kvti_queue *queue)
 {
-    /* In the order of arrival, so the first to give up is the oldest. */
-    while (kvti_run_one(queue->cq, queue->oldest == NULL ? 0 : queue->oldest->give_up_ns)) {
+    kvt_listener *listener = queue->listener;
+    uint64_t look_ns = queue == listener->queues ? kvc_deadline_ns(LOOK_NS) : 0;
+    while (kvti_run_one(queue->cq, next_turn_ns(queue, look_ns))) {
+        if (look_ns != 0 && kvc_expired(look_ns)) {
+            kvti_server_sockets_look(&listener->sockets);
+            look_ns = kvc_deadline_ns(LOOK_NS);
+        }
         while (queue->oldest != NULL && kvc_expired(queue->oldest->give_up_ns)) {
             struct kvti_call *call = queue->oldest;
             leave_queue(call);

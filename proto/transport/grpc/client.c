@@ -91,7 +91,7 @@ static grpc_channel *create_channel(const char *target, uint32_t i, uint32_t max
         kvti_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_OUT_MS),
         kvti_arg(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0),
         kvti_arg(GRPC_ARG_ENABLE_CHANNELZ, 0),
-        kvti_sockets_arg(0), /* last: only where it fits */
+        kvti_sockets_arg(), /* last: only where it fits */
     };
     size_t n_args = sizeof(args) / sizeof(args[0]) - !kvti_target_is_local(target);
     grpc_channel_args list = {n_args, args};

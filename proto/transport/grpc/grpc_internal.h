@@ -73,13 +73,41 @@ void kvti_start(grpc_call *call, const grpc_op *ops, size_t n_ops, kvti_tag *tag
 
 /* ---- socket.c ------------------------------------------------------------------------------- */
 
-/* An argument of servers, whose peers the system asks after keepalive_s of silence, and of channels
- * whose target is on this machine (0): what connections need that stay on it. The caller ends it
- * once the server or channel is made, which has a reference of its own. */
-grpc_arg kvti_sockets_arg(int keepalive_s);
+/* An argument of channels whose target is on this machine: what connections need that stay on it.
+ * The caller ends it once the channel is made, which has a reference of its own. */
+grpc_arg kvti_sockets_arg(void);
 void kvti_sockets_arg_end(grpc_arg *arg);
+/* The same of a server, whose peers the system asks after keepalive_s of silence and whose
+ * connections count in peers (may be NULL). The caller ends it once the server has gone. */
+grpc_arg kvti_server_sockets_arg(int keepalive_s, kvt_peers *peers);
+/* Of that argument: its connections, which are looked at. */
+void kvti_server_sockets_look(const grpc_arg *arg);
 /* Whether gRPC's name for an address says that it is on this machine. */
 bool kvti_target_is_local(const char *target);
+
+/* ---- peers.c -------------------------------------------------------------------------------- */
+
+typedef struct kvti_accepted kvti_accepted;
+
+/* The connections of a listener. */
+typedef struct kvti_sockets {
+    kvc_mutex lock; /* rank LEAF; guards the rest; taken under gRPC's own */
+    kvt_peers *peers;
+    kvti_accepted *accepted;
+    uint32_t n, max;
+    uint64_t looked_ns;
+    bool over;
+} kvti_sockets;
+
+/* Borrows peers until over. */
+void kvti_sockets_init(kvti_sockets *sockets, kvt_peers *peers);
+/* gRPC has accepted fd: it is counted, or shut down. */
+void kvti_sockets_come(kvti_sockets *sockets, int fd);
+/* Those that have ended count no more. */
+void kvti_sockets_look(kvti_sockets *sockets);
+/* None counts any more, and none that comes will. */
+void kvti_sockets_over(kvti_sockets *sockets);
+void kvti_sockets_fini(kvti_sockets *sockets);
 
 /* ---- the server end ------------------------------------------------------------------------- */
 
@@ -140,6 +168,7 @@ struct kvt_listener {
     kvt_listen_opts opts; /* uri points to uri below */
     char uri[KVTI_TARGET_BYTES + 16];
     grpc_server *server;
+    grpc_arg sockets; /* kvti_server_sockets_arg */
     void *methods[KVTI_SLOTS];
     kvti_queue *queues;
     uint32_t n_queues;

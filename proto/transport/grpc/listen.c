@@ -123,11 +123,13 @@ static void put_quota(void)
     pthread_mutex_unlock(&quota_lock);
 }
 
-static grpc_server *create_server(const kvt_listener *listener)
+static grpc_server *create_server(kvt_listener *listener)
 {
     const kvt_listen_opts *opts = &listener->opts;
     uint32_t streams =
         opts->max_calls < STREAMS_MAX ? opts->max_calls + STREAMS_SLACK : STREAMS_MAX;
+    listener->sockets = kvti_server_sockets_arg(
+        (to_ms(opts->keepalive_ns, KEEPALIVE_NS) + 999) / 1000, opts->peers);
     grpc_arg args[] = {
         kvti_arg(GRPC_ARG_ALLOW_REUSEPORT, 0),
         kvti_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH,
@@ -140,18 +142,14 @@ static grpc_server *create_server(const kvt_listener *listener)
         kvti_arg(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, to_ms(opts->handshake_ns, HANDSHAKE_NS)),
         kvti_arg(GRPC_ARG_MAX_CONNECTION_IDLE_MS, to_ms(opts->idle_ns, IDLE_NS)),
         kvti_arg(GRPC_ARG_ENABLE_CHANNELZ, 0),
-        kvti_sockets_arg((to_ms(opts->keepalive_ns, KEEPALIVE_NS) + 999) / 1000),
+        listener->sockets,
         {.type = GRPC_ARG_POINTER,
          .key = (char *)(uintptr_t)GRPC_ARG_RESOURCE_QUOTA,
          .value.pointer = {hold_quota(listener->budget->max_bytes),
                            grpc_resource_quota_arg_vtable()}},
     };
     grpc_channel_args list = {sizeof(args) / sizeof(args[0]), args};
-    grpc_server *server = grpc_server_create(&list, NULL);
-    for (size_t i = 0; i < list.num_args; i++)
-        if (strcmp(args[i].key, GRPC_ARG_SOCKET_MUTATOR) == 0)
-            kvti_sockets_arg_end(&args[i]);
-    return server;
+    return grpc_server_create(&list, NULL);
 }
 
 static void register_methods(kvt_listener *listener)
@@ -299,6 +297,7 @@ static kvc_status grpc_listen(const kvt_listen_opts *opts, kvt_listener **listen
 err_queues:
     close_queues(listener);
     grpc_server_destroy(listener->server);
+    kvti_sockets_arg_end(&listener->sockets);
     put_quota();
     destroy_queues(listener);
     kvc_cond_fini(&listener->changed);
@@ -383,6 +382,7 @@ static void grpc_listener_close(kvt_listener *listener)
     wait_until_quiet(listener);
     close_queues(listener);
     grpc_server_destroy(listener->server);
+    kvti_sockets_arg_end(&listener->sockets);
     put_quota();
     destroy_queues(listener);
     KVC_ASSERT(listener->n_calls == 0 && atomic_load(&listener->own_budget.used_bytes) == 0);

@@ -10,7 +10,8 @@
  * that leave the machine keep the system's default.
  *
  * gRPC hands its sockets out to a grpc_socket_mutator, which its public headers name but do not
- * define; the layout here is the one that it has had since 1.34. No state, any thread.
+ * define; the layout here is the one that it has had since 1.34. Any thread; the only state is a
+ * listener's connections (peers.c).
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -45,6 +46,7 @@ struct grpc_socket_mutator {
     gpr_refcount refcount;
     atomic_int keepalive_s; /* ours: a listener's; 0: a client's. Written once; atomic since only
                                gRPC, which no sanitizer sees into, hands it to its threads */
+    kvti_sockets sockets;   /* a listener's; to be used after keepalive_s was read */
 };
 
 /* A mapped IPv4 address as IPv4. */
@@ -103,8 +105,10 @@ static void keep_alive(int fd, int keepalive_s)
 static bool tune(const socket_info *info, grpc_socket_mutator *mutator)
 {
     static const char reno[] = "reno";
-    if (info->usage == USE_SERVER_CONNECTION)
+    if (info->usage == USE_SERVER_CONNECTION) {
         keep_alive(info->fd, atomic_load(&mutator->keepalive_s));
+        kvti_sockets_come(&mutator->sockets, info->fd);
+    }
     if (info->usage == USE_CLIENT_CONNECTION ||
         (info->usage == USE_SERVER_CONNECTION && stays_here(info->fd)))
         (void)setsockopt(info->fd, IPPROTO_TCP, TCP_CONGESTION, reno, sizeof(reno) - 1);
@@ -125,6 +129,8 @@ static int same(grpc_socket_mutator *a, grpc_socket_mutator *b)
 
 static void last_unref(grpc_socket_mutator *mutator)
 {
+    if (atomic_load(&mutator->keepalive_s) > 0)
+        kvti_sockets_fini(&mutator->sockets);
     gpr_free(mutator);
 }
 
@@ -146,23 +152,43 @@ static int arg_compare(void *a, void *b)
     return same(a, b);
 }
 
-grpc_arg kvti_sockets_arg(int keepalive_s)
+static grpc_arg make_arg(int keepalive_s, kvt_peers *peers)
 {
     static const mutator_vtable vtable = {tune_nothing, same, last_unref, tune};
     static const grpc_arg_pointer_vtable arg_vtable = {arg_copy, arg_destroy, arg_compare};
     grpc_socket_mutator *mutator = gpr_malloc(sizeof(*mutator));
     mutator->vtable = &vtable;
-    atomic_store(&mutator->keepalive_s, keepalive_s);
     gpr_ref_init(&mutator->refcount, 1);
+    if (keepalive_s > 0)
+        kvti_sockets_init(&mutator->sockets, peers);
+    atomic_store(&mutator->keepalive_s, keepalive_s);
     grpc_arg arg = {.type = GRPC_ARG_POINTER, .key = (char *)(uintptr_t)GRPC_ARG_SOCKET_MUTATOR};
     arg.value.pointer.p = mutator;
     arg.value.pointer.vtable = &arg_vtable;
     return arg;
 }
 
+grpc_arg kvti_sockets_arg(void)
+{
+    return make_arg(0, NULL);
+}
+
+grpc_arg kvti_server_sockets_arg(int keepalive_s, kvt_peers *peers)
+{
+    return make_arg(keepalive_s, peers);
+}
+
+void kvti_server_sockets_look(const grpc_arg *arg)
+{
+    kvti_sockets_look(&((grpc_socket_mutator *)arg->value.pointer.p)->sockets);
+}
+
 void kvti_sockets_arg_end(grpc_arg *arg)
 {
-    arg_destroy(arg->value.pointer.p);
+    grpc_socket_mutator *mutator = arg->value.pointer.p;
+    if (atomic_load(&mutator->keepalive_s) > 0)
+        kvti_sockets_over(&mutator->sockets);
+    arg_destroy(mutator);
 }
 
 bool kvti_target_is_local(const char *target)

@@ -54,6 +54,7 @@ static bool lose_read(kvtr_rcall *call)
 void kvtr_on_down(kvtr_link *link, kvtr_read *reads)
 {
     kvtr_rcall *calls = NULL;
+    kvti_peers_give(((kvt_listener *)link->loop)->opts.peers, 1);
     kvc_mutex_lock(&link->loop->mutex);
     kvtr_begun_drop(link);
     for (uint32_t b = 0; b < KVTI_CALL_BUCKETS; b++) {

@@ -28,7 +28,7 @@ static bool may_come(kvt_listener *listener)
     kvc_mutex_lock(&listener->loop.mutex);
     for (kvtr_link *link = listener->loop.links; link != NULL; link = link->next)
         n++;
-    bool may = !listener->draining && n < MAX_LINKS;
+    bool may = !listener->draining && n < MAX_LINKS && kvti_peers_take(listener->opts.peers);
     kvc_mutex_unlock(&listener->loop.mutex);
     return may;
 }
@@ -57,9 +57,12 @@ static bool set_up(kvtr_link *link, const struct rdma_conn_param *theirs)
 static void on_request(kvt_listener *listener, struct rdma_cm_id *id,
                        const struct rdma_conn_param *theirs)
 {
-    kvtr_link *link = may_come(listener) ? kvtr_link_create(&listener->loop, id) : NULL;
+    bool may = may_come(listener);
+    kvtr_link *link = may ? kvtr_link_create(&listener->loop, id) : NULL;
     id->context = link;
     if (link == NULL) {
+        if (may)
+            kvti_peers_give(listener->opts.peers, 1);
         (void)kvtr_verbs_now->reject(id, NULL, 0);
         (void)kvtr_verbs_now->destroy_id(id);
         return;

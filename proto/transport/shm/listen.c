@@ -167,7 +167,8 @@ static void accept_one(kvt_listener *listener, int fd)
 {
     kvti_loop *loop = &listener->loops[listener->next_loop++ % listener->n_loops];
     kvc_mutex_lock(&listener->lock);
-    bool room = listener->n_peers < KVTI_SHM_MAX_PEERS;
+    bool room = (listener->opts.peers != NULL || listener->n_peers < KVTI_SHM_MAX_PEERS) &&
+                kvti_peers_take(listener->opts.peers);
     listener->n_peers += room;
     kvc_mutex_unlock(&listener->lock);
     kvti_peer *peer = room ? kvti_peer_create(loop, fd) : NULL;
@@ -177,12 +178,14 @@ static void accept_one(kvt_listener *listener, int fd)
         kvti_peer_unref(peer); /* the loop's is taken when it joins */
         return;
     }
-    KVC_LOG_WARN(SHM, "a connection was refused: %s",
-                 room ? "memory is out" : "there are too many");
+    if (room)
+        KVC_LOG_WARN(SHM, "a connection was refused: memory is out");
     (void)close(fd);
     kvc_mutex_lock(&listener->lock);
     listener->n_peers -= room;
     kvc_mutex_unlock(&listener->lock);
+    if (room)
+        kvti_peers_give(listener->opts.peers, 1);
 }
 
 static void run_accept(kvt_listener *listener)

@@ -427,6 +427,7 @@ void kvti_peer_unref(kvti_peer *peer)
     kvc_mutex_lock(&listener->lock);
     listener->ring_bytes -= ring_bytes;
     listener->n_peers--;
+    kvti_peers_give(listener->opts.peers, 1);
     kvc_cond_broadcast(&listener->changed);
     kvc_mutex_unlock(&listener->lock);
 }

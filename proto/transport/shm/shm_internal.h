@@ -19,7 +19,7 @@
 
 #define KVTI_SHM_PATH_BYTES sizeof(((struct sockaddr_un *)0)->sun_path)
 #define KVTI_SHM_URI_BYTES  (KVTI_SHM_PATH_BYTES + 8)
-#define KVTI_SHM_MAX_PEERS  4096u       /* connections of one listener */
+#define KVTI_SHM_MAX_PEERS  4096u       /* connections of a listener without kvt_peers */
 #define KVTI_SHM_IN_BYTES   (64u << 10) /* of input read at once */
 #define KVTI_SHM_MAX_FDS    KVT_MAX_FDS /* that go with one frame */
 #define KVTI_SHM_BUCKETS    256u        /* of a connection's calls by id */
