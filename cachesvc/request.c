@@ -14,6 +14,7 @@
 #include "base/digest.h"
 #include "base/log.h"
 #include "base/metrics.h"
+#include "tenants.h"
 
 static kvs_handler *const handlers[KVC_METHOD_COUNT] = {
 #define KVC_METHOD(upper, lower, name, flags) kvs_on_##lower,
@@ -49,6 +50,9 @@ void kvs_on_call(void *arg, kvt_call *call)
     call->began_ns = kvc_now_ns();
     atomic_fetch_add(&((kvs_server *)arg)->n_calls, 1);
     KVC_GAUGE_ADD(requests_in_flight, 1);
+    if (call->peer)
+        call->tenant =
+            kvs_tenants_find(((kvs_server *)arg)->tenants, call->peer->uid, call->peer->gid);
     kvc_status status = tenant_digest(call->tenant, &tenant);
     if (status != KVC_OK) {
         kvs_fail(call, status, "the tenant's name must have 1 to %u bytes", KVC_MAX_NAME_BYTES);

@@ -26,6 +26,7 @@
 #include "request.h"
 #include "saved.h"
 #include "schema_record.h"
+#include "tenants.h"
 #include "writer.h"
 
 #define PAGE_BYTES 4096u
@@ -254,7 +255,9 @@ static kvc_status create_tables(kvs_server *server)
     server->index->max_held_total = s->dram_bytes / 10 * 9;
     server->saved = kvs_saved_create(server);
     server->maps = kvs_maps_create(server);
-    return server->maps && server->contexts && server->holds && server->ttls && server->saved
+    server->tenants = kvs_tenants_create(server->settings.shm_tenants);
+    return server->maps && server->tenants && server->contexts && server->holds && server->ttls &&
+                   server->saved
                ? KVC_OK
                : KVC_NO_MEMORY;
 }
@@ -413,6 +416,7 @@ void kvs_server_close(kvs_server *server, bool flush)
     kvs_holds_destroy(server->holds);
     kvs_saved_destroy(server->saved);
     kvs_maps_destroy(server->maps);
+    kvs_tenants_destroy(server->tenants);
     kvs_ttls_destroy(server->ttls);
     if (server->index)
         kvs_cascade_reap(server);

@@ -49,6 +49,7 @@ typedef struct kvs_server {
     kvs_saved *saved;
     kvs_ttls *ttls;
     kvs_maps *maps;
+    struct kvs_tenants *tenants;  /* of clients of this host */
     atomic_ullong streamed_bytes; /* of buffers for bodies that PutBlocksStream waits for */
     kvs_store dram, lmdb;
     struct kvs_attender *attender; /* NULL: AttendRows is not served */

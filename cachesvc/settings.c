@@ -13,6 +13,7 @@
 #include "admin.h"
 #include "base/text.h"
 #include "kvc/types.h"
+#include "tenants.h"
 
 #define KIB         (UINT64_C(1) << 10)
 #define MIB         (UINT64_C(1) << 20)
@@ -103,6 +104,10 @@ static const kvc_setting table[] = {
      "Shared memory through which payloads of one shm:// connection travel, in each direction. All "
      "of it together stays within a quarter of max_inflight_bytes; connections beyond that "
      "have none."},
+    {"shm_tenants", KVC_CONFIG_STRING, FIELD(shm_tenants), "", 0, 4096, NULL,
+     "Which tenant a client on this host (shm://) is, by its user or group id: UID:TENANT and "
+     "@GID:TENANT, separated by commas, as in \"1001:alice,1002:bob,@100:team\". Who has no entry, "
+     "neither its user nor its group, is the tenant \"default\"."},
     {"shm_map_uids", KVC_CONFIG_STRING, FIELD(shm_map_uids), "", 0, 4096, NULL,
      "User ids, separated by commas, whose processes may map dram over shm://, besides the "
      "server's own user. Others read by request."},
@@ -219,6 +224,11 @@ kvc_status kvs_settings_check(const kvs_settings *settings, char why[KVC_CONFIG_
         !kvs_ids_are_numbers(settings->shm_map_gids)) {
         snprintf(why, KVC_CONFIG_WHY_BYTES,
                  "shm_map_uids and shm_map_gids take numbers, separated by commas");
+        return KVC_INVALID;
+    }
+    if (!kvs_tenants_check(settings->shm_tenants)) {
+        snprintf(why, KVC_CONFIG_WHY_BYTES,
+                 "shm_tenants takes UID:TENANT and @GID:TENANT, separated by commas, no id twice");
         return KVC_INVALID;
     }
     if (settings->lmdb_path[0] && settings->lmdb_bytes && settings->lmdb_bytes < 16 * MIB) {

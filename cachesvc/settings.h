@@ -23,6 +23,7 @@ typedef struct kvs_settings {
     uint64_t max_map_pin_bytes; /* 0: half of dram_bytes */
     uint64_t max_mapped_bytes;  /* 0: three quarters of dram_bytes */
     uint64_t shm_ring_bytes;
+    const char *shm_tenants;                 /* as tenants.h says */
     const char *shm_map_uids, *shm_map_gids; /* numbers, separated by commas */
     uint64_t max_saved, max_saved_bytes;     /* contexts saved by name */
     uint64_t max_saved_tenant_bytes;         /* 0: half of max_saved_bytes */

@@ -77,7 +77,8 @@ struct kvt_call {
     kvc_request req;
     kvc_arena arena;      /* the server may allocate its reply here */
     uint64_t deadline_ns; /* CLOCK_MONOTONIC; never 0: within max_deadline_ns of the listener */
-    const char *tenant;   /* identity of the peer; "default" without certificates */
+    const char *tenant;   /* identity of the peer; "default" without certificates;
+                           * the server's to set where peer says more */
     void *user;
     const void *held;  /* the server's too */
     uint64_t began_ns; /* the server's too */

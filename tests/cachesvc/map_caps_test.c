@@ -42,28 +42,6 @@ static void caps_leave_the_rest_to_requests(void **state)
     free(v);
 }
 
-/* The segments that the test has mapped are mapped no more, and the server is told. */
-static void give_back(view *v)
-{
-    uint32_t ids[SEGMENTS], n = 0;
-    kvc_request req = {.method = KVC_MAP_CONTEXT};
-    for (uint32_t id = 0; id < SEGMENTS; id++) {
-        if (v->segments[id] == NULL)
-            continue;
-        assert_int_equal(munmap((void *)(uintptr_t)v->segments[id], v->len_bytes[id]), 0);
-        close(v->fds[id]);
-        v->segments[id] = NULL;
-        ids[n++] = id;
-    }
-    ids[n++] = 0; /* what means nothing is passed over */
-    ids[n++] = 70000;
-    req.u.map_context.release = true;
-    req.u.map_context.unmapped = ids;
-    req.u.map_context.n_unmapped = n;
-    assert_int_equal(h_call(v->peer, &req), KVC_OK);
-    assert_int_equal(h_call(v->peer, &req), KVC_OK); /* said twice */
-}
-
 /* A client that maps one context after the other does not come to have all of dram. */
 static void mapped_segments_are_capped(void **state)
 {
@@ -110,7 +88,7 @@ static void mapped_segments_are_capped(void **state)
     free(w);
     map_wait_gauge(KVC_M_mapped_segments, 2);
     /* What is given back makes room for others, under the same ids. */
-    give_back(v);
+    map_give_back(v);
     assert_int_equal(kvc_metric_get(KVC_M_mapped_segments), 0);
     assert_int_equal(kvc_metric_get(KVC_M_mapped_bytes), 0);
     for (uint64_t b = 0; b < 96; b += 95) { /* the first it has had already */

@@ -143,3 +143,24 @@ void map_wait_gauge(kvc_metric metric, uint64_t want)
         usleep(1000);
     assert_int_equal(kvc_metric_get(metric), want);
 }
+
+void map_give_back(view *v)
+{
+    uint32_t ids[SEGMENTS], n = 0;
+    kvc_request req = {.method = KVC_MAP_CONTEXT};
+    for (uint32_t id = 0; id < SEGMENTS; id++) {
+        if (v->segments[id] == NULL)
+            continue;
+        assert_int_equal(munmap((void *)(uintptr_t)v->segments[id], v->len_bytes[id]), 0);
+        close(v->fds[id]);
+        v->segments[id] = NULL;
+        ids[n++] = id;
+    }
+    ids[n++] = 0; /* what means nothing is passed over */
+    ids[n++] = 70000;
+    req.u.map_context.release = true;
+    req.u.map_context.unmapped = ids;
+    req.u.map_context.n_unmapped = n;
+    assert_int_equal(h_call(v->peer, &req), KVC_OK);
+    assert_int_equal(h_call(v->peer, &req), KVC_OK); /* said twice */
+}

@@ -62,6 +62,8 @@ bool map_is_good(const view *v);
 void map_assert_value(const uint8_t *value, uint64_t block, uint32_t part);
 void map_release(view *v);
 void map_close_fds(view *v);
+/* The segments that the test has mapped are mapped no more, and the server is told. */
+void map_give_back(view *v);
 void map_forget(view *v); /* unmaps all, tells nobody */
 /* Waits for what happens off the test's thread. */
 void map_wait_gauge(kvc_metric metric, uint64_t want);
