@@ -18,6 +18,7 @@
 #define MAX_TRIES        64u /* at room for one value; others may be faster to take what it freed */
 #define SEGMENT_RETRY_NS 50000000ull
 #define MAX_PROMOTING    64u
+#define ROOM_STEP        32u /* values that give way at once, where as many are wanted */
 
 static void count_lost(kvs_server *server, const kvs_victim *victim)
 {
@@ -26,28 +27,21 @@ static void count_lost(kvs_server *server, const kvs_victim *victim)
     atomic_fetch_add(&server->lost_bytes, victim->value_bytes);
 }
 
-static void release_dram(kvs_server *server, const kvs_victim *victim)
+static void release_dram(kvs_server *server, const kvs_victim *victims, uint32_t n)
 {
-    server->dram.ops->release(server->dram.tier, &victim->key, victim->slot);
-    atomic_fetch_add(&server->dram.evictions, 1);
-    if (victim->gone)
-        count_lost(server, victim);
-    kvs_evict_finish(server->index, victim);
+    for (uint32_t i = 0; i < n; i++) {
+        server->dram.ops->release(server->dram.tier, &victims[i].key, victims[i].slot);
+        if (victims[i].gone)
+            count_lost(server, &victims[i]);
+    }
+    atomic_fetch_add(&server->dram.evictions, n);
+    kvs_evict_finish_each(server->index, victims, n);
 }
 
 static void release_lmdb(kvs_server *server, const kvs_victim *victim)
 {
     server->lmdb.ops->release(server->lmdb.tier, &victim->key, victim->slot);
     kvs_evict_finish(server->index, victim);
-}
-
-static void part_key(const kvs_schema *schema, uint32_t part, const kvc_digest *block,
-                     kvs_value_key *key_p)
-{
-    key_p->tenant = schema->tenant;
-    key_p->schema = schema->digest;
-    key_p->block = *block;
-    key_p->part = kvs_part_at(schema, part)->id;
 }
 
 /* Evicts all of one segment that another class has. False: there is none that can be emptied; it
@@ -71,19 +65,21 @@ static bool empty_segment(kvs_server *server, uint32_t cls)
     }
     dram->ops->close_segment(dram->tier, segment, true);
     while (kvs_evict_from_segment(server->index, segment, &cursor, &victim))
-        release_dram(server, &victim);
+        release_dram(server, &victim, 1);
     dram->ops->close_segment(dram->tier, segment, false);
     return true;
 }
 
-static bool make_room(kvs_server *server, uint32_t cls, bool promotes)
+/* For n values, or fewer. */
+static bool make_room(kvs_server *server, uint32_t cls, bool promotes, uint32_t n)
 {
-    kvs_victim victim;
+    kvs_victim victims[ROOM_STEP];
     if (!promotes && kvs_evict_starved(server->index, cls) && empty_segment(server, cls))
         return true;
-    if (promotes ? kvs_evict_dram_copy(server->index, cls, &victim)
-                 : kvs_evict_dram(server->index, cls, &victim)) {
-        release_dram(server, &victim);
+    n = promotes ? kvs_evict_dram_copy(server->index, cls, victims)
+                 : kvs_evict_dram_each(server->index, cls, victims, n < ROOM_STEP ? n : ROOM_STEP);
+    if (n > 0) {
+        release_dram(server, victims, n);
         return true;
     }
     return !promotes && empty_segment(server, cls);
@@ -93,29 +89,32 @@ static bool make_room(kvs_server *server, uint32_t cls, bool promotes)
    to give, or next to nothing of dram, takes from another, and then a whole segment, since less is
    of no use to it. A promotion moves a copy, so it takes no value that is nowhere else. */
 static kvc_status reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
-                          const kvs_value_key *key, bool promotes, kvs_slot *slot_p, void **addr_p)
+                          bool promotes, uint32_t n, kvs_slot *slots, void **addrs)
 {
     const kvs_part *info = kvs_part_at(schema, part);
     const kvs_store *dram = &server->dram;
+    const kvs_value_key key = {.tenant = schema->tenant};
     for (uint32_t i = 0; i <= MAX_TRIES; i++) {
         kvc_status status =
-            dram->ops->reserve(dram->tier, key, info->row_bytes, info->n_rows, slot_p, addr_p);
+            dram->ops->reserve(dram->tier, &key, info->row_bytes, info->n_rows, n, slots, addrs);
         if (status != KVC_AGAIN)
             return status;
-        if (!make_room(server, info->cls, promotes))
+        if (!make_room(server, info->cls, promotes, n))
             return KVC_AGAIN;
     }
     return KVC_AGAIN;
 }
 
 kvc_status kvs_cascade_reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
-                               const kvc_digest *block, kvs_slot *slot_p, void **addr_p)
+                               uint32_t n, kvs_slot *slots, void **addrs, uint32_t *n_p)
 {
-    kvs_value_key key;
-    part_key(schema, part, block, &key);
+    *n_p = 0;
     if (KVC_FAULT("put.reserve"))
         return KVC_AGAIN;
-    return reserve(server, schema, part, &key, false, slot_p, addr_p);
+    kvc_status status = reserve(server, schema, part, false, n, slots, addrs);
+    while (status == KVC_OK && *n_p < n && addrs[*n_p])
+        ++*n_p;
+    return status;
 }
 
 uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, uint64_t bytes)
@@ -174,7 +173,7 @@ kvc_status kvs_cascade_load(kvs_server *server, const kvs_schema *schema, uint32
     kvs_slot slot;
     void *addr;
     kvs_index_key(server->index, value, &key);
-    kvc_status status = reserve(server, schema, part, &key, true, &slot, &addr);
+    kvc_status status = reserve(server, schema, part, true, 1, &slot, &addr);
     if (status != KVC_OK) {
         kvs_index_loaded(server->index, value, NULL);
         return status;
@@ -183,7 +182,7 @@ kvc_status kvs_cascade_load(kvs_server *server, const kvs_schema *schema, uint32
     status = server->lmdb.ops->read(server->lmdb.tier, &key, lmdb, info->row_bytes, info->n_rows,
                                     &range, 1);
     if (status == KVC_OK)
-        server->dram.ops->commit(server->dram.tier, slot);
+        server->dram.ops->commit(server->dram.tier, &slot, 1);
     else if (status == KVC_CORRUPT || status == KVC_NOT_FOUND)
         kvs_cascade_bad(server, value, status);
     if (kvs_index_loaded(server->index, value, status == KVC_OK ? &slot : NULL))

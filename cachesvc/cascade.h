@@ -10,12 +10,13 @@
 #include "server.h"
 
 /*
- * Room in dram for a value of this part, evicting what can give way. AGAIN: nothing can. The slot
- * is reserved, not committed. NO_MEMORY, INVALID from the tier.
+ * Room in dram for n values of this part's shape, evicting what can give way. OK: for the first
+ * *n_p of them, one at least; slots [n] are reserved, not committed, and their rows go to addrs
+ * [n]. AGAIN: nothing can give way. NO_MEMORY, INVALID from the tier.
  */
 kvc_status kvs_cascade_reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
-                               const kvc_digest *block, kvs_slot *slot_p,
-                               void **addr_p) KVC_MUST_CHECK;
+                               uint32_t n, kvs_slot *slots, void **addrs,
+                               uint32_t *n_p) KVC_MUST_CHECK;
 /* Evicts lmdb values as large as those of the class until bytes were released or nothing gives way;
    returns the bytes. */
 uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, uint64_t bytes);

@@ -244,28 +244,28 @@ bool kvs_evict_starved(kvs_index *index, uint32_t cls)
 }
 
 /* Tries the class with most bytes in dram first, then every other. */
-static bool dram_from_any(kvs_index *index, kvs_victim *victim_p)
+static bool dram_from_any(kvs_index *index, uint32_t *steps_p, kvs_victim *victim_p)
 {
     uint64_t total;
-    uint32_t steps = KVS_EVICT_SCAN;
     uint32_t best = kvs_evict_largest_locked(index, &total);
-    if (dram_from(index, &index->classes[best], false, &steps, victim_p))
+    if (dram_from(index, &index->classes[best], false, steps_p, victim_p))
         return true;
     for (uint32_t i = 0; i < index->n_classes; i++)
-        if (i != best && dram_from(index, &index->classes[i], false, &steps, victim_p))
+        if (i != best && dram_from(index, &index->classes[i], false, steps_p, victim_p))
             return true;
     return false;
 }
 
-bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
+uint32_t kvs_evict_dram_each(kvs_index *index, uint32_t cls, kvs_victim *victims, uint32_t max)
 {
-    uint32_t steps = KVS_EVICT_SCAN;
+    uint32_t n = 0, steps = KVS_EVICT_SCAN;
     kvc_mutex_lock(&index->lock);
-    bool found = cls == KVS_ANY_CLASS
-                     ? dram_from_any(index, victim_p)
-                     : dram_from(index, &index->classes[cls], false, &steps, victim_p);
+    while (n < max && (cls == KVS_ANY_CLASS
+                           ? dram_from_any(index, &steps, &victims[n])
+                           : dram_from(index, &index->classes[cls], false, &steps, &victims[n])))
+        n++;
     kvc_mutex_unlock(&index->lock);
-    return found;
+    return n;
 }
 
 bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
@@ -311,11 +311,10 @@ bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p)
     return id != KVS_NIL;
 }
 
-void kvs_evict_finish(kvs_index *index, const kvs_victim *victim)
+/* The caller holds the lock. A victim that stays in lmdb is no longer ours: only its dram slot was.
+ */
+static void finish_one(kvs_index *index, const kvs_victim *victim)
 {
-    if (!victim->gone && !victim->from_lmdb)
-        return; /* it is no longer ours: only its dram slot was */
-    kvc_mutex_lock(&index->lock);
     kvs_value *value = kvs_value_at(index, victim->value);
     if (victim->gone) {
         KVC_ASSERT((value->flags & ~KVS_ERASED) == KVS_FILLING);
@@ -326,5 +325,12 @@ void kvs_evict_finish(kvs_index *index, const kvs_victim *victim)
         kvs_evict_dram_add(index, victim->value);
         kvs_index_erased_locked(index, victim->value);
     }
+}
+
+void kvs_evict_finish_each(kvs_index *index, const kvs_victim *victims, uint32_t n)
+{
+    kvc_mutex_lock(&index->lock);
+    for (uint32_t i = 0; i < n; i++)
+        finish_one(index, &victims[i]);
     kvc_mutex_unlock(&index->lock);
 }

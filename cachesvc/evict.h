@@ -33,9 +33,13 @@ typedef struct kvs_victim {
     uint32_t value_bytes;
 } kvs_victim;
 
-/* cls KVS_ANY_CLASS: the class with most bytes first. False: nothing there can give way, or nothing
-   of what one call looks at; the next call looks at others. */
-bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
+/* Up to max victims; returns how many. cls KVS_ANY_CLASS: of the class with most bytes first. 0:
+   nothing there can give way, or nothing of what one call looks at; the next looks at others. */
+uint32_t kvs_evict_dram_each(kvs_index *index, uint32_t cls, kvs_victim *victims, uint32_t max);
+static inline bool kvs_evict_dram(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
+{
+    return kvs_evict_dram_each(index, cls, victim_p, 1) == 1;
+}
 /* Whether the class has less than 1/KVS_EVICT_STARVED of what dram holds while one has over half.
  */
 bool kvs_evict_starved(kvs_index *index, uint32_t cls);
@@ -44,8 +48,12 @@ bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* From the class, else from others, of any tenant, that share its lmdb environment. False also
    where the first KVS_EVICT_SCAN values were all in use; the next call looks at others. */
 bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
-/* After the slot was released. */
-void kvs_evict_finish(kvs_index *index, const kvs_victim *victim);
+/* After the slots of victims [n] were released. */
+void kvs_evict_finish_each(kvs_index *index, const kvs_victim *victims, uint32_t n);
+static inline void kvs_evict_finish(kvs_index *index, const kvs_victim *victim)
+{
+    kvs_evict_finish_each(index, victim, 1);
+}
 /* One copy of a doomed value that nobody reads any more: release its slot, then finish. */
 bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p);
 

@@ -198,41 +198,39 @@ kvs_claim kvs_claim_old_locked(kvs_index *index, uint32_t id, bool durable, kvs_
     return KVS_CLAIM_WRITE;
 }
 
-static kvs_claim claim_any(kvs_index *index, const kvs_schema *schema, uint32_t part,
-                           const kvc_digest *digest, bool durable, bool only_old, uint32_t *value_p,
-                           kvs_slot *slot_p)
+/* The caller holds the lock. */
+static void claim_one(kvs_index *index, const kvs_schema *schema, kvs_want *want, bool durable,
+                      bool only_old)
 {
-    kvs_claim claim;
-    kvc_mutex_lock(&index->lock);
-    uint32_t block = kvs_block_find(index, schema->id, digest);
-    uint32_t id = block == KVS_NIL ? KVS_NIL : kvs_value_find(index, block, part);
+    uint32_t block = kvs_block_find(index, schema->id, want->digest);
+    uint32_t id = block == KVS_NIL ? KVS_NIL : kvs_value_find(index, block, want->part);
     if (id != KVS_NIL) {
-        claim = kvs_claim_old_locked(index, id, durable, slot_p);
+        want->claim = kvs_claim_old_locked(index, id, durable, &want->slot);
     } else if (only_old) {
-        claim = KVS_CLAIM_ABSENT;
-    } else if ((id = kvs_value_create_locked(index, schema, part, digest)) != KVS_NIL) {
+        want->claim = KVS_CLAIM_ABSENT;
+    } else if ((id = kvs_value_create_locked(index, schema, want->part, want->digest)) != KVS_NIL) {
         kvs_value_at(index, id)->flags = KVS_FILLING;
-        claim = KVS_CLAIM_MINE;
+        want->claim = KVS_CLAIM_MINE;
     } else {
-        claim = KVS_CLAIM_NO_MEMORY;
+        want->claim = KVS_CLAIM_NO_MEMORY;
+    }
+    want->value = id;
+}
+
+uint32_t kvs_index_claim_each(kvs_index *index, const kvs_schema *schema, kvs_want *wants,
+                              uint32_t n, bool durable, bool only_old)
+{
+    bool any_mine = false;
+    uint32_t i = 0, end = n < KVS_INDEX_STEP ? n : KVS_INDEX_STEP;
+    kvc_mutex_lock(&index->lock);
+    for (; i < end; i++) {
+        claim_one(index, schema, &wants[i], durable, only_old);
+        if (any_mine && wants[i].claim == KVS_CLAIM_BUSY)
+            break;
+        any_mine |= wants[i].claim == KVS_CLAIM_MINE;
     }
     kvc_mutex_unlock(&index->lock);
-    *value_p = id;
-    return claim;
-}
-
-kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t part,
-                          const kvc_digest *digest, bool durable, uint32_t *value_p,
-                          kvs_slot *slot_p)
-{
-    return claim_any(index, schema, part, digest, durable, false, value_p, slot_p);
-}
-
-kvs_claim kvs_index_claim_old(kvs_index *index, const kvs_schema *schema, uint32_t part,
-                              const kvc_digest *digest, bool durable, uint32_t *value_p,
-                              kvs_slot *slot_p)
-{
-    return claim_any(index, schema, part, digest, durable, true, value_p, slot_p);
+    return i;
 }
 
 void kvs_index_abandon(kvs_index *index, uint32_t id)
@@ -295,27 +293,31 @@ static void publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirt
     become_visible(index, id, erased);
 }
 
-void kvs_index_publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirty)
+/* Gives a queued value its row sums, if there is room for them. The caller holds the lock. */
+static void keep_sums(kvs_index *index, kvs_filled *filled)
 {
-    kvc_mutex_lock(&index->lock);
-    publish_dram(index, id, slot, dirty);
-    kvc_mutex_unlock(&index->lock);
+    kvs_value *value = kvs_value_at(index, filled->value);
+    uint64_t bytes = (uint64_t)filled->n_rows * sizeof(*filled->sums);
+    if (!(value->flags & KVS_WRITING) || index->sums_bytes + bytes > KVS_DIRTY_SUMS)
+        return;
+    value->lmdb = (kvs_slot){(uintptr_t)filled->sums, bytes};
+    index->sums_bytes += bytes;
+    filled->sums = NULL;
 }
 
-void kvs_index_publish_dirty(kvs_index *index, uint32_t id, kvs_slot slot, uint32_t *sums,
-                             uint32_t n_rows)
+void kvs_index_publish_each(kvs_index *index, kvs_filled *filled, uint32_t n, bool dirty)
 {
-    uint64_t bytes = (uint64_t)n_rows * sizeof(*sums);
-    kvc_mutex_lock(&index->lock);
-    publish_dram(index, id, slot, true);
-    if (sums && kvs_value_at(index, id)->flags & KVS_WRITING &&
-        index->sums_bytes + bytes <= KVS_DIRTY_SUMS) {
-        kvs_value_at(index, id)->lmdb = (kvs_slot){(uintptr_t)sums, bytes};
-        index->sums_bytes += bytes;
-        sums = NULL;
+    for (uint32_t i = 0; i < n;) {
+        kvc_mutex_lock(&index->lock);
+        for (uint32_t end = i + KVS_INDEX_STEP; i < n && i < end; i++) {
+            publish_dram(index, filled[i].value, filled[i].slot, dirty);
+            if (filled[i].sums)
+                keep_sums(index, &filled[i]);
+        }
+        kvc_mutex_unlock(&index->lock);
     }
-    kvc_mutex_unlock(&index->lock);
-    free(sums);
+    for (uint32_t i = 0; i < n; i++)
+        free(filled[i].sums);
 }
 
 void kvs_index_publish_lmdb(kvs_index *index, uint32_t id, kvs_slot lmdb, bool synced,

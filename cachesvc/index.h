@@ -115,26 +115,59 @@ typedef enum kvs_claim {
     KVS_CLAIM_SYNC,      /* in lmdb, perhaps not synced, DURABLE wanted: referenced; then synced */
     KVS_CLAIM_BUSY,      /* somebody else is filling, writing or removing it: retry */
     KVS_CLAIM_NO_MEMORY, /* the index cannot grow */
-    KVS_CLAIM_ABSENT,    /* not there; of kvs_index_claim_old only */
+    KVS_CLAIM_ABSENT,    /* not there, and only what is there was wanted */
     KVS_CLAIM_REST, /* pieces of another value that nobody completed: erased now; reap, retry */
 } kvs_claim;
 
-/* slot_p: with WRITE the dram slot, with SYNC the lmdb slot. */
-kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t part,
-                          const kvc_digest *digest, bool durable, uint32_t *value_p,
-                          kvs_slot *slot_p);
-/* The same, but what is not there is ABSENT, and nothing is claimed. */
-kvs_claim kvs_index_claim_old(kvs_index *index, const kvs_schema *schema, uint32_t part,
-                              const kvc_digest *digest, bool durable, uint32_t *value_p,
-                              kvs_slot *slot_p);
+/* One value that a put brings; the caller fills in the first line. */
+typedef struct kvs_want {
+    const kvc_digest *digest; /* borrowed */
+    uint32_t part;            /* place */
+    kvs_claim claim;
+    uint32_t value;
+    kvs_slot slot; /* with WRITE the dram slot, with SYNC the lmdb slot */
+} kvs_want;
+
+/*
+ * Claims wants [n], n > 0, in their order; only_old: what is not there is ABSENT, and nothing is
+ * claimed. Returns how many have their answer, at least one: whoever is BUSY after one of the same
+ * call that is MINE may be that same value, so it is left to another call, once that is settled.
+ */
+uint32_t kvs_index_claim_each(kvs_index *index, const kvs_schema *schema, kvs_want *wants,
+                              uint32_t n, bool durable, bool only_old);
+static inline kvs_claim kvs_index_claim(kvs_index *index, const kvs_schema *schema, uint32_t part,
+                                        const kvc_digest *digest, bool durable, uint32_t *value_p,
+                                        kvs_slot *slot_p)
+{
+    kvs_want want = {.digest = digest, .part = part};
+    (void)kvs_index_claim_each(index, schema, &want, 1, durable, false);
+    *value_p = want.value;
+    *slot_p = want.slot;
+    return want.claim;
+}
 /* Gives up a claim: the value is gone. Also that of a piece. */
 void kvs_index_abandon(kvs_index *index, uint32_t id);
-/* A claimed value is in dram. dirty: it wants a write to lmdb and is queued for it. */
-void kvs_index_publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirty);
-/* The same for a dirty value with the row sums [n_rows] of what came; takes them (free), or lets
-   them go where KVS_DIRTY_SUMS are kept already. NULL: none. */
-void kvs_index_publish_dirty(kvs_index *index, uint32_t id, kvs_slot slot, uint32_t *sums,
-                             uint32_t n_rows);
+
+/* A claimed value that is in dram now. */
+typedef struct kvs_filled {
+    uint32_t value, n_rows;
+    kvs_slot slot;
+    uint32_t *sums; /* [n_rows], of what came, malloc'd; or NULL */
+} kvs_filled;
+
+/* Makes filled [n] visible. dirty: they want a write to lmdb and are queued for it. Takes the sums,
+   which are kept for dirty values, KVS_DIRTY_SUMS of them at most. */
+void kvs_index_publish_each(kvs_index *index, kvs_filled *filled, uint32_t n, bool dirty);
+static inline void kvs_index_publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirty)
+{
+    kvs_index_publish_each(index, &(kvs_filled){.value = id, .slot = slot}, 1, dirty);
+}
+static inline void kvs_index_publish_dirty(kvs_index *index, uint32_t id, kvs_slot slot,
+                                           uint32_t *sums, uint32_t n_rows)
+{
+    kvs_filled filled = {.value = id, .n_rows = n_rows, .slot = slot, .sums = sums};
+    kvs_index_publish_each(index, &filled, 1, true);
+}
 /* A claimed value is in lmdb, and in dram too where dram is not NULL. */
 void kvs_index_publish_lmdb(kvs_index *index, uint32_t id, kvs_slot lmdb, bool synced,
                             const kvs_slot *dram);

@@ -137,13 +137,15 @@ typedef struct kvs_tier_ops {
        caller; a persistent tier forgets the value for good at its next commit. Any thread. */
     void (*release)(kvs_tier *tier, const kvs_value_key *key, kvs_slot slot);
 
-    /* ADDRESSABLE: REQ, else NULL. Room for n_rows * row_bytes at *addr_p, writable until commit.
-       AGAIN: full; to make room for sure, release values of the same tenant and size. NO_MEMORY,
-       INVALID. Owner (tenant) and size class decide the segment. Does not block. */
+    /* ADDRESSABLE: REQ, else NULL. Room for n values of n_rows * row_bytes each, writable until
+       commit: slots [n] and addrs [n]. OK: for the first at least; addrs is NULL from the first on
+       that did not fit into the same segment. AGAIN: full; to make room for sure, release values of
+       the same tenant and size. NO_MEMORY, INVALID. Owner (the key's tenant; no more of the key
+       counts) and size class decide the segment. Does not block. */
     kvc_status (*reserve)(kvs_tier *tier, const kvs_value_key *key, uint32_t row_bytes,
-                          uint32_t n_rows, kvs_slot *slot_p, void **addr_p);
-    /* ADDRESSABLE: REQ. Makes it readable. */
-    void (*commit)(kvs_tier *tier, kvs_slot slot);
+                          uint32_t n_rows, uint32_t n, kvs_slot *slots, void **addrs);
+    /* ADDRESSABLE: REQ. Makes slots [n] readable. */
+    void (*commit)(kvs_tier *tier, const kvs_slot *slots, uint32_t n);
     /* ADDRESSABLE: REQ. The rows of a slot; valid until release. */
     const void *(*map)(kvs_tier *tier, kvs_slot slot);
     /* ADDRESSABLE: REQ. Slots of equal a lie in one segment, which goes to another tenant or size

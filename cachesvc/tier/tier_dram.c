@@ -336,41 +336,56 @@ static void dram_usage(kvs_tier *tier, kvs_tier_usage *usage_p)
     kvc_mutex_unlock(&tier->lock);
 }
 
+/* Takes up to n slots of a segment that has one; gives the pages that nobody has touched yet. */
+static struct iovec take_slots(kvs_tier *tier, kvsi_segment *segment, uint32_t n, kvs_slot *slots,
+                               void **addrs)
+{
+    uint32_t room = segment->n_slots - segment->n_used, last = 0;
+
+    if (n > room)
+        n = room;
+    for (uint32_t i = 0; i < n; i++) { /* they ascend */
+        last = kvsi_segment_take(segment);
+        slots[i] = (kvs_slot){segment->number, PACK(segment->generation, last)};
+        addrs[i] = segment->base + last * segment->class_bytes;
+    }
+    if (n == room)
+        list_remove(&segment->owner->with_room, segment);
+    tier->used_bytes += n * segment->class_bytes;
+    return kvsi_segment_untouched(segment, last);
+}
+
 static kvc_status dram_reserve(kvs_tier *tier, const kvs_value_key *key, uint32_t row_bytes,
-                               uint32_t n_rows, kvs_slot *slot_p, void **addr_p)
+                               uint32_t n_rows, uint32_t n, kvs_slot *slots, void **addrs)
 {
     uint64_t class_bytes = round_up((uint64_t)row_bytes * n_rows, KVS_DRAM_PAGE_BYTES);
     struct iovec untouched = {NULL, 0};
     kvsi_segment *segment;
 
-    *slot_p = (kvs_slot){0, 0};
-    *addr_p = NULL;
+    KVC_ASSERT(n > 0);
+    memset(slots, 0, n * sizeof(*slots));
+    memset(addrs, 0, n * sizeof(*addrs));
     if (class_bytes == 0 || class_bytes > tier->segment_bytes)
         return KVC_INVALID;
     kvc_mutex_lock(&tier->lock);
     kvc_status status = segment_with_room(tier, &key->tenant, class_bytes, &segment);
-    if (status == KVC_OK) {
-        uint32_t slot = kvsi_segment_take(segment);
-        if (segment->n_used == segment->n_slots)
-            list_remove(&segment->owner->with_room, segment);
-        tier->used_bytes += class_bytes;
-        *slot_p = (kvs_slot){segment->number, PACK(segment->generation, slot)};
-        *addr_p = segment->base + slot * class_bytes;
-        untouched = kvsi_segment_untouched(segment, slot);
-    }
+    if (status == KVC_OK)
+        untouched = take_slots(tier, segment, n, slots, addrs);
     kvc_mutex_unlock(&tier->lock);
-    kvsi_segment_populate(untouched); /* the slot keeps the segment where it is */
+    kvsi_segment_populate(untouched); /* the slots keep the segment where it is */
     return status;
 }
 
-static void dram_commit(kvs_tier *tier, kvs_slot slot)
+static void dram_commit(kvs_tier *tier, const kvs_slot *slots, uint32_t n)
 {
     kvc_mutex_lock(&tier->lock);
-    kvsi_segment *segment = segment_of(tier, slot);
-    KVC_ASSERT(segment != NULL);
-    KVC_ASSERT(kvsi_segment_mark(segment, SLOT_OF(slot.b)));
-    tier->values++;
-    tier->bytes_written += segment->class_bytes;
+    for (uint32_t i = 0; i < n; i++) {
+        kvsi_segment *segment = segment_of(tier, slots[i]);
+        KVC_ASSERT(segment != NULL);
+        KVC_ASSERT(kvsi_segment_mark(segment, SLOT_OF(slots[i].b)));
+        tier->values++;
+        tier->bytes_written += segment->class_bytes;
+    }
     kvc_mutex_unlock(&tier->lock);
 }
 

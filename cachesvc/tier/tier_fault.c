@@ -215,21 +215,21 @@ static void fault_release(kvs_tier *tier, const kvs_value_key *key, kvs_slot slo
 }
 
 static kvc_status fault_reserve(kvs_tier *tier, const kvs_value_key *key, uint32_t row_bytes,
-                                uint32_t n_rows, kvs_slot *slot_p, void **addr_p)
+                                uint32_t n_rows, uint32_t n, kvs_slot *slots, void **addrs)
 {
     kvc_status status = inject(tier, OP_RESERVE);
 
-    *slot_p = (kvs_slot){0, 0};
-    *addr_p = NULL;
+    memset(slots, 0, n * sizeof(*slots));
+    memset(addrs, 0, n * sizeof(*addrs));
     if (status != KVC_OK)
         return status;
-    return tier->ops->reserve(tier->inner, key, row_bytes, n_rows, slot_p, addr_p);
+    return tier->ops->reserve(tier->inner, key, row_bytes, n_rows, n, slots, addrs);
 }
 
-static void fault_commit(kvs_tier *tier, kvs_slot slot)
+static void fault_commit(kvs_tier *tier, const kvs_slot *slots, uint32_t n)
 {
     (void)inject(tier, OP_COMMIT);
-    tier->ops->commit(tier->inner, slot);
+    tier->ops->commit(tier->inner, slots, n);
 }
 
 static const void *fault_map(kvs_tier *tier, kvs_slot slot)

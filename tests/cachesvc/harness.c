@@ -345,8 +345,8 @@ static uint32_t row_bytes_of(const h_schema *schema, uint32_t part)
     return part % 10 || i >= schema->schema.n_parts ? 64 : schema->parts[i].row_bytes;
 }
 
-kvc_status h_put(h_peer *peer, const h_schema *schema, uint64_t b, const uint32_t *parts,
-                 uint32_t n, kvc_promise promise)
+kvc_status h_put_each(h_peer *peer, const h_schema *schema, const uint64_t *blocks,
+                      const uint32_t *parts, uint32_t n, kvc_promise promise)
 {
     kvc_put_value values[H_MAX_BATCH];
     struct iovec iov[H_MAX_BATCH];
@@ -354,9 +354,10 @@ kvc_status h_put(h_peer *peer, const h_schema *schema, uint64_t b, const uint32_
     assert_true(n <= H_MAX_BATCH);
     for (uint32_t i = 0; i < n; i++) {
         uint32_t len = H_TOKENS * row_bytes_of(schema, parts[i]);
-        values[i] = (kvc_put_value){.digest = h_digest(b), .part = parts[i], .len_bytes = len};
+        values[i] =
+            (kvc_put_value){.digest = h_digest(blocks[i]), .part = parts[i], .len_bytes = len};
         iov[i] = (struct iovec){.iov_base = malloc(len), .iov_len = len};
-        h_fill(b, parts[i], len / H_TOKENS, iov[i].iov_base);
+        h_fill(blocks[i], parts[i], len / H_TOKENS, iov[i].iov_base);
         req.data_bytes += len;
     }
     req.u.put_blocks.schema = schema->digest;
@@ -367,6 +368,16 @@ kvc_status h_put(h_peer *peer, const h_schema *schema, uint64_t b, const uint32_
     for (uint32_t i = 0; i < n; i++)
         free(iov[i].iov_base);
     return status;
+}
+
+kvc_status h_put(h_peer *peer, const h_schema *schema, uint64_t b, const uint32_t *parts,
+                 uint32_t n, kvc_promise promise)
+{
+    uint64_t blocks[H_MAX_BATCH];
+    assert_true(n <= H_MAX_BATCH);
+    for (uint32_t i = 0; i < n; i++)
+        blocks[i] = b;
+    return h_put_each(peer, schema, blocks, parts, n, promise);
 }
 
 kvc_status h_put1(h_peer *peer, const h_schema *schema, uint64_t b, uint32_t part,

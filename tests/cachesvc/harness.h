@@ -17,7 +17,7 @@
 #include "server.h"
 
 #define H_TOKENS    64u
-#define H_MAX_BATCH 64u
+#define H_MAX_BATCH 200u
 
 /* A schema of n_parts parts with ids 0, 10, 20 ...; the last one is of kind INDEX if with_index. */
 typedef struct h_schema {
@@ -89,6 +89,9 @@ kvc_status h_register(h_peer *peer, const h_schema *schema);
 /* Puts parts [n] (ids) of block b in one request; peer->status has what became of each. */
 kvc_status h_put(h_peer *peer, const h_schema *schema, uint64_t b, const uint32_t *parts,
                  uint32_t n, kvc_promise promise);
+/* The same for n values, number i of which is part parts[i] of block blocks[i]. */
+kvc_status h_put_each(h_peer *peer, const h_schema *schema, const uint64_t *blocks,
+                      const uint32_t *parts, uint32_t n, kvc_promise promise);
 /* The status of one value put alone. */
 kvc_status h_put1(h_peer *peer, const h_schema *schema, uint64_t b, uint32_t part,
                   kvc_promise promise);

@@ -78,6 +78,62 @@ static kvs_read ref(fixture *f, uint32_t block, uint32_t part, uint32_t promote_
     return read;
 }
 
+/* Each is claimed as one by one, up to the first that an earlier claim of the same call may decide.
+ */
+static void test_claim_each(void **state)
+{
+    fixture *f = *state;
+    const uint64_t blocks[] = {9, 1, 2, 1, 3};
+    kvc_digest digests[5];
+    kvs_want wants[5];
+    put_dram(f, 9, 0, false);
+    uint32_t busy = claim(f, 8, 0);
+    for (uint32_t i = 0; i < 5; i++) {
+        digests[i] = h_digest(blocks[i]);
+        wants[i] = (kvs_want){.digest = &digests[i]};
+    }
+    assert_int_equal(kvs_index_claim_each(f->index, f->schema, wants, 5, false, false), 3);
+    assert_int_equal(wants[0].claim, KVS_CLAIM_EXISTS);
+    assert_int_equal(wants[1].claim, KVS_CLAIM_MINE);
+    assert_int_equal(wants[2].claim, KVS_CLAIM_MINE);
+    kvs_filled filled[2] = {{.value = wants[1].value, .slot = {1, 0}},
+                            {.value = wants[2].value, .slot = {2, 0}}};
+    kvs_index_publish_each(f->index, filled, 2, false);
+    assert_int_equal(kvs_index_claim_each(f->index, f->schema, wants + 3, 2, false, false), 2);
+    assert_int_equal(wants[3].claim, KVS_CLAIM_EXISTS);
+    assert_int_equal(wants[4].claim, KVS_CLAIM_MINE);
+    digests[0] = h_digest(8); /* somebody else's: the first of a call is always answered */
+    assert_int_equal(kvs_index_claim_each(f->index, f->schema, wants, 2, false, false), 2);
+    assert_int_equal(wants[0].claim, KVS_CLAIM_BUSY);
+    assert_int_equal(wants[1].claim, KVS_CLAIM_EXISTS);
+    digests[0] = h_digest(77);
+    assert_int_equal(kvs_index_claim_each(f->index, f->schema, wants, 1, false, true), 1);
+    assert_int_equal(wants[0].claim, KVS_CLAIM_ABSENT);
+    kvs_index_abandon(f->index, wants[4].value);
+    kvs_index_abandon(f->index, busy);
+}
+
+/* Several at once are those that would have come one after the other. */
+static void test_evict_each(void **state)
+{
+    fixture *f = *state;
+    uint32_t cls = f->schema->parts[0].cls;
+    kvs_victim victims[8];
+    for (uint64_t b = 0; b < 10; b++)
+        put_dram(f, b, 0, false);
+    for (uint64_t b = 0; b < 9; b += 3) {
+        assert_int_equal(kvs_evict_dram_each(f->index, cls, victims, 3), 3);
+        for (uint64_t i = 0; i < 3; i++)
+            assert_int_equal(victims[i].slot.a, b + i);
+        kvs_evict_finish_each(f->index, victims, 3);
+    }
+    assert_int_equal(kvs_evict_dram_each(f->index, cls, victims, 8), 1);
+    kvs_evict_finish_each(f->index, victims, 1);
+    assert_int_equal(kvs_evict_dram_each(f->index, KVS_ANY_CLASS, victims, 8), 0);
+    assert_int_equal(f->index->n_visible, 0);
+    assert_int_equal(f->index->values.used, 0);
+}
+
 #ifdef KVASIR_LMDB
 /* A class is a size class of lmdb too, row sums and all. */
 static void test_classes_of_lmdb(void **state)
@@ -517,6 +573,8 @@ int main(void)
 #ifdef KVASIR_LMDB
         cmocka_unit_test_setup_teardown(test_classes_of_lmdb, setup, teardown),
 #endif
+        cmocka_unit_test_setup_teardown(test_claim_each, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_evict_each, setup, teardown),
         cmocka_unit_test_setup_teardown(test_classes_of_rows, setup, teardown),
         cmocka_unit_test_setup_teardown(test_late_class, setup, teardown),
         cmocka_unit_test_setup_teardown(test_claim, setup, teardown),

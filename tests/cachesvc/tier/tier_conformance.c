@@ -129,7 +129,7 @@ static void test_bad_shapes_are_refused(void **state)
             if (bad[i].row_bytes == 1u << 20)
                 continue; /* a segment may be longer than the longest value */
             assert_int_equal(
-                t->ops->reserve(t->tier, &key, bad[i].row_bytes, bad[i].n_rows, &slot, &addr),
+                t->ops->reserve(t->tier, &key, bad[i].row_bytes, bad[i].n_rows, 1, &slot, &addr),
                 KVC_INVALID);
         } else {
             kvs_tier_write w = {.key = key,

@@ -125,11 +125,43 @@ static void test_longer_than_a_segment(void **state)
     void *addr;
 
     open_with(t, 1u << 20, 1u << 20);
-    assert_int_equal(t->ops->reserve(t->tier, &key, 1u << 20, 1, &slot, &addr), KVC_OK);
+    assert_int_equal(t->ops->reserve(t->tier, &key, 1u << 20, 1, 1, &slot, &addr), KVC_OK);
     t->ops->release(t->tier, &key, slot); /* reserved, never committed */
     assert_int_equal(value_count(t), 0);
-    assert_int_equal(t->ops->reserve(t->tier, &key, (1u << 20) + 1, 1, &slot, &addr), KVC_INVALID);
+    assert_int_equal(t->ops->reserve(t->tier, &key, (1u << 20) + 1, 1, 1, &slot, &addr),
+                     KVC_INVALID);
     assert_null(addr);
+}
+
+/* Room for several values at once ends where a segment does. */
+static void test_reserve_several(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_value_key key = key_of(1, 1, 1);
+    kvs_slot slots[16];
+    void *addrs[16];
+    uint32_t taken = 0;
+
+    open_with(t, 1u << 20, 65536); /* 16 segments of 64 KiB */
+    while (taken < 64) {
+        uint32_t n = taken % 16 == 10 ? 6 : 10;
+        assert_int_equal(t->ops->reserve(t->tier, &key, 4096, 1, 10, slots, addrs), KVC_OK);
+        for (uint32_t i = 0; i < 10; i++) {
+            assert_int_equal(addrs[i] != NULL, i < n);
+            if (i < n)
+                memset(addrs[i], (int)(taken + i), 4096);
+            assert_true(i == 0 || i >= n || slots[i].a == slots[0].a);
+        }
+        t->ops->commit(t->tier, slots, n);
+        for (uint32_t i = 0; i < n; i++)
+            assert_int_equal(*(const uint8_t *)t->ops->map(t->tier, slots[i]), taken + i);
+        taken += n;
+        assert_int_equal(value_count(t), taken);
+    }
+    kvs_slot kept[64];
+    uint32_t n_kept = fill(t, 1, (shape){4096, 1}, kept, 64);
+    assert_int_equal(n_kept, 64);
+    drop(t, 1, kept, n_kept);
 }
 
 static void test_tenants_do_not_share(void **state)
@@ -172,12 +204,12 @@ static void test_change_of_tenant_gives_fresh_memory(void **state)
 
     kvs_value_key key = key_of(2, 77, 0);
     kvs_slot slot;
-    assert_int_equal(t->ops->reserve(t->tier, &key, 65536, 1, &slot, &addr), KVC_OK);
+    assert_int_equal(t->ops->reserve(t->tier, &key, 65536, 1, 1, &slot, &addr), KVC_OK);
     for (uint32_t i = 0; i < 65536; i++)
         assert_int_equal(((uint8_t *)addr)[i], 0);
     memset(addr, 0xee, 65536);
     assert_memory_equal(old, first, sizeof(first));
-    t->ops->commit(t->tier, slot);
+    t->ops->commit(t->tier, &slot, 1);
     assert_int_equal(kvs_dram_locate(t->tier, slot, &after, &off), KVC_OK);
     assert_int_not_equal(after.generation, before.generation);
     assert_int_equal(after.number, before.number);
@@ -205,15 +237,15 @@ static void test_mapped_segment_stays_with_its_tenant(void **state)
     kvs_value_key key = key_of(2, 77, 0), own = key_of(1, 78, 0);
     kvs_slot slot;
     for (uint32_t mappings = 2; mappings > 0; mappings--) {
-        assert_int_equal(t->ops->reserve(t->tier, &key, 65536, 1, &slot, &addr), KVC_AGAIN);
-        assert_int_equal(t->ops->reserve(t->tier, &own, 65536, 1, &slot, &addr), KVC_OK);
+        assert_int_equal(t->ops->reserve(t->tier, &key, 65536, 1, 1, &slot, &addr), KVC_AGAIN);
+        assert_int_equal(t->ops->reserve(t->tier, &own, 65536, 1, 1, &slot, &addr), KVC_OK);
         assert_int_equal(kvs_dram_locate(t->tier, slot, &after, &off), KVC_OK);
         assert_ptr_equal(after.base, before.base);
         t->ops->release(t->tier, &own, slot);
         assert_int_equal(kvs_dram_count_mapping(t->tier, before.number, false, &len_bytes),
                          mappings - 1);
     }
-    assert_int_equal(t->ops->reserve(t->tier, &key, 65536, 1, &slot, &addr), KVC_OK);
+    assert_int_equal(t->ops->reserve(t->tier, &key, 65536, 1, 1, &slot, &addr), KVC_OK);
     for (uint32_t i = 0; i < 65536; i++)
         assert_int_equal(((uint8_t *)addr)[i], 0);
     t->ops->release(t->tier, &key, slot);
@@ -309,7 +341,7 @@ static void test_reserve_populates(void **state)
     void *addr;
 
     open_with(t, 256u << 20, 1u << 20);
-    assert_int_equal(t->ops->reserve(t->tier, &key, 4096, 256, &slot, &addr), KVC_OK);
+    assert_int_equal(t->ops->reserve(t->tier, &key, 4096, 256, 1, &slot, &addr), KVC_OK);
     assert_int_equal(mincore(addr, 1u << 20, there), 0);
     for (uint32_t i = 0; i < 256; i++)
         assert_true(there[i] & 1);
@@ -324,6 +356,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_segments_are_sealed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cap_counts_segments, setup, teardown),
         cmocka_unit_test_setup_teardown(test_longer_than_a_segment, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_reserve_several, setup, teardown),
         cmocka_unit_test_setup_teardown(test_tenants_do_not_share, setup, teardown),
         cmocka_unit_test_setup_teardown(test_change_of_tenant_gives_fresh_memory, setup, teardown),
         cmocka_unit_test_setup_teardown(test_mapped_segment_stays_with_its_tenant, setup, teardown),

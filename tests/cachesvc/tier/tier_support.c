@@ -159,10 +159,10 @@ put_result put_value(tier_under_test *t, const kvs_value_key *key, uint32_t vers
     void *addr;
 
     if (t->ops->caps & KVS_TIER_ADDRESSABLE) {
-        r.status = t->ops->reserve(t->tier, key, s.row_bytes, s.n_rows, &r.slot, &addr);
+        r.status = t->ops->reserve(t->tier, key, s.row_bytes, s.n_rows, 1, &r.slot, &addr);
         if (r.status == KVC_OK) {
             fill_rows(key, version, s, addr);
-            t->ops->commit(t->tier, r.slot);
+            t->ops->commit(t->tier, &r.slot, 1);
         }
         return r;
     }
