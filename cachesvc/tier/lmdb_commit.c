@@ -140,22 +140,27 @@ static kvc_status create_class(kvs_tier *tier, kvsi_class *class)
     return KVC_OK;
 }
 
-/* Grows the map to need pages, or as far as the budget goes; false: not at all. */
-static bool grow_class(kvs_tier *tier, kvsi_class *class, uint64_t need)
+/*
+ * Grows the map to need pages, or as far as the budget goes. AGAIN: there is no room, in the budget
+ * or on the disk, and releases would help. Any other: the disk fails, and they would not: values
+ * must not give way to a disk that dies.
+ */
+static kvc_status grow_class(kvs_tier *tier, kvsi_class *class, uint64_t need)
 {
     uint64_t old = class->map_pages;
     uint64_t pages = kvsi_claim(tier, old, need);
 
     if (pages == old)
-        return false;
-    if (kvsi_env_grow(&class->env, pages) != KVC_OK) {
+        return KVC_AGAIN;
+    kvc_status status = kvsi_env_grow(&class->env, pages);
+    if (status != KVC_OK) {
         kvsi_unclaim(tier, pages - old);
-        return false;
+        return status == KVC_NO_SPACE ? KVC_AGAIN : status;
     }
     kvc_mutex_lock(&tier->lock);
     class->map_pages = pages;
     kvc_mutex_unlock(&tier->lock);
-    return true;
+    return KVC_OK;
 }
 
 /* Writes that fit without taking the reserve, counting what the releases free. */
@@ -186,14 +191,20 @@ static int make_room(kvsi_batch *batch)
     return rc;
 }
 
-/* After a first failure: a larger map, or what was freed of late. The second attempt may fit. */
-static void help_commit(kvs_tier *tier, kvsi_batch *batch, uint32_t n, int rc)
+/*
+ * After a first failure: a larger map, or what was freed of late. OK: the second attempt may fit.
+ * Else what grow_class gave.
+ */
+static kvc_status help_commit(kvs_tier *tier, kvsi_batch *batch, uint32_t n, int rc)
 {
     kvsi_class *class = batch->class;
     uint64_t need = class->map_pages + (uint64_t)n * class->record_pages;
+    kvc_status status = rc == MDB_MAP_FULL ? grow_class(tier, class, need) : KVC_AGAIN;
 
-    if (rc != MDB_MAP_FULL || !grow_class(tier, class, need))
-        (void)make_room(batch);
+    if (status != KVC_AGAIN)
+        return status;
+    (void)make_room(batch);
+    return KVC_OK;
 }
 
 /*
@@ -217,10 +228,15 @@ static uint32_t commit_writes(kvs_tier *tier, kvsi_batch *batch, uint32_t n, kvc
         if (atomic_load(&batch->class->env.faulted) ||
             (rc != MDB_MAP_FULL && rc != ENOSPC && rc != EIO))
             break;
-        if (tries == 0)
-            help_commit(tier, batch, fit, rc);
-        else
+        if (tries > 0) {
             fit = n;
+            continue;
+        }
+        kvc_status helped = help_commit(tier, batch, fit, rc);
+        if (helped != KVC_OK) {
+            *status_p = helped;
+            break;
+        }
     }
     return 0;
 }
@@ -256,10 +272,11 @@ void kvsi_commit(kvs_tier *tier, kvsi_batch *batch)
     uint64_t need = class->live_pages + class->tree_pages + kvsi_reserve_pages(class) +
                     (uint64_t)batch->n_writes * class->record_pages;
     bool tight = batch->n_writes > 0 && need > class->map_pages;
-    if (tight && grow_class(tier, class, need))
+    kvc_status grown = tight ? grow_class(tier, class, need) : KVC_OK;
+    if (grown == KVC_OK)
         tight = need > class->map_pages;
     uint32_t n = count_fitting(batch);
-    status = KVC_AGAIN;
+    status = grown == KVC_OK ? KVC_AGAIN : grown;
     /* Where the releases must make the room, they go first: their pages are not free before. */
     if (tight && batch->n_drops > 0 && make_room(batch) != MDB_SUCCESS)
         n = 0;

@@ -458,16 +458,18 @@ static void test_new_folder_is_synced(void **state)
     assert_int_equal(n_watched, 1);
 }
 
-static atomic_bool no_room;
+static atomic_int room_error; /* what the disk says to a file that grows; 0: nothing */
 
 int __real_fallocate(int fd, int mode, off_t off, off_t len);
 int __wrap_fallocate(int fd, int mode, off_t off, off_t len);
 
 int __wrap_fallocate(int fd, int mode, off_t off, off_t len)
 {
-    if (!atomic_load(&no_room))
+    int error = atomic_load(&room_error);
+
+    if (error == 0)
         return __real_fallocate(fd, mode, off, len);
-    errno = ENOSPC;
+    errno = error;
     return -1;
 }
 
@@ -478,13 +480,13 @@ static void test_failed_class_leaves_its_place(void **state)
     kvs_slot slots[8];
 
     assert_int_equal(tut_open(t), KVC_OK);
-    atomic_store(&no_room, true);
+    atomic_store(&room_error, ENOSPC);
     for (uint32_t i = 0; i < 10; i++) {
         kvs_value_key key = key_of(1, i, 0);
         assert_int_equal(put_value(t, &key, 1, (shape){4096, 20 + i}, true).status, KVC_NO_SPACE);
     }
     assert_null(strstr(log_text, "ninth"));
-    atomic_store(&no_room, false);
+    atomic_store(&room_error, 0);
     for (uint32_t i = 0; i < 8; i++) {
         kvs_value_key key = key_of(2, i, 0);
         put_result r = put_value(t, &key, 1, (shape){4096, i + 1}, true);
@@ -498,6 +500,37 @@ static void test_failed_class_leaves_its_place(void **state)
         key = key_of(2, i, 0);
         assert_value(t, &key, 1, (shape){4096, i + 1}, slots[i]);
     }
+}
+
+/* Puts large values until one is refused; its status. */
+static kvc_status fill_class(tier_under_test *t, uint64_t schema)
+{
+    put_result r = {.status = KVC_OK};
+
+    for (uint32_t i = 0; i < 1000 && r.status == KVC_OK; i++) {
+        kvs_value_key key = key_of(schema, i, 0);
+        r = put_value(t, &key, 1, large, true);
+    }
+    return r.status;
+}
+
+/* A file that cannot grow asks for room by AGAIN if the disk is full, and not if it is dying. */
+static void test_dying_disk_asks_for_no_room(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_value_key key = key_of(1, 0, 0);
+
+    t->opts.capacity_bytes = 128u << 20;
+    assert_int_equal(tut_open(t), KVC_OK);
+    put_result first = put_value(t, &key, 1, large, true);
+    assert_int_equal(first.status, KVC_OK);
+    atomic_store(&room_error, ENOSPC);
+    assert_int_equal(fill_class(t, 2), KVC_AGAIN);
+    atomic_store(&room_error, EIO);
+    assert_int_equal(fill_class(t, 3), KVC_IO);
+    atomic_store(&room_error, 0);
+    assert_int_equal(fill_class(t, 4), KVC_AGAIN); /* up to the cap, now */
+    assert_value(t, &key, 1, large, first.slot);
 }
 
 /* --- growth under readers --- */
@@ -588,6 +621,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_read_only_disk, setup, teardown),
         cmocka_unit_test_setup_teardown(test_new_folder_is_synced, setup, teardown),
         cmocka_unit_test_setup_teardown(test_failed_class_leaves_its_place, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_dying_disk_asks_for_no_room, setup, teardown),
         cmocka_unit_test_setup_teardown(test_small_start, setup, teardown),
         cmocka_unit_test_setup_teardown(test_growth_does_not_stall_readers, setup, teardown),
     };
