@@ -68,8 +68,9 @@ static bool start(store *s, bool wait)
     const char *args[16] = {"--listen", listen, "--dram-bytes", s->dram_bytes, "--drain", "2s"};
     int n = 6;
     (void)snprintf(s->unix_uri, sizeof(s->unix_uri), "grpc+unix://%s/sock", s->folder);
-    (void)snprintf(listen, sizeof(listen), "%s,%s",
-                   s->tcp_uri[0] != '\0' ? s->tcp_uri : "grpc://127.0.0.1:0", s->unix_uri);
+    if (s->tcp_uri[0] == '\0')
+        support_daemon_address(s->tcp_uri, sizeof(s->tcp_uri));
+    (void)snprintf(listen, sizeof(listen), "%s,%s", s->tcp_uri, s->unix_uri);
     if (s->has_lmdb) {
         args[n++] = "--lmdb-path";
         args[n++] = s->lmdb_path;
@@ -80,10 +81,7 @@ static bool start(store *s, bool wait)
         return false;
     if (!wait)
         return true;
-    if (!support_daemon_wait(&s->daemon))
-        return false;
-    (void)snprintf(s->tcp_uri, sizeof(s->tcp_uri), "%s", s->daemon.uri);
-    return true;
+    return support_daemon_wait(&s->daemon);
 }
 
 bool store_try_start(store *s)

@@ -3,17 +3,21 @@
  */
 #include "daemon.h"
 
+#include <arpa/inet.h>
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_ARGS = 64, WAIT_STEPS = 3000, STEP_NS = 10000000 };
+enum { LOWEST_PORT = 15000, MAX_TRIES = 100, MAX_ARGS = 64, WAIT_STEPS = 3000, STEP_NS = 10000000 };
 
 static bool read_first_line(const char *path, char *text, size_t text_bytes)
 {
@@ -67,6 +71,42 @@ bool support_daemon_spawn(support_daemon *daemon, const char *folder, const char
     argv[n] = NULL;
     daemon->pid = spawn(program, argv, log_path);
     return daemon->pid > 0;
+}
+
+/* The first port that the system may give to a connection. */
+static unsigned first_handed_out(void)
+{
+    unsigned port = 32768;
+    FILE *stream = fopen("/proc/sys/net/ipv4/ip_local_port_range", "re");
+    if (stream == NULL)
+        return port;
+    if (fscanf(stream, "%u", &port) != 1 || port <= LOWEST_PORT)
+        port = 32768;
+    (void)fclose(stream);
+    return port;
+}
+
+static bool is_free(unsigned port)
+{
+    struct sockaddr_in address = {.sin_family = AF_INET,
+                                  .sin_port = htons((uint16_t)port),
+                                  .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    bool free = fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof(address)) == 0;
+    if (fd >= 0)
+        (void)close(fd);
+    return free;
+}
+
+void support_daemon_address(char *uri, size_t uri_bytes)
+{
+    unsigned random = 0, span = first_handed_out() - LOWEST_PORT;
+    for (int tries = 0; tries < MAX_TRIES; tries++) {
+        (void)getrandom(&random, sizeof(random), 0);
+        if (is_free(LOWEST_PORT + random % span))
+            break;
+    }
+    (void)snprintf(uri, uri_bytes, "grpc://127.0.0.1:%u", LOWEST_PORT + random % span);
 }
 
 bool support_daemon_is_alive(support_daemon *daemon)

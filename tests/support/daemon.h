@@ -7,6 +7,7 @@
 #define KVASIR_TEST_DAEMON_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <sys/types.h>
 
 typedef struct support_daemon {
@@ -25,6 +26,11 @@ bool support_daemon_start(support_daemon *daemon, const char *folder, const char
 /* Its two halves: the start alone, and the wait. */
 bool support_daemon_spawn(support_daemon *daemon, const char *folder, const char *const *args);
 bool support_daemon_wait(support_daemon *daemon);
+/*
+ * Writes a listening address [uri_bytes] that a daemon can take again after its end: its port is
+ * free now and none of those that the system hands out, as to other tests' connections meanwhile.
+ */
+void support_daemon_address(char *uri, size_t uri_bytes);
 /* Whether it has not ended; what it ended with is in daemon->status then. */
 bool support_daemon_is_alive(support_daemon *daemon);
 /* Sends the signal and waits for the end; gives waitpid's status (that of an end before it). */

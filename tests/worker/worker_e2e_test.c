@@ -21,17 +21,11 @@ static void start(e2e *e)
 {
     char lmdb[320];
     (void)snprintf(lmdb, sizeof(lmdb), "%s/values", e->folder);
-    const char *args[] = {"--listen",
-                          e->uri[0] != '\0' ? e->uri : "grpc://127.0.0.1:0",
-                          "--dram-bytes",
-                          "128MiB",
-                          "--lmdb-path",
-                          lmdb,
-                          "--lmdb-bytes",
-                          "1GiB",
-                          NULL};
+    if (e->uri[0] == '\0')
+        support_daemon_address(e->uri, sizeof(e->uri));
+    const char *args[] = {"--listen", e->uri,         "--dram-bytes", "128MiB", "--lmdb-path",
+                          lmdb,       "--lmdb-bytes", "1GiB",         NULL};
     assert_true(support_daemon_start(&e->daemon, e->folder, args));
-    (void)snprintf(e->uri, sizeof(e->uri), "%s", e->daemon.uri);
 }
 
 static void connect_client(e2e *e)
