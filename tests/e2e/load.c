@@ -11,6 +11,7 @@
 #define PICKS     64u /* rows a fetch */
 #define MAX_BYTES (BATCH * STORE_BLOCK_TOKENS * 4096u)
 #define VERIFY    16u /* blocks a request of load_verify */
+#define VERIFY_NS 60000000000ull
 
 static uint32_t value_bytes(uint32_t part)
 {
@@ -136,6 +137,13 @@ static bool is_owed(const load_client *c, uint32_t block, uint32_t part)
     return own && atomic_load(&c->load->owed[block][part]) == LOAD_DURABLE;
 }
 
+static void note_lost(const load_client *c, uint32_t part, uint32_t token)
+{
+    if (atomic_fetch_add(&c->load->counts.lost, 1) < c->load->prints)
+        print_error("block %u part %u: a row of an acknowledged DURABLE value is not found\n",
+                    token / STORE_BLOCK_TOKENS, part);
+}
+
 static void read_some(load_client *c)
 {
     load_counts *counts = &c->load->counts;
@@ -166,7 +174,7 @@ static void read_some(load_client *c)
         if (status[i] == KVC_OK && !row_is_right(row, part, picks[i]))
             atomic_fetch_add(&counts->wrong, 1);
         else if (status[i] == KVC_NOT_FOUND && owed[i])
-            atomic_fetch_add(&counts->lost, 1);
+            note_lost(c, part, picks[i]);
         else if (status[i] != KVC_OK && status[i] != KVC_NOT_FOUND)
             note_failure(c->load, "row", part, status[i]);
     }
@@ -250,7 +258,7 @@ static void verify_part(const load *l, uint32_t part, uint8_t *bytes, const kvc_
     for (uint32_t first = 0; first < STORE_MAX_BLOCKS; first += VERIFY) {
         kvc_status result =
             kvc_fetch_blocks(l->store->client, &l->store->schema, l->store->digests + first, VERIFY,
-                             &where, 1, region, status, NULL, 0, &op);
+                             &where, 1, region, status, NULL, kvc_now_ns() + VERIFY_NS, &op);
         if (result == KVC_OK)
             result = kvc_op_wait(&op, 0);
         if (result != KVC_OK) /* as where the schema itself was lost */
