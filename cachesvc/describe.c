@@ -15,8 +15,6 @@
 #include "request.h"
 #include "schema_record.h"
 
-#define PAGE_BYTES 4096u
-
 static uint32_t store_stats(kvs_store *store, kvc_tier_stats *stats)
 {
     kvs_tier_usage usage;
@@ -145,13 +143,6 @@ static void register_run(kvs_job *job)
     free(r);
 }
 
-/* dram is cut into 16 segments or more, and a full piece needs a page more than its bytes. */
-static bool pieces_fit(const kvs_server *server)
-{
-    return server->settings.dram_bytes / 16 / PAGE_BYTES >
-           server->limits.max_value_bytes / PAGE_BYTES + 1;
-}
-
 void kvs_on_register_schema(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
 {
     const kvc_schema *schema = call->req.u.register_schema.schema;
@@ -164,7 +155,7 @@ void kvs_on_register_schema(kvs_server *server, kvt_call *call, const kvc_digest
         kvs_fail(call, status, "schema: %s", why);
         return;
     }
-    if (schema->opaque && !pieces_fit(server)) {
+    if (schema->opaque && !server->limits.max_pieces) {
         kvs_fail(call, KVC_NO_SPACE,
                  "a piece of %u bytes and its page do not fit into a sixteenth of dram_bytes, as "
                  "opaque values want",

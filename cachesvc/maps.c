@@ -36,8 +36,8 @@ kvs_maps *kvs_maps_create(kvs_server *server)
     if (!maps)
         return NULL;
     maps->server = server;
-    maps->max_bytes = s->max_map_pin_bytes ? s->max_map_pin_bytes : s->dram_bytes / 2;
-    maps->max_mapped_bytes = s->max_mapped_bytes ? s->max_mapped_bytes : s->dram_bytes / 4 * 3;
+    maps->max_bytes = server->limits.max_map_pin_bytes;
+    maps->max_mapped_bytes = server->limits.max_mapped_bytes;
     maps->max_total = s->dram_bytes / 10 * 9;
     maps->next_number = server->boot_id << 32;
     kvc_mutex_init(&maps->lock, KVC_RANK_CONTEXT);

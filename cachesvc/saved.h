@@ -36,6 +36,8 @@ kvs_saved *kvs_saved_create(kvs_server *server);
 void kvs_saved_destroy(kvs_saved *saved); /* NULL is fine */
 /* Finds what lmdb has, and removes what was not finished. At start, after the schemas. */
 kvc_status kvs_saved_load(kvs_saved *saved) KVC_MUST_CHECK;
+/* Bytes of saved contexts that a tenant may have. */
+uint64_t kvs_saved_tenant_cap(const kvs_server *server);
 /* Drops uploads that rest. */
 void kvs_saved_sweep(kvs_saved *saved, uint64_t now_ns);
 

@@ -79,16 +79,29 @@ static void count_list(const kvsi_saved_entry *e, const kvc_digest *tenant, take
     }
 }
 
+static uint64_t cap_of(const kvs_server *server)
+{
+    uint64_t cap_bytes = server->settings.max_saved_bytes;
+    return !server->lmdb.ops && cap_bytes > KVS_SAVED_MEMORY_BYTES ? KVS_SAVED_MEMORY_BYTES
+                                                                   : cap_bytes;
+}
+
+uint64_t kvs_saved_tenant_cap(const kvs_server *server)
+{
+    uint64_t share_bytes = server->settings.max_saved_tenant_bytes, cap_bytes = cap_of(server);
+    if (share_bytes == 0)
+        share_bytes = cap_bytes / 2;
+    return share_bytes < cap_bytes ? share_bytes : cap_bytes;
+}
+
 /* Is there room for one more of body_bytes? Locked. */
 static kvc_status check_room(kvs_saved *saved, const kvc_digest *tenant, uint64_t body_bytes,
                              char *why)
 {
     const kvs_settings *s = &saved->server->settings;
-    uint64_t cap_bytes = s->max_saved_bytes;
+    uint64_t cap_bytes = cap_of(saved->server);
     taken t = {.all_bytes = body_bytes, .own_bytes = body_bytes};
-    if (!saved->server->lmdb.ops && cap_bytes > KVS_SAVED_MEMORY_BYTES)
-        cap_bytes = KVS_SAVED_MEMORY_BYTES;
-    uint64_t share_bytes = s->max_saved_tenant_bytes ? s->max_saved_tenant_bytes : cap_bytes / 2;
+    uint64_t share_bytes = kvs_saved_tenant_cap(saved->server);
     count_list(saved->list, tenant, &t, &t.n);
     count_list(saved->uploads, tenant, &t, &t.n_uploads);
     why[0] = '\0';

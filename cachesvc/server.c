@@ -21,6 +21,7 @@
 #include "cascade.h"
 #include "files.h"
 #include "heap.h"
+#include "limits.h"
 #include "maps.h"
 #include "recover.h"
 #include "request.h"
@@ -202,23 +203,6 @@ static void stop_ticker(kvs_server *server)
 
 /* ---- start and stop -------------------------------------------------------------------------- */
 
-static void fill_limits(kvs_server *server)
-{
-    const kvs_settings *s = &server->settings;
-    server->limits = (kvc_limits){
-        .max_value_bytes = (uint32_t)s->max_value_bytes,
-        .max_message_bytes = KVC_MAX_VALUE_BYTES,
-        .max_batch_values = KVC_MAX_BATCH_VALUES,
-        .max_digests = KVC_MAX_DIGESTS,
-        .max_context_blocks = KVC_MAX_CONTEXT_BLOCKS,
-        .max_picks = KVC_MAX_PICKS,
-        .max_groups = KVC_MAX_GROUPS,
-        .max_contexts = (uint32_t)s->max_contexts,
-        .max_ttl_ms = 240ull * 3600 * 1000,
-        .max_attend_queries = s->attend_queue ? KVC_MAX_ATTEND_QUERIES : 0,
-    };
-}
-
 static kvc_status create_tables(kvs_server *server)
 {
     server->schemas = kvs_schemas_create();
@@ -242,7 +226,7 @@ static kvc_status create_tables(kvs_server *server)
         .index = server->index,
         .schemas = server->schemas,
         .boot_id = server->boot_id,
-        .max_per_tenant = server->limits.max_contexts,
+        .max_per_tenant = server->limits.max_holds,
         .max_blocks = server->settings.max_open_blocks,
         .default_ttl_ns = server->settings.context_ttl_ns,
         .max_ttl_ns = server->limits.max_ttl_ms * 1000000,
@@ -251,7 +235,7 @@ static kvc_status create_tables(kvs_server *server)
     server->ttls = kvs_ttls_create(server->index, server->schemas, server->settings.max_open_blocks,
                                    server->limits.max_ttl_ms * 1000000);
     const kvs_settings *s = &server->settings;
-    server->index->max_held = s->max_hold_bytes ? s->max_hold_bytes : s->dram_bytes / 2;
+    server->index->max_held = server->limits.max_hold_bytes;
     server->index->max_held_total = s->dram_bytes / 10 * 9;
     server->saved = kvs_saved_create(server);
     server->maps = kvs_maps_create(server);
@@ -273,7 +257,7 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
     if (getrandom(&server->boot_id, sizeof(server->boot_id), GRND_NONBLOCK) !=
         sizeof(server->boot_id))
         server->boot_id = kvc_wall_ns();
-    fill_limits(server);
+    kvs_limits_fill(settings, &server->limits);
     server->inflight.max_bytes = settings->max_inflight_bytes;
     server->peers.max = kvs_files_connections(settings);
     kvs_buffers_init(&server->buffers, server->limits.max_message_bytes + PAGE_BYTES,
@@ -291,6 +275,8 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
         status = open_lmdb(server);
     if (status == KVC_OK)
         status = kvs_attend_open(server);
+    if (status == KVC_OK)
+        kvs_limits_finish(server);
     if (status == KVC_OK)
         status = kvc_thread_start(&server->ticker, "kvs-ticker", ticker_main, server);
     if (status != KVC_OK) {

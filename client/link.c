@@ -82,20 +82,17 @@ static kvc_status take_describe(void *arg, const kvc_reply *reply)
     kvci_link *link = arg;
     const kvc_limits *in = &reply->u.describe.limits;
     link->boot_id = reply->u.describe.boot_id;
-    link->limits = (kvc_limits){
-        .max_value_bytes = clamp_u32(in->max_value_bytes, KVC_MAX_VALUE_BYTES),
-        .max_message_bytes = clamp_u32(in->max_message_bytes, KVC_MAX_VALUE_BYTES),
-        .max_batch_values = clamp_u32(in->max_batch_values, KVC_MAX_BATCH_VALUES),
-        .max_digests = clamp_u32(in->max_digests, KVC_MAX_DIGESTS),
-        .max_context_blocks = clamp_u32(in->max_context_blocks, KVC_MAX_CONTEXT_BLOCKS),
-        .max_picks = clamp_u32(in->max_picks, KVC_MAX_PICKS),
-        .max_groups = clamp_u32(in->max_groups, KVC_MAX_GROUPS),
-        .max_contexts = in->max_contexts,
-        .max_ttl_ms = in->max_ttl_ms,
-        .max_attend_queries = in->max_attend_queries < KVC_MAX_ATTEND_QUERIES
-                                  ? in->max_attend_queries
-                                  : KVC_MAX_ATTEND_QUERIES,
-    };
+    kvc_limits *out = &link->limits;
+    *out = *in;
+    out->max_value_bytes = clamp_u32(in->max_value_bytes, KVC_MAX_VALUE_BYTES);
+    out->max_message_bytes = clamp_u32(in->max_message_bytes, KVC_MAX_VALUE_BYTES);
+    out->max_batch_values = clamp_u32(in->max_batch_values, KVC_MAX_BATCH_VALUES);
+    out->max_digests = clamp_u32(in->max_digests, KVC_MAX_DIGESTS);
+    out->max_context_blocks = clamp_u32(in->max_context_blocks, KVC_MAX_CONTEXT_BLOCKS);
+    out->max_picks = clamp_u32(in->max_picks, KVC_MAX_PICKS);
+    out->max_groups = clamp_u32(in->max_groups, KVC_MAX_GROUPS);
+    if (out->max_attend_queries > KVC_MAX_ATTEND_QUERIES)
+        out->max_attend_queries = KVC_MAX_ATTEND_QUERIES;
     return KVC_OK;
 }
 

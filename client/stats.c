@@ -13,6 +13,7 @@
 
 typedef struct holder {
     kvc_server_stats stats; /* first: the public face */
+    kvc_limits limits;
     kvc_arena arena;
 } holder;
 
@@ -27,7 +28,8 @@ static kvc_status take_describe(void *arg, const kvc_reply *reply)
     uint32_t n = reply->u.describe.n_schemas;
     h->stats.version = copy_text(&h->arena, reply->u.describe.version);
     h->stats.boot_id = reply->u.describe.boot_id;
-    h->stats.limits = reply->u.describe.limits;
+    h->limits = reply->u.describe.limits;
+    h->stats.limits = &h->limits;
     kvc_digest *schemas = kvc_arena_calloc(&h->arena, n, sizeof(*schemas));
     if (schemas == NULL || h->stats.version == NULL)
         return KVC_NO_MEMORY;

@@ -53,7 +53,7 @@ static bool is_local(const char *uri)
 
 static void check_limits(doctor *d)
 {
-    const kvc_limits *limits = &d->stats->limits;
+    const kvc_limits *limits = d->stats->limits;
     if (strcmp(d->stats->version, KVCTL_VERSION) != 0) {
         doctor_report(d, DOCTOR_WARN, "server", "it is version %s, kvctl is %s", d->stats->version,
                       KVCTL_VERSION);

@@ -62,6 +62,12 @@ static void print_tiers(const kvc_server_stats *stats)
     }
 }
 
+static void print_bytes(const char *what, uint64_t bytes, const char *whose)
+{
+    char text[KVC_TEXT_BYTES];
+    (void)printf("%s%s%s\n", what, kvc_bytes_text(bytes, text), whose);
+}
+
 static void print_limits(const kvc_limits *limits)
 {
     char text[KVC_TEXT_BYTES];
@@ -75,9 +81,26 @@ static void print_limits(const kvc_limits *limits)
     (void)printf("  groups in a fetch      %u\n", limits->max_groups);
     (void)printf("  queries of an attend   %u%s\n", limits->max_attend_queries,
                  limits->max_attend_queries == 0 ? " (it does not attend)" : "");
+    (void)printf("  attends at once        %u\n", limits->max_attend_calls);
+    (void)printf("  one opaque value       %s%s\n",
+                 kvc_bytes_text((uint64_t)limits->max_pieces * limits->max_value_bytes, text),
+                 limits->max_pieces == 0 ? " (it takes none)" : "");
     (void)printf("  open contexts          %u per tenant\n", limits->max_contexts);
+    (void)printf("  blocks of them all     %llu\n", (unsigned long long)limits->max_open_blocks);
     (void)printf("  longest context TTL    %s\n",
                  kvc_duration_text(limits->max_ttl_ms * NS_PER_MS, text));
+    (void)printf("  schemas                %u\n", limits->max_schemas);
+    (void)printf("  holds                  %u per tenant\n", limits->max_holds);
+    (void)printf("  saved contexts         %u per tenant\n", limits->max_saved);
+    print_bytes("  of them                ", limits->max_saved_tenant_bytes, " per tenant");
+    print_bytes("  kept by holds          ", limits->max_hold_bytes, " per tenant");
+    print_bytes("  pinned by maps         ", limits->max_map_pin_bytes, " per tenant");
+    print_bytes("  mapped segments        ", limits->max_mapped_bytes, " per tenant");
+    (void)printf("  window of a put stream %u values, %s\n", limits->max_put_window_values,
+                 kvc_bytes_text(limits->max_put_window_bytes, text));
+    print_bytes("  requests in flight     ", limits->max_inflight_bytes, "");
+    (void)printf("  calls at once          %u per address\n", limits->max_calls);
+    (void)printf("  connections            %u\n", limits->max_connections);
 }
 
 static void print_counters(const kvc_server_stats *stats, bool all)
@@ -103,7 +126,7 @@ static void print_text(const kvctl_globals *globals, const kvc_server_stats *sta
     }
     print_tiers(stats);
     if (all)
-        print_limits(&stats->limits);
+        print_limits(stats->limits);
     print_counters(stats, all);
 }
 
@@ -129,16 +152,9 @@ static void print_json_tiers(const kvc_server_stats *stats)
 static void print_json_limits(const kvc_limits *limits)
 {
     kvctl_json_open("limits", '{');
-    kvctl_json_number("max_value_bytes", limits->max_value_bytes);
-    kvctl_json_number("max_message_bytes", limits->max_message_bytes);
-    kvctl_json_number("max_batch_values", limits->max_batch_values);
-    kvctl_json_number("max_digests", limits->max_digests);
-    kvctl_json_number("max_context_blocks", limits->max_context_blocks);
-    kvctl_json_number("max_picks", limits->max_picks);
-    kvctl_json_number("max_groups", limits->max_groups);
-    kvctl_json_number("max_contexts", limits->max_contexts);
-    kvctl_json_number("max_ttl_ms", limits->max_ttl_ms);
-    kvctl_json_number("max_attend_queries", limits->max_attend_queries);
+#define X(name) kvctl_json_number(#name, limits->name);
+#include "wire/limits.def"
+#undef X
     kvctl_json_close();
 }
 
@@ -151,7 +167,7 @@ static void print_json(const kvctl_globals *globals, const kvc_server_stats *sta
     (void)snprintf(hex, sizeof(hex), "%016llx", (unsigned long long)stats->boot_id);
     kvctl_json_text("boot_id", hex); /* more bits than a JSON number keeps */
     kvctl_json_number("uptime_ms", stats->uptime_ms);
-    print_json_limits(&stats->limits);
+    print_json_limits(stats->limits);
     print_json_tiers(stats);
     kvctl_json_open("schemas", '[');
     for (uint32_t i = 0; i < stats->n_schemas; i++) {

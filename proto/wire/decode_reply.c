@@ -35,16 +35,9 @@ static kvc_status get_tiers(kvci_job *job, Kvasir__V1__TierStats **msgs, size_t 
 static kvc_limits get_limits(const Kvasir__V1__Limits *msg)
 {
     return (kvc_limits){
-        .max_value_bytes = msg->max_value_bytes,
-        .max_message_bytes = msg->max_message_bytes,
-        .max_batch_values = msg->max_batch_values,
-        .max_digests = msg->max_digests,
-        .max_context_blocks = msg->max_context_blocks,
-        .max_picks = msg->max_picks,
-        .max_groups = msg->max_groups,
-        .max_contexts = msg->max_contexts,
-        .max_ttl_ms = msg->max_ttl_ms,
-        .max_attend_queries = msg->max_attend_queries,
+#define X(name) .name = msg->name,
+#include "wire/limits.def"
+#undef X
     };
 }
 

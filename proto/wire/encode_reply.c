@@ -37,16 +37,9 @@ static kvc_status put_tiers(kvc_arena *arena, const kvc_tier_stats *tiers, uint3
 static Kvasir__V1__Limits put_limits(const kvc_limits *limits)
 {
     Kvasir__V1__Limits msg = KVASIR__V1__LIMITS__INIT;
-    msg.max_value_bytes = limits->max_value_bytes;
-    msg.max_message_bytes = limits->max_message_bytes;
-    msg.max_batch_values = limits->max_batch_values;
-    msg.max_digests = limits->max_digests;
-    msg.max_context_blocks = limits->max_context_blocks;
-    msg.max_picks = limits->max_picks;
-    msg.max_groups = limits->max_groups;
-    msg.max_contexts = limits->max_contexts;
-    msg.max_ttl_ms = limits->max_ttl_ms;
-    msg.max_attend_queries = limits->max_attend_queries;
+#define X(name) msg.name = limits->name;
+#include "wire/limits.def"
+#undef X
     return msg;
 }
 

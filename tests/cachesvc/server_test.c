@@ -332,7 +332,16 @@ static void test_schemas(void **state)
     assert_int_equal(f->peer->xfer.reply.u.describe.n_schemas, 1);
     assert_int_equal(f->peer->xfer.reply.u.describe.n_tiers, 1);
     assert_int_equal(f->peer->xfer.reply.u.describe.boot_id, f->h.server->boot_id);
-    assert_int_equal(f->peer->xfer.reply.u.describe.limits.max_contexts, 3);
+    const kvc_limits *limits = &f->peer->xfer.reply.u.describe.limits;
+    assert_int_equal(limits->max_contexts, 3);
+    assert_int_equal(limits->max_hold_bytes, f->h.settings.dram_bytes / 2);
+    assert_int_equal(limits->max_connections, f->h.settings.max_connections);
+    assert_true(limits->max_attend_calls > f->h.settings.attend_queue);
+#define X(name)                                                                                    \
+    if (limits->name == 0)                                                                         \
+        fail_msg("%s is not told", #name);
+#include "wire/limits.def"
+#undef X
 }
 
 /* One schema more than a Describe can list is refused, and Describe goes on. */

@@ -516,7 +516,10 @@ static void fill_describe_reply(kvc_reply *reply, kvc_arena *arena)
 {
     reply->u.describe.version = "0.1.0";
     reply->u.describe.boot_id = 1ull << 63;
-    reply->u.describe.limits = (kvc_limits){1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
+    uint32_t limit = 0;
+#define X(name) reply->u.describe.limits.name = ++limit;
+#include "wire/limits.def"
+#undef X
     reply->u.describe.n_tiers = 2;
     reply->u.describe.tiers = sample_tiers(arena);
     reply->u.describe.n_schemas = 3;

@@ -357,16 +357,9 @@ static const char *describe_diff(const kvc_reply *a, const kvc_reply *b)
 {
     SAME_TEXT(u.describe.version);
     SAME(u.describe.boot_id);
-    SAME(u.describe.limits.max_value_bytes);
-    SAME(u.describe.limits.max_message_bytes);
-    SAME(u.describe.limits.max_batch_values);
-    SAME(u.describe.limits.max_digests);
-    SAME(u.describe.limits.max_context_blocks);
-    SAME(u.describe.limits.max_picks);
-    SAME(u.describe.limits.max_groups);
-    SAME(u.describe.limits.max_contexts);
-    SAME(u.describe.limits.max_ttl_ms);
-    SAME(u.describe.limits.max_attend_queries);
+#define X(name) SAME(u.describe.limits.name);
+#include "wire/limits.def"
+#undef X
     SAME(u.describe.n_tiers);
     SAME(u.describe.n_schemas);
     SAME_BYTES(u.describe.schemas, a->u.describe.n_schemas * sizeof(kvc_digest));

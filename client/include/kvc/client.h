@@ -521,7 +521,7 @@ typedef struct kvc_named_count {
 typedef struct kvc_server_stats {
     const char *version;
     uint64_t boot_id, uptime_ms;
-    kvc_limits limits;
+    const kvc_limits *limits;
     uint32_t n_tiers, n_counters, n_schemas;
     const kvc_tier_stats *tiers;
     const kvc_named_count *counters;

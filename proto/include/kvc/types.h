@@ -143,7 +143,8 @@ typedef struct kvc_saved_context {
     uint64_t generation, upload, body_bytes, saved_unix_ms;
 } kvc_saved_context;
 
-/* Limits that a server exchanges at connect (Describe). */
+/* Limits that a server exchanges at connect (Describe). It grows at its end, so libraries hand it
+ * out by pointer and callers never by its size. */
 typedef struct kvc_limits {
     uint32_t max_value_bytes;
     uint32_t max_message_bytes; /* bulk payload of one message */
@@ -155,6 +156,22 @@ typedef struct kvc_limits {
     uint32_t max_contexts; /* open per tenant */
     uint64_t max_ttl_ms;
     uint32_t max_attend_queries; /* of one group of AttendRows; 0: it is not served */
+    /* The rest is 0 where the server is older than the limit. */
+    uint32_t max_attend_calls;  /* AttendRows at once, those that wait included */
+    uint32_t max_pieces;        /* of max_value_bytes, of one opaque value; 0: none are taken */
+    uint64_t max_open_blocks;   /* in all open contexts, of all tenants */
+    uint32_t max_holds;         /* of a tenant */
+    uint32_t max_schemas;       /* of all tenants */
+    uint64_t max_hold_bytes;    /* that a tenant's holds and TTLs keep */
+    uint64_t max_map_pin_bytes; /* that a tenant's maps pin (shm) */
+    uint64_t max_mapped_bytes;  /* of segments that a tenant's clients have mapped */
+    uint64_t max_saved_tenant_bytes; /* of a tenant's saved contexts */
+    uint64_t max_inflight_bytes;     /* of requests that the server holds at once */
+    uint64_t max_put_window_bytes;   /* of bodies under way in one put stream */
+    uint32_t max_put_window_values;  /* offers of it without their last answer */
+    uint32_t max_saved;              /* contexts that a tenant may have saved by name */
+    uint32_t max_calls;              /* at once at one address of the server */
+    uint32_t max_connections;        /* of all clients; one beyond is closed at once */
 } kvc_limits;
 
 /* Bytes and traffic of one tier, as Stats and Describe report them. */

@@ -45,7 +45,11 @@
 #define LIMITS(X, t) \
     X(t, max_value_bytes) X(t, max_message_bytes) X(t, max_batch_values) X(t, max_digests) \
     X(t, max_context_blocks) X(t, max_picks) X(t, max_groups) X(t, max_contexts) \
-    X(t, max_ttl_ms) X(t, max_attend_queries)
+    X(t, max_ttl_ms) X(t, max_attend_queries) X(t, max_attend_calls) X(t, max_pieces) \
+    X(t, max_open_blocks) X(t, max_holds) X(t, max_schemas) X(t, max_hold_bytes) \
+    X(t, max_map_pin_bytes) X(t, max_mapped_bytes) X(t, max_saved_tenant_bytes) \
+    X(t, max_inflight_bytes) X(t, max_put_window_bytes) X(t, max_put_window_values) \
+    X(t, max_saved) X(t, max_calls) X(t, max_connections)
 #define TIER(X, t) \
     X(t, name) X(t, capacity_bytes) X(t, used_bytes) X(t, values) X(t, rows_read) \
     X(t, bytes_read) X(t, bytes_written) X(t, evictions)

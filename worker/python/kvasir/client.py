@@ -89,7 +89,7 @@ class Client:
                 version=(s.version or b"").decode(),
                 boot_id=s.boot_id,
                 uptime_ms=s.uptime_ms,
-                limits=_plain(s.limits),
+                limits=_plain(s.limits.contents),
                 tiers={t.name: t for t in (_tier(s.tiers[i]) for i in range(s.n_tiers))},
                 counters={
                     s.counters[i].name.decode(): s.counters[i].value for i in range(s.n_counters)
