@@ -51,6 +51,7 @@ static void init_state(kvc_client *client)
     for (size_t i = 0; i < sizeof(heads) / sizeof(heads[0]); i++)
         kvci_list_init(heads[i]);
     client->next_due_ns = UINT64_MAX;
+    client->sweep_due_ns = UINT64_MAX;
     kvci_ways_init(client);
     client->seed = kvc_now_ns() | 1;
 }
@@ -72,6 +73,7 @@ static kvc_status first_link(kvc_client *client)
 
 static void free_client(kvc_client *client)
 {
+    free(client->left);
     for (kvci_node *node = client->pool.next, *next; node != &client->pool; node = next) {
         kvci_call *call = (kvci_call *)node;
         next = node->next;

@@ -66,17 +66,68 @@ kvc_status kvci_send_rpc(void *arg, const kvc_request *req, uint64_t deadline_ns
     return kvci_rpc(arg, req, &opts);
 }
 
+/* A close that nobody waits for. */
+typedef struct handle_closing {
+    kvc_op op;
+    kvc_client *client;
+} handle_closing;
+
+static void note_close(kvc_client *client, kvc_status status)
+{
+    kvc_mutex_lock(&client->lock);
+    client->closes_hang = status == KVC_TIMED_OUT;
+    kvc_mutex_unlock(&client->lock);
+}
+
+static void closed_later(kvc_op *op, void *arg)
+{
+    handle_closing *c = arg;
+    note_close(c->client, op->status);
+    free(c);
+}
+
+static kvc_status close_take(kvci_msg *msg, const kvc_reply *reply, const char **why_p)
+{
+    (void)msg;
+    (void)reply;
+    (void)why_p;
+    return KVC_OK;
+}
+
+static void close_later(kvc_client *client, const kvc_request *req)
+{
+    static const kvci_kind kind = {.name = "CloseContext", .take = close_take};
+    handle_closing *c = calloc(1, sizeof(*c));
+    kvci_call *call =
+        c == NULL ? NULL : kvci_call_new(client, &kind, 1, 0, kvc_now_ns() + KVCI_CLOSE_TIMEOUT_NS);
+    if (call == NULL) {
+        free(c);
+        return;
+    }
+    c->client = client;
+    call->once = true;
+    call->msgs[0].req = *req;
+    call->msgs[0].n_items = 1;
+    kvc_op_init(&c->op, closed_later, c);
+    if (kvci_call_start(call, &c->op) != KVC_OK)
+        free(c);
+}
+
 /* Its TTL would do so later anyway. */
 void kvci_handle_close(kvc_client *client, uint64_t handle)
 {
     kvc_mutex_lock(&client->lock);
     bool connected = client->link != NULL && !client->link_suspect && !client->closing;
+    bool hangs = client->closes_hang;
     kvc_mutex_unlock(&client->lock);
     if (!connected)
         return;
     kvc_request req = {.method = KVC_CLOSE_CONTEXT, .u.close_context.context = handle};
     kvci_rpc_opts opts = {.deadline_ns = kvc_now_ns() + KVCI_CLOSE_TIMEOUT_NS, .once = true};
-    (void)kvci_rpc(client, &req, &opts);
+    if (hangs)
+        close_later(client, &req);
+    else
+        note_close(client, kvci_rpc(client, &req, &opts));
 }
 
 void kvci_context_free(kvc_context *context)

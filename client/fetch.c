@@ -149,7 +149,7 @@ void kvci_fetch_settle(kvci_call *call)
     kvci_left *left = call->u.fetch.left;
     for (uint32_t i = 0; left != NULL && left->final != NULL && i < left->n; i++)
         left->final[left->index[i]] = left->status[i];
-    free(left);
+    kvci_left_put(call->client, left);
 }
 
 static void fetch_finish(kvci_call *call)
@@ -243,7 +243,7 @@ static kvc_status fetch(kvc_client *client, const kvci_kind *kind, const kvc_pic
     if (checked != KVC_OK)
         return checked;
     kvc_fetch_info served = {0};
-    kvci_left *left = kvci_serve(groups, n_groups, dst, status, &served);
+    kvci_left *left = kvci_serve(client, groups, n_groups, dst, status, &served);
     if (left != NULL)
         bytes = left_bytes(left);
     cut c = {

@@ -310,6 +310,8 @@ uint64_t kvci_backoff_ns(uint32_t failures, uint64_t first_ns, uint64_t max_ns, 
 
 /* The call is complete: under the lock. */
 void kvci_call_complete(kvc_client *client, kvci_call *call);
+/* Under the lock: it has been submitted and its callback has not been called. */
+bool kvci_op_in_flight(const kvc_op *op);
 /* The thread kvc-prog; arg is the client. */
 void kvci_progress_main(void *arg);
 
@@ -363,7 +365,8 @@ void kvci_context_give(kvc_context *context, kvc_status status, bool ambiguous, 
                        uint32_t n_blocks);
 /* The busy owner's: whether the handle must be opened anew before it is used. */
 bool kvci_context_is_stale(kvc_context *context);
-/* Tells the server to forget a handle, best effort and a second at most. */
+/* Tells the server to forget a handle, best effort. Waits a second at most, and after that not
+ * again before the server has answered one. */
 void kvci_handle_close(kvc_client *client, uint64_t handle);
 /* deadline_ns, or that of the client's default. */
 uint64_t kvci_deadline(const kvc_client *client, uint64_t deadline_ns);
@@ -468,9 +471,13 @@ struct kvc_client {
     kvci_way_state ways[KVC_WAY_COUNT];
     uint32_t n_choices;
     bool mapping;             /* a thread maps, which owns the two that follow */
+    uint32_t n_mapping;       /* who must end it before the next one may */
     struct kvci_epoch *epoch; /* what the server has passed; NULL: nothing */
     kvc_map_opts map_opts;
     bool maps_wanted, maps_refused; /* contexts map themselves; this link cannot */
+    bool closes_hang;      /* the last handle's close was not answered: others are not waited for */
+    uint64_t sweep_due_ns; /* segments may be without a map; UINT64_MAX: none */
+    struct kvci_left *left; /* memory for the next fetch of mapped rows */
     kvc_cond prog_cond, keeper_cond;
     kvc_cond done_cond; /* an op completed, a context settled, a count of the above fell to 0 */
     kvc_thread prog, keeper;

@@ -50,7 +50,7 @@ static bool grow(kvci_epoch *epoch, uint32_t id)
     uint32_t n = epoch->n_segments == 0 ? 64 : epoch->n_segments;
     while (n <= id)
         n *= 2;
-    kvci_segment *more = realloc(epoch->segments, n * sizeof(*more));
+    kvci_segment **more = realloc(epoch->segments, n * sizeof(*more));
     if (more == NULL)
         return false;
     memset(more + epoch->n_segments, 0, (n - epoch->n_segments) * sizeof(*more));
@@ -61,35 +61,90 @@ static bool grow(kvci_epoch *epoch, uint32_t id)
 
 kvc_status kvci_epoch_add(kvci_epoch *epoch, uint32_t id, int fd, size_t len_bytes)
 {
+    kvci_segment *segment = calloc(1, sizeof(*segment));
     void *base = MAP_FAILED;
-    if (id < KVCI_MAX_SEGMENTS && (id < epoch->n_segments || grow(epoch, id)) &&
-        epoch->segments[id].base == NULL)
+    if (segment != NULL && id < KVCI_MAX_SEGMENTS && (id < epoch->n_segments || grow(epoch, id)) &&
+        epoch->segments[id] == NULL)
         base = map_sealed(fd, len_bytes, epoch->opts.populate ? MAP_POPULATE : 0);
     else
         (void)close(fd);
-    if (base == MAP_FAILED)
+    if (base == MAP_FAILED) {
+        free(segment);
         return KVC_NO_MEMORY;
-    epoch->segments[id] = (kvci_segment){base, len_bytes};
+    }
+    segment->base = base;
+    segment->len_bytes = len_bytes;
+    segment->id = id;
+    epoch->segments[id] = segment;
     if (epoch->opts.on_segment != NULL)
         epoch->opts.on_segment(epoch->opts.arg, base, len_bytes, true);
     return KVC_OK;
+}
+
+static void unmap(kvci_epoch *epoch, uint32_t id)
+{
+    kvci_segment *segment = epoch->segments[id];
+    epoch->segments[id] = NULL;
+    if (epoch->opts.on_segment != NULL)
+        epoch->opts.on_segment(epoch->opts.arg, segment->base, segment->len_bytes, false);
+    (void)munmap((void *)(uintptr_t)segment->base, segment->len_bytes);
+    free(segment);
+}
+
+uint32_t kvci_epoch_sweep(kvci_epoch *epoch, uint32_t *ids, uint32_t max)
+{
+    uint32_t n = 0;
+    for (uint32_t id = 0; epoch != NULL && id < epoch->n_segments && n < max; id++) {
+        if (epoch->segments[id] == NULL || atomic_load(&epoch->segments[id]->users) > 0)
+            continue;
+        unmap(epoch, id);
+        ids[n++] = id;
+    }
+    return n;
 }
 
 void kvci_epoch_unref(kvci_epoch *epoch)
 {
     if (epoch == NULL || atomic_fetch_sub(&epoch->refs, 1) > 1)
         return;
-    for (uint32_t i = 0; i < epoch->n_segments; i++) {
-        const kvci_segment *segment = &epoch->segments[i];
-        if (segment->base == NULL)
-            continue;
-        if (epoch->opts.on_segment != NULL)
-            epoch->opts.on_segment(epoch->opts.arg, segment->base, segment->len_bytes, false);
-        (void)munmap((void *)(uintptr_t)segment->base, segment->len_bytes);
-    }
+    for (uint32_t id = 0; id < epoch->n_segments; id++)
+        if (epoch->segments[id] != NULL)
+            unmap(epoch, id);
     (void)munmap((void *)(uintptr_t)epoch->lease, epoch->lease_bytes);
     free(epoch->segments);
     free(epoch);
+}
+
+bool kvci_map_uses(kvci_map *map, kvci_segment *segment)
+{
+    /* Neighbours lie together, so the last ones are the likely ones. */
+    for (uint32_t i = map->n_used; i > 0; i--)
+        if (map->used[i - 1] == segment)
+            return true;
+    if (map->n_used == map->room_used) {
+        uint32_t room = map->room_used == 0 ? 16 : 2 * map->room_used;
+        kvci_segment **more = realloc(map->used, room * sizeof(*more));
+        if (more == NULL)
+            return false;
+        map->used = more;
+        map->room_used = room;
+    }
+    map->used[map->n_used++] = segment;
+    atomic_fetch_add(&segment->users, 1);
+    return true;
+}
+
+/* False: no memory. */
+static bool use_all(kvci_map *map, const kvci_map *old)
+{
+    map->used = old->n_used > 0 ? calloc(old->n_used, sizeof(*map->used)) : NULL;
+    if (map->used == NULL)
+        return old->n_used == 0;
+    map->n_used = map->room_used = old->n_used;
+    memcpy(map->used, old->used, old->n_used * sizeof(*map->used));
+    for (uint32_t i = 0; i < map->n_used; i++)
+        atomic_fetch_add(&map->used[i]->users, 1);
+    return true;
 }
 
 kvci_map *kvci_map_create(kvci_epoch *epoch, const kvci_map *old, uint32_t n_old, uint32_t n_blocks,
@@ -103,7 +158,7 @@ kvci_map *kvci_map_create(kvci_epoch *epoch, const kvci_map *old, uint32_t n_old
     map->n_parts = n_parts;
     map->parts = calloc(2 * (size_t)n_parts, sizeof(*map->parts));
     map->values = calloc((size_t)n_blocks * n_parts + 1, sizeof(*map->values));
-    if (map->parts == NULL || map->values == NULL) {
+    if (map->parts == NULL || map->values == NULL || (old != NULL && !use_all(map, old))) {
         free(map->parts);
         free(map->values);
         free(map);
@@ -128,7 +183,15 @@ void kvci_map_unref(kvci_map *map)
 {
     if (map == NULL || atomic_fetch_sub(&map->refs, 1) > 1)
         return;
+    for (uint32_t i = 0; i < map->n_used; i++)
+        atomic_fetch_sub(&map->used[i]->users, 1);
+    if (map->client != NULL) {
+        kvc_mutex_lock(&map->client->lock);
+        kvci_map_left(map->client);
+        kvc_mutex_unlock(&map->client->lock);
+    }
     kvci_epoch_unref(map->epoch);
+    free(map->used);
     free(map->parts);
     free(map->values);
     free(map);

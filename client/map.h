@@ -12,8 +12,10 @@
 #include "internal.h"
 
 typedef struct kvci_segment {
-    const uint8_t *base; /* NULL: not mapped */
+    const uint8_t *base;
     size_t len_bytes;
+    uint32_t id;
+    atomic_uint users; /* maps that have a value in it */
 } kvci_segment;
 
 typedef struct kvci_epoch {
@@ -21,20 +23,23 @@ typedef struct kvci_epoch {
     kvc_map_opts opts;
     const _Atomic uint64_t *lease;
     size_t lease_bytes;
-    kvci_segment *segments; /* [n_segments] by id; who maps alone grows it */
+    kvci_segment **segments; /* [n_segments] by id, NULL: none; who maps alone changes it */
     uint32_t n_segments;
 } kvci_epoch;
 
 typedef struct kvci_map {
     atomic_uint refs;
     kvci_epoch *epoch;
+    kvc_client *client; /* to be told when the map has gone; NULL: nobody */
     uint64_t number, boot_id;
     uint32_t slot, block_tokens, n_parts;
     atomic_uint n_blocks;        /* may fall */
     atomic_bool was_cut;         /* it has; the server's map is longer, so another is to be begun */
     uint32_t *parts, *row_bytes; /* [n_parts] */
     const uint8_t **values;      /* [blocks * n_parts]; NULL: by request */
-    uint64_t n_values;           /* that are not NULL */
+    kvci_segment **used;         /* [n_used] that values lie in */
+    uint32_t n_used, room_used;
+    uint64_t n_values; /* that are not NULL */
     kvc_map_info info;
 } kvci_map;
 
@@ -43,11 +48,16 @@ typedef struct kvci_map {
 kvci_epoch *kvci_epoch_create(const kvc_map_opts *opts, int lease_fd, size_t lease_bytes);
 /* Maps a segment read-only; takes fd. */
 kvc_status kvci_epoch_add(kvci_epoch *epoch, uint32_t id, int fd, size_t len_bytes) KVC_MUST_CHECK;
+/* Unmaps segments that no map has a value in, at most max; ids [max] gets theirs. Who maps alone.
+ */
+uint32_t kvci_epoch_sweep(kvci_epoch *epoch, uint32_t *ids, uint32_t max);
 void kvci_epoch_unref(kvci_epoch *epoch); /* NULL is fine */
+/* A value of the map lies in the segment. False: no memory. */
+bool kvci_map_uses(kvci_map *map, kvci_segment *segment);
 /* A map of the first n_old blocks of old (NULL: none) with room for n_blocks; references epoch. */
 kvci_map *kvci_map_create(kvci_epoch *epoch, const kvci_map *old, uint32_t n_old, uint32_t n_blocks,
                           uint32_t n_parts);
-void kvci_map_unref(kvci_map *map); /* NULL is fine */
+void kvci_map_unref(kvci_map *map); /* not under client->lock; NULL is fine */
 /* The context's map, referenced, or NULL. Takes client->lock. */
 kvci_map *kvci_map_of(kvc_context *context);
 /* Whether what was read meanwhile was the values'. */
@@ -60,14 +70,49 @@ int kvci_map_part(const kvci_map *map, uint32_t part);
 typedef struct kvci_left {
     uint32_t n_groups, n;
     kvc_pick_group *groups;
-    uint32_t *index; /* [n] numbers of the picks among all */
-    int8_t *status;  /* [n] */
-    int8_t *final;   /* the caller's, of all picks; may be NULL */
+    uint32_t *index;   /* [n] numbers of the picks among all */
+    int8_t *status;    /* [n] */
+    int8_t *final;     /* the caller's, of all picks; may be NULL */
+    size_t room_bytes; /* of all of it */
 } kvci_left;
 
 /* Serves what it can of checked groups. NULL: nothing was served, fetch it all. */
-kvci_left *kvci_serve(const kvc_pick_group *groups, uint32_t n_groups, const kvc_region *dst,
-                      int8_t *status, kvc_fetch_info *info);
+kvci_left *kvci_serve(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,
+                      const kvc_region *dst, int8_t *status, kvc_fetch_info *info);
+/* Under the lock: keeps the memory for the next one. NULL is fine. */
+void kvci_left_put(kvc_client *client, kvci_left *left);
+
+/* ---- map_ask.c: one thread of a client maps at a time (client->mapping) */
+
+/* One reply, as it comes on the transport's thread: copied, and its descriptors taken. */
+typedef struct kvci_map_answer {
+    kvc_reply reply; /* without pointers */
+    kvc_map_segment segments[KVC_MAX_MAP_SEGMENTS];
+    int fds[KVT_MAX_FDS];
+    uint32_t n_fds;
+    uint8_t *table;
+    size_t table_bytes;
+} kvci_map_answer;
+
+/* Waits for its turn. TIMED_OUT, said. */
+kvc_status kvci_mapping_begin(kvc_client *client, uint64_t deadline_ns) KVC_MUST_CHECK;
+void kvci_mapping_end(kvc_client *client);
+/*
+ * Asks, and maps what came with the answer; number_p: the server's map, as soon as it has one. Its
+ * segments are in client->epoch then. The answer is the caller's, also after a failure. TIMED_OUT:
+ * the caller waits no longer, but the answer is waited for, since without it the connection would
+ * have to end; until it has come, nobody else maps.
+ */
+kvc_status kvci_map_ask(kvc_context *context, const kvc_request *req, uint64_t deadline_ns,
+                        kvci_map_answer *answer, uint64_t *number_p) KVC_MUST_CHECK;
+void kvci_map_answer_fini(kvci_map_answer *answer);
+/* Tells the server that the map is over, best effort; wait: until it knows, for a second at most.
+ */
+void kvci_map_release(kvc_client *client, uint64_t number, bool wait);
+/* Under the lock: a map has gone, so segments may be without one; they are looked at later. */
+void kvci_map_left(kvc_client *client);
+/* Under the lock, held again on return; kvc-prog's: gives back what no map has used for a while. */
+void kvci_map_sweep(kvc_client *client, uint64_t now_ns);
 
 /* ---- map_call.c */
 /* After open, fork and extend: maps what is new where that is wanted. Blocks; best effort. */

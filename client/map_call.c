@@ -1,13 +1,11 @@
 /*
- * map_call.c: asking the server for maps, and the interface to them.
+ * map_call.c: maps of contexts, from the first table to the last, and the interface to them.
  *
- * Caller's threads, which block. One MapContext of a client is under way at a time
- * (client->mapping), since what a reply calls by its id may have come with the reply before.
- * Invariant: a table is put in place only if the context has not been cut since it was asked for.
+ * Caller's threads, which block. Invariant: a table is put in place only if the context has not
+ * been cut since it was asked for.
  */
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "base/assert.h"
 #include "base/clock.h"
@@ -18,144 +16,28 @@
 #define PAGE_BYTES  4096u
 #define ATTEMPTS    3
 
-/* One reply, as it comes on the transport's thread: copied, and its descriptors taken. */
-typedef struct answer {
-    kvc_reply reply; /* without pointers */
-    kvc_map_segment segments[KVC_MAX_MAP_SEGMENTS];
-    int fds[KVT_MAX_FDS];
-    uint32_t n_fds;
-    uint8_t *table;
-    size_t table_bytes;
-} answer;
-
-static void answer_fini(answer *a)
-{
-    for (uint32_t i = 0; i < a->n_fds; i++)
-        if (a->fds[i] >= 0)
-            (void)close(a->fds[i]);
-    free(a->table);
-    *a = (answer){0};
-}
-
-static kvc_status map_take(kvci_msg *msg, const kvc_reply *reply, const char **why_p)
-{
-    answer *a = msg->call->u.keep.info_p;
-    answer_fini(a); /* of an attempt before */
-    a->reply = *reply;
-    memcpy(a->segments, reply->u.map_context.segments,
-           reply->u.map_context.n_segments * sizeof(a->segments[0]));
-    for (; a->n_fds < msg->xfer.n_fds; a->n_fds++) {
-        a->fds[a->n_fds] = msg->xfer.fds[a->n_fds];
-        msg->xfer.fds[a->n_fds] = -1;
-    }
-    *why_p = "no memory for the table of a map";
-    a->table = malloc(reply->data_bytes + 1);
-    if (a->table == NULL)
-        return KVC_NO_MEMORY;
-    a->table_bytes = reply->data_bytes;
-    kvci_cursor cur = {.iov = reply->data};
-    kvci_copy_out(&cur, a->table, reply->data_bytes);
-    *why_p = "a map without its descriptors";
-    uint32_t want = reply->u.map_context.n_segments + (reply->u.map_context.lease_bytes > 0);
-    return a->n_fds == want ? KVC_OK : KVC_PROTOCOL;
-}
-
-static const kvci_kind map_kind = {.name = "map", .take = map_take};
-
-static kvc_status ask(kvc_context *context, const kvc_request *req, uint64_t deadline_ns, answer *a)
-{
-    kvci_call *call = kvci_call_new(context->client, &map_kind, 1,
-                                    kvci_carve_bytes(1, sizeof(kvci_seg)), deadline_ns);
-    if (call == NULL)
-        return kvci_fail(KVC_NO_MEMORY, "map: no memory");
-    kvci_msg *msg = &call->msgs[0];
-    msg->n_items = 1;
-    msg->req = *req;
-    if (!req->u.map_context.release) { /* else it names no context */
-        msg->segs = kvci_carve(call, 1, sizeof(kvci_seg));
-        msg->segs[0].context = context;
-        msg->n_segs = 1;
-        msg->handle_p = &msg->req.u.map_context.context;
-    }
-    call->u.keep.info_p = a;
-    kvc_op op;
-    kvc_op_init(&op, NULL, NULL);
-    kvc_status status = kvci_call_start(call, &op);
-    return status == KVC_OK ? kvc_op_wait(&op, 0) : status;
-}
-
-/* ---- one at a time ----------------------------------------------------------------------------
- */
-
-static kvc_status begin_mapping(kvc_client *client, uint64_t deadline_ns)
-{
-    kvc_status status = KVC_OK;
-    kvc_mutex_lock(&client->lock);
-    while (client->mapping && status == KVC_OK)
-        status = kvc_cond_wait_until(&client->done_cond, &client->lock, deadline_ns);
-    if (!client->mapping)
-        status = KVC_OK;
-    if (status == KVC_OK)
-        client->mapping = true;
-    kvc_mutex_unlock(&client->lock);
-    return status == KVC_OK ? KVC_OK : kvci_fail(status, "map: another one took too long");
-}
-
-static void end_mapping(kvc_client *client)
-{
-    kvc_mutex_lock(&client->lock);
-    client->mapping = false;
-    kvc_cond_broadcast(&client->done_cond);
-    kvc_mutex_unlock(&client->lock);
-}
-
-/* ---- what a reply brings ----------------------------------------------------------------------
- */
-
-/* Who maps alone reads and changes client->epoch. */
-static kvc_status take_segments(kvc_client *client, answer *a)
-{
-    uint32_t at = 0;
-    if (a->reply.u.map_context.lease_bytes > 0) {
-        kvci_epoch_unref(client->epoch);
-        client->epoch =
-            kvci_epoch_create(&client->map_opts, a->fds[0], a->reply.u.map_context.lease_bytes);
-        a->fds[0] = -1;
-        at = 1;
-    }
-    kvc_status status = client->epoch != NULL ? KVC_OK : KVC_NO_MEMORY;
-    for (uint32_t i = 0; status == KVC_OK && i < a->reply.u.map_context.n_segments; i++, at++) {
-        status = kvci_epoch_add(client->epoch, a->segments[i].id, a->fds[at],
-                                (size_t)a->segments[i].len_bytes);
-        a->fds[at] = -1;
-    }
-    uint64_t words = client->epoch != NULL ? client->epoch->lease_bytes / sizeof(uint64_t) : 0;
-    if (status == KVC_OK && a->reply.u.map_context.lease_slot >= words)
-        status = KVC_PROTOCOL;
-    return status == KVC_OK ? KVC_OK
-                            : kvci_fail(status, "map: the server's memory cannot be mapped");
-}
-
 /* An entry as an address; NULL: by request, also where the segment is not known here. */
-static const uint8_t *place_of(const kvci_epoch *epoch, const uint8_t *entry, uint64_t value_bytes)
+static const uint8_t *place_of(kvci_map *map, const uint8_t *entry, uint64_t value_bytes)
 {
+    const kvci_epoch *epoch = map->epoch;
     uint32_t id = (uint32_t)kvc_le_get(entry, 4);
     uint64_t off_bytes = (uint64_t)(uint32_t)kvc_le_get(entry + 4, 4) * PAGE_BYTES;
-    if (id == 0 || id >= epoch->n_segments || epoch->segments[id].base == NULL ||
-        off_bytes + value_bytes > epoch->segments[id].len_bytes)
+    kvci_segment *segment = id == 0 || id >= epoch->n_segments ? NULL : epoch->segments[id];
+    if (segment == NULL || off_bytes + value_bytes > segment->len_bytes ||
+        !kvci_map_uses(map, segment))
         return NULL;
-    return epoch->segments[id].base + off_bytes;
+    return segment->base + off_bytes;
 }
 
 /* Adds a reply's table behind what the map has. False: it is not the table that was asked for. */
-static bool add_table(kvci_map *map, const answer *a, uint32_t room)
+static bool add_table(kvci_map *map, const kvci_map_answer *a, uint32_t room)
 {
     uint32_t n = a->reply.u.map_context.n_blocks, first = atomic_load(&map->n_blocks);
     if (n > room - first || a->table_bytes != (uint64_t)n * map->n_parts * ENTRY_BYTES)
         return false;
     for (size_t i = 0; i < (size_t)n * map->n_parts; i++) {
         uint64_t bytes = (uint64_t)map->row_bytes[i % map->n_parts] * map->block_tokens;
-        const uint8_t *at = place_of(map->epoch, a->table + i * ENTRY_BYTES, bytes);
+        const uint8_t *at = place_of(map, a->table + i * ENTRY_BYTES, bytes);
         map->values[(size_t)first * map->n_parts + i] = at;
         map->info.values += at != NULL;
         map->info.by_request += at == NULL;
@@ -177,16 +59,6 @@ typedef struct plan {
     uint64_t deadline_ns;
 } plan;
 
-static void release_number(kvc_context *context, uint64_t number)
-{
-    answer a = {0};
-    kvc_request req = {.method = KVC_MAP_CONTEXT};
-    req.u.map_context.map = number;
-    req.u.map_context.release = true;
-    (void)ask(context, &req, kvc_now_ns() + KVCI_CLOSE_TIMEOUT_NS, &a);
-    answer_fini(&a);
-}
-
 /* Asks for what is behind the first n_old blocks, until all is answered. NOT_FOUND: the server
  * knows the old map no more. */
 static kvc_status extend(const plan *p, const kvci_map *old, kvci_map **map_p)
@@ -199,23 +71,20 @@ static kvc_status extend(const plan *p, const kvci_map *old, kvci_map **map_p)
     KVC_ASSERT(p->parts != NULL && p->row_bytes != NULL);
     *map_p = NULL;
     do {
-        answer a = {0};
+        kvci_map_answer a = {0};
         kvc_request req = {.method = KVC_MAP_CONTEXT};
         req.u.map_context.map = number;
         req.u.map_context.n_parts = p->n_parts;
         req.u.map_context.parts = p->parts;
         req.u.map_context.first_block = first;
         req.u.map_context.n_blocks = p->n_blocks - first;
-        status = ask(p->context, &req, p->deadline_ns, &a);
-        /* Before anything of the reply can fail: the server has the map from here on. */
-        if (a.reply.u.map_context.map != 0)
-            number = a.reply.u.map_context.map;
-        if (status == KVC_OK)
-            status = take_segments(client, &a);
+        status = kvci_map_ask(p->context, &req, p->deadline_ns, &a, &number);
         if (status == KVC_OK && map == NULL) {
             map = kvci_map_create(client->epoch, old, first, p->n_blocks, p->n_parts);
             status = map != NULL ? KVC_OK : kvci_fail(KVC_NO_MEMORY, "map: no memory");
         }
+        if (map != NULL)
+            map->client = client;
         if (status == KVC_OK && map != NULL && old == NULL && first == 0) {
             map->number = number;
             map->slot = a.reply.u.map_context.lease_slot;
@@ -226,13 +95,13 @@ static kvc_status extend(const plan *p, const kvci_map *old, kvci_map **map_p)
         if (status == KVC_OK && map != NULL && !add_table(map, &a, p->n_blocks))
             status = kvci_fail(KVC_PROTOCOL, "map: the table makes no sense");
         bool more = a.reply.u.map_context.n_blocks + a.reply.u.map_context.n_segments > 0;
-        answer_fini(&a);
+        kvci_map_answer_fini(&a);
         if (status != KVC_OK || map == NULL || !more)
             break;
         first = atomic_load(&map->n_blocks);
     } while (first < p->n_blocks);
     if (status != KVC_OK && old == NULL && number != 0)
-        release_number(p->context, number);
+        kvci_map_release(client, number, false);
     if (status != KVC_OK) {
         kvci_map_unref(map);
         return status;
@@ -260,12 +129,12 @@ static kvc_status put_in_place(const plan *p, kvci_map *map, uint64_t boot_id, k
     kvc_mutex_unlock(&client->lock);
     if (!fits) {
         if (old_number != map->number)
-            release_number(context, map->number);
+            kvci_map_release(client, map->number, false);
         kvci_map_unref(map);
         return kvci_fail(KVC_AGAIN, "map: the context changed meanwhile");
     }
     if (old_number != 0 && old_number != map->number && kvci_map_holds(old))
-        release_number(context, old_number);
+        kvci_map_release(client, old_number, true);
     kvci_map_unref(old);
     return KVC_OK;
 }
@@ -293,7 +162,7 @@ static kvc_status map_planned(plan *p, kvc_map_info *info_p)
         /* The server's map still pins what was cut off: it goes first, so that its pins are free
          * for the one that takes its place. */
         if (old != NULL && atomic_load(&old->was_cut) && kvci_map_holds(old))
-            release_number(p->context, old->number);
+            kvci_map_release(client, old->number, true);
         if (grows && atomic_load(&old->n_blocks) >= p->n_blocks) {
             if (info_p != NULL)
                 *info_p = old->info;
@@ -360,14 +229,14 @@ kvc_status kvc_context_map(kvc_context *context, const uint32_t *parts, uint32_t
     deadline_ns = kvci_deadline(client, deadline_ns);
     if (n_parts > KVC_MAX_PARTS)
         return kvci_fail(KVC_INVALID, "map: %u parts, at most %u", n_parts, KVC_MAX_PARTS);
-    kvc_status status = begin_mapping(client, deadline_ns);
+    kvc_status status = kvci_mapping_begin(client, deadline_ns);
     if (status != KVC_OK)
         return status;
     status = find_parts(context, parts, n_parts, deadline_ns, &p, &list);
     if (status == KVC_OK)
         status = map_planned(&p, info_p);
     free(list);
-    end_mapping(client);
+    kvci_mapping_end(client);
     return status;
 }
 
@@ -404,7 +273,7 @@ void kvci_map_cut(kvc_context *context, uint32_t n)
     kvc_mutex_unlock(&client->lock);
 }
 
-void kvci_map_drop(kvc_context *context)
+static void drop(kvc_context *context, bool wait)
 {
     kvc_client *client = context->client;
     kvc_mutex_lock(&client->lock);
@@ -414,27 +283,32 @@ void kvci_map_drop(kvc_context *context)
     atomic_store(&context->has_map, false);
     kvc_mutex_unlock(&client->lock);
     if (map != NULL && connected)
-        release_number(context, map->number);
+        kvci_map_release(client, map->number, wait);
     kvci_map_unref(map);
+}
+
+void kvci_map_drop(kvc_context *context)
+{
+    drop(context, false);
 }
 
 void kvc_context_unmap(kvc_context *context)
 {
-    kvci_map_drop(context);
+    drop(context, true);
 }
 
 kvc_status kvc_client_map_contexts(kvc_client *client, const kvc_map_opts *opts)
 {
     if (opts->size_bytes != sizeof(*opts))
         return kvci_fail(KVC_INVALID, "map: size_bytes is not that of kvc_map_opts");
-    kvc_status status = begin_mapping(client, kvci_deadline(client, 0));
+    kvc_status status = kvci_mapping_begin(client, kvci_deadline(client, 0));
     if (status != KVC_OK)
         return status;
     client->map_opts = *opts;
     kvc_mutex_lock(&client->lock);
     client->maps_wanted = opts->all;
     kvc_mutex_unlock(&client->lock);
-    end_mapping(client);
+    kvci_mapping_end(client);
     return KVC_OK;
 }
 

@@ -55,18 +55,45 @@ static uint32_t serve_group(const kvc_pick_group *group, const kvc_region *dst, 
     return group->n_picks;
 }
 
-static kvci_left *create_left(uint32_t n_groups, uint32_t n)
+/* Memory for the picks of n_groups, n in all, most of one group; kept from fetch to fetch. */
+static kvci_left *take_left(kvc_client *client, uint32_t n_groups, uint32_t n)
 {
     size_t head = (sizeof(kvci_left) + 15) / 16 * 16;
-    kvci_left *left = malloc(head + n_groups * sizeof(kvc_pick_group) +
-                             n * (3 * sizeof(uint32_t) + sizeof(int8_t)) + 1);
-    if (left == NULL)
-        return NULL;
-    *left = (kvci_left){.n_groups = n_groups};
+    size_t room_bytes =
+        head + n_groups * sizeof(kvc_pick_group) + n * (4 * sizeof(uint32_t) + sizeof(int8_t)) + 8;
+    kvc_mutex_lock(&client->lock);
+    kvci_left *left = client->left;
+    client->left = NULL;
+    kvc_mutex_unlock(&client->lock);
+    if (left == NULL || left->room_bytes < room_bytes) {
+        free(left);
+        left = malloc(room_bytes);
+        if (left == NULL)
+            return NULL;
+        left->room_bytes = room_bytes;
+    }
+    left->n_groups = n_groups;
+    left->n = 0;
+    left->final = NULL;
     left->groups = (kvc_pick_group *)((uint8_t *)left + head);
     left->index = (uint32_t *)(left->groups + n_groups);
-    left->status = (int8_t *)(left->index + 3 * (size_t)n);
+    left->status = (int8_t *)(left->index + 4 * (size_t)n);
     return left;
+}
+
+void kvci_left_put(kvc_client *client, kvci_left *left)
+{
+    if (left != NULL && left->room_bytes <= KVCI_POOL_BYTES && client->left == NULL)
+        client->left = left;
+    else
+        free(left);
+}
+
+static void give_left(kvc_client *client, kvci_left *left)
+{
+    kvc_mutex_lock(&client->lock);
+    kvci_left_put(client, left);
+    kvc_mutex_unlock(&client->lock);
 }
 
 /* The same group with only the picks that are left, whose slots are named now. */
@@ -95,27 +122,26 @@ static bool any_map(const kvc_pick_group *groups, uint32_t n_groups)
     return false;
 }
 
-kvci_left *kvci_serve(const kvc_pick_group *groups, uint32_t n_groups, const kvc_region *dst,
-                      int8_t *status, kvc_fetch_info *info)
+kvci_left *kvci_serve(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,
+                      const kvc_region *dst, int8_t *status, kvc_fetch_info *info)
 {
-    uint32_t n_all = 0, most = 0, first = 0;
+    uint32_t n_all = 0, first = 0;
     bool mapped = false;
     if (!any_map(groups, n_groups))
         return NULL;
-    for (uint32_t g = 0; g < n_groups; g++) {
+    for (uint32_t g = 0; g < n_groups; g++)
         n_all += groups[g].n_picks;
-        most = groups[g].n_picks > most ? groups[g].n_picks : most;
-    }
-    uint32_t *picks_left = malloc((most + 1) * sizeof(*picks_left));
-    kvci_left *left = picks_left == NULL ? NULL : create_left(n_groups, n_all);
+    kvci_left *left = take_left(client, n_groups, n_all);
     for (uint32_t g = 0; left != NULL && g < n_groups; g++) {
+        uint32_t *picks_left = left->index + 3 * (size_t)n_all; /* [n_all], of a group at a time */
         uint32_t n = serve_group(&groups[g], dst, picks_left, &mapped);
         add_group(left, n_all, &groups[g], g, first, picks_left, n);
         first += groups[g].n_picks;
     }
-    free(picks_left);
-    if (left == NULL || !mapped) {
-        free(left);
+    if (left == NULL)
+        return NULL;
+    if (!mapped) {
+        give_left(client, left);
         return NULL;
     }
     left->final = status;

@@ -10,7 +10,7 @@
 
 #include "base/assert.h"
 #include "base/clock.h"
-#include "internal.h"
+#include "map.h"
 
 enum { OP_CLIENT = 0, OP_CALL, OP_STATE, OP_TICKET };
 enum { OP_IDLE = 0, OP_IN_FLIGHT, OP_COMPLETE };
@@ -18,6 +18,11 @@ enum { OP_IDLE = 0, OP_IN_FLIGHT, OP_COMPLETE };
 static uintptr_t op_state(const kvc_op *op)
 {
     return (uintptr_t)__atomic_load_n(&op->impl[OP_STATE], __ATOMIC_ACQUIRE);
+}
+
+bool kvci_op_in_flight(const kvc_op *op)
+{
+    return op_state(op) == OP_IN_FLIGHT;
 }
 
 static void op_set_state(kvc_op *op, uintptr_t state)
@@ -135,13 +140,20 @@ void kvci_progress_main(void *arg)
             continue;
         }
         uint64_t now_ns = kvc_now_ns();
+        if (now_ns >= client->sweep_due_ns && !client->mapping) {
+            kvci_map_sweep(client, now_ns);
+            continue;
+        }
         if (now_ns >= client->next_due_ns) {
             kvci_expire(client, now_ns);
             kvci_pump(client);
             continue;
         }
-        uint64_t until_ns = client->next_due_ns == UINT64_MAX ? 0 : client->next_due_ns;
-        (void)kvc_cond_wait_until(&client->prog_cond, &client->lock, until_ns);
+        uint64_t until_ns = client->next_due_ns;
+        if (!client->mapping && client->sweep_due_ns < until_ns)
+            until_ns = client->sweep_due_ns;
+        (void)kvc_cond_wait_until(&client->prog_cond, &client->lock,
+                                  until_ns == UINT64_MAX ? 0 : until_ns);
     }
     kvc_mutex_unlock(&client->lock);
 }

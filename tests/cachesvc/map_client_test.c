@@ -12,8 +12,11 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "base/metrics.h"
+#include "base/thread.h"
 #include "kvc/client.h"
+#include "maps_internal.h"
 
 #define ROW_BYTES 512u
 #define SECOND    1000000000ull
@@ -373,6 +376,149 @@ static void caps_change_nothing_but_the_way(void **state)
     kvc_context_close(context);
 }
 
+/* Waits for what happens off the test's thread. */
+static void wait_gauge(kvc_metric metric, uint64_t want)
+{
+    for (int i = 0; i < 30000 && kvc_metric_get(metric) != want; i++)
+        usleep(1000);
+    assert_int_equal(kvc_metric_get(metric), want);
+}
+
+static void wait_segments(rig *r, int want)
+{
+    for (int i = 0; i < 30000 && atomic_load(&r->n_segments) != want; i++)
+        usleep(1000);
+    assert_int_equal(atomic_load(&r->n_segments), want);
+}
+
+/* Memory that no context is in goes back by itself, and comes again where one is. */
+static void what_no_map_has_is_given_back(void **state)
+{
+    rig *r = *state;
+    kvc_map_opts map = {.size_bytes = sizeof(map),
+                        .all = true,
+                        .on_segment = count_segment,
+                        .arg = r,
+                        .keep_ns = 1};
+    start(r);
+    assert_int_equal(kvc_client_map_contexts(r->client, &map), KVC_OK);
+    put_blocks(r, 1, 60); /* of both parts: 120 values, 32 a segment */
+    for (uint64_t round = 0; round < 6; round++) {
+        const uint64_t low[2] = {1, 2}, high[2] = {59, 60};
+        kvc_context *first = open_context(r, low, 2), *second = open_context(r, high, 2);
+        expect_rows(r, first, 0, low, 2);
+        assert_int_equal(r->info.requests, 0);
+        expect_rows(r, second, 10, high, 2);
+        assert_int_equal(r->info.requests, 0);
+        assert_int_equal(atomic_load(&r->n_segments), 2);
+        assert_int_equal(kvc_metric_get(KVC_M_mapped_segments), 2);
+        kvc_context_close(first);
+        wait_segments(r, 1);
+        wait_gauge(KVC_M_mapped_segments, 1);
+        expect_rows(r, second, 0, high, 2);
+        assert_int_equal(r->info.requests, 0);
+        kvc_context_close(second);
+        wait_segments(r, 0);
+        wait_gauge(KVC_M_mapped_segments, 0);
+        assert_int_equal(kvc_metric_get(KVC_M_map_pins), 0);
+    }
+}
+
+/* A server that does not answer while a thread of the test holds its maps. */
+typedef struct hang {
+    rig *r;
+    atomic_bool begun, over;
+    kvc_thread thread;
+} hang;
+
+static void hold_maps(void *arg)
+{
+    hang *h = arg;
+    kvc_mutex_lock(&h->r->h.server->maps->lock);
+    atomic_store(&h->begun, true);
+    while (!atomic_load(&h->over))
+        usleep(1000);
+    kvc_mutex_unlock(&h->r->h.server->maps->lock);
+}
+
+static void begin_hang(rig *r, hang *h)
+{
+    *h = (hang){.r = r};
+    assert_int_equal(kvc_thread_start(&h->thread, "hang", hold_maps, h), KVC_OK);
+    while (!atomic_load(&h->begun))
+        usleep(1000);
+}
+
+static void end_hang(hang *h)
+{
+    atomic_store(&h->over, true);
+    kvc_thread_join(&h->thread);
+}
+
+/* Its caller has gone when the answer comes: nothing stays pinned, nothing breaks, and the next one
+ * maps as ever. */
+static void a_late_map_harms_nobody(void **state)
+{
+    rig *r = *state;
+    const uint64_t numbers[4] = {1, 2, 3, 4};
+    kvc_map_opts map = {.size_bytes = sizeof(map), .on_segment = count_segment, .arg = r};
+    hang h;
+    start(r);
+    assert_int_equal(kvc_client_map_contexts(r->client, &map), KVC_OK);
+    put_blocks(r, 1, 4);
+    uint64_t reconnects = kvc_metric_get(KVC_M_client_reconnects);
+    for (uint32_t round = 0; round < 3; round++) {
+        kvc_context *context = open_context(r, numbers, 4), *gone = open_context(r, numbers, 4);
+        uint64_t late = kvc_metric_get(KVC_M_client_maps_abandoned);
+        begin_hang(r, &h);
+        assert_int_equal(kvc_context_map(gone, NULL, 0, kvc_deadline_ns(SECOND), NULL),
+                         KVC_TIMED_OUT);
+        assert_int_equal(kvc_context_map(context, NULL, 0, kvc_deadline_ns(SECOND / 10), NULL),
+                         KVC_TIMED_OUT); /* it is not its turn */
+        end_hang(&h);
+        kvc_context_close(gone);
+        /* Waits its turn, or is asked for a second time. */
+        assert_int_equal(kvc_context_map(context, NULL, 0, 0, NULL), KVC_OK);
+        expect_rows(r, context, 10, numbers, 4);
+        assert_int_equal(r->info.requests, 0);
+        if (round == 0)
+            assert_true(kvc_metric_get(KVC_M_client_maps_abandoned) > late);
+        kvc_context_close(context);
+        wait_gauge(KVC_M_maps, 0);
+        wait_gauge(KVC_M_map_pins, 0);
+    }
+    assert_int_equal(kvc_metric_get(KVC_M_client_reconnects), reconnects);
+    /* A client may close while an answer is awaited. */
+    kvc_context *context = open_context(r, numbers, 4);
+    begin_hang(r, &h);
+    assert_int_equal(kvc_context_map(context, NULL, 0, kvc_deadline_ns(SECOND / 5), NULL),
+                     KVC_TIMED_OUT);
+    kvc_context_close(context);
+    end_hang(&h);
+}
+
+/* Closing does not wait for a server that does not answer, but for the first second. */
+static void closing_does_not_wait_for_each(void **state)
+{
+    rig *r = *state;
+    const uint64_t numbers[2] = {1, 2};
+    kvc_context *contexts[12];
+    hang h;
+    start(r);
+    put_blocks(r, 1, 2);
+    for (uint32_t i = 0; i < 12; i++)
+        contexts[i] = open_context(r, numbers, 2);
+    assert_int_equal(kvc_metric_get(KVC_M_maps), 12);
+    begin_hang(r, &h);
+    uint64_t began_ns = kvc_now_ns();
+    for (uint32_t i = 0; i < 12; i++)
+        kvc_context_close(contexts[i]);
+    uint64_t took_ns = kvc_now_ns() - began_ns;
+    end_hang(&h);
+    assert_true(took_ns < 9 * SECOND); /* not 12, nor 24 */
+    wait_gauge(KVC_M_maps, 0);
+}
+
 static void other_transports_go_by_request(void **state)
 {
     rig *r = *state;
@@ -395,6 +541,8 @@ int main(void)
         CASE(a_cut_context_forgets_its_end),      CASE(erased_rows_are_gone_at_once),
         CASE(a_new_server_is_mapped_anew),        CASE(caps_change_nothing_but_the_way),
         CASE(other_transports_go_by_request),     CASE(cuts_give_pins_back),
+        CASE(what_no_map_has_is_given_back),      CASE(a_late_map_harms_nobody),
+        CASE(closing_does_not_wait_for_each),
     };
     return cmocka_run_group_tests_name("map_client", tests, NULL, NULL);
 }

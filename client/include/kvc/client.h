@@ -320,10 +320,13 @@ typedef struct kvc_map_opts {
     bool all;      /* contexts map all parts but index ones as they open and grow, best effort */
     bool populate; /* fault a segment's pages in as it is mapped */
     /* May be NULL: a segment has been mapped, or is about to be unmapped; for who registers memory
-     * with a device. On a thread that maps, closes or unmaps, or ends a fetch; must not call back.
-     */
+     * with a device. On a thread that maps, closes or unmaps, or ends a fetch, or on one of the
+     * client's own; must not call back. */
     void (*on_segment)(void *arg, const void *base, size_t len_bytes, bool mapped);
     void *arg;
+    /* A segment that no context has had a value in for so long is unmapped, so that the server can
+     * give it to others. 0: 10 s. */
+    uint64_t keep_ns;
 } kvc_map_opts;
 
 typedef struct kvc_map_info {
