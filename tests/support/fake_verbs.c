@@ -29,7 +29,7 @@ static struct {
     int access;
     bool used;
 } mrs[MAX_MRS];
-static uint32_t posted[N_OPCODE], signals;
+static uint32_t posted[N_OPCODE], signals, hits;
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
@@ -291,8 +291,10 @@ static void do_and_complete(fake_qp *qp, const struct ibv_send_wr *wr)
 {
     bool faulted = fake_fault.wc != IBV_WC_SUCCESS && !qp->error && --fake_fault.wc_after == 0;
     enum ibv_wc_status status = faulted ? fake_fault.wc : do_wr(qp, wr);
-    if (faulted)
+    if (faulted) {
         fake_fault.wc = IBV_WC_SUCCESS;
+        hits++;
+    }
     if ((wr->send_flags & IBV_SEND_SIGNALED) || status != IBV_WC_SUCCESS) {
         bool reads = wr->opcode == IBV_WR_RDMA_READ;
         struct ibv_wc wc = {.wr_id = wr->wr_id,
@@ -344,6 +346,7 @@ static int post_send(struct ibv_qp *base, struct ibv_send_wr *wr, struct ibv_sen
     if (ok && fake_fault.post_fails_after != UINT32_MAX)
         fake_fault.post_fails_after--;
     if (!ok) {
+        hits += fake_fault.post_fails_after == 0;
         pthread_mutex_unlock(&fake_mutex);
         return ENOMEM;
     }
@@ -436,7 +439,16 @@ void fake_verbs_fault(const fake_faults *faults)
 {
     pthread_mutex_lock(&fake_mutex);
     fake_fault = *faults;
+    hits = 0;
     pthread_mutex_unlock(&fake_mutex);
+}
+
+uint32_t fake_verbs_hits(void)
+{
+    pthread_mutex_lock(&fake_mutex);
+    uint32_t n = hits;
+    pthread_mutex_unlock(&fake_mutex);
+    return n;
 }
 
 fake_live fake_verbs_live(void)

@@ -37,6 +37,8 @@ typedef struct fake_faults {
 /* From now on; nothing may be in use. device NULL: 32 pieces, 256 bytes inline, 16 READs. */
 void fake_verbs_use(const fake_device *device);
 void fake_verbs_fault(const fake_faults *faults);
+/* How often a fault that was asked for last has hit a work request. */
+uint32_t fake_verbs_hits(void);
 /* No fault at all. */
 extern const fake_faults fake_no_faults;
 fake_live fake_verbs_live(void);
