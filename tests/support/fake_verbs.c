@@ -37,6 +37,11 @@ static struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t len_bytes, in
 {
     struct ibv_mr *mr = NULL;
     pthread_mutex_lock(&fake_mutex);
+    while (fake_fault.reg_stalls == addr && addr != NULL) {
+        pthread_mutex_unlock(&fake_mutex);
+        (void)usleep(1000);
+        pthread_mutex_lock(&fake_mutex);
+    }
     bool refused = fake_fault.reg_fails_after == 0;
     if (fake_fault.reg_fails_after != UINT32_MAX && !refused)
         fake_fault.reg_fails_after--;

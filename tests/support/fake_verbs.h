@@ -31,7 +31,8 @@ typedef struct fake_faults {
     uint32_t reg_fails_after;  /* registrations that still succeed; UINT32_MAX: all */
     uint32_t post_fails_after; /* posts of sends that still succeed; UINT32_MAX: all */
     bool qp_fails, cq_fails, pd_fails;
-    bool reads_stall; /* READs are never done, until this is lifted */
+    bool reads_stall;       /* READs are never done, until this is lifted */
+    const void *reg_stalls; /* to register memory that begins there takes until this is lifted */
 } fake_faults;
 
 /* From now on; nothing may be in use. device NULL: 32 pieces, 256 bytes inline, 16 READs. */

@@ -166,6 +166,14 @@ static void close_all(fixture *f)
     assert_true(fake_verbs_all_gone());
 }
 
+static void wait_registered(void)
+{
+    uint64_t give_up_ns = kvc_deadline_ns(20 * SECOND);
+    while (!fake_verbs_registered(lent) && !kvc_expired(give_up_ns))
+        usleep(1000);
+    assert_true(fake_verbs_registered(lent));
+}
+
 /* ---- counts ---------------------------------------------------------------------------------- */
 
 /* One WRITE for as many slices as the queue pair takes, and one signal for all of them. */
@@ -187,7 +195,8 @@ static void counts_of_chains(void **state)
         fixture f;
         set_reply(cases[c].n, cases[c].bytes);
         open_on(&f, &cases[c].device);
-        assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
+        assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0)); /* copied, since it is not registered yet */
+        wait_registered();
         uint32_t writes = fake_verbs_posted(IBV_WR_RDMA_WRITE), signals = fake_verbs_signals();
         uint32_t sends = fake_verbs_posted(IBV_WR_SEND);
         uint64_t bytes = kvc_metric_get(KVC_M_rdma_written_bytes);
@@ -389,6 +398,10 @@ static void registration_fails(void **state)
         kvc_status got = run_bulk(&f, KVC_FETCH_ROWS, 0);
         assert_status(got, after < 2 ? KVC_UNAVAILABLE : KVC_OK); /* two rings */
         assert_true(put == KVC_OK || put == KVC_UNAVAILABLE || put == KVC_AGAIN);
+        uint64_t give_up_ns = kvc_deadline_ns(20 * SECOND);
+        while (after < 5 && kvc_metric_get(KVC_M_rdma_registrations_failed) == failed &&
+               !kvc_expired(give_up_ns))
+            usleep(1000); /* that of lent memory comes later */
         assert_true(after >= 5 || kvc_metric_get(KVC_M_rdma_registrations_failed) > failed);
         if (after == 2)
             assert_true(kvc_metric_get(KVC_M_rdma_credit_waits) > waits);
@@ -426,7 +439,7 @@ static void lent_memory_comes_and_goes(void **state)
     open_on(&f, NULL);
     assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
     assert_int_equal(fake_verbs_posted(IBV_WR_RDMA_WRITE), 1);
-    assert_true(fake_verbs_registered(lent));
+    wait_registered();
     kvc_lent_remove(lent);
     assert_false(fake_verbs_registered(lent));
     assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0)); /* copied to a buffer that is registered */
@@ -435,7 +448,46 @@ static void lent_memory_comes_and_goes(void **state)
     assert_ok(kvc_lent_add(lent, BIG));
     assert_false(fake_verbs_registered(lent)); /* not before its first use */
     assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
-    assert_true(fake_verbs_registered(lent));
+    wait_registered();
+    close_all(&f);
+}
+
+static void remove_lent(void *arg)
+{
+    kvc_lent_remove(lent);
+    atomic_store((atomic_bool *)arg, true);
+}
+
+/* Answers do not wait for memory to be registered, whose end waits for that. */
+static void registering_is_off_the_path(void **state)
+{
+    (void)state;
+    fixture f;
+    kvc_thread remover = {0};
+    atomic_bool removed = false;
+    set_reply(64, 4096);
+    open_on(&f, NULL);
+    fake_faults fault = fake_no_faults;
+    fault.reg_stalls = lent;
+    fake_verbs_fault(&fault);
+    for (uint32_t i = 0; i < 4; i++)
+        assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
+    assert_int_equal(fake_verbs_posted(IBV_WR_RDMA_WRITE), 4); /* one each: copied */
+    assert_false(fake_verbs_registered(lent));
+    assert_ok(kvc_thread_start(&remover, "remover", remove_lent, &removed));
+    usleep(50000);
+    assert_false(atomic_load(&removed));
+    assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
+    fake_verbs_fault(&fake_no_faults);
+    kvc_thread_join(&remover);
+    assert_true(atomic_load(&removed));
+    assert_false(fake_verbs_registered(lent));
+    assert_ok(kvc_lent_add(lent, BIG));
+    assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
+    wait_registered();
+    uint32_t before = fake_verbs_posted(IBV_WR_RDMA_WRITE);
+    assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
+    assert_int_equal(fake_verbs_posted(IBV_WR_RDMA_WRITE), before + 2); /* gathered: 64 of 32 */
     close_all(&f);
 }
 
@@ -450,8 +502,48 @@ static void lent_memory_is_shut(void **state)
         open_on(&f, &device);
         assert_ok(run_bulk(&f, KVC_PUT_BLOCKS, BIG));
         assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
-        assert_true(fake_verbs_registered(lent));
+        wait_registered();
         assert_false(fake_verbs_open(lent));
+        close_all(&f);
+    }
+}
+
+/* Free buffers go after a while, and all domains share one cap. */
+static void buffers_are_given_back(void **state)
+{
+    (void)state;
+    enum { N = 6 };
+    fixture f;
+    bulk b[N];
+    for (int iwarp = 0; iwarp < 2; iwarp++) {
+        const fake_device device = {6, 64, 4, iwarp == 1, false};
+        fake_verbs_use(&device);
+        fixture_init(&f);
+        f.listen.idle_ns = 500 * MS;
+        f.listen.max_inflight_bytes = 16u << 20;
+        fixture_listen(&f);
+        fixture_connect(&f, iwarp == 1 ? N : 1);
+        fixture_handle(&f, hold_handler);
+        uint64_t before_bytes = kvc_metric_get(KVC_M_rdma_registered_bytes);
+        for (uint32_t i = 0; i < N; i++) {
+            bulk_init(&b[i], &f, KVC_PUT_BLOCKS, BIG);
+            b[i].j.xfer.channel = i;
+            job_submit(&b[i].j);
+            wait_held(&f, i + 1);
+        }
+        uint64_t most_bytes = kvc_metric_get(KVC_M_rdma_registered_bytes);
+        assert_true(most_bytes - before_bytes >= 2 * N * BIG); /* at both ends */
+        assert_int_equal(answer_held(&f), N);
+        wait_done(&f, N);
+        for (uint32_t i = 0; i < N; i++)
+            job_fini(&b[i].j);
+        /* The client keeps its own for longer, unless its links have gone and on iWARP with them
+         * their domains. */
+        uint64_t give_up_ns = kvc_deadline_ns(20 * SECOND);
+        while (kvc_metric_get(KVC_M_rdma_registered_bytes) > most_bytes - N * BIG &&
+               !kvc_expired(give_up_ns))
+            usleep(5000);
+        assert_true(kvc_metric_get(KVC_M_rdma_registered_bytes) <= most_bytes - N * BIG);
         close_all(&f);
     }
 }
@@ -501,6 +593,8 @@ int main(void)
         cmocka_unit_test(device_gives_nothing),
         cmocka_unit_test(lent_memory_comes_and_goes),
         cmocka_unit_test(lent_memory_is_shut),
+        cmocka_unit_test(registering_is_off_the_path),
+        cmocka_unit_test(buffers_are_given_back),
         cmocka_unit_test(calls_are_not_idle),
     };
     kvc_log_set_level(getenv("KVASIR_TEST_LOG") != NULL ? KVC_LOG_LEVEL_TRACE : KVC_LOG_LEVEL_OFF);

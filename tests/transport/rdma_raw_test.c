@@ -47,6 +47,7 @@ static void open_raw(fixture *f, uint64_t max_inflight_bytes, uint32_t max_calls
     f->listen.handshake_ns = 300 * MS;
     f->listen.max_inflight_bytes = max_inflight_bytes;
     f->listen.max_calls = max_calls;
+    f->listen.idle_ns = 60 * SECOND;
     fixture_listen(f);
     fixture_connect(f, 1);
 }
@@ -414,6 +415,37 @@ static void pushed_messages_are_charged(void **state)
     close_raw(&f);
 }
 
+/* A thousand connections cost little more than a hundred: the later ones get fewer fragments. */
+static void many_links_are_narrow(void **state)
+{
+    (void)state;
+    enum { WIDE = 128, N = 140 };
+    fixture f;
+    static fake_peer p[N];
+    const void *head;
+    open_raw(&f, 64 * MIB, 100);
+    kvc_frame frame = frame_of(&f, KVC_STATS, 1, 0, &head);
+    for (uint32_t i = 0; i < N; i++) {
+        uint64_t before_bytes = kvc_metric_get(KVC_M_rdma_registered_bytes);
+        assert_true(peer_connect(&p[i], f.uri, NULL));
+        uint64_t n_bytes = kvc_metric_get(KVC_M_rdma_registered_bytes) - before_bytes;
+        assert_int_equal(n_bytes, i < WIDE ? 48 * 4096 : 12 * 4096);
+        assert_int_equal(p[i].granted, i < WIDE ? 32 : 8);
+    }
+    for (uint32_t i = 0; i < 50; i++) { /* and work all the same */
+        frame.call = i + 1;
+        assert_true(peer_send(&p[N - 1], &frame, head, frame.head_bytes));
+        uint64_t give_up_ns = kvc_deadline_ns(20 * SECOND);
+        while (p[N - 1].n_ends <= i && !kvc_expired(give_up_ns))
+            peer_poll(&p[N - 1]);
+        assert_int_equal(p[N - 1].n_ends, i + 1);
+    }
+    for (uint32_t i = 0; i < N; i++)
+        peer_close(&p[i]);
+    assert_serves(&f, 1000);
+    close_raw(&f);
+}
+
 /* A client that asks for the next message of a stream without having taken the one before. */
 static void credit_needs_a_message_that_has_left(void **state)
 {
@@ -509,6 +541,7 @@ int main(void)
         cmocka_unit_test(half_a_body_is_charged),
         cmocka_unit_test(refused_bodies_are_skipped),
         cmocka_unit_test(pushed_messages_are_charged),
+        cmocka_unit_test(many_links_are_narrow),
         cmocka_unit_test(credit_needs_a_message_that_has_left),
         cmocka_unit_test(random_frames_do_no_harm),
     };

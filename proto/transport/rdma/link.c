@@ -20,7 +20,6 @@
 #define INTRO_MAGIC   0x3154564bu /* "KVT1" */
 #define MIN_FRAG      1024u
 #define MIN_CREDITS   4u
-#define RING_BYTES    ((size_t)(KVTI_N_RECV + KVTI_N_SEND) * KVTI_FRAG_BYTES)
 #define POLL_AT_ONCE  16
 #define ASK_SGE_FEWER 6u /* for devices that promise more than a queue pair gets */
 
@@ -31,11 +30,15 @@ kvtr_link *kvtr_link_create(kvtr_loop *loop, struct rdma_cm_id *id)
         return NULL;
     link->loop = loop;
     link->id = id;
-    link->granted = KVTI_N_RECV;
     link->out_end = &link->out;
     link->read_end = &link->read;
     link->born_ns = link->heard_ns = link->said_ns = link->used_ns = kvc_now_ns();
+    uint32_t n_links = 0;
     kvc_mutex_lock(&loop->mutex);
+    for (const kvtr_link *other = loop->links; other != NULL; other = other->next)
+        n_links++;
+    link->n_recv = link->granted = n_links < KVTI_WIDE_LINKS ? KVTI_N_RECV : KVTI_N_RECV_FEW;
+    link->n_send = n_links < KVTI_WIDE_LINKS ? KVTI_N_SEND : KVTI_N_SEND_FEW;
     link->next = loop->links;
     loop->links = link;
     kvc_mutex_unlock(&loop->mutex);
@@ -59,7 +62,7 @@ static bool create_qp(kvtr_link *link, const struct ibv_device_attr *attr)
         .send_cq = link->cq,
         .recv_cq = link->cq,
         .cap = {.max_send_wr = KVTI_SQ_DEPTH - 1,
-                .max_recv_wr = KVTI_N_RECV,
+                .max_recv_wr = link->n_recv,
                 .max_send_sge = sge < KVTI_MAX_SGE ? sge : KVTI_MAX_SGE,
                 .max_recv_sge = 1,
                 .max_inline_data = KVTI_INLINE_BYTES},
@@ -98,6 +101,17 @@ static bool watch_channel(kvtr_link *link)
            epoll_ctl(link->loop->epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0;
 }
 
+/* False: memory is out. ring_mr NULL: it cannot be registered. */
+static bool make_ring(kvtr_link *link)
+{
+    size_t len_bytes = (size_t)(link->n_recv + link->n_send) * KVTI_FRAG_BYTES;
+    if (posix_memalign((void **)&link->ring, 4096, len_bytes) != 0)
+        return false;
+    memset(link->ring, 0, len_bytes);
+    link->ring_mr = kvtr_register(link->domain->pd, link->ring, len_bytes, IBV_ACCESS_LOCAL_WRITE);
+    return true;
+}
+
 kvc_status kvtr_link_setup(kvtr_link *link)
 {
     struct ibv_device_attr attr;
@@ -119,14 +133,12 @@ kvc_status kvtr_link_setup(kvtr_link *link)
     if (!create_qp(link, &attr))
         goto err_device;
     what = "register the fragments' memory";
-    if (posix_memalign((void **)&link->ring, 4096, RING_BYTES) != 0)
+    if (!make_ring(link))
         return KVC_NO_MEMORY;
-    memset(link->ring, 0, RING_BYTES);
-    link->ring_mr = kvtr_register(link->domain->pd, link->ring, RING_BYTES, IBV_ACCESS_LOCAL_WRITE);
     if (link->ring_mr == NULL)
         goto err_device;
     what = "post the receives";
-    for (uint32_t slot = 0; slot < KVTI_N_RECV; slot++) {
+    for (uint32_t slot = 0; slot < link->n_recv; slot++) {
         if (!post_recv(link, slot))
             goto err_device;
     }
@@ -146,7 +158,7 @@ void kvtr_intro_write(const kvtr_link *link, uint8_t out_p[KVTI_INTRO_BYTES])
 {
     kvc_le_put(out_p, INTRO_MAGIC, 4);
     kvc_le_put(out_p + 4, KVC_FRAME_VERSION, 4);
-    kvc_le_put(out_p + 8, KVTI_N_RECV, 4);
+    kvc_le_put(out_p + 8, link->n_recv, 4);
     kvc_le_put(out_p + 12, KVTI_FRAG_BYTES, 4);
     kvc_le_put(out_p + 16, KVC_MAX_VALUE_BYTES, 4);
     kvc_le_put(out_p + 20, link->max_reads, 4);
@@ -237,7 +249,7 @@ static void on_sent(kvtr_link *link, uint64_t wr_id)
 
 static bool on_received(kvtr_link *link, uint32_t slot, uint32_t len_bytes)
 {
-    if (slot >= KVTI_N_RECV || len_bytes > KVTI_FRAG_BYTES)
+    if (slot >= link->n_recv || len_bytes > KVTI_FRAG_BYTES)
         return false;
     if (!kvtr_take_fragment(link, link->ring + (size_t)slot * KVTI_FRAG_BYTES, len_bytes))
         return false;

@@ -124,8 +124,10 @@ static void set_defaults(kvt_listener *listener)
     listener->loop.handshake_ns = opts->handshake_ns == 0 ? HANDSHAKE_NS : opts->handshake_ns;
     listener->loop.keepalive_ns = opts->keepalive_ns == 0 ? KEEPALIVE_NS : opts->keepalive_ns;
     listener->loop.idle_ns = opts->idle_ns == 0 ? IDLE_NS : opts->idle_ns;
-    /* Buffers come in powers of two. */
-    listener->loop.pool_max_bytes = 2 * listener->budget->max_bytes + POOL_BYTES;
+    /* Less than a quarter of a buffer is unused. */
+    listener->loop.pool_max_bytes = listener->budget->max_bytes / 4 * 5 + POOL_BYTES;
+    if (listener->loop.idle_ns < KVTI_KEEP_NS)
+        listener->loop.pool_keep_ns = listener->loop.idle_ns;
 }
 
 static kvc_status bind_id(kvt_listener *listener, struct sockaddr_storage *addr, const char *uri)

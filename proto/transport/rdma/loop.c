@@ -140,6 +140,7 @@ static void take_turn(kvtr_loop *loop, uint64_t *next_ns_p)
     kvtr_junk junk = kvtr_junk_take(loop);
     kvc_mutex_unlock(&loop->mutex);
     kvtr_junk_free(&junk);
+    kvtr_pool_trim(loop);
     kvtr_domains_sweep(loop);
 }
 
@@ -176,6 +177,7 @@ static void run_loop(void *arg)
         }
         take_turn(loop, &next_ns);
     }
+    kvtr_ranges_stop(loop);
     take_turn(loop, &next_ns); /* stopping: every link goes */
     (void)loop->owner->on_turn(loop);
 }
@@ -193,6 +195,7 @@ kvc_status kvtr_loop_init(kvtr_loop *loop, const char *thread_name)
     kvc_status status = KVC_DEVICE;
     kvc_mutex_init(&loop->mutex, KVC_RANK_TRANSPORT);
     kvc_cond_init(&loop->changed);
+    kvc_cond_init(&loop->range_wanted);
     loop->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     loop->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     loop->cm = kvtr_verbs_now->create_event_channel();
@@ -207,7 +210,11 @@ kvc_status kvtr_loop_init(kvtr_loop *loop, const char *thread_name)
     if (loop->wake_fd < 0 || loop->epoll_fd < 0 || !watch(loop, loop->wake_fd, &loop->wake_fd) ||
         !watch(loop, loop->cm->fd, &loop->cm))
         goto err_fds;
-    status = kvc_thread_start(&loop->thread, thread_name, run_loop, loop);
+    if (loop->pool_keep_ns == 0)
+        loop->pool_keep_ns = KVTI_KEEP_NS;
+    status = loop->is_client ? KVC_OK : kvtr_ranges_start(loop);
+    if (status == KVC_OK)
+        status = kvc_thread_start(&loop->thread, thread_name, run_loop, loop);
     if (status == KVC_OK)
         return KVC_OK;
 err_fds:
@@ -221,14 +228,17 @@ void kvtr_loop_fini(kvtr_loop *loop)
     loop->stopping = true;
     if (loop->wake_fd >= 0)
         kvtr_loop_wake(loop);
+    kvc_cond_signal(&loop->range_wanted);
     kvc_mutex_unlock(&loop->mutex);
     kvc_thread_join(&loop->thread);
+    kvtr_ranges_stop(loop); /* where the thread did not start */
     if (loop->cm != NULL)
         kvtr_verbs_now->destroy_event_channel(loop->cm);
     if (loop->epoll_fd >= 0)
         (void)close(loop->epoll_fd);
     if (loop->wake_fd >= 0)
         (void)close(loop->wake_fd);
+    kvc_cond_fini(&loop->range_wanted);
     kvc_cond_fini(&loop->changed);
     kvc_mutex_fini(&loop->mutex);
 }

@@ -1,22 +1,24 @@
 /*
- * memory.c: protection domains, the pool of registered buffers, and lent memory registered at its
- * first use.
+ * memory.c: protection domains and the pool of registered buffers.
  *
  * Guarded by the loop's mutex. Lent memory is registered for local use alone, and so is a server's
  * pool, whose keys it names to nobody. A client names the keys of its pool to the one server of its
  * connection, whose domain nobody else shares. iWARP wants the target of a READ open to the peer,
- * so there the server's pool is, and each link has a domain of its own at both ends.
+ * so there the server's pool is, and each link has a domain of its own at both ends. The pool's cap
+ * is that of all domains of a loop; what nobody has used for a while is given back.
  */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/assert.h"
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/metrics.h"
 #include "rdma_internal.h"
 
 #define SMALLEST_BYTES 8192u
+#define LOOK_NS        ((uint64_t)250 * 1000000)
 
 struct ibv_mr *kvtr_register(struct ibv_pd *pd, void *base, size_t len_bytes, int access)
 {
@@ -45,108 +47,51 @@ void kvtr_deregister(struct ibv_mr *mr)
     KVC_GAUGE_SUB(rdma_registered_bytes, len_bytes);
 }
 
-/* ---- lent memory ----------------------------------------------------------------------------- */
-
-/* The number of ranges that begin at or before base. */
-static uint32_t ranges_up_to(const kvtr_domain *domain, const uint8_t *base)
-{
-    uint32_t low = 0, high = domain->n_ranges;
-    while (low < high) {
-        uint32_t middle = (low + high) / 2;
-        if (domain->ranges[middle].base <= base)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
-static void on_added(kvc_lent_watch *watch, void *base, size_t len_bytes)
-{
-    kvtr_domain *domain = (kvtr_domain *)((char *)watch - offsetof(kvtr_domain, watch));
-    kvc_mutex_lock(&domain->loop->mutex);
-    if (domain->n_ranges == domain->max_ranges) {
-        uint32_t max = domain->max_ranges == 0 ? 16 : 2 * domain->max_ranges;
-        kvtr_range *more = realloc(domain->ranges, max * sizeof(*more));
-        if (more == NULL) {
-            kvc_mutex_unlock(&domain->loop->mutex);
-            return; /* it will be copied */
-        }
-        domain->ranges = more;
-        domain->max_ranges = max;
-    }
-    uint32_t at = ranges_up_to(domain, base);
-    memmove(domain->ranges + at + 1, domain->ranges + at,
-            (domain->n_ranges - at) * sizeof(*domain->ranges));
-    domain->ranges[at] = (kvtr_range){.base = base, .len_bytes = len_bytes};
-    domain->n_ranges++;
-    kvc_mutex_unlock(&domain->loop->mutex);
-}
-
-static void on_removed(kvc_lent_watch *watch, void *base, size_t len_bytes)
-{
-    kvtr_domain *domain = (kvtr_domain *)((char *)watch - offsetof(kvtr_domain, watch));
-    (void)len_bytes;
-    kvc_mutex_lock(&domain->loop->mutex);
-    uint32_t at = ranges_up_to(domain, base);
-    if (at > 0 && domain->ranges[at - 1].base == (uint8_t *)base) {
-        kvtr_deregister(domain->ranges[at - 1].mr);
-        memmove(domain->ranges + at - 1, domain->ranges + at,
-                (domain->n_ranges - at) * sizeof(*domain->ranges));
-        domain->n_ranges--;
-    }
-    kvc_mutex_unlock(&domain->loop->mutex);
-}
-
-struct ibv_mr *kvtr_range_find(kvtr_domain *domain, const void *base, size_t len_bytes)
-{
-    uint32_t at = ranges_up_to(domain, base);
-    if (at == 0)
-        return NULL;
-    kvtr_range *range = &domain->ranges[at - 1];
-    size_t off = (size_t)((const uint8_t *)base - range->base);
-    if (off > range->len_bytes || len_bytes > range->len_bytes - off)
-        return NULL;
-    if (range->mr == NULL && !range->failed) {
-        /* They are only ever sent from: whatever the pool has to allow, no peer may touch them. */
-        range->mr =
-            kvtr_register(domain->pd, range->base, range->len_bytes, IBV_ACCESS_LOCAL_WRITE);
-        range->failed = range->mr == NULL;
-    }
-    return range->mr;
-}
-
 /* ---- the pool -------------------------------------------------------------------------------- */
+
+/* Four sizes to an octave: less than a quarter of a buffer is unused. */
+static uint32_t bin_bytes(uint32_t bin)
+{
+    uint32_t octave_bytes = SMALLEST_BYTES << (bin / 4);
+    return octave_bytes + octave_bytes / 4 * (bin % 4);
+}
 
 static uint32_t bin_of(uint32_t len_bytes)
 {
     uint32_t bin = 0;
-    while ((SMALLEST_BYTES << bin) < len_bytes)
+    while (bin_bytes(bin) < len_bytes)
         bin++;
     KVC_ASSERT(bin < KVTI_BINS);
     return bin;
 }
 
+/* It counts no more already. */
 static void buf_free(kvtr_buf *buf)
 {
-    buf->domain->pool_bytes -= buf->size_bytes;
     kvtr_deregister(buf->mr);
     free(buf->bytes);
     free(buf);
 }
 
-/* Frees what is kept of other sizes until there is room. */
-static bool make_room(kvtr_domain *domain, uint32_t size_bytes)
+static bool has_room(const kvtr_loop *loop, uint32_t size_bytes)
 {
-    for (uint32_t c = KVTI_BINS; c-- > 0;) {
-        while (domain->pool_bytes + size_bytes > domain->pool_max_bytes &&
-               domain->free[c] != NULL) {
-            kvtr_buf *buf = domain->free[c];
-            domain->free[c] = buf->next;
-            buf_free(buf);
+    return loop->pool_bytes + size_bytes <= loop->pool_max_bytes;
+}
+
+/* Frees what is kept of other sizes, and for other links, until there is room. */
+static bool make_room(kvtr_loop *loop, uint32_t size_bytes)
+{
+    for (kvtr_domain *domain = loop->domains; domain != NULL; domain = domain->next) {
+        for (uint32_t c = KVTI_BINS; c-- > 0;) {
+            while (!has_room(loop, size_bytes) && domain->free[c] != NULL) {
+                kvtr_buf *buf = domain->free[c];
+                domain->free[c] = buf->next;
+                loop->pool_bytes -= buf->size_bytes;
+                buf_free(buf);
+            }
         }
     }
-    return domain->pool_bytes + size_bytes <= domain->pool_max_bytes;
+    return has_room(loop, size_bytes);
 }
 
 static kvtr_buf *buf_create(kvtr_domain *domain, uint32_t bin)
@@ -156,7 +101,7 @@ static kvtr_buf *buf_create(kvtr_domain *domain, uint32_t bin)
         return NULL;
     buf->domain = domain;
     buf->bin = bin;
-    buf->size_bytes = SMALLEST_BYTES << bin;
+    buf->size_bytes = bin_bytes(bin);
     /* Zeroed: what this process had there before is none of the peer's business. */
     if (posix_memalign((void **)&buf->bytes, 4096, buf->size_bytes) != 0)
         goto err_buf;
@@ -164,7 +109,7 @@ static kvtr_buf *buf_create(kvtr_domain *domain, uint32_t bin)
     buf->mr = kvtr_register(domain->pd, buf->bytes, buf->size_bytes, domain->access);
     if (buf->mr == NULL)
         goto err_bytes;
-    domain->pool_bytes += buf->size_bytes;
+    domain->loop->pool_bytes += buf->size_bytes;
     return buf;
 
 err_bytes:
@@ -182,7 +127,7 @@ kvtr_buf *kvtr_buf_get(kvtr_domain *domain, uint32_t len_bytes, bool *full_p)
     if (buf != NULL) {
         domain->free[bin] = buf->next;
     } else {
-        *full_p = !make_room(domain, SMALLEST_BYTES << bin);
+        *full_p = !make_room(domain->loop, bin_bytes(bin));
         buf = *full_p ? NULL : buf_create(domain, bin);
     }
     if (buf != NULL)
@@ -195,8 +140,47 @@ void kvtr_buf_put(kvtr_buf *buf)
     if (buf == NULL)
         return;
     buf->domain->n_lent--;
+    buf->put_ns = kvc_now_ns();
     buf->next = buf->domain->free[buf->bin];
     buf->domain->free[buf->bin] = buf;
+}
+
+/* With the mutex held: what has been free since before then, taken out. The newest come first. */
+static kvtr_buf *take_old(kvtr_domain *domain, uint64_t before_ns)
+{
+    kvtr_buf *old = NULL;
+    for (uint32_t b = 0; b < KVTI_BINS; b++) {
+        kvtr_buf **at = &domain->free[b];
+        while (*at != NULL && (*at)->put_ns >= before_ns)
+            at = &(*at)->next;
+        for (kvtr_buf *next, *buf = *at; buf != NULL; buf = next) {
+            next = buf->next;
+            buf->next = old;
+            old = buf;
+            domain->loop->pool_bytes -= buf->size_bytes;
+        }
+        *at = NULL;
+    }
+    return old;
+}
+
+void kvtr_pool_trim(kvtr_loop *loop)
+{
+    uint64_t now_ns = kvc_now_ns();
+    if (now_ns < loop->trimmed_ns + LOOK_NS || now_ns < loop->pool_keep_ns)
+        return;
+    loop->trimmed_ns = now_ns;
+    /* Only this thread makes and frees domains. */
+    for (kvtr_domain *domain = loop->domains; domain != NULL; domain = domain->next) {
+        kvc_mutex_lock(&loop->mutex);
+        kvtr_buf *old = take_old(domain, now_ns - loop->pool_keep_ns);
+        kvc_mutex_unlock(&loop->mutex);
+        while (old != NULL) {
+            kvtr_buf *buf = old;
+            old = buf->next;
+            buf_free(buf);
+        }
+    }
 }
 
 /* ---- domains --------------------------------------------------------------------------------- */
@@ -227,7 +211,6 @@ kvc_status kvtr_domain_get(kvtr_loop *loop, struct ibv_context *context, kvtr_do
     domain->context = context;
     domain->n_links = 1;
     domain->shared = !iwarp;
-    domain->pool_max_bytes = loop->pool_max_bytes;
     domain->access = IBV_ACCESS_LOCAL_WRITE;
     if (loop->is_client)
         domain->access |= IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE;
@@ -239,9 +222,7 @@ kvc_status kvtr_domain_get(kvtr_loop *loop, struct ibv_context *context, kvtr_do
         free(domain);
         return KVC_DEVICE;
     }
-    domain->watch.added = on_added;
-    domain->watch.removed = on_removed;
-    kvc_lent_watch_begin(&domain->watch);
+    kvtr_ranges_begin(domain);
     kvc_mutex_lock(&loop->mutex);
     domain->next = loop->domains;
     loop->domains = domain;
@@ -259,12 +240,20 @@ void kvtr_domain_put(kvtr_domain *domain)
     kvc_mutex_unlock(&domain->loop->mutex);
 }
 
+static uint64_t free_bytes(const kvtr_domain *domain)
+{
+    uint64_t n_bytes = 0;
+    for (uint32_t b = 0; b < KVTI_BINS; b++) {
+        for (const kvtr_buf *buf = domain->free[b]; buf != NULL; buf = buf->next)
+            n_bytes += buf->size_bytes;
+    }
+    return n_bytes;
+}
+
 /* Nothing of it is in anybody's hands. */
 static void domain_free(kvtr_domain *domain)
 {
-    kvc_lent_watch_end(&domain->watch);
-    for (uint32_t i = 0; i < domain->n_ranges; i++)
-        kvtr_deregister(domain->ranges[i].mr);
+    kvtr_ranges_end(domain);
     for (uint32_t b = 0; b < KVTI_BINS; b++) {
         while (domain->free[b] != NULL) {
             kvtr_buf *buf = domain->free[b];
@@ -272,10 +261,8 @@ static void domain_free(kvtr_domain *domain)
             buf_free(buf);
         }
     }
-    KVC_ASSERT(domain->pool_bytes == 0);
     if (kvtr_verbs_now->dealloc_pd(domain->pd) != 0)
         KVC_LOG_ERROR(RDMA, "cannot free a protection domain: %s", strerror(errno));
-    free(domain->ranges);
     free(domain);
 }
 
@@ -284,12 +271,14 @@ void kvtr_domains_sweep(kvtr_loop *loop)
     for (;;) {
         kvc_mutex_lock(&loop->mutex);
         kvtr_domain **at = &loop->domains;
-        while (*at != NULL &&
-               ((*at)->n_links > 0 || (*at)->n_lent > 0 || ((*at)->shared && !loop->stopping)))
+        while (*at != NULL && ((*at)->n_links > 0 || (*at)->n_lent > 0 ||
+                               *at == loop->registering || ((*at)->shared && !loop->stopping)))
             at = &(*at)->next;
         kvtr_domain *domain = *at;
-        if (domain != NULL)
+        if (domain != NULL) {
             *at = domain->next;
+            loop->pool_bytes -= free_bytes(domain);
+        }
         kvc_mutex_unlock(&loop->mutex);
         if (domain == NULL)
             return;

@@ -15,10 +15,13 @@
 #include "verbs.h"
 #include "wire/frame.h"
 
-#define KVTI_FRAG_BYTES    4096u    /* of one SEND, its envelope included */
-#define KVTI_ENV_BYTES     8u       /* u32 bytes, u16 credits given back, u16 of 0 */
-#define KVTI_N_RECV        32u      /* receives posted on a link: 128 KiB */
-#define KVTI_N_SEND        16u      /* fragments under way on a link: 64 KiB */
+#define KVTI_FRAG_BYTES    4096u /* of one SEND, its envelope included */
+#define KVTI_ENV_BYTES     8u    /* u32 bytes, u16 credits given back, u16 of 0 */
+#define KVTI_N_RECV        32u   /* receives posted on a link, at most: 128 KiB */
+#define KVTI_N_SEND        16u   /* fragments under way on a link, at most: 64 KiB */
+#define KVTI_WIDE_LINKS    128u  /* of a listener; further ones get fewer: 48 KiB */
+#define KVTI_N_RECV_FEW    8u
+#define KVTI_N_SEND_FEW    4u
 #define KVTI_SQ_DEPTH      256u     /* work requests asked for */
 #define KVTI_READ_WR       0x10000u /* in a work request's id: a READ, else a fragment */
 #define KVTI_MAX_READS     16u      /* outstanding READs of a link */
@@ -41,7 +44,8 @@ typedef struct kvtr_loop kvtr_loop;
 typedef struct kvtr_link kvtr_link;
 typedef struct kvtr_domain kvtr_domain;
 
-/* ---- memory.c -------------------------------------------------------------------------------- */
+/* ---- memory.c, ranges.c
+ * -------------------------------------------------------------------------------- */
 
 /* Memory of the pool, registered. */
 typedef struct kvtr_buf {
@@ -50,16 +54,19 @@ typedef struct kvtr_buf {
     uint8_t *bytes;
     struct ibv_mr *mr;
     uint32_t size_bytes, bin;
+    uint64_t put_ns; /* free since then */
 } kvtr_buf;
 
-#define KVTI_BINS 8u /* 8 KiB to 1 MiB by powers of two */
+#define KVTI_BINS    29u                         /* 8 KiB to 1 MiB, four to an octave */
+#define KVTI_KEEP_NS ((uint64_t)10 * 1000000000) /* for which a free buffer is kept */
 
-/* A range of lent memory; registered at its first use. */
+/* A range of lent memory; registered after its first use. */
 typedef struct kvtr_range {
     uint8_t *base;
     size_t len_bytes;
     struct ibv_mr *mr;
-    bool failed; /* it could not be; not tried again */
+    bool wanted;
+    bool tried; /* it is being registered, or was, well or not */
 } kvtr_range;
 
 /* Guarded by its loop's mutex. */
@@ -72,8 +79,7 @@ struct kvtr_domain {
     bool shared;              /* by the links of the loop; iWARP: one each */
     int access;               /* of the pool */
     kvtr_buf *free[KVTI_BINS];
-    uint64_t pool_bytes, pool_max_bytes; /* handed out or free */
-    kvtr_range *ranges;                  /* ascending */
+    kvtr_range *ranges; /* ascending */
     uint32_t n_ranges, max_ranges;
     kvc_lent_watch watch;
 };
@@ -88,7 +94,15 @@ void kvtr_domains_sweep(kvtr_loop *loop);
  */
 kvtr_buf *kvtr_buf_get(kvtr_domain *domain, uint32_t len_bytes, bool *full_p);
 void kvtr_buf_put(kvtr_buf *buf);
-/* With the mutex held: the registration that covers all of it; NULL: there is none. */
+/* The loop's thread: gives back what was not used for a while. */
+void kvtr_pool_trim(kvtr_loop *loop);
+/* Watches lent memory for a new domain, and ends that. */
+void kvtr_ranges_begin(kvtr_domain *domain);
+void kvtr_ranges_end(kvtr_domain *domain);
+/* The thread that registers; stop once stopping is set. Servers only. */
+kvc_status kvtr_ranges_start(kvtr_loop *loop) KVC_MUST_CHECK;
+void kvtr_ranges_stop(kvtr_loop *loop);
+/* With the mutex held: the registration that covers all of it; NULL: there is none, or not yet. */
 struct ibv_mr *kvtr_range_find(kvtr_domain *domain, const void *base, size_t len_bytes);
 struct ibv_mr *kvtr_register(struct ibv_pd *pd, void *base, size_t len_bytes, int access);
 void kvtr_deregister(struct ibv_mr *mr);
@@ -160,7 +174,8 @@ struct kvtr_link {
     kvtr_domain *domain;
     struct ibv_comp_channel *channel;
     struct ibv_cq *cq;
-    uint8_t *ring; /* [N_RECV + N_SEND][FRAG_BYTES] */
+    uint32_t n_recv, n_send; /* of fragments */
+    uint8_t *ring;           /* [n_recv + n_send][FRAG_BYTES] */
     struct ibv_mr *ring_mr;
     bool has_qp;
     bool spoken;     /* the peer has sent something, or the connection is known to stand */
@@ -223,7 +238,13 @@ struct kvtr_loop {
     bool stopping;
     bool awake; /* wake_fd is written and not yet read */
     bool is_client;
-    uint64_t pool_max_bytes;
+    uint64_t pool_bytes, pool_max_bytes; /* of all domains, handed out or free */
+    uint64_t pool_keep_ns, trimmed_ns;
+    kvc_thread registrar;
+    kvc_cond range_wanted;
+    bool ranges_wanted;
+    kvtr_domain *registering; /* a range of it, at registering_base */
+    void *registering_base;
     uint64_t keepalive_ns, handshake_ns, idle_ns; /* 0: none */
     kvtr_link *links;
     kvtr_domain *domains;

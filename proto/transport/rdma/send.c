@@ -109,7 +109,7 @@ static uint32_t grant(const kvtr_link *link)
 /* One fragment with the next bytes of out, or (out NULL) with credits alone. */
 static bool post_fragment(kvtr_link *link, kvtr_out *out)
 {
-    uint8_t *at = link->ring + (size_t)(KVTI_N_RECV + link->send_at) * KVTI_FRAG_BYTES;
+    uint8_t *at = link->ring + (size_t)(link->n_recv + link->send_at) * KVTI_FRAG_BYTES;
     size_t n_bytes = out == NULL ? 0 : left_bytes(out);
     uint32_t given = grant(link);
     if (n_bytes > link->peer_frag_bytes - KVTI_ENV_BYTES)
@@ -136,7 +136,7 @@ static bool post_fragment(kvtr_link *link, kvtr_out *out)
     KVC_COUNT(rdma_work_requests);
     KVC_COUNT(rdma_signals);
     KVC_COUNT_N(rdma_sent_bytes, sge.length);
-    link->send_at = (link->send_at + 1) % KVTI_N_SEND;
+    link->send_at = (link->send_at + 1) % link->n_send;
     link->n_sends++;
     link->credits--;
     link->granted += given;
@@ -335,7 +335,7 @@ void kvtr_pump(kvtr_link *link)
         return;
     if (!pump_reads(link) || !pump_outs(link))
         return;
-    bool owes = link->owed >= KVTI_N_RECV / 2 && grant(link) > 0;
+    bool owes = link->owed >= link->n_recv / 2 && grant(link) > 0;
     if ((link->nudge || owes) && room_for_fragment(link, 1)) {
         link->nudge = false;
         (void)post_fragment(link, NULL);
