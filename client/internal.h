@@ -450,6 +450,7 @@ struct kvc_client {
     kvc_limits limits_at_open; /* fixed */
     uint64_t connect_timeout_ns, default_timeout_ns;
     uint32_t n_channels, n_uris;
+    bool sums;      /* over rdma */
     char *uri_text; /* uris point into it */
     const char *uris[KVCI_MAX_URIS];
 

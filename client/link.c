@@ -124,6 +124,7 @@ static kvc_status link_open(kvc_client *client, const char *uri, uint64_t deadli
         .uri = uri,
         .n_channels = client->n_channels,
         .max_message_bytes = KVC_MAX_VALUE_BYTES,
+        .sums = client->sums,
     };
     kvc_status status = link->ops->connect(&opts, &link->conn);
     if (status != KVC_OK) {

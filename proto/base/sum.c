@@ -8,6 +8,7 @@
 
 /* Debian's libxxhash is built for the oldest CPU of its architecture; on x86-64 it has faster
  * versions beside that and picks one at run time. The sums are the same. */
+#define XXH_STATIC_LINKING_ONLY /* for a state on the stack */
 #ifdef __x86_64__
 #include <xxh_x86dispatch.h>
 #else
@@ -22,6 +23,18 @@ uint64_t kvc_value_sum(const void *value, size_t len_bytes)
 uint64_t kvc_seeded_sum(const void *bytes, size_t len_bytes, uint64_t seed)
 {
     return XXH3_64bits_withSeed(bytes, len_bytes, seed);
+}
+
+uint64_t kvc_pieces_sum(const struct iovec *pieces, uint32_t n)
+{
+    XXH3_state_t state;
+    XXH3_INITSTATE(&state);
+    (void)XXH3_64bits_reset(&state);
+    for (uint32_t i = 0; i < n; i++) {
+        if (pieces[i].iov_len > 0)
+            (void)XXH3_64bits_update(&state, pieces[i].iov_base, pieces[i].iov_len);
+    }
+    return XXH3_64bits_digest(&state);
 }
 
 uint32_t kvc_row_sum(const void *row, size_t row_bytes)

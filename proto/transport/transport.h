@@ -144,6 +144,9 @@ typedef struct kvt_connect_opts {
     uint32_t n_channels;        /* bulk is striped over them; 0: 1 */
     uint32_t max_message_bytes; /* largest reply payload to accept */
     uint32_t n_threads;         /* that replies arrive on, no more than channels; 0: by cores */
+    /* rdma: both ends sum what they send with XXH3-64, and verify what they get; CORRUPT where it
+     * differs. The others' media have sums of their own, or never leave the host. */
+    bool sums;
 } kvt_connect_opts;
 
 /*

@@ -3,7 +3,7 @@
  *
  * The header: magic "KVF" and version (u32), kind (u8), method (u8), flags (u16), call (u64),
  * status (u16, negated), detail_bytes (u16), retry_after_ms (u32), deadline_ns (u64), head_bytes
- * (u32), data_bytes (u32), spare (2 x u64), 8 bytes of 0. Encoding refuses what decoding refuses.
+ * (u32), data_bytes (u32), spare (3 x u64). Encoding refuses what decoding refuses.
  */
 #include "wire/frame.h"
 
@@ -73,6 +73,7 @@ kvc_status kvc_frame_encode(const kvc_frame *frame, uint8_t out_p[KVC_FRAME_BYTE
     kvc_le_put(out_p + 36, frame->data_bytes, 4);
     kvc_le_put(out_p + 40, frame->spare[0], 8);
     kvc_le_put(out_p + 48, frame->spare[1], 8);
+    kvc_le_put(out_p + 56, frame->spare[2], 8);
     return KVC_OK;
 }
 
@@ -84,8 +85,6 @@ kvc_status kvc_frame_decode(const void *in, size_t in_bytes, kvc_frame *frame_p,
         return KVC_AGAIN;
     if (kvc_le_get(at, 4) != (MAGIC | KVC_FRAME_VERSION << 24)) {
         why = "no frame of this version";
-    } else if (kvc_le_get(at + 56, 8) != 0) {
-        why = "a frame with a reserved field set";
     } else {
         *frame_p = (kvc_frame){
             .kind = (kvc_frame_kind)at[4],
@@ -98,7 +97,7 @@ kvc_status kvc_frame_decode(const void *in, size_t in_bytes, kvc_frame *frame_p,
             .deadline_ns = kvc_le_get(at + 24, 8),
             .head_bytes = (uint32_t)kvc_le_get(at + 32, 4),
             .data_bytes = (uint32_t)kvc_le_get(at + 36, 4),
-            .spare = {kvc_le_get(at + 40, 8), kvc_le_get(at + 48, 8)},
+            .spare = {kvc_le_get(at + 40, 8), kvc_le_get(at + 48, 8), kvc_le_get(at + 56, 8)},
         };
         why = fault_of(frame_p);
     }

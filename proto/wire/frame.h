@@ -51,7 +51,7 @@ typedef struct kvc_frame {
     uint64_t deadline_ns; /* of REQUEST: time left, so that clocks may differ; 0: none */
     uint32_t retry_after_ms;
     uint32_t head_bytes, detail_bytes, data_bytes;
-    uint64_t spare[2]; /* the transport's: a ring's offset, an address and its rkey */
+    uint64_t spare[3]; /* the transport's: a ring's offset, an address and its rkey, a sum */
 } kvc_frame;
 
 /* What the ends tell each other first, as the head of HELLO. 0 in a limit: none. */

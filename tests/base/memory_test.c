@@ -85,6 +85,12 @@ static void sums_are_xxh3(void **state)
     for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++)
         assert_true(kvc_value_sum(pattern, known[i].len_bytes) == known[i].sum);
     assert_true(kvc_value_sum("", 0) == 0x2d06800538d394c2ull);
+    assert_true(kvc_pieces_sum(NULL, 0) == 0x2d06800538d394c2ull);
+    for (size_t cut = 0; cut <= sizeof(pattern); cut += 131) { /* as one run of bytes */
+        const struct iovec pieces[] = {
+            {pattern, cut / 2}, {NULL, 0}, {pattern + cut / 2, sizeof(pattern) - cut / 2}};
+        assert_true(kvc_pieces_sum(pieces, 3) == kvc_value_sum(pattern, sizeof(pattern)));
+    }
     support_random random = support_seed(2);
     unsigned char rows[16 * 96];
     uint32_t sums[16];

@@ -30,6 +30,7 @@ static struct {
     bool used;
 } mrs[MAX_MRS];
 static uint32_t posted[N_OPCODE], signals, hits;
+static uint8_t *last_byte; /* that the last work request has written */
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
@@ -239,6 +240,7 @@ static enum ibv_wc_status move(const fake_qp *qp, const struct ibv_send_wr *wr, 
         else
             memcpy(at, piece, sge->length);
         at += sge->length;
+        last_byte = (into_pieces ? piece + sge->length : at) - 1;
     }
     return IBV_WC_SUCCESS;
 }
@@ -296,6 +298,11 @@ static void do_and_complete(fake_qp *qp, const struct ibv_send_wr *wr)
 {
     bool faulted = fake_fault.wc != IBV_WC_SUCCESS && !qp->error && --fake_fault.wc_after == 0;
     enum ibv_wc_status status = faulted ? fake_fault.wc : do_wr(qp, wr);
+    if (status == IBV_WC_SUCCESS && fake_fault.flip_after > 0 && wr->opcode == fake_fault.flip &&
+        --fake_fault.flip_after == 0) {
+        *last_byte ^= 0x10;
+        hits++;
+    }
     if (faulted) {
         fake_fault.wc = IBV_WC_SUCCESS;
         hits++;

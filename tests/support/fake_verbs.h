@@ -30,6 +30,8 @@ typedef struct fake_faults {
     enum ibv_wc_status wc;     /* ... completes so, and its queue pair fails; SUCCESS: none */
     uint32_t reg_fails_after;  /* registrations that still succeed; UINT32_MAX: all */
     uint32_t post_fails_after; /* posts of sends that still succeed; UINT32_MAX: all */
+    uint32_t flip_after;       /* the n-th work request from now on ... */
+    enum ibv_wr_opcode flip;   /* ... of this kind comes with its last byte changed; 0: none */
     bool qp_fails, cq_fails, pd_fails;
     bool reads_stall;       /* READs are never done, until this is lifted */
     const void *reg_stalls; /* to register memory that begins there takes until this is lifted */

@@ -56,6 +56,7 @@ void fixture_connect(fixture *f, uint32_t n_channels)
         .uri = f->uri,
         .n_channels = n_channels,
         .n_threads = n_channels, /* whatever the machine has */
+        .sums = f->sums || getenv("KVASIR_TEST_SUMS") != NULL,
     };
     assert_ok(f->ops->connect(&opts, &f->conn));
 }

@@ -48,6 +48,7 @@ struct fixture {
     kvt_listen_opts listen;
     kvt_listener *listener;
     char uri[300]; /* as the listener gives it */
+    bool sums;     /* the client's option; or KVASIR_TEST_SUMS is set */
     kvt_conn *conn;
     handler_fn *handler;
     kvc_arena arena; /* of the test's thread */

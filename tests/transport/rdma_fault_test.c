@@ -491,6 +491,55 @@ static void registering_is_off_the_path(void **state)
     close_all(&f);
 }
 
+/* One byte changed under way, of each kind of message: with sums it is told of and counted, and the
+ * next request goes well; without, nobody sees it but the test. */
+static void sums_are_verified(void **state)
+{
+    (void)state;
+    static const struct {
+        kvc_method method;
+        uint32_t reply_bytes, put_bytes;
+        enum ibv_wr_opcode flip;
+        uint32_t after;
+    } cases[] = {
+        {KVC_FETCH_ROWS, 200000, 0, IBV_WR_RDMA_WRITE, 1},
+        {KVC_FETCH_ROWS, 1000, 0, IBV_WR_SEND, 2},
+        {KVC_PUT_BLOCKS, 0, 200000, IBV_WR_RDMA_READ, 1},
+        {KVC_PUT_BLOCKS, 0, 1000, IBV_WR_SEND, 1},
+    };
+    for (uint32_t i = 0; i < 2 * sizeof(cases) / sizeof(cases[0]); i++) {
+        fixture f;
+        bulk b;
+        bool put = cases[i / 2].method == KVC_PUT_BLOCKS;
+        fake_verbs_use(NULL);
+        fixture_init(&f);
+        f.sums = i % 2 == 1;
+        fixture_listen(&f);
+        fixture_connect(&f, 1);
+        fixture_handle(&f, handler);
+        set_reply(1, cases[i / 2].reply_bytes);
+        assert_ok(run_bulk(&f, cases[i / 2].method, cases[i / 2].put_bytes));
+        uint64_t wrong = kvc_metric_get(KVC_M_rdma_sums_wrong);
+        fake_faults fault = fake_no_faults;
+        fault.flip = cases[i / 2].flip;
+        fault.flip_after = cases[i / 2].after;
+        fake_verbs_fault(&fault);
+        bulk_init(&b, &f, cases[i / 2].method, cases[i / 2].put_bytes);
+        kvc_status status = job_run(&b.j);
+        assert_int_equal(fake_verbs_hits(), 1);
+        assert_true(b.wrong); /* by its bytes, or its status */
+        assert_status(status, f.sums || put ? KVC_CORRUPT : KVC_OK);
+        assert_int_equal(kvc_metric_get(KVC_M_rdma_sums_wrong) - wrong, f.sums ? 1 : 0);
+        assert_int_equal(atomic_load(&f.n_calls), f.sums && put ? 1 : 2);
+        if (f.sums)
+            assert_non_null(strstr(b.j.xfer.detail, "sum"));
+        job_fini(&b.j);
+        fake_verbs_fault(&fake_no_faults);
+        assert_ok(run_bulk(&f, cases[i / 2].method, cases[i / 2].put_bytes));
+        close_all(&f);
+    }
+}
+
 /* What is lent is sent from: on iWARP too, where sinks of READs are open to the peer. */
 static void lent_memory_is_shut(void **state)
 {
@@ -593,6 +642,7 @@ int main(void)
         cmocka_unit_test(device_gives_nothing),
         cmocka_unit_test(lent_memory_comes_and_goes),
         cmocka_unit_test(lent_memory_is_shut),
+        cmocka_unit_test(sums_are_verified),
         cmocka_unit_test(registering_is_off_the_path),
         cmocka_unit_test(buffers_are_given_back),
         cmocka_unit_test(calls_are_not_idle),

@@ -38,6 +38,9 @@ typedef struct kvc_client_opts {
     uint64_t connect_timeout_ns; /* 0: 5 s */
     uint64_t default_timeout_ns; /* of a request without a deadline; 0: 30 s */
     uint32_t n_channels;         /* connections that bulk is striped over; 0: 2 */
+    /* Over rdma:// both ends sum and verify all that crosses (XXH3-64), which costs each a look at
+     * every byte; a difference is CORRUPT. Without it, the fabric's own CRCs are all there is. */
+    bool sums;
 } kvc_client_opts;
 
 /*

@@ -14,6 +14,7 @@
 #include "base/assert.h"
 #include "base/clock.h"
 #include "base/log.h"
+#include "base/sum.h"
 #include "server.h"
 #include "wire/wire.h"
 
@@ -40,7 +41,7 @@ static void release_all(const kvt_slice *slices, uint32_t n_slices)
 
 /* NULL: no memory. */
 static kvtr_out *create_end(uint64_t id, kvc_method method, kvc_status status, const char *detail,
-                            uint32_t retry_after_ms)
+                            uint32_t retry_after_ms, bool summed)
 {
     kvc_frame frame = {
         .kind = KVC_FRAME_END,
@@ -50,13 +51,17 @@ static kvtr_out *create_end(uint64_t id, kvc_method method, kvc_status status, c
         .retry_after_ms = status == KVC_AGAIN ? retry_after_ms : 0,
         .detail_bytes = detail == NULL ? 0 : (uint32_t)strnlen(detail, KVC_FRAME_DETAIL_BYTES),
     };
+    if (summed) {
+        frame.flags |= KVTI_SUMMED;
+        frame.spare[2] = kvc_pieces_sum(NULL, 0);
+    }
     return kvtr_out_create(&frame, NULL, detail, NULL, 0);
 }
 
 void kvtr_send_end(kvtr_link *link, uint64_t id, kvc_method method, kvc_status status,
                    const char *detail, uint32_t retry_after_ms)
 {
-    kvtr_out *out = create_end(id, method, status, detail, retry_after_ms);
+    kvtr_out *out = create_end(id, method, status, detail, retry_after_ms, false);
     if (out == NULL) {
         kvtr_link_break(link, "out of memory");
         return;
@@ -190,10 +195,19 @@ static void send_frame(kvtr_rcall *call, kvc_frame *frame, const void *head, con
 
 /* ---- the table's slots ----------------------------------------------------------------------- */
 
-/* The header of a message; *data_bytes_p: what the slices hold. */
-static kvc_status encode(kvc_method method, const kvc_reply *reply, const kvt_slice *slices,
+static uint64_t slices_sum(const kvt_slice *slices, uint32_t n_slices)
+{
+    struct iovec pieces[KVT_MAX_SLICES];
+    for (uint32_t i = 0; i < n_slices; i++)
+        pieces[i] = (struct iovec){(void *)(uintptr_t)slices[i].base, slices[i].len_bytes};
+    return kvc_pieces_sum(pieces, n_slices);
+}
+
+/* The header of a message and what its frame says of it. */
+static kvc_status encode(const kvtr_rcall *call, const kvc_reply *reply, const kvt_slice *slices,
                          uint32_t n_slices, kvc_arena *arena, const void **head_p, kvc_frame *frame)
 {
+    kvc_method method = call->method;
     kvc_reply whole = reply == NULL ? (kvc_reply){0} : *reply;
     size_t head_bytes;
     whole.method = method;
@@ -209,6 +223,10 @@ static kvc_status encode(kvc_method method, const kvc_reply *reply, const kvt_sl
     }
     frame->head_bytes = (uint32_t)head_bytes;
     frame->data_bytes = (uint32_t)whole.data_bytes;
+    if (call->summed) {
+        frame->flags |= KVTI_SUMMED;
+        frame->spare[2] = slices_sum(slices, n_slices);
+    }
     return KVC_OK;
 }
 
@@ -224,7 +242,7 @@ void kvtr_rdma_reply(kvt_call *base, kvc_status status, const char *detail, uint
     KVC_ASSERT(n_slices <= KVT_MAX_SLICES && !call->sending);
     kvc_arena_init(&arena, KVTI_ARENA_BYTES);
     bool whole = status == KVC_OK && !kvt_streams_reply(call->method);
-    if (whole && encode(call->method, reply, slices, n_slices, &arena, &head, &frame) != KVC_OK) {
+    if (whole && encode(call, reply, slices, n_slices, &arena, &head, &frame) != KVC_OK) {
         whole = false;
         status = KVC_IO;
         detail = "the server's answer is beyond the protocol's limits";
@@ -233,7 +251,8 @@ void kvtr_rdma_reply(kvt_call *base, kvc_status status, const char *detail, uint
     if (call->link != NULL && whole)
         send_frame(call, &frame, head, NULL, slices, n_slices, &kept);
     else if (call->link != NULL)
-        send_of(call, create_end(call->id, call->method, status, detail, retry_after_ms),
+        send_of(call,
+                create_end(call->id, call->method, status, detail, retry_after_ms, call->summed),
                 KVC_FRAME_END);
     /* Slices that stay ours are released below, and the listener must not go before. */
     call->listener->n_lent += kept ? 0 : n_slices;
@@ -259,7 +278,7 @@ kvc_status kvtr_rdma_send(kvt_call *base, const kvc_reply *reply, const kvt_slic
     kvc_arena arena;
     KVC_ASSERT(n_slices <= KVT_MAX_SLICES && !call->sending && base->sent != NULL);
     kvc_arena_init(&arena, KVTI_ARENA_BYTES);
-    kvc_status status = encode(call->method, reply, slices, n_slices, &arena, &head, &frame);
+    kvc_status status = encode(call, reply, slices, n_slices, &arena, &head, &frame);
     kvc_mutex_lock(&loop->mutex);
     kvt_listener *listener = call->listener;
     if (status == KVC_OK && !call->gone && call->link != NULL) {

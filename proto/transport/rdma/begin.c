@@ -95,6 +95,9 @@ bool kvtr_on_begin(kvtr_link *link, const kvc_frame *frame, bool *keep_p)
 {
     kvt_listener *listener = (kvt_listener *)link->loop;
     bool right = true;
+    if ((frame->flags & KVC_FRAME_OWN_FLAGS & ~KVTI_SUMMED) != 0 ||
+        ((frame->flags & KVTI_SUMMED) == 0 && frame->spare[2] != 0))
+        return false;
     /* A payload that is elsewhere is read from there, unless the client serves no READs. */
     if ((frame->flags & KVC_FRAME_ELSEWHERE) != 0 && link->max_reads == 0)
         return false;

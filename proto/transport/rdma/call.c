@@ -159,6 +159,8 @@ static kvtr_rcall *create_call(kvtr_link *link, const kvc_frame *frame, const ui
     call->bytes = bytes;
     call->len_bytes = kvc_frame_body_bytes(frame);
     call->listener = (kvt_listener *)link->loop;
+    call->frame = *frame;
+    call->summed = (frame->flags & KVTI_SUMMED) != 0;
     call->id = frame->call;
     call->method = call->base.req.method = frame->method;
     call->base.ops = &kvt_rdma_ops;
@@ -177,6 +179,13 @@ static kvc_status decode(kvtr_rcall *call, const char **why_p)
 {
     struct iovec pieces[2] = {{call->bytes, call->len_bytes}};
     uint32_t n_pieces = 1;
+    const void *data =
+        call->data != NULL ? call->data->bytes : call->bytes + call->frame.head_bytes;
+    *why_p = "a message without the sum that its request has";
+    if (call->summed && (call->frame.flags & KVTI_SUMMED) == 0)
+        return KVC_CORRUPT;
+    if (kvtr_check_sum(&call->frame, call->bytes, data, why_p) != KVC_OK)
+        return KVC_CORRUPT;
     if (call->data != NULL)
         pieces[n_pieces++] = (struct iovec){call->data->bytes, call->data_bytes};
     kvc_status status = kvc_wire_decode_request(call->method, pieces, n_pieces, &call->base.arena,
@@ -324,6 +333,7 @@ static kvc_status take_next(kvtr_rcall *call, const char **why_p)
     kvc_status status = call->next_status;
     *why_p = call->next_why;
     free(call->bytes);
+    call->frame = *frame;
     call->bytes = call->next_bytes;
     call->len_bytes = call->next_bytes == NULL ? 0 : kvc_frame_body_bytes(frame);
     call->charged_bytes = call->next_charged_bytes;

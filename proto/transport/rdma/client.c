@@ -12,6 +12,7 @@
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "base/sum.h"
 #include "client.h"
 #include "wire/wire.h"
 
@@ -140,6 +141,7 @@ static kvt_conn *create_conn(const kvt_connect_opts *opts)
     conn->max_message_bytes = opts->max_message_bytes;
     if (conn->max_message_bytes == 0 || conn->max_message_bytes > KVC_MAX_VALUE_BYTES)
         conn->max_message_bytes = KVC_MAX_VALUE_BYTES;
+    conn->sums = opts->sums;
     conn->told_last = &conn->told;
     conn->next_id = 1;
     conn->loop.owner = &owner;
@@ -205,6 +207,15 @@ static kvc_status check_xfer(const kvt_xfer *xfer)
     return KVC_OK;
 }
 
+/* Outside the mutex: it looks at every byte. */
+static void add_sum(const kvt_conn *conn, kvc_frame *frame, const kvc_request *req)
+{
+    if (!conn->sums)
+        return;
+    frame->flags |= KVTI_SUMMED;
+    frame->spare[2] = kvc_pieces_sum(req->data, req->n_data);
+}
+
 static kvc_status create_op(kvt_conn *conn, kvt_xfer *xfer, kvtr_rop **op_p)
 {
     size_t head_bytes;
@@ -226,6 +237,7 @@ static kvc_status create_op(kvt_conn *conn, kvt_xfer *xfer, kvtr_rop **op_p)
                             .method = xfer->req->method,
                             .head_bytes = (uint32_t)head_bytes,
                             .data_bytes = (uint32_t)xfer->req->data_bytes};
+    add_sum(conn, &op->frame, xfer->req);
     *op_p = op;
     return KVC_OK;
 }
@@ -326,6 +338,8 @@ kvc_status kvtr_rdma_push(kvt_conn *conn, kvt_xfer *xfer, const kvc_request *req
         frame.method = xfer->req->method;
         frame.head_bytes = (uint32_t)head_bytes;
         frame.data_bytes = req == NULL ? 0 : (uint32_t)req->data_bytes;
+        if (req != NULL)
+            add_sum(conn, &frame, req);
         kvc_mutex_lock(&conn->loop.mutex);
         status = push_frame(xfer->priv, &frame, head, req);
         kvc_mutex_unlock(&conn->loop.mutex);

@@ -56,6 +56,7 @@ struct kvt_conn {
     kvtr_channel *channels;
     uint32_t n_channels;
     uint32_t max_message_bytes;
+    bool sums;
     kvtr_rop *ops;               /* those whose done has not run */
     kvtr_rop *told, **told_last; /* to be delivered */
     uint32_t n_ops;

@@ -193,19 +193,33 @@ static void begin_all(kvt_conn *conn)
 
 /* ---- what comes ------------------------------------------------------------------------------ */
 
+/* Where the payload lies, and whether it and the rest are what was summed: CORRUPT. An answer
+ * without a reply need have no sum: it may come from where no call was known. */
+static kvc_status find_data(const kvtr_rop *op, const kvc_frame *frame, uint8_t *body,
+                            uint8_t **data_p, const char **why_p)
+{
+    bool elsewhere = (frame->flags & KVC_FRAME_ELSEWHERE) != 0;
+    bool summed = (frame->flags & KVTI_SUMMED) != 0;
+    *why_p = "a reply whose payload is nowhere";
+    if (elsewhere && (op->landing == NULL || frame->data_bytes > op->conn->max_message_bytes))
+        return KVC_PROTOCOL;
+    *data_p = elsewhere ? op->landing->bytes : body + frame->head_bytes + frame->detail_bytes;
+    *why_p = "a reply without the sum that was asked for";
+    if (op->conn->sums && !summed && frame->status == KVC_OK)
+        return KVC_CORRUPT;
+    return kvtr_check_sum(frame, body, *data_p, why_p);
+}
+
 /* A message where it lies: header in body, payload behind it or in the landing. */
 static kvc_status take_message(kvtr_rop *op, kvt_xfer *xfer, const kvc_frame *frame, uint8_t *body,
                                const char **why_p)
 {
-    struct iovec pieces[2] = {{body, frame->head_bytes}, {NULL, frame->data_bytes}};
-    bool elsewhere = (frame->flags & KVC_FRAME_ELSEWHERE) != 0;
-    *why_p = "a reply whose payload is nowhere";
-    if (elsewhere && (op->landing == NULL || frame->data_bytes > op->conn->max_message_bytes))
-        return KVC_PROTOCOL;
-    pieces[1].iov_base =
-        elsewhere ? op->landing->bytes : body + frame->head_bytes + frame->detail_bytes;
-    kvc_status status =
-        kvc_wire_decode_reply(xfer->req->method, pieces, 2, &xfer->arena, &xfer->reply, why_p);
+    uint8_t *data;
+    kvc_status status = find_data(op, frame, body, &data, why_p);
+    if (status != KVC_OK)
+        return status;
+    struct iovec pieces[2] = {{body, frame->head_bytes}, {data, frame->data_bytes}};
+    status = kvc_wire_decode_reply(xfer->req->method, pieces, 2, &xfer->arena, &xfer->reply, why_p);
     return status == KVC_INVALID ? KVC_PROTOCOL : status;
 }
 
@@ -257,7 +271,8 @@ static bool on_end(kvtr_rop *op, const kvc_frame *frame, uint8_t *body)
     kvt_conn *conn = op->conn;
     kvt_xfer *xfer = op->xfer;
     char text[KVC_FRAME_DETAIL_BYTES + 1];
-    const char *detail = text;
+    const char *detail = text, *why;
+    uint8_t *unused;
     kvc_status status = frame->status;
     kvc_mutex_lock(&conn->loop.mutex);
     forget(op);
@@ -282,8 +297,12 @@ static bool on_end(kvtr_rop *op, const kvc_frame *frame, uint8_t *body)
     text[frame->detail_bytes] = '\0';
     xfer->reply = (kvc_reply){.method = xfer->req->method};
     xfer->retry_after_ms = frame->retry_after_ms;
-    if (status == KVC_OK && xfer->message == NULL)
+    if (status == KVC_OK && xfer->message == NULL) {
         status = take_message(op, xfer, frame, body, &detail);
+    } else if (find_data(op, frame, body, &unused, &why) != KVC_OK) {
+        status = KVC_CORRUPT;
+        detail = why;
+    }
     deliver_end(op, xfer, status, detail);
     return true;
 }

@@ -40,6 +40,9 @@
 #define KVTI_TICK_NS    ((uint64_t)200 * 1000000)  /* how late a silent link is noticed */
 #define KVTI_FLUSH_NS   ((uint64_t)2 * 1000000000) /* for answers on their way at a close */
 
+/* A frame's flag: spare[2] is the sum of it and of what goes with it, wherever that is. */
+#define KVTI_SUMMED 0x0100u
+
 typedef struct kvtr_loop kvtr_loop;
 typedef struct kvtr_link kvtr_link;
 typedef struct kvtr_domain kvtr_domain;
@@ -279,8 +282,8 @@ bool kvtr_intro_read(kvtr_link *link, const void *data, size_t len_bytes);
 void kvtr_conn_param(kvtr_link *link, uint8_t *intro, struct rdma_conn_param *param_p);
 
 /* send.c; with the mutex held. */
-/* A frame and its body; where it has data here and n_data is 0, slices are to follow. NULL: no
- * memory. */
+/* A frame and its body; with KVTI_SUMMED, spare[2] is the sum of its data. Where it has data here
+ * and n_data is 0, slices are to follow. NULL: no memory. */
 kvtr_out *kvtr_out_create(const kvc_frame *frame, const void *head, const char *detail,
                           const struct iovec *data, uint32_t n_data);
 /* Takes out. Posts what can be posted. */
@@ -292,6 +295,14 @@ void kvtr_pump(kvtr_link *link);
 /* Work requests that writing these takes; 0: not all of it is registered. */
 uint32_t kvtr_chain_wrs(kvtr_link *link, const kvt_slice *slices, uint32_t n_slices);
 void kvtr_out_free(kvtr_out *out);
+
+/* sum.c; pure. */
+/* Of a frame with KVTI_SUMMED; head: [head_bytes + detail_bytes], data_sum: kvc_pieces_sum of the
+ * data. spare[2] does not matter. */
+uint64_t kvtr_frame_sum(const kvc_frame *frame, const void *head, uint64_t data_sum);
+/* OK: the sum is right, or there is none to be; else CORRUPT, counted. */
+kvc_status kvtr_check_sum(const kvc_frame *frame, const void *head, const void *data,
+                          const char **why_p) KVC_MUST_CHECK;
 
 /* recv.c; the loop's thread, mutex free. A fragment has come; false: the link is broken. */
 bool kvtr_take_fragment(kvtr_link *link, uint8_t *bytes, uint32_t len_bytes);

@@ -15,6 +15,14 @@
 #include "base/metrics.h"
 #include "rdma_internal.h"
 
+/* Puts the sum in its place in the frame that was encoded. */
+static void sign(const kvc_frame *frame, uint8_t *at, const void *head, const char *detail)
+{
+    KVC_ASSERT(frame->head_bytes == 0 || frame->detail_bytes == 0);
+    uint64_t sum = kvtr_frame_sum(frame, frame->head_bytes > 0 ? head : detail, frame->spare[2]);
+    kvc_le_put(at + KVC_FRAME_BYTES - 8, sum, 8);
+}
+
 kvtr_out *kvtr_out_create(const kvc_frame *frame, const void *head, const char *detail,
                           const struct iovec *data, uint32_t n_data)
 {
@@ -31,6 +39,8 @@ kvtr_out *kvtr_out_create(const kvc_frame *frame, const void *head, const char *
         return NULL;
     }
     out->bytes = at;
+    if ((frame->flags & KVTI_SUMMED) != 0)
+        sign(frame, at, head, detail);
     out->len_bytes = len_bytes;
     out->tail_bytes = tail_bytes;
     at += KVC_FRAME_BYTES;

@@ -31,7 +31,8 @@ struct kvtr_rcall {
     bool reading;            /* its data is being read from the client */
     kvc_status early_status; /* with which it was ended while reading */
     const char *early_why;
-    kvc_frame next_frame;
+    bool summed;                 /* the client asked for sums */
+    kvc_frame frame, next_frame; /* of req, and of the message in next_bytes */
     uint8_t *next_bytes;
     uint64_t landing_addr; /* where the client wants the reply's payload; landing_bytes 0: no place
                             */

@@ -108,6 +108,7 @@ class ClientOpts(C.Structure):
         ("connect_timeout_ns", C.c_uint64),
         ("default_timeout_ns", C.c_uint64),
         ("n_channels", C.c_uint32),
+        ("sums", C.c_bool),
     ]
 
 

@@ -48,11 +48,12 @@ def _tier(t):
 class Client:
     """
     Client(uris): connects to the first of "grpc://host:port,grpc+unix:///path" that answers and
-    exchanges limits; blocks up to connect_timeout_s. Raises KvasirError. Also a context manager.
+    exchanges limits; blocks up to connect_timeout_s. sums: sum and verify what crosses RDMA.
+    Raises KvasirError. Also a context manager.
     close() closes the workers that use it first.
     """
 
-    def __init__(self, uris, connect_timeout_s=None, timeout_s=None, n_channels=0):
+    def __init__(self, uris, connect_timeout_s=None, timeout_s=None, n_channels=0, sums=False):
         self._handle = None
         opts = _abi.ClientOpts(
             size_bytes=ctypes.sizeof(_abi.ClientOpts),
@@ -60,6 +61,7 @@ class Client:
             connect_timeout_ns=_lib.ns(connect_timeout_s),
             default_timeout_ns=_lib.ns(timeout_s),
             n_channels=n_channels,
+            sums=sums,
         )
         lib, ptr = _lib.load(), ctypes.c_void_p()
         code = lib.kvc_client_open(ctypes.byref(opts), ctypes.byref(ptr))
