@@ -28,7 +28,7 @@ static kvc_frame full_frame(void)
         .head_bytes = KVC_FRAME_HEAD_BYTES,
         .detail_bytes = KVC_FRAME_DETAIL_BYTES,
         .data_bytes = KVC_FRAME_DATA_BYTES,
-        .spare = {UINT64_MAX, 0x0102030405060708u},
+        .spare = {UINT64_MAX, 0x0102030405060708u, 0x1112131415161718u},
     };
 }
 
@@ -62,7 +62,7 @@ static void frames_come_back_as_they_were(void **state)
     assert_int_equal(got.head_bytes, frame.head_bytes);
     assert_int_equal(got.detail_bytes, frame.detail_bytes);
     assert_int_equal(got.data_bytes, frame.data_bytes);
-    assert_true(got.spare[0] == frame.spare[0] && got.spare[1] == frame.spare[1]);
+    assert_memory_equal(got.spare, frame.spare, sizeof(got.spare));
     assert_int_equal(kvc_frame_body_bytes(&got), KVC_FRAME_HEAD_BYTES + KVC_FRAME_DETAIL_BYTES);
     got.flags = 0;
     assert_int_equal(kvc_frame_body_bytes(&got),
@@ -153,9 +153,9 @@ static void bad_bytes_are_refused(void **state)
     (void)state;
     static const struct {
         uint8_t at, value;
-    } changes[] = {{0, 0},  {3, 2},   {4, 0},     {4, 8},  {4, 128},   {5, KVC_METHOD_COUNT},
-                   {6, 4},  {16, 18}, {17, 1},    {18, 1}, {31, 0xff}, {35, 1},
-                   {39, 1}, {56, 1},  {63, 0x80}, {20, 1}, {1, 0}};
+    } changes[] = {{0, 0},  {3, 2},   {4, 0},  {4, 8},  {4, 128},   {5, KVC_METHOD_COUNT},
+                   {6, 4},  {16, 18}, {17, 1}, {18, 1}, {31, 0xff}, {35, 1},
+                   {39, 1}, {20, 1},  {1, 0}};
     uint8_t bytes[KVC_FRAME_BYTES];
     kvc_frame got, frame = {.kind = KVC_FRAME_REQUEST, .method = KVC_STATS, .call = 1};
     for (size_t i = 0; i < sizeof(changes) / sizeof(changes[0]); i++) {
