@@ -8,6 +8,8 @@
 
 #include "base/metrics.h"
 
+#define AHEAD 64u /* a record covers this share of the budget beyond what was spent */
+
 void kvs_admission_init(kvs_admission *admission, kvs_admission_policy policy,
                         uint64_t budget_bytes, uint64_t now_ns)
 {
@@ -15,6 +17,8 @@ void kvs_admission_init(kvs_admission *admission, kvs_admission_policy policy,
     admission->budget_bytes = budget_bytes;
     admission->day_start_ns = now_ns;
     admission->spent_bytes = 0;
+    admission->kept_bytes = 0;
+    admission->unkept = false;
     kvc_mutex_init(&admission->lock, KVC_RANK_LEAF);
 }
 
@@ -29,6 +33,40 @@ static void turn_day(kvs_admission *admission, uint64_t now_ns)
         return;
     admission->day_start_ns = now_ns;
     admission->spent_bytes = 0;
+    admission->kept_bytes = 0;
+}
+
+void kvs_admission_take_up(kvs_admission *admission, const kvs_admission_day *day, uint64_t now_ns,
+                           uint64_t wall_ns)
+{
+    uint64_t age_ns = wall_ns > day->start_wall_ns ? wall_ns - day->start_wall_ns : 0;
+    if (age_ns >= KVS_ADMISSION_DAY_NS)
+        return;
+    kvc_mutex_lock(&admission->lock);
+    admission->day_start_ns = now_ns - age_ns; /* may wrap, where the machine is younger: so it is
+                                                  only ever subtracted */
+    admission->spent_bytes = admission->kept_bytes = day->spent_bytes;
+    kvc_mutex_unlock(&admission->lock);
+}
+
+bool kvs_admission_due(kvs_admission *admission, uint64_t now_ns, uint64_t wall_ns, bool over,
+                       kvs_admission_day *day_p)
+{
+    kvc_mutex_lock(&admission->lock);
+    turn_day(admission, now_ns);
+    bool due = over ? admission->spent_bytes != admission->kept_bytes
+                    : admission->spent_bytes > admission->kept_bytes;
+    day_p->start_wall_ns = wall_ns - (now_ns - admission->day_start_ns);
+    day_p->spent_bytes = admission->spent_bytes + (over ? 0 : admission->budget_bytes / AHEAD);
+    kvc_mutex_unlock(&admission->lock);
+    return due;
+}
+
+void kvs_admission_kept(kvs_admission *admission, const kvs_admission_day *day)
+{
+    kvc_mutex_lock(&admission->lock);
+    admission->kept_bytes = day->spent_bytes;
+    kvc_mutex_unlock(&admission->lock);
 }
 
 void kvs_admission_spend(kvs_admission *admission, uint64_t len_bytes, uint64_t now_ns)

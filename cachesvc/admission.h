@@ -25,15 +25,34 @@ typedef enum kvs_admission_policy {
 typedef struct kvs_admission {
     kvs_admission_policy policy;
     uint64_t budget_bytes; /* a day; 0: no limit */
-    kvc_mutex lock;        /* rank LEAF; guards the two below */
+    kvc_mutex lock;        /* rank LEAF; guards the three below */
     uint64_t day_start_ns, spent_bytes;
+    uint64_t kept_bytes; /* that the day's record covers */
+    bool unkept;         /* the last record could not be written; its writer's */
 } kvs_admission;
+
+/* A day, as a later process takes it up. */
+typedef struct kvs_admission_day {
+    uint64_t start_wall_ns; /* CLOCK_REALTIME */
+    uint64_t spent_bytes;
+} kvs_admission_day;
 
 void kvs_admission_init(kvs_admission *admission, kvs_admission_policy policy,
                         uint64_t budget_bytes, uint64_t now_ns);
 void kvs_admission_fini(kvs_admission *admission);
 
 /* A day begins with the first write after the last one ended; now_ns is CLOCK_MONOTONIC. */
+
+/* Goes on with a day, if it has not ended. One that begins later than now, since the clock was set
+   back, begins now. Before any write. */
+void kvs_admission_take_up(kvs_admission *admission, const kvs_admission_day *day, uint64_t now_ns,
+                           uint64_t wall_ns);
+/* Whether a record is to be written: the last does not cover what was spent, or (over) is not
+   exact. *day_p: what it is to say. Any thread. */
+bool kvs_admission_due(kvs_admission *admission, uint64_t now_ns, uint64_t wall_ns, bool over,
+                       kvs_admission_day *day_p);
+/* It was written. */
+void kvs_admission_kept(kvs_admission *admission, const kvs_admission_day *day);
 
 /* A write that is made in any case. Any thread. */
 void kvs_admission_spend(kvs_admission *admission, uint64_t len_bytes, uint64_t now_ns);

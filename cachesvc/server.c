@@ -12,6 +12,7 @@
 #include <sys/random.h>
 #include <time.h>
 
+#include "admission_record.h"
 #include "attend.h"
 #include "base/clock.h"
 #include "base/digest.h"
@@ -84,6 +85,8 @@ static kvc_status open_lmdb(kvs_server *server)
                    server->settings.lmdb_fault, &server->lmdb);
     if (status == KVC_OK)
         status = kvs_recover(server);
+    if (status == KVC_OK)
+        kvs_admission_load(server);
     if (status == KVC_OK)
         status = kvs_disk_create("disk", (uint32_t)server->settings.disk_threads, &server->disk);
     if (status == KVC_OK)
@@ -164,6 +167,7 @@ void kvs_server_tick(kvs_server *server)
     kvs_ttls_sweep(server->ttls, now_ns);
     kvs_cascade_reap(server);
     collect_schemas(server, now_ns);
+    kvs_admission_save(server, false);
     if (server->writer && server->admission.policy == KVS_ADMIT_SECOND_USE) {
         kvs_index_write_used(server->index, kvs_admission_on_use(&server->admission, now_ns));
         kvs_writer_kick(server->writer);
@@ -406,6 +410,7 @@ void kvs_server_close(kvs_server *server, bool flush)
     kvs_ttls_destroy(server->ttls);
     if (server->index)
         kvs_cascade_reap(server);
+    kvs_admission_save(server, true);
     if (server->lmdb.ops)
         server->lmdb.ops->close(server->lmdb.tier);
     if (server->dram.ops)

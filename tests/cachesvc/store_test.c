@@ -205,33 +205,14 @@ static void test_write_budget(void **state)
     assert_int_equal(kvc_metric_get(KVC_M_lmdb_budget_refused_values) - refused, 5);
     assert_int_equal(count_hits(f, 0, 2), 2);
     assert_int_equal(count_hits(f, 10, 8), 3);
+    put_many(f, 20, 4, KVC_PROMISE_MEMORY); /* the day goes on: nothing is left of it */
+    restart(f, true);
+    assert_int_equal(count_hits(f, 20, 4), 0);
     f->h.settings.lmdb_write_budget_bytes = 1; /* a promise is kept whatever it costs */
     restart(f, true);
     put_many(f, 30, 3, KVC_PROMISE_DURABLE);
     restart(f, true);
     assert_int_equal(count_hits(f, 30, 3), 3);
-}
-
-static void test_budget_days(void **state)
-{
-    kvs_admission a;
-    (void)state;
-    kvs_admission_init(&a, KVS_ADMIT_SECOND_USE, 100, 1000);
-    assert_true(kvs_admission_take(&a, 60, 1000));
-    assert_false(kvs_admission_take(&a, 41, 1001));
-    assert_true(kvs_admission_take(&a, 40, 1002));
-    assert_false(kvs_admission_on_use(&a, 1003));
-    assert_false(kvs_admission_take(&a, 1, 999 + KVS_ADMISSION_DAY_NS));
-    assert_true(kvs_admission_on_use(&a, 1000 + KVS_ADMISSION_DAY_NS));
-    kvs_admission_spend(&a, 150, 1001 + KVS_ADMISSION_DAY_NS);
-    assert_false(kvs_admission_take(&a, 1, 1002 + KVS_ADMISSION_DAY_NS));
-    assert_true(kvs_admission_take(&a, 100, 1000 + 2 * KVS_ADMISSION_DAY_NS));
-    kvs_admission_fini(&a);
-    kvs_admission_init(&a, KVS_ADMIT_ALL, 0, 0);
-    assert_true(kvs_admission_take(&a, UINT64_MAX / 2, 0));
-    assert_true(kvs_admission_take(&a, UINT64_MAX / 2, 1));
-    assert_false(kvs_admission_on_use(&a, 2));
-    kvs_admission_fini(&a);
 }
 
 /* More dirty values than the tier is given at once: a stop writes the rest too. */
@@ -551,7 +532,6 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_write_behind, setup, teardown),
         cmocka_unit_test_setup_teardown(test_second_use, setup, teardown),
         cmocka_unit_test_setup_teardown(test_write_budget, setup, teardown),
-        cmocka_unit_test(test_budget_days),
         cmocka_unit_test_setup_teardown(test_flush, setup, teardown),
         cmocka_unit_test_setup_teardown(test_durable_after_memory, setup, teardown),
         cmocka_unit_test_setup_teardown(test_lmdb_full, setup, teardown),
