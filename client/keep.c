@@ -76,13 +76,20 @@ kvc_status kvc_erase(kvc_client *client, const kvc_digest *schema, const kvc_dig
 
 /* ---- one message ----------------------------------------------------------------------------- */
 
-/* A call of one message; n_parts of it are carved and copied to *parts_p, which may be NULL. */
+/* Of what is in the message, copied: the caller's is its own again. */
+typedef struct named {
+    const uint32_t *parts;
+    const kvc_digest *digests;
+    uint32_t n_parts, n_digests;
+} named;
+
+/* A call of one message; what named has is carved and becomes the copy. */
 static kvci_call *one_message(kvc_client *client, const kvci_kind *kind, kvc_context *context,
-                              const uint32_t *parts, uint32_t n_parts, void *info_p,
-                              uint64_t deadline_ns, uint32_t **parts_p)
+                              named *names, void *info_p, uint64_t deadline_ns)
 {
-    size_t extra_bytes =
-        kvci_carve_bytes(1, sizeof(kvci_seg)) + kvci_carve_bytes(n_parts, sizeof(*parts));
+    size_t extra_bytes = kvci_carve_bytes(1, sizeof(kvci_seg)) +
+                         kvci_carve_bytes(names->n_parts, sizeof(*names->parts)) +
+                         kvci_carve_bytes(names->n_digests, sizeof(*names->digests));
     kvci_call *call = kvci_call_new(client, kind, 1, extra_bytes, deadline_ns);
     if (call == NULL) {
         (void)kvci_fail(KVC_NO_MEMORY, "%s: no memory", kind->name);
@@ -95,10 +102,12 @@ static kvci_call *one_message(kvc_client *client, const kvci_kind *kind, kvc_con
         msg->segs[0].context = context;
         msg->n_segs = 1;
     }
-    if (n_parts > 0) {
-        *parts_p = kvci_carve(call, n_parts, sizeof(*parts));
-        memcpy(*parts_p, parts, n_parts * sizeof(*parts));
-    }
+    if (names->n_parts > 0)
+        names->parts = memcpy(kvci_carve(call, names->n_parts, sizeof(*names->parts)), names->parts,
+                              names->n_parts * sizeof(*names->parts));
+    if (names->n_digests > 0)
+        names->digests = memcpy(kvci_carve(call, names->n_digests, sizeof(*names->digests)),
+                                names->digests, names->n_digests * sizeof(*names->digests));
     call->u.keep.info_p = info_p;
     return call;
 }
@@ -122,6 +131,8 @@ static kvc_status hold_take(kvci_msg *msg, const kvc_reply *reply, const char **
 /* A hold whose answer was lost has no name to release it by, and counts against the tenant's cap.
  */
 static const kvci_kind hold_kind = {.name = "hold", .not_twice = true, .take = hold_take};
+static const kvci_kind hold_blocks_kind = {
+    .name = "hold", .names_schema = true, .not_twice = true, .take = hold_take};
 static const kvci_kind renew_kind = {.name = "hold", .take = hold_take};
 
 kvc_status kvc_hold(kvc_context *context, uint64_t ttl_ms, kvc_hold_info *info_p,
@@ -129,7 +140,7 @@ kvc_status kvc_hold(kvc_context *context, uint64_t ttl_ms, kvc_hold_info *info_p
 {
     memset(info_p, 0, sizeof(*info_p));
     kvci_call *call =
-        one_message(context->client, &hold_kind, context, NULL, 0, info_p, deadline_ns, NULL);
+        one_message(context->client, &hold_kind, context, &(named){0}, info_p, deadline_ns);
     if (call == NULL)
         return KVC_NO_MEMORY;
     kvci_msg *msg = &call->msgs[0];
@@ -139,13 +150,42 @@ kvc_status kvc_hold(kvc_context *context, uint64_t ttl_ms, kvc_hold_info *info_p
     return kvci_call_start(call, op);
 }
 
+static kvc_status check_names(kvc_client *client, const char *what, uint32_t n)
+{
+    uint32_t most = kvci_limits(client).max_digests;
+    if (n == 0 || n > most)
+        return kvci_fail(KVC_INVALID, "%s: %u names, 1 to %u", what, n, most);
+    return KVC_OK;
+}
+
+kvc_status kvc_hold_blocks(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                           uint32_t n, uint64_t ttl_ms, kvc_hold_info *info_p, uint64_t deadline_ns,
+                           kvc_op *op)
+{
+    named names = {.digests = digests, .n_digests = n};
+    memset(info_p, 0, sizeof(*info_p));
+    kvc_status status = check_names(client, "hold", n);
+    if (status != KVC_OK)
+        return status;
+    kvci_call *call = one_message(client, &hold_blocks_kind, NULL, &names, info_p, deadline_ns);
+    if (call == NULL)
+        return KVC_NO_MEMORY;
+    kvc_request *req = &call->msgs[0].req;
+    req->method = KVC_HOLD;
+    req->u.hold.ttl_ms = ttl_ms;
+    req->u.hold.schema = *schema;
+    req->u.hold.digests = names.digests;
+    req->u.hold.n_digests = n;
+    return kvci_call_start(call, op);
+}
+
 kvc_status kvc_hold_renew(kvc_client *client, uint64_t hold, uint64_t ttl_ms, kvc_hold_info *info_p,
                           uint64_t deadline_ns, kvc_op *op)
 {
     memset(info_p, 0, sizeof(*info_p));
     if (hold == 0)
         return kvci_fail(KVC_INVALID, "hold: 0 names none");
-    kvci_call *call = one_message(client, &renew_kind, NULL, NULL, 0, info_p, deadline_ns, NULL);
+    kvci_call *call = one_message(client, &renew_kind, NULL, &(named){0}, info_p, deadline_ns);
     if (call == NULL)
         return KVC_NO_MEMORY;
     call->msgs[0].req.method = KVC_HOLD;
@@ -177,7 +217,7 @@ static const kvci_kind release_kind = {
 
 kvc_status kvc_release(kvc_client *client, uint64_t hold, uint64_t deadline_ns, kvc_op *op)
 {
-    kvci_call *call = one_message(client, &release_kind, NULL, NULL, 0, NULL, deadline_ns, NULL);
+    kvci_call *call = one_message(client, &release_kind, NULL, &(named){0}, NULL, deadline_ns);
     if (call == NULL)
         return KVC_NO_MEMORY;
     call->msgs[0].req.method = KVC_RELEASE;
@@ -204,21 +244,50 @@ kvc_status kvc_prefetch(kvc_context *context, const uint32_t *parts, uint32_t n_
                         uint32_t first_block, uint32_t n_blocks, kvc_tier tier,
                         kvc_prefetch_info *info_p, uint64_t deadline_ns, kvc_op *op)
 {
-    uint32_t *own_parts = NULL;
+    named names = {.parts = parts, .n_parts = n_parts};
     memset(info_p, 0, sizeof(*info_p));
     if (n_parts > KVC_MAX_PARTS)
         return kvci_fail(KVC_INVALID, "prefetch: %u parts, at most %u", n_parts, KVC_MAX_PARTS);
-    kvci_call *call = one_message(context->client, &prefetch_kind, context, parts, n_parts, info_p,
-                                  deadline_ns, &own_parts);
+    kvci_call *call =
+        one_message(context->client, &prefetch_kind, context, &names, info_p, deadline_ns);
     if (call == NULL)
         return KVC_NO_MEMORY;
     kvci_msg *msg = &call->msgs[0];
     msg->req.method = KVC_PREFETCH;
-    msg->req.u.prefetch.parts = own_parts;
+    msg->req.u.prefetch.parts = names.parts;
     msg->req.u.prefetch.n_parts = n_parts;
     msg->req.u.prefetch.first_block = first_block;
     msg->req.u.prefetch.n_blocks = n_blocks;
     msg->req.u.prefetch.tier = tier;
     msg->handle_p = &msg->req.u.prefetch.context;
+    return kvci_call_start(call, op);
+}
+
+static const kvci_kind prefetch_blocks_kind = {
+    .name = "prefetch", .names_schema = true, .take = prefetch_take};
+
+kvc_status kvc_prefetch_blocks(kvc_client *client, const kvc_digest *schema,
+                               const kvc_digest *digests, uint32_t n, const uint32_t *parts,
+                               uint32_t n_parts, kvc_tier tier, kvc_prefetch_info *info_p,
+                               uint64_t deadline_ns, kvc_op *op)
+{
+    named names = {.parts = parts, .digests = digests, .n_parts = n_parts, .n_digests = n};
+    memset(info_p, 0, sizeof(*info_p));
+    kvc_status status = check_names(client, "prefetch", n);
+    if (status == KVC_OK && n_parts > KVC_MAX_PARTS)
+        status = kvci_fail(KVC_INVALID, "prefetch: %u parts, at most %u", n_parts, KVC_MAX_PARTS);
+    if (status != KVC_OK)
+        return status;
+    kvci_call *call = one_message(client, &prefetch_blocks_kind, NULL, &names, info_p, deadline_ns);
+    if (call == NULL)
+        return KVC_NO_MEMORY;
+    kvc_request *req = &call->msgs[0].req;
+    req->method = KVC_PREFETCH;
+    req->u.prefetch.parts = names.parts;
+    req->u.prefetch.n_parts = n_parts;
+    req->u.prefetch.tier = tier;
+    req->u.prefetch.schema = *schema;
+    req->u.prefetch.digests = names.digests;
+    req->u.prefetch.n_digests = n;
     return kvci_call_start(call, op);
 }

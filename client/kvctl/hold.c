@@ -19,6 +19,7 @@ static const char hold_help[] =
     "    kvctl [--server URI] [--json] hold --schema SCHEMA [--ttl DURATION] DIGEST...\n"
     "    kvctl [--server URI] [--json] hold --schema SCHEMA [--ttl DURATION] [--block-tokens N]\n"
     "          --digests FILE | --tokens FILE\n"
+    "    kvctl [--server URI] [--json] hold --schema SCHEMA [--ttl DURATION] --key KEY...\n"
     "    kvctl [--server URI] [--json] hold --renew HOLD [--ttl DURATION]\n"
     "\n"
     "DESCRIPTION\n"
@@ -29,7 +30,7 @@ static const char hold_help[] =
     "    capped by the server's setting max_hold_bytes; a hold that would pass it is refused as a\n"
     "    whole. Erase removes values that are held. Blocks are named as in 'kvctl match'.\n"
     "\n"
-    "OPTIONS\n" KVCTL_BLOCKS_HELP "    --ttl DURATION\n"
+    "OPTIONS\n" KVCTL_BLOCKS_HELP KVCTL_KEYS_HELP "    --ttl DURATION\n"
     "        How long: 90s, 2h. Default: the server's default for contexts. The server may "
     "shorten\n"
     "        it; what it took is printed.\n"
@@ -114,14 +115,21 @@ static void print_hold(const kvctl_globals *globals, const kvc_hold_info *info)
 static kvc_status make_hold(const kvctl_globals *globals, const hold_args *args, kvc_client *client,
                             kvc_hold_info *info_p)
 {
+    const kvctl_blocks *blocks = &args->blocks;
     kvc_op op;
     kvc_context *context = NULL;
+    kvc_op_init(&op, NULL, NULL);
+    if (blocks->n_keys > 0) {
+        kvc_status made =
+            kvc_hold_blocks(client, &blocks->schema.digest, blocks->digests, blocks->n_digests,
+                            args->ttl_ns / NS_PER_MS, info_p, kvctl_deadline_ns(globals), &op);
+        return made == KVC_OK ? kvctl_wait(&op, "holding") : made;
+    }
     kvc_status status =
-        kvc_context_open(client, &args->blocks.schema.digest, args->blocks.digests,
-                         args->blocks.n_digests, 60000, kvctl_deadline_ns(globals), &context);
+        kvc_context_open(client, &blocks->schema.digest, blocks->digests, blocks->n_digests, 60000,
+                         kvctl_deadline_ns(globals), &context);
     if (status != KVC_OK)
         return status;
-    kvc_op_init(&op, NULL, NULL);
     status = kvc_hold(context, args->ttl_ns / NS_PER_MS, info_p, kvctl_deadline_ns(globals), &op);
     if (status == KVC_OK)
         status = kvctl_wait(&op, "holding");

@@ -15,6 +15,7 @@ static const char help[] =
     "    kvctl [--server URI] [--json] prefetch --schema SCHEMA [--parts PARTS] DIGEST...\n"
     "    kvctl [--server URI] [--json] prefetch --schema SCHEMA [--parts PARTS]\n"
     "          [--block-tokens N] --digests FILE | --tokens FILE\n"
+    "    kvctl [--server URI] [--json] prefetch --schema SCHEMA --key KEY...\n"
     "\n"
     "DESCRIPTION\n"
     "    Loads values that are only in a slower tier, as far as there is room that loses nothing,\n"
@@ -23,7 +24,7 @@ static const char help[] =
     "    and were left where they are. --timeout bounds it; what was loaded until then stays.\n"
     "    Blocks are named as in 'kvctl match'.\n"
     "\n"
-    "OPTIONS\n" KVCTL_BLOCKS_HELP "    --parts N[,N]... or FIRST-LAST\n"
+    "OPTIONS\n" KVCTL_BLOCKS_HELP KVCTL_KEYS_HELP "    --parts N[,N]... or FIRST-LAST\n"
     "        The parts to load. Default: all of the schema but index parts.\n"
     "    -h, --help\n"
     "        Print this page.\n"
@@ -66,12 +67,17 @@ static kvctl_exit ask(const kvctl_globals *globals, const kvctl_blocks *blocks)
     if (result != KVCTL_OK)
         return result;
     kvc_op_init(&op, NULL, NULL);
-    kvc_status status =
-        kvc_context_open(client, &blocks->schema.digest, blocks->digests, blocks->n_digests, 0,
-                         kvctl_deadline_ns(globals), &context);
-    if (status == KVC_OK)
+    kvc_status status = KVC_OK;
+    if (blocks->n_keys == 0)
+        status = kvc_context_open(client, &blocks->schema.digest, blocks->digests,
+                                  blocks->n_digests, 0, kvctl_deadline_ns(globals), &context);
+    if (status == KVC_OK && context != NULL)
         status = kvc_prefetch(context, blocks->parts, blocks->n_parts, 0, 0, KVC_TIER_DRAM, &info,
                               kvctl_deadline_ns(globals), &op);
+    else if (status == KVC_OK)
+        status = kvc_prefetch_blocks(client, &blocks->schema.digest, blocks->digests,
+                                     blocks->n_digests, blocks->parts, blocks->n_parts,
+                                     KVC_TIER_DRAM, &info, kvctl_deadline_ns(globals), &op);
     if (status == KVC_OK)
         status = kvctl_wait(&op, "loading");
     if (status == KVC_OK)

@@ -236,7 +236,7 @@ static void write_file(const char *path, const uint8_t *bytes, size_t len_bytes)
 static void test_put_get(void **state)
 {
     (void)state;
-    char schema[320], in[320], out[320], hex[KVC_DIGEST_HEX_BYTES];
+    char schema[320], in[320], out[320], hex[KVC_DIGEST_HEX_BYTES], hold[17];
     uint8_t bytes[64 * 128];
     for (uint32_t i = 0; i < sizeof(bytes); i++)
         bytes[i] = (uint8_t)(i * 7 + (i >> 8));
@@ -394,7 +394,7 @@ static void test_bench(void **state)
 static void test_keys(void **state)
 {
     (void)state;
-    char schema[320], in[320], out[320], hex[KVC_DIGEST_HEX_BYTES];
+    char schema[320], in[320], out[320], hex[KVC_DIGEST_HEX_BYTES], hold[17];
     static const char text[] = "model=m%20x\nopaque=1\nrecipe=engine\nrevision=\ntp_size=1\n";
     static uint8_t bytes[3 << 20];
     kvc_digest digest;
@@ -416,6 +416,19 @@ static void test_keys(void **state)
            WORDS("\"bytes\":0"), NULL);
     expect(NULL, KEY("match", "--key", "a/b@1", "--key", "none", "--key", "empty"), 0,
            WORDS("2 of 3 values are there", "0 dram", "1 -", "2 dram"), NULL);
+    output held = run(NULL, WORDS(ON, "--json", "hold", "--schema", schema, "--ttl", "1h", "--key",
+                                  "a/b@1", "--key", "none"));
+    assert_int_equal(held.status, 0);
+    expect_text(held.out, "\"blocks\":2");
+    const char *name = strstr(held.out, "\"hold\":\"");
+    assert_non_null(name);
+    (void)snprintf(hold, sizeof(hold), "%.16s", name + 8);
+    free(held.out);
+    free(held.err);
+    expect(NULL, KEY("prefetch", "--key", "a/b@1", "--key", "none"), 0,
+           WORDS("3 were there", "1 are missing"), NULL);
+    expect(NULL, KEY("hold", "--key", "a", hex), 2, NULL, "one place");
+    expect(NULL, WORDS(ON, "release", hold), 0, WORDS("1 released"), NULL);
     expect(NULL, KEY("erase", "--key", "a/b@1"), 0, WORDS("3 values erased"), NULL);
     expect(NULL, KEY("get", "--key", "a/b@1", out), 1, NULL, "NOT_FOUND");
     expect(NULL, KEY("get", "--key-hex", "123", out), 2, NULL, "hex digits");

@@ -211,6 +211,46 @@ static void many_keys(void **state)
     }
 }
 
+static void keep_and_load(void **state)
+{
+    rig *r = *state;
+    kvc_hold_info hold;
+    kvc_prefetch_info loaded;
+    kvc_digest digests[N];
+    uint64_t bytes = 0;
+    kvc_op op;
+    name_all(r, 'd');
+    fill_all(r, 5);
+    put_all(r, N, KVC_PROMISE_MEMORY, KVC_OK);
+    for (uint32_t i = 0; i < N; i++) {
+        digests[i] = r->values[i].digest;
+        bytes += lengths[i];
+    }
+    kvc_op_init(&op, NULL, NULL);
+    assert_int_equal(
+        kvc_hold_blocks(r->s.client, &r->schema, digests, N, 60000, &hold, soon(), &op), KVC_OK);
+    memset(digests, 0, sizeof(digests)); /* they were borrowed */
+    assert_int_equal(kvc_op_wait(&op, 0), KVC_OK);
+    assert_int_equal(hold.n_blocks, N);
+    assert_int_equal(hold.ttl_ms, 60000);
+    assert_true(hold.tenant_bytes >= bytes && hold.tenant_bytes <= hold.max_bytes);
+    for (uint32_t i = 0; i < N; i++)
+        digests[i] = r->values[i].digest;
+    assert_int_equal(kvc_prefetch_blocks(r->s.client, &r->schema, digests, N, NULL, 0,
+                                         KVC_TIER_DRAM, &loaded, soon(), &op),
+                     KVC_OK);
+    assert_int_equal(kvc_op_wait(&op, 0), KVC_OK);
+    assert_true(loaded.there >= N && loaded.missing == 0);
+    assert_int_equal(kvc_release(r->s.client, hold.hold, soon(), &op), KVC_OK);
+    assert_int_equal(kvc_op_wait(&op, 0), KVC_OK);
+    assert_int_equal(kvc_hold_blocks(r->s.client, &r->schema, digests, 0, 0, &hold, soon(), &op),
+                     KVC_INVALID);
+    assert_int_equal(kvc_prefetch_blocks(r->s.client, &r->schema, digests,
+                                         kvc_client_limits(r->s.client)->max_digests + 1, NULL, 0,
+                                         KVC_TIER_DRAM, &loaded, soon(), &op),
+                     KVC_INVALID);
+}
+
 static void kill_and_restart(void **state)
 {
     rig *r = *state;
@@ -225,9 +265,8 @@ static void kill_and_restart(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_length),
-        cmocka_unit_test(too_little_room),
-        cmocka_unit_test(many_keys),
+        cmocka_unit_test(every_length),     cmocka_unit_test(too_little_room),
+        cmocka_unit_test(many_keys),        cmocka_unit_test(keep_and_load),
         cmocka_unit_test(kill_and_restart),
     };
     return cmocka_run_group_tests(tests, setup, teardown);

@@ -440,6 +440,11 @@ typedef struct kvc_hold_info {
  */
 kvc_status kvc_hold(kvc_context *context, uint64_t ttl_ms, kvc_hold_info *info_p,
                     uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+/* The same for blocks by name [n], of an opaque schema values, without a context. Borrows schema
+ * and digests. INVALID: more than limits.max_digests. */
+kvc_status kvc_hold_blocks(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
+                           uint32_t n, uint64_t ttl_ms, kvc_hold_info *info_p, uint64_t deadline_ns,
+                           kvc_op *op) KVC_MUST_CHECK;
 /* Its TTL begins anew. NOT_FOUND: it ran out, was released, or the server was restarted. */
 kvc_status kvc_hold_renew(kvc_client *client, uint64_t hold, uint64_t ttl_ms, kvc_hold_info *info_p,
                           uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
@@ -463,6 +468,12 @@ typedef struct kvc_prefetch_info {
 kvc_status kvc_prefetch(kvc_context *context, const uint32_t *parts, uint32_t n_parts,
                         uint32_t first_block, uint32_t n_blocks, kvc_tier tier,
                         kvc_prefetch_info *info_p, uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
+/* The same for blocks by name [n], without a context; of an opaque schema values, and n_parts is 0.
+ * Borrows schema, digests and parts. INVALID: more than limits.max_digests. */
+kvc_status kvc_prefetch_blocks(kvc_client *client, const kvc_digest *schema,
+                               const kvc_digest *digests, uint32_t n, const uint32_t *parts,
+                               uint32_t n_parts, kvc_tier tier, kvc_prefetch_info *info_p,
+                               uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
 
 /* ---- contexts saved by name --------------------------------------------------------------------
  */
