@@ -236,7 +236,7 @@ static void write_file(const char *path, const uint8_t *bytes, size_t len_bytes)
 static void test_put_get(void **state)
 {
     (void)state;
-    char schema[320], in[320], out[320], hex[KVC_DIGEST_HEX_BYTES], hold[17];
+    char schema[320], in[320], out[320], hex[KVC_DIGEST_HEX_BYTES];
     uint8_t bytes[64 * 128];
     for (uint32_t i = 0; i < sizeof(bytes); i++)
         bytes[i] = (uint8_t)(i * 7 + (i >> 8));
