@@ -10,6 +10,9 @@
 
 #include "attend_rig.h"
 #include "request.h"
+#ifdef KVS_TEST_RDMA
+#include "fake_verbs.h"
+#endif
 
 static uint32_t picks[MAX_PICKS], ranks[MAX_PICKS];
 static bool here[MAX_PICKS];
@@ -293,6 +296,10 @@ static void test_cold(void **state)
 
 int main(void)
 {
+#ifdef KVS_TEST_RDMA
+    fake_verbs_use(NULL);
+    h_listen = "rdma://127.0.0.1:0";
+#endif
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_shapes, a_setup, a_teardown),
         cmocka_unit_test_setup_teardown(test_partials_merge, a_setup, a_teardown),

@@ -14,6 +14,9 @@
 #include "base/metrics.h"
 #include "base/thread.h"
 #include "request.h"
+#ifdef KVS_TEST_RDMA
+#include "fake_verbs.h"
+#endif
 
 #define ROW 512u
 
@@ -386,6 +389,10 @@ static void test_match_tiers_lmdb(void **state)
 
 int main(void)
 {
+#ifdef KVS_TEST_RDMA
+    fake_verbs_use(NULL);
+    h_listen = "rdma://127.0.0.1:0";
+#endif
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_truncate, setup, teardown),
         cmocka_unit_test_setup_teardown(test_fork, setup, teardown),

@@ -94,6 +94,8 @@ bool h_row_is(uint64_t b, uint32_t part, uint32_t row, uint32_t row_bytes, const
 
 /* ---- server ---------------------------------------------------------------------------------- */
 
+const char *h_listen;
+
 void h_server_init(h_server *h)
 {
     static atomic_uint number;
@@ -101,6 +103,8 @@ void h_server_init(h_server *h)
     assert_int_equal(kvs_settings_defaults(&h->settings, &h->config), KVC_OK);
     snprintf(h->listen, sizeof(h->listen), "inproc://test-%d-%u", (int)getpid(),
              atomic_fetch_add(&number, 1));
+    if (h_listen != NULL)
+        snprintf(h->listen, sizeof(h->listen), "%s", h_listen);
     h->settings.listen = h->listen;
     h->settings.dram_bytes = 64u << 20;
     h->settings.disk_threads = 2;

@@ -33,6 +33,8 @@ kvc_digest h_digest(uint64_t b);
 void h_fill(uint64_t b, uint32_t part, uint32_t row_bytes, void *value);
 bool h_row_is(uint64_t b, uint32_t part, uint32_t row, uint32_t row_bytes, const void *bytes);
 
+/* Where h_server_init lets servers listen; NULL: inproc, each at a name of its own. */
+extern const char *h_listen;
 /* A server with small settings; change them before h_server_start. */
 typedef struct h_server {
     kvs_settings settings;
