@@ -202,17 +202,79 @@ static grpc_slice wrap(const kvt_slice *slice)
                                          slice->release, slice->arg);
 }
 
+/* Slices that are let go of in the same way. */
+typedef struct shared_owner {
+    void (*release)(void *arg);
+    void *arg;
+    uint32_t n;
+} shared_owner;
+
+static void release_shared(void *arg)
+{
+    shared_owner *owner = arg;
+    for (uint32_t i = 0; i < owner->n; i++)
+        owner->release(owner->arg);
+    free(owner);
+}
+
+/* How many slices from the first on have its owner. */
+static uint32_t owned_alike(const kvt_slice *slices, uint32_t n)
+{
+    uint32_t run = 1;
+    while (run < n && slices[run].release == slices[0].release && slices[run].arg == slices[0].arg)
+        run++;
+    return run;
+}
+
+/*
+ * Hundreds of rows go out as a slice each, and an owner each costs two allocations and what moves
+ * between threads with them. So they are parts of one slice, from the first of their bytes to the
+ * last: nobody looks at what lies between, and the owner is told once the last part has gone.
+ * Returns how many are in list: those that have bytes.
+ */
+static uint32_t wrap_shared(const kvt_slice *slices, uint32_t n, shared_owner *owner,
+                            grpc_slice *list)
+{
+    uintptr_t low = UINTPTR_MAX, high = 0;
+    uint32_t n_listed = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uintptr_t start = (uintptr_t)slices[i].base, end = start + slices[i].len_bytes;
+        if (slices[i].len_bytes == 0)
+            continue;
+        low = start < low ? start : low;
+        high = end > high ? end : high;
+    }
+    low = low < high ? low : high;
+    *owner = (shared_owner){slices[0].release, slices[0].arg, n};
+    grpc_slice all = grpc_slice_new_with_user_data((void *)low, high - low, release_shared, owner);
+    for (uint32_t i = 0; i < n; i++) {
+        size_t at = (uintptr_t)slices[i].base - low;
+        if (slices[i].len_bytes > 0)
+            list[n_listed++] = grpc_slice_sub(all, at, at + slices[i].len_bytes);
+    }
+    grpc_slice_unref(all);
+    return n_listed;
+}
+
 grpc_byte_buffer *kvti_build_answer(const void *head, size_t head_bytes, const kvt_slice *slices,
                                     uint32_t n_slices)
 {
     grpc_slice list[KVT_MAX_SLICES + 1];
     uint32_t n = 0;
     list[n++] = grpc_slice_from_copied_buffer(head, head_bytes);
-    for (uint32_t i = 0; i < n_slices; i++) {
-        if (slices[i].len_bytes > 0)
+    for (uint32_t i = 0; i < n_slices;) {
+        uint32_t run = owned_alike(slices + i, n_slices - i);
+        shared_owner *owner = run > 1 && slices[i].release ? malloc(sizeof(*owner)) : NULL;
+        if (owner) {
+            n += wrap_shared(slices + i, run, owner, list + n);
+        } else if (slices[i].len_bytes > 0) {
             list[n++] = wrap(&slices[i]);
-        else
+            run = 1;
+        } else {
             kvti_release_all(&slices[i], 1);
+            run = 1;
+        }
+        i += run;
     }
     grpc_byte_buffer *answer = grpc_raw_byte_buffer_create(list, n);
     for (uint32_t i = 0; i < n; i++)
