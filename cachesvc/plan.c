@@ -22,18 +22,18 @@ typedef struct block_map {
     uint32_t mask;
 } block_map;
 
-static uint32_t map_size(uint32_t n_picks)
+static uint32_t map_size(uint32_t n_places)
 {
     uint32_t size = 16;
-    while (size < 2 * n_picks)
+    while (size < 2 * n_places)
         size *= 2;
     return size;
 }
 
-/* Empties as much of the map as n picks need, so that a small group costs little. */
-static void map_clear(block_map *map, uint32_t n_picks)
+/* Empties as much of the map as n places need, so that a small group costs little. */
+static void map_clear(block_map *map, uint32_t n_places)
 {
-    map->mask = map_size(n_picks) - 1;
+    map->mask = map_size(n_places) - 1;
     memset(map->slots, 0, ((size_t)map->mask + 1) * sizeof(*map->slots));
 }
 
@@ -72,8 +72,9 @@ static kvc_status alloc_tables(kvs_fetch *fetch)
 {
     size_t n = fetch->n_picks ? fetch->n_picks : 1;
     uint32_t n_groups = fetch->n_groups;
-    fetch->reads = calloc(n, sizeof(*fetch->reads));
-    fetch->extra = calloc(n, sizeof(*fetch->extra));
+    /* Room for a read of every pick, though most have fewer: only what is added is written. */
+    fetch->reads = malloc(n * sizeof(*fetch->reads));
+    fetch->extra = malloc(n * sizeof(*fetch->extra));
     fetch->pick_read = malloc(4 * n * sizeof(*fetch->pick_read));
     fetch->pick_row = malloc(n * sizeof(*fetch->pick_row));
     fetch->contexts = calloc(n_groups ? n_groups : 1, sizeof(kvs_context *));
@@ -169,7 +170,7 @@ static void plan_group(kvs_fetch *fetch, const kvc_row_group *group, kvs_context
     uint32_t block_tokens = context->schema->block_tokens;
     uint32_t part = (uint32_t)kvs_schema_part(context->schema, group->part);
     uint32_t last_place = UINT32_MAX, last_read = KVS_NO_READ;
-    map_clear(map, group->n_picks);
+    map_clear(map, group->n_picks < n_blocks ? group->n_picks : n_blocks);
     for (uint32_t i = 0; i < group->n_picks; i++) {
         uint32_t place = group->picks[i] / block_tokens;
         if (place >= n_blocks) {
