@@ -32,6 +32,7 @@ typedef struct bench_entrant {
     bool ours;    /* the one that the last column compares the others with */
     /* Before each turn, not timed; may change pid. NULL: nothing to do. */
     int (*prepare)(void *ctx, int *pid_p);
+    void (*finish)(void *ctx); /* after each turn, likewise */
 } bench_entrant;
 
 /* The head of the table that bench_contest adds lines to. */

@@ -53,6 +53,9 @@ static double turn(bench_entrant *entrant, double *cpu_s_p, double *bytes_p)
         settle(entrant->pid);
     }
     *cpu_s_p = bench_cpu_s() + bench_cpu_of_s(entrant->pid) - cpu_s;
+    if (entrant->finish) {
+        entrant->finish(entrant->ctx);
+    }
     return *bytes_p / wall_ns;
 }
 

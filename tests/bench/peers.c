@@ -16,12 +16,21 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { BUFFER_BYTES = 256 << 10, TEXT_BYTES = 64 << 10, GET_KEYS = 256, CONNECT_TRIES = 300 };
+static const char reno[] = "reno";
+
+enum {
+    LISTENER_MAX = 64,
+    BUFFER_BYTES = 256 << 10,
+    TEXT_BYTES = 64 << 10,
+    GET_KEYS = 256,
+    CONNECT_TRIES = 300
+};
 
 struct peer {
     peer_kind kind;
@@ -82,12 +91,38 @@ static pid_t start(peer_kind kind, int port, uint32_t mem_mib)
     return pid;
 }
 
+/*
+ * Gives what listens reno, as our own local connections have it: where the system's default is BBR,
+ * it would pace a peer to a fraction of its rate. The bench is the servers' parent, so it may.
+ */
+static bool unpace(pid_t pid)
+{
+    int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+    bool done = false;
+    for (int fd = 3; pidfd >= 0 && fd < LISTENER_MAX; fd++) {
+        int copy = (int)syscall(SYS_pidfd_getfd, pidfd, fd, 0), listens = 0;
+        socklen_t len = sizeof listens;
+        if (copy < 0) {
+            continue;
+        }
+        if (getsockopt(copy, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) == 0 && listens) {
+            done |= setsockopt(copy, IPPROTO_TCP, TCP_CONGESTION, reno, sizeof reno - 1) == 0;
+        }
+        close(copy);
+    }
+    if (pidfd >= 0) {
+        close(pidfd);
+    }
+    return done;
+}
+
 static int try_connect(int port)
 {
     struct sockaddr_in address = {.sin_family = AF_INET,
                                   .sin_port = htons((uint16_t)port),
                                   .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     int one = 1, fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, reno, sizeof reno - 1);
     if (fd >= 0 && connect(fd, (struct sockaddr *)&address, sizeof address) != 0) {
         close(fd);
         return -1;
@@ -115,6 +150,13 @@ peer *peer_open(peer_kind kind, uint32_t mem_mib)
     p->pid = start(kind, port, mem_mib);
     for (int i = 0; p->pid > 0 && p->fd < 0 && i < CONNECT_TRIES; i++) {
         (void)nanosleep(&pause, NULL);
+        p->fd = try_connect(port);
+    }
+    if (p->fd >= 0) { /* it listens; a connection has what the listener had as it came */
+        if (!unpace(p->pid)) {
+            fprintf(stderr, "bench: %s keeps the system's congestion control\n", name_of(kind));
+        }
+        close(p->fd);
         p->fd = try_connect(port);
     }
     if (p->fd < 0) {

@@ -200,7 +200,7 @@ int rig_restart(store_rig *rig, bool cold)
 
 /* ---- moving ---------------------------------------------------------------------------------- */
 
-static void name_blocks(store_rig *rig, rig_shape s)
+void rig_name(store_rig *rig, rig_shape s)
 {
     for (uint32_t i = 0; i < rig_values(rig, s); i++) {
         uint32_t name[2] = {rig->seed, i};
@@ -217,7 +217,6 @@ int rig_put(store_rig *rig, rig_shape s, kvc_promise promise, double *bytes_p)
     kvc_value *values = calloc(n, sizeof *values);
     int8_t *status = calloc(n, 1);
     int failed = values && status ? 0 : 1;
-    name_blocks(rig, s);
     for (uint32_t i = 0; i < n && !failed; i++) {
         values[i] = (kvc_value){.digest = rig->digests[s][i],
                                 .part = shapes[s].part,
@@ -289,14 +288,19 @@ int rig_get(store_rig *rig, double *bytes_p)
     return fetch(rig, n, bytes_p);
 }
 
-int rig_rows(store_rig *rig, double *bytes_p)
+void rig_pick(store_rig *rig, rig_shape s)
 {
-    uint32_t n_tokens = rig_values(rig, rig->context_shape) * shapes[rig->context_shape].rows;
+    uint32_t n_tokens = rig_values(rig, s) * shapes[s].rows;
     uint32_t stride = n_tokens / RIG_N_ROWS;
     for (uint32_t i = 0; i < RIG_N_ROWS; i++) {
         rig->random = rig->random * 6364136223846793005u + 1442695040888963407u;
         rig->picks[i] = i * stride + (uint32_t)(rig->random >> 33) % stride;
     }
+}
+
+int rig_rows(store_rig *rig, double *bytes_p)
+{
+    rig_pick(rig, rig->context_shape);
     return fetch(rig, RIG_N_ROWS, bytes_p);
 }
 

@@ -22,7 +22,7 @@ typedef struct store_rig {
     support_daemon daemon;
     kvc_client *client;
     kvc_digest schemas[2];
-    kvc_digest *digests[RIG_SHAPES]; /* of the last put */
+    kvc_digest *digests[RIG_SHAPES]; /* of the last put, or the next one */
     kvc_context *context;
     rig_shape context_shape;
     uint8_t *memory, *out; /* [blocks MiB] what is put, where rows land */
@@ -47,13 +47,18 @@ int rig_restart(store_rig *rig, bool cold);
 uint32_t rig_values(const store_rig *rig, rig_shape shape); /* how many one put moves */
 uint32_t rig_value_bytes(rig_shape shape);
 uint32_t rig_row_bytes(rig_shape shape);
-/* Puts new values of a shape. */
+/* New names for the values of a shape, which the next put uses: not its work, so not in its time.
+ */
+void rig_name(store_rig *rig, rig_shape shape);
+/* Puts the values of a shape. */
 int rig_put(store_rig *rig, rig_shape shape, kvc_promise promise, double *bytes_p);
 /* Opens the context of the values of a shape that were put last. */
 int rig_open_context(store_rig *rig, rig_shape shape);
 /* Every row of every value of the context, in order. */
 int rig_get(store_rig *rig, double *bytes_p);
-/* RIG_N_ROWS distinct random rows, ascending, as a selector picks them. */
+/* RIG_N_ROWS distinct random rows to rig->picks, ascending, as a selector picks them. */
+void rig_pick(store_rig *rig, rig_shape shape);
+/* Fetches rows that rig_pick picks. */
 int rig_rows(store_rig *rig, double *bytes_p);
 /* Whether the last fetch brought the bytes that were put. */
 int rig_check(const store_rig *rig);
