@@ -154,7 +154,7 @@ static void add_pick(kvs_fetch *fetch, uint32_t pick, uint32_t read, uint32_t ro
     fetch->pick_read[pick] = read;
     fetch->pick_row[pick] = (uint16_t)row;
     fetch->pick_next[pick] = KVS_NO_READ;
-    if (extra->first_pick == KVS_NO_READ)
+    if (extra->first_pick == KVS_NO_READ) /* NOLINT: add_read wrote it */
         extra->first_pick = pick;
     else
         fetch->pick_next[extra->last_pick] = pick;
