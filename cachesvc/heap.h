@@ -7,16 +7,20 @@
  *
  *   what                                                     MiB   held there by
  *   the process: tables, threads' stacks, libraries           25
- *   connections over gRPC, 30 KiB each                        30   max_connections
+ *   connections over gRPC, 30 KiB each; shm: 3 KiB each       30   max_connections
  *   requests received and not worked off                      64   max_inflight_bytes
  *   requests arriving, memory waiting for them                32   KVT_GRPC_READ_BYTES
  *   answers on their way                                      64   max_inflight_bytes again
  *   pages that LMDB prepares for a commit                     32   group_commit_bytes
  *   holes and what was freed lately                            9   ARENAS, KVS_HEAP_KEEP_BYTES
  *
- * which are never at their most all together. Whoever raises max_inflight_bytes or
- * group_commit_bytes raises the bound by twice the first and by the second once. While it attends,
- * each thread of AttendRows (attend_threads) takes up to some 20 MiB besides.
+ * which are never at their most all together. Connections over shm have their rings within a
+ * quarter of max_inflight_bytes (16 MiB, the first four; the others send through the socket): bytes
+ * that lie there are no request yet, so that they come out of what waits to be one. A connection
+ * that rests has no buffer. Over RDMA a link takes 192 KiB and a listener's pool 144 MiB besides.
+ * Whoever raises max_inflight_bytes or group_commit_bytes raises the bound by twice the first and
+ * by the second once. While it attends, each thread of AttendRows (attend_threads) takes up to some
+ * 20 MiB besides.
  *
  * A listener on rdma:// adds up to 66 MiB for the fragments of 1,024 connections, 16 MiB for
  * answers that are copied, and a quarter of max_inflight_bytes that buffers of a request leave

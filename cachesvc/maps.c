@@ -319,6 +319,7 @@ uint64_t kvs_map_pinned(kvs_maps *maps, const kvc_digest *tenant)
 static bool grow(map *m, uint32_t n)
 {
     uint32_t have = m->values ? 64 : 0, want = 64;
+    KVC_ASSERT(m->values || m->n == 0);
     while (have > 0 && have < m->n)
         have *= 2;
     while (want < m->n + n)

@@ -5,7 +5,8 @@
  * much.
  *
  * Main thread; a thread for each client; one that samples. KVASIR_MEMORY_VALUES (2,000, of 256 rows
- * each; 40,000 are 10 million rows), KVASIR_MEMORY_CONNECTIONS (192; up to 1,024) and
+ * each; 40,000 are 10 million rows), KVASIR_MEMORY_SOCKETS (192; up to 1,024; half
+ * as many over shm) and
  * KVASIR_SOAK_SECONDS (30) make it longer.
  */
 #include "load.h"
@@ -343,7 +344,7 @@ static void test_bound(void **state)
     static sampler s;
     (void)state;
     c.n_values = (uint32_t)get_number("KVASIR_MEMORY_VALUES", 2000);
-    c.n_connections = (uint32_t)get_number("KVASIR_MEMORY_CONNECTIONS", 192);
+    c.n_connections = (uint32_t)get_number("KVASIR_MEMORY_SOCKETS", 192);
     c.n_fetches = 60 + c.n_values / 1000;
     limits l = get_limits(&c);
     open_crowd(&c, &l);
@@ -371,6 +372,95 @@ static void test_bound(void **state)
     assert_true(n_sockets >= c.n_connections);
     assert_true(most > DRAM_BYTES / 2 && most <= bound);
     close_crowd(&c);
+}
+
+/* ---- connections of this host ---- */
+
+#define A_SHM_CONNECTION (12ull << 10) /* measured: 2 */
+#define SHM_BODIES       6u            /* that each sends: once around a ring, and more */
+
+/* One connection, which sends bodies and reads rows, and rests from then on. */
+static kvc_client *visit_shm(const char *uri, const kvc_schema *schema, kvc_digest *digests,
+                             uint8_t *bytes)
+{
+    kvc_client_opts opts = {
+        .size_bytes = sizeof(opts), .uris = uri, .default_timeout_ns = 300000000000ull};
+    kvc_region_desc desc = {sizeof(desc), bytes, (size_t)BATCH * VALUE_BYTES, KVC_MEMORY_HOST, 0};
+    crowd c = {.n_values = SHM_BODIES * A_MESSAGE, .n_fetches = 2, .digests = digests};
+    member m = {.crowd = &c, .n = c.n_values, .random = support_seed(7)};
+    kvc_region *region;
+    assert_ok(kvc_client_open(&opts, &m.client));
+    assert_ok(kvc_region_register(m.client, &desc, &region));
+    assert_ok(kvc_schema_register(m.client, schema, 0, &c.schema));
+    kvc_value values[A_MESSAGE];
+    int8_t status[A_MESSAGE];
+    kvc_op op;
+    kvc_op_init(&op, NULL, NULL);
+    for (uint32_t k = 0; k < SHM_BODIES; k++) {
+        for (uint32_t i = 0; i < A_MESSAGE; i++) {
+            uint32_t at = k * A_MESSAGE + i;
+            for (uint32_t t = 0; t < BLOCK_TOKENS; t++)
+                fill_row((uint64_t *)(bytes + (size_t)i * VALUE_BYTES + (size_t)t * ROW_BYTES), at,
+                         t);
+            values[i] = (kvc_value){digests[at], 0, VALUE_BYTES, (size_t)i * VALUE_BYTES};
+        }
+        kvc_status result = kvc_put(m.client, &c.schema, KVC_PROMISE_MEMORY, values, A_MESSAGE,
+                                    region, status, 0, &op);
+        assert_ok(result != KVC_OK ? result : kvc_op_wait(&op, 0));
+    }
+    fetch_some(&m, bytes, region);
+    assert_int_equal(m.failed + m.wrong, 0);
+    assert_ok(kvc_region_deregister(m.client, region));
+    return m.client;
+}
+
+/* Rings are under one cap, and a connection that rests keeps no buffer: however many there are, a
+ * few KiB each. */
+static void test_connections_of_this_host(void **state)
+{
+    static kvc_client *clients[1024];
+    uint32_t n = (uint32_t)get_number("KVASIR_MEMORY_SOCKETS", 192) / 2, few = 8;
+    char folder[256], uri[300];
+    support_daemon daemon;
+    support_random random = support_seed(1);
+    kvc_digest digests[SHM_BODIES * A_MESSAGE];
+    kvc_part part = {.kind = KVC_PART_STATE, .dtype = KVC_DTYPE_RAW, .row_bytes = ROW_BYTES};
+    kvc_schema schema = {.model = "memory",
+                         .revision = "",
+                         .recipe = "memory",
+                         .tp_size = 1,
+                         .block_tokens = BLOCK_TOKENS,
+                         .n_parts = 1,
+                         .parts = &part};
+    uint8_t *bytes = malloc((size_t)PICKS * ROW_BYTES + (size_t)BATCH * VALUE_BYTES);
+    (void)state;
+    assert_true(bytes != NULL && n > few);
+    for (uint32_t i = 0; i < SHM_BODIES * A_MESSAGE; i++)
+        support_fill(&random, &digests[i], sizeof(digests[i]));
+    support_make_folder(folder, sizeof(folder));
+    char *path = realpath(folder, NULL);
+    assert_non_null(path);
+    (void)snprintf(uri, sizeof(uri), "shm://%s/socket", path);
+    free(path);
+    const char *args[] = {"--listen", uri, "--dram-bytes", "64MiB", "--max-inflight-bytes",
+                          "32MiB",    NULL};
+    assert_true(support_daemon_start(&daemon, folder, args));
+    for (uint32_t i = 0; i < few; i++)
+        clients[i] = visit_shm(uri, &schema, digests, bytes);
+    uint64_t before = get_memory(daemon.pid);
+    for (uint32_t i = few; i < n; i++)
+        clients[i] = visit_shm(uri, &schema, digests, bytes);
+    uint64_t after = get_memory(daemon.pid), grown = after > before ? after - before : 0;
+    print_message("%u connections over shm: %llu MiB with %u of them, %llu with all, %llu B each\n",
+                  n, (unsigned long long)(before / MIB), few, (unsigned long long)(after / MIB),
+                  (unsigned long long)(grown / (n - few)));
+    assert_true(count_sockets(daemon.pid) >= n);
+    assert_true(grown <= (n - few) * A_SHM_CONNECTION + 2 * MIB);
+    for (uint32_t i = 0; i < n; i++)
+        kvc_client_close(clients[i]);
+    assert_int_equal(support_daemon_stop(&daemon, SIGTERM), 0);
+    support_remove_folder(folder);
+    free(bytes);
 }
 
 /* ---- over time ---- */
@@ -436,6 +526,8 @@ static void test_soak(void **state)
 int main(void)
 {
     kvc_log_set_level(KVC_LOG_LEVEL_ERROR);
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_bound), cmocka_unit_test(test_soak)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_bound),
+                                       cmocka_unit_test(test_connections_of_this_host),
+                                       cmocka_unit_test(test_soak)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -84,10 +84,7 @@ static const char *open_socket(kvt_conn *conn, kvti_out **over_p)
         (void)close(fd);
         return why;
     }
-    if (kvti_pipe_open(&conn->pipe, fd, true) != KVC_OK) {
-        kvti_pipe_close(&conn->pipe);
-        return "memory is out";
-    }
+    kvti_pipe_open(&conn->pipe, fd, true);
     kvc_hello_encode(&hello, bytes);
     kvc_frame frame = {.kind = KVC_FRAME_HELLO, .head_bytes = sizeof(bytes)};
     kvti_parts parts = {.head = bytes};

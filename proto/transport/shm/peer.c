@@ -397,11 +397,11 @@ kvti_peer *kvti_peer_create(kvti_loop *loop, int fd)
     kvti_peer *peer = calloc(1, sizeof(*peer));
     if (peer == NULL)
         return NULL;
-    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &cred_bytes) != 0 ||
-        kvti_pipe_open(&peer->pipe, fd, false) != KVC_OK) {
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &cred_bytes) != 0) {
         free(peer);
         return NULL;
     }
+    kvti_pipe_open(&peer->pipe, fd, false);
     peer->base = (kvt_peer){.uid = cred.uid, .gid = cred.gid, .pid = cred.pid};
     peer->loop = loop;
     peer->ring.fd = peer->reply_ring.fd = -1;

@@ -14,12 +14,10 @@
 
 #define READS_MAX 64u /* before others get a turn */
 
-kvc_status kvti_pipe_open(kvti_pipe *pipe, int fd, bool takes_fds)
+void kvti_pipe_open(kvti_pipe *pipe, int fd, bool takes_fds)
 {
     *pipe = (kvti_pipe){.fd = fd, .takes_fds = takes_fds};
     pipe->last = &pipe->first;
-    pipe->in = malloc(KVTI_SHM_IN_BYTES);
-    return pipe->in != NULL ? KVC_OK : KVC_NO_MEMORY;
 }
 
 void kvti_pipe_close(kvti_pipe *pipe)
@@ -172,12 +170,20 @@ static ssize_t read_some(kvti_pipe *pipe, const char **why_p)
 
 bool kvti_pipe_read(kvti_pipe *pipe, const kvti_reader *reader, const char **why_p)
 {
-    for (uint32_t i = 0; i < READS_MAX; i++) {
-        ssize_t n = read_some(pipe, why_p);
-        if (n <= 0)
-            return n == 0;
-        if (!cut_frames(pipe, reader, why_p))
-            return false;
+    if (pipe->in == NULL)
+        pipe->in = malloc(KVTI_SHM_IN_BYTES);
+    *why_p = "memory is out";
+    ssize_t n = pipe->in == NULL ? -1 : 1;
+    for (uint32_t i = 0; i < READS_MAX && n > 0; i++) {
+        n = read_some(pipe, why_p);
+        if (n > 0 && !cut_frames(pipe, reader, why_p))
+            n = -1;
     }
-    return true;
+    /* Connections that rest have no buffer, so 1,000 of them take nothing. */
+    if (pipe->in_from == pipe->in_to) {
+        free(pipe->in);
+        pipe->in = NULL;
+        pipe->in_from = pipe->in_to = 0;
+    }
+    return n >= 0;
 }

@@ -115,7 +115,7 @@ typedef struct kvti_parts {
 typedef struct kvti_pipe {
     int fd; /* -1: none */
     /* input */
-    uint8_t *in; /* [KVTI_SHM_IN_BYTES] malloc'd */
+    uint8_t *in; /* [KVTI_SHM_IN_BYTES] malloc'd; NULL while nothing is in it */
     size_t in_from, in_to;
     bool in_body; /* frame is the header of the body that is being read */
     kvc_frame frame;
@@ -141,8 +141,8 @@ typedef struct kvti_reader {
     void *arg;
 } kvti_reader;
 
-/* Takes fd. NO_MEMORY. */
-kvc_status kvti_pipe_open(kvti_pipe *pipe, int fd, bool takes_fds) KVC_MUST_CHECK;
+/* Takes fd. */
+void kvti_pipe_open(kvti_pipe *pipe, int fd, bool takes_fds);
 /* Closes what is left; the output must be empty. */
 void kvti_pipe_close(kvti_pipe *pipe);
 /* Reads what there is, at most some 100 frames' worth. False: the connection is over, and *why_p
