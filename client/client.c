@@ -113,6 +113,7 @@ kvc_status kvc_client_open(const kvc_client_opts *opts, kvc_client **client_p)
     init_state(client);
     client->connect_timeout_ns =
         opts->connect_timeout_ns != 0 ? opts->connect_timeout_ns : KVCI_CONNECT_TIMEOUT_NS;
+    client->reopen_timeout_ns = KVCI_REOPEN_TIMEOUT_NS;
     client->default_timeout_ns =
         opts->default_timeout_ns != 0 ? opts->default_timeout_ns : KVCI_DEFAULT_TIMEOUT_NS;
     client->n_channels = opts->n_channels != 0 ? opts->n_channels : 2;

@@ -448,7 +448,7 @@ enum { KVCI_LANE_URGENT = 0, KVCI_LANE_BULK, KVCI_LANES };
 
 struct kvc_client {
     kvc_limits limits_at_open; /* fixed */
-    uint64_t connect_timeout_ns, default_timeout_ns;
+    uint64_t connect_timeout_ns, default_timeout_ns, reopen_timeout_ns;
     uint32_t n_channels, n_uris;
     bool sums;      /* over rdma */
     char *uri_text; /* uris point into it */

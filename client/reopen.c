@@ -83,7 +83,7 @@ static kvc_status send_link(void *arg, const kvc_request *req, uint64_t deadline
 static kvc_status reopen(kvc_context *context, link_sender *sender, uint64_t *handle_p)
 {
     kvc_client *client = context->client;
-    uint64_t deadline_ns = kvc_now_ns() + KVCI_REOPEN_TIMEOUT_NS;
+    uint64_t deadline_ns = kvc_now_ns() + client->reopen_timeout_ns;
     uint32_t n = atomic_load(&context->n_blocks);
     uint32_t max_digests = kvci_limits(client).max_digests;
     kvc_status status =
@@ -110,7 +110,9 @@ static void reopened(kvc_context *context, kvc_status status, uint64_t handle,
         kvci_context_settled(context, KVC_OK, NULL);
         return;
     }
-    if (status == KVC_UNAVAILABLE || status == KVC_CLOSED || status == KVC_CANCELLED) {
+    /* A server that took too long for it is asked again for as long as somebody waits. */
+    bool late = status == KVC_TIMED_OUT && !kvci_list_empty(&client->wait_context);
+    if (status == KVC_UNAVAILABLE || status == KVC_CLOSED || status == KVC_CANCELLED || late) {
         client->link_suspect = true;
         enqueue(context);
         return;

@@ -45,7 +45,8 @@ static void count_segment(void *arg, const void *base, size_t len_bytes, bool ma
 
 static void connect_client(rig *r, const char *uris)
 {
-    kvc_client_opts opts = {.size_bytes = sizeof(opts), .uris = uris};
+    kvc_client_opts opts = {
+        .size_bytes = sizeof(opts), .connect_timeout_ns = 60000000000ull, .uris = uris};
     assert_int_equal(kvc_client_open(&opts, &r->client), KVC_OK);
     kvc_region_desc desc = {.size_bytes = sizeof(desc),
                             .base = r->bytes,

@@ -53,7 +53,8 @@ static bool worker_open(worker *w, const char *uri, uint64_t seed)
     w->random = seed | 1;
     h_schema_init(&w->schema, "kill", 2, ROW_BYTES, false);
     w->bytes = calloc(PICKS, ROW_BYTES);
-    kvc_client_opts opts = {.size_bytes = sizeof(opts), .uris = uri};
+    kvc_client_opts opts = {
+        .size_bytes = sizeof(opts), .connect_timeout_ns = 60000000000ull, .uris = uri};
     kvc_region_desc desc = {.size_bytes = sizeof(desc),
                             .base = w->bytes,
                             .len_bytes = PICKS * ROW_BYTES,

@@ -2,6 +2,7 @@
  * client_fault_test.c: what the client does when the server is full, gone, forgetful or wrong.
  */
 #include "fixture.h"
+#include "internal.h"
 
 static kvc_status match_now(fixture *f, uint64_t deadline_ns)
 {
@@ -335,6 +336,26 @@ static void test_reopen_fails(void **state)
     fixture_stop(&f);
 }
 
+/* A server that takes longer than an attempt to open a context again gets: the fetch, which has
+   more time, waits for the next attempt. */
+static void test_reopen_takes_long(void **state)
+{
+    (void)state;
+    fixture f;
+    fixture_start(&f);
+    f.client->reopen_timeout_ns = 200 * MS;
+    kvc_context *context = fixture_context(&f, 8);
+    fake_make_stale(&f.fake);
+    fake_add_rule(&f.fake, &(fake_rule){.method = KVC_OPEN_CONTEXT,
+                                        .action = FAKE_LATE,
+                                        .times = 1,
+                                        .delay_ms = FAKE_KEEP_MS});
+    fixture_fetch_check(&f, context, 0, 10, 0, 1);
+    assert_true(fake_calls(&f.fake, KVC_OPEN_CONTEXT) >= 3);
+    kvc_context_close(context);
+    fixture_stop(&f);
+}
+
 /* The answer to an extend is lost; the repetition carries its position. */
 static void test_lost_extend(void **state)
 {
@@ -416,6 +437,7 @@ int main(void)
         cmocka_unit_test(test_one_message_fails),
         cmocka_unit_test(test_always_stale),
         cmocka_unit_test(test_reopen_fails),
+        cmocka_unit_test(test_reopen_takes_long),
         cmocka_unit_test(test_lost_extend),
         cmocka_unit_test(test_wrong_answers),
     };

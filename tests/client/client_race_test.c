@@ -94,7 +94,8 @@ static void test_cancel_races(void **state)
         }
         for (uint32_t i = 0; i < N; i++) {
             await_done(&ops[i]);
-            assert_true(ops[i].status == KVC_OK || ops[i].status == KVC_CANCELLED);
+            if (ops[i].status != KVC_OK)
+                assert_status(ops[i].status, KVC_CANCELLED);
             n_cancelled += ops[i].status == KVC_CANCELLED;
         }
     }

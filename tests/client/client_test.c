@@ -32,6 +32,7 @@ static void test_second_uri(void **state)
     fake_init(&f.fake);
     fake_listen(&f.fake, FIXTURE_URI);
     kvc_client_opts opts = {.size_bytes = sizeof(opts),
+                            .connect_timeout_ns = PATIENCE_MS * MS,
                             .uris = "inproc://nobody-here, " FIXTURE_URI};
     assert_ok(kvc_client_open(&opts, &f.client));
     kvc_context *context = fixture_context(&f, 4);

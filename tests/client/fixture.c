@@ -9,6 +9,7 @@ void fixture_open(fixture *f)
     kvc_client_opts opts = {.size_bytes = sizeof(opts),
                             .uris = FIXTURE_URI,
                             .n_channels = 2,
+                            .connect_timeout_ns = PATIENCE_MS * MS,
                             .default_timeout_ns = PATIENCE_MS * MS};
     assert_ok(kvc_client_open(&opts, &f->client));
 }

@@ -311,6 +311,7 @@ static void open_crowd(crowd *c, const limits *l)
         kvc_client_opts opts = {.size_bytes = sizeof(opts),
                                 .uris = c->daemon.uri,
                                 .default_timeout_ns = 300000000000ull,
+                                .connect_timeout_ns = 300000000000ull,
                                 .n_channels = left < CHANNELS ? left : CHANNELS};
         m->crowd = c;
         m->first = (uint32_t)((uint64_t)c->n_values * i / c->n_members);

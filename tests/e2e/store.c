@@ -111,7 +111,11 @@ void store_end(store *s, int signal)
 kvc_client *store_connect(const char *uris)
 {
     kvc_client *client = NULL;
-    kvc_client_opts opts = {.size_bytes = sizeof(opts), .uris = uris, .n_channels = 2};
+    kvc_client_opts opts = {.size_bytes = sizeof(opts),
+                            .uris = uris,
+                            .n_channels = 2,
+                            .connect_timeout_ns = SUPPORT_PATIENCE_NS,
+                            .default_timeout_ns = SUPPORT_PATIENCE_NS};
     kvc_status status = kvc_client_open(&opts, &client);
     if (status != KVC_OK)
         print_error("connect to %s: %s\n", uris, kvc_last_error());
@@ -243,7 +247,7 @@ static uint32_t put_batch(store *s, uint32_t first, uint32_t n, kvc_promise prom
     kvc_region_desc desc = {
         .size_bytes = sizeof(desc), .base = bytes, .len_bytes = off, .kind = KVC_MEMORY_HOST};
     assert_ok(kvc_region_register(s->client, &desc, &region));
-    uint64_t end_ns = kvc_now_ns() + 30000 * MS;
+    uint64_t end_ns = kvc_now_ns() + SUPPORT_PATIENCE_NS;
     while ((n_values = put_round(s, promise, values, n_values, region, &n_stored)) > 0) {
         assert_true(kvc_now_ns() < end_ns);
         usleep(5000);

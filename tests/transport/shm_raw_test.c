@@ -267,6 +267,32 @@ void bytes_changed_under_way(void **state)
     fixture_close(&f);
 }
 
+static bool holds_one(fixture *f)
+{
+    kvc_mutex_lock(&f->mutex);
+    bool holds = f->n_held == 1;
+    kvc_mutex_unlock(&f->mutex);
+    return holds;
+}
+
+/* A socket on which the server has taken and holds the call that frame begins. On a busy machine it
+   may be cut off before it has even said hello: then another one. */
+static int raw_held_call(fixture *f, const kvc_frame *frame, const void *head)
+{
+    for (int i = 0; i < 20; i++) {
+        struct pollfd hup = {.fd = raw_connect(f->uri), .events = POLLRDHUP};
+        raw_hello(hup.fd);
+        raw_frame(hup.fd, frame, head);
+        while (!holds_one(f) && poll(&hup, 1, 1) == 0)
+            continue;
+        if (holds_one(f))
+            return hup.fd;
+        (void)close(hup.fd);
+    }
+    fail_msg("the server cuts everybody off");
+    return -1;
+}
+
 /* A body that stops half way is waited for as long as its call may take, and no longer: it counts
  * against what all connections together may send. */
 void half_a_body_is_not_waited_for(void **state)
@@ -304,10 +330,7 @@ void half_a_body_is_not_waited_for(void **state)
                             .call = 1,
                             .head_bytes = (uint32_t)head_bytes,
                             .deadline_ns = i == 0 ? 1 : SECOND};
-        fd = raw_connect(f.uri);
-        raw_hello(fd);
-        raw_frame(fd, &frame, head);
-        wait_held(&f, 1);
+        fd = raw_held_call(&f, &frame, head);
         frame = (kvc_frame){.kind = KVC_FRAME_MESSAGE,
                             .method = KVC_PUT_BLOCKS_STREAM,
                             .call = 1,

@@ -414,7 +414,11 @@ uint32_t store_count(store *s, const uint32_t *counter)
 kvc_client *store_client(const char *uri)
 {
     kvc_client *client = NULL;
-    const kvc_client_opts opts = {.size_bytes = sizeof(opts), .uris = uri, .n_channels = 2};
+    const kvc_client_opts opts = {.size_bytes = sizeof(opts),
+                                  .uris = uri,
+                                  .n_channels = 2,
+                                  .connect_timeout_ns = SUPPORT_PATIENCE_NS,
+                                  .default_timeout_ns = SUPPORT_PATIENCE_NS};
     assert_ok(kvc_client_open(&opts, &client));
     return client;
 }

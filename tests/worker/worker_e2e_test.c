@@ -30,7 +30,10 @@ static void start(e2e *e)
 
 static void connect_client(e2e *e)
 {
-    const kvc_client_opts opts = {.size_bytes = sizeof(opts), .uris = e->uri, .n_channels = 2};
+    const kvc_client_opts opts = {.size_bytes = sizeof(opts),
+                                  .uris = e->uri,
+                                  .n_channels = 2,
+                                  .connect_timeout_ns = SUPPORT_PATIENCE_NS};
     assert_ok(kvc_client_open(&opts, &e->client));
 }
 

@@ -17,7 +17,7 @@
 #define LANES_AUTO       8u
 #define CHANNEL_ARG      "kvasir.channel"
 #define BACKOFF_FIRST_MS 100
-#define BACKOFF_MIN_MS   2000 /* also the time that one attempt to connect gets */
+#define CONNECT_MS       10000 /* what one attempt gets: a busy server may not run for seconds */
 #define BACKOFF_MAX_MS   2000
 #define KEEPALIVE_MS     10000
 #define KEEPALIVE_OUT_MS 5000
@@ -85,7 +85,7 @@ static grpc_channel *create_channel(const char *target, uint32_t i, uint32_t max
         kvti_arg(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
         kvti_arg(GRPC_ARG_ENABLE_RETRIES, 0),
         kvti_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, BACKOFF_FIRST_MS),
-        kvti_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, BACKOFF_MIN_MS),
+        kvti_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, CONNECT_MS),
         kvti_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, BACKOFF_MAX_MS),
         kvti_arg(GRPC_ARG_KEEPALIVE_TIME_MS, KEEPALIVE_MS),
         kvti_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_OUT_MS),
