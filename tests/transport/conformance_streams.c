@@ -70,6 +70,7 @@ static struct {
     atomic_bool stop;
     atomic_uint n_seen, n_wrong;
     atomic_int cancel_at; /* the message at which the client cancels; -1: none */
+    atomic_int pause_at;  /* likewise: it stands still for a moment */
 } reader;
 
 static bool right(const job *j)
@@ -94,6 +95,8 @@ static void read_message(job *j)
         atomic_fetch_add(&reader.n_wrong, 1);
     if ((int)atomic_load(&j->n_messages) == atomic_load(&reader.cancel_at))
         j->f->ops->cancel(j->f->conn, &j->xfer);
+    if ((int)atomic_load(&j->n_messages) == atomic_load(&reader.pause_at))
+        usleep(3000);
     while (atomic_load(&reader.stop))
         usleep(1000);
 }
@@ -111,6 +114,7 @@ static void open_stream(fixture *f, job *j, uint32_t n, size_t len_bytes, uint64
     atomic_store(&reader.n_seen, 0);
     atomic_store(&reader.n_wrong, 0);
     atomic_store(&reader.cancel_at, -1);
+    atomic_store(&reader.pause_at, -1);
     bytes = malloc(BIG + 256);
     assert_non_null(bytes);
     for (size_t i = 0; i < BIG + 256; i++)
@@ -240,26 +244,32 @@ static void run_drain(void *arg)
     f->ops->drain(f->listener, kvc_deadline_ns(2 * PATIENCE_NS));
 }
 
-/* A drain lets a stream that is under way come to its end. */
+/* A drain lets a stream that is under way come to its end, and its reader read to the end: also
+   where the server has sent the last message long before that. */
 void stream_outlives_drain(void **state)
 {
     (void)state;
-    fixture f;
-    job j;
-    kvc_thread thread;
-    open_stream(&f, &j, 100, BIG, PATIENCE_NS);
-    atomic_store(&reader.stop, true);
-    job_submit(&j);
-    wait_for(&reader.n_seen);
-    assert_ok(kvc_thread_start(&thread, "drain", run_drain, &f));
-    usleep(100000);
-    assert_int_equal(atomic_load(&j.n_done), 0);
-    atomic_store(&reader.stop, false);
-    wait_done(&f, 1);
-    assert_ok(j.status);
-    assert_int_equal(atomic_load(&j.n_messages), 100);
-    kvc_thread_join(&thread);
-    close_stream(&f, &j, 100);
+    for (int left = 8; left <= 16; left += 4) {
+        fixture f;
+        job j;
+        kvc_thread thread;
+        open_stream(&f, &j, 60, BIG, PATIENCE_NS);
+        atomic_store(&reader.stop, true);
+        atomic_store(&reader.pause_at, 60 - left);
+        job_submit(&j);
+        wait_for(&reader.n_seen);
+        assert_ok(kvc_thread_start(&thread, "drain", run_drain, &f));
+        usleep(20000); /* most often it has begun by then */
+        assert_int_equal(atomic_load(&j.n_done), 0);
+        atomic_store(&reader.stop, false);
+        wait_done(&f, 1);
+        if (j.status != KVC_OK)
+            fail_msg("%s after %u messages: %s", kvc_status_name(j.status),
+                     atomic_load(&j.n_messages), j.xfer.detail);
+        assert_int_equal(atomic_load(&j.n_messages), 60);
+        kvc_thread_join(&thread);
+        close_stream(&f, &j, 60);
+    }
 }
 
 /* The client closes, or the server gives up, in the middle. */

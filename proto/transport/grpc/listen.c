@@ -2,7 +2,7 @@
  * listen.c: the server end's life: bind, run, drain, close.
  *
  * n_threads completion queues, one thread each ("kvt-grpc-N"); nothing on them blocks. Shutdown
- * goes: refuse new calls, send clients elsewhere, wait for the answers, cancel what is left, wait
+ * goes: refuse new calls, wait for the answers, send clients elsewhere, cancel what is left, wait
  * until gRPC has let go of everything, and only then close the queues.
  */
 #include <errno.h>
@@ -25,7 +25,8 @@
 #define ARMED_BULK    64u /* request slots per queue of Put and Fetch */
 #define ARMED_OTHER   16u
 #define ARMED_HEALTH  4u
-#define GOODBYE_MS    200u /* for clients to close by themselves after the last answer */
+#define GOODBYE_MS    2000u /* for clients to read the last answer and to close by themselves */
+#define WATCHED_MS    200u  /* the same where health is watched: such clients stay */
 #define NS_PER_MS     1000000ull
 #define PING_MS       500
 #define HANDSHAKE_NS  (10ull * 1000000000) /* what listen takes for options that are 0 */
@@ -340,6 +341,15 @@ static void wait_until_gone(kvt_listener *listener, uint64_t deadline_ns)
     kvc_mutex_unlock(&listener->mutex);
 }
 
+/* Lets clients read what they were sent, and close. */
+static void say_goodbye(kvt_listener *listener)
+{
+    kvc_mutex_lock(&listener->mutex);
+    uint64_t ms = listener->n_watches > 0 ? WATCHED_MS : GOODBYE_MS;
+    kvc_mutex_unlock(&listener->mutex);
+    wait_until_gone(listener, kvc_deadline_ns(ms * NS_PER_MS));
+}
+
 /* Waits for what gRPC has handed over; whatever it hands over after that is dropped. */
 static void wait_until_quiet(kvt_listener *listener)
 {
@@ -360,16 +370,18 @@ static void grpc_drain(kvt_listener *listener, uint64_t deadline_ns)
     if (again)
         return;
     kvti_watch_publish(listener);
-    /* Now, not once the answers are out: this tells clients to go elsewhere (GOAWAY), and closes
-       the port, so that they do not come back. Calls in flight go on. */
-    kvti_give(&listener->shutdown_tag);
-    grpc_server_shutdown_and_notify(listener->server, listener->queues[0].cq,
-                                    &listener->shutdown_tag);
     bool done = wait_for_answers(listener, deadline_ns);
     if (!done)
         KVC_LOG_WARN(GRPC, "drain: calls still in flight are cancelled");
+    /* Only now: this closes the port and tells clients to go elsewhere (GOAWAY). gRPC closes a
+       connection that it has told so at once with its last call; a client that is still reading,
+       and writes to open its window, then fails with the end of its answer unread. Without calls,
+       the connection stays until the client has answered, so has read everything. */
+    kvti_give(&listener->shutdown_tag);
+    grpc_server_shutdown_and_notify(listener->server, listener->queues[0].cq,
+                                    &listener->shutdown_tag);
     if (done)
-        wait_until_gone(listener, kvc_deadline_ns(GOODBYE_MS * NS_PER_MS));
+        say_goodbye(listener);
     grpc_server_cancel_all_calls(listener->server);
 }
 
