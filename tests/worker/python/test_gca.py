@@ -12,7 +12,7 @@ need.modules("numpy", "torch")
 import numpy as np
 import torch
 
-from kvasir.gca import data, evaluate, train, weights
+from kvasir.gca import data, evaluate, haystack, train, weights
 from kvasir.gca.model import Config, Memory, Model
 
 torch.set_num_threads(1)
@@ -164,6 +164,26 @@ class TheModel(unittest.TestCase):
         self.assertFalse(torch.equal(a[2 * 8 + 3], b[2 * 8 + 3]))
 
 
+class TheHaystack(unittest.TestCase):
+    def test_patched_fillers_are_the_whole_contexts(self):
+        torch.manual_seed(8)
+        sizes = dict(hidden=16, heads=2, mlp=32, lower=2, encoder=1, upper=2, window=64, topk=4)
+        m = Model(Config(**sizes)).eval()
+        rng = np.random.default_rng(9)
+        stack = haystack.Haystack(m, 40, rng, "cpu")
+        kinds = [data.MULTIKEY, data.TWOHOP, data.PASSKEY]
+        for n_links in (2, 8):
+            tokens, labels, _, _ = data.batch(rng, 3, 40, kinds, 9, n_links, filler=stack.filler)
+            got = stack.logits(tokens, labels.shape[1])
+            with torch.no_grad():
+                want = m(torch.from_numpy(tokens.astype(np.int64)), labels.shape[1])
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+            unpatched = stack.marks.clone(), stack.kv.clone()
+            stack.ask(rng, kinds, 2, 9, n_links)
+            self.assertTrue(torch.equal(stack.marks, unpatched[0]))
+            self.assertTrue(torch.equal(stack.kv, unpatched[1]))
+
+
 class TheData(unittest.TestCase):
     def needle(self, row, *start, n=data.VALUE):
         """The n tokens behind the only place where `start` lies in the row."""
@@ -171,11 +191,24 @@ class TheData(unittest.TestCase):
         self.assertEqual(len(hits), 1)
         return list(row[hits[0] + len(start) :][:n])
 
+    def check_targets(self, tokens, targets, kind, at, value):
+        """The chunk of the last hop has the value, that of the first one the link to it."""
+        first, last = tokens[targets[at, 0]], tokens[targets[at, 1]]
+        i = list(last).index(data.VAL)
+        self.assertEqual(list(last[i + 1 : i + 5]), value)
+        if kind == data.TWOHOP:
+            i = list(first).index(data.LINK)
+            j = list(last).index(data.KEY)
+            self.assertEqual(list(first[i + 1 : i + 3]), list(last[j + 1 : j + 3]))
+            self.assertEqual(list(targets[at - 1]), [targets[at, 0]] * 2)
+        else:
+            self.assertEqual(targets[at, 0], targets[at, 1])
+
     def test_each_answer_is_what_its_needle_says(self):
         kinds, n_copied = [data.MULTIKEY, data.TWOHOP, data.PASSKEY, data.MULTIKEY], []
         for hard in (False, True):
             rng = np.random.default_rng([1, hard])
-            tokens, labels, answers = data.batch(rng, 5, 12, kinds, 6, 4, hard)
+            tokens, labels, targets, answers = data.batch(rng, 5, 12, kinds, 6, 4, hard)
             self.assertEqual([kind for kind, _ in answers], kinds)
             self.assertTrue((tokens[:, :, 63] == 0).all() and (tokens[:, :, :63] > 0).all())
             for b in range(5):
@@ -195,6 +228,7 @@ class TheData(unittest.TestCase):
                             self.assertEqual(list(hops), list(key))
                         value = self.needle(body, data.KEY, *key, data.VAL)
                     self.assertEqual(list(labels[b, at, :4]), value)
+                    self.check_targets(tokens[b], targets[b], kind, at, value)
                     n = int((labels[b, at, :28] >= 0).sum())
                     said = list(tokens[b, 12 + at, 1 : 1 + n])
                     self.assertEqual(tokens[b, 12 + at, 0], data.VAL)
@@ -209,7 +243,7 @@ class TheData(unittest.TestCase):
         for step in range(40):
             a = data.training_batch(3, step, (8, 240), 4096)
             b = data.training_batch(3, step, (8, 240), 4096)
-            self.assertTrue(a[0] == b[0] and (a[1] == b[1]).all() and (a[2] == b[2]).all())
+            self.assertTrue(all(np.array_equal(a[i], b[i]) for i in range(5)))
             self.assertLessEqual(a[1].shape[1] * data.CHUNK, 16384)
 
 
@@ -256,6 +290,17 @@ class Training(unittest.TestCase):
         losses = [trainer.one_round()["loss"] for _ in range(8)]
         self.assertLess(losses[-1], 0.7 * losses[0])
 
+    def test_the_guide_wants_each_groups_own_hop(self):
+        trainer = train.Trainer(arguments(self.folder))
+        targets = torch.full((1, 3, 2), -1)
+        targets[0, 2] = torch.tensor([4, 1])
+        right = torch.full((1, 2, 6), -20.0)
+        first, last = right.clone(), right.clone()
+        first[0, 1, 4], last[0, 1, 1] = 20.0, 20.0
+        self.assertLess(float(trainer.guide([first, last], targets)), 1e-6)
+        self.assertGreater(float(trainer.guide([last, first], targets)), 20.0)
+        self.assertLess(float(trainer.guide([last], targets)), 1e-6)
+
     def test_right_needs_every_token_of_the_answer(self):
         labels = torch.full((2, 3, 64), -1)
         labels[:, 2, :4] = torch.tensor([5, 6, 7, 8])
@@ -263,7 +308,7 @@ class Training(unittest.TestCase):
         for j in range(4):
             logits[:, 2, j, 5 + j] = 1
         logits[1, 2, 3, 9] = 2
-        ((kind, ok),) = evaluate.right(logits, labels, [("passkey", 2)])
+        ((kind, ok),) = data.right(logits, labels, [("passkey", 2)])
         self.assertEqual((kind, ok.tolist()), ("passkey", [True, False]))
 
     def test_the_file_is_what_others_read(self):
@@ -273,6 +318,12 @@ class Training(unittest.TestCase):
         back, metadata = weights.load(path)
         self.assertEqual(metadata, {"k": "v"})
         self.assertTrue(all(torch.equal(t, back[name]) for name, t in tensors.items()))
+        half = os.path.join(self.folder, "half.safetensors")
+        weights.halve(path, half)
+        rounded, metadata = weights.load(half)
+        self.assertEqual(metadata, {"k": "v"})
+        for name, t in tensors.items():
+            self.assertTrue(torch.equal(t.bfloat16().float(), rounded[name]))
         if need.importlib.util.find_spec("safetensors"):
             from safetensors.torch import load_file
 

@@ -8,27 +8,8 @@ import math
 import numpy as np
 import torch
 
-from . import data, weights
+from . import data, haystack, weights
 from .model import Config, Model
-
-
-def right(logits, labels, answers):
-    """[(kind, bool [n_rows])] for logits [n_rows, U, S, vocab], labels [n_rows, U, S]."""
-    out = []
-    for kind, chunk in answers:
-        guess = logits[:, chunk, : data.VALUE].argmax(-1)
-        out.append((kind, (guess == labels[:, chunk, : data.VALUE]).all(-1)))
-    return out
-
-
-def haystack(kind, n_body):
-    """(n_keys, n_links) of an evaluation: the needles beside which the asked one lies."""
-    if kind == data.PASSKEY:
-        return 0, 0
-    if kind == data.MULTIKEY:
-        return min(32, n_body // 2), 0
-    n = min(16, (n_body - 1) // 2)
-    return n, n
 
 
 def wilson(n_right, n, z=1.96):
@@ -43,14 +24,14 @@ def wilson(n_right, n, z=1.96):
 def batches(model, device, rng, kind, n_tokens, n_questions, step_tokens=1 << 18):
     """(right, asked): n_questions contexts of n_tokens, one question of a kind each."""
     n_body = n_tokens // data.CHUNK - data.tail_chunks([kind])
-    n_keys, n_links = haystack(kind, n_body)
+    n_keys, n_links = data.beside(kind, n_body)
     n_right = done = 0
     while done < n_questions:
         n_rows = min(n_questions - done, max(1, step_tokens // n_tokens))
-        tokens, labels, answers = data.batch(rng, n_rows, n_body, [kind], n_keys, n_links)
+        tokens, labels, _, answers = data.batch(rng, n_rows, n_body, [kind], n_keys, n_links)
         tokens, labels = torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device)
         logits = model(tokens, labels.shape[1])
-        n_right += int(right(logits, labels, answers)[0][1].sum())
+        n_right += int(data.right(logits, labels, answers)[0][1].sum())
         done += n_rows
     return n_right, done
 
@@ -69,6 +50,7 @@ def parser():
     p.add_argument("--weights", required=True, help="model.safetensors")
     p.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
     p.add_argument("--kinds", nargs="+", choices=data.KINDS, default=list(data.KINDS))
+    p.add_argument("--longer", type=int, default=16384, help="share fillers above so many tokens")
     p.add_argument("--questions", type=int, default=300, help="of each kind and length")
     p.add_argument("--seed", type=int, default=11)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +66,8 @@ def main(args):
         cells = []
         for tokens in args.tokens:
             rng = np.random.default_rng([args.seed, tokens])
-            n_right, n = batches(model, args.device, rng, kind, tokens, args.questions)
+            ask = batches if tokens <= args.longer else haystack.questions
+            n_right, n = ask(model, args.device, rng, kind, tokens, args.questions)
             low, high = wilson(n_right, n)
             cells.append(f"{100 * n_right / n:.1f} ({100 * low:.1f} to {100 * high:.1f})")
         print(f"| {kind} | " + " | ".join(cells) + " |", flush=True)

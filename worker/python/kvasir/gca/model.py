@@ -214,13 +214,16 @@ class Memory:
     """
     The chunks that a tail may retrieve. Those of the body are landmarks [B or 1, N, hidden] f32 and
     kv [B or 1, N, 2, H, S, d] (1: one body shared by the batch); those of the tail itself follow.
-    `before` is the number of chunks before the tail.
+    Where contexts differ from the shared body in few chunks, `tail` begins with those, and hidden
+    [B, N + their number] says which of both are not to be retrieved.
     """
 
-    def __init__(self, c, body, tail, gumbel=None):
-        self.c, self.gumbel = c, gumbel
+    def __init__(self, c, body, tail, gumbel=None, hidden=None):
+        self.c, self.gumbel, self.hidden = c, gumbel, hidden
         self.body, self.tail = body, tail
         self.before = body[0].shape[1]
+        self.skip = 0 if hidden is None else hidden.shape[1] - self.before
+        self.scored = []  # what each group's retrieval scored, in order
 
     def retrieve(self, q):
         """q [B, U - 1, hidden] of a group -> what chunks 1 .. U - 1 of the tail retrieve."""
@@ -232,9 +235,13 @@ class Memory:
         q = q.float()
         with torch.autocast(q.device.type, enabled=False):  # choices and weights hang on them
             s = torch.cat([q @ side[0].transpose(1, 2) for side in (self.body, self.tail)], dim=2)
-        t = self.before + torch.arange(q.shape[1], device=q.device)
+        t = self.before + self.skip + torch.arange(q.shape[1], device=q.device)
         i = torch.arange(s.shape[2], device=q.device)
-        return (s / math.sqrt(self.c.hidden)).masked_fill(i[None] >= t[:, None], -math.inf)
+        s = (s / math.sqrt(self.c.hidden)).masked_fill(i[None] >= t[:, None], -math.inf)
+        if self.hidden is not None:
+            s[:, :, : self.hidden.shape[1]].masked_fill_(self.hidden[:, None], -math.inf)
+        self.scored.append(s)
+        return s
 
     def choose(self, s):
         """(chunk ids, weights), both [B, U - 1, k]; candidates that are none weigh 0."""
@@ -262,7 +269,8 @@ class Memory:
         """The same by a product with one-hot rows, whose gradient is a product too: exact, and
         much faster than adding up the gradients of picked chunks one by one."""
         kv = torch.cat([self.body[1], self.tail[1]], dim=1)
-        hot = F.one_hot(ids.flatten(1), kv.shape[1]).to(kv.dtype)
+        chunks = torch.arange(kv.shape[1], device=ids.device)
+        hot = (ids.flatten(1)[:, :, None] == chunks).to(kv.dtype)
         return (hot @ kv.flatten(2)).view(*ids.shape, *kv.shape[2:])
 
 
@@ -344,10 +352,15 @@ class Model(nn.Module):
                 x = layer(x, bias, retrieved)
         return self.head(self.out_norm(x))
 
-    def forward(self, tokens, n_tail, gumbel=None):
-        """Logits [B, n_tail, S, vocab] of the last n_tail chunks."""
+    def forward(self, tokens, n_tail, gumbel=None, scored=None):
+        """Logits [B, n_tail, S, vocab] of the last n_tail chunks; scored, a list, takes the scores
+        [B, n_tail - 1, T] of every group's retrievals."""
         x = self.lower_half(tokens)
         marks, kv = self.encode(x)
         cut = tokens.shape[1] - n_tail
         body, tail = (marks[:, :cut], kv[:, :cut]), (marks[:, cut:], kv[:, cut:])
-        return self.upper_half(x[:, cut:], Memory(self.c, body, tail, gumbel))
+        memory = Memory(self.c, body, tail, gumbel)
+        logits = self.upper_half(x[:, cut:], memory)
+        if scored is not None:
+            scored += memory.scored
+        return logits

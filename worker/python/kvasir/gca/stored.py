@@ -104,15 +104,15 @@ def ask(model, worker, kind, n_tokens, rng):
     """(right, asked, statistics of the sequence): one context of n_tokens, up to 6 questions."""
     kinds = [kind] * (1 if kind == data.PASSKEY else 6)
     n_body = n_tokens // data.CHUNK - data.tail_chunks(kinds)
-    n_keys, n_links = evaluate.haystack(kind, n_body)
-    tokens, labels, answers = data.batch(rng, 1, n_body, kinds, n_keys, n_links)
+    n_keys, n_links = data.beside(kind, n_body)
+    tokens, labels, _, answers = data.batch(rng, 1, n_body, kinds, n_keys, n_links)
     tokens, labels = torch.from_numpy(tokens[0]), torch.from_numpy(labels)
     with worker.sequence() as sequence:
         memory = StoredMemory(model, sequence)
         memory.append_body(tokens[:n_body])
         sequence.flush()
         logits = memory.answer(tokens[n_body:])
-        rights = [bool(ok[0]) for _, ok in evaluate.right(logits, labels, answers)]
+        rights = [bool(ok[0]) for _, ok in data.right(logits, labels, answers)]
         return sum(rights), len(rights), sequence.stats()
 
 

@@ -36,8 +36,9 @@ class Trainer:
         self.config = Config(
             hidden=args.hidden,
             heads=args.heads,
-            mlp=4 * args.hidden,
+            mlp=args.mlp,
             lower=args.lower,
+            encoder=args.encoder,
             upper=args.upper,
             groups=args.groups,
         )
@@ -57,13 +58,15 @@ class Trainer:
 
     def settings(self):
         """What has to be equal for a run to go on, as text."""
-        names = ("hidden", "heads", "lower", "upper", "groups", "seed", "lr", "tokens", "round")
+        names = ("hidden", "heads", "mlp", "lower", "encoder", "upper", "groups", "seed", "lr")
+        names += ("guide", "tokens", "round")
         return {name: str(getattr(self.args, name)) for name in names}
 
     def learning_rate(self):
-        """Up in the first steps, then constant, then down by the root of the step."""
-        done = self.step + 1
-        return self.args.lr * min(1.0, done / self.args.warmup, math.sqrt(self.args.flat / done))
+        """Up in the first steps, then constant, then down to a twentieth by a line."""
+        done, (first, last) = self.step + 1, self.args.cool
+        cooled = min(1.0, max(0.0, (done - first) / (last - first)))
+        return self.args.lr * min(done / self.args.warmup, 1.0 - 0.95 * cooled)
 
     def gumbel(self, shape):
         """Gumbel(0, 1) noise: which chunks a training step retrieves is a draw by their scores."""
@@ -83,23 +86,35 @@ class Trainer:
             self.coming = self.pool.submit(self._make_batch, self.step + 1, self.level)
         return batch
 
+    def guide(self, scored, targets):
+        """Cross-entropy of each group's scores against the chunk that is needed: the first hop's,
+        for the last group the last hop's."""
+        loss = 0.0
+        for g, scores in enumerate(scored):
+            hop = 1 if g + 1 == len(scored) else 0
+            wanted = targets[:, 1:, hop].flatten()
+            loss = loss + F.cross_entropy(scores.flatten(0, 1), wanted, ignore_index=-1)
+        return loss / len(scored)
+
     def _one_step(self, tally):
-        body, tokens, labels, answers = self._next_batch()
-        tokens = torch.from_numpy(tokens).to(self.device, non_blocking=True)
-        labels = torch.from_numpy(labels).to(self.device, non_blocking=True)
+        body, *arrays, answers = self._next_batch()
+        tensors = [torch.from_numpy(a).to(self.device, non_blocking=True) for a in arrays]
+        tokens, labels, targets = tensors
         self.noise.manual_seed(self.args.seed * 1_000_003 + self.step)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.model(tokens, labels.shape[1], self.gumbel)
+            scored = []
+            logits = self.model(tokens, labels.shape[1], self.gumbel, scored)
         logits = logits.float()
         loss = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=-1)
-        loss.backward()
+        guide = self.guide(scored, targets)
+        (loss + self.args.guide * guide).backward()
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            tally.add(body, loss, evaluate.right(logits, labels, answers))
+            tally.add(body, loss, guide, data.right(logits, labels, answers))
         self.step += 1
 
     def one_round(self):
@@ -166,20 +181,23 @@ class Tally:
     """Losses and right answers of a round, added up on the device."""
 
     def __init__(self):
-        self.losses, self.rights = [], {}
+        self.losses, self.guides, self.rights = [], [], {}
 
-    def add(self, body, loss, right):
+    def add(self, body, loss, guide, right):
         """right: [(kind, bool per context)]."""
         self.losses.append(loss.detach())
+        self.guides.append(guide.detach())
         for kind, ok in right:
             self.rights.setdefault((str(body), kind), []).append(ok.float().mean())
 
     def line(self):
-        """{"loss", "right": {body chunks: {kind: share}}}."""
+        """{"loss", "guide", "right": {body chunks: {kind: share}}}."""
         shares = {}
         for (body, kind), oks in sorted(self.rights.items(), key=lambda e: (int(e[0][0]), e[0][1])):
             shares.setdefault(body, {})[kind] = round(torch.stack(oks).mean().item(), 4)
-        return {"loss": round(torch.stack(self.losses).mean().item(), 5), "right": shares}
+        losses = {"loss": self.losses, "guide": self.guides}
+        means = {name: round(torch.stack(x).mean().item(), 5) for name, x in losses.items()}
+        return {**means, "right": shares}
 
 
 def cut_log(path, step):
@@ -247,14 +265,17 @@ def parser():
     p.add_argument("--groups", type=int, default=2, help="retrieval groups of the upper half")
     p.add_argument("--hidden", type=int, default=128)
     p.add_argument("--heads", type=int, default=4)
-    p.add_argument("--lower", type=int, default=4, help="layers")
-    p.add_argument("--upper", type=int, default=4, help="layers")
+    p.add_argument("--mlp", type=int, default=256)
+    p.add_argument("--lower", type=int, default=2, help="layers")
+    p.add_argument("--encoder", type=int, default=1, help="layers")
+    p.add_argument("--upper", type=int, default=2, help="layers")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--lr", type=float, default=1.5e-3)
     p.add_argument("--warmup", type=int, default=200, help="steps")
-    p.add_argument("--flat", type=int, default=4000, help="steps until the rate goes down")
-    p.add_argument("--tokens", type=int, default=131072, help="of a step")
-    p.add_argument("--round", type=int, default=50, help="steps of a log line")
+    p.add_argument("--cool", type=int, nargs=2, default=[13000, 19000], help="the rate's way down")
+    p.add_argument("--guide", type=float, default=1.0, help="weight of the needed chunks' scores")
+    p.add_argument("--tokens", type=int, default=65536, help="of a step")
+    p.add_argument("--round", type=int, default=100, help="steps of a log line")
     p.add_argument("--bodies", type=int, nargs="+", default=list(BODIES), help="chunks, growing")
     p.add_argument("--save-seconds", type=float, default=60.0, help="between checkpoints")
     p.add_argument("--eval-seconds", type=float, default=20.0, help="at the end; 0: no evaluation")
