@@ -103,7 +103,7 @@ static int run(program *p, const options *o)
     if (st == KVC_OK && p->client)
         st = kvw_flush(p->seq, 0);
     for (uint32_t i = 0; st == KVC_OK && i < o->n_tail; i++) {
-        st = gca_context_tail(p->context, p->tokens + (size_t)(n_body + i) * s->chunk,
+        st = gca_context_rows(p->context, p->tokens + (size_t)(n_body + i) * s->chunk, s->chunk,
                               p->logits + i * per_chunk);
     }
     return st == KVC_OK ? 0 : fail("forward", st, kvw_last_error());

@@ -48,8 +48,10 @@ void gca_context_close(gca_context *context);
  * first chunk of the tail. */
 kvc_status gca_context_body(gca_context *context, const uint32_t *tokens,
                             uint32_t n_chunks) KVC_MUST_CHECK;
-/* Appends a chunk of the tail; logits [chunk, vocab]. Its groups retrieve for the next chunk. */
-kvc_status gca_context_tail(gca_context *context, const uint32_t *tokens,
+/* The next n rows of the tail, which do not go beyond a chunk's end; logits [n, vocab]. With a
+ * chunk's last row it is appended, and the groups retrieve for the next one. A context that failed
+ * is of no more use. */
+kvc_status gca_context_rows(gca_context *context, const uint32_t *tokens, uint32_t n,
                             float *logits) KVC_MUST_CHECK;
 
 #endif

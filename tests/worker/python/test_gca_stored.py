@@ -65,14 +65,15 @@ class Stored(unittest.TestCase):
         self.assertGreater(stats["misses"], 0)
         self.assertEqual(stats["bytes_fetched"], stats["misses"] * 2 * 32 * 4)
 
-    def in_c(self, *more):
+    def in_c(self, *more, dtype="F32"):
         """Logits by gca_answer, and what it prints."""
         paths = {n: os.path.join(self.folder, n) for n in ("weights", "tokens", "out")}
         command = [os.environ["KVASIR_GCA_ANSWER"], "--tail", str(TAIL), *more]
         for name, path in paths.items():
             command += [f"--{name}", path]
         config = json.dumps(self.model.c.__dict__)
-        weights.save(paths["weights"], dict(self.model.named_parameters()), {"config": config})
+        metadata = {"settings": '{"hidden": "7", "heads": "5"}', "config": config}
+        weights.save(paths["weights"], dict(self.model.named_parameters()), metadata, dtype)
         self.tokens.numpy().astype("<u4").tofile(paths["tokens"])
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return torch.from_numpy(np.fromfile(paths["out"], "<f4").reshape(1, TAIL, 64, 64)), text
@@ -86,6 +87,12 @@ class Stored(unittest.TestCase):
         stored_too, text = self.in_c("--server", self.server.start())
         self.assertTrue(torch.equal(stored_too, resident))
         self.assertNotIn("chunks fetched 0 ", text)
+
+    def test_plain_c_reads_bf16(self):
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.copy_(p.bfloat16().float())
+        self.assertTrue(torch.equal(self.in_c(dtype="BF16")[0], self.in_c()[0]))
 
     def test_a_closed_retriever_says_so(self):
         with stored.open_worker(self.model, n_threads=1) as worker:
