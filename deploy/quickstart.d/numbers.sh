@@ -51,10 +51,15 @@ people() {
     echo "$n $unit"
 }
 
-# disk_bytes TOKENS SYNTHETIC: what their values take at most. SmolLM2-135M has 30 layers of 768 B
-# and up to 204 B of index a token; needles 2 of 4,096 and 128 B; LMDB's pages add a twentieth.
+# disk_bytes TOKENS MODE: what their values take at most. SmolLM2-135M has 30 layers of 768 B and up
+# to 204 B of index a token; needles 2 of 4,096 and 128 B; the GCA decoder 1,024 B and a landmark of
+# 512 B for 64 tokens in pages of its own; LMDB's pages add a twentieth.
 disk_bytes() {
-    if [ "$2" = 1 ]; then echo $(($1 * 9 * 1024)); else echo $(($1 * 30 * 1024)); fi
+    case "$2" in
+    synthetic) echo $(($1 * 9 * 1024)) ;;
+    gca) echo $(($1 * 1536)) ;;
+    *) echo $(($1 * 30 * 1024)) ;;
+    esac
 }
 
 # lmdb_bytes NEED: the cap of the lmdb tier: twice the need, for another selector's values beside

@@ -38,10 +38,12 @@ class Numbers(unittest.TestCase):
         self.assertEqual(bash("absolute /x /home"), (0, "/x"))
 
     def test_a_million_tokens_need_more_disk_than_their_rows(self):
-        _, need = bash("disk_bytes 1048576 0")
+        _, need = bash("disk_bytes 1048576 text")
         self.assertGreater(int(need), 1048576 * 30 * (768 + 204))
-        _, need = bash("disk_bytes 1048576 1")
+        _, need = bash("disk_bytes 1048576 synthetic")
         self.assertGreater(int(need), 1048576 * 2 * (4096 + 128))
+        _, need = bash("disk_bytes 1048576 gca")
+        self.assertGreater(int(need), 1048576 * 1.05 * (1024 + 8))
 
     def test_the_cap_has_room_for_two_selectors(self):
         self.assertEqual(bash(f"lmdb_bytes {30 << 30}"), (0, str(60 << 30)))
@@ -85,6 +87,8 @@ class Arguments(unittest.TestCase):
         self.assertIn("--seed 'x' is not a number", self.refused("--seed", "x"))
         self.assertIn("unknown argument '--fast'", self.refused("--fast"))
         self.assertIn("'1x' is not a size", self.refused("--dram", "1x"))
+        self.assertIn("'1024' is under 4096", self.refused("--gca", "--tokens", "1k"))
+        self.assertIn("over 64m", self.refused("--gca", "--tokens", "65m"))
         self.assertIn("'2gib' is not a size", self.refused("--synthetic", "--dram", "2gib"))
         self.assertIn("'4096' is under 1MiB", self.refused("--dram", "4096"))
         self.assertIn("--state is empty", self.refused("--state", ""))
