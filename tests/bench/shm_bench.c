@@ -1,9 +1,11 @@
 /*
  * shm_bench.c: 2,048 random rows of 4 KiB and of 768 B from one server on this host, by each way:
- * mapped over shm, by request over shm, gRPC on a unix socket, gRPC on loopback TCP; beside a plain
- * memcpy of the same rows. One table per row length, with CPU time of both ends.
+ * mapped over shm, by request over shm, gRPC on a unix socket, gRPC on loopback TCP, and RDMA where
+ * KVASIR_RDMA_ADDRESS is the address of a device; beside a plain memcpy of the same rows. One table
+ * per row length, with CPU time of both ends, and what RDMA posts for it.
  *
- * --quick: one short turn. Everything is in dram, and every byte of the first fetch is checked.
+ * --quick: one short turn; --short: a few, for emulated machines. Everything is in dram, and every
+ * byte of the first fetch is checked.
  */
 #include <signal.h>
 #include <stdio.h>
@@ -17,7 +19,7 @@
 #include "daemon.h"
 #include "kvc/client.h"
 
-enum { N_ROWS = 2048, BLOCK_TOKENS = 256, N_BLOCKS = 192, WAYS = 5, REPEATS = 24 };
+enum { N_ROWS = 2048, BLOCK_TOKENS = 256, N_BLOCKS = 192, WAYS = 6, REPEATS = 24 };
 
 static const uint32_t shapes[] = {4096, 768};
 
@@ -31,9 +33,9 @@ typedef struct way {
 } way;
 
 typedef struct bench {
-    char folder[256], shm_uri[300], unix_uri[300];
+    char folder[256], shm_uri[300], unix_uri[300], rdma_uri[128];
     support_daemon daemon;
-    uint32_t row_bytes, repeats;
+    uint32_t row_bytes, repeats, rounds;
     uint8_t *values;                 /* [N_BLOCKS * BLOCK_TOKENS * row_bytes] what was put */
     uint8_t *out;                    /* [N_ROWS * row_bytes] */
     uint32_t picks[REPEATS][N_ROWS]; /* of one turn's fetches */
@@ -207,13 +209,43 @@ static int put_all(bench *b, way *w)
     return kvc_region_deregister(w->client, src) == KVC_OK ? 0 : failed("put");
 }
 
-static int run_shape(bench *b, uint32_t row_bytes, bool quick)
+/* A counter of the server's, read past the way that is counted. */
+static uint64_t server_count(bench *b, const char *name)
+{
+    kvc_server_stats *stats;
+    uint64_t value = 0;
+    if (kvc_stats(b->ways[1].client, 0, &stats) != KVC_OK)
+        bench_die(kvc_last_error());
+    for (uint32_t i = 0; i < stats->n_counters; i++)
+        if (strcmp(stats->counters[i].name, name) == 0)
+            value = stats->counters[i].value;
+    kvc_stats_free(stats);
+    return value;
+}
+
+/* What one fetch of all rows costs the server's device, once its memory is registered. */
+static int count_rdma(bench *b, way *w)
+{
+    static const char *const names[] = {"rdma_work_requests", "rdma_signals", "rdma_written_bytes",
+                                        "rdma_sent_bytes"};
+    uint64_t before[4];
+    for (uint32_t i = 0; i < 4; i++)
+        before[i] = server_count(b, names[i]);
+    if (fetch_once(w, b->picks[0]) != 0)
+        return 1;
+    (void)printf("RDMA, %d rows of %u B, at the server:", N_ROWS, b->row_bytes);
+    for (uint32_t i = 0; i < 4; i++)
+        (void)printf(" %llu %s%s", (unsigned long long)(server_count(b, names[i]) - before[i]),
+                     names[i], i < 3 ? "," : "\n");
+    return 0;
+}
+
+static int run_shape(bench *b, uint32_t row_bytes)
 {
     bench_entrant entrants[WAYS];
     char title[64];
     int bad = 0;
     b->row_bytes = row_bytes;
-    b->repeats = quick ? 1 : REPEATS;
     b->values = malloc((size_t)N_BLOCKS * BLOCK_TOKENS * row_bytes);
     b->out = malloc((size_t)N_ROWS * row_bytes);
     if (b->values == NULL || b->out == NULL)
@@ -234,7 +266,9 @@ static int run_shape(bench *b, uint32_t row_bytes, bool quick)
                                         .ours = i == 1};
     }
     (void)snprintf(title, sizeof(title), "%d rows of %u B", N_ROWS, row_bytes);
-    bad = bad || bench_contest(title, entrants, n, quick ? 1 : 15, row_bytes);
+    bad = bad || bench_contest(title, entrants, n, b->rounds, row_bytes);
+    if (!bad && b->ways[5].uri != NULL)
+        bad = count_rdma(b, &b->ways[5]);
     for (uint32_t i = 1; i < WAYS; i++)
         close_way(&b->ways[i]);
     free(b->values);
@@ -246,16 +280,20 @@ int main(int argc, char **argv)
 {
     static bench b = {.random = 1};
     bool quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
-    char listen[700];
+    bool brief = argc > 1 && strcmp(argv[1], "--short") == 0;
+    const char *address = getenv("KVASIR_RDMA_ADDRESS");
+    char listen[900];
     int bad = 0;
+    b.repeats = quick ? 1 : brief ? 2 : REPEATS;
+    b.rounds = quick ? 1 : brief ? 5 : 15;
     kvc_log_set_level(KVC_LOG_LEVEL_ERROR);
     (void)snprintf(b.folder, sizeof(b.folder), "/tmp/kvasir-shm-bench-XXXXXX");
     if (mkdtemp(b.folder) == NULL)
         bench_die("mkdtemp");
     (void)snprintf(b.shm_uri, sizeof(b.shm_uri), "shm://%s/shm.sock", b.folder);
     (void)snprintf(b.unix_uri, sizeof(b.unix_uri), "grpc+unix://%s/grpc.sock", b.folder);
-    const char *names[WAYS] = {"memcpy", "shm, mapped", "shm, by request", "gRPC, unix socket",
-                               "gRPC, TCP"};
+    const char *names[WAYS] = {"memcpy",    "shm, mapped", "shm, by request", "gRPC, unix socket",
+                               "gRPC, TCP", "RDMA"};
     for (uint32_t i = 0; i < WAYS; i++)
         b.ways[i] = (way){.bench = &b, .name = names[i], .map = i == 1};
     b.ways[1].uri = b.ways[2].uri = b.shm_uri;
@@ -265,13 +303,23 @@ int main(int argc, char **argv)
     b.ways[3].uri = b.unix_uri;
     b.ways[4].uri = b.daemon.uri;
 #endif
+#ifdef KVASIR_RDMA
+    if (address != NULL) {
+        (void)snprintf(b.rdma_uri, sizeof(b.rdma_uri), "rdma://%s:7897", address);
+        size_t len = strlen(listen);
+        (void)snprintf(listen + len, sizeof(listen) - len, ",%s", b.rdma_uri);
+        b.ways[5].uri = b.rdma_uri;
+    }
+#else
+    (void)address;
+#endif
     const char *const args[] = {"--listen", listen, "--dram-bytes", "1GiB", NULL};
     if (!support_daemon_start(&b.daemon, b.folder, args))
         return 1;
     (void)printf("%s\n", bench_machine());
     bench_table_head();
     for (uint32_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]) && !bad; i++)
-        bad = run_shape(&b, shapes[i], quick);
+        bad = run_shape(&b, shapes[i]);
     (void)support_daemon_stop(&b.daemon, SIGTERM);
     bench_remove_tree(b.folder);
     return bad;

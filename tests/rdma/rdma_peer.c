@@ -30,7 +30,7 @@
 #define MAX_BYTES  (1u << 20)
 #define IN_FLIGHT  8u
 #define SECOND     1000000000ull
-#define GIVE_UP_NS (120 * SECOND)
+#define GIVE_UP_NS (1000 * SECOND) /* tests/rdma/run ends it earlier */
 
 static uint8_t *rows; /* [ROWS][ROW_BYTES] */
 static atomic_uint n_wrong;
