@@ -33,7 +33,7 @@ def get(uri, path, method="GET"):
     """Status, headers, body."""
     request = urllib.request.Request(uri + path, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.status, reply.headers, reply.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read().decode()
@@ -113,7 +113,7 @@ class Port(unittest.TestCase):
 
     def test_one_connection_many_requests(self):
         host = self.uri[len("http://") :]
-        connection = http.client.HTTPConnection(host, timeout=30)
+        connection = http.client.HTTPConnection(host, timeout=60)
         for _ in range(50):
             connection.request("GET", "/readyz")
             reply = connection.getresponse()
@@ -123,7 +123,7 @@ class Port(unittest.TestCase):
     def test_garbage_leaves_it_standing(self):
         host, port = self.uri[len("http://") :].split(":")
         for garbage in (b"\0" * 4096, b"GET", b"GET /metrics HTTP/9.9\r\n\r\n", b"\r\n" * 9999):
-            with socket.create_connection((host, int(port)), timeout=30) as plain:
+            with socket.create_connection((host, int(port)), timeout=60) as plain:
                 try:
                     plain.sendall(garbage)
                     plain.shutdown(socket.SHUT_WR)

@@ -267,7 +267,7 @@ class EveryCall(Case):
         with self.assertRaises(grpc.RpcError) as caught:
             self.health.Check(health_pb.HealthCheckRequest(service="nobody"))
         self.assertEqual(caught.exception.code(), grpc.StatusCode.NOT_FOUND)
-        watch = self.health.Watch(health_pb.HealthCheckRequest(), timeout=10)
+        watch = self.health.Watch(health_pb.HealthCheckRequest(), timeout=60)
         self.assertEqual(next(watch).status, health_pb.HealthCheckResponse.SERVING)
         watch.cancel()
 
@@ -472,7 +472,7 @@ class BadInput(Case):
                 request_serializer=lambda data: data,
                 response_deserializer=lambda data: data,
             )
-            return lambda: call(payload, timeout=10)
+            return lambda: call(payload, timeout=60)
 
         for method in ("RegisterSchema", "PutBlocks", "MatchPrefix", "OpenContext", "FetchRows"):
             for payload in (b"\xff\xff\xff\xff", b"\x0a\x7f", b"\x0b", b"\x0a\xff\xff\xff\xff\x7f"):
@@ -498,7 +498,7 @@ class BadInput(Case):
                 path, request_serializer=bytes, response_deserializer=bytes
             )
             with self.assertRaises(grpc.RpcError) as caught:
-                call(b"", timeout=10)
+                call(b"", timeout=60)
             self.assertEqual(caught.exception.code(), grpc.StatusCode.UNIMPLEMENTED)
 
     def test_an_expired_deadline(self):
@@ -515,14 +515,14 @@ class BadInput(Case):
         rng = random.Random(2)
         preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
         for i in range(30):
-            with socket.create_connection((host, int(port)), 5) as peer:
+            with socket.create_connection((host, int(port)), 60) as peer:
                 try:
                     peer.sendall((preface if i % 2 else b"") + rng.randbytes(4096))
                     peer.settimeout(0.05)
                     peer.recv(4096)
                 except OSError:
                     pass  # it may hang up whenever it likes
-        with socket.create_connection((host, int(port)), 5):
+        with socket.create_connection((host, int(port)), 60):
             self.serves()  # a silent peer disturbs nobody
 
     def test_durable_needs_lmdb(self):
@@ -547,7 +547,7 @@ class Lives(Case):
         self.server.stop(signal.SIGKILL)
         self.server.start()
         type(self).connect()
-        reply = self.store.Describe(pb.DescribeRequest(), wait_for_ready=True, timeout=10)
+        reply = self.store.Describe(pb.DescribeRequest(), wait_for_ready=True, timeout=60)
         self.assertNotEqual(reply.boot_id, boot_id)
         self.assertIn(self.schema, list(reply.schemas))
         group = pb.RowGroup(context=old, part=0, picks=[0])
@@ -568,7 +568,7 @@ class Lives(Case):
 
         def watch():
             try:
-                for reply in self.health.Watch(health_pb.HealthCheckRequest(), timeout=20):
+                for reply in self.health.Watch(health_pb.HealthCheckRequest(), timeout=60):
                     seen.append(reply.status)
             except grpc.RpcError as error:
                 seen.append(error.code())
@@ -578,7 +578,7 @@ class Lives(Case):
         while not seen:
             time.sleep(0.01)
         self.assertEqual(self.server.stop(), 0)
-        thread.join(20)
+        thread.join(60)
         self.assertEqual(seen[0], health_pb.HealthCheckResponse.SERVING)
         ends = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         ends += (health_pb.HealthCheckResponse.NOT_SERVING, grpc.StatusCode.OK)

@@ -152,7 +152,7 @@ class Attend(unittest.TestCase):
     def call(self, *groups, data=None):
         if data is None:
             data = struct.pack("<%df" % len(self.q), *self.q)
-        return self.stub.AttendRows(pb.AttendRowsRequest(groups=groups, data=data), timeout=20)
+        return self.stub.AttendRows(pb.AttendRowsRequest(groups=groups, data=data), timeout=60)
 
     def equal(self, got, want):
         for (o, lse), (o_want, lse_want) in zip(got, want):

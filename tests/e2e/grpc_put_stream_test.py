@@ -77,7 +77,7 @@ class Case(base.Case):
         return {c.name: c.value for c in stats.counters}[name]
 
     def settles(self, name, want):
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while self.counter(name) != want and time.monotonic() < end:
             time.sleep(0.01)
         self.assertEqual(self.counter(name), want)
@@ -120,7 +120,7 @@ class Puts(Case):
 
     def test_memory_then_durable(self):
         digests = self.check(4, 8)
-        statuses, end = [pb.ITEM_AGAIN], time.monotonic() + 30
+        statuses, end = [pb.ITEM_AGAIN], time.monotonic() + 60
         while pb.ITEM_AGAIN in statuses and time.monotonic() < end:  # the writer may have them
             answers, sent = self.put(digests, promise=pb.PROMISE_DURABLE)
             statuses = [a.status for a in answers]
@@ -160,7 +160,7 @@ class Puts(Case):
 class BadInput(Case):
     def refused(self, name, *words, offers=(), then=(), **data):
         """Sends a message, and after the answers that `then` awaits the rest of it."""
-        stream = Stream(self.store, timeout=20)
+        stream = Stream(self.store, timeout=60)
         stream.send(offers, **data)
         for message in then:
             next(stream.call)
@@ -230,7 +230,12 @@ class Torn(Case):
         self.settles("requests_in_flight", 1)
 
     def test_deadline(self):
-        stream, digest = self.half(30, timeout=2)
+        for seconds in (2, 8, 32):  # a busy machine may need more for the first half
+            try:
+                stream, digest = self.half(30, timeout=seconds)
+                break
+            except grpc.RpcError as error:
+                self.assertEqual(error.code(), grpc.StatusCode.DEADLINE_EXCEEDED)
         with self.assertRaises(grpc.RpcError) as caught:
             list(stream.call)
         self.assertEqual(caught.exception.code(), grpc.StatusCode.DEADLINE_EXCEEDED)

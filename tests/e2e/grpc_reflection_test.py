@@ -65,7 +65,7 @@ class Reflection(base.Case):
             request_serializer=Request.SerializeToString,
             response_deserializer=Response.FromString,
         )
-        return list(call(iter(requests), timeout=10))
+        return list(call(iter(requests), timeout=60))
 
     def file(self, **question):
         (answer,) = self.ask(Request(**question))
@@ -122,7 +122,7 @@ class Reflection(base.Case):
             request_serializer=message_class(pool, method.input_type.full_name).SerializeToString,
             response_deserializer=message_class(pool, method.output_type.full_name).FromString,
         )
-        reply = call(message_class(pool, "kvasir.v1.DescribeRequest")(), timeout=10)
+        reply = call(message_class(pool, "kvasir.v1.DescribeRequest")(), timeout=60)
         self.assertIn(self.schema, list(reply.schemas))
 
     def test_bad_requests(self):
@@ -130,7 +130,7 @@ class Reflection(base.Case):
         raw = self.channel.stream_stream(method)
         for data in (b"\xff\xff\xff", bytes(5000)):
             with self.assertRaises(grpc.RpcError) as caught:
-                list(raw(iter([data]), timeout=10))
+                list(raw(iter([data]), timeout=60))
             self.assertEqual(caught.exception.code(), grpc.StatusCode.INVALID_ARGUMENT)
         self.assertEqual(self.ask(), [])
         self.serves()
@@ -156,7 +156,7 @@ class Reflection(base.Case):
         for stream in streams:
             stream.cancel()
         stop.set()
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while time.monotonic() < end:
             try:
                 self.test_services()

@@ -52,12 +52,12 @@ class Case(base.Case):
 
     def dial(self, data=b""):
         host, port = self.server.address.rsplit(":", 1)
-        link = socket.create_connection((host, int(port)), timeout=10)
+        link = socket.create_connection((host, int(port)), timeout=60)
         if data:
             link.sendall(data)
         return link
 
-    def waits_for(self, what, seconds=20):
+    def waits_for(self, what, seconds=60):
         end = time.monotonic() + seconds
         while not what() and time.monotonic() < end:
             time.sleep(0.02)
@@ -65,7 +65,7 @@ class Case(base.Case):
 
 
 class Connections(Case):
-    args = Case.args + ("--handshake", "1s", "--idle", "3s", "--keepalive", "1s")
+    args = Case.args + ("--handshake", "3s", "--idle", "3s", "--keepalive", "1s")
     args += ("--max-connections", str(2 * IDLE))
 
     def closed(self, link):
@@ -99,7 +99,7 @@ class Connections(Case):
         self.serves()
         for link in links:
             self.closed(link)
-        self.assertLess(time.monotonic() - start, 30)
+        self.assertLess(time.monotonic() - start, 60)
         self.serves()
 
     def test_thousands_idle(self):
@@ -118,7 +118,7 @@ class Connections(Case):
         print("%d idle connections: %.0f KiB each, slowest call %.0f ms"
               % (IDLE, grown * 1024 / IDLE, slowest * 1000))
         self.assertTrue(SANITIZED or grown < IDLE * 64 / 1024)
-        self.assertLess(slowest, 15)
+        self.assertLess(slowest, 60)
         # They never call and answer no ping, so they are closed.
         self.waits_for(lambda: self.n_sockets() < sockets + 50)
         for link in links:
@@ -315,7 +315,7 @@ class Stop(Case):
         next(watch)
         start = time.monotonic()
         self.assertEqual(self.server.stop(signal.SIGTERM), 0)
-        self.assertLess(time.monotonic() - start, 30)
+        self.assertLess(time.monotonic() - start, 60)
         for link in links:
             link.close()
 

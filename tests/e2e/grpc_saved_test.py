@@ -132,7 +132,7 @@ class Saved(Base):
             except grpc.RpcError:
                 acknowledged = False
             timer.join()
-            self.server.process.wait(30)
+            self.server.process.wait(120)
             self.server.start()
             self.channel.close()
             self.connect()

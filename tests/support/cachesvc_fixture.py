@@ -13,7 +13,7 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-START_SECONDS = 30
+START_SECONDS = 120
 
 
 class Cachesvc:
@@ -54,7 +54,7 @@ class Cachesvc:
     def stop(self, how=signal.SIGTERM):
         """Ends it; gives its exit status."""
         self.process.send_signal(how)
-        return self.process.wait(30)
+        return self.process.wait(120)
 
     def pause(self):
         """Every thread of it stands still until resume."""

@@ -19,8 +19,8 @@ typedef struct support_daemon {
 
 /*
  * Starts cachesvc with args (NULL-terminated; --ready-file is added, in folder, and --listen
- * grpc://127.0.0.1:0 unless args has one; its log goes to folder/cachesvc.log) and waits up to 30 s
- * until it serves. False, with a line on standard error, if it does not.
+ * grpc://127.0.0.1:0 unless args has one; its log goes to folder/cachesvc.log) and waits up to two
+ * minutes until it serves. False, with a line on standard error, if it does not.
  */
 bool support_daemon_start(support_daemon *daemon, const char *folder, const char *const *args);
 /* Its two halves: the start alone, and the wait. */

@@ -30,7 +30,7 @@ class Server:
         command += ["--lmdb-bytes", "1GiB", "--ready-file", ready]
         with open(os.path.join(self.folder, "log"), "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        for _ in range(600):
+        for _ in range(2400):
             if os.path.exists(ready) and os.path.getsize(ready):
                 with open(ready, encoding="utf-8") as f:
                     return f.readline().split()[0]
@@ -44,4 +44,4 @@ class Server:
         """Ends it and waits."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(how)
-            self.process.wait(60)
+            self.process.wait(120)

@@ -156,7 +156,7 @@ class Closing(unittest.TestCase):
             seq.tokens(np.arange(8))
             thread = threading.Thread(target=seq.append, args=(0, kv, kv))
             thread.start()
-            self.assertTrue(inside.wait(10))
+            self.assertTrue(inside.wait(60))
             w.close()
             thread.join()
         self.assertEqual(names(calls), ["kvw_append", "kvw_seq_destroy", "kvw_close"])
