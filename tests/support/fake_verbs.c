@@ -29,7 +29,7 @@ static struct {
     int access;
     bool used;
 } mrs[MAX_MRS];
-static uint32_t posted[N_OPCODE], signals, hits;
+static uint32_t posted[N_OPCODE], signals, hits, stalled;
 static uint8_t *last_byte; /* that the last work request has written */
 
 /* ---- memory ---------------------------------------------------------------------------------- */
@@ -38,11 +38,13 @@ static struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t len_bytes, in
 {
     struct ibv_mr *mr = NULL;
     pthread_mutex_lock(&fake_mutex);
+    stalled++;
     while (fake_fault.reg_stalls == addr && addr != NULL) {
         pthread_mutex_unlock(&fake_mutex);
         (void)usleep(1000);
         pthread_mutex_lock(&fake_mutex);
     }
+    stalled--;
     bool refused = fake_fault.reg_fails_after == 0;
     if (fake_fault.reg_fails_after != UINT32_MAX && !refused)
         fake_fault.reg_fails_after--;
@@ -453,6 +455,14 @@ void fake_verbs_fault(const fake_faults *faults)
     fake_fault = *faults;
     hits = 0;
     pthread_mutex_unlock(&fake_mutex);
+}
+
+uint32_t fake_verbs_stalled(void)
+{
+    pthread_mutex_lock(&fake_mutex);
+    uint32_t n = stalled;
+    pthread_mutex_unlock(&fake_mutex);
+    return n;
 }
 
 uint32_t fake_verbs_hits(void)

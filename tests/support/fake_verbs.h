@@ -42,6 +42,8 @@ void fake_verbs_use(const fake_device *device);
 void fake_verbs_fault(const fake_faults *faults);
 /* How often a fault that was asked for last has hit a work request. */
 uint32_t fake_verbs_hits(void);
+/* Registrations that a fault holds up. */
+uint32_t fake_verbs_stalled(void);
 /* No fault at all. */
 extern const fake_faults fake_no_faults;
 fake_live fake_verbs_live(void);

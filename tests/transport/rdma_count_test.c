@@ -177,6 +177,10 @@ static void registering_is_off_the_path(void **state)
         assert_ok(run_bulk(&f, KVC_FETCH_ROWS, 0));
     assert_int_equal(fake_verbs_posted(IBV_WR_RDMA_WRITE), 4); /* one each: copied */
     assert_false(fake_verbs_registered(rig_lent));
+    uint64_t give_up_ns = kvc_deadline_ns(20 * SECOND);
+    while (fake_verbs_stalled() == 0 && !kvc_expired(give_up_ns))
+        usleep(1000);
+    assert_int_equal(fake_verbs_stalled(), 1);
     assert_ok(kvc_thread_start(&remover, "remover", remove_lent, &removed));
     usleep(50000);
     assert_false(atomic_load(&removed));
