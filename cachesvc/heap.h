@@ -17,7 +17,8 @@
  * which are never at their most all together. Connections over shm have their rings within a
  * quarter of max_inflight_bytes (16 MiB, the first four; the others send through the socket): bytes
  * that lie there are no request yet, so that they come out of what waits to be one. A connection
- * that rests has no buffer. Over RDMA a link takes 192 KiB and a listener's pool 144 MiB besides.
+ * that rests has no buffer.
+ *
  * Whoever raises max_inflight_bytes or group_commit_bytes raises the bound by twice the first and
  * by the second once. While it attends, each thread of AttendRows (attend_threads) takes up to some
  * 20 MiB besides.
