@@ -282,6 +282,7 @@ static void compute_run(kvs_job *job)
     kvs_buffer_release(out);
     give_up(attend, status,
             status == KVC_NO_MEMORY ? "no memory to attend"
+            : status == KVC_AGAIN   ? "the buffers are in use: none is left to attend with"
             : status == KVC_INVALID ? "these queries cannot be attended with"
                                     : "nobody waited any more between two groups");
 }

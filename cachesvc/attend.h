@@ -53,7 +53,8 @@ void kvs_attend_close(kvs_server *server);
 
 /*
  * Every group's o and lse to out [out_bytes]. On an attender's thread. CANCELLED, TIMED_OUT (asked
- * between groups), NO_MEMORY, INVALID (numbers that the backend refuses).
+ * between groups), AGAIN (no buffer is left), NO_MEMORY, INVALID (numbers that the backend
+ * refuses).
  */
 kvc_status kvs_attend_compute(kvs_attend *attend, char *out) KVC_MUST_CHECK;
 

@@ -4,15 +4,15 @@
  *
  * An attender's thread. Nothing is copied but queries and results: rows in dram are read where they
  * lie, those of lmdb from the buffer they were read into. A group's memory is the largest group's,
- * taken once a call.
+ * taken once a call from the buffers of answers, whose cap counts it.
  */
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "attend.h"
 
 typedef struct work {
+    kvs_buffer *memory; /* of all that follows but q_positions */
     const void **rows;
     int32_t *positions;
     int32_t q_positions[KVC_MAX_ATTEND_QUERIES];
@@ -29,18 +29,20 @@ static size_t max_of(size_t a, size_t b)
     return a > b ? a : b;
 }
 
-static void work_fini(work *w)
+/* Places in one piece of memory; before there is any, how much it must be. */
+typedef struct carver {
+    char *base;
+    size_t used_bytes;
+} carver;
+
+static void *carve(carver *c, size_t n, size_t size_bytes)
 {
-    free(w->rows);
-    free(w->positions);
-    free(w->inv_freq);
-    free(w->q);
-    free(w->o);
-    free(w->lse);
-    free(w->raw);
+    void *place = c->base ? c->base + c->used_bytes : NULL;
+    c->used_bytes += (n * size_bytes + 63) / 64 * 64;
+    return place;
 }
 
-static bool work_init(work *w, const kvs_attend *attend)
+static void lay_out(work *w, const kvs_attend *attend, carver *c)
 {
     size_t n_rows = 1, n_heads = 1, n_numbers = 1, dim = 1, raw_bytes = 1;
     for (uint32_t g = 0; g < attend->fetch.n_groups; g++) {
@@ -52,14 +54,29 @@ static bool work_init(work *w, const kvs_attend *attend)
         dim = max_of(dim, group->dim);
         raw_bytes = max_of(raw_bytes, group->q_bytes);
     }
-    w->rows = malloc(n_rows * sizeof(*w->rows));
-    w->positions = malloc(n_rows * sizeof(*w->positions));
-    w->inv_freq = malloc((dim / 2 + 1) * sizeof(*w->inv_freq));
-    w->q = malloc(n_numbers * sizeof(*w->q));
-    w->o = malloc(n_numbers * sizeof(*w->o));
-    w->lse = malloc(n_heads * sizeof(*w->lse));
-    w->raw = malloc(raw_bytes);
-    return w->rows && w->positions && w->inv_freq && w->q && w->o && w->lse && w->raw;
+    w->rows = carve(c, n_rows, sizeof(*w->rows));
+    w->positions = carve(c, n_rows, sizeof(*w->positions));
+    w->inv_freq = carve(c, dim / 2 + 1, sizeof(*w->inv_freq));
+    w->q = carve(c, n_numbers, sizeof(*w->q));
+    w->o = carve(c, n_numbers, sizeof(*w->o));
+    w->lse = carve(c, n_heads, sizeof(*w->lse));
+    w->raw = carve(c, raw_bytes, 1);
+}
+
+/* AGAIN: answers have all the memory that there is for them and for this. */
+static kvc_status work_init(work *w, const kvs_attend *attend)
+{
+    carver c = {0};
+    lay_out(w, attend, &c);
+    if (c.used_bytes > UINT32_MAX)
+        return KVC_NO_MEMORY;
+    kvc_status status =
+        kvs_buffer_get(&attend->fetch.server->buffers, (uint32_t)c.used_bytes, &w->memory);
+    if (status != KVC_OK)
+        return status;
+    c = (carver){.base = w->memory->bytes};
+    lay_out(w, attend, &c);
+    return KVC_OK;
 }
 
 /* The next len_bytes of the payload, which is as long as all groups need. */
@@ -188,9 +205,10 @@ static kvc_status attend_groups(work *w, const kvs_attend *attend, char *out)
 kvc_status kvs_attend_compute(kvs_attend *attend, char *out)
 {
     work w = {0};
-    kvc_status status = KVC_NO_MEMORY;
-    if (work_init(&w, attend))
-        status = attend_groups(&w, attend, out);
-    work_fini(&w);
+    kvc_status status = work_init(&w, attend);
+    if (status != KVC_OK)
+        return status;
+    status = attend_groups(&w, attend, out);
+    kvs_buffer_release(w.memory);
     return status;
 }

@@ -21,7 +21,8 @@
  *
  * Whoever raises max_inflight_bytes or group_commit_bytes raises the bound by twice the first and
  * by the second once. While it attends, each thread of AttendRows (attend_threads) takes up to some
- * 20 MiB besides.
+ * 20 MiB besides for its arithmetic; queries, results and lists of rows come out of the share of
+ * answers.
  *
  * A listener on rdma:// adds up to 66 MiB for the fragments of 1,024 connections, 16 MiB for
  * answers that are copied, and a quarter of max_inflight_bytes that buffers of a request leave
