@@ -22,7 +22,8 @@ static const char help[] =
     "    to do), WARN (it works, but worse than it could) or FAIL (it does not work, or will not\n"
     "    for long), followed by the remedy. The machine is checked also where no server answers.\n"
     "\n"
-    "    server    it answers, how quickly, its version, and whether its limits make sense\n"
+    "    server    it answers, how quickly, its version, whether its limits make sense, and its\n"
+    "              connections\n"
     "    caps      the tiers' configured bytes against this machine's memory and disk (only where\n"
     "              the server is on this machine)\n"
     "    admin     the admin port: it answers, the server is ready, no tier has failed\n"
@@ -31,6 +32,9 @@ static const char help[] =
     "    cpu       AVX-512 or AVX2 for the kernels\n"
     "    memory    shared memory and huge pages\n"
     "    rdma      devices, for information\n"
+    "    shm       memory that can be passed and sealed, the server's maps, and, where --server "
+    "is\n"
+    "              shm://PATH, the socket and who answers there\n"
     "    lmdb      the folder's owner, permissions, file system and free space\n"
     "\n"
     "OPTIONS\n"
@@ -144,9 +148,11 @@ static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
     d->lmdb_path = lmdb_path;
     d->admin = admin;
     doctor_check_server(d);
+    doctor_check_connections(d);
     doctor_check_tiers(d);
     doctor_check_admin(d);
     doctor_check_machine(d);
+    doctor_check_shm(d);
     doctor_check_disk(d);
     for (uint32_t i = 0; i < d->n_findings; i++)
         counts[d->findings[i].level]++;

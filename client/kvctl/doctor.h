@@ -46,6 +46,11 @@ void doctor_check_tiers(doctor *d); /* caps against memory and disk */
  */
 void doctor_check_admin(doctor *d);
 
+/* ---- doctor_shm.c: after doctor_check_server ----------------------------------------------------
+ */
+void doctor_check_shm(doctor *d);
+void doctor_check_connections(doctor *d); /* against max_connections */
+
 /* ---- doctor_machine.c
  * ----------------------------------------------------------------------------- */
 void doctor_check_machine(doctor *d);

@@ -47,8 +47,9 @@ static uint64_t ping_ns(const kvctl_globals *globals, kvc_client *client)
 
 static bool is_local(const char *uri)
 {
-    return strncmp(uri, "grpc+unix:", 10) == 0 || strstr(uri, "://127.") != NULL ||
-           strstr(uri, "://localhost") != NULL || strstr(uri, "://[::1]") != NULL;
+    return strncmp(uri, "grpc+unix:", 10) == 0 || strncmp(uri, "shm:", 4) == 0 ||
+           strstr(uri, "://127.") != NULL || strstr(uri, "://localhost") != NULL ||
+           strstr(uri, "://[::1]") != NULL;
 }
 
 static void check_limits(doctor *d)

@@ -185,6 +185,28 @@ static void test_schema_file(void **state)
            "no schema text");
 }
 
+/* A server of this host, and who may come to it. */
+static void test_doctor_shm(void **state)
+{
+    (void)state;
+    char folder[320], uri[384], *path = uri + strlen("shm://");
+    support_daemon daemon;
+    (void)snprintf(folder, sizeof(folder), "%s/shm", shared.folder);
+    (void)snprintf(uri, sizeof(uri), "shm://%s/socket", folder);
+    assert_int_equal(mkdir(folder, 0700), 0);
+    const char *args[] = {"--listen", uri, "--dram-bytes", "16MiB", NULL};
+    assert_true(support_daemon_start(&daemon, folder, args));
+    assert_int_equal(chmod(path, 0600), 0);
+    expect(NULL, WORDS("--server", uri, "doctor"), 0,
+           WORDS("OK    caps      dram", "OK    shm       process", path, "0 maps pin"), NULL);
+    assert_int_equal(chmod(path, 0666), 0);
+    expect(NULL, WORDS("--server", uri, "doctor"), 0,
+           WORDS("WARN  shm       every user of this host", "-> chmod 660"), NULL);
+    assert_int_equal(support_daemon_stop(&daemon, SIGTERM), 0);
+    expect(NULL, WORDS("--server", uri, "--timeout", "2s", "doctor"), 1,
+           WORDS("FAIL  shm       nobody answers", "-> start cachesvc"), NULL);
+}
+
 static void test_doctor(void **state)
 {
     (void)state;
@@ -193,7 +215,8 @@ static void test_doctor(void **state)
     (void)snprintf(missing, sizeof(missing), "%s/missing", shared.folder);
     expect(NULL, WORDS(ON, "doctor", "--lmdb-path", lmdb), 0,
            WORDS("OK    server", "OK    caps", "clock", "limits", "cpu", "memory", "rdma",
-                 "OK    lmdb      only its owner", "0 failed"),
+                 "OK    lmdb      only its owner", "of 1000 connections, none", "shm       memory",
+                 "0 maps pin 0 B", "0 failed"),
            NULL);
     expect(NULL, WORDS(ON, "--json", "doctor", "--lmdb-path", lmdb), 0,
            WORDS("{\"failed\":false,\"findings\":[{\"level\":\"OK\",\"check\":\"server\""), NULL);
@@ -440,14 +463,14 @@ static void test_keys(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_help),        cmocka_unit_test(test_usage),
-        cmocka_unit_test(test_nobody),      cmocka_unit_test(test_status),
-        cmocka_unit_test(test_match),       cmocka_unit_test(test_match_tokens),
-        cmocka_unit_test(test_rows),        cmocka_unit_test(test_doctor),
-        cmocka_unit_test(test_schema_file), cmocka_unit_test(test_put_get),
-        cmocka_unit_test(test_keys),        cmocka_unit_test(test_keep),
-        cmocka_unit_test(test_top),         cmocka_unit_test(test_explain),
-        cmocka_unit_test(test_bench),
+        cmocka_unit_test(test_help),       cmocka_unit_test(test_usage),
+        cmocka_unit_test(test_nobody),     cmocka_unit_test(test_status),
+        cmocka_unit_test(test_match),      cmocka_unit_test(test_match_tokens),
+        cmocka_unit_test(test_rows),       cmocka_unit_test(test_doctor),
+        cmocka_unit_test(test_doctor_shm), cmocka_unit_test(test_schema_file),
+        cmocka_unit_test(test_put_get),    cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_keep),       cmocka_unit_test(test_top),
+        cmocka_unit_test(test_explain),    cmocka_unit_test(test_bench),
     };
     return cmocka_run_group_tests(tests, open_shared, close_shared);
 }
