@@ -7,8 +7,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "base/thread.h"
 #include "transport/transport.h"
+
+#define DRAIN_NS 1000000000ull /* the last answers are on their way out */
 
 enum { PER_CHANNEL = 2, MAX_FLYING = 64, SLAB_MESSAGES = 64 };
 
@@ -224,7 +227,7 @@ void raw_grpc_close(raw_grpc *grpc)
         grpc->ops->conn_close(grpc->conn);
     }
     if (grpc->ops && grpc->listener) {
-        grpc->ops->drain(grpc->listener, 1);
+        grpc->ops->drain(grpc->listener, kvc_deadline_ns(DRAIN_NS));
         grpc->ops->listener_close(grpc->listener);
     }
     kvc_cond_fini(&grpc->idle);
