@@ -468,9 +468,12 @@ static void a_late_map_harms_nobody(void **state)
     assert_int_equal(kvc_client_map_contexts(r->client, &map), KVC_OK);
     put_blocks(r, 1, 4);
     uint64_t reconnects = kvc_metric_get(KVC_M_client_reconnects);
-    for (uint32_t round = 0; round < 3; round++) {
+    uint64_t late = kvc_metric_get(KVC_M_client_maps_abandoned);
+    /* On a busy machine a deadline may pass before the question is asked. */
+    for (uint32_t round = 0;
+         round < 2 || (round < 20 && late == kvc_metric_get(KVC_M_client_maps_abandoned));
+         round++) {
         kvc_context *context = open_context(r, numbers, 4), *gone = open_context(r, numbers, 4);
-        uint64_t late = kvc_metric_get(KVC_M_client_maps_abandoned);
         begin_hang(r, &h);
         assert_int_equal(kvc_context_map(gone, NULL, 0, kvc_deadline_ns(SECOND), NULL),
                          KVC_TIMED_OUT);
@@ -482,12 +485,11 @@ static void a_late_map_harms_nobody(void **state)
         assert_int_equal(kvc_context_map(context, NULL, 0, 0, NULL), KVC_OK);
         expect_rows(r, context, 10, numbers, 4);
         assert_int_equal(r->info.requests, 0);
-        if (round == 0)
-            assert_true(kvc_metric_get(KVC_M_client_maps_abandoned) > late);
         kvc_context_close(context);
         wait_gauge(KVC_M_maps, 0);
         wait_gauge(KVC_M_map_pins, 0);
     }
+    assert_true(kvc_metric_get(KVC_M_client_maps_abandoned) > late);
     assert_int_equal(kvc_metric_get(KVC_M_client_reconnects), reconnects);
     /* A client may close while an answer is awaited. */
     kvc_context *context = open_context(r, numbers, 4);

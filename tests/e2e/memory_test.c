@@ -456,7 +456,7 @@ static void test_connections_of_this_host(void **state)
                   n, (unsigned long long)(before / MIB), few, (unsigned long long)(after / MIB),
                   (unsigned long long)(grown / (n - few)));
     assert_true(count_sockets(daemon.pid) >= n);
-    assert_true(grown <= (n - few) * A_SHM_CONNECTION + 2 * MIB);
+    assert_true(grown <= (n - few) * A_SHM_CONNECTION + 4 * MIB);
     for (uint32_t i = 0; i < n; i++)
         kvc_client_close(clients[i]);
     assert_int_equal(support_daemon_stop(&daemon, SIGTERM), 0);
