@@ -3,6 +3,7 @@
  */
 #include <getopt.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/digest.h"
@@ -26,9 +27,9 @@ static const char help[] =
     "\n"
     "OPTIONS\n"
     "    -a, --all\n"
-    "        Print the limits of messages, the digests of the registered schemas, and the "
+    "        Print the limits, the registered schemas and what each is for, and the "
     "counters\n"
-    "        that are zero too. --json always prints all of it.\n"
+    "        that are zero too. --json always prints it, of schemas the digests.\n"
     "    -h, --help\n"
     "        Print this page.\n"
     "\n"
@@ -112,18 +113,33 @@ static void print_counters(const kvc_server_stats *stats, bool all)
                          (unsigned long long)stats->counters[i].value);
 }
 
-static void print_text(const kvctl_globals *globals, const kvc_server_stats *stats, bool all)
+/* What a schema is; one that was dropped meanwhile is only its digest. */
+static void print_schema(const kvctl_globals *globals, kvc_client *client, const kvc_digest *digest)
 {
-    char text[KVC_TEXT_BYTES], hex[KVC_DIGEST_HEX_BYTES];
+    char hex[KVC_DIGEST_HEX_BYTES];
+    kvc_schema *schema;
+    kvc_digest_hex(digest, hex);
+    if (kvc_schema_get(client, digest, kvctl_deadline_ns(globals), &schema) != KVC_OK)
+        (void)printf("  %s\n", hex);
+    else if (schema->opaque)
+        (void)printf("  %s  %s, opaque values\n", hex, schema->model);
+    else
+        (void)printf("  %s  %s, %u parts, blocks of %u tokens\n", hex, schema->model,
+                     schema->n_parts, schema->block_tokens);
+    free(schema);
+}
+
+static void print_text(const kvctl_globals *globals, kvc_client *client,
+                       const kvc_server_stats *stats, bool all)
+{
+    char text[KVC_TEXT_BYTES];
     (void)printf("server   %s\n", globals->server);
     (void)printf("version  %s\n", stats->version);
     (void)printf("boot     %016llx\n", (unsigned long long)stats->boot_id);
     (void)printf("up       %s\n", kvc_duration_short(stats->uptime_ms * NS_PER_MS, text));
     (void)printf("schemas  %u\n", stats->n_schemas);
-    for (uint32_t i = 0; all && i < stats->n_schemas; i++) {
-        kvc_digest_hex(&stats->schemas[i], hex);
-        (void)printf("  %s\n", hex);
-    }
+    for (uint32_t i = 0; all && i < stats->n_schemas; i++)
+        print_schema(globals, client, &stats->schemas[i]);
     print_tiers(stats);
     if (all)
         print_limits(stats->limits);
@@ -206,7 +222,7 @@ static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
     else if (globals->json)
         print_json(globals, stats);
     else
-        print_text(globals, stats, all);
+        print_text(globals, client, stats, all);
     kvc_stats_free(stats);
     kvc_client_close(client);
     return result;

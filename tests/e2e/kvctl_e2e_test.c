@@ -432,6 +432,8 @@ static void test_keys(void **state)
 #define KEY(command, ...) WORDS(ON, command, "--schema", schema, __VA_ARGS__)
     expect(NULL, KEY("put", "--key", "a/b@1", in), 0, WORDS("stored 3145728 bytes"), NULL);
     expect(NULL, KEY("put", "--key", "a/b@1", in), 0, WORDS("first put wins"), NULL);
+    expect(NULL, WORDS(ON, "status", "--all"), 0,
+           WORDS(hex, "m x, opaque values", "one opaque value       2GiB", "connections  "), NULL);
     expect("", KEY("put", "--key", "empty", "--durable"), 0, WORDS("stored 0 bytes"), NULL);
     expect(NULL, KEY("get", "--key", "a/b@1", out), 0, WORDS("3145728 bytes"), NULL);
     expect(NULL, KEY("get", "--key-hex", "612F624031", out), 0, WORDS("3145728 bytes"), NULL);
