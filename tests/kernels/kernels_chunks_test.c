@@ -3,6 +3,8 @@
  * that make it up, score_keys over landmarks, topk, chunk_weights, attend of each chunk and
  * chunk_fuse, against the formulas in long double, which share no code with any backend.
  */
+#include <stdbool.h>
+
 #include "attend_support.h"
 
 enum { CHUNKS = 21, S = 64, HIDDEN = 48, HQ = 4, HKV = 2, D = 16, NQ = 5, K = 8 };
@@ -224,6 +226,64 @@ static void check_stick(const subject *s, void *arg)
     assert_same_bits(s, "stick", got, want, sizeof(want));
 }
 
+/* What n_shards servers find that have every n_shards-th landmark each: the k best of each, then
+ * the k best of those in order of position. */
+static void retrieve_sharded(const subject *s, const memory *m, uint32_t n_shards, result *r)
+{
+    float found[CHUNKS], scores[CHUNKS], best[K];
+    bool is_found[CHUNKS] = {false};
+    uint32_t ids[K], at[CHUNKS], n = 0, n_best;
+    size_t workspace_bytes = kvk_topk_workspace_bytes(CHUNKS, K);
+    void *workspace = get(workspace_bytes);
+
+    for (uint32_t shard = 0; shard < n_shards; shard++) {
+        uint32_t n_own = (CHUNKS - shard + n_shards - 1) / n_shards;
+        CALL(s, score_keys, m->query, 1, 1, 1, HIDDEN,
+             {m->marks[shard], n_shards * sizeof(m->marks[0]), KVK_F32}, n_own, scores, CHUNKS);
+        CALL(s, topk, scores, n_own, K, 0, ids, best, &n_best, workspace, workspace_bytes);
+        for (uint32_t i = 0; i < n_best; i++) {
+            found[shard + ids[i] * n_shards] = best[i];
+            is_found[shard + ids[i] * n_shards] = true;
+        }
+    }
+    for (uint32_t c = 0; c < CHUNKS; c++) {
+        if (is_found[c]) {
+            scores[n] = found[c];
+            at[n++] = c;
+        }
+    }
+    CALL(s, topk, scores, n, K, 0, ids, r->scores, &r->n, workspace, workspace_bytes);
+    for (uint32_t i = 0; i < r->n; i++)
+        r->ids[i] = at[ids[i]];
+    CALL(s, chunk_weights, r->scores, r->ids, 1, r->n, KVK_FUSE_SOFTMAX, 1.0f, r->weights);
+}
+
+/* Landmarks that are spread over servers give the same chunks, scores and weights bit for bit, ties
+ * across servers included. */
+static void check_shards(const subject *s, void *arg)
+{
+    static const uint32_t shards[] = {2, 3, 8, CHUNKS};
+    memory *m = make_memory(35);
+
+    (void)arg;
+    for (size_t c = 5; c < CHUNKS; c += 4)
+        memcpy(m->marks[c], m->marks[2], sizeof(m->marks[0]));
+    memcpy(m->query, m->marks[2], sizeof(m->query)); /* so that those that tie are the best */
+    result one, many;
+    retrieve_sharded(s, m, 1, &one);
+    assert_int_equal(one.n, K);
+    for (uint32_t i = 0; i < 5; i++)
+        assert_int_equal(one.ids[i], i == 0 ? 2 : 1 + 4 * i);
+    for (size_t i = 0; i < sizeof(shards) / sizeof(shards[0]); i++) {
+        retrieve_sharded(s, m, shards[i], &many);
+        assert_int_equal(many.n, one.n);
+        assert_same_bits(s, "ids", many.ids, one.ids, sizeof(one.ids));
+        assert_same_bits(s, "scores", many.scores, one.scores, sizeof(one.scores));
+        assert_same_bits(s, "weights", many.weights, one.weights, sizeof(one.weights));
+    }
+    free_all();
+}
+
 #define OVER_SUBJECTS(name)                                                                        \
     static void test_##name(void **state)                                                          \
     {                                                                                              \
@@ -234,14 +294,13 @@ OVER_SUBJECTS(einsum)
 OVER_SUBJECTS(ties)
 OVER_SUBJECTS(others)
 OVER_SUBJECTS(stick)
+OVER_SUBJECTS(shards)
 
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_einsum),
-        cmocka_unit_test(test_ties),
-        cmocka_unit_test(test_others),
-        cmocka_unit_test(test_stick),
+        cmocka_unit_test(test_einsum), cmocka_unit_test(test_ties),   cmocka_unit_test(test_others),
+        cmocka_unit_test(test_stick),  cmocka_unit_test(test_shards),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
