@@ -17,7 +17,7 @@
 #include "put_take.h"
 
 #define SUM_STEP_BYTES 32768u
-#define BATCH          64u /* values claimed at once: all are copied before the lock is wanted again */
+#define BATCH          64u /* values claimed at once, and copied before the lock is wanted again */
 
 /* Where the next value's bytes begin in the payload. */
 typedef struct cursor {
