@@ -28,8 +28,8 @@ static const kvc_setting table[] = {
     {"listen", KVC_CONFIG_STRING, FIELD(listen), "grpc://127.0.0.1:7811", 1, 4096, NULL,
      "The addresses to listen on, separated by commas: grpc://HOST:PORT, grpc+unix:///PATH, "
      "shm:///PATH for clients on this host, rdma://ADDRESS:PORT where it was built with RDMA (not "
-     "encrypted, no identities: for networks that you trust). Port 0 "
-     "lets the system choose; the line \"listening on\" says which."},
+     "encrypted, and whoever connects is the tenant default: for networks that say who may). Port "
+     "0 lets the system choose; the line \"listening on\" says which."},
     {"admin_listen", KVC_CONFIG_STRING, FIELD(admin_listen), "", 0, 255, NULL,
      "Where /metrics (Prometheus), /healthz and /readyz are answered over HTTP: HOST:PORT with a "
      "numeric address, such as 127.0.0.1:7812. It asks nobody who they are and shows all tenants "
