@@ -27,23 +27,9 @@
 
 static const shape value_shape = {512, 8};
 
-static char log_text[1 << 16];
-static size_t log_len;
-
-static void keep_log(void *arg, const char *line, size_t len_bytes)
-{
-    (void)arg;
-    if (log_len + len_bytes < sizeof(log_text)) {
-        memcpy(log_text + log_len, line, len_bytes);
-        log_len += len_bytes;
-        log_text[log_len] = '\0';
-    }
-}
-
 static void forget_log(void)
 {
-    log_len = 0;
-    log_text[0] = '\0';
+    tut_log_clear();
 }
 
 static int setup(void **state)
@@ -262,7 +248,7 @@ static void test_sound_files_pass(void **state)
         assert_true(exists(t, "clean"));
     }
     assert_int_equal(kvc_metric_get(KVC_M_lmdb_set_aside), aside);
-    assert_string_equal(log_text, "");
+    assert_string_equal(tut_log, "");
     free(im.bytes);
 }
 
@@ -391,7 +377,7 @@ static void test_unreadable_pages(void **state)
         uint32_t right = try_flip(t, &im, 0, 0, page == 0, &aside);
         assert_int_equal(right, N_VALUES);
         assert_true(aside);
-        assert_non_null(strstr(log_text, "meta is damaged: set aside"));
+        assert_non_null(strstr(tut_log, "meta is damaged: set aside"));
     }
     free(im.bytes);
 }
@@ -419,8 +405,8 @@ static void test_checker_dies(void **state)
         setenv(DIE_OF, text, 1);
         assert_int_equal(tut_open(t), KVC_OK);
         snprintf(text, sizeof(text), "died of signal %d", causes[i]);
-        assert_non_null(strstr(log_text, text));
-        assert_non_null(strstr(log_text, "class-2 is damaged: set aside"));
+        assert_non_null(strstr(tut_log, text));
+        assert_non_null(strstr(tut_log, "class-2 is damaged: set aside"));
         assert_int_equal(kvc_metric_get(KVC_M_lmdb_set_aside), aside + i + 1);
         f = (finding){.t = t};
         assert_int_equal(t->ops->recover(t->tier, look, &f), KVC_OK);
@@ -472,7 +458,7 @@ static void test_damaged_meta(void **state)
     close(fd);
     forget_mark(t);
     assert_int_equal(use(t), N_VALUES);
-    assert_non_null(strstr(log_text, "meta is damaged: set aside"));
+    assert_non_null(strstr(tut_log, "meta is damaged: set aside"));
     assert_int_equal(count_bad(t, false), 1);
     free(im.bytes);
 }
@@ -513,7 +499,7 @@ static void test_damaged_meta_in_a_full_folder(void **state)
         forget_log();
         finding f = {.t = t};
         assert_int_equal(tut_open(t), KVC_OK);
-        assert_non_null(strstr(log_text, "meta is damaged: set aside"));
+        assert_non_null(strstr(tut_log, "meta is damaged: set aside"));
         assert_int_equal(count_bad(t, false), round + 1);
         assert_int_equal(t->ops->recover(t->tier, look, &f), KVC_OK);
         assert_int_equal(f.n_right, n);
@@ -523,7 +509,7 @@ static void test_damaged_meta_in_a_full_folder(void **state)
         assert_int_equal(put_value(t, &key, 1, value_shape, true).status, KVC_AGAIN);
         assert_int_equal(put_value(t, &key, 1, (shape){4096, 9}, true).status, KVC_NO_SPACE);
     }
-    assert_non_null(strstr(log_text, "larger than its capacity"));
+    assert_non_null(strstr(tut_log, "larger than its capacity"));
     for (uint32_t i = 0; i < n; i++) {
         key = key_of(1, i, 0);
         t->ops->release(t->tier, &key, results[i].slot);
@@ -564,6 +550,6 @@ int main(int argc, char **argv)
 
     if (argc == 3 && strcmp(argv[1], "--check-env") == 0)
         return checker_main(argv[2]);
-    kvc_log_set_sink(keep_log, NULL);
+    kvc_log_set_sink(tut_log_keep, NULL);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

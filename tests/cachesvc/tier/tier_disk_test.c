@@ -28,28 +28,11 @@
 
 static const shape small = {4096, 16}, large = {4096, 64};
 
-static char log_text[1 << 16];
-static size_t log_len;
-static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
-
-static void keep_log(void *arg, const char *line, size_t len_bytes)
-{
-    (void)arg;
-    pthread_mutex_lock(&log_lock);
-    if (log_len + len_bytes < sizeof(log_text)) {
-        memcpy(log_text + log_len, line, len_bytes);
-        log_len += len_bytes;
-        log_text[log_len] = '\0';
-    }
-    pthread_mutex_unlock(&log_lock);
-}
-
 static int setup(void **state)
 {
     tier_under_test *t = malloc(sizeof(*t));
 
-    log_len = 0;
-    log_text[0] = '\0';
+    tut_log_clear();
     tut_init(t, kvs_tier_find("lmdb"), NULL);
     t->opts.row_sums_bytes = 0; /* every read looks at the file */
     *state = t;
@@ -123,7 +106,7 @@ static void test_file_cut_while_reading(void **state)
     cut(t, "class-65", 4096 * 300); /* some values are behind it, the tree may be */
     uint32_t n = count_right(t, v, large);
     assert_true(n < N_VALUES / 2);
-    assert_non_null(strstr(log_text, "class-65"));
+    assert_non_null(strstr(tut_log, "class-65"));
     assert_int_equal(count_right(t, v, small), N_VALUES / 2);
     put_result r = put_value(t, &key, 1, small, true); /* the other class serves on */
     assert_int_equal(r.status, KVC_OK);
@@ -133,7 +116,6 @@ static void test_file_cut_while_reading(void **state)
     assert_int_equal(put_value(t, &key, 1, large, true).status, KVC_IO);
     assert_int_equal(count_right(t, v, small), N_VALUES / 2);
     tut_close(t);
-    log_len = 0;
     assert_int_equal(tut_open(t), KVC_OK); /* not a clean stop: nothing of it is taken on trust */
     tut_close(t);
 }
@@ -154,7 +136,7 @@ static void test_file_cut_under_the_writer(void **state)
     put_result r = put_value(t, &key, 1, large, true);
     assert_int_equal(r.status, KVC_IO);
     assert_int_equal(put_value(t, &key, 1, large, true).status, KVC_IO);
-    assert_non_null(strstr(log_text, "a page of the file cannot be had"));
+    assert_non_null(strstr(tut_log, "a page of the file cannot be had"));
     assert_int_equal(count_right(t, v, small), N_VALUES / 2);
     kvs_slot mine = v[0].slot;
     assert_int_equal(t->ops->sync(t->tier, &mine, 1, NULL), KVC_OK);
@@ -233,7 +215,7 @@ static void test_read_led_astray(void **state)
     atomic_store(&wild, true);
     assert_int_equal(check_rows(t, &v[i].key, 1, v[i].s, v[i].slot, 0, 1, &equal), KVC_IO);
     atomic_store(&wild, false);
-    assert_non_null(strstr(log_text, "a page that makes no sense"));
+    assert_non_null(strstr(tut_log, "a page that makes no sense"));
     assert_int_equal(put_value(t, &key, 1, large, true).status, KVC_IO);
     assert_int_equal(count_right(t, v, small), N_VALUES / 2);
     tut_close(t);
@@ -320,7 +302,7 @@ static void test_vanished_folder(void **state)
     put_all(t, v);
     assert_int_equal(nftw(t->dir, remove_one, 16, FTW_DEPTH | FTW_PHYS), 0);
     assert_int_equal(put_value(t, &key, 1, large, true).status, KVC_IO);
-    assert_non_null(strstr(log_text, "was removed from under the server"));
+    assert_non_null(strstr(tut_log, "was removed from under the server"));
     assert_int_equal(put_value(t, &key, 1, (shape){512, 3}, true).status, KVC_IO); /* a new class */
     assert_int_equal(t->ops->meta_put(t->tier, "a", "b", 1), KVC_IO);
     assert_int_equal(count_right(t, v, small) + count_right(t, v, large), N_VALUES);
@@ -371,7 +353,7 @@ static void test_full_disk(void **state)
         r = put_value(t, &key, 1, large, n % 2 == 0);
     }
     assert_true(r.status == KVC_AGAIN || r.status == KVC_NO_SPACE);
-    assert_non_null(strstr(log_text, "No space left on device"));
+    assert_non_null(strstr(tut_log, "No space left on device"));
     kvs_value_key fresh = key_of(3, 0, 0); /* a new class does not find room either */
     r = put_value(t, &fresh, 1, (shape){4096, 3}, true);
     assert_true(r.status == KVC_AGAIN || r.status == KVC_NO_SPACE);
@@ -399,7 +381,7 @@ static void test_full_disk_at_first_start(void **state)
         skip();
     close(fill_disk(t, ballast));
     assert_int_equal(tut_open(t), KVC_NO_SPACE);
-    assert_non_null(strstr(log_text, "No space left on device"));
+    assert_non_null(strstr(tut_log, "No space left on device"));
     assert_int_equal(unlink(ballast), 0);
     assert_int_equal(tut_open(t), KVC_OK);
 }
@@ -414,8 +396,8 @@ static void test_read_only_disk(void **state)
     tut_close(t);
     assert_int_equal(mount("tmpfs", t->dir, "tmpfs", MS_REMOUNT | MS_RDONLY, NULL), 0);
     assert_int_equal(tut_open(t), KVC_IO);
-    assert_non_null(strstr(log_text, "Read-only file system"));
-    assert_non_null(strstr(log_text, t->dir));
+    assert_non_null(strstr(tut_log, "Read-only file system"));
+    assert_non_null(strstr(tut_log, t->dir));
 }
 
 /* --- new folders and files --- */
@@ -458,154 +440,6 @@ static void test_new_folder_is_synced(void **state)
     assert_int_equal(n_watched, 1);
 }
 
-static atomic_int room_error; /* what the disk says to a file that grows; 0: nothing */
-
-int __real_fallocate(int fd, int mode, off_t off, off_t len);
-int __wrap_fallocate(int fd, int mode, off_t off, off_t len);
-
-int __wrap_fallocate(int fd, int mode, off_t off, off_t len)
-{
-    int error = atomic_load(&room_error);
-
-    if (error == 0)
-        return __real_fallocate(fd, mode, off, len);
-    errno = error;
-    return -1;
-}
-
-/* A size class whose file could not be made takes no place from others. */
-static void test_failed_class_leaves_its_place(void **state)
-{
-    tier_under_test *t = *state;
-    kvs_slot slots[8];
-
-    assert_int_equal(tut_open(t), KVC_OK);
-    atomic_store(&room_error, ENOSPC);
-    for (uint32_t i = 0; i < 10; i++) {
-        kvs_value_key key = key_of(1, i, 0);
-        assert_int_equal(put_value(t, &key, 1, (shape){4096, 20 + i}, true).status, KVC_NO_SPACE);
-    }
-    assert_null(strstr(log_text, "ninth"));
-    atomic_store(&room_error, 0);
-    for (uint32_t i = 0; i < 8; i++) {
-        kvs_value_key key = key_of(2, i, 0);
-        put_result r = put_value(t, &key, 1, (shape){4096, i + 1}, true);
-        assert_int_equal(r.status, KVC_OK);
-        slots[i] = r.slot;
-    }
-    kvs_value_key key = key_of(2, 8, 0);
-    assert_int_equal(put_value(t, &key, 1, (shape){4096, 9}, true).status, KVC_NO_SPACE);
-    assert_non_null(strstr(log_text, "those of 2, 3, 4, 5, 6, 7, 8, 9 pages exist"));
-    for (uint32_t i = 0; i < 8; i++) {
-        key = key_of(2, i, 0);
-        assert_value(t, &key, 1, (shape){4096, i + 1}, slots[i]);
-    }
-}
-
-/* Puts large values until one is refused; its status. */
-static kvc_status fill_class(tier_under_test *t, uint64_t schema)
-{
-    put_result r = {.status = KVC_OK};
-
-    for (uint32_t i = 0; i < 1000 && r.status == KVC_OK; i++) {
-        kvs_value_key key = key_of(schema, i, 0);
-        r = put_value(t, &key, 1, large, true);
-    }
-    return r.status;
-}
-
-/* A file that cannot grow asks for room by AGAIN if the disk is full, and not if it is dying. */
-static void test_dying_disk_asks_for_no_room(void **state)
-{
-    tier_under_test *t = *state;
-    kvs_value_key key = key_of(1, 0, 0);
-
-    t->opts.capacity_bytes = 128u << 20;
-    assert_int_equal(tut_open(t), KVC_OK);
-    put_result first = put_value(t, &key, 1, large, true);
-    assert_int_equal(first.status, KVC_OK);
-    atomic_store(&room_error, ENOSPC);
-    assert_int_equal(fill_class(t, 2), KVC_AGAIN);
-    atomic_store(&room_error, EIO);
-    assert_int_equal(fill_class(t, 3), KVC_IO);
-    atomic_store(&room_error, 0);
-    assert_int_equal(fill_class(t, 4), KVC_AGAIN); /* up to the cap, now */
-    assert_value(t, &key, 1, large, first.slot);
-}
-
-/* --- growth under readers --- */
-
-typedef struct looker {
-    tier_under_test *t;
-    const stored *v;
-    atomic_bool stop;
-    atomic_uint n_reads, n_wrong;
-    uint64_t slowest_ns[2];
-    atomic_uint n_threads;
-} looker;
-
-static void *look(void *arg)
-{
-    looker *l = arg;
-    uint64_t *slowest = &l->slowest_ns[atomic_fetch_add(&l->n_threads, 1)];
-    bool equal;
-
-    for (uint32_t i = 0; !atomic_load(&l->stop); i = (i + 1) % N_VALUES) {
-        const stored *v = &l->v[i];
-        uint64_t start = kvc_now_ns();
-        kvc_status status = check_rows(l->t, &v->key, 1, v->s, v->slot, i % 16, 1, &equal);
-        uint64_t took = kvc_now_ns() - start;
-        *slowest = took > *slowest ? took : *slowest;
-        atomic_fetch_add(&l->n_reads, 1);
-        atomic_fetch_add(&l->n_wrong, status != KVC_OK || !equal);
-    }
-    return NULL;
-}
-
-/* A class takes little of the disk as long as there is little in it, whatever the cap. */
-static void test_small_start(void **state)
-{
-    tier_under_test *t = *state;
-    kvs_value_key key = key_of(7, 7, 7);
-
-    t->opts.capacity_bytes = 16ull << 30;
-    assert_int_equal(tut_open(t), KVC_OK);
-    assert_int_equal(put_value(t, &key, 1, (shape){100, 10}, true).status, KVC_OK);
-    assert_true(medium_bytes(t) < 4u << 20);
-}
-
-/* A map that grows from small to its cap while it is read: no read fails, none waits long. */
-static void test_growth_does_not_stall_readers(void **state)
-{
-    tier_under_test *t = *state;
-    stored v[N_VALUES];
-    looker l = {.t = t, .v = v};
-    pthread_t threads[2];
-    uint32_t n = 0;
-
-    t->opts.capacity_bytes = 128u << 20;
-    assert_int_equal(tut_open(t), KVC_OK);
-    put_all(t, v);
-    assert_true(medium_bytes(t) < 16u << 20); /* a small start */
-    for (uint32_t i = 0; i < 2; i++)
-        assert_int_equal(pthread_create(&threads[i], NULL, look, &l), 0);
-    put_result r = {.status = KVC_OK};
-    for (; n < 350 && r.status == KVC_OK; n++) {
-        kvs_value_key key = key_of(2, n, 0);
-        r = put_value(t, &key, 1, large, false);
-    }
-    atomic_store(&l.stop, true);
-    for (uint32_t i = 0; i < 2; i++)
-        pthread_join(threads[i], NULL);
-    assert_true(n > 300);
-    assert_true(medium_bytes(t) <= t->opts.capacity_bytes);
-    assert_int_equal(l.n_wrong, 0);
-    assert_true(l.n_reads > 100);
-    uint64_t slowest = l.slowest_ns[0] > l.slowest_ns[1] ? l.slowest_ns[0] : l.slowest_ns[1];
-    assert_true(slowest < 30000000000ull); /* a busy machine may stop a thread for seconds */
-    print_message("%u reads, the slowest %.1f ms\n", (unsigned)l.n_reads, (double)slowest / 1e6);
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -620,12 +454,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_full_disk_at_first_start, setup, teardown),
         cmocka_unit_test_setup_teardown(test_read_only_disk, setup, teardown),
         cmocka_unit_test_setup_teardown(test_new_folder_is_synced, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_failed_class_leaves_its_place, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_dying_disk_asks_for_no_room, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_small_start, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_growth_does_not_stall_readers, setup, teardown),
     };
 
-    kvc_log_set_sink(keep_log, NULL);
+    kvc_log_set_sink(tut_log_keep, NULL);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

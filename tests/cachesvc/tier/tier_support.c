@@ -259,3 +259,27 @@ uint64_t value_count(tier_under_test *t)
     t->ops->usage(t->tier, &usage);
     return usage.values;
 }
+
+char tut_log[1 << 16];
+static size_t log_len;
+static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
+
+void tut_log_clear(void)
+{
+    pthread_mutex_lock(&log_lock);
+    log_len = 0;
+    tut_log[0] = '\0';
+    pthread_mutex_unlock(&log_lock);
+}
+
+void tut_log_keep(void *arg, const char *line, size_t len_bytes)
+{
+    (void)arg;
+    pthread_mutex_lock(&log_lock);
+    if (log_len + len_bytes < sizeof(tut_log)) {
+        memcpy(tut_log + log_len, line, len_bytes);
+        log_len += len_bytes;
+        tut_log[log_len] = '\0';
+    }
+    pthread_mutex_unlock(&log_lock);
+}

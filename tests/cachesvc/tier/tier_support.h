@@ -60,6 +60,11 @@ uint64_t medium_bytes(tier_under_test *t);
 uint64_t used_bytes(tier_under_test *t);
 uint64_t value_count(tier_under_test *t);
 
+/* What was logged since tut_log_clear, as text; tut_log_keep is the sink for it. */
+extern char tut_log[1 << 16];
+void tut_log_clear(void);
+void tut_log_keep(void *arg, const char *line, size_t len_bytes);
+
 uint64_t rng_next(uint64_t *state); /* splitmix64 */
 
 #endif
