@@ -469,7 +469,7 @@ static void stalled_peer(void **state)
     uint64_t start_ns = kvc_now_ns();
     f.ops->conn_close(f.conn);
     f.conn = NULL;
-    assert_true(kvc_now_ns() - start_ns < 5 * SECOND);
+    assert_true(kvc_now_ns() - start_ns < 12 * SECOND); /* and not keepalive's 15 */
     for (uint32_t i = 0; i < N; i++) {
         assert_int_equal(atomic_load(&jobs[i].n_done), 1);
         if (!early[i] && jobs[i].status != KVC_CANCELLED) /* by the close, if it was first */
