@@ -5,11 +5,11 @@
  * goes to no other tenant; a tenant's mapped bytes are those of its segments with connections.
  * Whether a client has let go of memory cannot be seen: it is believed, as it is when it leaves.
  */
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/metrics.h"
+#include "files.h"
 #include "maps_internal.h"
 #include "tier/tier_dram.h"
 
@@ -80,8 +80,9 @@ static void pass(kvs_maps *maps, kvsi_map_peer *p, const kvs_dram_segment *segme
     bool first = kvs_dram_count_mapping(tier, segment->number, true, &len_bytes) == 1;
     place->capped = first && !fits(maps, &p->tenant, len_bytes);
     if (!place->capped)
-        place->fd = fcntl(segment->fd, F_DUPFD_CLOEXEC, 0);
+        place->fd = kvs_files_pass(segment->fd);
     if (place->fd < 0) {
+        place->capped = true;
         (void)kvs_dram_count_mapping(tier, segment->number, false, &len_bytes);
         return;
     }

@@ -17,6 +17,7 @@
 #include "base/log.h"
 #include "base/metrics.h"
 #include "cascade.h"
+#include "files.h"
 #include "maps_internal.h"
 
 #ifndef F_SEAL_FUTURE_WRITE
@@ -207,7 +208,7 @@ static kvc_status make_lease(peer *p)
     int seals = F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL;
     p->lease_fd = memfd_create("kvasir-lease", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (p->lease_fd < 0)
-        return KVC_UNSUPPORTED;
+        return errno == EMFILE || errno == ENFILE ? KVC_AGAIN : KVC_UNSUPPORTED;
     void *base = MAP_FAILED;
     if (ftruncate(p->lease_fd, LEASE_BYTES) == 0)
         base = mmap(NULL, LEASE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, p->lease_fd, 0);
@@ -275,21 +276,27 @@ kvc_status kvs_map_begin(kvs_maps *maps, uint64_t id, const kvc_digest *tenant, 
         return status;
     kvc_mutex_lock(&maps->lock);
     peer *p = kvsi_map_peer_of(maps, id);
-    map *m = fresh ? add_map(maps, p) : find_map(p, *map_p);
+    if (!p->lease_passed)
+        lease_p->fd = kvs_files_pass(p->lease_fd);
+    bool has_lease = p->lease_passed || lease_p->fd >= 0;
+    map *m = !has_lease ? NULL : fresh ? add_map(maps, p) : find_map(p, *map_p);
     if (m) {
         *map_p = m->number;
         lease_p->slot = m->slot;
-        if (!p->lease_passed)
-            lease_p->fd = fcntl(p->lease_fd, F_DUPFD_CLOEXEC, 0);
-        if (lease_p->fd >= 0) {
-            lease_p->lease_bytes = LEASE_BYTES;
-            p->lease_passed = true;
-        }
+    }
+    if (m && lease_p->fd >= 0) {
+        lease_p->lease_bytes = LEASE_BYTES;
+        p->lease_passed = true;
     }
     kvc_mutex_unlock(&maps->lock);
-    if (!m)
-        return fresh ? KVC_NO_SPACE : KVC_NOT_FOUND;
-    return KVC_OK;
+    if (m)
+        return KVC_OK;
+    if (lease_p->fd >= 0)
+        (void)close(lease_p->fd);
+    lease_p->fd = -1;
+    if (!has_lease)
+        return KVC_AGAIN;
+    return fresh ? KVC_NO_SPACE : KVC_NOT_FOUND;
 }
 
 uint64_t kvs_map_reserve(kvs_maps *maps, const kvc_digest *tenant, uint64_t want_bytes)

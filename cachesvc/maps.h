@@ -36,7 +36,7 @@ typedef struct kvs_lease_at {
 /*
  * Finds a connection's map, or begins one (*map_p 0). The calls of one connection come one by one,
  * so it stays unless it is revoked. NOT_FOUND: it was, or never was. NO_SPACE: the connection has
- * too many; NO_MEMORY; UNSUPPORTED: the system has no memfd or seals.
+ * too many; NO_MEMORY; AGAIN: descriptors are short; UNSUPPORTED: the system has no memfd or seals.
  */
 kvc_status kvs_map_begin(kvs_maps *maps, uint64_t id, const kvc_digest *tenant, uint64_t *map_p,
                          kvs_lease_at *lease_p) KVC_MUST_CHECK;
@@ -54,7 +54,7 @@ kvc_status kvs_map_add(kvs_maps *maps, uint64_t id, uint64_t number, uint32_t *v
 typedef struct kvs_map_place {
     uint32_t id; /* what the connection calls the segment; 0: it has not been passed */
     int fd;      /* of its own, to be passed, as the segment is new to it; else -1 */
-    bool capped; /* id 0: no more may be mapped, whatever the reply has room for */
+    bool capped; /* id 0: no more can be mapped now, whatever the reply has room for */
     bool again;  /* the map pins the value already */
 } kvs_map_place;
 /* Finds the segment (a kvs_dram_segment) of a held slot among those of the connection, or passes

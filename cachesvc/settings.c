@@ -76,8 +76,9 @@ static const kvc_setting table[] = {
     {"max_connections", KVC_CONFIG_UINT, FIELD(max_connections), "1000", 1, 65536, NULL,
      "Connections of all listeners together; one that comes beyond is closed at once, and its "
      "client "
-     "tries again later. Over gRPC each takes some 30 KiB of memory, and every one a descriptor: "
-     "where the hard limit on open files is lower, so is this."},
+     "tries again later. Over gRPC each takes some 30 KiB of memory, and every one a descriptor, "
+     "or "
+     "two where shm is served: where the hard limit on open files leaves fewer, so does this."},
     {"context_ttl", KVC_CONFIG_DURATION, FIELD(context_ttl_ns), "10m", 10 * MS, 240 * HOUR, NULL,
      "How long an open context lives after its last use, where the client does not say."},
     {"schema_grace", KVC_CONFIG_DURATION, FIELD(schema_grace_ns), "1h", 0, 240 * HOUR, NULL,
