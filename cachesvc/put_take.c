@@ -332,15 +332,10 @@ static uint32_t run_length(const kvs_put *put, const kvs_want *wants, uint32_t n
     return run;
 }
 
-/* Values of rows from first on, n <= BATCH; returns how many are taken. */
-static uint32_t take_rows(kvs_put *put, uint32_t first, uint32_t n, cursor *at)
+/* Claims wants [n], from item first of the request on; returns how many have their answer. */
+static uint32_t claim_rows(kvs_put *put, uint32_t first, kvs_want *wants, uint32_t n)
 {
-    const kvc_put_value *values = &put->call->req.u.put_blocks.values[first];
     kvs_put_item *items = &put->items[first];
-    kvs_want wants[BATCH];
-    for (uint32_t i = 0; i < n; i++)
-        wants[i] = (kvs_want){.digest = &values[i].digest,
-                              .part = (uint32_t)kvs_schema_part(put->schema, values[i].part)};
     n = kvs_index_claim_each(put->server->index, put->schema, wants, n, put->durable,
                              put->call->req.u.put_blocks.probe);
     for (uint32_t i = 0; i < n; i++) {
@@ -348,8 +343,25 @@ static uint32_t take_rows(kvs_put *put, uint32_t first, uint32_t n, cursor *at)
         items[i].value = wants[i].value;
         items[i].slot = wants[i].slot;
     }
+    return n;
+}
+
+/* Values of rows from first on, n <= BATCH; returns how many are taken. What was there as all were
+   claimed is claimed again if anything gave way since: it may have been that. */
+static uint32_t take_rows(kvs_put *put, uint32_t first, uint32_t n, cursor *at)
+{
+    const kvc_put_value *values = &put->call->req.u.put_blocks.values[first];
+    const atomic_uint_least64_t *evictions = &put->server->dram.evictions;
+    uint64_t n_evictions = atomic_load(evictions);
+    kvs_want wants[BATCH];
+    for (uint32_t i = 0; i < n; i++)
+        wants[i] = (kvs_want){.digest = &values[i].digest,
+                              .part = (uint32_t)kvs_schema_part(put->schema, values[i].part)};
+    n = claim_rows(put, first, wants, n);
     for (uint32_t i = 0; i < n;) {
         uint32_t run = 1;
+        if (wants[i].claim == KVS_CLAIM_EXISTS && atomic_load(evictions) != n_evictions)
+            (void)claim_rows(put, first + i, &wants[i], 1);
         if (wants[i].claim == KVS_CLAIM_MINE) {
             run = run_length(put, &wants[i], n - i);
             take_new(put, first + i, run, at);

@@ -168,6 +168,25 @@ static void test_more_than_fits(void **state)
     assert_true(there >= 32 && there <= 40);
 }
 
+/* What was there as a request came, and gave way to its first values, is put again. */
+static void test_gives_way_to_the_same(void **state)
+{
+    fixture *f = *state;
+    uint64_t blocks[32];
+    close_server(f);
+    f->h.settings.dram_bytes = 40 * VALUE_BYTES;
+    open_server(f);
+    put_range(f, 0, 40, 1, KVC_PROMISE_MEMORY);
+    for (uint32_t i = 0; i < 16; i++) {
+        blocks[i] = 1000 + i;
+        blocks[16 + i] = i; /* the oldest */
+    }
+    put_blocks(f, blocks, 32, KVC_PROMISE_MEMORY);
+    assert_int_equal(count(f, 32, KVC_OK), 32);
+    assert_int_equal(check_rows(f, 1000, 16, 0), 16);
+    assert_int_equal(check_rows(f, 0, 16, 0), 16);
+}
+
 /* Room that is refused fails the values that it was for, and no other. */
 static void test_no_room_for_one(void **state)
 {
@@ -315,6 +334,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_some_are_there, setup, teardown),
         cmocka_unit_test_setup_teardown(test_mixed_shapes, setup, teardown),
         cmocka_unit_test_setup_teardown(test_more_than_fits, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_gives_way_to_the_same, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_room_for_one, setup, teardown),
         cmocka_unit_test_setup_teardown(test_rivals, setup, teardown),
 #ifdef KVASIR_LMDB
