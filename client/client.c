@@ -101,11 +101,25 @@ static void stop_threads(kvc_client *client)
     kvc_thread_join(&client->prog);
 }
 
-kvc_status kvc_client_open(const kvc_client_opts *opts, kvc_client **client_p)
+bool kvci_take_sized(void *struct_p, const void *callers, size_t first_bytes, size_t now_bytes)
 {
+    size_t size_bytes;
+    memcpy(&size_bytes, callers, sizeof(size_bytes));
+    if (size_bytes < first_bytes || size_bytes > now_bytes || size_bytes % sizeof(uint64_t) != 0)
+        return false;
+    memset(struct_p, 0, now_bytes);
+    memcpy(struct_p, callers, size_bytes);
+    return true;
+}
+
+kvc_status kvc_client_open(const kvc_client_opts *callers, kvc_client **client_p)
+{
+    kvc_client_opts taken, *opts = &taken;
     *client_p = NULL;
-    if (opts->size_bytes < sizeof(*opts) || opts->uris == NULL)
-        return kvci_fail(KVC_INVALID, "client: size_bytes is too small or uris is NULL");
+    if (!kvci_take_sized(opts, callers, offsetof(kvc_client_opts, sums), sizeof(*opts)))
+        return kvci_fail(KVC_INVALID, "client: size_bytes is not that of kvc_client_opts");
+    if (opts->uris == NULL)
+        return kvci_fail(KVC_INVALID, "client: uris is NULL");
     kvt_init();
     kvc_client *client = calloc(1, sizeof(*client));
     if (client == NULL)
@@ -117,7 +131,7 @@ kvc_status kvc_client_open(const kvc_client_opts *opts, kvc_client **client_p)
     client->default_timeout_ns =
         opts->default_timeout_ns != 0 ? opts->default_timeout_ns : KVCI_DEFAULT_TIMEOUT_NS;
     client->n_channels = opts->n_channels != 0 ? opts->n_channels : 2;
-    client->sums = opts->sums;
+    client->sums = opts->sums != 0;
     kvc_status status = parse_uris(client, opts->uris);
     if (status != KVC_OK)
         goto err_free;

@@ -434,6 +434,9 @@ typedef struct kvci_schema {
 /* Makes every known schema known to the server of a link. Best effort; blocks. */
 void kvci_schemas_restore(kvc_client *client, kvci_link *link, uint64_t deadline_ns);
 
+/* Copies a caller's struct that begins with its size_bytes to one of `now` bytes, of which `first`
+ * were there when it was first published; what it lacks is 0. False: its size cannot be. */
+bool kvci_take_sized(void *struct_p, const void *callers, size_t first_bytes, size_t now_bytes);
 /* Sets kvc_last_error and returns status. */
 kvc_status kvci_fail(kvc_status status, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* Keeps a text that another thread may load later by its ticket; texts of old tickets are lost. */

@@ -12,7 +12,7 @@ kvc_status kvc_region_register(kvc_client *client, const kvc_region_desc *desc,
                                kvc_region **region_p)
 {
     *region_p = NULL;
-    if (desc->size_bytes < sizeof(*desc))
+    if (desc->size_bytes != sizeof(*desc))
         return kvci_fail(KVC_INVALID, "region: size_bytes is %zu, expected %zu", desc->size_bytes,
                          sizeof(*desc));
     if (desc->kind != KVC_MEMORY_HOST && desc->kind != KVC_MEMORY_CUDA)

@@ -73,6 +73,7 @@ kvc_status kvc_stats(kvc_client *client, uint64_t deadline_ns, kvc_server_stats 
     holder *h = calloc(1, sizeof(*h));
     if (h == NULL)
         return kvci_fail(KVC_NO_MEMORY, "stats: no memory");
+    h->stats.size_bytes = sizeof(h->stats);
     kvc_arena_init(&h->arena, STATS_ARENA_BYTES);
     kvc_request req = {.method = KVC_DESCRIBE};
     kvci_rpc_opts opts = {.deadline_ns = deadline_ns, .take = take_describe, .take_arg = h};

@@ -25,6 +25,31 @@ static void test_open_errors(void **state)
     kvc_client_close(NULL);
 }
 
+/* As a program that was built with the first header opens one. */
+static void test_open_older(void **state)
+{
+    (void)state;
+    fixture f = {0};
+    fake_init(&f.fake);
+    fake_listen(&f.fake, FIXTURE_URI);
+    kvc_client_opts opts;
+    memset(&opts, 0xa5, sizeof(opts));
+    opts.uris = FIXTURE_URI;
+    opts.connect_timeout_ns = opts.default_timeout_ns = PATIENCE_MS * MS;
+    opts.n_channels = 2;
+    opts.size_bytes = sizeof(opts) + sizeof(uint64_t);
+    assert_status(kvc_client_open(&opts, &f.client), KVC_INVALID);
+    opts.size_bytes = offsetof(kvc_client_opts, sums);
+    assert_ok(kvc_client_open(&opts, &f.client));
+    kvc_map_opts map;
+    memset(&map, 0, sizeof(map));
+    map.size_bytes = sizeof(map) + sizeof(uint64_t);
+    assert_status(kvc_client_map_contexts(f.client, &map), KVC_INVALID);
+    map.size_bytes = offsetof(kvc_map_opts, keep_ns);
+    assert_ok(kvc_client_map_contexts(f.client, &map));
+    fixture_stop(&f);
+}
+
 static void test_second_uri(void **state)
 {
     (void)state;
@@ -463,6 +488,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_open_errors),
+        cmocka_unit_test(test_open_older),
         cmocka_unit_test(test_second_uri),
         cmocka_unit_test(test_limits_are_clamped),
         cmocka_unit_test(test_fetch_sizes),

@@ -18,6 +18,48 @@ static void test_sizes(void **state)
     assert_true(sizeof(kvci_msg) <= 1024);
 }
 
+/* A program that was built with an older header passes a shorter struct, with anything behind it.
+ */
+static void test_older_structs(void **state)
+{
+    (void)state;
+    const size_t first = offsetof(kvc_client_opts, sums), now = sizeof(kvc_client_opts);
+    struct {
+        kvc_client_opts opts;
+        uint64_t behind[2];
+    } callers;
+    kvc_client_opts taken;
+    memset(&callers, 0xa5, sizeof(callers));
+    callers.opts.uris = "x";
+    callers.opts.n_channels = 7;
+    callers.opts.size_bytes = first;
+    assert_true(kvci_take_sized(&taken, &callers, first, now));
+    assert_int_equal(taken.n_channels, 7);
+    assert_string_equal(taken.uris, "x");
+    assert_int_equal(taken.sums, 0);
+    callers.opts.size_bytes = now;
+    assert_true(kvci_take_sized(&taken, &callers, first, now));
+    assert_true(taken.sums == callers.opts.sums);
+    const size_t wrong[] = {0, first - 8, first + 4, now + 8};
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
+        callers.opts.size_bytes = wrong[i];
+        assert_false(kvci_take_sized(&taken, &callers, first, now));
+    }
+}
+
+/* Nothing that was added lies where an older struct ends in padding. */
+static void test_structs_grow_at_their_ends(void **state)
+{
+    (void)state;
+    const size_t word = sizeof(uint64_t);
+    assert_int_equal(offsetof(kvc_client_opts, n_channels), 4 * word);
+    assert_int_equal(offsetof(kvc_client_opts, sums), 5 * word);
+    assert_int_equal(sizeof(kvc_client_opts), 6 * word);
+    assert_int_equal(offsetof(kvc_map_opts, keep_ns), 4 * word);
+    assert_int_equal(sizeof(kvc_map_opts), 5 * word);
+    assert_int_equal(offsetof(kvc_server_stats, size_bytes), 0);
+}
+
 /* Cuts bytes into pieces of random length, some of them empty. */
 static uint32_t cut_random(support_random *random, uint8_t *bytes, size_t len, struct iovec *iov)
 {
@@ -200,6 +242,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(only_sealed_memory_of_the_right_length_is_mapped),
         cmocka_unit_test(test_sizes),
+        cmocka_unit_test(test_older_structs),
+        cmocka_unit_test(test_structs_grow_at_their_ends),
         cmocka_unit_test(test_scatter_model),
         cmocka_unit_test(test_scatter_refuses),
         cmocka_unit_test(test_backoff),

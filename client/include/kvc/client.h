@@ -13,6 +13,10 @@
  * which ends with UNAVAILABLE where its connection broke before the answer. Where the deadline ends
  * that, the op has the status of its last attempt (AGAIN, UNAVAILABLE ...), or TIMED_OUT if it was
  * never answered.
+ *
+ * Structs that begin with size_bytes: the caller sets it to sizeof its own struct. They grow only
+ * at their ends, by whole words. A shorter one, of an older header, is taken, and what it lacks is
+ * 0; one that is longer than this library's, or no multiple of a word, is INVALID.
  */
 #ifndef KVC_CLIENT_H
 #define KVC_CLIENT_H
@@ -40,7 +44,7 @@ typedef struct kvc_client_opts {
     uint32_t n_channels;         /* connections that bulk is striped over; 0: 2 */
     /* Over rdma:// both ends sum and verify all that crosses (XXH3-64), which costs each a look at
      * every byte; a difference is CORRUPT. Without it, the fabric's own CRCs are all there is. */
-    bool sums;
+    uint64_t sums; /* not 0: so */
 } kvc_client_opts;
 
 /*
@@ -535,7 +539,9 @@ typedef struct kvc_named_count {
     uint64_t value;
 } kvc_named_count;
 
+/* The library's: members behind its size_bytes are those of a newer header, and not there. */
 typedef struct kvc_server_stats {
+    size_t size_bytes;
     const char *version;
     uint64_t boot_id, uptime_ms;
     const kvc_limits *limits;

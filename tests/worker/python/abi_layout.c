@@ -41,7 +41,7 @@
     X(t, put_retries) X(t, ns_put_wait) X(t, rows_near) X(t, way_fallbacks)
 #define CLIENT_OPTS(X, t) \
     X(t, size_bytes) X(t, uris) X(t, connect_timeout_ns) X(t, default_timeout_ns) \
-    X(t, n_channels)
+    X(t, n_channels) X(t, sums)
 #define LIMITS(X, t) \
     X(t, max_value_bytes) X(t, max_message_bytes) X(t, max_batch_values) X(t, max_digests) \
     X(t, max_context_blocks) X(t, max_picks) X(t, max_groups) X(t, max_contexts) \
@@ -56,8 +56,8 @@
 #define COUNT(X, t) \
     X(t, name) X(t, value)
 #define SERVER(X, t) \
-    X(t, version) X(t, boot_id) X(t, uptime_ms) X(t, limits) X(t, n_tiers) X(t, n_counters) \
-    X(t, n_schemas) X(t, tiers) X(t, counters) X(t, schemas)
+    X(t, size_bytes) X(t, version) X(t, boot_id) X(t, uptime_ms) X(t, limits) X(t, n_tiers) \
+    X(t, n_counters) X(t, n_schemas) X(t, tiers) X(t, counters) X(t, schemas)
 /* clang-format on */
 
 #define PRINT(t, f) FIELD(t, f);

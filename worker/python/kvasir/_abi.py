@@ -108,7 +108,7 @@ class ClientOpts(C.Structure):
         ("connect_timeout_ns", C.c_uint64),
         ("default_timeout_ns", C.c_uint64),
         ("n_channels", C.c_uint32),
-        ("sums", C.c_bool),
+        ("sums", C.c_uint64),
     ]
 
 
@@ -161,6 +161,7 @@ class NamedCount(C.Structure):
 
 class ServerStats(C.Structure):
     _fields_ = [
+        ("size_bytes", C.c_size_t),
         ("version", C.c_char_p),
         ("boot_id", C.c_uint64),
         ("uptime_ms", C.c_uint64),
