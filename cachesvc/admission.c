@@ -27,9 +27,15 @@ void kvs_admission_fini(kvs_admission *admission)
     kvc_mutex_fini(&admission->lock);
 }
 
+/* Who looked at the clock before somebody else began the day comes too early, not too late. */
+static bool is_over(const kvs_admission *admission, uint64_t now_ns)
+{
+    return (int64_t)(now_ns - admission->day_start_ns) >= (int64_t)KVS_ADMISSION_DAY_NS;
+}
+
 static void turn_day(kvs_admission *admission, uint64_t now_ns)
 {
-    if (now_ns - admission->day_start_ns < KVS_ADMISSION_DAY_NS)
+    if (!is_over(admission, now_ns))
         return;
     admission->day_start_ns = now_ns;
     admission->spent_bytes = 0;
@@ -53,9 +59,12 @@ bool kvs_admission_due(kvs_admission *admission, uint64_t now_ns, uint64_t wall_
                        kvs_admission_day *day_p)
 {
     kvc_mutex_lock(&admission->lock);
-    turn_day(admission, now_ns);
+    /* A record of the whole budget says of any more what it says already. */
     bool due = over ? admission->spent_bytes != admission->kept_bytes
-                    : admission->spent_bytes > admission->kept_bytes;
+                    : admission->spent_bytes > admission->kept_bytes &&
+                          admission->kept_bytes < admission->budget_bytes;
+    due = due && !is_over(admission, now_ns);
+    day_p->start_ns = admission->day_start_ns;
     day_p->start_wall_ns = wall_ns - (now_ns - admission->day_start_ns);
     day_p->spent_bytes = admission->spent_bytes + (over ? 0 : admission->budget_bytes / AHEAD);
     kvc_mutex_unlock(&admission->lock);
@@ -65,7 +74,8 @@ bool kvs_admission_due(kvs_admission *admission, uint64_t now_ns, uint64_t wall_
 void kvs_admission_kept(kvs_admission *admission, const kvs_admission_day *day)
 {
     kvc_mutex_lock(&admission->lock);
-    admission->kept_bytes = day->spent_bytes;
+    if (admission->day_start_ns == day->start_ns) /* not that of a day that ended meanwhile */
+        admission->kept_bytes = day->spent_bytes;
     kvc_mutex_unlock(&admission->lock);
 }
 
@@ -97,8 +107,8 @@ bool kvs_admission_on_use(kvs_admission *admission, uint64_t now_ns)
     if (admission->policy != KVS_ADMIT_SECOND_USE)
         return false;
     kvc_mutex_lock(&admission->lock);
-    turn_day(admission, now_ns);
-    bool left = admission->budget_bytes == 0 || admission->spent_bytes < admission->budget_bytes;
+    bool left = admission->budget_bytes == 0 || is_over(admission, now_ns) ||
+                admission->spent_bytes < admission->budget_bytes;
     kvc_mutex_unlock(&admission->lock);
     return left;
 }

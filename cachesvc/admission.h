@@ -35,6 +35,7 @@ typedef struct kvs_admission {
 typedef struct kvs_admission_day {
     uint64_t start_wall_ns; /* CLOCK_REALTIME */
     uint64_t spent_bytes;
+    uint64_t start_ns; /* CLOCK_MONOTONIC: of this process, and not recorded */
 } kvs_admission_day;
 
 void kvs_admission_init(kvs_admission *admission, kvs_admission_policy policy,
@@ -47,8 +48,8 @@ void kvs_admission_fini(kvs_admission *admission);
    back, begins now. Before any write. */
 void kvs_admission_take_up(kvs_admission *admission, const kvs_admission_day *day, uint64_t now_ns,
                            uint64_t wall_ns);
-/* Whether a record is to be written: the last does not cover what was spent, or (over) is not
-   exact. *day_p: what it is to say. Any thread. */
+/* Whether a record is to be written: the last covers neither what was spent nor the whole budget,
+   or (over) is not exact. *day_p: what it is to say. Any thread. */
 bool kvs_admission_due(kvs_admission *admission, uint64_t now_ns, uint64_t wall_ns, bool over,
                        kvs_admission_day *day_p);
 /* It was written. */

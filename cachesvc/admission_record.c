@@ -1,9 +1,10 @@
 /*
  * admission_record.c: the day's count in lmdb's meta records; see admission_record.h.
  *
- * A record covers a 64th of the budget more than was spent when it was written, so that writes need
- * not wait for it, and a process that dies takes the day up with a little less than is left of it,
- * never with more.
+ * Before a write goes to lmdb the record covers it, or all of the budget, and is synced. It covers
+ * a 64th of the budget more than was spent when it was written, so that few writes wait for one: a
+ * process that dies takes the day up with that much less than is left of it at most, and never with
+ * more. Every such end costs up to a 64th.
  */
 #include "admission_record.h"
 
@@ -29,7 +30,8 @@ void kvs_admission_load(kvs_server *server)
         return;
     kvc_status status = server->lmdb.ops->meta_get(server->lmdb.tier, NAME, &data, &len_bytes);
     if (status == KVC_OK && len_bytes == RECORD_BYTES) {
-        kvs_admission_day day = {kvc_le_get(data, 8), kvc_le_get((uint8_t *)data + 8, 8)};
+        kvs_admission_day day = {.start_wall_ns = kvc_le_get(data, 8),
+                                 .spent_bytes = kvc_le_get((uint8_t *)data + 8, 8)};
         kvs_admission_take_up(&server->admission, &day, kvc_now_ns(), kvc_wall_ns());
     } else if (status != KVC_NOT_FOUND) {
         KVC_LOG_WARN(SERVER, "what was written to lmdb today is not known: %s",

@@ -167,7 +167,6 @@ void kvs_server_tick(kvs_server *server)
     kvs_ttls_sweep(server->ttls, now_ns);
     kvs_cascade_reap(server);
     collect_schemas(server, now_ns);
-    kvs_admission_save(server, false);
     if (server->writer && server->admission.policy == KVS_ADMIT_SECOND_USE) {
         kvs_index_write_used(server->index, kvs_admission_on_use(&server->admission, now_ns));
         kvs_writer_kick(server->writer);

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "admission_record.h"
 #include "base/assert.h"
 #include "base/clock.h"
 #include "base/metrics.h"
@@ -123,6 +124,7 @@ static void process(kvs_writer *writer, kvs_write_job *job)
         }
         kvc_row_sums(write->rows, write->row_bytes, write->n_rows, job->sums);
     }
+    kvs_admission_save(writer->server, false);
     write->row_sums = job->sums;
     write->done = tier_done;
     write->arg = job;

@@ -19,7 +19,8 @@ static void test_budget_days(void **state)
     assert_true(kvs_admission_on_use(&a, 1000 + KVS_ADMISSION_DAY_NS));
     kvs_admission_spend(&a, 150, 1001 + KVS_ADMISSION_DAY_NS);
     assert_false(kvs_admission_take(&a, 1, 1002 + KVS_ADMISSION_DAY_NS));
-    assert_true(kvs_admission_take(&a, 100, 1000 + 2 * KVS_ADMISSION_DAY_NS));
+    assert_false(kvs_admission_take(&a, 1, 1000 + 2 * KVS_ADMISSION_DAY_NS));
+    assert_true(kvs_admission_take(&a, 100, 1001 + 2 * KVS_ADMISSION_DAY_NS));
     kvs_admission_fini(&a);
     kvs_admission_init(&a, KVS_ADMIT_ALL, 0, 0);
     assert_true(kvs_admission_take(&a, UINT64_MAX / 2, 0));
@@ -69,11 +70,43 @@ static void test_budget_days_go_on(void **state)
     kvs_admission_fini(&a);
 }
 
+/* What was spent of a day is not covered by a record of the day before that was on its way. */
+static void test_budget_day_turns_meanwhile(void **state)
+{
+    const uint64_t wall = 50 * KVS_ADMISSION_DAY_NS, start = 1000;
+    kvs_admission a;
+    kvs_admission_day day, next;
+    (void)state;
+    kvs_admission_init(&a, KVS_ADMIT_ALL, 6400, start);
+    assert_true(kvs_admission_take(&a, 6000, start));
+    assert_true(kvs_admission_due(&a, start + 1, wall + 1, false, &day));
+    assert_true(kvs_admission_take(&a, 5000, start + 2 + KVS_ADMISSION_DAY_NS));
+    kvs_admission_kept(&a, &day);
+    kvs_admission_spend(&a, 0, start + 1 + KVS_ADMISSION_DAY_NS); /* looked at its clock before */
+    assert_true(kvs_admission_due(&a, start + 3 + KVS_ADMISSION_DAY_NS,
+                                  wall + 3 + KVS_ADMISSION_DAY_NS, false, &next));
+    assert_int_equal(next.start_wall_ns, wall + 2 + KVS_ADMISSION_DAY_NS);
+    assert_int_equal(next.spent_bytes, 5100);
+    kvs_admission_kept(&a, &next);
+    assert_true(kvs_admission_take(&a, 1400, start + 4 + KVS_ADMISSION_DAY_NS));
+    assert_true(kvs_admission_due(&a, start + 5 + KVS_ADMISSION_DAY_NS, wall, false, &next));
+    assert_int_equal(next.spent_bytes, 6500);
+    kvs_admission_kept(&a, &next);
+    kvs_admission_spend(&a, 5000, start + 6 + KVS_ADMISSION_DAY_NS); /* nothing is left anyway */
+    assert_false(kvs_admission_due(&a, start + 7 + KVS_ADMISSION_DAY_NS, wall, false, &next));
+    /* No record begins a day, or speaks of one that has ended. */
+    assert_false(kvs_admission_due(&a, start + 2 + 2 * KVS_ADMISSION_DAY_NS, wall, true, &next));
+    assert_true(kvs_admission_take(&a, 6400, start + 3 * KVS_ADMISSION_DAY_NS));
+    assert_false(kvs_admission_take(&a, 1, start - 1 + 4 * KVS_ADMISSION_DAY_NS));
+    kvs_admission_fini(&a);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_budget_days),
         cmocka_unit_test(test_budget_days_go_on),
+        cmocka_unit_test(test_budget_day_turns_meanwhile),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

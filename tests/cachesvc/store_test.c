@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/le.h"
 #include "base/metrics.h"
 #include "base/sum.h"
 #include "tier/tier_dram.h"
@@ -213,6 +214,26 @@ static void test_write_budget(void **state)
     put_many(f, 30, 3, KVC_PROMISE_DURABLE);
     restart(f, true);
     assert_int_equal(count_hits(f, 30, 3), 3);
+}
+
+/* What a process that dies after an answer leaves behind counts all that was written for it. */
+static void test_write_budget_is_recorded_first(void **state)
+{
+    fixture *f = *state;
+    f->h.settings.lmdb_write_budget_bytes = 40 * VALUE_BYTES;
+    restart(f, true);
+    for (uint64_t block = 0; block < 44; block++) {
+        uint64_t spent_bytes = (block + 1 < 40 ? block + 1 : 40) * VALUE_BYTES;
+        void *record;
+        size_t len_bytes;
+        put_many(f, block, 1, KVC_PROMISE_DURABLE);
+        const kvs_store *lmdb = &f->h.server->lmdb;
+        assert_int_equal(lmdb->ops->meta_get(lmdb->tier, "admission/day", &record, &len_bytes),
+                         KVC_OK);
+        assert_int_equal(len_bytes, 16);
+        assert_true(kvc_le_get((uint8_t *)record + 8, 8) >= spent_bytes);
+        free(record);
+    }
 }
 
 /* More dirty values than the tier is given at once: a stop writes the rest too. */
@@ -561,6 +582,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_write_behind, setup, teardown),
         cmocka_unit_test_setup_teardown(test_second_use, setup, teardown),
         cmocka_unit_test_setup_teardown(test_write_budget, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_write_budget_is_recorded_first, setup, teardown),
         cmocka_unit_test_setup_teardown(test_flush, setup, teardown),
         cmocka_unit_test_setup_teardown(test_durable_after_memory, setup, teardown),
         cmocka_unit_test_setup_teardown(test_lmdb_full, setup, teardown),
