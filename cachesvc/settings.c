@@ -109,7 +109,8 @@ static const kvc_setting table[] = {
     {"shm_tenants", KVC_CONFIG_STRING, FIELD(shm_tenants), "", 0, 4096, NULL,
      "Which tenant a client on this host (shm://) is, by its user or group id: UID:TENANT and "
      "@GID:TENANT, separated by commas, as in \"1001:alice,1002:bob,@100:team\". Who has no entry, "
-     "neither its user nor its group, is the tenant \"default\"."},
+     "neither its user nor its group, is the tenant \"default\". The group is the one that the "
+     "process runs with: further ones of its user do not count."},
     {"shm_map_uids", KVC_CONFIG_STRING, FIELD(shm_map_uids), "", 0, 4096, NULL,
      "User ids, separated by commas, whose processes may map dram over shm://, besides the "
      "server's own user. Others read by request."},

@@ -3,7 +3,8 @@
  * has (setting shm_tenants).
  *
  * A list of UID:TENANT and @GID:TENANT, separated by commas. A user's own entry comes before its
- * group's; who has neither is "default". Fixed once made, so any thread may ask.
+ * group's; who has neither is "default". The group is the process's effective one: supplementary
+ * groups do not count. Fixed once made, so any thread may ask.
  */
 #ifndef KVS_TENANTS_H
 #define KVS_TENANTS_H

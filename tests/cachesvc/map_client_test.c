@@ -505,20 +505,21 @@ static void closing_does_not_wait_for_each(void **state)
 {
     rig *r = *state;
     const uint64_t numbers[2] = {1, 2};
-    kvc_context *contexts[12];
+    enum { MANY = 40 };
+    kvc_context *contexts[MANY];
     hang h;
     start(r);
     put_blocks(r, 1, 2);
-    for (uint32_t i = 0; i < 12; i++)
+    for (uint32_t i = 0; i < MANY; i++)
         contexts[i] = open_context(r, numbers, 2);
-    assert_int_equal(kvc_metric_get(KVC_M_maps), 12);
+    assert_int_equal(kvc_metric_get(KVC_M_maps), MANY);
     begin_hang(r, &h);
     uint64_t began_ns = kvc_now_ns();
-    for (uint32_t i = 0; i < 12; i++)
+    for (uint32_t i = 0; i < MANY; i++)
         kvc_context_close(contexts[i]);
     uint64_t took_ns = kvc_now_ns() - began_ns;
     end_hang(&h);
-    assert_true(took_ns < 9 * SECOND); /* not 12, nor 24 */
+    assert_true(took_ns < MANY * SECOND); /* what waiting for each takes at the least; it is one */
     wait_gauge(KVC_M_maps, 0);
 }
 
