@@ -112,12 +112,13 @@ bool kvci_take_sized(void *struct_p, const void *callers, size_t first_bytes, si
     return true;
 }
 
-kvc_status kvc_client_open(const kvc_client_opts *callers, kvc_client **client_p)
+kvc_status kvc_client_open(const kvc_client_opts *opts, kvc_client **client_p)
 {
-    kvc_client_opts taken, *opts = &taken;
+    kvc_client_opts taken;
     *client_p = NULL;
-    if (!kvci_take_sized(opts, callers, offsetof(kvc_client_opts, sums), sizeof(*opts)))
+    if (!kvci_take_sized(&taken, opts, offsetof(kvc_client_opts, sums), sizeof(taken)))
         return kvci_fail(KVC_INVALID, "client: size_bytes is not that of kvc_client_opts");
+    opts = &taken;
     if (opts->uris == NULL)
         return kvci_fail(KVC_INVALID, "client: uris is NULL");
     kvt_init();

@@ -297,17 +297,17 @@ void kvc_context_unmap(kvc_context *context)
     drop(context, true);
 }
 
-kvc_status kvc_client_map_contexts(kvc_client *client, const kvc_map_opts *callers)
+kvc_status kvc_client_map_contexts(kvc_client *client, const kvc_map_opts *opts)
 {
-    kvc_map_opts opts;
-    if (!kvci_take_sized(&opts, callers, offsetof(kvc_map_opts, keep_ns), sizeof(opts)))
+    kvc_map_opts taken;
+    if (!kvci_take_sized(&taken, opts, offsetof(kvc_map_opts, keep_ns), sizeof(taken)))
         return kvci_fail(KVC_INVALID, "map: size_bytes is not that of kvc_map_opts");
     kvc_status status = kvci_mapping_begin(client, kvci_deadline(client, 0));
     if (status != KVC_OK)
         return status;
-    client->map_opts = opts;
+    client->map_opts = taken;
     kvc_mutex_lock(&client->lock);
-    client->maps_wanted = opts.all;
+    client->maps_wanted = taken.all;
     kvc_mutex_unlock(&client->lock);
     kvci_mapping_end(client);
     return KVC_OK;
