@@ -122,16 +122,21 @@ static bool place(mapping *m, const kvs_read *read, uint32_t value_bytes, uint8_
 {
     kvs_dram_segment segment;
     uint64_t off_bytes;
-    if (read->where != KVS_IN_DRAM || m->used_bytes + value_bytes > m->reserved_bytes) {
-        m->reply.u.map_context.unpinned += read->where == KVS_IN_DRAM;
-        if (read->where == KVS_IN_DRAM || read->where == KVS_IN_LMDB)
+    if (read->where != KVS_IN_DRAM) {
+        if (read->where == KVS_IN_LMDB)
             drop(m, read->value);
         return true;
     }
+    bool fits = m->used_bytes + value_bytes <= m->reserved_bytes;
     kvs_map_place at = {.fd = -1};
     if (kvs_dram_locate(m->server->dram.tier, read->slot, &segment, &off_bytes) == KVC_OK)
         kvs_map_place_value(m->server->maps, m->call->peer->id, m->reply.u.map_context.map,
-                            read->value, &segment, is_full(m), &at);
+                            read->value, &segment, is_full(m), fits, &at);
+    if (!fits && !at.again) { /* what the map has already needs no room */
+        m->reply.u.map_context.unpinned++;
+        drop(m, read->value);
+        return true;
+    }
     if (at.id == 0 && !at.capped)
         return false;
     if (at.fd >= 0) {
@@ -157,7 +162,7 @@ static bool place(mapping *m, const kvs_read *read, uint32_t value_bytes, uint8_
  * what follows is pinned. */
 static bool fill_block(mapping *m, uint32_t block)
 {
-    uint32_t n_before = m->n_pinned, p = 0;
+    uint32_t n_before = m->n_pinned, unpinned_before = m->reply.u.map_context.unpinned, p = 0;
     uint64_t used_before = m->used_bytes;
     for (; p < m->n_parts; p++) {
         size_t at = (size_t)block * m->n_parts + p;
@@ -169,6 +174,7 @@ static bool fill_block(mapping *m, uint32_t block)
     if (p == m->n_parts)
         return true;
     m->used_bytes = used_before;
+    m->reply.u.map_context.unpinned = unpinned_before; /* they are asked for again */
     while (m->n_pinned > n_before) {
         uint32_t value = m->values[--m->n_pinned];
         drop(m, value);

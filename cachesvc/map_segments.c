@@ -95,7 +95,7 @@ static void pass(kvs_maps *maps, kvsi_map_peer *p, const kvs_dram_segment *segme
 }
 
 void kvs_map_place_value(kvs_maps *maps, uint64_t id, uint64_t number, uint32_t value,
-                         const void *dram_segment, bool no_fds, kvs_map_place *place_p)
+                         const void *dram_segment, bool no_fds, bool fits, kvs_map_place *place_p)
 {
     const kvs_dram_segment *segment = dram_segment;
     *place_p = (kvs_map_place){.fd = -1};
@@ -103,7 +103,7 @@ void kvs_map_place_value(kvs_maps *maps, uint64_t id, uint64_t number, uint32_t 
     kvsi_map_peer *p = kvsi_map_peer_of(maps, id);
     place_p->again = kvsi_map_has(p, number, value);
     place_p->id = segment->number < p->n_ids ? p->ids[segment->number] : 0;
-    if (place_p->id == 0 && !no_fds)
+    if (place_p->id == 0 && !no_fds && (fits || place_p->again))
         pass(maps, p, segment, place_p);
     kvc_mutex_unlock(&maps->lock);
 }

@@ -58,9 +58,10 @@ typedef struct kvs_map_place {
     bool again;  /* the map pins the value already */
 } kvs_map_place;
 /* Finds the segment (a kvs_dram_segment) of a held slot among those of the connection, or passes
- * it, unless no_fds: the reply has no room. */
+ * it, unless no_fds: the reply has no room. fits: a value more may be pinned; else only what the
+ * map pins already is found. */
 void kvs_map_place_value(kvs_maps *maps, uint64_t id, uint64_t number, uint32_t value,
-                         const void *dram_segment, bool no_fds, kvs_map_place *place_p);
+                         const void *dram_segment, bool no_fds, bool fits, kvs_map_place *place_p);
 /* These segments, by the connection's ids [n], are mapped by it no more, or were not passed after
  * all, and so is the lease. Ids that mean nothing are passed over. */
 void kvs_map_unpass(kvs_maps *maps, uint64_t id, const uint32_t *ids, uint32_t n, bool lease);

@@ -160,14 +160,43 @@ static void the_same_map_pins_once(void **state)
     assert_int_equal(kvc_metric_get(KVC_M_map_pinned_bytes), 0);
 }
 
+/* An extension whose answer was lost is asked for again: its values are pinned, whatever the cap.
+ */
+static void what_is_pinned_needs_no_room(void **state)
+{
+    map_rig *r = *state;
+    view *v = &r->v;
+    uint64_t context;
+    r->h.settings.max_map_pin_bytes = 8 * VALUE_BYTES;
+    map_start(r);
+    map_put_blocks(r, 100, 6);
+    assert_int_equal(h_open(v->peer, &r->schema, 100, 6, 0, &context), KVC_OK);
+    assert_int_equal(call_map(v, context, 0, 0, 4), KVC_OK);
+    const kvc_reply *reply = &v->peer->xfer.reply;
+    assert_int_equal(reply->u.map_context.unpinned, 0);
+    assert_int_equal(call_map(v, context, v->map, 2, 4), KVC_OK);
+    assert_int_equal(reply->u.map_context.n_blocks, 4);
+    assert_int_equal(reply->u.map_context.unpinned, 4);
+    for (uint32_t b = 0; b < 4; b++) {
+        for (uint32_t p = 0; p < 2; p++) {
+            if (b < 2)
+                map_assert_value(map_entry(v, b, p), 102 + b, p);
+            else
+                assert_null(map_entry(v, b, p));
+        }
+    }
+    assert_int_equal(kvc_metric_get(KVC_M_map_pins), 8);
+    map_release(v);
+    assert_int_equal(kvc_metric_get(KVC_M_map_pins), 0);
+}
+
 int main(void)
 {
 #define CASE(fn) cmocka_unit_test_setup_teardown(fn, map_setup, map_teardown)
     const struct CMUnitTest tests[] = {
-        CASE(caps_leave_the_rest_to_requests),
-        CASE(mapped_segments_are_capped),
-        CASE(a_segment_is_passed_once),
-        CASE(the_same_map_pins_once),
+        CASE(caps_leave_the_rest_to_requests), CASE(mapped_segments_are_capped),
+        CASE(a_segment_is_passed_once),        CASE(the_same_map_pins_once),
+        CASE(what_is_pinned_needs_no_room),
     };
     return cmocka_run_group_tests_name("map_caps", tests, NULL, NULL);
 }
