@@ -65,6 +65,9 @@ kvc_status kvci_relink(kvc_client *client, uint64_t deadline_ns);
 kvc_status kvci_link_call(kvci_link *link, const kvc_request *req, uint64_t deadline_ns,
                           kvci_take_fn *take, void *take_arg, uint32_t *retry_after_ms_p);
 void kvci_link_close(kvci_link *link);
+/* The link, if there is one, is ended and made anew: both ends forget what they think the other
+ * knows. What is in flight on it is sent again where it may be. Any thread, without the lock. */
+void kvci_link_end(kvc_client *client, const char *why);
 /* The thread kvc-link; arg is the client. */
 void kvci_keeper_main(void *arg);
 
@@ -461,6 +464,7 @@ struct kvc_client {
     kvc_limits limits;
     kvci_link *link;   /* NULL: none */
     bool link_suspect; /* a transfer failed on it: nothing is sent until kvc-link looked */
+    bool link_over;    /* kvc-link is to end it, whether it answers or not */
     uint64_t boot_id;
     kvci_node lanes[KVCI_LANES], timed, wait_link, wait_context, reopens;
     kvci_node calls, finished, pool;
@@ -479,8 +483,9 @@ struct kvc_client {
     struct kvci_epoch *epoch; /* what the server has passed; NULL: nothing */
     kvc_map_opts map_opts;
     bool maps_wanted, maps_refused; /* contexts map themselves; this link cannot */
-    bool closes_hang;      /* the last handle's close was not answered: others are not waited for */
-    uint64_t sweep_due_ns; /* segments may be without a map; UINT64_MAX: none */
+    bool closes_hang; /* the last handle's close was not answered: others are not waited for */
+    uint64_t maps_pause_ns; /* memory was short: none maps itself until then */
+    uint64_t sweep_due_ns;  /* segments may be without a map; UINT64_MAX: none */
     struct kvci_left *left; /* memory for the next fetch of mapped rows */
     kvc_cond prog_cond, keeper_cond;
     kvc_cond done_cond; /* an op completed, a context settled, a count of the above fell to 0 */

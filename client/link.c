@@ -149,10 +149,22 @@ static void retire(kvc_client *client)
     kvc_mutex_lock(&client->lock);
     kvci_link *link = client->link;
     client->link = NULL;
+    client->link_over = false;
     while (link != NULL && link->submitting > 0)
         kvc_cond_wait(&client->keeper_cond, &client->lock);
     kvc_mutex_unlock(&client->lock);
     kvci_link_close(link);
+}
+
+void kvci_link_end(kvc_client *client, const char *why)
+{
+    kvc_mutex_lock(&client->lock);
+    if (client->link != NULL && !client->link_over && !client->closing) {
+        KVC_LOG_WARN(CLIENT, "the connection to %s is made anew: %s", client->link->uri, why);
+        client->link_suspect = client->link_over = true;
+        kvc_cond_signal(&client->keeper_cond);
+    }
+    kvc_mutex_unlock(&client->lock);
 }
 
 /* A new boot knows neither contexts (they answer STALE_HANDLE) nor, maybe, our schemas. */
@@ -174,8 +186,13 @@ static void publish(kvc_client *client, kvci_link *link)
 
 kvc_status kvci_relink(kvc_client *client, uint64_t deadline_ns)
 {
+    kvc_mutex_lock(&client->lock);
     kvci_link *link = client->link;
-    if (link != NULL) {
+    bool over = client->link_over;
+    kvc_mutex_unlock(&client->lock);
+    if (link != NULL && over) {
+        retire(client);
+    } else if (link != NULL) {
         kvci_link looked = {.ops = link->ops, .conn = link->conn};
         if (describe(&looked, deadline_ns) == KVC_OK) {
             greet(client, &looked, deadline_ns);
@@ -234,7 +251,7 @@ void kvci_keeper_main(void *arg)
     uint32_t failures = 0;
     kvc_mutex_lock(&client->lock);
     while (!client->stopping) {
-        if (client->link == NULL || client->link_suspect)
+        if (client->link == NULL || client->link_suspect || client->link_over)
             restore_link(client, &failures);
         else if (!kvci_list_empty(&client->reopens))
             kvci_reopen_next(client);

@@ -17,6 +17,8 @@
 
 #define ANSWER_NS   (30ull * 1000000000) /* at least so long the server has for an answer */
 #define KEEP_NS     (10ull * 1000000000) /* segments without a map, where the options do not say */
+#define SUSPECT_NS  (1ull * 1000000000)  /* until the link is there or is not */
+#define PAUSE_NS    (10ull * 1000000000) /* contexts map themselves no more, where memory is short */
 #define ERROR_BYTES 256u
 
 /* ---- whose turn it is ------------------------------------------------------------------------ */
@@ -45,6 +47,64 @@ void kvci_mapping_end(kvc_client *client)
         kvc_cond_signal(&client->prog_cond); /* which may have to sweep */
     }
     kvc_mutex_unlock(&client->lock);
+}
+
+/* ---- telling --------------------------------------------------------------------------------- */
+
+/* A request that nobody waits for. Ids that the server may not have heard of end the link. */
+typedef struct telling {
+    kvc_op op;
+    kvc_client *client;
+    bool ends_turn;
+    uint32_t n_ids, ids[KVC_MAX_UNMAPPED];
+} telling;
+
+static void told(kvc_op *op, void *arg)
+{
+    telling *t = arg;
+    if (t->n_ids > 0 && op->status != KVC_OK)
+        kvci_link_end(t->client, "the server could not be told what is mapped no more");
+    if (t->ends_turn)
+        kvci_mapping_end(t->client);
+    free(t);
+}
+
+static kvc_status tell_take(kvci_msg *msg, const kvc_reply *reply, const char **why_p)
+{
+    (void)msg;
+    (void)reply;
+    (void)why_p;
+    return KVC_OK;
+}
+
+/* Not twice: later, the ids may be other segments'. */
+static const kvci_kind tell_kind = {.name = "unmap", .not_twice = true, .take = tell_take};
+
+static void not_told(telling *t)
+{
+    t->op.status = KVC_NO_MEMORY;
+    told(&t->op, t);
+}
+
+/* Takes t, whatever comes of it. */
+static void tell(telling *t, uint64_t number)
+{
+    uint64_t wait_ns = t->n_ids > 0 ? ANSWER_NS : KVCI_CLOSE_TIMEOUT_NS;
+    kvci_call *call = kvci_call_new(t->client, &tell_kind, 1, 0, kvc_now_ns() + wait_ns);
+    kvc_op_init(&t->op, told, t);
+    if (call == NULL) {
+        not_told(t);
+        return;
+    }
+    kvci_msg *msg = &call->msgs[0];
+    msg->n_items = 1;
+    msg->req.method = KVC_MAP_CONTEXT;
+    msg->req.u.map_context.map = number;
+    msg->req.u.map_context.release = true;
+    msg->req.u.map_context.unmapped = t->ids;
+    msg->req.u.map_context.n_unmapped = t->n_ids;
+    if (kvci_call_start(call, &t->op) != KVC_OK)
+        not_told(t);
 }
 
 /* ---- one answer ------------------------------------------------------------------------------ */
@@ -93,10 +153,45 @@ static kvc_status map_take(kvci_msg *msg, const kvc_reply *reply, const char **w
     return a->n_fds == want ? KVC_OK : KVC_PROTOCOL;
 }
 
+/* Segments that came and cannot be mapped: the server is told before the turn ends. */
+static void give_up(kvc_client *client, const uint32_t *ids, uint32_t n)
+{
+    telling *t = calloc(1, sizeof(*t));
+    kvc_mutex_lock(&client->lock);
+    client->maps_pause_ns = kvc_now_ns() + PAUSE_NS;
+    client->n_mapping += t != NULL;
+    kvci_map_left(client);
+    kvc_mutex_unlock(&client->lock);
+    if (t == NULL) {
+        kvci_link_end(client, "no memory to tell the server what is not mapped");
+        return;
+    }
+    t->client = client;
+    t->ends_turn = true;
+    t->n_ids = n;
+    memcpy(t->ids, ids, n * sizeof(*ids));
+    tell(t, 0);
+}
+
+/* What came once and is lost comes again by another link alone. */
+static void lose(kvc_client *client, const char *why)
+{
+    kvc_mutex_lock(&client->lock);
+    client->maps_pause_ns = kvc_now_ns() + PAUSE_NS;
+    kvc_mutex_unlock(&client->lock);
+    kvci_link_end(client, why);
+}
+
+static bool brings(const kvci_map_answer *a)
+{
+    return a->n_fds > 0 || a->reply.u.map_context.n_segments > 0 ||
+           a->reply.u.map_context.lease_bytes > 0;
+}
+
 /* Who maps alone reads and changes client->epoch. */
 static kvc_status take_segments(kvc_client *client, kvci_map_answer *a)
 {
-    uint32_t at = 0;
+    uint32_t at = 0, n_lost = 0, lost[KVC_MAX_MAP_SEGMENTS];
     if (a->reply.u.map_context.lease_bytes > 0) {
         kvci_epoch_unref(client->epoch);
         client->epoch =
@@ -104,17 +199,26 @@ static kvc_status take_segments(kvc_client *client, kvci_map_answer *a)
         a->fds[0] = -1;
         at = 1;
     }
-    kvc_status status = client->epoch != NULL ? KVC_OK : KVC_NO_MEMORY;
-    for (uint32_t i = 0; status == KVC_OK && i < a->reply.u.map_context.n_segments; i++, at++) {
-        status = kvci_epoch_add(client->epoch, a->segments[i].id, a->fds[at],
-                                (size_t)a->segments[i].len_bytes);
-        a->fds[at] = -1;
+    if (client->epoch == NULL) {
+        lose(client, "the lease cannot be mapped");
+        return kvci_fail(KVC_NO_MEMORY, "map: the server's lease cannot be mapped");
     }
-    uint64_t words = client->epoch != NULL ? client->epoch->lease_bytes / sizeof(uint64_t) : 0;
-    if (status == KVC_OK && a->reply.u.map_context.lease_slot >= words)
-        status = KVC_PROTOCOL;
-    return status == KVC_OK ? KVC_OK
-                            : kvci_fail(status, "map: the server's memory cannot be mapped");
+    for (uint32_t i = 0; i < a->reply.u.map_context.n_segments; i++, at++) {
+        kvc_status status = kvci_epoch_add(client->epoch, a->segments[i].id, a->fds[at],
+                                           (size_t)a->segments[i].len_bytes);
+        a->fds[at] = -1;
+        if (status != KVC_OK)
+            lost[n_lost++] = a->segments[i].id;
+    }
+    if (n_lost > 0) {
+        give_up(client, lost, n_lost);
+        return kvci_fail(KVC_NO_MEMORY, "map: %u of the server's segments cannot be mapped",
+                         n_lost);
+    }
+    uint64_t words = client->epoch->lease_bytes / sizeof(uint64_t);
+    return a->reply.u.map_context.lease_slot < words
+               ? KVC_OK
+               : kvci_fail(KVC_PROTOCOL, "map: the server's memory cannot be mapped");
 }
 
 /* ---- asking ---------------------------------------------------------------------------------- */
@@ -127,6 +231,8 @@ static void adopt(asking *k)
     KVC_COUNT(client_maps_abandoned);
     if (k->status == KVC_OK)
         (void)!take_segments(client, &k->answer);
+    else if (brings(&k->answer))
+        lose(client, k->why);
     if (k->fresh && number != 0)
         kvci_map_release(client, number, false);
     kvc_mutex_lock(&client->lock);
@@ -237,6 +343,8 @@ kvc_status kvci_map_ask(kvc_context *context, const kvc_request *req, uint64_t d
     status = k->status;
     if (answer->reply.u.map_context.map != 0) /* before anything of the reply can fail */
         *number_p = answer->reply.u.map_context.map;
+    if (status != KVC_OK && brings(answer))
+        lose(context->client, k->why);
     if (status != KVC_OK)
         (void)kvci_fail(status, "%s", k->why);
     else
@@ -246,55 +354,6 @@ kvc_status kvci_map_ask(kvc_context *context, const kvc_request *req, uint64_t d
 }
 
 /* ---- giving back ----------------------------------------------------------------------------- */
-
-/* A request that nobody waits for. */
-typedef struct telling {
-    kvc_op op;
-    kvc_client *client;
-    bool ends_turn;
-    uint32_t n_ids, ids[KVC_MAX_UNMAPPED];
-} telling;
-
-static void told(kvc_op *op, void *arg)
-{
-    telling *t = arg;
-    (void)op;
-    if (t->ends_turn)
-        kvci_mapping_end(t->client);
-    free(t);
-}
-
-static kvc_status tell_take(kvci_msg *msg, const kvc_reply *reply, const char **why_p)
-{
-    (void)msg;
-    (void)reply;
-    (void)why_p;
-    return KVC_OK;
-}
-
-static const kvci_kind tell_kind = {.name = "unmap", .take = tell_take};
-
-/* Takes t, whatever comes of it. */
-static void tell(telling *t, uint64_t number)
-{
-    kvci_call *call =
-        kvci_call_new(t->client, &tell_kind, 1, 0, kvc_now_ns() + KVCI_CLOSE_TIMEOUT_NS);
-    kvc_op_init(&t->op, told, t);
-    if (call == NULL) {
-        told(&t->op, t);
-        return;
-    }
-    kvci_msg *msg = &call->msgs[0];
-    call->once = true; /* later, the ids may be other segments' */
-    msg->n_items = 1;
-    msg->req.method = KVC_MAP_CONTEXT;
-    msg->req.u.map_context.map = number;
-    msg->req.u.map_context.release = true;
-    msg->req.u.map_context.unmapped = t->ids;
-    msg->req.u.map_context.n_unmapped = t->n_ids;
-    if (kvci_call_start(call, &t->op) != KVC_OK)
-        told(&t->op, t);
-}
 
 void kvci_map_release(kvc_client *client, uint64_t number, bool wait)
 {
@@ -324,11 +383,15 @@ void kvci_map_left(kvc_client *client)
 
 void kvci_map_sweep(kvc_client *client, uint64_t now_ns)
 {
-    bool connected = client->link != NULL && !client->link_suspect && !client->closing;
-    telling *t = connected ? calloc(1, sizeof(*t)) : NULL;
-    client->sweep_due_ns = connected && t == NULL ? now_ns + KEEP_NS : UINT64_MAX;
-    if (t == NULL)
+    bool connected = client->link != NULL;
+    telling *t = calloc(1, sizeof(*t));
+    client->sweep_due_ns = UINT64_MAX;
+    if (t == NULL || client->closing || (connected && client->link_suspect)) {
+        free(t);
+        if (!client->closing)
+            client->sweep_due_ns = now_ns + SUSPECT_NS;
         return;
+    }
     client->mapping = true;
     client->n_mapping = 1;
     kvc_mutex_unlock(&client->lock);
@@ -336,6 +399,8 @@ void kvci_map_sweep(kvc_client *client, uint64_t now_ns)
     t->ends_turn = true;
     t->n_ids = kvci_epoch_sweep(client->epoch, t->ids, KVC_MAX_UNMAPPED);
     bool more = t->n_ids == KVC_MAX_UNMAPPED;
+    if (!connected)
+        t->n_ids = 0; /* whom they were passed by has forgotten it */
     if (t->n_ids > 0)
         tell(t, 0);
     else

@@ -245,8 +245,9 @@ void kvci_map_follow(kvc_context *context, uint64_t deadline_ns)
     kvc_client *client = context->client;
     kvc_mutex_lock(&client->lock);
     kvci_map *map = context->map;
-    bool wanted = (client->maps_wanted && !client->maps_refused) || map != NULL;
-    if (map != NULL)
+    bool wanted = ((client->maps_wanted && !client->maps_refused) || map != NULL) &&
+                  kvc_now_ns() >= client->maps_pause_ns;
+    if (map != NULL && wanted)
         atomic_fetch_add(&map->refs, 1);
     kvc_mutex_unlock(&client->lock);
     if (!wanted)
