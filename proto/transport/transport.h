@@ -198,7 +198,8 @@ struct kvt_ops {
     void (*set_serving)(kvt_listener *listener, bool serving);
     /* Takes no new calls (they get CLOSED, or UNAVAILABLE once the transport has told the client to
        go elsewhere, which it does when the answers are out), and blocks until all are answered or
-       deadline_ns; what is left then is cancelled. */
+       deadline_ns; what is left then is cancelled. gRPC: and until the clients have closed, for 2 s
+       at most, and beyond deadline_ns for 200 ms. */
     void (*drain)(kvt_listener *listener, uint64_t deadline_ns);
     /* Blocks until every thread is gone and every slice released (inproc: also those that a client
        of this process still looks at in done). After drain only. */

@@ -25,8 +25,8 @@
 #define ARMED_BULK    64u /* request slots per queue of Put and Fetch */
 #define ARMED_OTHER   16u
 #define ARMED_HEALTH  4u
-#define GOODBYE_MS    2000u /* for clients to read the last answer and to close by themselves */
-#define WATCHED_MS    200u  /* the same where health is watched: such clients stay */
+#define GOODBYE_MS    2000u /* at most, for clients to read the last answer and to close */
+#define LEAST_MS      200u  /* the same behind a drain's deadline, and for who watches health */
 #define NS_PER_MS     1000000ull
 #define PING_MS       500
 #define HANDSHAKE_NS  (10ull * 1000000000) /* what listen takes for options that are 0 */
@@ -341,13 +341,18 @@ static void wait_until_gone(kvt_listener *listener, uint64_t deadline_ns)
     kvc_mutex_unlock(&listener->mutex);
 }
 
-/* Lets clients read what they were sent, and close. */
-static void say_goodbye(kvt_listener *listener)
+/* Lets clients read what they were sent, and close: those that watch health do not, nor does one
+ * that is silent, for which nobody waits beyond the drain's deadline. */
+static void say_goodbye(kvt_listener *listener, uint64_t deadline_ns)
 {
+    uint64_t least_ns = kvc_deadline_ns(LEAST_MS * NS_PER_MS);
+    uint64_t until_ns = kvc_deadline_ns(GOODBYE_MS * NS_PER_MS);
     kvc_mutex_lock(&listener->mutex);
-    uint64_t ms = listener->n_watches > 0 ? WATCHED_MS : GOODBYE_MS;
+    bool watched = listener->n_watches > 0;
     kvc_mutex_unlock(&listener->mutex);
-    wait_until_gone(listener, kvc_deadline_ns(ms * NS_PER_MS));
+    if (deadline_ns != 0 && deadline_ns < until_ns)
+        until_ns = deadline_ns;
+    wait_until_gone(listener, watched || until_ns < least_ns ? least_ns : until_ns);
 }
 
 /* Waits for what gRPC has handed over; whatever it hands over after that is dropped. */
@@ -381,7 +386,7 @@ static void grpc_drain(kvt_listener *listener, uint64_t deadline_ns)
     grpc_server_shutdown_and_notify(listener->server, listener->queues[0].cq,
                                     &listener->shutdown_tag);
     if (done)
-        say_goodbye(listener);
+        say_goodbye(listener, deadline_ns);
     grpc_server_cancel_all_calls(listener->server);
 }
 
