@@ -247,6 +247,104 @@ static void sums_are_verified(void **state)
     }
 }
 
+static void on_got(kvt_call *call, kvc_status status, const char *why)
+{
+    fixture *f = call->user;
+    fixture_reply(f, call, status == KVC_CLOSED ? KVC_OK : status, why, 0, NULL, NULL, 0);
+}
+
+static void stream_handler(fixture *f, kvt_call *call)
+{
+    call->user = f;
+    call->got = on_got;
+    kvt_call_recv(call);
+}
+
+static atomic_uint n_taken;
+
+static void count_taken(job *j, bool ok)
+{
+    (void)j;
+    atomic_fetch_add(&n_taken, ok);
+}
+
+static void open_summed(fixture *f, uint32_t max_calls)
+{
+    fake_verbs_use(NULL);
+    fixture_init(f);
+    f->sums = true;
+    f->listen.max_calls = max_calls;
+    fixture_listen(f);
+    fixture_connect(f, 1);
+}
+
+static void flip_send(uint32_t after)
+{
+    fake_faults fault = fake_no_faults;
+    fault.flip = IBV_WR_SEND;
+    fault.flip_after = after;
+    fake_verbs_fault(&fault);
+}
+
+/* A stream's end has a sum as well: changed under way, it is not taken for one. */
+static void ends_of_streams_are_summed(void **state)
+{
+    (void)state;
+    for (int flipped = 0; flipped < 2; flipped++) {
+        fixture f;
+        job j;
+        open_summed(&f, 100);
+        fixture_handle(&f, stream_handler);
+        uint64_t wrong = kvc_metric_get(KVC_M_rdma_sums_wrong);
+        atomic_store(&n_taken, 0);
+        job_init(&j, &f, sample_request(KVC_PUT_BLOCKS_STREAM, 100, &f.arena), PATIENCE_NS);
+        j.on_pushed = count_taken;
+        job_submit(&j);
+        uint64_t give_up_ns = kvc_deadline_ns(PATIENCE_NS);
+        while (atomic_load(&n_taken) == 0 && !kvc_expired(give_up_ns))
+            usleep(1000);
+        if (flipped)
+            flip_send(1);
+        assert_ok(f.ops->push(f.conn, &j.xfer, NULL));
+        wait_done(&f, 1);
+        assert_int_equal(fake_verbs_hits(), flipped);
+        assert_status(j.status, flipped ? KVC_CORRUPT : KVC_OK);
+        assert_int_equal(kvc_metric_get(KVC_M_rdma_sums_wrong) - wrong, flipped);
+        job_fini(&j);
+        fake_verbs_fault(&fake_no_faults);
+        rig_close_all(&f);
+    }
+}
+
+/* An answer that no call was made for, too: too many calls, said wrongly. */
+static void refusals_are_summed(void **state)
+{
+    (void)state;
+    for (int flipped = 0; flipped < 2; flipped++) {
+        fixture f;
+        job held, j;
+        open_summed(&f, 1);
+        fixture_handle(&f, hold_handler);
+        uint64_t wrong = kvc_metric_get(KVC_M_rdma_sums_wrong);
+        job_init(&held, &f, sample_request(KVC_STATS, 0, &f.arena), PATIENCE_NS);
+        job_submit(&held);
+        wait_held(&f, 1);
+        if (flipped)
+            flip_send(2); /* after the request */
+        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), PATIENCE_NS);
+        assert_status(job_run(&j), flipped ? KVC_CORRUPT : KVC_AGAIN);
+        assert_int_equal(fake_verbs_hits(), flipped);
+        assert_int_equal(kvc_metric_get(KVC_M_rdma_sums_wrong) - wrong, flipped);
+        job_fini(&j);
+        fake_verbs_fault(&fake_no_faults);
+        assert_int_equal(answer_held(&f), 1);
+        wait_done(&f, 2);
+        assert_status(held.status, KVC_NOT_FOUND);
+        job_fini(&held);
+        rig_close_all(&f);
+    }
+}
+
 /* What is lent is sent from: on iWARP too, where sinks of READs are open to the peer. */
 static void lent_memory_is_shut(void **state)
 {
@@ -313,6 +411,8 @@ int main(void)
         cmocka_unit_test(rows_one_to_all),
         cmocka_unit_test(lent_memory_comes_and_goes),
         cmocka_unit_test(sums_are_verified),
+        cmocka_unit_test(ends_of_streams_are_summed),
+        cmocka_unit_test(refusals_are_summed),
         cmocka_unit_test(registering_is_off_the_path),
         cmocka_unit_test(buffers_are_given_back),
         cmocka_unit_test(lent_memory_is_shut),

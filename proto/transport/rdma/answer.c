@@ -59,9 +59,9 @@ static kvtr_out *create_end(uint64_t id, kvc_method method, kvc_status status, c
 }
 
 void kvtr_send_end(kvtr_link *link, uint64_t id, kvc_method method, kvc_status status,
-                   const char *detail, uint32_t retry_after_ms)
+                   const char *detail, uint32_t retry_after_ms, bool summed)
 {
-    kvtr_out *out = create_end(id, method, status, detail, retry_after_ms, false);
+    kvtr_out *out = create_end(id, method, status, detail, retry_after_ms, summed);
     if (out == NULL) {
         kvtr_link_break(link, "out of memory");
         return;

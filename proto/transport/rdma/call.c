@@ -175,16 +175,23 @@ static kvtr_rcall *create_call(kvtr_link *link, const kvc_frame *frame, const ui
     return call;
 }
 
+/* OK: the sum of the frame that has data is right, or the client asked for none; else CORRUPT. */
+static kvc_status check_sum(const kvtr_rcall *call, const kvc_frame *frame, const void *head,
+                            const void *data, const char **why_p)
+{
+    *why_p = "a message without the sum that its request has";
+    if (call->summed && (frame->flags & KVTI_SUMMED) == 0)
+        return KVC_CORRUPT;
+    return kvtr_check_sum(frame, head, data, why_p);
+}
+
 static kvc_status decode(kvtr_rcall *call, const char **why_p)
 {
     struct iovec pieces[2] = {{call->bytes, call->len_bytes}};
     uint32_t n_pieces = 1;
     const void *data =
         call->data != NULL ? call->data->bytes : call->bytes + call->frame.head_bytes;
-    *why_p = "a message without the sum that its request has";
-    if (call->summed && (call->frame.flags & KVTI_SUMMED) == 0)
-        return KVC_CORRUPT;
-    if (kvtr_check_sum(&call->frame, call->bytes, data, why_p) != KVC_OK)
+    if (check_sum(call, &call->frame, call->bytes, data, why_p) != KVC_OK)
         return KVC_CORRUPT;
     if (call->data != NULL)
         pieces[n_pieces++] = (struct iovec){call->data->bytes, call->data_bytes};
@@ -242,7 +249,7 @@ static void on_request(kvtr_link *link, const kvc_frame *frame, const uint8_t *b
     if (status != KVC_OK) {
         kvti_count_refusal(status); /* before the client can have heard of it */
         kvtr_send_end(link, frame->call, frame->method, status, why,
-                      status == KVC_AGAIN ? KVTI_RETRY_MS : 0);
+                      status == KVC_AGAIN ? KVTI_RETRY_MS : 0, (frame->flags & KVTI_SUMMED) != 0);
     }
     kvc_mutex_unlock(&listener->loop.mutex);
     if (status == KVC_OK && !reading)
@@ -260,7 +267,13 @@ static bool on_message(kvtr_link *link, kvtr_rcall *call, const kvc_frame *frame
     kvtr_begun *begun = &link->begun;
     if (call->gone || begun->refused == KVC_CANCELLED)
         return true;
-    if ((frame->flags & KVC_FRAME_LAST) != 0) {
+    bool last = (frame->flags & KVC_FRAME_LAST) != 0;
+    if (last && check_sum(call, frame, body, body, &call->next_why) != KVC_OK) {
+        call->next_status = KVC_CORRUPT; /* perhaps another stream's: no end, but none that is told
+                                            of as a good one */
+        call->next_frame = *frame;
+        call->has_next = true;
+    } else if (last) {
         call->half_closed = true;
     } else {
         call->next_status = begun->refused;
@@ -381,7 +394,8 @@ void kvtr_on_read(kvtr_link *link, kvtr_read *read)
     kvc_mutex_lock(&link->loop->mutex);
     call->reading = false;
     if (call->gone && call->link != NULL) {
-        kvtr_send_end(link, call->id, call->method, call->early_status, call->early_why, 0);
+        kvtr_send_end(link, call->id, call->method, call->early_status, call->early_why, 0,
+                      call->summed);
         kvtr_forget(call);
     } else if (call->dispatched && !call->gone) {
         kvtr_send_plain(link, KVC_FRAME_CREDIT, call->id);

@@ -207,13 +207,14 @@ static kvc_status check_xfer(const kvt_xfer *xfer)
     return KVC_OK;
 }
 
-/* Outside the mutex: it looks at every byte. */
+/* Outside the mutex: it looks at every byte. req NULL: of no data. */
 static void add_sum(const kvt_conn *conn, kvc_frame *frame, const kvc_request *req)
 {
     if (!conn->sums)
         return;
     frame->flags |= KVTI_SUMMED;
-    frame->spare[2] = kvc_pieces_sum(req->data, req->n_data);
+    frame->spare[2] =
+        req == NULL ? kvc_pieces_sum(NULL, 0) : kvc_pieces_sum(req->data, req->n_data);
 }
 
 static kvc_status create_op(kvt_conn *conn, kvt_xfer *xfer, kvtr_rop **op_p)
@@ -309,7 +310,7 @@ static kvc_status push_frame(kvtr_rop *op, kvc_frame *frame, const void *head,
         return KVC_INVALID;
     frame->call = op->id;
     if (req == NULL)
-        frame->flags = KVC_FRAME_LAST;
+        frame->flags |= KVC_FRAME_LAST;
     bool staged = req != NULL && kvtr_stage(op, op->link, frame, req);
     out = req == NULL || staged ? kvtr_out_create(frame, head, NULL, NULL, 0)
                                 : kvtr_out_create(frame, head, NULL, req->data,
@@ -338,8 +339,7 @@ kvc_status kvtr_rdma_push(kvt_conn *conn, kvt_xfer *xfer, const kvc_request *req
         frame.method = xfer->req->method;
         frame.head_bytes = (uint32_t)head_bytes;
         frame.data_bytes = req == NULL ? 0 : (uint32_t)req->data_bytes;
-        if (req != NULL)
-            add_sum(conn, &frame, req);
+        add_sum(conn, &frame, req);
         kvc_mutex_lock(&conn->loop.mutex);
         status = push_frame(xfer->priv, &frame, head, req);
         kvc_mutex_unlock(&conn->loop.mutex);

@@ -32,7 +32,7 @@ void kvtr_end_early(kvtr_rcall *call, kvc_status status, const char *why)
         call->early_status = status;
         call->early_why = why;
     } else if (call->link != NULL) {
-        kvtr_send_end(call->link, call->id, call->method, status, why, 0);
+        kvtr_send_end(call->link, call->id, call->method, status, why, 0, call->summed);
         kvtr_forget(call);
     }
     set_gone(call);

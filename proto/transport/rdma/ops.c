@@ -193,8 +193,7 @@ static void begin_all(kvt_conn *conn)
 
 /* ---- what comes ------------------------------------------------------------------------------ */
 
-/* Where the payload lies, and whether it and the rest are what was summed: CORRUPT. An answer
- * without a reply need have no sum: it may come from where no call was known. */
+/* Where the payload lies, and whether it and the rest are what was summed: CORRUPT. */
 static kvc_status find_data(const kvtr_rop *op, const kvc_frame *frame, uint8_t *body,
                             uint8_t **data_p, const char **why_p)
 {
@@ -205,7 +204,7 @@ static kvc_status find_data(const kvtr_rop *op, const kvc_frame *frame, uint8_t 
         return KVC_PROTOCOL;
     *data_p = elsewhere ? op->landing->bytes : body + frame->head_bytes + frame->detail_bytes;
     *why_p = "a reply without the sum that was asked for";
-    if (op->conn->sums && !summed && frame->status == KVC_OK)
+    if (op->conn->sums && !summed)
         return KVC_CORRUPT;
     return kvtr_check_sum(frame, body, *data_p, why_p);
 }

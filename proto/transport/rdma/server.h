@@ -103,7 +103,7 @@ void kvtr_drop_bytes(kvtr_rcall *call);
 void kvtr_rcall_free(kvtr_rcall *call);
 /* An END without a reply; with the mutex held. */
 void kvtr_send_end(kvtr_link *link, uint64_t id, kvc_method method, kvc_status status,
-                   const char *detail, uint32_t retry_after_ms);
+                   const char *detail, uint32_t retry_after_ms, bool summed);
 /* Slices of answers that have been released. */
 void kvtr_lent_back(kvt_listener *listener, uint32_t n);
 
