@@ -1,5 +1,5 @@
 /*
- * grpc_drain_test.c: how long a drain over gRPC waits for who has nothing to say.
+ * grpc_goodbye_test.c: how long a drain over gRPC waits for who has nothing to say.
  *
  * The silent peer here is a socket of the test's thread.
  */
@@ -18,7 +18,7 @@ static int connect_silent(const char *uri)
     static const char hello[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0";
     uint8_t settings[9];
     struct sockaddr_in addr = {.sin_family = AF_INET};
-    addr.sin_port = htons((uint16_t)atoi(strrchr(uri, ':') + 1));
+    addr.sin_port = htons((in_port_t)strtoul(strrchr(uri, ':') + 1, NULL, 10));
     assert_int_equal(inet_pton(AF_INET, "127.0.0.1", &addr.sin_addr), 1);
     int fd = socket(AF_INET, SOCK_STREAM, 0);
     assert_true(fd >= 0);
@@ -65,5 +65,5 @@ int main(void)
     };
     suite_uri = "grpc://127.0.0.1:0";
     kvc_log_set_level(KVC_LOG_LEVEL_OFF);
-    return cmocka_run_group_tests_name("grpc_drain", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("grpc_goodbye", tests, NULL, NULL);
 }
