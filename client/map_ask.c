@@ -18,7 +18,7 @@
 #define ANSWER_NS   (30ull * 1000000000) /* at least so long the server has for an answer */
 #define KEEP_NS     (10ull * 1000000000) /* segments without a map, where the options do not say */
 #define SUSPECT_NS  (1ull * 1000000000)  /* until the link is there or is not */
-#define PAUSE_NS    (10ull * 1000000000) /* contexts map themselves no more, where memory is short */
+#define PAUSE_NS    (10ull * 1000000000) /* memory was short: no context maps itself */
 #define ERROR_BYTES 256u
 
 /* ---- whose turn it is ------------------------------------------------------------------------ */
