@@ -15,7 +15,7 @@
 #include "base/metrics.h"
 #include "map.h"
 
-#define ANSWER_NS   (30ull * 1000000000) /* at least so long the server has for an answer */
+#define ANSWER_NS   (30ull * 1000000000) /* for what nobody waits for: the server may be full */
 #define KEEP_NS     (10ull * 1000000000) /* segments without a map, where the options do not say */
 #define SUSPECT_NS  (1ull * 1000000000)  /* until the link is there or is not */
 #define PAUSE_NS    (10ull * 1000000000) /* memory was short: no context maps itself */
@@ -89,8 +89,7 @@ static void not_told(telling *t)
 /* Takes t, whatever comes of it. */
 static void tell(telling *t, uint64_t number)
 {
-    uint64_t wait_ns = t->n_ids > 0 ? ANSWER_NS : KVCI_CLOSE_TIMEOUT_NS;
-    kvci_call *call = kvci_call_new(t->client, &tell_kind, 1, 0, kvc_now_ns() + wait_ns);
+    kvci_call *call = kvci_call_new(t->client, &tell_kind, 1, 0, kvc_now_ns() + ANSWER_NS);
     kvc_op_init(&t->op, told, t);
     if (call == NULL) {
         not_told(t);

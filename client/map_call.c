@@ -279,7 +279,8 @@ static void drop(kvc_context *context, bool wait)
     kvc_client *client = context->client;
     kvc_mutex_lock(&client->lock);
     kvci_map *map = context->map;
-    bool connected = client->link != NULL && !client->link_suspect && !client->closing;
+    /* A suspect link may stay: the release waits for that. To a new one it says nothing. */
+    bool connected = client->link != NULL && !client->closing;
     context->map = NULL;
     atomic_store(&context->has_map, false);
     kvc_mutex_unlock(&client->lock);

@@ -15,6 +15,7 @@
 
 #include "base/clock.h"
 #include "base/metrics.h"
+#include "base/thread.h"
 #include "kvc/client.h"
 
 #define ROW_BYTES 512u
@@ -31,6 +32,8 @@ typedef struct rig {
     kvc_client *client;
     kvc_digest digests[BLOCKS];
     atomic_int n_segments; /* mapped and not unmapped */
+    atomic_bool stop;
+    atomic_uint n_asked;
 } rig;
 
 enum { FAIL_NOTHING, FAIL_LEASE, FAIL_SEGMENT };
@@ -211,14 +214,55 @@ static void memory_of_a_lost_server_goes(void **state)
     h_server_start(&r->h);
 }
 
+/* Asks for what no server has, so that the link is looked at again and again. */
+static void ask_in_vain(void *arg)
+{
+    rig *r = arg;
+    kvc_digest unknown = h_digest(1000);
+    while (!atomic_load(&r->stop)) {
+        kvc_prefetch_info info;
+        kvc_op op;
+        kvc_op_init(&op, NULL, NULL);
+        assert_int_equal(kvc_prefetch_blocks(r->client, &unknown, r->digests, 1, NULL, 0,
+                                             KVC_TIER_DRAM, &info, 0, &op),
+                         KVC_OK);
+        (void)kvc_op_wait(&op, 0); /* NOT_FOUND, or cut off as the link is looked at */
+        atomic_fetch_add(&r->n_asked, 1);
+    }
+}
+
+/* A link that is only being looked at stays, and so would the maps that were not given back. */
+static void a_suspect_link_gives_maps_back(void **state)
+{
+    rig *r = *state;
+    kvc_context *contexts[64];
+    kvc_digest digest;
+    kvc_thread thread;
+    /* A client that has registered schemas looks whether the server forgot them. */
+    assert_int_equal(kvc_schema_register(r->client, &r->schema.schema, 0, &digest), KVC_OK);
+    for (uint32_t i = 0; i < 64; i++)
+        contexts[i] = open_context(r);
+    atomic_store(&r->stop, false);
+    atomic_store(&r->n_asked, 0);
+    assert_int_equal(kvc_thread_start(&thread, "in-vain", ask_in_vain, r), KVC_OK);
+    for (uint32_t i = 0; i < 64; i++) {
+        for (int ms = 0; ms < 30000 && atomic_load(&r->n_asked) < 2 * i; ms++)
+            usleep(1000);
+        kvc_context_close(contexts[i]);
+    }
+    atomic_store(&r->stop, true);
+    kvc_thread_join(&thread);
+    wait_gauge(KVC_M_maps, 0);
+    wait_gauge(KVC_M_map_pins, 0);
+}
+
 int main(void)
 {
 #define CASE(fn) cmocka_unit_test_setup_teardown(fn, setup, teardown)
     const struct CMUnitTest tests[] = {
-        CASE(what_cannot_be_mapped_comes_again),
-        CASE(a_lost_lease_comes_again),
-        CASE(what_cannot_be_told_ends_the_link),
-        CASE(memory_of_a_lost_server_goes),
+        CASE(what_cannot_be_mapped_comes_again), CASE(a_lost_lease_comes_again),
+        CASE(what_cannot_be_told_ends_the_link), CASE(memory_of_a_lost_server_goes),
+        CASE(a_suspect_link_gives_maps_back),
     };
     return cmocka_run_group_tests_name("map_lost", tests, NULL, NULL);
 }
