@@ -280,13 +280,59 @@ static void run_tiles(kvk_backend *be, job *w)
 
 /* ---- by blocks ---- */
 
+/* The part of the next block's rows that the item of this head asks for. */
+static kvki_ahead ahead_of(const job *w, size_t kv_head, size_t block)
+{
+    const kvk_attend_args *a = w->a;
+    size_t first = (block + 1) * KVKI_ATTEND_KEYS;
+    size_t n = first < a->n_kv ? min_of(a->n_kv - first, KVKI_ATTEND_KEYS) : 0;
+    size_t from = n * kv_head / a->n_kv_heads, to = n * (kv_head + 1) / a->n_kv_heads;
+
+    return (kvki_ahead){
+        .rows = n ? a->rows + first + from : NULL,
+        .n = (uint32_t)(to - from),
+        .off_bytes = {a->k_off_bytes, a->v_off_bytes},
+        .len_bytes = (size_t)a->n_kv_heads * a->head_dim * kvk_dtype_bytes(a->dtype),
+    };
+}
+
+/* Few rows that see the same keys; false: it takes the packed form. */
+static bool attend_few(const job *w, size_t kv_head, size_t block, float *scratch, state out)
+{
+    const kvk_attend_args *a = w->a;
+    size_t from = block * KVKI_ATTEND_KEYS, seen = a->visible ? a->visible[0] : a->n_kv;
+
+    if (w->n_rows > FEW_ROWS_MAX || a->head_dim % w->isa->lanes != 0 || seen <= from ||
+        (a->visible && a->visible[a->n_q - 1] != seen))
+        return false;
+    kvki_attend_pack p = pack_of(w, kv_head, block, scratch + SCORE_FLOATS);
+    p.n = (uint32_t)min_of(p.n, seen - from);
+    kvki_attend_block b = {.q = w->q + kv_head * w->n_rows * a->head_dim,
+                           .m = (uint32_t)w->n_rows,
+                           .head_dim = a->head_dim,
+                           .softcap = a->softcap,
+                           .s = scratch,
+                           .o = out.o,
+                           .ldo = w->dpad,
+                           .max = out.max,
+                           .sum = out.sum};
+    kvki_ahead ahead = ahead_of(w, kv_head, block);
+    if (w->dpad != a->head_dim)
+        memset(out.o, 0, w->n_rows * w->dpad * sizeof(float));
+    w->isa->attend_few(&p, &b, &ahead);
+    return true;
+}
+
+/* Heads of a block follow each other, so that its rows are read from memory once. */
 static void item_block(void *arg, size_t item, uint32_t worker)
 {
     const job *w = arg;
-    size_t kv_head = item / w->n, i = item % w->n, block = w->first + i;
+    size_t i = item / w->a->n_kv_heads, kv_head = item % w->a->n_kv_heads, block = w->first + i;
     float *packed = w->work + worker * w->work_floats;
     float *scores = packed + w->pack_floats;
     state out = state_at(w->states + (kv_head * w->run + i) * w->state_floats);
+    if (attend_few(w, kv_head, block, scores, out))
+        return;
     bool finite = pack_block(w, kv_head, block, scores + SCORE_FLOATS, packed);
 
     if (!attend_rows(w, kv_head, 0, w->n_rows, block, packed, finite, scores, out))
