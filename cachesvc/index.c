@@ -65,7 +65,7 @@ uint32_t kvs_index_class(void *arg, const kvc_digest *tenant, uint32_t value_byt
     uint32_t pages = pages_of(value_bytes);
     uint32_t record_pages = pages + pages_of(RECORD_HEAD + RECORD_ROW_BYTES * n_rows);
     if (n_rows == KVS_PIECE_ROWS)
-        record_pages = kvs_piece_pages(record_pages);
+        record_pages = kvs_piece_pages(value_bytes / n_rows, record_pages);
     value_bytes = pages * CLASS_ROUND;
     kvc_mutex_lock(&index->lock);
     uint32_t cls = 1;

@@ -26,6 +26,8 @@ _Static_assert((KVC_MAX_PIECES - 1) * KVS_OPAQUE_CODES + KVS_OPAQUE_MORE <= UINT
                "a place fits into a value record");
 _Static_assert(KVC_MAX_VALUE_BYTES / PAGE_BYTES <= 256, "the rooms up to it have codes");
 
+_Static_assert(PAGE_BYTES > KVS_SMALL_PIECE_ROW_BYTES * KVS_PIECE_ROWS, "the first is smaller");
+
 /* ---- rooms ----------------------------------------------------------------------------------- */
 
 static uint32_t next_pages(uint32_t pages)
@@ -39,7 +41,12 @@ static uint32_t next_pages(uint32_t pages)
 void kvs_opaque_rooms(uint32_t piece_bytes, kvs_part *rooms)
 {
     uint32_t full = (piece_bytes + KVS_OPAQUE_END_BYTES + PAGE_BYTES - 1) / PAGE_BYTES, pages = 1;
-    for (uint32_t code = 0; code < KVS_OPAQUE_CODES; code++) {
+    rooms[0] = (kvs_part){
+        .row_bytes = KVS_SMALL_PIECE_ROW_BYTES,
+        .n_rows = KVS_PIECE_ROWS,
+        .value_bytes = KVS_SMALL_PIECE_ROW_BYTES * KVS_PIECE_ROWS,
+    };
+    for (uint32_t code = 1; code < KVS_OPAQUE_CODES; code++) {
         if (pages > full)
             pages = full;
         rooms[code] = (kvs_part){
@@ -153,8 +160,9 @@ kvc_status kvs_opaque_read(const kvs_schema *schema, uint32_t place, uint32_t ta
     uint32_t n = kvs_opaque_pieces(schema, end.total_bytes);
     bool good = end.magic == END_MAGIC && end.piece_bytes == schema->piece_bytes &&
                 end.piece == kvs_opaque_piece(place) && end.piece < n && end.sum != 0 &&
-                kvs_opaque_place(schema, end.total_bytes, end.piece) == place &&
+                kvs_opaque_is_last(place) == (end.piece + 1 == n) &&
                 end.len_bytes == kvs_opaque_piece_bytes(schema, end.total_bytes, end.piece) &&
+                end.len_bytes + KVS_OPAQUE_END_BYTES <= room_bytes &&
                 kvs_opaque_tag(schema, id_p) == tag;
     return good ? KVC_OK : KVC_CORRUPT;
 }

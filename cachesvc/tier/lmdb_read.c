@@ -67,7 +67,7 @@ static kvc_status begin(kvsi_reading *r)
 
 kvc_status kvsi_reading_prepare(kvsi_reading *r)
 {
-    r->prefix_bytes = kvsi_record_prefix_bytes(r->n_rows);
+    r->prefix_bytes = kvsi_record_prefix_bytes(r->row_bytes, r->n_rows);
     r->entry = kvsi_sums_find(r->tier->sums, r->packed);
     if (r->entry != NULL)
         return KVC_OK;

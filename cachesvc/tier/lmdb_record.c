@@ -8,22 +8,30 @@
 
 #define SUMMED_FROM 16u /* the header's magic, version and sum are not under the sum */
 
-uint32_t kvsi_record_prefix_bytes(uint32_t n_rows)
+_Static_assert(KVSI_RECORD_OFF + sizeof(kvsi_record_header) +
+                       KVS_PIECE_ROWS * (sizeof(uint32_t) + KVS_SMALL_PIECE_ROW_BYTES) <=
+                   KVSI_PAGE_BYTES,
+               "a small piece lies in one page");
+
+uint32_t kvsi_record_prefix_bytes(uint32_t row_bytes, uint32_t n_rows)
 {
     uint32_t need = (uint32_t)sizeof(kvsi_record_header) + n_rows * (uint32_t)sizeof(uint32_t) +
                     KVSI_RECORD_OFF;
 
+    if (n_rows == KVS_PIECE_ROWS && row_bytes <= KVS_SMALL_PIECE_ROW_BYTES)
+        return need - KVSI_RECORD_OFF;
     return (need + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES * KVSI_PAGE_BYTES - KVSI_RECORD_OFF;
 }
 
 uint64_t kvsi_record_bytes(uint32_t row_bytes, uint32_t n_rows)
 {
-    uint64_t bytes = kvsi_record_prefix_bytes(n_rows) + (uint64_t)row_bytes * n_rows;
+    uint64_t bytes = kvsi_record_prefix_bytes(row_bytes, n_rows) + (uint64_t)row_bytes * n_rows;
 
     if (n_rows != KVS_PIECE_ROWS)
         return bytes;
     uint64_t pages = (bytes + KVSI_RECORD_OFF + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES;
-    return kvs_piece_pages((uint32_t)pages) * (uint64_t)KVSI_PAGE_BYTES - KVSI_RECORD_OFF;
+    return kvs_piece_pages(row_bytes, (uint32_t)pages) * (uint64_t)KVSI_PAGE_BYTES -
+           KVSI_RECORD_OFF;
 }
 
 uint32_t kvsi_record_pages(uint32_t row_bytes, uint32_t n_rows)
@@ -77,7 +85,7 @@ static uint64_t record_sum(const void *record, uint32_t n_rows)
 
 void kvsi_record_write(const kvs_tier_write *write, void *out)
 {
-    uint32_t prefix_bytes = kvsi_record_prefix_bytes(write->n_rows);
+    uint32_t prefix_bytes = kvsi_record_prefix_bytes(write->row_bytes, write->n_rows);
     size_t sums_bytes = write->n_rows * sizeof(uint32_t);
     uint8_t *bytes = out;
     kvsi_record_header header = {
@@ -113,7 +121,7 @@ kvc_status kvsi_record_check(const void *record, size_t len_bytes, const kvs_val
     memcpy(&header, record, sizeof(header));
     if (header.magic != KVSI_RECORD_MAGIC || header.version != KVSI_RECORD_VERSION ||
         header.row_bytes != row_bytes || header.n_rows != n_rows ||
-        header.prefix_bytes != kvsi_record_prefix_bytes(n_rows))
+        header.prefix_bytes != kvsi_record_prefix_bytes(row_bytes, n_rows))
         return KVC_CORRUPT;
     if (header.sum != record_sum(record, n_rows))
         return KVC_CORRUPT;

@@ -7,6 +7,9 @@
  *
  *   header (128 bytes) | u32 sums[n_rows] | zeros to prefix_bytes | rows, dense
  *
+ * A small piece of an opaque value (KVS_SMALL_PIECE_ROW_BYTES) has no zeros there: all of it lies
+ * in one page. Which of the two it is follows from the shape, so both may lie in one folder.
+ *
  * The LMDB key holds the value's key and its shape, so that recover reads no record at all.
  */
 #ifndef KVSI_LMDB_RECORD_H
@@ -31,7 +34,7 @@ typedef struct kvsi_record_header {
 _Static_assert(sizeof(kvsi_record_header) == 128, "the record header is stored as it is");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "records are little-endian");
 
-uint32_t kvsi_record_prefix_bytes(uint32_t n_rows);
+uint32_t kvsi_record_prefix_bytes(uint32_t row_bytes, uint32_t n_rows);
 /* Those of a piece (KVS_PIECE_ROWS) are rounded up to one of few lengths; zeros fill it. */
 uint64_t kvsi_record_bytes(uint32_t row_bytes, uint32_t n_rows);
 /* Pages that LMDB takes for the record: the size class. */

@@ -60,12 +60,16 @@ typedef struct kvs_tier_opts {
 /*
  * A value of so many rows is a piece of an opaque value, which no block of tokens can be. Pieces
  * have many lengths, and a PERSISTENT tier few size classes: it rounds up what it takes for one to
- * kvs_piece_pages, of 4 KiB.
+ * kvs_piece_pages, of 4 KiB. Those with the shortest rows share one page with all that is kept
+ * beside them.
  */
-#define KVS_PIECE_ROWS 32u
-static inline uint32_t kvs_piece_pages(uint32_t pages)
+#define KVS_PIECE_ROWS            32u
+#define KVS_SMALL_PIECE_ROW_BYTES 112u
+static inline uint32_t kvs_piece_pages(uint32_t row_bytes, uint32_t pages)
 {
     static const uint32_t sizes[] = {4, 18, 66, 258};
+    if (row_bytes <= KVS_SMALL_PIECE_ROW_BYTES)
+        return 1;
     for (uint32_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
         if (pages <= sizes[i])
             return sizes[i];

@@ -110,8 +110,10 @@ static void stray_done(kvs_tier_write *write)
     atomic_store((atomic_bool *)write->arg, true);
 }
 
-/* A piece of another value in lmdb, as a crash between a removal and a put can leave one. */
-static void add_stray(o_rig *r, uint64_t key, uint64_t seed, size_t len_bytes, uint32_t piece)
+/* A piece of a value in lmdb, in the room of this code; NO_CODE: the one that it belongs into. */
+#define NO_CODE KVS_OPAQUE_CODES
+static void add_piece(o_rig *r, uint64_t key, uint64_t seed, size_t len_bytes, uint32_t piece,
+                      uint32_t code)
 {
     const kvs_tier_ops *ops = kvs_tier_find("lmdb");
     const char *tenant = "default";
@@ -131,6 +133,8 @@ static void add_stray(o_rig *r, uint64_t key, uint64_t seed, size_t len_bytes, u
     kvs_tier *tier;
     kvs_opaque_rooms(O_PIECE, rooms);
     uint16_t place = kvs_opaque_place(&schema, len_bytes, piece);
+    if (code != NO_CODE)
+        place = (uint16_t)(piece * KVS_OPAQUE_CODES + code);
     const kvs_part *part = kvs_part_at(&schema, place);
     memcpy(room, content + (size_t)piece * O_PIECE,
            kvs_opaque_piece_bytes(&schema, len_bytes, piece));
@@ -154,6 +158,65 @@ static void add_stray(o_rig *r, uint64_t key, uint64_t seed, size_t len_bytes, u
     assert_true(atomic_load(&done) && write.status == KVC_OK);
     free(content);
     free(room);
+}
+
+/* Of another value, as a crash between a removal and a put can leave one. */
+static void add_stray(o_rig *r, uint64_t key, uint64_t seed, size_t len_bytes, uint32_t piece)
+{
+    add_piece(r, key, seed, len_bytes, piece, NO_CODE);
+}
+
+/* What a server before the smallest room stored is in the next one: it is read, stays, and can be
+   erased and put again. */
+static void from_before_the_small_room(void **state)
+{
+    (void)state;
+    o_rig *r = o_rig_create(true);
+    o_rig_start(r);
+    assert_int_equal(o_put(r->peer, &r->schema, 1, 5, 1024, KVC_PROMISE_DURABLE, 0), KVC_OK);
+    o_rig_stop(r, false);
+    add_piece(r, 2, 6, 1024, 0, 1);
+    o_rig_start(r);
+    for (uint32_t key = 1; key <= 2; key++) {
+        o_get_equal(r->peer, &r->schema, key, 4 + key, 1024);
+        assert_int_equal(o_put(r->peer, &r->schema, key, 4 + key, 1024, KVC_PROMISE_DURABLE, 0),
+                         KVC_EXISTS);
+        o_get_equal(r->peer, &r->schema, key, 4 + key, 1024);
+    }
+    assert_int_equal(o_erase(r->peer, &r->schema, 2), 1);
+    assert_int_equal(o_put(r->peer, &r->schema, 2, 7, 1024, KVC_PROMISE_DURABLE, 0), KVC_OK);
+    o_rig_stop(r, false);
+    o_rig_start(r);
+    o_get_equal(r->peer, &r->schema, 2, 7, 1024);
+    o_rig_stop(r, false);
+    o_rig_destroy(r);
+}
+
+/* What small values take of lmdb: a page each, and their share of the tree. */
+static void small_values_take_little(void **state)
+{
+    (void)state;
+    enum { SMALL = 1000, MOST_BYTES = 4096 + 512 };
+    kvs_tier_usage before, after;
+    o_rig *r = o_rig_create(true);
+    o_rig_start(r);
+    const kvs_store *lmdb = &r->h.server->lmdb;
+    lmdb->ops->usage(lmdb->tier, &before);
+    for (uint32_t i = 0; i < SMALL; i++)
+        assert_int_equal(o_put(r->peer, &r->schema, i, i, 1024, KVC_PROMISE_MEMORY,
+                               kvc_deadline_ns(60000000000ull)),
+                         KVC_OK);
+    o_rig_stop(r, true);
+    o_rig_start(r);
+    lmdb->ops->usage(lmdb->tier, &after);
+    assert_int_equal(after.values - before.values, SMALL);
+    uint64_t each = (after.used_bytes - before.used_bytes) / SMALL;
+    print_message("lmdb takes %llu bytes for a value of 1024\n", (unsigned long long)each);
+    assert_in_range(each, 1024, MOST_BYTES);
+    for (uint32_t i = 0; i < SMALL; i += 97)
+        o_get_equal(r->peer, &r->schema, i, i, 1024);
+    o_rig_stop(r, false);
+    o_rig_destroy(r);
 }
 
 /* Pieces of two values under one key after a crash: what is whole stays, in whatever order they are
@@ -298,6 +361,8 @@ int main(void)
         cmocka_unit_test(torn_by_a_restart),
         cmocka_unit_test(loaded_ahead),
         cmocka_unit_test(rivals_after_a_crash),
+        cmocka_unit_test(from_before_the_small_room),
+        cmocka_unit_test(small_values_take_little),
         cmocka_unit_test(damaged_pieces),
         cmocka_unit_test(replaced_under_a_reader),
     };

@@ -226,10 +226,27 @@ void o_rig_destroy(o_rig *r)
     free(r);
 }
 
-const size_t o_lengths[O_N_LENGTHS] = {
-    0,       1,           63,          4031,         4032,         4033,         4095,
-    4096,    4097,        100000,      O_PIECE - 65, O_PIECE - 64, O_PIECE - 63, O_PIECE - 1,
-    O_PIECE, O_PIECE + 1, 2 * O_PIECE, 5557453};
+const size_t o_lengths[O_N_LENGTHS] = {0,
+                                       1,
+                                       63,
+                                       3519,
+                                       3520,
+                                       3521,
+                                       4031,
+                                       4032,
+                                       4033,
+                                       4095,
+                                       4096,
+                                       4097,
+                                       100000,
+                                       O_PIECE - 65,
+                                       O_PIECE - 64,
+                                       O_PIECE - 63,
+                                       O_PIECE - 1,
+                                       O_PIECE,
+                                       O_PIECE + 1,
+                                       2 * O_PIECE,
+                                       5557453};
 
 void o_put_and_get_all(o_rig *r, kvc_promise promise)
 {

@@ -49,7 +49,7 @@ void o_rig_stop(o_rig *r, bool flush);
 void o_rig_destroy(o_rig *r);
 
 /* Lengths at which something changes. */
-#define O_N_LENGTHS 18u
+#define O_N_LENGTHS 21u
 extern const size_t o_lengths[O_N_LENGTHS];
 /* Puts and gets a value of each, under its number as the key, and tries to put another. */
 void o_put_and_get_all(o_rig *r, kvc_promise promise);

@@ -27,10 +27,25 @@ static void test_rows_start_on_a_page(void **state)
     (void)state;
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         shape s = cases[i].s;
-        assert_int_equal(kvsi_record_prefix_bytes(s.n_rows), cases[i].prefix_bytes);
-        assert_int_equal((kvsi_record_prefix_bytes(s.n_rows) + 16) % 4096, 0);
+        assert_int_equal(kvsi_record_prefix_bytes(s.row_bytes, s.n_rows), cases[i].prefix_bytes);
+        assert_int_equal((kvsi_record_prefix_bytes(s.row_bytes, s.n_rows) + 16) % 4096, 0);
         assert_int_equal(kvsi_record_pages(s.row_bytes, s.n_rows), cases[i].pages);
     }
+}
+
+/* A small piece of an opaque value takes one page, whole; a longer one lies as rows of blocks do.
+ */
+static void test_small_pieces_share_a_page(void **state)
+{
+    uint32_t row_bytes = KVS_SMALL_PIECE_ROW_BYTES, n_rows = KVS_PIECE_ROWS;
+
+    (void)state;
+    assert_int_equal(kvsi_record_prefix_bytes(row_bytes, n_rows), 256);
+    assert_int_equal(kvsi_record_bytes(row_bytes, n_rows), 4080);
+    assert_int_equal(kvsi_record_pages(row_bytes, n_rows), 1);
+    assert_int_equal(kvsi_record_prefix_bytes(row_bytes + 1, n_rows), 4080);
+    assert_int_equal(kvsi_record_pages(128, n_rows), 4);
+    assert_int_equal(kvsi_record_prefix_bytes(row_bytes, 64), 4080);
 }
 
 static void test_key_round_trip(void **state)
@@ -250,6 +265,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rows_start_on_a_page),
+        cmocka_unit_test(test_small_pieces_share_a_page),
         cmocka_unit_test(test_key_round_trip),
         cmocka_unit_test(test_record_check),
         cmocka_unit_test(test_sums_cache_keeps_its_cap),
