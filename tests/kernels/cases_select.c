@@ -136,7 +136,9 @@ void case_window_max(const subject *s, support_random *random)
 
     for (size_t t = 0; t < N_SIZES; t++) {
         for (size_t e = 0; e < 7; e++) {
-            uint32_t n = sizes[t] > 20000 && e > 4 ? 9000 : sizes[t];
+            /* Wide windows once over more than a run, since the reference takes n times eps. */
+            uint32_t wide = t == N_SIZES - 1 ? 9000 : 2000;
+            uint32_t n = e > 4 && sizes[t] > wide ? wide : sizes[t];
             float *in = logits_of(random, n), *got = get_floats(n), *want = get_floats(n);
             if (n > 4)
                 in[3] = NAN;

@@ -97,49 +97,51 @@ static long double weight_of(const memory *m, size_t t, size_t i, kvk_fusion fus
     return left / (1 + expl(-score_of(m, i)));
 }
 
-/* One output number, straight from the definition: sum over the chosen, one softmax a chunk over
- * the rows that are no landmark's, with 1 in its denominator. */
-static long double output_of(const memory *m, size_t t, kvk_fusion fusion, size_t query,
-                             size_t head, size_t d)
+/* Attention of one query head over one chunk, straight from the definition: over the rows that are
+ * no landmark's, with 1 in the denominator. */
+static void add_chunk(const memory *m, size_t chunk, size_t query, size_t head, long double weight,
+                      long double out[D])
 {
-    long double out = 0;
+    size_t kv_head = head / (HQ / HKV);
+    long double num[D] = {0}, den = 1;
 
-    for (size_t i = 0; i < t; i++) {
-        long double num = 0, den = 1;
-        if (rank_of(m, t, i) >= K)
-            continue;
-        for (size_t j = 0; j < S - 1; j++) {
-            const float(*row)[HKV][D] = m->rows[i][j];
-            size_t kv_head = head / (HQ / HKV);
-            long double x = 0;
-            for (size_t u = 0; u < D; u++)
-                x += (long double)m->q[query][head][u] * (long double)row[0][kv_head][u];
-            num += expl(x / 4) * (long double)row[1][kv_head][d];
-            den += expl(x / 4);
-        }
-        out += weight_of(m, t, i, fusion) * num / den;
+    for (size_t j = 0; j < S - 1; j++) {
+        const float(*row)[HKV][D] = m->rows[chunk][j];
+        long double x = 0;
+        for (size_t d = 0; d < D; d++)
+            x += (long double)m->q[query][head][d] * (long double)row[0][kv_head][d];
+        x = expl(x / 4);
+        for (size_t d = 0; d < D; d++)
+            num[d] += x * (long double)row[1][kv_head][d];
+        den += x;
     }
-    return out;
+    for (size_t d = 0; d < D; d++)
+        out[d] += weight * num[d] / den;
 }
 
 static void check_output(const subject *s, const memory *m, uint32_t t, kvk_fusion fusion,
                          const result *r)
 {
-    long double worst = 0;
+    long double worst = 0, weights[CHUNKS] = {0};
 
+    for (size_t i = 0; i < t; i++) {
+        if (rank_of(m, t, i) < K)
+            weights[i] = weight_of(m, t, i, fusion);
+    }
     for (size_t i = 0; i < r->n; i++) {
         assert_int_equal(rank_of(m, t, r->ids[i]), i);
-        assert_near(s, "weight", i, (double)r->weights[i],
-                    (double)weight_of(m, t, r->ids[i], fusion), 1e-5);
+        assert_near(s, "weight", i, (double)r->weights[i], (double)weights[r->ids[i]], 1e-5);
     }
-    for (size_t query = 0; query < NQ; query++) {
-        for (size_t head = 0; head < HQ; head++) {
-            for (size_t d = 0; d < D; d++) {
-                long double want = output_of(m, t, fusion, query, head, d);
-                worst = fmaxl(worst, fabsl(want));
-                assert_near(s, "out", (query * HQ + head) * D + d, (double)r->out[query][head][d],
-                            (double)want, 2e-5);
-            }
+    for (size_t row = 0; row < (size_t)NQ * HQ; row++) {
+        long double want[D] = {0};
+        for (size_t i = 0; i < t; i++) {
+            if (weights[i] != 0)
+                add_chunk(m, i, row / HQ, row % HQ, weights[i], want);
+        }
+        for (size_t d = 0; d < D; d++) {
+            worst = fmaxl(worst, fabsl(want[d]));
+            assert_near(s, "out", row * D + d, (double)r->out[row / HQ][row % HQ][d],
+                        (double)want[d], 2e-5);
         }
     }
     assert_true(t == 0 ? worst == 0 : worst > 0.05L);

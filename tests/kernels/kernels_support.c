@@ -60,7 +60,7 @@ static void try_subject(const char *name, const char *isa, uint32_t threads,
 
 void for_each_subject(void (*fn)(const subject *s, void *arg), void *arg)
 {
-    static const char *const isas[] = {"double", "portable", "avx2", "avx512", "amx"};
+    static const char *const isas[] = {SUBJECT_ISAS};
 
     for (uint32_t b = 0; kvk_backend_name(b); b++) {
         for (size_t i = 0; i < sizeof(isas) / sizeof(isas[0]); i++) {

@@ -18,11 +18,21 @@ typedef struct subject {
     const kvk_ops *ops;
 } subject;
 
-/* The thread sanitizer is there for subjects of several threads; the others take it minutes. */
+/* The isas under test. The thread sanitizer is there for what threads share, which no isa changes
+ * but by its tiles: it runs subjects of several threads, in the plain form and the widest two. */
 #ifdef __SANITIZE_THREAD__
 #define SUBJECT_THREADS_MIN 3
+#define SUBJECT_ISAS        "portable", "avx512", "amx"
 #else
 #define SUBJECT_THREADS_MIN 1
+#define SUBJECT_ISAS        "double", "portable", "avx2", "avx512", "amx"
+#endif
+
+/* Under a sanitizer, tenfold slower, the same work is cut in fewer ways. */
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#define SUBJECT_BRIEF true
+#else
+#define SUBJECT_BRIEF false
 #endif
 
 /* Calls fn for every registered backend x isa that this machine has x thread count (1 and 3). */
