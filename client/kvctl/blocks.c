@@ -131,3 +131,24 @@ void kvctl_blocks_free(kvctl_blocks *blocks)
     free(blocks->digests);
     free(blocks->tokens);
 }
+
+kvctl_exit kvctl_blocks_run(const char *command, const kvctl_globals *globals, int argc,
+                            char **argv, kvctl_blocks_fn *ask)
+{
+    static const struct option options[] = {
+        KVCTL_BLOCKS_OPTIONS,
+        {0},
+    };
+    kvctl_blocks blocks = {0};
+    kvctl_exit result = KVCTL_OK;
+    int option;
+    while (result == KVCTL_OK && (option = getopt_long(argc, argv, "", options, NULL)) != -1)
+        if (!kvctl_blocks_option(option, &blocks))
+            result = kvctl_usage(command, "an option is wrong");
+    if (result == KVCTL_OK)
+        result = kvctl_blocks_read(command, argc, argv, &blocks);
+    if (result == KVCTL_OK)
+        result = ask(globals, &blocks);
+    kvctl_blocks_free(&blocks);
+    return result;
+}

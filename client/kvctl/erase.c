@@ -1,7 +1,6 @@
 /*
  * erase.c: kvctl erase: removes values of blocks for good.
  */
-#include <getopt.h>
 #include <stdio.h>
 
 #include "base/text.h"
@@ -75,22 +74,7 @@ static kvctl_exit ask(const kvctl_globals *globals, const kvctl_blocks *blocks)
 
 static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
 {
-    static const struct option options[] = {
-        KVCTL_BLOCKS_OPTIONS,
-        {0},
-    };
-    kvctl_blocks blocks = {0};
-    kvctl_exit result = KVCTL_OK;
-    int option;
-    while (result == KVCTL_OK && (option = getopt_long(argc, argv, "", options, NULL)) != -1)
-        if (!kvctl_blocks_option(option, &blocks))
-            result = kvctl_usage("erase", "an option is wrong");
-    if (result == KVCTL_OK)
-        result = kvctl_blocks_read("erase", argc, argv, &blocks);
-    if (result == KVCTL_OK)
-        result = ask(globals, &blocks);
-    kvctl_blocks_free(&blocks);
-    return result;
+    return kvctl_blocks_run("erase", globals, argc, argv, ask);
 }
 
 const kvctl_command kvctl_erase = {

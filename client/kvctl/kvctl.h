@@ -139,6 +139,10 @@ bool kvctl_blocks_option(int option, kvctl_blocks *blocks);
 /* Reads the digests from the words left, the file named, or standard input. KVCTL_USAGE: said. */
 kvctl_exit kvctl_blocks_read(const char *command, int argc, char **argv, kvctl_blocks *blocks);
 void kvctl_blocks_free(kvctl_blocks *blocks);
+typedef kvctl_exit kvctl_blocks_fn(const kvctl_globals *globals, const kvctl_blocks *blocks);
+/* All of a command whose words only say which blocks: reads them, asks, frees them. */
+kvctl_exit kvctl_blocks_run(const char *command, const kvctl_globals *globals, int argc,
+                            char **argv, kvctl_blocks_fn *ask);
 
 /* ---- opaque.c: kvctl put and get of one opaque value -------------------------------------------
  */

@@ -1,7 +1,6 @@
 /*
  * prefetch.c: kvctl prefetch: loads a context's values to dram ahead of their use.
  */
-#include <getopt.h>
 #include <stdio.h>
 
 #include "base/text.h"
@@ -91,22 +90,7 @@ static kvctl_exit ask(const kvctl_globals *globals, const kvctl_blocks *blocks)
 
 static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
 {
-    static const struct option options[] = {
-        KVCTL_BLOCKS_OPTIONS,
-        {0},
-    };
-    kvctl_blocks blocks = {0};
-    kvctl_exit result = KVCTL_OK;
-    int option;
-    while (result == KVCTL_OK && (option = getopt_long(argc, argv, "", options, NULL)) != -1)
-        if (!kvctl_blocks_option(option, &blocks))
-            result = kvctl_usage("prefetch", "an option is wrong");
-    if (result == KVCTL_OK)
-        result = kvctl_blocks_read("prefetch", argc, argv, &blocks);
-    if (result == KVCTL_OK)
-        result = ask(globals, &blocks);
-    kvctl_blocks_free(&blocks);
-    return result;
+    return kvctl_blocks_run("prefetch", globals, argc, argv, ask);
 }
 
 const kvctl_command kvctl_prefetch = {
