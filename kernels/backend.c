@@ -100,6 +100,8 @@ size_t kvk_dtype_bytes(kvk_dtype dtype)
     case KVK_BF16:
         return 2;
     case KVK_I8:
+    case KVK_E4M3_SCALED:
+    case KVK_I8_SCALED:
         return 1;
     }
     return 0;

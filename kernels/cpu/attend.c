@@ -14,8 +14,8 @@ kvc_status kvki_check_attend(const kvk_attend_args *a)
     uint32_t seen = 0;
 
     if (!kvki_heads_ok(a->n_q_heads, a->n_kv_heads) || a->head_dim == 0 ||
-        !kvki_dtype_ok(a->dtype) || !isfinite(a->scale) || !(a->softcap >= 0) ||
-        !isfinite(a->softcap))
+        (!kvki_dtype_ok(a->dtype) && !kvk_is_coded(a->dtype)) || !isfinite(a->scale) ||
+        !(a->softcap >= 0) || !isfinite(a->softcap))
         return KVC_INVALID;
     if (!kvki_shape_ok(a->n_q, a->n_q_heads, (size_t)a->head_dim * 2) ||
         !kvki_shape_ok(a->n_kv, a->n_kv_heads, (size_t)a->head_dim * 4))
@@ -39,7 +39,7 @@ static void key_ref(const kvk_attend_args *a, size_t j, size_t kv_head, double *
     size_t d = a->head_dim, half = d / 2;
 
     for (size_t t = 0; t < d; t++)
-        k[t] = (double)kvki_elem(row, a->dtype, kv_head * d + t);
+        k[t] = (double)kvki_slice_elem(row, a->dtype, a->n_kv_heads, a->head_dim, kv_head, t);
     if (!a->inv_freq || !a->k_positions)
         return;
     for (size_t t = 0; t < half; t++) {
@@ -81,7 +81,8 @@ static void attend_one_ref(const kvk_attend_args *a, size_t query, size_t head, 
         double weight = exp(logits[j] - max);
         total += weight;
         for (size_t t = 0; t < d; t++)
-            sums[t] += weight * (double)kvki_elem(row, a->dtype, kv_head * d + t);
+            sums[t] += weight * (double)kvki_slice_elem(row, a->dtype, a->n_kv_heads, a->head_dim,
+                                                        kv_head, t);
     }
     for (size_t t = 0; t < d; t++)
         a->o[out * d + t] = nan ? NAN : total > 0 || isnan(total) ? (float)(sums[t] / total) : 0;

@@ -16,6 +16,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "elem.h"
 #include "internal.h"
 #include "isa.h"
 
@@ -137,6 +138,7 @@ static kvki_attend_pack pack_of(const job *w, size_t kv_head, size_t block, floa
     size_t angles = (block - w->first) * KVKI_ATTEND_KEYS * (a->head_dim / 2);
     size_t left = a->n_kv - first;
     size_t head_bytes = kv_head * a->head_dim * kvk_dtype_bytes(a->dtype);
+    size_t scale_off = kvki_scale_off(a->n_kv_heads, a->head_dim, kv_head);
     return (kvki_attend_pack){
         .rows = a->rows + first,
         .n = (uint32_t)(left < KVKI_ATTEND_KEYS ? left : KVKI_ATTEND_KEYS),
@@ -144,6 +146,9 @@ static kvki_attend_pack pack_of(const job *w, size_t kv_head, size_t block, floa
         .k_off_bytes = a->k_off_bytes + head_bytes,
         .v_off_bytes = a->v_off_bytes + head_bytes,
         .dtype = a->dtype,
+        .coded = kvk_is_coded(a->dtype),
+        .k_scale_off_bytes = a->k_off_bytes + scale_off,
+        .v_scale_off_bytes = a->v_off_bytes + scale_off,
         .cos = w->rotate ? w->cos + angles : NULL,
         .sin = w->rotate ? w->sin + angles : NULL,
         .tmp = tmp,
@@ -292,7 +297,7 @@ static kvki_ahead ahead_of(const job *w, size_t kv_head, size_t block)
         .rows = n ? a->rows + first + from : NULL,
         .n = (uint32_t)(to - from),
         .off_bytes = {a->k_off_bytes, a->v_off_bytes},
-        .len_bytes = (size_t)a->n_kv_heads * a->head_dim * kvk_dtype_bytes(a->dtype),
+        .len_bytes = kvk_slice_bytes(a->dtype, a->n_kv_heads, a->head_dim),
     };
 }
 

@@ -44,7 +44,18 @@ static inline float kvki_f32_of_f16(uint16_t x)
     return kvki_f32_of_bits(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
-/* Element i of a row that starts at `row`. */
+static inline float kvki_f32_of_e4m3(uint8_t x)
+{
+    uint32_t sign = (uint32_t)(x & 0x80u) << 24, magnitude = x & 0x7fu;
+    float sub = (float)magnitude * 0x1p-9f;
+
+    if (magnitude < 8)
+        return kvki_f32_of_bits(kvki_bits_of_f32(sub) | sign);
+    return kvki_f32_of_bits(sign |
+                            (magnitude == 0x7f ? 0x7fc00000u : (magnitude << 20) + (120u << 23)));
+}
+
+/* Element i of a row that starts at `row`; of a coded one, before its scale. */
 static inline float kvki_elem(const void *row, kvk_dtype dtype, size_t i)
 {
     const char *p = row;
@@ -62,11 +73,40 @@ static inline float kvki_elem(const void *row, kvk_dtype dtype, size_t i)
     case KVK_BF16:
         memcpy(&h, p + 2 * i, sizeof(h));
         return kvki_f32_of_bf16(h);
+    case KVK_E4M3_SCALED:
+        memcpy(&b, p + i, sizeof(b));
+        return kvki_f32_of_e4m3((uint8_t)b);
     case KVK_I8:
+    case KVK_I8_SCALED:
         memcpy(&b, p + i, sizeof(b));
         return (float)b;
     }
     return 0;
+}
+
+/* The bf16 at p as a float. */
+static inline float kvki_scale_at(const char *p)
+{
+    uint16_t bits = 0;
+    memcpy(&bits, p, sizeof(bits));
+    return kvki_f32_of_bf16(bits);
+}
+
+/* Where a coded slice has the scale of a head. */
+static inline size_t kvki_scale_off(uint32_t n_heads, uint32_t dim, size_t head)
+{
+    return (size_t)n_heads * dim + 2 * head;
+}
+
+/* Element t of a head of a slice in dtype, coded or not. */
+static inline float kvki_slice_elem(const void *slice, kvk_dtype dtype, uint32_t n_heads,
+                                    uint32_t dim, size_t head, size_t t)
+{
+    float x = kvki_elem(slice, dtype, head * dim + t);
+
+    if (kvk_is_coded(dtype))
+        x *= kvki_scale_at((const char *)slice + kvki_scale_off(n_heads, dim, head));
+    return x;
 }
 
 static inline const char *kvki_row(const kvk_rows *rows, size_t i)

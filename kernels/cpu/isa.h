@@ -67,6 +67,8 @@ typedef struct kvki_attend_pack {
     uint32_t n, head_dim;
     size_t k_off_bytes, v_off_bytes;
     kvk_dtype dtype;
+    bool coded; /* elements are to be multiplied by the row's scales of this head: */
+    size_t k_scale_off_bytes, v_scale_off_bytes;
     const float *cos, *sin; /* [n, head_dim / 2], NULL: K is not rotated */
     float *tmp;             /* [KVKI_PACK_ROWS, head_dim rounded up to 16] */
     float *kt, *v;
@@ -99,6 +101,7 @@ struct kvki_isa {
     uint32_t panel; /* columns of a gemm panel */
     uint32_t lanes; /* of a vector of floats */
 
+    /* of coded rows: without their scales */
     void (*convert)(const void *in, kvk_dtype dtype, size_t n, float *out);
     void (*add)(float *acc, const float *x, size_t n);
     void (*add_f64)(double *acc, const float *x, size_t n);
@@ -108,6 +111,7 @@ struct kvki_isa {
     void (*rotate)(const float *x, const float *cos, const float *sin, uint32_t half, float *out);
     void (*gemm)(const kvki_gemm *g);
     void (*quantize)(const float *x, uint32_t n, float scale, int8_t *out);
+    void (*e4m3)(const float *x, uint32_t n, float scale, uint8_t *out);
     void (*dot)(const kvki_dot *d);
     void (*score_i8)(const kvki_score_i8 *s);
     /* the largest of x and start; NaN is passed over */

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "check.h"
-#include "elem.h"
+#include "codec.h"
 #include "internal.h"
 #include "isa.h"
 
@@ -35,19 +35,6 @@ kvc_status kvki_check_quantize(const kvk_quantize_args *a)
     return all_finite(a->in, (size_t)a->n * a->n_heads * a->dims) ? KVC_OK : KVC_INVALID;
 }
 
-/* The least bf16 that is not below max / 127: the double quotient is off by less than the distance
- * from an inexact one to the next bf16. */
-static uint16_t scale_bits(float max)
-{
-    double exact = (double)max / 127.0;
-    float near = (float)exact;
-    uint32_t bits = kvki_bits_of_f32(near);
-
-    if ((bits & 0xffffu) != 0 || (double)near < exact)
-        bits = (bits & 0xffff0000u) + 0x10000u;
-    return (uint16_t)(bits >> 16);
-}
-
 static float abs_max(const float *x, size_t n)
 {
     float max = 0;
@@ -61,7 +48,7 @@ static float abs_max(const float *x, size_t n)
 static float put_scale(const kvk_quantize_args *a, const float *x, char *row, size_t head)
 {
     float max = abs_max(x, a->dims);
-    uint16_t bits = max > 0 ? scale_bits(max) : 0;
+    uint16_t bits = max > 0 ? kvki_scale_bits(max, 127.0) : 0;
 
     memcpy(row + (size_t)a->n_heads * a->dims + 2 * head, &bits, sizeof(bits));
     return kvki_f32_of_bf16(bits);

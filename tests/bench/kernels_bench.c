@@ -287,6 +287,14 @@ static void bench_attend_shape(uint32_t n_q, uint32_t n_kv, uint32_t hq, uint32_
                    hkv, d, rope ? " rope" : "");
     report("attend", shape, call_attend, &a, pairs * hq * d * 4e-9,
            (double)n_kv * (double)row * 2e-9);
+    if (n_q == 1 && !rope) { /* the same bytes as coded rows, half as long */
+        a.dtype = KVK_E4M3_SCALED;
+        a.v_off_bytes = kvk_slice_bytes(a.dtype, hkv, d);
+        (void)snprintf(shape, sizeof(shape), "n_q 1 n_kv %u heads %u/%u d %u e4m3", n_kv, hq, hkv,
+                       d);
+        report("attend", shape, call_attend, &a, pairs * hq * d * 4e-9,
+               (double)n_kv * (double)a.v_off_bytes * 2e-9);
+    }
     free(data);
     free(rows);
     free(positions);
@@ -307,6 +315,7 @@ static void bench_attend(void)
     for (uint32_t n_q = 1; n_q <= 8; n_q *= 2)
         bench_attend_shape(n_q, n_kv, 9, 3, 64, true);
     bench_attend_shape(1, n_kv, 32, 8, 128, true);
+    bench_attend_shape(1, n_kv, 32, 8, 128, false);
 }
 
 static void bench_score_keys_shape(uint32_t m, uint32_t hq, uint32_t hkv, uint32_t d, uint32_t n)
@@ -442,7 +451,7 @@ static void bench_rows(void)
     uint16_t *rows = halves((size_t)n * 1024);
     float *proj = floats((size_t)1024 * 126), *out = floats((size_t)n * 1024);
     double *freq = get(64 * sizeof(double));
-    char *index = get((size_t)n * 1024);
+    char *index = get((size_t)n * 1040);
     kvk_rows in = {rows, 2048, KVK_BF16};
 
     if (kvk_rope_inv_freq(&(kvk_rope_params){.theta = 10000}, 128, freq) != KVC_OK)
@@ -459,6 +468,10 @@ static void bench_rows(void)
     report("quantize", "[n, 1, 126]", call_quantize,
            &(kvk_quantize_args){proj, n < 1024 ? n : 1024, 1, 126, index, 128}, 0,
            (n < 1024 ? n : 1024) * 126 * 5e-9);
+    report("encode", "[n, 8, 128] bf16 to e4m3", call_encode,
+           &(kvk_encode_args){in, n, 8, 128, KVK_E4M3_SCALED, index, 1040}, 0, n * 1024 * 3e-9);
+    report("decode", "[n, 8, 128] e4m3", call_decode,
+           &(kvk_decode_args){{index, 1040, KVK_E4M3_SCALED}, n, 8, 128, out}, 0, n * 1024 * 5e-9);
     bench_gather(rows, n, out);
     report("mean", "[512, 1024] bf16", call_mean,
            &(kvk_mean_args){in, n < 512 ? n : 512, 1024, out}, 0, (n < 512 ? n : 512) * 2048e-9);

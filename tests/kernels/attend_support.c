@@ -1,12 +1,29 @@
 /* attend_support.c: see attend_support.h. */
 #include "attend_support.h"
 
+/* n rows of K then V, in a plain dtype or coded, at a stride. */
+static char *make_rows(const float *x, const problem_shape *p, size_t stride)
+{
+    size_t width = (size_t)p->n_kv_heads * p->head_dim;
+    size_t slice = kvk_slice_bytes(p->dtype, p->n_kv_heads, p->head_dim);
+    kvk_rows in = {x, 2 * width * sizeof(float), KVK_F32};
+    char *rows = NULL;
+
+    if (!kvk_is_coded(p->dtype))
+        return encode_rows(x, p->n_kv, 2 * width, stride, p->dtype);
+    rows = get(p->n_kv ? (p->n_kv - 1) * stride + 2 * slice : 1);
+    for (int side = 0; side < 2; side++, in.data = x + width)
+        CALL(reference(), encode, in, p->n_kv, p->n_kv_heads, p->head_dim, p->dtype,
+             rows + (size_t)side * slice, stride);
+    return rows;
+}
+
 problem make_problem(support_random *random, const problem_shape *p)
 {
-    size_t width = (size_t)p->n_kv_heads * p->head_dim, bytes = kvk_dtype_bytes(p->dtype);
-    size_t row = 2 * width * bytes, n_out = (size_t)p->n_q * p->n_q_heads;
-    char *data = encode_rows(random_floats(random, 2 * width * p->n_kv), p->n_kv, 2 * width,
-                             row + 2, p->dtype);
+    size_t width = (size_t)p->n_kv_heads * p->head_dim;
+    size_t slice = kvk_slice_bytes(p->dtype, p->n_kv_heads, p->head_dim);
+    size_t row = 2 * slice, n_out = (size_t)p->n_q * p->n_q_heads;
+    char *data = make_rows(random_floats(random, 2 * width * p->n_kv), p, row + 2);
     const void **rows = get(p->n_kv * sizeof(*rows));
     int32_t *positions = get(p->n_kv * sizeof(*positions));
     double *freq = get(p->head_dim * sizeof(double));
@@ -32,7 +49,7 @@ problem make_problem(support_random *random, const problem_shape *p)
                       .rows = rows,
                       .n_kv = p->n_kv,
                       .k_off_bytes = 0,
-                      .v_off_bytes = width * bytes,
+                      .v_off_bytes = slice,
                       .dtype = p->dtype,
                       .k_positions = p->rope ? positions : NULL,
                       .inv_freq = p->rope ? freq : NULL,
@@ -44,6 +61,16 @@ problem make_problem(support_random *random, const problem_shape *p)
                      visible};
 }
 
+double slice_element(const kvk_attend_args *a, size_t row, size_t off_bytes, size_t head, size_t t)
+{
+    const char *slice = (const char *)a->rows[row] + off_bytes;
+    size_t at = head * a->head_dim + t, scales = (size_t)a->n_kv_heads * a->head_dim;
+
+    if (!kvk_is_coded(a->dtype))
+        return (double)decoded(slice, a->dtype, at);
+    return (double)decoded(slice, a->dtype, at) * (double)decoded(slice + scales, KVK_BF16, head);
+}
+
 double attend_bound(const kvk_attend_args *a, size_t query, size_t head)
 {
     size_t d = a->head_dim, kv_head = head / (a->n_q_heads / a->n_kv_heads);
@@ -52,13 +79,12 @@ double attend_bound(const kvk_attend_args *a, size_t query, size_t head)
     double largest = 0;
 
     for (size_t j = 0; j < n; j++) { /* a rotation leaves |x| + |y| below sqrt(2) of it */
-        const char *row = (const char *)a->rows[j] + a->k_off_bytes;
         double sum = 0;
         for (size_t t = 0; t < d; t++)
-            sum += fabs((double)q[t]) * fabs((double)decoded(row, a->dtype, kv_head * d + t));
+            sum += fabs((double)q[t]) * fabs(slice_element(a, j, a->k_off_bytes, kv_head, t));
         for (size_t t = 0; a->inv_freq && t < d; t++)
             sum += fabs((double)q[t]) *
-                   fabs((double)decoded(row, a->dtype, kv_head * d + (t + d / 2) % d));
+                   fabs(slice_element(a, j, a->k_off_bytes, kv_head, (t + d / 2) % d));
         largest = fmax(largest, sum);
     }
     return (double)(d + 12) * 0x1p-24 * (double)a->scale * largest +
@@ -71,10 +97,8 @@ static double largest_value(const kvk_attend_args *a, size_t query, size_t head)
     size_t n = a->visible ? a->visible[query] : a->n_kv;
     double largest = 0;
 
-    for (size_t j = 0; j < n * d; j++) {
-        const char *row = (const char *)a->rows[j / d] + a->v_off_bytes;
-        largest = fmax(largest, fabs((double)decoded(row, a->dtype, kv_head * d + j % d)));
-    }
+    for (size_t j = 0; j < n * d; j++)
+        largest = fmax(largest, fabs(slice_element(a, j / d, a->v_off_bytes, kv_head, j % d)));
     return largest;
 }
 

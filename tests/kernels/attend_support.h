@@ -19,6 +19,9 @@ typedef struct problem_shape {
     float softcap;
 } problem_shape;
 
+/* Element t of a kv head of K (off_bytes k_off_bytes) or V in a row of the problem. */
+double slice_element(const kvk_attend_args *a, size_t row, size_t off_bytes, size_t head, size_t t);
+
 /* All memory comes from get(); o and lse are zeroed. */
 problem make_problem(support_random *random, const problem_shape *p);
 

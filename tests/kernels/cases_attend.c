@@ -20,6 +20,11 @@ static const problem_shape shapes[] = {
     {1, 32, 8, 128, 300, KVK_BF16, false, false, 0}, /* few rows: straight from where they lie */
     {1, 7, 1, 64, 140, KVK_F16, true, false, 30},
     {1, 4, 2, 32, 130, KVK_I8, false, false, 0},
+    {1, 32, 8, 128, 300, KVK_E4M3_SCALED, false, false, 0}, /* coded, few rows */
+    {1, 9, 3, 64, 140, KVK_I8_SCALED, true, false, 30},
+    {20, 9, 3, 64, 280, KVK_E4M3_SCALED, true, true, 0}, /* coded, packed */
+    {33, 32, 8, 128, 70, KVK_I8_SCALED, false, false, 0},
+    {5, 4, 2, 22, 130, KVK_E4M3_SCALED, true, true, 0},
 };
 
 static void compare(const subject *s, problem *p)
@@ -49,7 +54,7 @@ static void refuse_bad(const subject *s, support_random *random)
     bad[1].n_kv_heads = 0;
     bad[2].head_dim = 0;
     bad[3].rows = rows;
-    bad[4].dtype = (kvk_dtype)7;
+    bad[4].dtype = (kvk_dtype)5;
     bad[5].o = NULL;
     bad[6].scale = NAN;
     bad[7].softcap = -1;

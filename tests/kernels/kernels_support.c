@@ -146,7 +146,12 @@ float decoded(const void *row, kvk_dtype dtype, size_t i)
         memcpy(&x, at, 4);
         return x;
     }
-    if (dtype == KVK_I8) {
+    if (dtype == KVK_E4M3_SCALED) { /* 1.m * 2^(e - 7), or 0.m * 2^-6 where e is 0 */
+        int e = (at[0] >> 3) & 15, m = at[0] & 7;
+        double size = e ? ldexp(8 + m, e - 10) : ldexp(m, -9);
+        return e == 15 && m == 7 ? NAN : (float)(at[0] & 0x80 ? -size : size);
+    }
+    if (dtype == KVK_I8 || dtype == KVK_I8_SCALED) {
         memcpy(&byte, at, 1);
         return (float)byte;
     }

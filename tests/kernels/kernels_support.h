@@ -58,7 +58,7 @@ float *random_floats(support_random *random, size_t n);
 
 /* Encodes rows [n, width] at a stride in a dtype (I8: rounded to -127..127 after times 20). */
 void *encode_rows(const float *x, size_t n, size_t width, size_t stride_bytes, kvk_dtype dtype);
-/* The float that the encoder put there. */
+/* The float that the encoder put there; of a coded row, before its scale. */
 float decoded(const void *row, kvk_dtype dtype, size_t i);
 extern const kvk_dtype all_dtypes[4];
 

@@ -18,6 +18,16 @@
 
 #define PACK_AHEAD 32u /* keys asked for before they are packed */
 
+/* x [n] of a coded row, times the scale of its head. */
+KVKI_INLINE void apply_scale(const kvki_attend_pack *p, uint32_t j, size_t off_bytes, float *x,
+                             uint32_t n)
+{
+    float scale = kvki_scale_at((const char *)p->rows[j] + off_bytes);
+
+    for (uint32_t i = 0; i < n; i++)
+        x[i] *= scale;
+}
+
 /* VF_LANES keys from j on, converted and rotated into tmp [VF_LANES, ld]; zeros beyond n. */
 static void load_keys(const kvki_attend_pack *p, uint32_t j, float *tmp, size_t ld)
 {
@@ -30,6 +40,8 @@ static void load_keys(const kvki_attend_pack *p, uint32_t j, float *tmp, size_t 
             continue;
         }
         row_convert((const char *)p->rows[j] + p->k_off_bytes, p->dtype, d, x);
+        if (p->coded)
+            apply_scale(p, j, p->k_scale_off_bytes, x, d);
         if (p->cos)
             rotary_rotate(x, p->cos + (size_t)j * half, p->sin + (size_t)j * half, half, x);
     }
@@ -71,6 +83,8 @@ static bool pack_value(const kvki_attend_pack *p, uint32_t j)
         uint32_t n = d - from < GEMM_PANEL ? d - from : GEMM_PANEL;
         float *to = p->v + ((size_t)from * KVKI_ATTEND_KEYS) + (size_t)j * GEMM_PANEL;
         row_convert(row + from * bytes, p->dtype, n, to);
+        if (p->coded)
+            apply_scale(p, j, p->v_scale_off_bytes, to, n);
         memset(to + n, 0, (GEMM_PANEL - n) * sizeof(float));
         for (uint32_t i = 0; i < n; i++)
             bad |= (kvki_bits_of_f32(to[i]) & 0x7f800000u) == 0x7f800000u;

@@ -138,13 +138,14 @@ KVKI_INLINE void few_scores(const kvki_attend_pack *p, const kvki_attend_block *
     uint32_t d = p->head_dim;
     const float *q = b->q + (size_t)first * d;
     const char *key[VF_LANES];
+    bool made = p->cos || p->coded; /* in tmp: rotated, scaled */
     vf acc[FEW_ROWS];
 
-    if (p->cos)
+    if (made)
         load_keys(p, j, p->tmp, d);
     for (uint32_t t = 0; t < VF_LANES; t++) /* keys beyond the last are never looked at */
-        key[t] = p->cos ? (const char *)(p->tmp + (size_t)t * d)
-                        : (const char *)p->rows[j + t < p->n ? j + t : p->n - 1] + p->k_off_bytes;
+        key[t] = made ? (const char *)(p->tmp + (size_t)t * d)
+                      : (const char *)p->rows[j + t < p->n ? j + t : p->n - 1] + p->k_off_bytes;
     KVKI_UNROLL
     for (uint32_t i = 0; i < mr; i++)
         acc[i] = vf_zero();
@@ -189,6 +190,12 @@ KVKI_INLINE void few_values(const kvki_attend_pack *p, const kvki_attend_block *
         KVKI_UNROLL
         for (uint32_t c = 0; c < nv; c++)
             x[c] = vf_load_as(v + c * VF_LANES * elem_bytes, dtype, VF_LANES);
+        if (kvk_is_coded(dtype)) {
+            vf scale = vf_set1(kvki_scale_at((const char *)p->rows[j] + p->v_scale_off_bytes));
+            KVKI_UNROLL
+            for (uint32_t c = 0; c < nv; c++)
+                x[c] = vf_mul(x[c], scale);
+        }
         KVKI_UNROLL
         for (uint32_t i = 0; i < mr; i++) {
             vf w = vf_set1(s[(size_t)i * KVKI_ATTEND_KEYS + j]);
@@ -214,7 +221,7 @@ KVKI_INLINE void few_all_scores(const kvki_attend_pack *p, const kvki_attend_blo
     for (uint32_t j = 0; j < p->n; j += VF_LANES) {
         if (pairs && !p->cos)
             few_scores_bf16(p, b, first, mr, j, ahead);
-        else if (p->cos)
+        else if (p->cos || p->coded)
             few_scores(p, b, first, mr, j, KVK_F32, 4, ahead);
         else
             few_scores(p, b, first, mr, j, dtype, elem_bytes, ahead);
@@ -274,6 +281,12 @@ static void few_as(const kvki_attend_pack *p, const kvki_attend_block *b, bool v
         break;
     case KVK_I8:
         few_rows(p, b, values, KVK_I8, 1, ahead);
+        break;
+    case KVK_E4M3_SCALED:
+        few_rows(p, b, values, KVK_E4M3_SCALED, 1, ahead);
+        break;
+    case KVK_I8_SCALED:
+        few_rows(p, b, values, KVK_I8_SCALED, 1, ahead);
         break;
     }
 }

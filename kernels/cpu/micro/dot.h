@@ -91,6 +91,9 @@ static void dot(const kvki_dot *d)
     case KVK_I8:
         dot_as(d, KVK_I8, 1);
         break;
+    case KVK_E4M3_SCALED: /* no op gives these */
+    case KVK_I8_SCALED:
+        break;
     }
 }
 

@@ -23,7 +23,10 @@ KVKI_INLINE vf vf_load_as(const char *p, kvk_dtype dtype, size_t n)
     case KVK_BF16:
         return full ? vf_load_bf16(p) : vf_load_bf16_n(p, n);
     case KVK_I8:
+    case KVK_I8_SCALED:
         return full ? vf_load_i8(p) : vf_load_i8_n(p, n);
+    case KVK_E4M3_SCALED:
+        return full ? vf_load_e4m3(p) : vf_load_e4m3_n(p, n);
     }
     return vf_zero();
 }
@@ -52,7 +55,11 @@ static void row_convert(const void *in, kvk_dtype dtype, size_t n, float *out)
         convert_as(in, KVK_BF16, 2, n, out);
         break;
     case KVK_I8:
+    case KVK_I8_SCALED:
         convert_as(in, KVK_I8, 1, n, out);
+        break;
+    case KVK_E4M3_SCALED:
+        convert_as(in, KVK_E4M3_SCALED, 1, n, out);
         break;
     }
 }
@@ -97,6 +104,21 @@ static void row_quantize(const float *x, uint32_t n, float scale, int8_t *out)
 
     for (uint32_t i = 0; i < n; i++)
         out[i] = (int8_t)(int32_t)((x[i] / scale + magic) - magic);
+}
+
+/* Below 2^-6 e4m3 counts in steps of 2^-9, which the magic constant rounds to; above, the low 20
+ * bits of the mantissa are rounded away. */
+static void row_e4m3(const float *x, uint32_t n, float scale, uint8_t *out)
+{
+    const float magic = 0x1.8p14f;
+
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t bits = kvki_bits_of_f32(x[i] / scale), sign = bits >> 24 & 0x80u;
+        uint32_t abs_bits = bits & 0x7fffffffu;
+        uint32_t large = (abs_bits + 0x7ffffu + (abs_bits >> 20 & 1u) - (120u << 23)) >> 20;
+        uint32_t small = kvki_bits_of_f32(kvki_f32_of_bits(abs_bits) + magic) & 0xffu;
+        out[i] = (uint8_t)(sign | (abs_bits < (121u << 23) ? small : large));
+    }
 }
 
 static float row_max(const float *x, size_t n, float start)

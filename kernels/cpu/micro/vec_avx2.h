@@ -146,6 +146,25 @@ KVKI_INLINE vf vf_load_i8_n(const void *p, size_t n)
     return vf_load_i8(t);
 }
 
+/* The bits are those of an f16 that is 2^8 too small; what would be 480 is NaN. */
+KVKI_INLINE vf vf_load_e4m3(const void *p)
+{
+    __m128i b = _mm_cvtepu8_epi16(_mm_loadl_epi64(p));
+    __m128i h = _mm_or_si128(_mm_slli_epi16(_mm_and_si128(b, _mm_set1_epi16(0x80)), 8),
+                             _mm_slli_epi16(_mm_and_si128(b, _mm_set1_epi16(0x7f)), 7));
+    vf x = _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(256));
+    vf size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+    return _mm256_blendv_ps(x, _mm256_set1_ps(__builtin_nanf("")),
+                            _mm256_cmp_ps(size, _mm256_set1_ps(480), _CMP_EQ_OQ));
+}
+
+KVKI_INLINE vf vf_load_e4m3_n(const void *p, size_t n)
+{
+    uint8_t t[8] = {0};
+    memcpy(t, p, n);
+    return vf_load_e4m3(t);
+}
+
 /* lane i = sum of the lanes of a_i */
 KVKI_INLINE v4f vf_sum4(vf a0, vf a1, vf a2, vf a3)
 {

@@ -140,6 +140,27 @@ KVKI_INLINE vf vf_load_i8_n(const void *p, size_t n)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(vf_mask(n), p)));
 }
 
+/* The bits are those of an f16 that is 2^8 too small; what would be 480 is NaN. */
+KVKI_INLINE vf vf_of_e4m3(__m128i bytes)
+{
+    __m256i b = _mm256_cvtepu8_epi16(bytes);
+    __m256i h = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(0x80)), 8),
+                                _mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(0x7f)), 7));
+    vf x = _mm512_mul_ps(_mm512_cvtph_ps(h), _mm512_set1_ps(256));
+    __mmask16 nan = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(480), _CMP_EQ_OQ);
+    return _mm512_mask_mov_ps(x, nan, _mm512_set1_ps(__builtin_nanf("")));
+}
+
+KVKI_INLINE vf vf_load_e4m3(const void *p)
+{
+    return vf_of_e4m3(_mm_loadu_si128(p));
+}
+
+KVKI_INLINE vf vf_load_e4m3_n(const void *p, size_t n)
+{
+    return vf_of_e4m3(_mm_maskz_loadu_epi8(vf_mask(n), p));
+}
+
 /* lane i = sum of the lanes of a_i */
 KVKI_INLINE v4f vf_sum4(vf a0, vf a1, vf a2, vf a3)
 {

@@ -132,6 +132,16 @@ KVKI_INLINE vf vf_load_i8_n(const void *p, size_t n)
     return vf_load_elems(p, KVK_I8, n);
 }
 
+KVKI_INLINE vf vf_load_e4m3_n(const void *p, size_t n)
+{
+    return vf_load_elems(p, KVK_E4M3_SCALED, n);
+}
+
+KVKI_INLINE vf vf_load_e4m3(const void *p)
+{
+    return vf_load_e4m3_n(p, VF_LANES);
+}
+
 KVKI_INLINE vf vf_load_f16(const void *p)
 {
     return vf_load_f16_n(p, VF_LANES);

@@ -31,7 +31,20 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-typedef enum kvk_dtype { KVK_F32 = 1, KVK_F16 = 2, KVK_BF16 = 3, KVK_I8 = 4 } kvk_dtype;
+/*
+ * The _SCALED ones are coded rows, which encode, decode and attend take and nothing else: a slice
+ * (K or V) of n_heads heads of `dim` is a byte an element [n_heads, dim], then a bf16 scale a head
+ * [n_heads]. An element is byte * scale, exact in f32: int8, or e4m3 (4 exponent and 3 mantissa
+ * bits, at most 448, no infinity, 0x7f and 0xff are NaN).
+ */
+typedef enum kvk_dtype {
+    KVK_F32 = 1,
+    KVK_F16 = 2,
+    KVK_BF16 = 3,
+    KVK_I8 = 4,
+    KVK_E4M3_SCALED = 6,
+    KVK_I8_SCALED = 7
+} kvk_dtype;
 
 typedef struct kvk_backend kvk_backend;
 typedef struct kvk_stream kvk_stream; /* opaque; NULL on CPU backends */
@@ -104,6 +117,11 @@ typedef struct kvk_quantize_args {
     void *out;
     size_t out_stride_bytes;
 } kvk_quantize_args;
+
+static inline int kvk_is_coded(kvk_dtype dtype)
+{
+    return dtype == KVK_E4M3_SCALED || dtype == KVK_I8_SCALED;
+}
 
 static inline size_t kvk_index_row_bytes(uint32_t n_heads, uint32_t dims)
 {
@@ -242,13 +260,36 @@ typedef struct kvk_gather_args {
 } kvk_gather_args;
 
 /*
+ * Coded slices of n rows: in [n, n_heads, dims] F32, F16 or BF16 -> out + i * out_stride_bytes, in
+ * dtype (a _SCALED one), kvk_slice_bytes each. A head's scale is max|x| / 127 (int8) or / 448
+ * (e4m3) rounded UP to bf16, an element x / scale, the quotient in f32, to nearest even; a zero
+ * head has scale 0. int8: what quantize writes. The same bits on every backend. |x - decoded| is
+ * at most scale / 2 (int8), or |x| / 16 and, below 2^-6 of the scale, scale / 1024 (e4m3). A
+ * non-finite input is KVC_INVALID.
+ */
+typedef struct kvk_encode_args {
+    kvk_rows in;
+    uint32_t n, n_heads, dims;
+    kvk_dtype dtype;
+    void *out;
+    size_t out_stride_bytes;
+} kvk_encode_args;
+
+/* out [n, n_heads, dims] f32 = the elements of coded slices, in.dtype a _SCALED one. Exact. */
+typedef struct kvk_decode_args {
+    kvk_rows in;
+    uint32_t n, n_heads, dims;
+    float *out;
+} kvk_decode_args;
+
+/*
  * Attention of n_q queries over n_kv rows, a partial: o normalised over these rows, lse natural log
  * of the sum of exp(scale * q.k (softcapped)). rows[j] points at a token row: K [n_kv_heads,
- * head_dim] at k_off_bytes, V likewise at v_off_bytes, in dtype. Where inv_freq is not NULL, K of
- * row j is rotated by k_positions[j] on the fly (NULL k_positions: not rotated); q arrives rotated.
- * visible [n_q]: query i sees rows 0 .. visible[i]-1 (NULL: all). A query that sees nothing gets
- * o = 0, lse = -INFINITY. Rows are taken in the order given, so equal lists give equal bits.
- * What lies in rows that a query does not see cannot reach it, Inf and NaN included.
+ * head_dim] at k_off_bytes, V likewise at v_off_bytes, in dtype, coded or not. Where inv_freq is
+ * not NULL, K of row j is rotated by k_positions[j] on the fly (NULL k_positions: not rotated); q
+ * arrives rotated. visible [n_q]: query i sees rows 0 .. visible[i]-1 (NULL: all). A query that
+ * sees nothing gets o = 0, lse = -INFINITY. Rows are taken in the order given, so equal lists give
+ * equal bits. What lies in rows that a query does not see cannot reach it, Inf and NaN included.
  * Bound against the double reference: |o error| <= 2^-20 * max|v| * (1 + log2(n_kv + 1)) + the
  * rounding of f32 logits (stated in kernels/README.md).
  */
@@ -328,7 +369,7 @@ typedef struct kvk_chunk_fuse_args {
 #define KVK_OPS(X) \
     X(convert) X(mean) X(group_sum) X(rope) X(project) X(quantize) X(score_index) X(score_keys) \
     X(score_rows) X(softmax_stats) X(vote) X(row_max) X(chunk_fold) X(window_max) X(topk) \
-    X(resolve) X(gather) X(attend) X(merge) X(cosine) X(chunk_weights) X(chunk_fuse)
+    X(resolve) X(gather) X(encode) X(decode) X(attend) X(merge) X(cosine) X(chunk_weights) X(chunk_fuse)
 /* clang-format on */
 
 /* The table. Every slot is REQ. */
@@ -364,6 +405,12 @@ const char *kvk_backend_name(uint32_t i);
 
 size_t kvk_topk_workspace_bytes(uint32_t n, uint32_t k);
 size_t kvk_dtype_bytes(kvk_dtype dtype);
+/* Bytes of n_heads heads of K or of V in a row, the scales of a coded one included. */
+static inline size_t kvk_slice_bytes(kvk_dtype dtype, uint32_t n_heads, uint32_t dim)
+{
+    return kvk_is_coded(dtype) ? kvk_index_row_bytes(n_heads, dim)
+                               : (size_t)n_heads * dim * kvk_dtype_bytes(dtype);
+}
 /* out [n] in dtype (F32, F16 or BF16), which needs no alignment, = in [n], to nearest even;
  * overflow becomes infinity, NaN stays NaN. */
 void kvk_from_f32(const float *in, size_t n, kvk_dtype dtype, void *out);
