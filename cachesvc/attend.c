@@ -65,6 +65,25 @@ void kvs_attend_close(kvs_server *server)
 
 /* ---- what a group asks for ------------------------------------------------------------------- */
 
+/* How the kernels call the part's rows; 0: they do not know them. */
+static kvk_dtype row_dtype(const kvc_part *part)
+{
+    bool scaled = part->codec && strcmp(part->codec, KVC_CODEC_HEAD_SCALES) == 0;
+    switch (part->dtype) {
+    case KVC_DTYPE_F32:
+    case KVC_DTYPE_F16:
+    case KVC_DTYPE_BF16:
+        return (kvk_dtype)part->dtype;
+    case KVC_DTYPE_I8:
+        return scaled ? KVK_I8_SCALED : (kvk_dtype)0;
+    case KVC_DTYPE_E4M3:
+        return scaled ? KVK_E4M3_SCALED : (kvk_dtype)0;
+    case KVC_DTYPE_RAW:
+        break;
+    }
+    return (kvk_dtype)0;
+}
+
 static uint32_t elem_bytes(kvc_dtype dtype)
 {
     return dtype == KVC_DTYPE_F32 ? 4 : dtype == KVC_DTYPE_F16 || dtype == KVC_DTYPE_BF16 ? 2 : 0;
@@ -80,7 +99,10 @@ static const char *kind_name(kvc_part_kind kind)
 /* Whether the part's rows are K and V that this server can attend over. */
 static kvc_status check_part(kvt_call *call, uint32_t g, const kvc_part *part)
 {
-    uint64_t k_bytes = (uint64_t)part->kv_head_count * part->q_dim * elem_bytes(part->dtype);
+    kvk_dtype dtype = row_dtype(part);
+    uint64_t k_bytes = part->kv_head_count > part->row_bytes
+                           ? 0
+                           : kvk_slice_bytes(dtype, part->kv_head_count, part->q_dim);
     if (part->kind != KVC_PART_KV && part->kind != KVC_PART_CHUNK_KV) {
         bool latent = part->kind == KVC_PART_LATENT;
         kvs_fail(call, latent ? KVC_UNSUPPORTED : KVC_INVALID,
@@ -89,10 +111,10 @@ static kvc_status check_part(kvt_call *call, uint32_t g, const kvc_part *part)
                  g, part->part, kind_name(part->kind));
         return latent ? KVC_UNSUPPORTED : KVC_INVALID;
     }
-    if (!elem_bytes(part->dtype) || part->q_dim != part->v_dim || part->softcap < 0) {
+    if (!dtype || part->q_dim != part->v_dim || part->softcap < 0) {
         kvs_fail(call, KVC_UNSUPPORTED,
                  "group %u: part %u is not attended over here: its rows must be F32, F16 or BF16, "
-                 "with v_dim as q_dim and no negative softcap",
+                 "or I8 or E4M3 coded as head-scales, with v_dim as q_dim and no negative softcap",
                  g, part->part);
         return KVC_UNSUPPORTED;
     }
@@ -142,7 +164,7 @@ static kvs_attend_group group_of(const kvs_attend *attend, uint32_t g, const kvc
         .dim = part->q_dim,
         .k_off_bytes = part->k_off_bytes,
         .v_off_bytes = part->v_off_bytes,
-        .dtype = (kvk_dtype)part->dtype,
+        .dtype = row_dtype(part),
         .rope = part->rope,
         .scale = (float)(scale != 0 ? scale : 1 / sqrt((double)part->q_dim)),
         .softcap = (float)part->softcap,

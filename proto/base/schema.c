@@ -26,6 +26,7 @@ static uint32_t dtype_bytes(kvc_dtype dtype)
         return 2;
     case KVC_DTYPE_I8:
     case KVC_DTYPE_RAW:
+    case KVC_DTYPE_E4M3:
         break; /* laid out as the codec says */
     }
     return 0;
@@ -57,10 +58,30 @@ static const char *rope_rule(const kvc_part *part)
     return NULL;
 }
 
+/* A byte an element and a bf16 scale a head. */
+static const char *head_scales_rule(const kvc_part *part)
+{
+    uint64_t heads = part->kv_head_count;
+    if (part->kind != KVC_PART_KV && part->kind != KVC_PART_CHUNK_KV)
+        return "codec head-scales is for kv and chunk-kv parts";
+    if (part->dtype != KVC_DTYPE_I8 && part->dtype != KVC_DTYPE_E4M3)
+        return "codec head-scales needs dtype I8 or E4M3";
+    if (heads > part->row_bytes || heads * ((uint64_t)part->q_dim + 2) != part->k_len_bytes)
+        return "k_len_bytes must be kv_head_count * (q_dim + 2) in codec head-scales";
+    if (heads * ((uint64_t)part->v_dim + 2) != part->v_len_bytes)
+        return "v_len_bytes must be kv_head_count * (v_dim + 2) in codec head-scales";
+    return NULL;
+}
+
 /* K and V of a kv part fill their slices exactly. */
 static const char *kv_rule(const kvc_part *part)
 {
     uint32_t size_bytes = dtype_bytes(part->dtype);
+    if (part->codec != NULL && strcmp(part->codec, KVC_CODEC_HEAD_SCALES) == 0) {
+        const char *why = head_scales_rule(part);
+        if (why != NULL)
+            return why;
+    }
     if (part->kind != KVC_PART_KV)
         return NULL;
     if (part->kv_head_count == 0 || part->q_dim == 0 || part->v_dim == 0)
@@ -81,7 +102,7 @@ static const char *part_rule(const kvc_part *part, uint32_t block_tokens, uint32
         return "part id is above 65535";
     if ((int)part->kind < KVC_PART_KV || part->kind > KVC_PART_STATE)
         return "part kind is unknown";
-    if ((int)part->dtype < KVC_DTYPE_F32 || part->dtype > KVC_DTYPE_RAW)
+    if ((int)part->dtype < KVC_DTYPE_F32 || part->dtype > KVC_DTYPE_E4M3)
         return "part dtype is unknown";
     if (part->row_bytes == 0)
         return "row_bytes must not be 0";

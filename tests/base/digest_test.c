@@ -376,7 +376,7 @@ static void schema_check_names_each_part_rule(void **state)
     REFUSED(kind = 0, "part kind is unknown");
     REFUSED(kind = 7, "part kind is unknown");
     REFUSED(dtype = 0, "part dtype is unknown");
-    REFUSED(dtype = 6, "part dtype is unknown");
+    REFUSED(dtype = 7, "part dtype is unknown");
     REFUSED(row_bytes = 0, "row_bytes must not be 0");
     REFUSED(row_bytes = 16385, "block_tokens * row_bytes is above max_value_bytes");
     REFUSED(row_bytes = UINT32_MAX, "block_tokens * row_bytes is above max_value_bytes");
@@ -402,6 +402,25 @@ static void schema_check_names_each_part_rule(void **state)
     refused(&schema, "two parts have the same id");
     twins[1].part = 4;
     assert_ok(kvc_schema_check(&schema, KVC_MAX_VALUE_BYTES, NULL));
+    /* A part coded with scales: 2 heads of 32, 68 bytes for K and for V. */
+    kvc_part coded = good_part();
+    coded.dtype = KVC_DTYPE_E4M3;
+    coded.codec = KVC_CODEC_HEAD_SCALES;
+    coded.kv_head_count = 2;
+    coded.q_dim = coded.v_dim = 32;
+    coded.k_off_bytes = 0;
+    coded.v_off_bytes = coded.k_len_bytes = coded.v_len_bytes = 68;
+    coded.row_bytes = 144;
+    twins[1] = coded;
+    twins[1].part = 4;
+    assert_ok(kvc_schema_check(&schema, KVC_MAX_VALUE_BYTES, NULL));
+    twins[1].dtype = KVC_DTYPE_BF16;
+    refused(&schema, "codec head-scales needs dtype I8 or E4M3");
+    twins[1].dtype = KVC_DTYPE_I8;
+    twins[1].v_len_bytes = 64;
+    refused(&schema, "v_len_bytes must be kv_head_count * (v_dim + 2) in codec head-scales");
+    twins[1].q_dim = UINT32_MAX; /* and 2 more wrap around in 32 bits */
+    refused(&schema, "k_len_bytes must be kv_head_count * (q_dim + 2) in codec head-scales");
     /* A part of scales and bytes has no K and V to measure. */
     twins[1] = (kvc_part){.part = 9, .kind = KVC_PART_INDEX, .dtype = KVC_DTYPE_I8, .row_bytes = 1};
     assert_ok(kvc_schema_check(&schema, KVC_MAX_VALUE_BYTES, NULL));

@@ -19,9 +19,15 @@ const a_shape a_plain = {.n_q = 1,
 
 /* ---- numbers --------------------------------------------------------------------------------- */
 
+/* Rows of one-byte values and a scale for each head. */
+static bool coded(kvc_dtype dtype)
+{
+    return dtype == KVC_DTYPE_I8 || dtype == KVC_DTYPE_E4M3;
+}
+
 static uint32_t size_of(kvc_dtype dtype)
 {
-    return dtype == KVC_DTYPE_F32 ? 4 : 2;
+    return coded(dtype) ? 1 : dtype == KVC_DTYPE_F32 ? 4 : 2;
 }
 
 static double read_number(kvc_dtype dtype, const char *at)
@@ -56,11 +62,39 @@ static double number(kvc_dtype dtype, uint64_t at, void *bytes)
     return read_number(dtype, raw);
 }
 
+/* Any byte but a NaN, as its code has it. */
+static double code(kvc_dtype dtype, uint64_t at, void *byte)
+{
+    uint64_t state = at * 0x9e3779b97f4a7c15ull + 12345;
+    uint8_t x = (uint8_t)h_random(&state);
+    x = (x & 0x7f) == 0x7f ? 0x7e : x;
+    if (byte)
+        memcpy(byte, &x, 1);
+    if (dtype == KVC_DTYPE_I8)
+        return x < 128 ? x : x - 256.0;
+    int exponent = x >> 3 & 15;
+    double size = exponent ? ldexp(1 + (x & 7) / 8.0, exponent - 7) : ldexp((x & 7) / 8.0, -6);
+    return x & 0x80 ? -size : size;
+}
+
+/* The scale of a head's K (or V), a bf16 that keeps its elements about -1 to 1. */
+static double scale_of(const a_shape *s, uint32_t pos, bool v, uint32_t head, void *to)
+{
+    uint16_t bits = (uint16_t)((s->dtype == KVC_DTYPE_I8 ? 0x3b80u : 0x3a80u) +
+                               (pos * 37 + head * 11 + v) % 128);
+    if (to)
+        memcpy(to, &bits, sizeof(bits));
+    return read_number(KVC_DTYPE_BF16, (const char *)&bits);
+}
+
 /* Element t of the K (or V) of one kv head in the row at a token position. */
 static double row_number(const a_shape *s, uint32_t pos, bool v, uint32_t head, uint32_t t,
                          void *to)
 {
-    return number(s->dtype, ((((uint64_t)pos * 2 + v) * 64 + head) << 8) + t, to);
+    uint64_t at = ((((uint64_t)pos * 2 + v) * 64 + head) << 8) + t;
+    if (coded(s->dtype))
+        return code(s->dtype, at, to) * scale_of(s, pos, v, head, NULL);
+    return number(s->dtype, at, to);
 }
 
 static double q_number(const a_shape *s, uint32_t q, uint32_t head, uint32_t t, void *to)
@@ -168,7 +202,7 @@ void a_check_equal(const a_shape *s, const a_partial *got, const a_partial *want
 
 void a_make_schema(a_server *f, const a_shape *s)
 {
-    uint32_t side = s->kv_heads * s->dim * size_of(s->dtype);
+    uint32_t side = s->kv_heads * (s->dim * size_of(s->dtype) + (coded(s->dtype) ? 2 : 0));
     f->part = (kvc_part){
         .part = 7,
         .kind = KVC_PART_KV,
@@ -188,6 +222,7 @@ void a_make_schema(a_server *f, const a_shape *s)
                  .original_max_position = s->rope == KVC_ROPE_LLAMA3 ? 64 : 0},
         .attention_scale = s->scale,
         .softcap = s->softcap,
+        .codec = coded(s->dtype) ? KVC_CODEC_HEAD_SCALES : NULL,
     };
     f->schema = (kvc_schema){.model = "m",
                              .revision = "r",
@@ -214,10 +249,13 @@ static void a_put_block(a_server *f, const a_shape *s, uint32_t block, kvc_promi
     uint32_t bytes = H_TOKENS * f->part.row_bytes, elem = size_of(s->dtype);
     char *value = malloc(bytes), *at = value;
     for (uint32_t row = 0; row < H_TOKENS; row++)
-        for (uint32_t v = 0; v < 2; v++)
+        for (uint32_t v = 0; v < 2; v++) {
             for (uint32_t head = 0; head < s->kv_heads; head++)
                 for (uint32_t t = 0; t < s->dim; t++, at += elem)
                     (void)row_number(s, block * H_TOKENS + row, v, head, t, at);
+            for (uint32_t head = 0; coded(s->dtype) && head < s->kv_heads; head++, at += 2)
+                (void)scale_of(s, block * H_TOKENS + row, v, head, at);
+        }
     struct iovec iov = {value, bytes};
     kvc_put_value put = {h_digest(block), 7, bytes, {0, 0}};
     kvc_request req = {.method = KVC_PUT_BLOCKS, .data = &iov, .n_data = 1, .data_bytes = bytes};

@@ -33,6 +33,10 @@ static void test_shapes(void **state)
          false},
         {2, 5, 5, 48, KVC_DTYPE_BF16, KVC_DTYPE_F32, KVC_DTYPE_F32, KVC_ROPE_PLAIN, 0, 0, true, 66,
          true},
+        {1, 32, 8, 128, KVC_DTYPE_E4M3, KVC_DTYPE_BF16, KVC_DTYPE_F32, KVC_ROPE_PLAIN, 0, 0, false,
+         600, false},
+        {3, 9, 3, 64, KVC_DTYPE_I8, KVC_DTYPE_F32, KVC_DTYPE_F32, KVC_ROPE_LLAMA3, 0, 0, true, 200,
+         true},
     };
     a_server *f = *state;
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
@@ -209,6 +213,7 @@ static void test_kinds(void **state)
         {KVC_PART_CHUNK_KV, KVC_DTYPE_BF16, 64, 0, KVC_OK, ""},
         {KVC_PART_CHUNK_KV, KVC_DTYPE_BF16, 32, 0, KVC_UNSUPPORTED, "v_dim"},
         {KVC_PART_KV, KVC_DTYPE_RAW, 64, 0, KVC_UNSUPPORTED, "F32, F16 or BF16"},
+        {KVC_PART_KV, KVC_DTYPE_E4M3, 64, 0, KVC_UNSUPPORTED, "head-scales"}, /* no codec */
         {KVC_PART_KV, KVC_DTYPE_BF16, 64, 1, KVC_INVALID, "not to be rotated"},
     };
     a_server *f = *state;

@@ -125,7 +125,7 @@ static inline int kvk_is_coded(kvk_dtype dtype)
 
 static inline size_t kvk_index_row_bytes(uint32_t n_heads, uint32_t dims)
 {
-    return (size_t)n_heads * (dims + 2u);
+    return n_heads * ((size_t)dims + 2u);
 }
 
 /*

@@ -70,9 +70,16 @@ typedef enum kvc_dtype {
     KVC_DTYPE_F32 = 1,
     KVC_DTYPE_F16 = 2,
     KVC_DTYPE_BF16 = 3,
-    KVC_DTYPE_I8 = 4,  /* int8 with scales, laid out as the part's codec says */
-    KVC_DTYPE_RAW = 5, /* bytes without a meaning to the service */
+    KVC_DTYPE_I8 = 4,   /* int8 with scales, laid out as the part's codec says */
+    KVC_DTYPE_RAW = 5,  /* bytes without a meaning to the service */
+    KVC_DTYPE_E4M3 = 6, /* 8-bit floats with scales, laid out as the part's codec says */
 } kvc_dtype;
+
+/*
+ * The codec of KV and CHUNK_KV parts of dtype I8 or E4M3: each slice, K and V, is its values
+ * [kv_heads, dim], a byte each, then their scales [kv_heads], bf16; an element is value * scale.
+ */
+#define KVC_CODEC_HEAD_SCALES "head-scales"
 
 typedef enum kvc_rope_type {
     KVC_ROPE_NONE = 1,
@@ -94,7 +101,7 @@ typedef struct kvc_rope {
 /*
  * One row of the schema's table: what one layer (or one kv-head slice of it) keeps per token.
  * Offsets and lengths are bytes inside a row. The row of a KV part is K [kv_heads, q_dim] then
- * V [kv_heads, v_dim] of the slice, in dtype.
+ * V [kv_heads, v_dim] of the slice, in dtype, or as its codec says.
  */
 typedef struct kvc_part {
     uint32_t part; /* the id that requests use; unique in the schema */
@@ -110,7 +117,8 @@ typedef struct kvc_part {
     double attention_scale; /* 0: 1/sqrt(q_dim) */
     double softcap;         /* 0: none */
     uint32_t sinks;         /* 1: the layer has learned sink logits */
-    const char *codec;      /* INDEX parts: selector, dims and projection digest; else NULL */
+    /* INDEX parts: selector, dims and projection digest; KVC_CODEC_HEAD_SCALES; else NULL */
+    const char *codec;
 } kvc_part;
 
 /* What makes bytes meaningful. Its digest is over sorted key=value text; see base/digest.h. */
