@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <stdio.h>
 
+#include "base/clock.h"
 #include "base/fault.h"
 #include "base/log.h"
 #include "base/metrics.h"
@@ -135,7 +136,7 @@ static kvc_status create_class(kvs_tier *tier, kvsi_class *class)
     }
     KVC_LOG_INFO(TIER, "lmdb: new size class of %u pages", class->record_pages);
     kvc_mutex_lock(&tier->lock);
-    class->map_pages = claimed - KVSI_ENV_SLACK_PAGES;
+    class->claim_pages = claimed - KVSI_ENV_SLACK_PAGES;
     kvc_mutex_unlock(&tier->lock);
     return KVC_OK;
 }
@@ -147,7 +148,7 @@ static kvc_status create_class(kvs_tier *tier, kvsi_class *class)
  */
 static kvc_status grow_class(kvs_tier *tier, kvsi_class *class, uint64_t need)
 {
-    uint64_t old = class->map_pages;
+    uint64_t old = class->claim_pages;
     uint64_t pages = kvsi_claim(tier, old, need);
 
     if (pages == old)
@@ -158,7 +159,7 @@ static kvc_status grow_class(kvs_tier *tier, kvsi_class *class, uint64_t need)
         return status == KVC_NO_SPACE ? KVC_AGAIN : status;
     }
     kvc_mutex_lock(&tier->lock);
-    class->map_pages = pages;
+    class->claim_pages = pages;
     kvc_mutex_unlock(&tier->lock);
     return KVC_OK;
 }
@@ -168,7 +169,7 @@ static uint32_t count_fitting(const kvsi_batch *batch)
 {
     const kvsi_class *class = batch->class;
     uint64_t taken = class->live_pages + class->tree_pages + kvsi_reserve_pages(class);
-    uint64_t have = class->map_pages + (uint64_t)batch->n_drops * class->record_pages;
+    uint64_t have = class->claim_pages + (uint64_t)batch->n_drops * class->record_pages;
 
     if (have <= taken)
         return 0;
@@ -198,7 +199,7 @@ static int make_room(kvsi_batch *batch)
 static kvc_status help_commit(kvs_tier *tier, kvsi_batch *batch, uint32_t n, int rc)
 {
     kvsi_class *class = batch->class;
-    uint64_t need = class->map_pages + (uint64_t)n * class->record_pages;
+    uint64_t need = class->claim_pages + (uint64_t)n * class->record_pages;
     kvc_status status = rc == MDB_MAP_FULL ? grow_class(tier, class, need) : KVC_AGAIN;
 
     if (status != KVC_AGAIN)
@@ -251,6 +252,10 @@ static void update_counts(kvs_tier *tier, kvsi_class *class)
     class->live_pages = pages.records;
     class->tree_pages = pages.tree;
     class->values = pages.entries;
+    if (pages.entries > 0)
+        class->empty_ns = 0;
+    else if (class->empty_ns == 0)
+        class->empty_ns = kvc_now_ns();
     kvc_mutex_unlock(&tier->lock);
 }
 
@@ -259,10 +264,10 @@ void kvsi_commit(kvs_tier *tier, kvsi_batch *batch)
     kvsi_class *class = batch->class;
     kvc_status status = class->broken ? KVC_IO : KVC_OK;
 
-    if (status == KVC_OK && class->map_pages > 0 && !kvsi_env_is_there(&class->env))
+    if (status == KVC_OK && class->claim_pages > 0 && !kvsi_env_is_there(&class->env))
         status = KVC_IO;
 
-    if (status == KVC_OK && class->map_pages == 0)
+    if (status == KVC_OK && class->claim_pages == 0)
         status = create_class(tier, class);
     if (status != KVC_OK) {
         fail_writes(batch, 0, status);
@@ -271,10 +276,10 @@ void kvsi_commit(kvs_tier *tier, kvsi_batch *batch)
     }
     uint64_t need = class->live_pages + class->tree_pages + kvsi_reserve_pages(class) +
                     (uint64_t)batch->n_writes * class->record_pages;
-    bool tight = batch->n_writes > 0 && need > class->map_pages;
+    bool tight = batch->n_writes > 0 && need > class->claim_pages;
     kvc_status grown = tight ? grow_class(tier, class, need) : KVC_OK;
     if (grown == KVC_OK)
-        tight = need > class->map_pages;
+        tight = need > class->claim_pages;
     uint32_t n = count_fitting(batch);
     status = grown == KVC_OK ? KVC_AGAIN : grown;
     /* Where the releases must make the room, they go first: their pages are not free before. */

@@ -227,22 +227,56 @@ static kvc_status open_lmdb(kvsi_env *env, uint64_t map_pages)
     return KVC_OK;
 }
 
+void kvsi_env_init(kvsi_env *env)
+{
+    memset(env, 0, sizeof(*env));
+    env->direct_fd = -1;
+    env->closed = true;
+    kvc_mutex_init(&env->pool_lock, KVC_RANK_QUEUE);
+    kvc_cond_init(&env->pool_cond);
+}
+
+void kvsi_env_fini(kvsi_env *env)
+{
+    KVC_ASSERT(env->closed && env->env == NULL);
+    kvc_cond_fini(&env->pool_cond);
+    kvc_mutex_fini(&env->pool_lock);
+}
+
+static void set_closed(kvsi_env *env, bool closed)
+{
+    kvc_mutex_lock(&env->pool_lock);
+    env->closed = closed;
+    kvc_mutex_unlock(&env->pool_lock);
+}
+
+/* What another file of the same class left. */
+static void forget_file(kvsi_env *env)
+{
+    env->env = NULL;
+    env->direct_fd = -1;
+    env->map_pages = 0;
+    env->n_idle = env->n_open = 0;
+    atomic_store(&env->no_direct, false);
+    atomic_store(&env->map_base, 0);
+    atomic_store(&env->dead, false);
+    atomic_store(&env->faulted, false);
+}
+
 kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const char *name,
                          uint64_t map_pages)
 {
     bool is_new = kvsi_env_file_pages(root_fd, name) == 0;
     kvc_status status = KVC_OK;
 
-    memset(env, 0, sizeof(*env));
+    KVC_ASSERT(env->closed);
+    forget_file(env);
     kvsi_guard_install();
     snprintf(env->name, sizeof(env->name), "%s", name);
     env->dir_fd = root_fd;
     env->root = root;
-    env->direct_fd = -1;
     if (mkdirat(root_fd, name, 0700) != 0 && errno != EEXIST)
         return failed(env, "mkdir", errno);
-    kvc_mutex_init(&env->pool_lock, KVC_RANK_QUEUE);
-    kvc_cond_init(&env->pool_cond);
     status = open_lmdb(env, map_pages);
     if (status == KVC_OK) {
         status = allot(env, map_pages);
@@ -255,10 +289,12 @@ kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const cha
         status = kvsi_env_sync(env); /* the first meta pages of a new file */
     if (status == KVC_OK)
         status = sync_folder(root_fd, name);
-    if (status == KVC_OK)
+    if (status == KVC_OK) {
         env->map_pages = map_pages;
-    else
+        set_closed(env, false);
+    } else {
         kvsi_env_close(env);
+    }
     return status;
 }
 
@@ -288,22 +324,7 @@ void kvsi_env_remove(int root_fd, const char *name)
     (void)unlinkat(root_fd, name, AT_REMOVEDIR);
 }
 
-void kvsi_env_close(kvsi_env *env)
-{
-    KVC_ASSERT(env->n_active == 0);
-    while (env->n_idle > 0)
-        mdb_txn_abort(env->idle[--env->n_idle]);
-    if (env->env != NULL)
-        mdb_env_close(env->env);
-    env->env = NULL;
-    if (env->direct_fd >= 0)
-        close(env->direct_fd);
-    env->direct_fd = -1;
-    kvc_cond_fini(&env->pool_cond);
-    kvc_mutex_fini(&env->pool_lock);
-}
-
-/* --- readers --- */
+/* --- the gate --- */
 
 static void gate_close(kvsi_env *env)
 {
@@ -322,19 +343,37 @@ static void gate_open(kvsi_env *env)
     kvc_mutex_unlock(&env->pool_lock);
 }
 
-/* Takes a place among the readers; the transaction to renew, or NULL to begin one. */
-static MDB_txn *take_place(kvsi_env *env)
+void kvsi_env_close(kvsi_env *env)
 {
-    MDB_txn *txn = NULL;
+    gate_close(env);
+    set_closed(env, true);
+    gate_open(env);
+    while (env->n_idle > 0)
+        mdb_txn_abort(env->idle[--env->n_idle]);
+    if (env->env != NULL)
+        mdb_env_close(env->env);
+    env->env = NULL;
+    if (env->direct_fd >= 0)
+        close(env->direct_fd);
+    env->direct_fd = -1;
+}
 
+/* --- readers --- */
+
+/* Takes a place among the readers; *txn_p: the transaction to renew, or NULL to begin one. False:
+   there is nothing to read. */
+static bool take_place(kvsi_env *env, MDB_txn **txn_p)
+{
+    *txn_p = NULL;
     kvc_mutex_lock(&env->pool_lock);
     while (env->gate || env->n_active == KVSI_ENV_READERS)
         kvc_cond_wait(&env->pool_cond, &env->pool_lock);
-    env->n_active++;
-    if (env->n_idle > 0)
-        txn = env->idle[--env->n_idle];
+    bool open = !env->closed;
+    env->n_active += open;
+    if (open && env->n_idle > 0)
+        *txn_p = env->idle[--env->n_idle];
     kvc_mutex_unlock(&env->pool_lock);
-    return txn;
+    return open;
 }
 
 static void leave_place(kvsi_env *env, MDB_txn *txn)
@@ -382,10 +421,12 @@ static bool try_metas(kvsi_env *env)
 
 kvc_status kvsi_env_read_begin(kvsi_env *env, MDB_txn **txn_p)
 {
-    begin b = {.env = env, .txn = take_place(env)};
-    bool pooled = b.txn != NULL;
+    begin b = {.env = env};
 
     *txn_p = NULL;
+    if (!take_place(env, &b.txn))
+        return KVC_NOT_FOUND;
+    bool pooled = b.txn != NULL;
     int rc = EIO;
     if (!atomic_load(&env->dead) && (pooled || try_metas(env)))
         rc = kvsi_env_run(env, begin_read, &b);

@@ -33,8 +33,9 @@ typedef struct kvsi_env {
     atomic_bool dead;    /* no read can begin: there is no map any more, or its first pages fail */
     atomic_bool faulted; /* a page could not be had, or LMDB asserted: nothing is promised here */
 
-    kvc_mutex pool_lock; /* rank QUEUE; guards the fields below */
+    kvc_mutex pool_lock; /* rank QUEUE; guards the fields below; both outlive the files */
     kvc_cond pool_cond;
+    bool closed;                     /* no files are open */
     MDB_txn *idle[KVSI_ENV_READERS]; /* reset, ready to be renewed */
     uint32_t n_idle, n_open, n_active;
     atomic_bool gate; /* no read may start; those under way should let go soon */
@@ -63,6 +64,9 @@ kvc_status kvsi_lmdb_status(int rc);
  */
 uint64_t kvsi_env_file_pages(int root_fd, const char *name);
 
+/* Once, before the first open and after the last close; reads may begin in between, always. */
+void kvsi_env_init(kvsi_env *env);
+void kvsi_env_fini(kvsi_env *env);
 /*
  * Opens or creates the environment root/name with a map of map_pages; the file must fit into it.
  * root is borrowed while it is open. A full disk keeps only a new one from opening. CORRUPT: LMDB
@@ -73,9 +77,10 @@ kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const cha
 /* False, logged: the file has no name any more, so what is written would be gone with the process.
  */
 bool kvsi_env_is_there(kvsi_env *env);
-/* Removes the folder of an environment that was never more than begun. */
+/* Removes the folder of an environment that holds nothing. */
 void kvsi_env_remove(int root_fd, const char *name);
-void kvsi_env_close(kvsi_env *env); /* no read is under way; does not sync */
+/* Waits for the reads under way; does not sync. Reads that begin later find nothing. */
+void kvsi_env_close(kvsi_env *env);
 
 /* Makes the map larger; the one writer of the environment, with no transaction open. */
 kvc_status kvsi_env_grow(kvsi_env *env, uint64_t map_pages) KVC_MUST_CHECK;
@@ -89,7 +94,8 @@ kvc_status kvsi_env_tick(kvsi_env *env) KVC_MUST_CHECK;
 kvc_status kvsi_env_sync(kvsi_env *env) KVC_MUST_CHECK;
 kvc_status kvsi_env_count(kvsi_env *env, kvsi_env_pages *pages_p) KVC_MUST_CHECK;
 
-/* A read transaction from the pool; may wait for one. End it soon: it keeps pages from reuse. */
+/* A read transaction from the pool; may wait for one. End it soon: it keeps pages from reuse.
+   NOT_FOUND: the environment is closed. */
 kvc_status kvsi_env_read_begin(kvsi_env *env, MDB_txn **txn_p) KVC_MUST_CHECK;
 void kvsi_env_read_end(kvsi_env *env, MDB_txn *txn);
 

@@ -151,7 +151,8 @@ static kvc_status walk_class(listing *list, uint32_t number)
 static void forget_class(kvs_tier *tier, kvsi_class *class)
 {
     kvc_mutex_lock(&tier->lock);
-    class->map_pages = class->live_pages = class->tree_pages = class->values = 0;
+    class->claim_pages = class->live_pages = class->tree_pages = class->values = 0;
+    class->empty_ns = 0;
     kvc_mutex_unlock(&tier->lock);
 }
 
@@ -174,7 +175,7 @@ static kvc_status walk_again(kvs_tier *tier, uint32_t number, bool *lost_p)
 
     memcpy(name, class->env.name, sizeof(name));
     kvsi_env_close(&class->env);
-    kvc_status status = kvsi_check_and_open(tier, &class->env, name, class->map_pages);
+    kvc_status status = kvsi_check_and_open(tier, &class->env, name, class->claim_pages);
     if (status == KVC_OK && (status = walk_dry(tier, number)) != KVC_OK)
         kvsi_env_close(&class->env);
     if (status != KVC_OK)
@@ -201,7 +202,7 @@ kvc_status kvsi_recover(kvs_tier *tier, kvs_tier_found *found, void *arg)
     kvc_status status = KVC_OK;
 
     for (uint32_t i = 0; i < tier->n_classes && status == KVC_OK && !list.stopped; i++) {
-        if (tier->classes[i].map_pages > 0)
+        if (tier->classes[i].claim_pages > 0)
             status = recover_class(&list, i);
     }
     if (list.n_bad > 0)

@@ -26,15 +26,17 @@
 #define KVSI_MAX_META_NAME  500u
 #define KVSI_MAX_NAME       512u /* no LMDB key is longer */
 #define KVSI_MAX_META_BYTES (16u << 20)
+#define KVSI_EMPTY_NS       1000000000ull /* a class stays so long when its last value has gone */
 #define KVSI_RANK_META      ((kvc_lock_rank)(KVC_RANK_TIER - 1))
 
 /* One size class: values of this many pages each, in an environment of their own. */
 typedef struct kvsi_class {
     kvsi_env env;
     uint32_t record_pages;
-    uint64_t map_pages;              /* claimed; 0: not created yet */
+    uint64_t claim_pages;            /* of the budget, for its file; 0: it has none */
     uint64_t live_pages, tree_pages; /* after the last commit */
     uint64_t values;
+    uint64_t empty_ns; /* since when there has been no value; 0: there is one, or no file */
     uint64_t queued_pages, freeing_pages; /* of writes and releases that wait */
     atomic_bool broken; /* a sync or the file failed: nothing more is promised here; written under
                            lock, read anywhere */
@@ -130,6 +132,16 @@ kvc_status kvsi_sync(kvs_tier *tier, const kvs_slot *slots, uint32_t n, int8_t *
 kvc_status kvsi_sync_releases(kvs_tier *tier, const kvs_tier_shape *shapes, uint32_t n);
 /* Queues a drop; takes it. */
 void kvsi_drop_push(kvs_tier *tier, kvsi_drop *drop);
+
+/* A failed sync says nothing about what reached the disk, so the class promises no more. */
+kvc_status kvsi_class_sync(kvs_tier *tier, kvsi_class *class) KVC_MUST_CHECK;
+
+/* --- lmdb_shrink.c: what gives the disk back --- */
+
+/* When the first class that holds nothing is to go; 0: none is. The caller holds the lock. */
+uint64_t kvsi_empty_due(const kvs_tier *tier);
+/* Removes the classes that have held nothing for KVSI_EMPTY_NS. kvs-lmdb-w. */
+void kvsi_remove_empty(kvs_tier *tier);
 
 /* --- lmdb_commit.c: one group into one environment; the writer thread only --- */
 

@@ -41,7 +41,7 @@ static kvsi_class *find_class(kvs_tier *tier, uint32_t pages)
 /* Holds nothing and nothing is on its way: a place never taken, or one whose creation failed. */
 static bool is_vacant(const kvsi_class *class)
 {
-    return class->map_pages == 0 && class->queued_pages == 0 && class->freeing_pages == 0;
+    return class->claim_pages == 0 && class->queued_pages == 0 && class->freeing_pages == 0;
 }
 
 /* A place for one more size class; NULL: all are taken. */
@@ -77,11 +77,11 @@ static bool could_hold(const kvs_tier *tier, const kvsi_class *class)
 {
     uint64_t left = kvsi_left_pages(tier);
 
-    if (class->map_pages == 0)
+    if (class->claim_pages == 0)
         return kvsi_first_claim(class) <= left;
     return class->live_pages > 0 || class->queued_pages > 0 ||
            class->tree_pages + kvsi_reserve_pages(class) + class->record_pages <=
-               class->map_pages + left;
+               class->claim_pages + left;
 }
 
 /* Whether the write may be queued; the caller holds the lock. */
@@ -110,10 +110,10 @@ static kvc_status admit(kvs_tier *tier, uint32_t pages, kvsi_class **class_p)
         say_refused(tier, pages, "other size classes have claimed the whole capacity");
         return KVC_NO_SPACE;
     }
-    uint64_t room = class->map_pages + kvsi_left_pages(tier);
+    uint64_t room = class->claim_pages + kvsi_left_pages(tier);
     uint64_t need = class->live_pages + class->tree_pages + kvsi_reserve_pages(class) +
                     class->queued_pages + pages;
-    if (class->map_pages == 0)
+    if (class->claim_pages == 0)
         need += KVSI_ENV_SLACK_PAGES;
     if (need > room + class->freeing_pages)
         return KVC_AGAIN;
@@ -258,7 +258,8 @@ static uint64_t gather_until(const kvs_tier *tier)
     return until;
 }
 
-/* Waits for a group worth taking; false: stopped and nothing is left. Holds the lock. */
+/* Waits for a group worth taking, or for a class that is to go; false: stopped and nothing is left.
+   Holds the lock. */
 static bool wait_for_group(kvs_tier *tier)
 {
     for (;;) {
@@ -267,6 +268,11 @@ static bool wait_for_group(kvs_tier *tier)
             return until != 0 || tier->waiters != NULL;
         if (until != 0 && (tier->queued_bytes >= tier->group_commit_bytes || kvc_now_ns() >= until))
             return true;
+        uint64_t due = kvsi_empty_due(tier);
+        if (due != 0 && kvc_now_ns() >= due)
+            return true;
+        if (until == 0 || (due != 0 && due < until))
+            until = due;
         (void)kvc_cond_wait_until(&tier->work, &tier->lock, until);
     }
 }
@@ -404,8 +410,7 @@ static bool has_durable(const kvsi_batch *batch)
     return false;
 }
 
-/* A failed sync says nothing about what reached the disk, so the class promises no more. */
-static kvc_status sync_class(kvs_tier *tier, kvsi_class *class)
+kvc_status kvsi_class_sync(kvs_tier *tier, kvsi_class *class)
 {
     kvc_status status = kvsi_env_sync(&class->env);
 
@@ -429,7 +434,7 @@ static void sync_group(kvs_tier *tier, group *g)
         kvsi_batch *batch = &g->batches[i];
         kvc_status status = KVC_OK;
         if (batch->class->dirty && (has_durable(batch) || wanted >> i & 1))
-            status = sync_class(tier, batch->class);
+            status = kvsi_class_sync(tier, batch->class);
         if (batch->class->broken || (batch->n_drops > 0 && !batch->drops_done))
             failed |= 1u << i;
         for (uint32_t k = 0; status != KVC_OK && k < batch->n_writes; k++) {
@@ -500,5 +505,6 @@ void kvsi_writer_main(void *arg)
         if (!more)
             return;
         process_group(tier, &g);
+        kvsi_remove_empty(tier);
     }
 }

@@ -271,6 +271,22 @@ kvc_status kvsi_check_and_open(kvs_tier *tier, kvsi_env *env, const char *name, 
     return status == KVC_CORRUPT ? try_open(tier, env, name, map_pages) : status;
 }
 
+/* Of a class that is of no use: it could not be looked at, or holds nothing and goes. */
+static kvc_status close_class(kvs_tier *tier, kvsi_class *class, kvc_status status,
+                              uint64_t map_pages)
+{
+    char name[sizeof(class->env.name)];
+
+    memcpy(name, class->env.name, sizeof(name));
+    kvsi_env_close(&class->env);
+    if (status != KVC_OK)
+        return status;
+    KVC_LOG_INFO(TIER, "lmdb: %s/%s holds no value any more: removed", tier->root, name);
+    kvsi_env_remove(tier->root_fd, name);
+    tier->claimed_pages -= map_pages + KVSI_ENV_SLACK_PAGES;
+    return KVC_OK;
+}
+
 static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_pages)
 {
     kvsi_class *class = &tier->classes[tier->n_classes];
@@ -289,10 +305,12 @@ static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_p
         return kvsi_set_aside(tier, name);
     if (status != KVC_OK)
         return status;
-    class->record_pages = record_pages;
-    class->map_pages = map_pages;
-    tier->n_classes++;
     status = kvsi_env_count(&class->env, &pages);
+    if (status != KVC_OK || pages.entries == 0)
+        return close_class(tier, class, status, map_pages);
+    class->record_pages = record_pages;
+    class->claim_pages = map_pages;
+    tier->n_classes++;
     class->live_pages = pages.records;
     class->tree_pages = pages.tree;
     class->values = pages.entries;
@@ -380,11 +398,14 @@ static kvc_status open_classes(kvs_tier *tier)
 static void close_all(kvs_tier *tier)
 {
     for (uint32_t i = 0; i < tier->n_classes; i++) {
-        if (tier->classes[i].map_pages > 0)
+        if (tier->classes[i].claim_pages > 0)
             kvsi_env_close(&tier->classes[i].env);
     }
     if (tier->meta.env != NULL)
         kvsi_env_close(&tier->meta);
+    kvsi_env_fini(&tier->meta);
+    for (uint32_t i = 0; i < KVSI_MAX_CLASSES; i++)
+        kvsi_env_fini(&tier->classes[i].env);
     kvsi_lanes_destroy(tier->lanes);
     kvsi_sums_destroy(tier->sums);
     if (tier->lock_fd >= 0)
@@ -423,6 +444,9 @@ static kvs_tier *create(const kvs_tier_opts *opts)
     kvc_mutex_init(&tier->lock, KVC_RANK_TIER);
     kvc_cond_init(&tier->work);
     kvc_cond_init(&tier->woken);
+    kvsi_env_init(&tier->meta);
+    for (uint32_t i = 0; i < KVSI_MAX_CLASSES; i++)
+        kvsi_env_init(&tier->classes[i].env);
     tier->root = strdup(opts->path);
     tier->checker = opts->checker != NULL ? strdup(opts->checker) : NULL;
     return tier;
