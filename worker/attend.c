@@ -61,19 +61,27 @@ static subset take_rows(kvw_step *step, const kvwi_segment *seg, kvwi_which whic
     return s;
 }
 
+static void add_arrivals(const kvw_step *step, const kvwi_leg *leg, const kvwi_segment *seg,
+                         subset *s)
+{
+    const void *const *rows = step->rows.p;
+    const uint32_t *miss = leg->miss_row.p;
+    const uint8_t *state = step->state.p;
+    for (uint32_t i = 0; i < leg->n_misses; i++) {
+        if (miss[i] >= seg->first && miss[i] - seg->first < seg->n &&
+            state[miss[i]] == KVWI_ROW_HERE) {
+            s->rows[s->n] = rows[miss[i]];
+            s->pos[s->n++] = (int32_t)(miss[i] - seg->first);
+        }
+    }
+}
+
 /* Misses that arrived, of one segment. None of them is a new token, so all queries see them. */
 static subset take_arrivals(kvw_step *step, const kvwi_segment *seg)
 {
-    const void *const *rows = step->rows.p;
-    const uint32_t *miss = step->miss_row.p;
-    const uint8_t *state = step->state.p;
     subset s = {.rows = step->sub_rows.p, .pos = step->sub_pos.p};
-    for (uint32_t i = 0; i < step->n_misses; i++) {
-        if (miss[i] >= seg->first && miss[i] - seg->first < seg->n &&
-            state[miss[i]] == KVWI_ROW_HERE) {
-            s.rows[s.n] = rows[miss[i]];
-            s.pos[s.n++] = (int32_t)(miss[i] - seg->first);
-        }
+    for (uint32_t i = 0; i < step->n_legs; i++) {
+        add_arrivals(step, &step->legs[i], seg, &s);
     }
     return s;
 }

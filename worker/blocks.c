@@ -25,7 +25,7 @@ void kvwi_pool_init(kvwi_pool *pool)
 
 static void free_block(kvw_worker *w, kvwi_block *block)
 {
-    if (block->region != NULL && kvc_region_deregister(w->opts.client, block->region) != KVC_OK) {
+    if (kvwi_regions_close(w, &block->regions) != KVC_OK) {
         return; /* still in use: leaking it is the lesser evil */
     }
     (void)munmap(block->base, w->block_bytes);
@@ -55,17 +55,10 @@ static kvc_status new_block(kvw_worker *w, kvwi_block **block_p)
         free(b);
         return KVC_NO_MEMORY;
     }
-    if (w->opts.client != NULL) {
-        const kvc_region_desc desc = {.size_bytes = sizeof(desc),
-                                      .base = b->base,
-                                      .len_bytes = w->block_bytes,
-                                      .kind = KVC_MEMORY_HOST};
-        kvc_status st = kvc_region_register(w->opts.client, &desc, &b->region);
-        if (st != KVC_OK) {
-            b->region = NULL;
-            free_block(w, b);
-            return kvwi_fail(st, "a block buffer cannot be registered: %s", kvc_last_error());
-        }
+    kvc_status st = kvwi_regions_open(w, b->base, w->block_bytes, &b->regions);
+    if (st != KVC_OK) {
+        free_block(w, b);
+        return kvwi_fail(st, "a block buffer cannot be registered: %s", kvc_last_error());
     }
     *block_p = b;
     return KVC_OK;
@@ -200,6 +193,7 @@ kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens, uint64_t deadline
         if (st != KVC_OK) {
             return kvwi_fail(st, "block %u: its digest could not be computed", block);
         }
+        kvwi_place(seq, block);
         stage_index(seq, block);
         uint64_t t0 = kvc_now_ns();
         st = kvwi_put_submit(seq, block, seq->blocks[block].buf, deadline_ns);
@@ -207,6 +201,7 @@ kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens, uint64_t deadline
         if (st != KVC_OK) {
             return st;
         }
+        kvwi_place_keep(seq, block);
         seq->n_submitted++;
     }
     return KVC_OK;

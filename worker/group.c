@@ -36,14 +36,27 @@ kvc_status kvwi_group_agree(const kvw_worker *worker, kvc_status st)
     return failed != 0 ? fail_together(st) : KVC_OK;
 }
 
+/* Ranks that place blocks differently never find each other's. */
+static uint32_t places(const kvw_worker *w)
+{
+    uint64_t sum = 0;
+    for (uint32_t i = 0; w->servers.n > 1 && i < w->servers.n; i++) {
+        sum += w->servers.keys[i];
+    }
+    return (uint32_t)(sum >> 40);
+}
+
 kvc_status kvwi_group_check(const kvw_worker *worker, kvc_status st)
 {
-    enum { N = 5 };
+    enum { N = 6 };
     const kvw_opts *o = &worker->opts;
     const uint8_t *d = worker->schema.bytes;
-    float mine[N] = {(float)o->n_q_heads, (float)o->n_kv_heads,
-                     (float)(d[0] | d[1] << 8 | d[2] << 16), (float)(d[3] | d[4] << 8 | d[5] << 16),
-                     (float)(d[6] | d[7] << 8 | d[8] << 16)};
+    float mine[N] = {(float)o->n_q_heads,
+                     (float)o->n_kv_heads,
+                     (float)(d[0] | d[1] << 8 | d[2] << 16),
+                     (float)(d[3] | d[4] << 8 | d[5] << 16),
+                     (float)(d[6] | d[7] << 8 | d[8] << 16),
+                     (float)places(worker)};
     float x[2 * N + 1];
     if (o->all_reduce == NULL) {
         return st;

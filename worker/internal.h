@@ -27,6 +27,7 @@
 #include "put.h"
 #include "residency.h"
 #include "selector/selector.h"
+#include "servers.h"
 
 /* Part ids: rank * 2000 + layer for kv, 1000 more for the index of that layer. */
 #define KVWI_MAX_LAYERS       1000u
@@ -37,7 +38,7 @@
 /* Memory of one block over all layers; pooled, since registration is dear. */
 typedef struct kvwi_block {
     uint8_t *base;
-    kvc_region *region; /* NULL without a store */
+    kvwi_regions regions;
     struct kvwi_block *next;
 } kvwi_block;
 
@@ -48,7 +49,8 @@ typedef struct kvwi_pool {
 } kvwi_pool;
 
 struct kvw_worker {
-    kvw_opts opts; /* defaults filled in; strings are owned */
+    kvw_opts opts; /* defaults filled in; strings are owned; client is servers.all[0]'s */
+    kvwi_servers servers;
     const kvw_selector_ops *selector;
     kvk_backend *be;
     const kvk_ops *ops;
@@ -89,7 +91,15 @@ typedef struct kvwi_layer {
 typedef struct kvwi_seq_block {
     kvwi_block *buf; /* NULL: released, or reused and never here */
     kvc_digest digest;
+    uint32_t server, local; /* its owner, and its number among this owner's blocks */
 } kvwi_seq_block;
+
+/* What a sequence has to do with one server. */
+typedef struct kvwi_seq_server {
+    kvc_context *context; /* over the blocks that it owns */
+    uint32_t n_blocks;    /* that are its own, of those submitted or reused */
+    uint64_t rows, bytes, requests, rows_near, rows_missing;
+} kvwi_seq_server;
 
 typedef struct kvwi_pass {
     uint32_t first, n;
@@ -108,10 +118,10 @@ struct kvw_seq {
     uint32_t n_submitted;          /* blocks handed to put, or reused */
     uint32_t released_to;          /* blocks before this one (sinks apart) have no buffer */
     uint32_t n_reused;             /* tokens */
-    kvc_context *context;          /* NULL without a store */
+    kvwi_seq_server *servers;      /* [n] of the worker's */
     uint8_t *residency_rows;       /* [n_layers, slots, row_bytes] */
     size_t residency_bytes;
-    kvc_region *residency_region;
+    kvwi_regions residency_regions;
     kvwi_put_state put; /* guarded by the put queue */
     kvw_select_ctx select;
     kvwi_buf append_buf;
@@ -138,10 +148,31 @@ typedef enum kvwi_row_state {
     KVWI_ROW_AFAR, /* attended beside the data: in the step's near partials */
 } kvwi_row_state;
 
-/* The misses of one segment that go to the server as one group. */
+/* The misses of one segment that go to a server as one group. */
 typedef struct kvwi_near_part {
     uint32_t segment, first, n; /* of the near list */
 } kvwi_near_part;
+
+/*
+ * The misses of a step that one server has, in row order, and how they come. A leg goes its own
+ * way, and fails alone.
+ */
+typedef struct kvwi_leg {
+    struct kvw_step *step;
+    uint32_t server;
+    /* misses: those that go or went by rows; those of the near partials are no more among them */
+    uint32_t n_misses;
+    kvc_way way;
+    uint32_t tried; /* bits 1 << kvc_way: ways that failed in this step */
+    kvwi_buf miss_row, miss_pos, miss_slot, miss_status;
+    kvwi_buf miss_pick; /* with several servers; else picks are positions */
+    bool lost;          /* its server is: nothing was asked */
+    kvwi_flight flight;
+    kvwi_near_part near_part[2];
+    uint32_t n_near_parts;
+    bool near_sent, near_here; /* asked for; its partials are to be merged */
+    kvwi_buf near_out, near_rank;
+} kvwi_leg;
 
 struct kvw_step {
     kvw_seq *seq;
@@ -153,26 +184,18 @@ struct kvw_step {
     uint32_t near_begin;
     kvwi_segment segment[2];
     uint32_t n_segments, n_rows;
-    kvwi_buf pos, rows, state; /* per row: position, address, kvwi_row_state */
-    /* misses: those that go or went by rows; those of the near partials are no more among them */
-    uint32_t n_misses;
-    kvc_way way;
-    uint32_t tried; /* bits 1 << kvc_way: ways that failed in this step */
-    kvwi_near_part near_part[2];
-    uint32_t n_near_parts;
-    bool near_sent, near_here; /* asked for; its partials are to be merged */
-    kvwi_buf near_q, near_out, near_rank, near_q_pos;
-    kvwi_buf miss_row, miss_pos, miss_slot, miss_status;
-    kvc_op op;
-    kvc_fetch_info info;
-    bool in_flight, attended;
+    kvwi_buf pos, rows, state;   /* per row: position, address, kvwi_row_state */
+    uint32_t n_misses;           /* of all legs */
+    kvwi_buf near_q, near_q_pos; /* the query, and its positions in each segment */
+    bool attended;
     kvc_status attend_status; /* a failure of kvw_step_attend, which finish returns */
     uint64_t deadline_ns;
-    kvc_status fetch_status;
     /* attention */
     kvwi_buf q_rot, q_pos, sub_rows, sub_pos, visible, acc, part;
     bool has_acc;
     kvw_step *next;
+    uint32_t n_legs; /* servers; without a store one, which has no misses */
+    kvwi_leg legs[];
 };
 
 static inline uint32_t kvwi_min_u32(uint32_t a, uint32_t b)
@@ -190,6 +213,18 @@ static inline bool kvwi_size_fits(size_t size_bytes, size_t first, size_t now)
 static inline uint32_t kvwi_max_u32(uint32_t a, uint32_t b)
 {
     return a > b ? a : b;
+}
+
+/* The server that has a position's block, and the row's name there. */
+static inline uint32_t kvwi_server_of(const kvw_seq *seq, uint32_t pos)
+{
+    return seq->worker->servers.n <= 1 ? 0
+                                       : seq->blocks[pos / seq->worker->opts.block_tokens].server;
+}
+static inline uint32_t kvwi_pick_of(const kvw_seq *seq, uint32_t pos)
+{
+    uint32_t bt = seq->worker->opts.block_tokens;
+    return seq->worker->servers.n <= 1 ? pos : seq->blocks[pos / bt].local * bt + pos % bt;
 }
 
 /* blocks.c --------------------------------------------------------------------------------------
@@ -259,15 +294,15 @@ kvc_status kvwi_resolve(kvw_step *step) KVC_MUST_CHECK;
 
 /* Takes residency slots for the misses and submits their fetch; a failure to submit is kept for
  * kvwi_fetch_wait. NO_SPACE: more misses than slots. */
-kvc_status kvwi_fetch_submit(kvw_step *step) KVC_MUST_CHECK;
+kvc_status kvwi_fetch_submit(kvwi_leg *leg) KVC_MUST_CHECK;
 /* Waits for the fetch to end, however it does; its status. */
-kvc_status kvwi_fetch_complete(kvw_step *step);
+kvc_status kvwi_fetch_complete(kvwi_leg *leg);
 /* After that: marks rows HERE or MISSING, applies the policy. */
-kvc_status kvwi_fetch_settle(kvw_step *step) KVC_MUST_CHECK;
+kvc_status kvwi_fetch_settle(kvwi_leg *leg) KVC_MUST_CHECK;
 /* Waits for an op's end, whatever it takes, since memory is the op's until then; TIMED_OUT where it
  * had to be cancelled after its deadline. */
 kvc_status kvwi_op_complete(kvc_op *op, uint64_t deadline_ns) KVC_MUST_CHECK;
-/* Ends a fetch nobody waits for. */
+/* Ends fetches that nobody waits for. */
 void kvwi_fetch_abandon(kvw_step *step);
 
 /* ways.c ----------------------------------------------------------------------------------------
@@ -275,7 +310,7 @@ void kvwi_fetch_abandon(kvw_step *step);
 
 /* Chooses how the misses are reached and sets off what needs no query. NO_SPACE. */
 kvc_status kvwi_misses_begin(kvw_step *step) KVC_MUST_CHECK;
-/* With the real query: asks the server to attend, where that is the way. */
+/* With the real query: asks those servers to attend where that is the way. */
 kvc_status kvwi_misses_query(kvw_step *step, const void *q) KVC_MUST_CHECK;
 /* Waits for the misses, by another way where one fails; marks rows, applies the policy. */
 kvc_status kvwi_misses_wait(kvw_step *step) KVC_MUST_CHECK;
@@ -283,13 +318,15 @@ kvc_status kvwi_misses_wait(kvw_step *step) KVC_MUST_CHECK;
 /* near.c ----------------------------------------------------------------------------------------
  */
 
-/* Sends q and the misses to the server. Errors as of kvc_attend: nothing was sent. */
-kvc_status kvwi_near_submit(kvw_step *step, const void *q) KVC_MUST_CHECK;
+/* Keeps the query for the legs that go this way. NO_MEMORY. */
+kvc_status kvwi_near_query(kvw_step *step, const void *q) KVC_MUST_CHECK;
+/* Sends it with the leg's misses. Errors as of kvc_attend: nothing was sent. */
+kvc_status kvwi_near_submit(kvwi_leg *leg) KVC_MUST_CHECK;
 /* Waits for the partials. OK: near_here is set, and the misses that they cover are none any more.
  */
-kvc_status kvwi_near_wait(kvw_step *step) KVC_MUST_CHECK;
-/* Merges the partials into the step's accumulator. */
-kvc_status kvwi_near_merge(kvw_step *step) KVC_MUST_CHECK;
+kvc_status kvwi_near_wait(kvwi_leg *leg) KVC_MUST_CHECK;
+/* Merges the leg's partials into the step's accumulator. */
+kvc_status kvwi_near_merge(kvwi_leg *leg) KVC_MUST_CHECK;
 
 /* retrieve.c ------------------------------------------------------------------------------------
  */

@@ -114,10 +114,8 @@ static kvc_status check_tp(kvw_opts *o)
     return KVC_OK;
 }
 
-static kvc_status check_store(kvw_opts *o, size_t row_bytes)
+static kvc_status check_store(kvw_opts *o, size_t row_bytes, uint32_t max_value)
 {
-    uint32_t max_value =
-        o->client == NULL ? KVC_MAX_VALUE_BYTES : kvc_client_limits(o->client)->max_value_bytes;
     if (o->block_tokens == 0) {
         o->block_tokens = DEFAULT_BLOCK;
         while (o->block_tokens > KVC_BLOCK_TOKENS_MIN && o->block_tokens * row_bytes > max_value) {
@@ -294,7 +292,8 @@ kvc_status kvwi_options_fill(kvw_worker *worker, const kvw_opts *opts)
         return kvwi_fail(KVC_INVALID, "selector: there is none called \"%s\"", o->selector);
     }
     if ((st = derive(worker)) != KVC_OK || (st = check_tp(o)) != KVC_OK ||
-        (st = check_store(o, worker->row_bytes)) != KVC_OK ||
+        (st = kvwi_servers_open(worker)) != KVC_OK ||
+        (st = check_store(o, worker->row_bytes, kvwi_servers_max_value(worker))) != KVC_OK ||
         (st = check_windows(o, worker->selector)) != KVC_OK || (st = check_way(worker)) != KVC_OK) {
         return st;
     }
@@ -305,6 +304,7 @@ kvc_status kvwi_options_fill(kvw_worker *worker, const kvw_opts *opts)
 void kvwi_options_fini(kvw_worker *worker)
 {
     kvw_opts *o = &worker->opts;
+    kvwi_servers_close(worker);
     free((void *)(uintptr_t)o->model);
     free((void *)(uintptr_t)o->revision);
     free((void *)(uintptr_t)o->backend);

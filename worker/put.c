@@ -3,10 +3,10 @@
  *
  * One job per block. Its states: QUEUED (to be sent), FLYING (the op is the client's), LANDED
  * (answered; to be judged), WAITING (to be sent again at due_ns), PLACED (the store has every
- * value; the context does not cover it yet). Only the put thread moves and frees a job, except
- * FLYING -> LANDED, which the op's callback does; the engine's thread queues jobs and sets flags. A
- * job leaves the queue when the context covers its block, or when it is given up. Invariant: a
- * sequence's jobs are consecutive blocks from n_acked on.
+ * value; the context of the block's server does not cover it yet). Only the put thread moves and
+ * frees a job, except FLYING -> LANDED, which the op's callback does; the engine's thread queues
+ * jobs and sets flags. A job leaves the queue when that context covers its block, or when it is
+ * given up. Invariant: a sequence's jobs are consecutive blocks from n_acked on.
  */
 #include "put.h"
 
@@ -19,13 +19,16 @@
 
 #define BACKOFF_MIN_NS 5000000ull
 #define BACKOFF_MAX_NS 1000000000ull
+/* Several servers: how long one may hold up the blocks of the others while its context grows. */
+#define EXTEND_NS      5000000000ull
+#define RUN_CAP        64u /* blocks by which contexts grow at a time */
 
 typedef enum job_state { QUEUED, FLYING, LANDED, WAITING, PLACED } job_state;
 
 typedef struct job {
     struct job *next;
     kvw_seq *seq;
-    uint32_t block;
+    uint32_t block, server, local; /* its number among those of its server */
     const kvwi_block *buf;
     job_state state;
     bool cancelled;
@@ -94,6 +97,8 @@ static job *new_job(kvw_seq *seq, uint32_t block, const kvwi_block *buf)
     }
     j->seq = seq;
     j->block = block;
+    j->server = seq->blocks[block].server;
+    j->local = seq->blocks[block].local;
     j->buf = buf;
     j->backoff_ns = BACKOFF_MIN_NS;
     list_values(w, j, &seq->blocks[block].digest);
@@ -173,8 +178,13 @@ static void judge_failure(kvwi_putter *p, job *j, kvc_status st)
 {
     kvw_seq *seq = j->seq;
     if (is_final(st)) {
-        KVC_LOG_WARN(WORKER, "block %u cannot be put: %s", j->block, kvc_status_name(st));
-        seq->put.error = seq->put.error == KVC_OK ? st : seq->put.error;
+        char server[KVWI_SERVER_TEXT];
+        KVC_LOG_WARN(WORKER, "block %u cannot be put: %s%s", j->block, kvc_status_name(st),
+                     kvwi_server_text(p->worker, j->server, server));
+        if (seq->put.error == KVC_OK) {
+            seq->put.error = st;
+            seq->put.error_server = j->server;
+        }
         seq->put.give_up = true;
         kvc_cond_broadcast(&p->moved);
     } else if (seq->put.closing && st != KVC_AGAIN) {
@@ -189,8 +199,8 @@ static void send(kvwi_putter *p, job *j)
     kvw_worker *w = p->worker;
     kvc_op_init(&j->op, on_done, j);
     memset(j->status, KVC_AGAIN, j->n);
-    kvc_status st = kvc_put(w->opts.client, &w->schema, w->opts.promise, j->values, j->n,
-                            j->buf->region, j->status, 0, &j->op);
+    kvc_status st = kvc_put(w->servers.all[j->server].client, &w->schema, w->opts.promise,
+                            j->values, j->n, j->buf->regions.of[j->server], j->status, 0, &j->op);
     if (st == KVC_OK) {
         return;
     }
@@ -241,31 +251,70 @@ static void land(kvwi_putter *p, job *j)
     kvc_mutex_unlock(&p->mutex);
 }
 
-/* The run of placed blocks from n_acked on, whose digests go into digests. The mutex is held. */
-static uint32_t placed_run(const kvwi_putter *p, const kvw_seq *seq, kvc_digest *digests,
-                           uint32_t cap)
+/* A block that the store has and the context of its server does not cover yet. */
+typedef struct placed {
+    kvc_digest digest;
+    uint32_t server, local;
+} placed;
+
+/* The run of placed blocks from n_acked on. The mutex is held. */
+static uint32_t placed_run(const kvwi_putter *p, const kvw_seq *seq, placed *run, uint32_t cap)
 {
     uint32_t n = 0;
     for (const job *j = p->head; j != NULL && n < cap; j = j->next) {
         if (j->seq == seq && j->state == PLACED && j->block == seq->put.n_acked + n) {
-            digests[n++] = j->values[0].digest;
+            run[n++] = (placed){j->values[0].digest, j->server, j->local};
         }
     }
     return n;
 }
 
-/* Extends the context over the placed run that begins with j. */
+/* Extends the context of one server over its blocks of the run, but for those that an earlier
+ * attempt, of which another server failed, has covered. */
+static kvc_status extend_server(kvw_seq *seq, uint32_t server, const placed *run, uint32_t n)
+{
+    kvc_digest digests[RUN_CAP];
+    kvc_context *context = seq->servers[server].context;
+    uint32_t covered = kvc_context_blocks(context), n_own = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        if (run[i].server == server && run[i].local >= covered) {
+            digests[n_own++] = run[i].digest;
+        }
+    }
+    bool alone = seq->worker->servers.n == 1;
+    return n_own == 0 ? KVC_OK
+                      : kvc_context_extend(context, digests, n_own,
+                                           alone ? 0 : kvc_deadline_ns(EXTEND_NS));
+}
+
+/* Leading blocks of the run that are covered; *st_p is the failure of the first that is not. */
+static uint32_t extend_all(kvw_seq *seq, const placed *run, uint32_t n, kvc_status *st_p)
+{
+    uint32_t n_good = n;
+    for (uint32_t s = 0; s < seq->worker->servers.n; s++) {
+        kvc_status st = extend_server(seq, s, run, n);
+        for (uint32_t i = 0; st != KVC_OK && i < n_good; i++) {
+            if (run[i].server == s) {
+                n_good = i;
+                *st_p = st;
+            }
+        }
+    }
+    return n_good;
+}
+
+/* Extends the contexts over the placed run that begins with j. */
 static void extend(kvwi_putter *p, job *j)
 {
-    enum { CAP = 64 };
-    kvc_digest digests[CAP];
+    placed run[RUN_CAP];
     kvw_seq *seq = j->seq;
+    kvc_status st = KVC_OK;
     kvc_mutex_lock(&p->mutex);
-    uint32_t n = placed_run(p, seq, digests, CAP), first = seq->put.n_acked;
+    uint32_t n = placed_run(p, seq, run, RUN_CAP), first = seq->put.n_acked;
     kvc_mutex_unlock(&p->mutex);
-    kvc_status st = kvc_context_extend(seq->context, digests, n, 0);
+    n = extend_all(seq, run, n, &st);
     kvc_mutex_lock(&p->mutex);
-    if (st != KVC_OK) {
+    if (n == 0) {
         judge_failure(p, j, st);
     } else {
         seq->put.n_acked = first + n;
@@ -403,6 +452,16 @@ void kvwi_putter_close(kvwi_putter *putter)
     free(putter);
 }
 
+/* Whose error it was, or who has the sequence's oldest block. The mutex is held. */
+static uint32_t server_to_blame(const kvwi_putter *p, const kvw_seq *seq)
+{
+    const job *j = p->head;
+    while (j != NULL && (j->seq != seq || j->block != seq->put.n_acked)) {
+        j = j->next;
+    }
+    return seq->put.error != KVC_OK || j == NULL ? seq->put.error_server : j->server;
+}
+
 kvc_status kvwi_put_submit(kvw_seq *seq, uint32_t block, const kvwi_block *buf,
                            uint64_t deadline_ns)
 {
@@ -422,10 +481,13 @@ kvc_status kvwi_put_submit(kvw_seq *seq, uint32_t block, const kvwi_block *buf,
         append_job(p, j);
         kvc_cond_signal(&p->wake);
     }
+    uint32_t slow = server_to_blame(p, seq);
     kvc_mutex_unlock(&p->mutex);
     if (st != KVC_OK) {
+        char server[KVWI_SERVER_TEXT];
         free_job(j);
-        return kvwi_fail(st, "block %u was not put: %s", block, kvc_status_name(st));
+        return kvwi_fail(st, "block %u was not put: %s%s", block, kvc_status_name(st),
+                         kvwi_server_text(w, slow, server));
     }
     return KVC_OK;
 }
@@ -439,8 +501,12 @@ kvc_status kvwi_put_flush(kvw_seq *seq, uint64_t deadline_ns)
         st = kvc_cond_wait_until(&p->moved, &p->mutex, deadline_ns);
     }
     st = seq->put.error != KVC_OK ? seq->put.error : st;
+    uint32_t slow = server_to_blame(p, seq);
     kvc_mutex_unlock(&p->mutex);
-    return st == KVC_OK ? st : kvwi_fail(st, "flush: %s", kvc_status_name(st));
+    char server[KVWI_SERVER_TEXT];
+    return st == KVC_OK ? st
+                        : kvwi_fail(st, "flush: %s%s", kvc_status_name(st),
+                                    kvwi_server_text(seq->worker, slow, server));
 }
 
 void kvwi_put_close(kvw_seq *seq)

@@ -2,7 +2,7 @@
  * put.h: putting full blocks behind the engine's back.
  *
  * One thread per worker ("kvw-put") owns the conversation: it sends a block's values, sends again
- * what the server had no room for, and extends the sequence's context in block order. The engine's
+ * what a server had no room for, and extends the sequence's contexts in block order. The engine's
  * thread only queues blocks, and waits while the window is full. Lock: one mutex (rank WORKER)
  * guards the queue and the kvwi_put_state of every sequence; nothing is called under it.
  */
@@ -20,11 +20,12 @@ struct kvwi_block;
 
 /* Per sequence; all of it guarded by the put mutex. */
 typedef struct kvwi_put_state {
-    uint32_t n_acked; /* leading blocks that the store has and the context covers */
+    uint32_t n_acked; /* leading blocks that the store has and contexts cover */
     uint32_t n_jobs;  /* blocks on their way */
     bool closing;     /* the sequence is going away: no new attempts after a failure */
     bool give_up;     /* the put thread drops its jobs: a final error, or closing took too long */
     kvc_status error; /* of a put that can never succeed; OK: none */
+    uint32_t error_server;
     uint64_t blocks_put, blocks_existed, bytes_put, retries, requests;
 } kvwi_put_state;
 

@@ -5,19 +5,33 @@
  * whatever is resident; that is what makes `exact` independent of it. Misses are listed; they get
  * residency slots only where they are fetched.
  */
-#include <string.h>
-
 #include "internal.h"
+
+/* Any leg may get all misses. */
+static kvc_status reserve_leg(kvwi_leg *leg, uint32_t n)
+{
+    kvwi_buf *const bufs[] = {&leg->miss_row, &leg->miss_pos, &leg->miss_slot, &leg->miss_status,
+                              &leg->miss_pick};
+    const size_t elem[] = {sizeof(uint32_t), sizeof(uint32_t), sizeof(uint32_t), sizeof(int8_t),
+                           sizeof(uint32_t)};
+    size_t n_bufs = leg->step->n_legs == 1 ? 4 : 5;
+    kvc_status st = KVC_OK;
+    for (size_t i = 0; st == KVC_OK && i < n_bufs; i++) {
+        st = kvwi_buf_need(bufs[i], (size_t)n * elem[i]);
+    }
+    return st;
+}
 
 static kvc_status reserve(kvw_step *step, uint32_t n)
 {
-    kvwi_buf *const bufs[] = {&step->pos,      &step->rows,      &step->state,      &step->miss_row,
-                              &step->miss_pos, &step->miss_slot, &step->miss_status};
-    const size_t elem[] = {sizeof(uint32_t), sizeof(void *),   sizeof(uint8_t), sizeof(uint32_t),
-                           sizeof(uint32_t), sizeof(uint32_t), sizeof(int8_t)};
+    kvwi_buf *const bufs[] = {&step->pos, &step->rows, &step->state};
+    const size_t elem[] = {sizeof(uint32_t), sizeof(void *), sizeof(uint8_t)};
     kvc_status st = KVC_OK;
     for (size_t i = 0; st == KVC_OK && i < sizeof(bufs) / sizeof(bufs[0]); i++) {
         st = kvwi_buf_need(bufs[i], (size_t)n * elem[i]);
+    }
+    for (uint32_t i = 0; st == KVC_OK && i < step->n_legs; i++) {
+        st = reserve_leg(&step->legs[i], n);
     }
     return st;
 }
@@ -72,6 +86,20 @@ static const uint8_t *find_row(kvw_seq *seq, uint32_t layer, uint32_t pos)
     return row;
 }
 
+static void add_miss(kvw_step *step, uint32_t row, uint32_t pos)
+{
+    kvwi_leg *leg = &step->legs[kvwi_server_of(step->seq, pos)];
+    uint32_t n = leg->n_misses++;
+    ((uint32_t *)leg->miss_row.p)[n] = row;
+    ((uint32_t *)leg->miss_pos.p)[n] = pos;
+    if (step->n_legs > 1) {
+        ((uint32_t *)leg->miss_pick.p)[n] = kvwi_pick_of(step->seq, pos);
+    }
+    /* it has not arrived: what is settled before the fetch gives its slot back */
+    ((int8_t *)leg->miss_status.p)[n] = KVC_NOT_FOUND;
+    step->n_misses++;
+}
+
 static void find_rows(kvw_step *step)
 {
     const uint32_t *pos = step->pos.p;
@@ -81,8 +109,7 @@ static void find_rows(kvw_step *step)
         rows[i] = find_row(step->seq, step->layer, pos[i]);
         state[i] = rows[i] != NULL ? KVWI_ROW_HERE : KVWI_ROW_COMING;
         if (rows[i] == NULL) {
-            ((uint32_t *)step->miss_row.p)[step->n_misses] = i;
-            ((uint32_t *)step->miss_pos.p)[step->n_misses++] = pos[i];
+            add_miss(step, i, pos[i]);
         }
     }
 }
@@ -94,13 +121,10 @@ kvc_status kvwi_resolve(kvw_step *step)
     step->n_rows = step->full
                        ? step->n_tokens
                        : seq->worker->opts.n_sink + picks->n + (step->n_tokens - step->near_begin);
-    step->n_misses = 0;
     kvc_status st = reserve(step, step->n_rows);
     if (st != KVC_OK) {
         return kvwi_fail(st, "out of memory");
     }
-    /* none has arrived: what is settled before the fetch gives its slots back */
-    memset(step->miss_status.p, KVC_NOT_FOUND, step->n_rows);
     list_rows(step);
     find_rows(step);
     seq->stats.misses += step->n_misses;

@@ -28,6 +28,7 @@ struct kvw_retriever {
     bool ready;                   /* a retrieval was made and nothing has spoilt it */
     uint32_t n;
     uint32_t *ids, *slot, *held;    /* [k] */
+    uint32_t *wanted, n_wanted;     /* [k] of ids: those to be fetched */
     float *scores, *weights;        /* [k] */
     uint32_t *order_ids;            /* [k] as top-k gave them */
     float *order_scores, *order_w;  /* [k] likewise */
@@ -36,14 +37,11 @@ struct kvw_retriever {
     const void *rows[KVW_CHUNK_TOKENS];
     uint8_t *slab; /* [k, chunk, row_bytes] */
     size_t slab_bytes;
-    kvc_region *region; /* NULL without a store */
-    uint32_t n_misses;  /* rows */
-    kvc_op op;
-    kvc_fetch_info info;
-    bool in_flight;
+    kvwi_regions regions;
+    uint32_t n_misses; /* rows, by server */
     uint64_t deadline_ns;
-    kvc_status fetch_status;
     kvwi_buf all_scores, topk, q, part, out;
+    kvwi_flight flights[]; /* of each server */
 };
 
 /* ---- open and close ---- */
@@ -58,12 +56,7 @@ static kvc_status open_slab(kvw_retriever *r)
         return kvwi_fail(KVC_NO_MEMORY, "out of memory");
     }
     r->slab = p;
-    if (w->opts.client == NULL) {
-        return KVC_OK;
-    }
-    const kvc_region_desc desc = {
-        .size_bytes = sizeof(desc), .base = p, .len_bytes = r->slab_bytes, .kind = KVC_MEMORY_HOST};
-    kvc_status st = kvc_region_register(w->opts.client, &desc, &r->region);
+    kvc_status st = kvwi_regions_open(w, p, r->slab_bytes, &r->regions);
     return st == KVC_OK ? st
                         : kvwi_fail(st, "a retriever cannot be registered: %s", kvc_last_error());
 }
@@ -72,7 +65,7 @@ static kvc_status open_slab(kvw_retriever *r)
 static kvc_status open_lists(kvw_retriever *r)
 {
     size_t k = r->seq->worker->opts.k, rows = k * KVW_CHUNK_TOKENS;
-    uint32_t *p = calloc(4u * k + 2u * rows + (rows + 3u) / 4u, sizeof(*p));
+    uint32_t *p = calloc(5u * k + 2u * rows + (rows + 3u) / 4u, sizeof(*p));
     if (p == NULL) {
         return kvwi_fail(KVC_NO_MEMORY, "out of memory");
     }
@@ -80,7 +73,8 @@ static kvc_status open_lists(kvw_retriever *r)
     r->slot = p + k;
     r->held = p + 2u * k;
     r->order_ids = p + 3u * k;
-    r->miss_pos = p + 4u * k;
+    r->wanted = p + 4u * k;
+    r->miss_pos = p + 5u * k;
     r->miss_slot = r->miss_pos + rows;
     r->miss_status = (int8_t *)(r->miss_slot + rows);
     r->scores = calloc(4u * k, sizeof(float));
@@ -98,10 +92,8 @@ static kvc_status open_lists(kvw_retriever *r)
  */
 static void stop_fetch(kvw_retriever *r)
 {
-    if (r->in_flight) {
-        kvc_op_cancel(&r->op);
-        (void)kvc_op_wait(&r->op, 0);
-        r->in_flight = false;
+    for (uint32_t s = 0; s < r->seq->worker->servers.n; s++) {
+        kvwi_flight_cancel(&r->flights[s]);
     }
     for (uint32_t i = 0; i < r->n_misses; i++) {
         r->held[r->miss_slot[i] / KVW_CHUNK_TOKENS] = NONE;
@@ -114,9 +106,7 @@ static void free_retriever(kvw_retriever *r)
 {
     const kvw_worker *w = r->seq->worker;
     stop_fetch(r);
-    if (r->region != NULL) {
-        (void)kvc_region_deregister(w->opts.client, r->region);
-    }
+    (void)kvwi_regions_close(w, &r->regions);
     if (r->slab != NULL) {
         (void)munmap(r->slab, r->slab_bytes);
     }
@@ -160,7 +150,7 @@ kvc_status kvw_retriever_open(kvw_seq *seq, uint32_t layer, uint32_t kv_head,
     if (st != KVC_OK) {
         return st;
     }
-    kvw_retriever *r = calloc(1, sizeof(*r));
+    kvw_retriever *r = calloc(1, sizeof(*r) + seq->worker->servers.n * sizeof(kvwi_flight));
     if (r == NULL) {
         return kvwi_fail(KVC_NO_MEMORY, "out of memory");
     }
@@ -344,23 +334,44 @@ static uint32_t slot_with(const kvw_retriever *r, uint32_t chunk)
     return s;
 }
 
-/* Rows of a chunk into slot s: from its block's buffer, or noted as misses. */
-static void bring(kvw_retriever *r, uint32_t chunk, uint32_t s)
+/* The rows of chosen chunk i into slot s: from its block's buffer, or it is noted as wanted. */
+static void bring(kvw_retriever *r, uint32_t i, uint32_t s)
 {
     kvw_seq *seq = r->seq;
     const kvw_worker *w = seq->worker;
-    uint32_t bt = w->opts.block_tokens, first = chunk * KVW_CHUNK_TOKENS;
+    uint32_t bt = w->opts.block_tokens, first = r->ids[i] * KVW_CHUNK_TOKENS;
     const kvwi_block *block = seq->blocks[first / bt].buf;
     size_t bytes = KVW_CHUNK_TOKENS * w->row_bytes;
-    r->held[s] = chunk;
+    r->held[s] = r->ids[i];
     if (block != NULL) {
         memcpy(r->slab + s * bytes, kvwi_block_row(w, block, r->layer, first % bt), bytes);
-        return;
+    } else {
+        r->wanted[r->n_wanted++] = i;
     }
-    for (uint32_t i = 0; i < KVW_CHUNK_TOKENS; i++) {
-        r->miss_pos[r->n_misses] = first + i;
-        r->miss_slot[r->n_misses] = s * KVW_CHUNK_TOKENS + i;
+}
+
+static void add_misses(kvw_retriever *r, uint32_t i)
+{
+    uint32_t pick = kvwi_pick_of(r->seq, r->ids[i] * KVW_CHUNK_TOKENS);
+    for (uint32_t j = 0; j < KVW_CHUNK_TOKENS; j++) {
+        r->miss_pos[r->n_misses] = pick + j;
+        r->miss_slot[r->n_misses] = r->slot[i] * KVW_CHUNK_TOKENS + j;
         r->miss_status[r->n_misses++] = KVC_NOT_FOUND;
+    }
+}
+
+/* The rows of wanted chunks, a run for each server. */
+static void list_misses(kvw_retriever *r)
+{
+    for (uint32_t s = 0; s < r->seq->worker->servers.n; s++) {
+        r->flights[s].first = r->n_misses;
+        for (uint32_t j = 0; j < r->n_wanted; j++) {
+            uint32_t i = r->wanted[j];
+            if (kvwi_server_of(r->seq, r->ids[i] * KVW_CHUNK_TOKENS) == s) {
+                add_misses(r, i);
+            }
+        }
+        r->flights[s].n = r->n_misses - r->flights[s].first;
     }
 }
 
@@ -370,6 +381,7 @@ static void place(kvw_retriever *r)
     kvw_stats *stats = &r->seq->stats;
     uint32_t k = r->seq->worker->opts.k;
     r->n_misses = 0;
+    r->n_wanted = 0;
     for (uint32_t s = 0; s < k; s++) {
         r->held[s] = r->held[s] != NONE && is_chosen(r, r->held[s]) ? r->held[s] : NONE;
     }
@@ -377,10 +389,11 @@ static void place(kvw_retriever *r)
         uint32_t s = slot_with(r, r->ids[i]);
         if (s == k) {
             s = slot_with(r, NONE); /* there is one: no more are chosen than slots */
-            bring(r, r->ids[i], s);
+            bring(r, i, s);
         }
         r->slot[i] = s;
     }
+    list_misses(r);
     uint64_t rows = (uint64_t)r->n * KVW_CHUNK_TOKENS;
     stats->picks += rows;
     stats->misses += r->n_misses;
@@ -390,22 +403,23 @@ static void place(kvw_retriever *r)
 static void submit(kvw_retriever *r)
 {
     const kvw_worker *w = r->seq->worker;
-    r->fetch_status = KVC_OK;
     if (r->n_misses == 0) {
         return;
     }
-    const kvc_pick_group group = {.context = r->seq->context,
-                                  .part = w->kv_parts[r->layer],
-                                  .row_bytes = (uint32_t)w->row_bytes,
-                                  .n_picks = r->n_misses,
-                                  .picks = r->miss_pos,
-                                  .dst_slots = r->miss_slot};
-    memset(&r->info, 0, sizeof(r->info));
     r->deadline_ns = kvc_deadline_ns(w->opts.fetch_timeout_ns);
-    kvc_op_init(&r->op, NULL, NULL);
-    r->fetch_status = kvc_fetch(w->opts.client, &group, 1, r->region, r->miss_status, &r->info,
-                                r->deadline_ns, &r->op);
-    r->in_flight = r->fetch_status == KVC_OK;
+    for (uint32_t s = 0; s < w->servers.n; s++) {
+        kvwi_flight *flight = &r->flights[s];
+        const kvc_pick_group group = {.part = w->kv_parts[r->layer],
+                                      .row_bytes = (uint32_t)w->row_bytes,
+                                      .n_picks = flight->n,
+                                      .picks = r->miss_pos + flight->first,
+                                      .dst_slots = r->miss_slot + flight->first};
+        flight->status = KVC_OK;
+        if (flight->n != 0) {
+            kvwi_flight_send(r->seq, s, flight, group, &r->regions, r->miss_status + flight->first,
+                             r->deadline_ns);
+        }
+    }
 }
 
 kvc_status kvw_retrieve(kvw_retriever *r, const float *query, uint64_t n_chunks)
@@ -448,28 +462,30 @@ kvc_status kvw_retrieved(const kvw_retriever *r, const uint32_t **chunks_p, cons
 
 /* ---- attend ---- */
 
-/* The first failure among the rows asked for; their chunks are not held. */
-static kvc_status settle(kvw_retriever *r, kvc_status fetched)
+/* The first failure among the rows asked of a server; their chunks are not held. */
+static kvc_status settle(kvw_retriever *r, uint32_t server)
 {
     const kvw_worker *w = r->seq->worker;
-    kvw_stats *s = &r->seq->stats;
+    const kvwi_flight *flight = &r->flights[server];
     kvc_status first = KVC_OK;
-    uint32_t lost = 0;
-    for (uint32_t i = 0; i < r->n_misses; i++) {
+    uint32_t lost = 0, end = flight->first + flight->n;
+    if (flight->n == 0) {
+        return KVC_OK;
+    }
+    for (uint32_t i = flight->first; i < end; i++) {
         kvc_status st = (kvc_status)r->miss_status[i];
         if (st != KVC_OK) {
-            first = lost++ == 0 ? (fetched != KVC_OK ? fetched : st) : first;
+            first = lost++ == 0 ? (flight->status != KVC_OK ? flight->status : st) : first;
             r->held[r->miss_slot[i] / KVW_CHUNK_TOKENS] = NONE;
         }
     }
-    s->rows_gpu += r->info.rows_gpu;
-    s->rows_dram += r->info.rows_dram;
-    s->rows_lmdb += r->info.rows_lmdb;
-    s->requests += r->info.requests;
-    s->bytes_fetched += (uint64_t)(r->n_misses - lost) * w->row_bytes;
-    return lost == 0 ? KVC_OK
-                     : kvwi_fail(first, "layer %u: %u of %u rows did not arrive: %s", r->layer,
-                                 lost, r->n_misses, kvc_status_name(first));
+    kvwi_flight_count(r->seq, server, &flight->info, flight->n - lost, w->row_bytes);
+    r->seq->servers[server].rows_missing += lost;
+    char text[KVWI_SERVER_TEXT];
+    return lost == 0
+               ? KVC_OK
+               : kvwi_fail(first, "layer %u: %u of %u rows did not arrive: %s%s", r->layer, lost,
+                           flight->n, kvc_status_name(first), kvwi_server_text(w, server, text));
 }
 
 /* The chosen chunks are in the slab. */
@@ -482,13 +498,16 @@ static kvc_status arrive(kvw_retriever *r)
         return KVC_OK;
     }
     uint64_t t0 = kvc_now_ns();
-    kvc_status st = r->fetch_status;
-    if (r->in_flight) {
-        st = kvwi_op_complete(&r->op, r->deadline_ns);
-        r->in_flight = false;
+    uint32_t n_servers = r->seq->worker->servers.n;
+    for (uint32_t s = 0; s < n_servers; s++) {
+        (void)kvwi_flight_land(&r->flights[s], r->deadline_ns);
     }
     r->seq->stats.ns_fetch_wait += kvc_now_ns() - t0;
-    st = settle(r, st);
+    kvc_status st = KVC_OK;
+    for (uint32_t s = 0; s < n_servers; s++) {
+        kvc_status settled = settle(r, s);
+        st = st == KVC_OK ? settled : st;
+    }
     r->n_misses = 0;
     r->ready = st == KVC_OK;
     return st;

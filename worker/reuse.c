@@ -3,10 +3,10 @@
  *
  * Runs inside kvw_seq_create, on its thread, and blocks. Only blocks named by their tokens (and the
  * sequence's label) alone match (see names.c), and the prefix is cut to whole chunks, so the engine
- * goes on exactly where a cold run would have begun a chunk. Brought back: the blocks that hold
- * sinks and recent, whole; index rows, from their own parts where stored, else rebuilt from the
- * keys of fetched rows. What cannot be brought back is as good as not matched: the sequence starts
- * cold.
+ * goes on exactly where a cold run would have begun a chunk. Each server is asked for its own
+ * blocks alone, all servers together. Brought back: the blocks that hold sinks and recent, whole;
+ * index rows, from their own parts where stored, else rebuilt from the keys of fetched rows. What
+ * cannot be brought back is as good as not matched: the sequence starts cold.
  */
 #include <string.h>
 #include <sys/mman.h>
@@ -14,6 +14,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "internal.h"
+#include "prefix.h"
 
 /* Staging for fetched rows, half of it in flight while the other half is used. */
 #define STAGING_BYTES (16u << 20)
@@ -37,36 +38,10 @@ static kvc_status name_blocks(kvw_seq *seq, const uint32_t *tokens, uint32_t n_b
         if (st != KVC_OK) {
             return kvwi_fail(st, "a block digest could not be computed");
         }
+        kvwi_place(seq, b);
+        kvwi_place_keep(seq, b);
     }
     seq->n_blocks = n_blocks;
-    return KVC_OK;
-}
-
-/* Leading blocks that have all parts; asks for at most what a message may name at a time. */
-static kvc_status match(kvw_seq *seq, const kvc_digest *digests, uint32_t n, const uint32_t *parts,
-                        uint32_t n_parts, uint32_t *hits_p)
-{
-    const kvw_worker *w = seq->worker;
-    uint32_t batch = kvc_client_limits(w->opts.client)->max_digests;
-    batch = batch == 0 ? KVC_MAX_DIGESTS : kvwi_min_u32(batch, KVC_MAX_DIGESTS);
-    *hits_p = 0;
-    while (*hits_p < n) {
-        uint32_t ask = kvwi_min_u32(batch, n - *hits_p), got = 0;
-        kvc_op op;
-        kvc_op_init(&op, NULL, NULL);
-        kvc_status st = kvc_match(w->opts.client, &w->schema, digests + *hits_p, ask, parts,
-                                  n_parts, &got, 0, &op);
-        if (st == KVC_OK) {
-            st = kvc_op_wait(&op, 0);
-        }
-        if (st != KVC_OK) {
-            return kvwi_fail(st, "match: %s", kvc_last_error());
-        }
-        *hits_p += got;
-        if (got < ask) {
-            break;
-        }
-    }
     return KVC_OK;
 }
 
@@ -90,51 +65,33 @@ static kvc_status match_prefix(kvw_seq *seq, const uint32_t *tokens, uint32_t n_
     if (st != KVC_OK || n_blocks == 0) {
         return st;
     }
-    kvc_digest *digests = malloc(n_blocks * sizeof(*digests));
-    if (digests == NULL) {
-        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
-    }
-    for (uint32_t b = 0; b < n_blocks; b++) {
-        digests[b] = seq->blocks[b].digest;
+    kvwi_prefix p;
+    st = kvwi_prefix_open(&p, seq, n_blocks);
+    if (st != KVC_OK) {
+        return st;
     }
     /* every rank's parts, so that all ranks reuse the same prefix */
-    st = match(seq, digests, n_blocks, w->group_parts, w->opts.tp_size * w->opts.n_layers, &hits);
+    st = kvwi_prefix_match(&p, n_blocks, w->group_parts, w->opts.tp_size * w->opts.n_layers, &hits);
     if (st == KVC_OK) {
         *n_reused_p = cut(w, hits, n_tokens);
         hits = 0;
     }
     if (st == KVC_OK && w->index_row_bytes != 0 && *n_reused_p != 0) {
-        st = match(seq, digests, *n_reused_p / bt, w->index_parts, w->opts.n_layers, &hits);
+        st = kvwi_prefix_match(&p, *n_reused_p / bt, w->index_parts, w->opts.n_layers, &hits);
     }
     *n_indexed_p = hits * bt;
-    free(digests);
+    kvwi_prefix_close(&p);
     return st;
-}
-
-static kvc_status open_context(kvw_seq *seq, uint32_t n_blocks)
-{
-    kvc_digest *digests = malloc((n_blocks + 1u) * sizeof(*digests));
-    if (digests == NULL) {
-        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
-    }
-    for (uint32_t b = 0; b < n_blocks; b++) {
-        digests[b] = seq->blocks[b].digest;
-    }
-    kvc_status st = kvc_context_open(seq->worker->opts.client, &seq->worker->schema, digests,
-                                     n_blocks, 0, 0, &seq->context);
-    free(digests);
-    return st == KVC_OK ? st : kvwi_fail(st, "context: %s", kvc_last_error());
 }
 
 /* ---- bringing rows back ---- */
 
-/* Rows [first, first + n) of one part, fetched as one op. */
+/* Rows [first, first + n) of one part, fetched from each server that has some of them. */
 typedef struct batch {
     uint32_t layer, part, first, n;
-    kvc_op op;
-    kvc_fetch_info info;
-    kvwi_buf picks, status;
-    size_t off_bytes; /* of its half of the staging */
+    kvwi_flight *flights;          /* [servers] */
+    kvwi_buf picks, slots, status; /* [n], by server; slots: rows less first */
+    size_t off_bytes;              /* of its half of the staging */
     bool in_flight;
 } batch;
 
@@ -144,7 +101,7 @@ typedef kvc_status use_rows(kvw_seq *seq, const batch *b, const uint8_t *rows);
 typedef struct puller {
     kvw_seq *seq;
     uint8_t *staging;
-    kvc_region *region;
+    kvwi_regions regions;
     batch half[2];
 } puller;
 
@@ -158,82 +115,119 @@ static kvc_status puller_open(puller *p, kvw_seq *seq)
     }
     p->staging = mem;
     p->half[1].off_bytes = STAGING_BYTES / 2u;
-    const kvc_region_desc desc = {.size_bytes = sizeof(desc),
-                                  .base = mem,
-                                  .len_bytes = STAGING_BYTES,
-                                  .kind = KVC_MEMORY_HOST};
-    kvc_status st = kvc_region_register(seq->worker->opts.client, &desc, &p->region);
+    for (int i = 0; i < 2; i++) {
+        p->half[i].flights = calloc(seq->worker->servers.n, sizeof(kvwi_flight));
+        if (p->half[i].flights == NULL) {
+            return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+        }
+    }
+    kvc_status st = kvwi_regions_open(seq->worker, mem, STAGING_BYTES, &p->regions);
     return st == KVC_OK ? st : kvwi_fail(st, "staging: %s", kvc_last_error());
 }
 
 static void puller_close(puller *p)
 {
+    const kvw_worker *w = p->seq->worker;
     for (int i = 0; i < 2; i++) {
-        if (p->half[i].in_flight) {
-            kvc_op_cancel(&p->half[i].op);
-            (void)kvc_op_wait(&p->half[i].op, 0);
+        batch *b = &p->half[i];
+        for (uint32_t s = 0; b->flights != NULL && s < w->servers.n; s++) {
+            kvwi_flight_cancel(&b->flights[s]);
         }
-        kvwi_buf_fini(&p->half[i].picks);
-        kvwi_buf_fini(&p->half[i].status);
+        free(b->flights);
+        kvwi_buf_fini(&b->picks);
+        kvwi_buf_fini(&b->slots);
+        kvwi_buf_fini(&b->status);
     }
-    if (p->region != NULL) {
-        (void)kvc_region_deregister(p->seq->worker->opts.client, p->region);
-    }
+    (void)kvwi_regions_close(w, &p->regions);
     if (p->staging != NULL) {
         (void)munmap(p->staging, STAGING_BYTES);
+    }
+}
+
+/* Which rows each server has: a run of picks and slots for each of them. */
+static void share_out(const kvw_seq *seq, batch *b)
+{
+    uint32_t *picks = b->picks.p, *slots = b->slots.p, n = 0;
+    for (uint32_t s = 0; s < seq->worker->servers.n; s++) {
+        b->flights[s].first = n;
+        for (uint32_t i = 0; i < b->n; i++) {
+            if (kvwi_server_of(seq, b->first + i) == s) {
+                picks[n] = kvwi_pick_of(seq, b->first + i);
+                slots[n++] = i;
+            }
+        }
+        b->flights[s].n = n - b->flights[s].first;
     }
 }
 
 static kvc_status submit(puller *p, batch *b, uint32_t row_bytes)
 {
     const kvw_worker *w = p->seq->worker;
-    kvc_status st = kvwi_buf_need(&b->picks, b->n * sizeof(uint32_t));
-    if (st == KVC_OK) {
-        st = kvwi_buf_need(&b->status, b->n);
+    kvwi_buf *const bufs[] = {&b->picks, &b->slots, &b->status};
+    const size_t elem[] = {sizeof(uint32_t), sizeof(uint32_t), sizeof(int8_t)};
+    kvc_status st = KVC_OK;
+    for (size_t i = 0; st == KVC_OK && i < 3; i++) {
+        st = kvwi_buf_need(bufs[i], b->n * elem[i]);
     }
     if (st != KVC_OK) {
         return kvwi_fail(st, "out of memory");
     }
-    uint32_t *picks = b->picks.p;
-    for (uint32_t i = 0; i < b->n; i++) {
-        picks[i] = b->first + i;
-    }
+    share_out(p->seq, b);
     memset(b->status.p, KVC_NOT_FOUND, b->n);
-    memset(&b->info, 0, sizeof(b->info));
-    const kvc_pick_group group = {.context = p->seq->context,
-                                  .part = b->part,
-                                  .row_bytes = row_bytes,
-                                  .n_picks = b->n,
-                                  .picks = picks,
-                                  .dst_off_bytes = b->off_bytes};
-    kvc_op_init(&b->op, NULL, NULL);
-    st = kvc_fetch(w->opts.client, &group, 1, p->region, b->status.p, &b->info, 0, &b->op);
-    b->in_flight = st == KVC_OK;
-    return st == KVC_OK ? st : kvwi_fail(st, "fetch: %s", kvc_last_error());
+    b->in_flight = true;
+    for (uint32_t s = 0; s < w->servers.n; s++) {
+        kvwi_flight *flight = &b->flights[s];
+        const uint32_t *slots = (uint32_t *)b->slots.p + flight->first;
+        const kvc_pick_group group = {.part = b->part,
+                                      .row_bytes = row_bytes,
+                                      .n_picks = flight->n,
+                                      .picks = (uint32_t *)b->picks.p + flight->first,
+                                      .dst_slots = w->servers.n == 1 ? NULL : slots,
+                                      .dst_off_bytes = b->off_bytes};
+        flight->status = KVC_OK;
+        if (flight->n != 0) {
+            kvwi_flight_send(p->seq, s, flight, group, &p->regions,
+                             (int8_t *)b->status.p + flight->first, 0);
+        }
+    }
+    return KVC_OK;
 }
 
 /* NOT_FOUND where a row has gone since the match. */
-static kvc_status collect(puller *p, batch *b, uint32_t row_bytes, use_rows *use)
+static kvc_status collect_server(puller *p, batch *b, uint32_t server, uint32_t row_bytes)
 {
-    kvw_stats *s = &p->seq->stats;
-    kvc_status st = kvc_op_wait(&b->op, 0);
-    b->in_flight = false;
+    const kvw_worker *w = p->seq->worker;
+    kvwi_flight *flight = &b->flights[server];
+    const int8_t *status = (int8_t *)b->status.p + flight->first;
+    const uint32_t *slots = (uint32_t *)b->slots.p + flight->first;
+    char text[KVWI_SERVER_TEXT];
+    kvc_status st = kvwi_flight_land(flight, 0);
     if (st != KVC_OK) {
-        return kvwi_fail(st, "fetch: %s", kvc_status_name(st));
+        return kvwi_fail(st, "fetch: %s%s", kvc_status_name(st), kvwi_server_text(w, server, text));
     }
-    const int8_t *status = b->status.p;
-    for (uint32_t i = 0; i < b->n; i++) {
+    for (uint32_t i = 0; i < flight->n; i++) {
         if (status[i] != KVC_OK) {
-            return kvwi_fail(KVC_NOT_FOUND, "row %u of part %u: %s", b->first + i, b->part,
-                             kvc_status_name((kvc_status)status[i]));
+            return kvwi_fail(KVC_NOT_FOUND, "row %u of part %u: %s%s", b->first + slots[i], b->part,
+                             kvc_status_name((kvc_status)status[i]),
+                             kvwi_server_text(w, server, text));
         }
     }
-    s->rows_gpu += b->info.rows_gpu;
-    s->rows_dram += b->info.rows_dram;
-    s->rows_lmdb += b->info.rows_lmdb;
-    s->requests += b->info.requests;
-    s->bytes_fetched += (uint64_t)b->n * row_bytes;
-    return use(p->seq, b, p->staging + b->off_bytes);
+    if (flight->n != 0) {
+        kvwi_flight_count(p->seq, server, &flight->info, flight->n, row_bytes);
+    }
+    return KVC_OK;
+}
+
+/* All flights land, whatever one of them comes to. */
+static kvc_status collect(puller *p, batch *b, uint32_t row_bytes, use_rows *use)
+{
+    kvc_status first = KVC_OK;
+    for (uint32_t s = 0; s < p->seq->worker->servers.n; s++) {
+        kvc_status st = collect_server(p, b, s, row_bytes);
+        first = first == KVC_OK ? st : first;
+    }
+    b->in_flight = false;
+    return first == KVC_OK ? use(p->seq, b, p->staging + b->off_bytes) : first;
 }
 
 /* Rows [first, end) of every layer's part, in pieces, one in flight while another is used. */
@@ -357,11 +351,11 @@ static void adopt(kvw_seq *seq, const uint32_t *tokens, uint32_t n)
     }
 }
 
-/* Back to a cold start: no context, no buffers, no index rows. */
+/* Back to a cold start: no contexts, no buffers, no index rows. */
 static void forget(kvw_seq *seq)
 {
-    kvc_context_close(seq->context);
-    seq->context = NULL;
+    kvwi_contexts_close(seq);
+    kvwi_place_cut(seq, 0);
     for (uint32_t b = 0; b < seq->n_blocks; b++) {
         if (seq->blocks[b].buf != NULL) {
             kvwi_pool_give(seq->worker, seq->blocks[b].buf);
@@ -426,7 +420,8 @@ kvc_status kvwi_reuse(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens)
     st = agree_prefix(w, st, &n, &n_indexed);
     if (st == KVC_OK) {
         seq->n_blocks = n / bt;
-        st = open_context(seq, n / bt);
+        kvwi_place_cut(seq, n / bt);
+        st = kvwi_contexts_begin(seq, n / bt);
     }
     if (n != 0) {
         st = st == KVC_OK ? bring_all(seq, n, n_indexed) : st;
@@ -436,7 +431,7 @@ kvc_status kvwi_reuse(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens)
         KVC_LOG_INFO(WORKER, "reuse: cold start, since %s", kvw_last_error());
         forget(seq);
         n = 0;
-        st = open_context(seq, 0);
+        st = kvwi_contexts_begin(seq, 0);
     }
     if (st == KVC_OK) {
         adopt(seq, tokens, n);

@@ -163,53 +163,66 @@ static kvc_status list_own_parts(kvw_worker *w)
     return KVC_OK;
 }
 
+static kvc_status register_schema(const kvw_worker *w, uint32_t server, const kvc_schema *schema)
+{
+    char text[KVWI_SERVER_TEXT];
+    kvc_digest named;
+    kvc_status st = kvc_schema_register(w->servers.all[server].client, schema, 0, &named);
+    if (st != KVC_OK) {
+        return kvwi_fail(st, "schema: the store did not take it%s: %s",
+                         kvwi_server_text(w, server, text), kvc_last_error());
+    }
+    if (!kvc_digest_equal(&named, &w->schema)) {
+        return kvwi_fail(KVC_PROTOCOL, "schema: the store gave it another digest%s",
+                         kvwi_server_text(w, server, text));
+    }
+    return KVC_OK;
+}
+
 static kvc_status name_schema(kvw_worker *w, const kvc_schema *schema)
 {
     const char *why = NULL;
-    kvc_client *client = w->opts.client;
-    uint32_t max =
-        client != NULL ? kvc_client_limits(client)->max_value_bytes : KVC_MAX_VALUE_BYTES;
-    if (kvc_schema_check(schema, max, &why) != KVC_OK) {
+    if (kvc_schema_check(schema, kvwi_servers_max_value(w), &why) != KVC_OK) {
         return kvwi_fail(KVC_INVALID, "schema: %s", why);
     }
     kvc_status st = kvc_schema_digest(schema, &w->schema);
     if (st != KVC_OK) {
         return kvwi_fail(st, "schema: its digest could not be computed");
     }
-    if (client == NULL) {
-        return KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < w->servers.n; i++) {
+        st = register_schema(w, i, schema);
     }
-    kvc_digest named;
-    st = kvc_schema_register(client, schema, 0, &named);
-    if (st != KVC_OK) {
-        return kvwi_fail(st, "schema: the store did not take it: %s", kvc_last_error());
-    }
-    if (!kvc_digest_equal(&named, &w->schema)) {
-        return kvwi_fail(KVC_PROTOCOL, "schema: the store gave it another digest");
-    }
-    return KVC_OK;
+    return st;
 }
 
-/* What the ways cost, where there is more than one to choose from; or that the one asked for is
- * none. A probe that fails leaves guesses. */
-static kvc_status open_ways(const kvw_worker *w, const kvc_part *part)
+/* What the ways of a server cost, where there is more than one to choose from; returns whether the
+ * one that was asked for is among them. A probe that fails leaves guesses. */
+static bool open_server_ways(const kvw_worker *w, kvc_client *client, const kvc_part *part,
+                             const char **why_p)
 {
-    kvc_client *client = w->opts.client;
     const kvc_way_ask ask = {.n_rows = 1, .row_bytes = part->row_bytes, .n_q = 1};
     kvc_way_cost costs[KVC_WAY_COUNT];
-    if (client == NULL) {
-        return KVC_OK;
-    }
     (void)kvc_way_costs(client, &ask, costs);
-    if (w->way != KVC_WAY_COUNT && costs[w->way].why_not != NULL) {
-        return kvwi_fail(KVC_UNSUPPORTED, "way: \"%s\": %s", costs[w->way].name,
-                         costs[w->way].why_not);
+    if (w->way != KVC_WAY_COUNT) {
+        *why_p = costs[w->way].why_not;
+        return *why_p == NULL;
     }
-    bool choice = w->way == KVC_WAY_COUNT && costs[KVC_WAY_NEAR].why_not == NULL;
-    if (choice && kvc_way_probe(client, &w->schema, part, w->opts.n_q_heads, 0) != KVC_OK) {
+    if (costs[KVC_WAY_NEAR].why_not == NULL &&
+        kvc_way_probe(client, &w->schema, part, w->opts.n_q_heads, 0) != KVC_OK) {
         KVC_LOG_DEBUG(WORKER, "the ways could not be measured: %s", kvc_last_error());
     }
-    return KVC_OK;
+    return true;
+}
+
+/* A way that was asked for is one of some server. */
+static kvc_status open_ways(const kvw_worker *w, const kvc_part *part)
+{
+    const char *why = NULL;
+    bool any = w->servers.n == 0;
+    for (uint32_t i = 0; i < w->servers.n; i++) {
+        any = open_server_ways(w, w->servers.all[i].client, part, &why) || any;
+    }
+    return any ? KVC_OK : kvwi_fail(KVC_UNSUPPORTED, "way: \"%s\": %s", kvc_way_name(w->way), why);
 }
 
 kvc_status kvwi_schema_open(kvw_worker *worker)

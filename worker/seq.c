@@ -58,11 +58,7 @@ static kvc_status open_slab(kvw_seq *seq)
         return kvwi_fail(KVC_NO_MEMORY, "residency_slots: out of memory");
     }
     seq->residency_rows = p;
-    const kvc_region_desc desc = {.size_bytes = sizeof(desc),
-                                  .base = p,
-                                  .len_bytes = seq->residency_bytes,
-                                  .kind = KVC_MEMORY_HOST};
-    kvc_status st = kvc_region_register(w->opts.client, &desc, &seq->residency_region);
+    kvc_status st = kvwi_regions_open(w, p, seq->residency_bytes, &seq->residency_regions);
     return st == KVC_OK ? st
                         : kvwi_fail(st, "the residency cannot be registered: %s", kvc_last_error());
 }
@@ -116,6 +112,10 @@ static kvc_status prepare(kvw_worker *worker, const kvw_seq_opts *opts, kvw_seq 
     }
     seq->worker = worker;
     seq->select.worker = worker;
+    seq->servers = calloc(worker->servers.n + 1u, sizeof(*seq->servers));
+    if (seq->servers == NULL) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
     kvc_status st = kvwi_names_label(seq, opts->adapter, opts->salt);
     if (st == KVC_OK) {
         st = open_slab(seq);
@@ -171,10 +171,8 @@ kvc_status kvw_seq_create(kvw_worker *worker, const uint32_t *tokens, uint32_t n
 static void close_store(kvw_seq *seq)
 {
     kvw_worker *w = seq->worker;
-    kvc_context_close(seq->context);
-    if (seq->residency_region != NULL) {
-        (void)kvc_region_deregister(w->opts.client, seq->residency_region);
-    }
+    kvwi_contexts_close(seq);
+    (void)kvwi_regions_close(w, &seq->residency_regions);
     if (seq->residency_rows != NULL) {
         (void)munmap(seq->residency_rows, seq->residency_bytes);
     }
@@ -199,7 +197,7 @@ void kvw_seq_destroy(kvw_seq *seq)
     kvw_worker *w = seq->worker;
     kvwi_steps_free(seq);
     kvwi_retrievers_close(seq);
-    if (seq->context != NULL) {
+    if (kvwi_contexts_open(seq)) {
         end_puts(seq, kvc_deadline_ns(w->opts.put_timeout_ns));
     }
     for (uint32_t i = 0; i < seq->n_blocks; i++) {
@@ -219,6 +217,7 @@ void kvw_seq_destroy(kvw_seq *seq)
     free(seq->tokens);
     free(seq->passes);
     free(seq->blocks);
+    free(seq->servers);
     free(seq);
 }
 
@@ -384,6 +383,30 @@ kvc_status kvw_seq_stats(const kvw_seq *seq, kvw_stats *stats_p)
         s.put_retries = put.retries;
         s.requests += put.requests;
     }
+    memcpy(stats_p, &s, s.size_bytes);
+    return KVC_OK;
+}
+
+kvc_status kvw_seq_server_stats(const kvw_seq *seq, uint32_t server, kvw_server_stats *stats_p)
+{
+    if (seq == NULL || stats_p == NULL || server >= seq->worker->servers.n ||
+        !kvwi_size_fits(stats_p->size_bytes, sizeof(size_t), sizeof(*stats_p))) {
+        return kvwi_fail(KVC_INVALID,
+                         "stats_p: size_bytes is not that of this library's struct, or "
+                         "there is no such server");
+    }
+    const kvwi_seq_server *own = &seq->servers[server];
+    const kvw_server_stats s = {
+        .size_bytes = stats_p->size_bytes,
+        .name = seq->worker->servers.all[server].name,
+        .blocks = own->n_blocks,
+        .rows = own->rows,
+        .bytes = own->bytes,
+        .requests = own->requests,
+        .rows_near = own->rows_near,
+        .rows_missing = own->rows_missing,
+        .lost = kvwi_server_is_lost(seq->worker, server) ? 1 : 0,
+    };
     memcpy(stats_p, &s, s.size_bytes);
     return KVC_OK;
 }

@@ -13,15 +13,25 @@
 #include "convert.h"
 #include "internal.h"
 
-static void free_step(kvw_step *step)
+static void free_leg(kvwi_leg *leg)
 {
-    kvwi_buf *const bufs[] = {
-        &step->pos,       &step->rows,        &step->state,     &step->miss_row, &step->miss_pos,
-        &step->miss_slot, &step->miss_status, &step->q_rot,     &step->q_pos,    &step->sub_rows,
-        &step->sub_pos,   &step->visible,     &step->acc,       &step->part,     &step->near_q,
-        &step->near_out,  &step->near_rank,   &step->near_q_pos};
+    kvwi_buf *const bufs[] = {&leg->miss_row,  &leg->miss_pos, &leg->miss_slot, &leg->miss_status,
+                              &leg->miss_pick, &leg->near_out, &leg->near_rank};
     for (size_t i = 0; i < sizeof(bufs) / sizeof(bufs[0]); i++) {
         kvwi_buf_fini(bufs[i]);
+    }
+}
+
+static void free_step(kvw_step *step)
+{
+    kvwi_buf *const bufs[] = {&step->pos,   &step->rows,     &step->state,   &step->q_rot,
+                              &step->q_pos, &step->sub_rows, &step->sub_pos, &step->visible,
+                              &step->acc,   &step->part,     &step->near_q,  &step->near_q_pos};
+    for (size_t i = 0; i < sizeof(bufs) / sizeof(bufs[0]); i++) {
+        kvwi_buf_fini(bufs[i]);
+    }
+    for (uint32_t i = 0; i < step->n_legs; i++) {
+        free_leg(&step->legs[i]);
     }
     free(step);
 }
@@ -41,10 +51,19 @@ void kvwi_steps_free(kvw_seq *seq)
 static kvw_step *take_step(kvw_seq *seq)
 {
     kvw_step *step = seq->free_steps;
+    uint32_t n = kvwi_max_u32(seq->worker->servers.n, 1);
     if (step != NULL) {
         seq->free_steps = step->next;
-    } else {
-        step = calloc(1, sizeof(*step));
+        return step;
+    }
+    step = calloc(1, sizeof(*step) + n * sizeof(step->legs[0]));
+    if (step == NULL) {
+        return NULL;
+    }
+    step->n_legs = n;
+    for (uint32_t i = 0; i < n; i++) {
+        step->legs[i].step = step;
+        step->legs[i].server = i;
     }
     return step;
 }
@@ -78,6 +97,19 @@ static kvc_status check_begin(const kvw_seq *seq, uint32_t layer, const void *q,
     return KVC_OK;
 }
 
+static void reset_leg(kvwi_leg *leg)
+{
+    leg->n_misses = 0;
+    leg->way = KVC_WAY_COUNT;
+    leg->tried = 0;
+    leg->lost = false;
+    leg->flight.status = KVC_OK;
+    leg->flight.in_flight = false;
+    leg->near_sent = false;
+    leg->near_here = false;
+    leg->n_near_parts = 0;
+}
+
 /* A step of this layer, ready to select, where the whole group has one. */
 static kvc_status open_step(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
                             kvw_step **step_p)
@@ -100,10 +132,9 @@ static kvc_status open_step(kvw_seq *seq, uint32_t layer, const void *q_select, 
     step->has_acc = false;
     step->attended = false;
     step->attend_status = KVC_OK;
-    step->in_flight = false;
-    step->near_sent = false;
-    step->near_here = false;
-    step->n_near_parts = 0;
+    for (uint32_t i = 0; i < step->n_legs; i++) {
+        reset_leg(&step->legs[i]);
+    }
     if (st != KVC_OK) {
         give_step(step);
         return st;
@@ -137,7 +168,6 @@ static kvc_status begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint
         st = kvwi_misses_begin(step);
     }
     if (st != KVC_OK) {
-        step->fetch_status = st;
         kvwi_fetch_abandon(step);
         give_step(step);
         return st;
@@ -192,7 +222,10 @@ static kvc_status attend_rest(kvw_step *step, const void *q)
         return kvwi_attend(step, q, KVWI_ALL);
     }
     kvc_status st = step->n_misses == 0 ? KVC_OK : kvwi_attend(step, q, KVWI_ARRIVED);
-    return st == KVC_OK && step->near_here ? kvwi_near_merge(step) : st;
+    for (uint32_t i = 0; st == KVC_OK && i < step->n_legs; i++) {
+        st = step->legs[i].near_here ? kvwi_near_merge(&step->legs[i]) : KVC_OK;
+    }
+    return st;
 }
 
 kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)

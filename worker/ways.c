@@ -2,7 +2,8 @@
  * ways.c: the third phase of a step: by which way its misses are reached, and by which other one
  * where that fails.
  *
- * Runs on the sequence's thread. A way either brings rows into residency slots (fetch.c) or has the
+ * Runs on the sequence's thread. Each server's misses are a leg, which goes its own way; all legs
+ * are under way together. A way either brings rows into residency slots (fetch.c) or has the
  * server attend over them (near.c). Rows set off when the step begins; near waits for the real
  * query. Invariant: a miss is counted in the result once: either its row is HERE and attended, or a
  * near partial that arrived whole covers it and it is AFAR. A way that failed leaves nothing.
@@ -25,8 +26,9 @@ static double reuse_of(const kvw_seq *seq)
            ((double)seq->n_fetched + GUESS_REUSE_ROWS);
 }
 
-static kvc_way_ask ask_of(const kvw_step *step)
+static kvc_way_ask ask_of(const kvwi_leg *leg)
 {
+    const kvw_step *step = leg->step;
     const kvw_seq *seq = step->seq;
     const kvw_worker *w = seq->worker;
     const kvwi_residency *r = &seq->layers[step->layer].residency;
@@ -34,12 +36,12 @@ static kvc_way_ask ask_of(const kvw_step *step)
     uint64_t n = (uint64_t)step->n_q * w->opts.n_q_heads;
     /* a segment's far and near part have queries and results of their own */
     kvc_way_ask ask = {
-        .n_rows = step->n_misses,
+        .n_rows = leg->n_misses,
         .row_bytes = (uint32_t)w->row_bytes,
         .n_q = step->n_q,
         .qo_bytes = step->n_segments * n * (w->opts.head_dim * w->elem_bytes + sizeof(float)),
         .reuse = reuse_of(seq),
-        .refused = step->tried,
+        .refused = leg->tried,
     };
     if (w->opts.exact || chunk) {
         ask.refused |= 1u << KVC_WAY_NEAR;
@@ -51,13 +53,14 @@ static kvc_way_ask ask_of(const kvw_step *step)
 }
 
 /* The way that was asked for where it is possible, else the cheapest. */
-static kvc_way choose(const kvw_step *step)
+static kvc_way choose(const kvwi_leg *leg)
 {
-    const kvw_worker *w = step->seq->worker;
-    kvc_way_ask ask = ask_of(step), only = ask;
+    const kvw_worker *w = leg->step->seq->worker;
+    kvc_client *client = w->servers.all[leg->server].client;
+    kvc_way_ask ask = ask_of(leg), only = ask;
     if (w->way != KVC_WAY_COUNT) {
         only.refused |= ~(1u << w->way);
-        kvc_way way = kvc_way_choose(w->opts.client, &only);
+        kvc_way way = kvc_way_choose(client, &only);
         if (way != KVC_WAY_COUNT) {
             return way;
         }
@@ -65,88 +68,137 @@ static kvc_way choose(const kvw_step *step)
             ask.refused |= 1u << KVC_WAY_NEAR;
         }
     }
-    return kvc_way_choose(w->opts.client, &ask);
+    return kvc_way_choose(client, &ask);
 }
 
-/* Sets off by the way that the step now has; NO_SPACE where it has none. */
-static kvc_status set_off(kvw_step *step)
+/* Sets off by the way that the leg now has; NO_SPACE where it has none. */
+static kvc_status set_off(kvwi_leg *leg)
 {
-    step->way = choose(step);
-    if (step->way == KVC_WAY_NEAR) {
+    leg->way = choose(leg);
+    if (leg->way == KVC_WAY_NEAR) {
         return KVC_OK; /* with the query */
     }
-    if (step->way == KVC_WAY_COUNT) {
-        step->way = KVC_WAY_ROWS; /* which says what is wrong */
+    if (leg->way == KVC_WAY_COUNT) {
+        leg->way = KVC_WAY_ROWS; /* which says what is wrong */
     }
-    return kvwi_fetch_submit(step);
+    return kvwi_fetch_submit(leg);
+}
+
+/* Rows of a server that lately did not answer are dropped rather than waited for. */
+static kvc_status set_off_unless_lost(kvwi_leg *leg)
+{
+    const kvw_worker *w = leg->step->seq->worker;
+    leg->lost = w->servers.n > 1 && kvwi_server_is_lost(w, leg->server);
+    if (!leg->lost) {
+        return set_off(leg);
+    }
+    leg->way = KVC_WAY_ROWS;
+    leg->flight.status = KVC_UNAVAILABLE;
+    memset(&leg->flight.info, 0, sizeof(leg->flight.info));
+    return KVC_OK;
 }
 
 kvc_status kvwi_misses_begin(kvw_step *step)
 {
-    step->tried = 0;
-    step->fetch_status = KVC_OK;
-    if (step->n_misses == 0) {
-        step->way = KVC_WAY_COUNT;
-        return KVC_OK;
+    kvc_status st = KVC_OK;
+    if (step->n_misses != 0) {
+        step->deadline_ns = kvc_deadline_ns(step->seq->worker->opts.fetch_timeout_ns);
     }
-    step->deadline_ns = kvc_deadline_ns(step->seq->worker->opts.fetch_timeout_ns);
-    return set_off(step);
+    for (uint32_t i = 0; st == KVC_OK && i < step->n_legs; i++) {
+        kvwi_leg *leg = &step->legs[i];
+        if (leg->n_misses != 0) {
+            st = set_off_unless_lost(leg);
+        }
+    }
+    return st;
 }
 
-/* After the step's way failed: the next one, which is never near. OK: it is under way. */
-static kvc_status fall_back(kvw_step *step, kvc_status why)
+/* After the leg's way failed: the next one, which is never near. OK: it is under way. */
+static kvc_status fall_back(kvwi_leg *leg, kvc_status why)
 {
-    step->tried |= 1u << step->way | 1u << KVC_WAY_NEAR;
+    kvw_step *step = leg->step;
+    leg->tried |= 1u << leg->way | 1u << KVC_WAY_NEAR;
     if (kvc_now_ns() >= step->deadline_ns) {
         return why;
     }
     KVC_LOG_DEBUG(WORKER, "layer %u: %s failed (%s): another way", step->layer,
-                  kvc_way_name(step->way), kvc_status_name(why));
+                  kvc_way_name(leg->way), kvc_status_name(why));
     KVC_COUNT(way_fallbacks);
     step->seq->stats.way_fallbacks++;
-    memset(step->miss_status.p, KVC_NOT_FOUND, step->n_misses);
-    return set_off(step);
+    memset(leg->miss_status.p, KVC_NOT_FOUND, leg->n_misses);
+    return set_off(leg);
 }
 
 kvc_status kvwi_misses_query(kvw_step *step, const void *q)
 {
-    if (step->way != KVC_WAY_NEAR || step->n_misses == 0 || step->near_sent) {
-        return KVC_OK;
+    kvc_status st = KVC_OK;
+    bool asked = false;
+    for (uint32_t i = 0; st == KVC_OK && i < step->n_legs; i++) {
+        kvwi_leg *leg = &step->legs[i];
+        if (leg->way != KVC_WAY_NEAR || leg->n_misses == 0 || leg->near_sent) {
+            continue;
+        }
+        st = asked ? KVC_OK : kvwi_near_query(step, q);
+        if (st == KVC_OK) {
+            asked = true;
+            st = kvwi_near_submit(leg);
+        }
+        st = st == KVC_OK ? st : fall_back(leg, st);
     }
-    kvc_status st = kvwi_near_submit(step, q);
-    return st == KVC_OK ? st : fall_back(step, st);
+    return st;
 }
 
 /* What the server lacks of the misses is fetched; rows whose answer is AGAIN are there. */
-static kvc_status wait_near(kvw_step *step)
+static kvc_status wait_near(kvwi_leg *leg)
 {
-    kvc_status st = kvwi_near_wait(step);
+    kvc_status st = kvwi_near_wait(leg);
     if (st != KVC_OK) {
-        return fall_back(step, st);
+        return fall_back(leg, st);
     }
-    if (step->n_misses == 0) {
-        step->way = KVC_WAY_COUNT;
+    kvwi_server_answered(leg->step->seq->worker, leg->server, KVC_OK);
+    leg->tried |= 1u << KVC_WAY_NEAR;
+    return leg->n_misses == 0 ? KVC_OK : set_off(leg);
+}
+
+/* The leg's end; its rows are settled, whatever other legs come to. */
+static kvc_status end_leg(kvwi_leg *leg)
+{
+    kvw_step *step = leg->step;
+    if (leg->n_misses == 0) {
         return KVC_OK;
     }
-    step->tried |= 1u << KVC_WAY_NEAR;
-    return set_off(step);
+    kvc_status st = kvwi_fetch_complete(leg);
+    if (!leg->lost) {
+        kvwi_server_answered(step->seq->worker, leg->server, st);
+    }
+    return kvwi_fetch_settle(leg);
 }
 
 kvc_status kvwi_misses_wait(kvw_step *step)
 {
+    kvc_status first = KVC_OK;
     if (step->n_misses == 0) {
         return KVC_OK;
     }
     uint64_t t0 = kvc_now_ns();
-    kvc_status st = KVC_OK;
-    if (step->way == KVC_WAY_NEAR) {
-        st = wait_near(step);
+    for (uint32_t i = 0; i < step->n_legs; i++) {
+        kvwi_leg *leg = &step->legs[i];
+        if (leg->n_misses == 0 || leg->way != KVC_WAY_NEAR) {
+            continue;
+        }
+        kvc_status st = wait_near(leg);
+        if (st != KVC_OK) {
+            leg->flight.status = st;
+            memset(leg->miss_status.p, KVC_NOT_FOUND, leg->n_misses);
+        }
     }
-    if (st == KVC_OK && step->n_misses != 0) {
-        (void)kvwi_fetch_complete(step);
-    } else if (st != KVC_OK) {
-        step->fetch_status = st;
+    for (uint32_t i = 0; i < step->n_legs; i++) {
+        (void)kvwi_fetch_complete(&step->legs[i]);
     }
     step->seq->stats.ns_fetch_wait += kvc_now_ns() - t0;
-    return kvwi_fetch_settle(step);
+    for (uint32_t i = 0; i < step->n_legs; i++) {
+        kvc_status st = end_leg(&step->legs[i]);
+        first = first == KVC_OK ? st : first;
+    }
+    return first;
 }

@@ -29,7 +29,8 @@
     X(t, projection_path) X(t, n_sink) X(t, n_recent) X(t, k) X(t, eps) X(t, chunk_tokens) \
     X(t, far_position) X(t, reselect_cos) X(t, all_reduce) X(t, all_reduce_arg) \
     X(t, residency_slots) X(t, exact) X(t, index_dims) X(t, rerank_dims) X(t, rerank_factor) \
-    X(t, put_window) X(t, put_timeout_ns) X(t, reuse_any) X(t, way) X(t, landmark_dim)
+    X(t, put_window) X(t, put_timeout_ns) X(t, reuse_any) X(t, way) X(t, landmark_dim) \
+    X(t, clients) X(t, server_names) X(t, n_clients)
 #define SEQ_OPTS(X, t) \
     X(t, size_bytes) X(t, tokens) X(t, n_tokens) X(t, adapter) X(t, salt)
 #define STATS(X, t) \
@@ -39,6 +40,9 @@
     X(t, index_rows_rebuilt) X(t, bytes_index) X(t, bytes_residency) X(t, bytes_window) \
     X(t, ns_select) X(t, ns_fetch_wait) X(t, ns_attend) X(t, ns_append) X(t, full_steps) \
     X(t, put_retries) X(t, ns_put_wait) X(t, rows_near) X(t, way_fallbacks)
+#define SERVER_STATS(X, t) \
+    X(t, size_bytes) X(t, name) X(t, blocks) X(t, rows) X(t, bytes) X(t, requests) \
+    X(t, rows_near) X(t, rows_missing) X(t, lost)
 #define CLIENT_OPTS(X, t) \
     X(t, size_bytes) X(t, uris) X(t, connect_timeout_ns) X(t, default_timeout_ns) \
     X(t, n_channels) X(t, sums)
@@ -74,6 +78,8 @@ int main(void)
     SEQ_OPTS(PRINT, kvw_seq_opts)
     STRUCT(kvw_stats);
     STATS(PRINT, kvw_stats)
+    STRUCT(kvw_server_stats);
+    SERVER_STATS(PRINT, kvw_server_stats)
     STRUCT(kvc_client_opts);
     CLIENT_OPTS(PRINT, kvc_client_opts)
     STRUCT(kvc_limits);

@@ -121,7 +121,18 @@ typedef struct kvw_opts {
     const char *way;
     /* "gca", "hsa": elements of a landmark, a multiple of 16; else 0 */
     uint64_t landmark_dim;
+    /*
+     * A store of several servers, instead of client: blocks are spread over them by their digests
+     * and the servers' names, so every process that is to find them has the same names, in any
+     * order (base/place.h has the formula). clients, kept, are of one server each; the arrays are
+     * borrowed. server_names NULL: "0", "1" ..., else 1 to 255 bytes each, all different.
+     */
+    kvc_client *const *clients;      /* [n_clients]; NULL: client alone */
+    const char *const *server_names; /* [n_clients] */
+    uint64_t n_clients;              /* at most KVW_MAX_SERVERS */
 } kvw_opts;
+
+#define KVW_MAX_SERVERS 64u
 
 /*
  * Opens a worker: checks opts, loads the projection, registers the schema (blocks). INVALID with
@@ -220,7 +231,8 @@ KVW_API kvc_status kvw_step_attend(kvw_step *step, const void *q) KVC_MUST_CHECK
 /*
  * Takes the step. out [n_q, n_q_heads, head_dim] in dtype, may be q itself; lse [n_q, n_q_heads]
  * natural log, may be NULL. Waits for the misses up to fetch_timeout_ns. FAIL policy: TIMED_OUT,
- * NOT_FOUND, UNAVAILABLE.
+ * NOT_FOUND, UNAVAILABLE. DROP with several servers: one that did not answer in time is not waited
+ * for again for a second, then two, at most a minute; its rows count as dropped meanwhile.
  */
 KVW_API kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out,
                                    float *lse) KVC_MUST_CHECK;
@@ -283,8 +295,9 @@ KVW_API void kvw_retriever_close(kvw_retriever *retriever);
  * Chooses the k best of the first n_chunks chunks by query [landmark_dim], as it is, over landmarks
  * (scores q.l / sqrt(dim); score descending, position ascending), weighs them (gca: softmax over
  * the chosen; hsa: stick breaking, newest first) and asks the store for those that are not here, in
- * one fetch; never waits for it. Strict causality is n_chunks: chunk t retrieves among the t before
- * it. Replaces what was retrieved before. INVALID: fewer chunks are there, a query not finite.
+ * one fetch per server; never waits for it. Strict causality is n_chunks: chunk t retrieves among
+ * the t before it. Replaces what was retrieved before. INVALID: fewer chunks are there, a query not
+ * finite.
  */
 KVW_API kvc_status kvw_retrieve(kvw_retriever *retriever, const float *query,
                                 uint64_t n_chunks) KVC_MUST_CHECK;
@@ -321,6 +334,23 @@ typedef struct kvw_stats {
 } kvw_stats;
 
 KVW_API kvc_status kvw_seq_stats(const kvw_seq *seq, kvw_stats *stats_p) KVC_MUST_CHECK;
+
+/* What a sequence had from one server. */
+typedef struct kvw_server_stats {
+    size_t size_bytes;
+    const char *name;      /* lives as long as the worker */
+    uint64_t blocks;       /* of the sequence that are its own */
+    uint64_t rows, bytes;  /* that came from it */
+    uint64_t requests;     /* for rows, or to attend */
+    uint64_t rows_near;    /* that it attended over */
+    uint64_t rows_missing; /* that were asked for and did not come */
+    uint64_t lost;         /* 1: it did not answer, and DROP waits for it no more just now */
+} kvw_server_stats;
+
+/* Of server `server`, a number below n_clients (0 is that of `client`). INVALID. On the sequence's
+ * thread. */
+KVW_API kvc_status kvw_seq_server_stats(const kvw_seq *seq, uint32_t server,
+                                        kvw_server_stats *stats_p) KVC_MUST_CHECK;
 
 #ifdef __cplusplus
 }

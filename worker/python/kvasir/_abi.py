@@ -76,6 +76,9 @@ class WorkerOpts(C.Structure):
         ("reuse_any", C.c_uint32),
         ("way", C.c_char_p),
         ("landmark_dim", C.c_uint64),
+        ("clients", C.POINTER(C.c_void_p)),
+        ("server_names", C.POINTER(C.c_char_p)),
+        ("n_clients", C.c_uint64),
     ]
 
 
@@ -98,6 +101,13 @@ class WorkerStats(C.Structure):
             "index_rows_rebuilt bytes_index bytes_residency bytes_window ns_select ns_fetch_wait "
             "ns_attend ns_append full_steps put_retries ns_put_wait rows_near way_fallbacks"
         ).split()
+    ]
+
+
+class SeqServerStats(C.Structure):
+    _fields_ = [("size_bytes", C.c_size_t), ("name", C.c_char_p)] + [
+        (name, C.c_uint64)
+        for name in "blocks rows bytes requests rows_near rows_missing lost".split()
     ]
 
 
@@ -182,6 +192,7 @@ STRUCTS = {
     "kvw_opts": WorkerOpts,
     "kvw_seq_opts": SeqOpts,
     "kvw_stats": WorkerStats,
+    "kvw_server_stats": SeqServerStats,
     "kvc_client_opts": ClientOpts,
     "kvc_limits": Limits,
     "kvc_tier_stats": TierStats,
@@ -223,4 +234,5 @@ CALLS = {
     "kvw_flush": (_int, [_vp, _u64]),
     "kvw_last_picks": (_int, [_vp, _u32, C.POINTER(u32p), u32p]),
     "kvw_seq_stats": (_int, [_vp, C.POINTER(WorkerStats)]),
+    "kvw_seq_server_stats": (_int, [_vp, C.c_uint32, C.POINTER(SeqServerStats)]),
 }
