@@ -9,7 +9,9 @@
  *   by tiles   many queries: blocks are packed first, an item is (kv head, a few tiles of rows);
  *              the tiles take turns on each block while it is in cache;
  *   by blocks  one tile of rows: an item is (kv head, block), which packs, attends, keeps its
- * state. Both go over the blocks in runs, and only merged states pass from one run to the next: so
+ *              state; a few rows that see the same keys are attended without packing, a few heads
+ *              of a block in an item.
+ * Both go over the blocks in runs, and only merged states pass from one run to the next: so
  * what a call takes for its keys has a bound, RUN_BYTES for each thread, however often rows are
  * named.
  */
@@ -45,20 +47,22 @@ typedef struct job {
     size_t group, n_rows, tiles, blocks;
     size_t run;          /* blocks of a run, at most */
     size_t first, n;     /* the run's first block; how many it has */
-    size_t share;        /* tiles of one item */
+    size_t share;        /* of one item: tiles, or heads where few */
     size_t dpad;         /* head_dim rounded up to a panel */
     size_t pack_floats;  /* K and V of one block and head, packed */
-    size_t state_floats; /* a state of KVKI_ATTEND_ROWS rows */
+    size_t state_rows;   /* of a state: KVKI_ATTEND_ROWS, by blocks n_rows */
+    size_t state_floats; /* a state of state_rows rows */
     size_t work_floats;  /* scratch of one worker */
     float *q;            /* [n_kv_heads, n_rows, head_dim] scaled */
-    bool rotate;
-    float *cos, *sin;  /* [run * KVKI_ATTEND_KEYS, head_dim / 2], if rotate */
-    const float *kept; /* angles of positions from 0 on, or NULL */
-    float *packed;     /* by tiles: [n_kv_heads, run, pack_floats] */
-    bool *finite;      /* by tiles: [n_kv_heads, run] */
-    float *states;     /* by blocks: [n_kv_heads, run, state] */
-    float *merged;     /* [n_kv_heads, tiles, state] of the runs before */
-    float *work;       /* [threads, work_floats] */
+    bool few;            /* rows are attended over where they lie */
+    bool rotate, turned; /* turned: the angles, as isa.h says */
+    float *cos, *sin;    /* [run * KVKI_ATTEND_KEYS, head_dim / 2], if rotate and not few */
+    const float *kept;   /* angles of positions from 0 on, or NULL */
+    float *packed;       /* by tiles: [n_kv_heads, run, pack_floats] */
+    bool *finite;        /* by tiles: [n_kv_heads, run] */
+    float *states;       /* by blocks: [n_kv_heads, run, state] */
+    float *merged;       /* [n_kv_heads, tiles, state] of the runs before */
+    float *work;         /* [threads, work_floats] */
 } job;
 
 /* Result of up to KVKI_ATTEND_ROWS rows, running or of one block: o is [rows, dpad]. */
@@ -66,9 +70,9 @@ typedef struct state {
     float *max, *sum, *o;
 } state;
 
-static state state_at(float *at)
+static state state_at(const job *w, float *at)
 {
-    return (state){at, at + KVKI_ATTEND_ROWS, at + 2 * (size_t)KVKI_ATTEND_ROWS};
+    return (state){at, at + w->state_rows, at + 2 * w->state_rows};
 }
 
 static void state_clear(const job *w, state s, size_t m)
@@ -95,25 +99,44 @@ static void item_query(void *arg, size_t query, uint32_t worker)
     }
 }
 
+/* Angles of key j, [2, head_dim / 2]: kept ones, or computed at `to`. */
+static const float *angles_of(const job *w, size_t j, float *to)
+{
+    const kvk_attend_args *a = w->a;
+    size_t half = a->head_dim / 2;
+
+    if (w->kept)
+        return w->kept + (size_t)a->k_positions[j] * 2 * half;
+    w->isa->angles(a->k_positions[j], a->inv_freq, (uint32_t)half, to, to + half);
+    return to;
+}
+
+/* Angles of a block's keys, into cos and sin [KVKI_ATTEND_KEYS, head_dim / 2]; tmp is scratch. */
+static void fill_angles(const job *w, size_t block, float *tmp, float *cos, float *sin)
+{
+    size_t d = w->a->head_dim, half = d / 2, first = block * KVKI_ATTEND_KEYS;
+    size_t n = min_of(w->a->n_kv - first, KVKI_ATTEND_KEYS), group = w->turned ? w->isa->lanes : 1;
+
+    for (size_t j = 0; j < n; j += group) {
+        const float *from[KVKI_PACK_ROWS];
+        for (size_t t = 0; t < group; t++) /* beyond the last key: its angles again */
+            from[t] = angles_of(w, first + min_of(j + t, n - 1), tmp + t * d);
+        if (w->turned) {
+            w->isa->turn_angles(from, (uint32_t)half, cos + j * half, sin + j * half);
+        } else {
+            memcpy(cos + j * half, from[0], half * sizeof(float));
+            memcpy(sin + j * half, from[0] + half, half * sizeof(float));
+        }
+    }
+}
+
 /* at: of the run. */
 static void item_angles(void *arg, size_t at, uint32_t worker)
 {
     const job *w = arg;
-    const kvk_attend_args *a = w->a;
-    size_t half = a->head_dim / 2, begin = w->first * KVKI_ATTEND_KEYS;
-    size_t from = begin + at * KVKI_ATTEND_KEYS;
+    size_t off = at * KVKI_ATTEND_KEYS * (w->a->head_dim / 2);
 
-    (void)worker;
-    for (size_t j = from; j < a->n_kv && j < from + KVKI_ATTEND_KEYS; j++) {
-        float *cos_p = w->cos + (j - begin) * half, *sin_p = w->sin + (j - begin) * half;
-        if (w->kept) {
-            const float *kept = w->kept + (size_t)a->k_positions[j] * 2 * half;
-            memcpy(cos_p, kept, half * sizeof(float));
-            memcpy(sin_p, kept + half, half * sizeof(float));
-            continue;
-        }
-        w->isa->angles(a->k_positions[j], a->inv_freq, (uint32_t)half, cos_p, sin_p);
-    }
+    fill_angles(w, w->first + at, w->work + worker * w->work_floats, w->cos + off, w->sin + off);
 }
 
 /* Kept angles that serve every key, or NULL. */
@@ -130,12 +153,11 @@ static const float *kept_angles(kvk_backend *be, const kvk_attend_args *a)
     return kvki_angles_of(be, a->inv_freq, a->head_dim / 2, (uint32_t)most + 1);
 }
 
-/* One block of one head; kt, v and finite_p are not set. */
+/* One block of one head; angles, kt, v and finite_p are not set. */
 static kvki_attend_pack pack_of(const job *w, size_t kv_head, size_t block, float *tmp)
 {
     const kvk_attend_args *a = w->a;
     size_t first = block * KVKI_ATTEND_KEYS;
-    size_t angles = (block - w->first) * KVKI_ATTEND_KEYS * (a->head_dim / 2);
     size_t left = a->n_kv - first;
     size_t head_bytes = kv_head * a->head_dim * kvk_dtype_bytes(a->dtype);
     size_t scale_off = kvki_scale_off(a->n_kv_heads, a->head_dim, kv_head);
@@ -149,8 +171,7 @@ static kvki_attend_pack pack_of(const job *w, size_t kv_head, size_t block, floa
         .coded = kvk_is_coded(a->dtype),
         .k_scale_off_bytes = a->k_off_bytes + scale_off,
         .v_scale_off_bytes = a->v_off_bytes + scale_off,
-        .cos = w->rotate ? w->cos + angles : NULL,
-        .sin = w->rotate ? w->sin + angles : NULL,
+        .turned = w->turned,
         .tmp = tmp,
     };
 }
@@ -159,8 +180,11 @@ static kvki_attend_pack pack_of(const job *w, size_t kv_head, size_t block, floa
 static bool pack_block(const job *w, size_t kv_head, size_t block, float *tmp, float *to)
 {
     bool finite = false;
+    size_t angles = (block - w->first) * KVKI_ATTEND_KEYS * (w->a->head_dim / 2);
     kvki_attend_pack p = pack_of(w, kv_head, block, tmp);
 
+    p.cos = w->rotate ? w->cos + angles : NULL;
+    p.sin = w->rotate ? w->sin + angles : NULL;
     p.kt = to;
     p.v = to + (size_t)KVKI_ATTEND_KEYS * w->a->head_dim;
     p.finite_p = &finite;
@@ -222,6 +246,12 @@ static void finish_rows(const job *w, size_t kv_head, size_t first, size_t m, st
     }
 }
 
+/* What a worker of the few form has for the angles of a block. */
+static size_t few_angle_floats(const job *w)
+{
+    return w->rotate ? (size_t)KVKI_ATTEND_KEYS * w->a->head_dim : 0;
+}
+
 static size_t tmp_floats(const job *w)
 {
     return KVKI_PACK_ROWS * (((size_t)w->a->head_dim + 15) / 16 * 16);
@@ -234,7 +264,7 @@ static bool is_last(const job *w)
 
 static state merged_at(const job *w, size_t kv_head, size_t tile)
 {
-    return state_at(w->merged + (kv_head * w->tiles + tile) * w->state_floats);
+    return state_at(w, w->merged + (kv_head * w->tiles + tile) * w->state_floats);
 }
 
 /* ---- by tiles ---- */
@@ -256,7 +286,7 @@ static void item_tiles(void *arg, size_t item, uint32_t worker)
     size_t kv_head = item / shares, first = item % shares * w->share;
     size_t end = min_of(w->tiles, first + w->share);
     float *scores = w->work + worker * w->work_floats;
-    state one = state_at(scores + SCORE_FLOATS);
+    state one = state_at(w, scores + SCORE_FLOATS);
 
     for (size_t t = first; t < end && w->first == 0; t++)
         state_clear(w, merged_at(w, kv_head, t), KVKI_ATTEND_ROWS);
@@ -301,17 +331,15 @@ static kvki_ahead ahead_of(const job *w, size_t kv_head, size_t block)
     };
 }
 
-/* Few rows that see the same keys; false: it takes the packed form. */
-static bool attend_few(const job *w, size_t kv_head, size_t block, float *scratch, state out)
+/* n keys of a block, for few rows; angles is what a worker has before its scores, or NULL. */
+static void attend_few(const job *w, size_t kv_head, size_t block, size_t n, float *angles,
+                       float *scratch, state out)
 {
     const kvk_attend_args *a = w->a;
-    size_t from = block * KVKI_ATTEND_KEYS, seen = a->visible ? a->visible[0] : a->n_kv;
-
-    if (w->n_rows > FEW_ROWS_MAX || a->head_dim % w->isa->lanes != 0 || seen <= from ||
-        (a->visible && a->visible[a->n_q - 1] != seen))
-        return false;
     kvki_attend_pack p = pack_of(w, kv_head, block, scratch + SCORE_FLOATS);
-    p.n = (uint32_t)min_of(p.n, seen - from);
+    p.n = (uint32_t)n;
+    p.cos = angles;
+    p.sin = angles ? angles + (size_t)KVKI_ATTEND_KEYS * (a->head_dim / 2) : NULL;
     kvki_attend_block b = {.q = w->q + kv_head * w->n_rows * a->head_dim,
                            .m = (uint32_t)w->n_rows,
                            .head_dim = a->head_dim,
@@ -325,20 +353,46 @@ static bool attend_few(const job *w, size_t kv_head, size_t block, float *scratc
     if (w->dpad != a->head_dim)
         memset(out.o, 0, w->n_rows * w->dpad * sizeof(float));
     w->isa->attend_few(&p, &b, &ahead);
-    return true;
 }
 
-/* Heads of a block follow each other, so that its rows are read from memory once. */
+static state block_state(const job *w, size_t kv_head, size_t i)
+{
+    return state_at(w, w->states + (kv_head * w->run + i) * w->state_floats);
+}
+
+/*
+ * A few heads of a block, one after the other: so its rows are read from memory once, and its
+ * angles are made once while they are in cache.
+ */
+static void item_few(void *arg, size_t item, uint32_t worker)
+{
+    const job *w = arg;
+    const kvk_attend_args *a = w->a;
+    size_t shares = (a->n_kv_heads + w->share - 1) / w->share, i = item / shares;
+    size_t head = item % shares * w->share, end = min_of(a->n_kv_heads, head + w->share);
+    size_t from = (w->first + i) * KVKI_ATTEND_KEYS, seen = a->visible ? a->visible[0] : a->n_kv;
+    float *angles = w->work + worker * w->work_floats, *scratch = angles + few_angle_floats(w);
+
+    if (w->rotate && seen > from)
+        fill_angles(w, w->first + i, scratch, angles, angles + few_angle_floats(w) / 2);
+    for (; head < end; head++) {
+        state out = block_state(w, head, i);
+        if (seen > from)
+            attend_few(w, head, w->first + i, min_of(seen - from, KVKI_ATTEND_KEYS),
+                       w->rotate ? angles : NULL, scratch, out);
+        else
+            state_clear(w, out, w->n_rows);
+    }
+}
+
 static void item_block(void *arg, size_t item, uint32_t worker)
 {
     const job *w = arg;
-    size_t i = item / w->a->n_kv_heads, kv_head = item % w->a->n_kv_heads, block = w->first + i;
+    size_t kv_head = item / w->n, i = item % w->n, block = w->first + i;
     float *packed = w->work + worker * w->work_floats;
     float *scores = packed + w->pack_floats;
-    state out = state_at(w->states + (kv_head * w->run + i) * w->state_floats);
-    if (attend_few(w, kv_head, block, scores, out))
-        return;
     bool finite = pack_block(w, kv_head, block, scores + SCORE_FLOATS, packed);
+    state out = block_state(w, kv_head, i);
 
     if (!attend_rows(w, kv_head, 0, w->n_rows, block, packed, finite, scores, out))
         state_clear(w, out, w->n_rows);
@@ -353,16 +407,20 @@ static void item_merge(void *arg, size_t kv_head, uint32_t worker)
     if (w->first == 0)
         state_clear(w, all, w->n_rows);
     for (size_t i = 0; i < w->n; i++)
-        merge_rows(w, w->n_rows, state_at(w->states + (kv_head * w->run + i) * w->state_floats),
-                   all);
+        merge_rows(w, w->n_rows, block_state(w, kv_head, i), all);
     if (is_last(w))
         finish_rows(w, kv_head, 0, w->n_rows, all);
 }
 
 static void run_blocks(kvk_backend *be, job *w)
 {
-    kvki_pool_run(be->pool, w->a->n_kv_heads * w->n, item_block, w);
-    kvki_pool_run(be->pool, w->a->n_kv_heads, item_merge, w);
+    size_t heads = w->a->n_kv_heads;
+
+    if (w->few)
+        kvki_pool_run(be->pool, (heads + w->share - 1) / w->share * w->n, item_few, w);
+    else
+        kvki_pool_run(be->pool, heads * w->n, item_block, w);
+    kvki_pool_run(be->pool, heads, item_merge, w);
 }
 
 /* ---- the whole ---- */
@@ -376,8 +434,12 @@ static job job_of(const kvk_backend *be, const kvk_attend_args *a)
     w.blocks = ((size_t)a->n_kv + KVKI_ATTEND_KEYS - 1) / KVKI_ATTEND_KEYS;
     w.dpad = (a->head_dim + panel - 1) / panel * panel;
     w.pack_floats = KVKI_ATTEND_KEYS * (a->head_dim + w.dpad);
-    w.state_floats =
-        (KVKI_ATTEND_ROWS * (2 + w.dpad) + ALIGN_FLOATS - 1) / ALIGN_FLOATS * ALIGN_FLOATS;
+    w.state_rows = min_of(w.n_rows, KVKI_ATTEND_ROWS);
+    w.state_floats = (w.state_rows * (2 + w.dpad) + ALIGN_FLOATS - 1) / ALIGN_FLOATS * ALIGN_FLOATS;
+    w.rotate = a->inv_freq && a->k_positions;
+    w.few = w.n_rows <= FEW_ROWS_MAX && a->head_dim % w.isa->lanes == 0 &&
+            (!a->visible || a->visible[0] == a->visible[a->n_q - 1]);
+    w.turned = w.few && w.rotate && a->dtype == KVK_BF16 && a->head_dim % (4 * w.isa->lanes) == 0;
     return w;
 }
 
@@ -386,14 +448,19 @@ static size_t plan(job *w, size_t threads)
 {
     size_t heads = w->a->n_kv_heads;
     size_t block_floats = heads * (w->tiles == 1 ? w->state_floats : w->pack_floats);
-    size_t angles = w->rotate ? (size_t)KVKI_ATTEND_KEYS * w->a->head_dim : 0;
+    size_t angles = w->rotate && !w->few ? (size_t)KVKI_ATTEND_KEYS * w->a->head_dim : 0;
     size_t most = threads * RUN_BYTES / ((block_floats + angles) * sizeof(float));
 
     w->run = max_of(1, min_of(most, w->blocks));
-    /* As many tiles to an item as leaves each thread four items. */
-    w->share = min_of(SHARE_MAX, max_of(1, w->tiles * heads / (threads * 4)));
-    w->work_floats = w->tiles == 1 ? w->pack_floats + SCORE_FLOATS + tmp_floats(w)
-                                   : max_of(SCORE_FLOATS + w->state_floats, tmp_floats(w));
+    /* As many tiles, or heads of a block, to an item as leaves each thread four items. */
+    if (w->few) {
+        w->share = min_of(heads, max_of(1, w->run * heads / (threads * 4)));
+        w->work_floats = few_angle_floats(w) + SCORE_FLOATS + tmp_floats(w);
+    } else {
+        w->share = min_of(SHARE_MAX, max_of(1, w->tiles * heads / (threads * 4)));
+        w->work_floats = w->tiles == 1 ? w->pack_floats + SCORE_FLOATS + tmp_floats(w)
+                                       : max_of(SCORE_FLOATS + w->state_floats, tmp_floats(w));
+    }
     return w->run * block_floats;
 }
 
@@ -404,7 +471,7 @@ static float *place(kvk_backend *be, job *w)
     size_t threads = kvki_pool_threads(be->pool), kept_floats = plan(w, threads);
     size_t q_floats = ((size_t)a->n_q * a->n_q_heads * a->head_dim + ALIGN_FLOATS - 1) /
                       ALIGN_FLOATS * ALIGN_FLOATS;
-    size_t angle_floats = w->rotate ? w->run * KVKI_ATTEND_KEYS * (a->head_dim / 2) : 0;
+    size_t angle_floats = w->rotate && !w->few ? w->run * KVKI_ATTEND_KEYS * (a->head_dim / 2) : 0;
     size_t merged_floats = a->n_kv_heads * w->tiles * w->state_floats;
     size_t n_floats = kept_floats + merged_floats + threads * w->work_floats + q_floats;
     float *memory = kvki_scratch_take(be->scratch, (n_floats + 2 * angle_floats) * sizeof(float) +
@@ -424,12 +491,11 @@ static float *place(kvk_backend *be, job *w)
 
 kvc_status kvki_fast_attend(kvk_backend *be, const kvk_attend_args *a)
 {
-    job w = job_of(be, a);
     float *memory = NULL;
 
     if (a->n_q == 0)
         return KVC_OK;
-    w.rotate = a->inv_freq && a->k_positions;
+    job w = job_of(be, a);
     memory = place(be, &w);
     if (!memory)
         return KVC_NO_MEMORY;
@@ -437,7 +503,7 @@ kvc_status kvki_fast_attend(kvk_backend *be, const kvk_attend_args *a)
     w.kept = w.rotate ? kept_angles(be, a) : NULL;
     do {
         w.n = min_of(w.run, w.blocks - w.first);
-        if (w.rotate)
+        if (w.rotate && !w.few)
             kvki_pool_run(be->pool, w.n, item_angles, &w);
         if (w.tiles == 1)
             run_blocks(be, &w);

@@ -70,6 +70,7 @@ typedef struct kvki_attend_pack {
     bool coded; /* elements are to be multiplied by the row's scales of this head: */
     size_t k_scale_off_bytes, v_scale_off_bytes;
     const float *cos, *sin; /* [n, head_dim / 2], NULL: K is not rotated */
+    bool turned;            /* cos and sin are [ceil(n / lanes), head_dim / 2, lanes] */
     float *tmp;             /* [KVKI_PACK_ROWS, head_dim rounded up to 16] */
     float *kt, *v;
     bool *finite_p;
@@ -128,8 +129,12 @@ struct kvki_isa {
     uint32_t (*filter)(const float *x, uint32_t from, uint32_t to, float low, uint32_t *pos);
     void (*attend_pack)(const kvki_attend_pack *p);
     void (*attend_block)(const kvki_attend_block *b);
+    /* cos and sin of `lanes` keys, turned: key t's are at from[t], [2, half]; to cos and sin
+       [half, lanes]; half is a multiple of lanes */
+    void (*turn_angles)(const float *const *from, uint32_t half, float *cos, float *sin);
     /* both for few query rows that see the same p->n keys (> 0), without packing (p->kt and p->v
-       are not used); head_dim is a multiple of `lanes`; moves ahead to its end */
+       are not used); head_dim is a multiple of `lanes`; moves ahead to its end. p->turned: BF16,
+       and head_dim is a multiple of 4 * lanes */
     void (*attend_few)(const kvki_attend_pack *p, const kvki_attend_block *b, kvki_ahead *ahead);
     /* merges the partial (max, sum, o) of m rows of n columns into (max_a, sum_a, o_a) */
     void (*attend_merge)(uint32_t m, uint32_t n, size_t ldo, const float *max, const float *sum,

@@ -1,15 +1,17 @@
 /*
  * near_bench.c: attention beside the data at Llama-3-8B's shape, 2,048 rows of 4 KiB.
  *
- * One core attending over random rows beside the same core reading them; bytes on the wire both
- * ways beside those of fetching the rows, and from how many misses on they are fewer; and the time
- * of a layer's misses by both ways over a server in this process. Everything single-threaded but
- * the server and the client's transport.
+ * One core attending over random rows beside the same core reading such rows, in memory that is
+ * asked for as the dram tier asks for its own (huge pages, where the system gives them;
+ * --small-pages: 4 KiB); bytes on the wire both ways beside those of fetching the rows, and from
+ * how many misses on they are fewer; and the time of a layer's misses by both ways over a server in
+ * this process. Everything single-threaded but the server and the client's transport.
  */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #include "base/arena.h"
@@ -374,24 +376,39 @@ static void bench_ways(uint16_t *store)
     free(picks);
 }
 
+/* Where the values lie, on the pages that they would have in a server. */
+static uint16_t *get_store(bool huge_pages)
+{
+    size_t bytes = (size_t)n_blocks * TOKENS * ROW;
+    uint16_t *store = aligned_alloc((size_t)2 << 20, bytes);
+    if (store == NULL)
+        bench_die("memory");
+    (void)madvise(store, bytes, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+    fill(store, (size_t)TOKENS * ROW / 2);
+    for (uint32_t i = 1; i < n_blocks; i++) /* the same numbers in memory of their own */
+        memcpy(store + (size_t)i * TOKENS * (ROW / 2), store, (size_t)TOKENS * ROW);
+    return store;
+}
+
 int main(int argc, char **argv)
 {
-    if (argc > 2 || (argc == 2 && strcmp(argv[1], "--quick") != 0)) {
-        fprintf(stderr, "usage: near_bench [--quick]\n");
-        return 2;
-    }
-    if (argc == 2) {
-        n_blocks = 16;
-        n_rows = 512;
-        n_runs = 3;
+    bool huge_pages = true;
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--small-pages") == 0) {
+            huge_pages = false;
+        } else if (strcmp(argv[i], "--quick") == 0) {
+            n_blocks = 16;
+            n_rows = 512;
+            n_runs = 3;
+        } else {
+            fprintf(stderr, "usage: near_bench [--quick] [--small-pages]\n");
+            return 2;
+        }
     }
     kvc_log_set_level(KVC_LOG_LEVEL_ERROR);
     printf("%s; %u rows of %d bytes out of %u MiB, %d/%d heads of %d, bf16, medians of %u\n",
            bench_machine(), n_rows, ROW, n_blocks, Q_HEADS, KV_HEADS, DIM, n_runs);
-    uint16_t *store = get((size_t)n_blocks * TOKENS * ROW);
-    fill(store, (size_t)TOKENS * ROW / 2);
-    for (uint32_t i = 1; i < n_blocks; i++) /* the same numbers in memory of their own */
-        memcpy(store + (size_t)i * TOKENS * (ROW / 2), store, (size_t)TOKENS * ROW);
+    uint16_t *store = get_store(huge_pages);
     bench_core(store, false);
     bench_core(store, true);
     bench_bytes();

@@ -15,14 +15,21 @@
 #define FEW_ROWS     4u /* query rows that share a pass over the keys */
 #define FEW_NV       4u /* vectors of V and of o in registers for each of them */
 #define AHEAD_SCORES 8u /* lines asked for in a step over VF_LANES dimensions of keys */
+#define ASK_EVERY    4u /* vectors of keys between two askings */
 #define AHEAD_VALUES 2u /* ... and at each key's V */
+
+KVKI_INLINE bool is_other_page(const char *a, const char *b)
+{
+    return (((uintptr_t)a ^ (uintptr_t)b) >> 12) != 0;
+}
 
 /* Asks for the next n lines. */
 KVKI_INLINE void ask(kvki_ahead *a, uint32_t n)
 {
     for (uint32_t i = 0; i < n && a->row < a->n; i++) {
-        const char *at = (const char *)a->rows[a->row] + a->off_bytes[a->side];
-        if (a->at_bytes == 0) /* an asking alone often gives up where the page is not known yet */
+        const char *row = a->rows[a->row], *at = row + a->off_bytes[a->side];
+        /* An asking alone often gives up where the page is not known yet; one load makes it so. */
+        if (a->at_bytes == 0 && (a->side == 0 || is_other_page(at, row + a->off_bytes[0])))
             (void)*(const volatile char *)at;
         __builtin_prefetch(at + a->at_bytes, 0, 3);
         a->at_bytes += 64;
@@ -63,7 +70,6 @@ KVKI_INLINE void few_scores_bf16(const kvki_attend_pack *p, const kvki_attend_bl
         acc[i] = vf_zero();
     for (uint32_t from = 0; from < d; from += 2 * VF_LANES) {
         vf x[VF_LANES];
-        ask(ahead, 2 * AHEAD_SCORES);
         KVKI_UNROLL
         for (uint32_t t = 0; t < VF_LANES; t++)
             memcpy(&x[t], key[t] + from * 2, sizeof(x[t]));
@@ -71,6 +77,8 @@ KVKI_INLINE void few_scores_bf16(const kvki_attend_pack *p, const kvki_attend_bl
         KVKI_UNROLL
         for (uint32_t t = 0; t < VF_LANES; t++) {
             vf low = pair_low(x[t]), high = pair_high(x[t]);
+            if (t % ASK_EVERY == 0)
+                ask(ahead, ASK_EVERY * AHEAD_SCORES / VF_LANES * 2);
             KVKI_UNROLL
             for (uint32_t i = 0; i < mr; i++) {
                 const float *at = q + (size_t)i * d + from + 2 * t;
@@ -82,6 +90,77 @@ KVKI_INLINE void few_scores_bf16(const kvki_attend_pack *p, const kvki_attend_bl
     KVKI_UNROLL
     for (uint32_t i = 0; i < mr; i++)
         vf_store(b->s + (size_t)(first + i) * KVKI_ATTEND_KEYS + j, acc[i]);
+}
+
+/*
+ * The same of keys that are rotated by p's turned angles, on lanes of keys: K is turned as it lies,
+ * in pairs, which takes half the moves that it would take rotated. The second half of the
+ * dimensions waits in tmp, since a sum goes over the dimensions in their order.
+ */
+KVKI_INLINE void few_scores_turned(const kvki_attend_pack *p, const kvki_attend_block *b,
+                                   uint32_t first, uint32_t mr, uint32_t j, kvki_ahead *ahead)
+{
+    uint32_t d = p->head_dim, half = d / 2;
+    const float *q = b->q + (size_t)first * d;
+    const float *cosine = p->cos + (size_t)j * half, *sine = p->sin + (size_t)j * half;
+    const char *key[VF_LANES];
+    vf acc[FEW_ROWS];
+
+    for (uint32_t t = 0; t < VF_LANES; t++)
+        key[t] = (const char *)p->rows[j + t < p->n ? j + t : p->n - 1] + p->k_off_bytes;
+    KVKI_UNROLL
+    for (uint32_t i = 0; i < mr; i++)
+        acc[i] = vf_zero();
+    for (uint32_t from = 0; from < half; from += 2 * VF_LANES) {
+        vf x[VF_LANES], y[VF_LANES];
+        KVKI_UNROLL
+        for (uint32_t t = 0; t < VF_LANES; t++)
+            memcpy(&x[t], key[t] + from * 2, sizeof(x[t]));
+        vf_transpose(x);
+        KVKI_UNROLL
+        for (uint32_t t = 0; t < VF_LANES; t++)
+            memcpy(&y[t], key[t] + (half + from) * 2, sizeof(y[t]));
+        vf_transpose(y);
+        KVKI_UNROLL
+        for (uint32_t t = 0; t < 2 * VF_LANES; t++) {
+            vf a = t % 2 ? pair_high(x[t / 2]) : pair_low(x[t / 2]);
+            vf c = t % 2 ? pair_high(y[t / 2]) : pair_low(y[t / 2]);
+            vf cs = vf_load(cosine + (size_t)(from + t) * VF_LANES);
+            vf sn = vf_load(sine + (size_t)(from + t) * VF_LANES);
+            vf k = vf_sub(vf_mul(a, cs), vf_mul(c, sn));
+            if (t % ASK_EVERY == 0) /* a few at a time: many at once keep the loads here waiting */
+                ask(ahead, ASK_EVERY * AHEAD_SCORES / VF_LANES * 2);
+            vf_store(p->tmp + (size_t)(from + t) * VF_LANES, vf_add(vf_mul(c, cs), vf_mul(a, sn)));
+            KVKI_UNROLL
+            for (uint32_t i = 0; i < mr; i++)
+                acc[i] = vf_fma(vf_set1(q[(size_t)i * d + from + t]), k, acc[i]);
+        }
+    }
+    for (uint32_t t = 0; t < half; t++) {
+        vf k = vf_load(p->tmp + (size_t)t * VF_LANES);
+        KVKI_UNROLL
+        for (uint32_t i = 0; i < mr; i++)
+            acc[i] = vf_fma(vf_set1(q[(size_t)i * d + half + t]), k, acc[i]);
+    }
+    KVKI_UNROLL
+    for (uint32_t i = 0; i < mr; i++)
+        vf_store(b->s + (size_t)(first + i) * KVKI_ATTEND_KEYS + j, acc[i]);
+}
+
+static void turn_angles(const float *const *from, uint32_t half, float *cosine, float *sine)
+{
+    for (uint32_t at = 0; at < 2 * half; at += VF_LANES) {
+        float *to =
+            at < half ? cosine + (size_t)at * VF_LANES : sine + (size_t)(at - half) * VF_LANES;
+        vf x[VF_LANES];
+        KVKI_UNROLL
+        for (uint32_t t = 0; t < VF_LANES; t++)
+            x[t] = vf_load(from[t] + at);
+        vf_transpose(x);
+        KVKI_UNROLL
+        for (uint32_t t = 0; t < VF_LANES; t++)
+            vf_store(to + (size_t)t * VF_LANES, x[t]);
+    }
 }
 
 /* 2 * nv vectors of o from column `from` on, of mr query rows: bf16, likewise. */
@@ -219,7 +298,9 @@ KVKI_INLINE void few_all_scores(const kvki_attend_pack *p, const kvki_attend_blo
     bool pairs = dtype == KVK_BF16 && p->head_dim % (2 * VF_LANES) == 0;
 
     for (uint32_t j = 0; j < p->n; j += VF_LANES) {
-        if (pairs && !p->cos)
+        if (p->turned)
+            few_scores_turned(p, b, first, mr, j, ahead);
+        else if (pairs && !p->cos)
             few_scores_bf16(p, b, first, mr, j, ahead);
         else if (p->cos || p->coded)
             few_scores(p, b, first, mr, j, KVK_F32, 4, ahead);

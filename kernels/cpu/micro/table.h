@@ -15,6 +15,7 @@
         .gemm = gemm, .quantize = row_quantize, .e4m3 = row_e4m3, .dot = dot,                      \
         .score_i8 = score_i8, .max = row_max, .exp_sum = row_exp_sum, .exp_add = row_exp_add,      \
         .fold_max = row_fold_max, .max2 = row_max2, .filter = row_filter,                          \
-        .attend_pack = attend_pack, .attend_block = attend_block, .attend_few = attend_few,        \
-        .attend_merge = attend_merge, .axpby = row_axpby, .dot_f64 = row_dot_f64,                  \
+        .attend_pack = attend_pack, .attend_block = attend_block, .turn_angles = turn_angles,      \
+        .attend_few = attend_few, .attend_merge = attend_merge, .axpby = row_axpby,                \
+        .dot_f64 = row_dot_f64,                                                                    \
     }
