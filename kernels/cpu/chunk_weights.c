@@ -1,9 +1,11 @@
 /*
  * chunk_weights.c: fusion weights of retrieved chunks, softmax over the chosen (GCA) or stick
  * breaking in descending position (HSA). Lists are short, so both forms are one loop in double in
- * the order of the list, and backends give the same bits.
+ * the order of the list, with an exponential of our own: backends, hosts and GPUs give the same
+ * bits.
  */
 #include "check.h"
+#include "exact_exp.h"
 #include "internal.h"
 
 /* Positions of one query's list must differ where they count. */
@@ -45,16 +47,11 @@ static void softmax(const float *scores, double scale, size_t k, float *weights)
         nan = nan || isnan(x);
     }
     for (size_t i = 0; i < k; i++)
-        sum += max > -INFINITY ? exp(scale * (double)scores[i] - max) : 0;
+        sum += max > -INFINITY ? kvki_exact_exp(scale * (double)scores[i] - max) : 0;
     for (size_t i = 0; i < k; i++) {
         double x = scale * (double)scores[i];
-        weights[i] = nan ? NAN : x == -INFINITY ? 0 : (float)(exp(x - max) / sum);
+        weights[i] = nan ? NAN : x == -INFINITY ? 0 : (float)(kvki_exact_exp(x - max) / sum);
     }
-}
-
-static double sigma(double x)
-{
-    return 1 / (1 + exp(-x));
 }
 
 static void stick(const float *scores, const uint32_t *ids, double scale, size_t k, float *weights)
@@ -62,11 +59,11 @@ static void stick(const float *scores, const uint32_t *ids, double scale, size_t
     bool nan = false;
 
     for (size_t i = 0; i < k; i++) {
-        double w = scores[i] == -INFINITY ? 0 : sigma(scale * (double)scores[i]);
+        double w = scores[i] == -INFINITY ? 0 : kvki_exact_sigma(scale * (double)scores[i]);
         nan = nan || isnan(scores[i]);
         for (size_t j = 0; j < k; j++) {
-            if (scores[j] != -INFINITY && ids[j] > ids[i])
-                w *= sigma(-scale * (double)scores[j]); /* 1 - sigma(x), exact where x is large */
+            if (scores[j] != -INFINITY && ids[j] > ids[i]) /* 1 - sigma(x) without cancellation */
+                w *= kvki_exact_sigma(-scale * (double)scores[j]);
         }
         weights[i] = (float)w;
     }

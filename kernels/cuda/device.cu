@@ -208,6 +208,16 @@ extern "C" kvc_status kvk_cuda_event_record(kvk_cuda *cuda, kvk_cuda_event *even
     return kvki_cuda_status(cudaEventRecord((cudaEvent_t)event, kvki_cuda_stream(stream)));
 }
 
+extern "C" kvc_status kvk_cuda_stream_wait(kvk_cuda *cuda, kvk_stream *stream,
+                                           const kvk_cuda_event *event)
+{
+    kvc_status st = kvki_cuda_use(cuda);
+
+    if (st != KVC_OK)
+        return st;
+    return kvki_cuda_status(cudaStreamWaitEvent(kvki_cuda_stream(stream), (cudaEvent_t)event, 0));
+}
+
 extern "C" kvc_status kvk_cuda_event_elapsed(kvk_cuda *cuda, const kvk_cuda_event *from,
                                              const kvk_cuda_event *to, float *elapsed_ms_p)
 {

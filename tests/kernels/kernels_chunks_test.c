@@ -228,6 +228,37 @@ static void check_stick(const subject *s, void *arg)
     assert_same_bits(s, "stick", got, want, sizeof(want));
 }
 
+/* Weights are the floats next to the true ones: the exponential behind them is our own. */
+static void check_rounding(const subject *s, void *arg)
+{
+    enum { N = 50 };
+    support_random random = {36};
+    float *scores = get_floats((size_t)N * K), *got = get_floats((size_t)N * K);
+    uint32_t *ids = get(sizeof(*ids) * N * K);
+
+    (void)arg;
+    fill_floats(&random, scores, (size_t)N * K);
+    for (size_t i = 0; i < (size_t)N * K; i++) {
+        scores[i] *= (float)(1 + i / K * 2); /* up to about 100: exponentials of all sizes */
+        ids[i] = (uint32_t)(i % K);
+    }
+    for (int fusion = KVK_FUSE_SOFTMAX; fusion <= KVK_FUSE_STICK; fusion++) {
+        CALL(s, chunk_weights, scores, ids, N, K, (kvk_fusion)fusion, 1, got);
+        for (size_t i = 0; i < (size_t)N * K; i++) {
+            const float *x = scores + i / K * K;
+            long double sum = 0, want = 1 / (1 + expl(-(long double)scores[i]));
+            for (size_t j = 0; j < K; j++) {
+                sum += expl((long double)x[j] - (long double)scores[i]);
+                want /= j > i % K ? 1 + expl((long double)x[j]) : 1;
+            }
+            want = fusion == KVK_FUSE_SOFTMAX ? 1 / sum : want;
+            assert_near(s, "weight", i, (double)got[i], (double)want,
+                        (double)want * 0x1.00001p-24 + 0x1p-149);
+        }
+    }
+    free_all();
+}
+
 /* What n_shards servers find that have every n_shards-th landmark each: the k best of each, then
  * the k best of those in order of position. */
 static void retrieve_sharded(const subject *s, const memory *m, uint32_t n_shards, result *r)
@@ -296,13 +327,15 @@ OVER_SUBJECTS(einsum)
 OVER_SUBJECTS(ties)
 OVER_SUBJECTS(others)
 OVER_SUBJECTS(stick)
+OVER_SUBJECTS(rounding)
 OVER_SUBJECTS(shards)
 
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_einsum), cmocka_unit_test(test_ties),   cmocka_unit_test(test_others),
-        cmocka_unit_test(test_stick),  cmocka_unit_test(test_shards),
+        cmocka_unit_test(test_einsum),   cmocka_unit_test(test_ties),
+        cmocka_unit_test(test_others),   cmocka_unit_test(test_stick),
+        cmocka_unit_test(test_rounding), cmocka_unit_test(test_shards),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

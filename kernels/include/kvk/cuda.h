@@ -70,7 +70,8 @@ kvc_status kvk_cuda_copy(kvk_cuda *cuda, void *to, const void *from, size_t len_
 kvc_status kvk_cuda_fill(kvk_cuda *cuda, void *to, uint8_t byte, size_t len_bytes,
                          kvk_stream *stream) KVC_MUST_CHECK;
 
-/* Streams, events and graphs. sync blocks; elapsed needs both events completed. begin/end capture
+/* Streams, events and graphs. sync blocks; elapsed needs both events completed; stream_wait lets
+ * what is enqueued on the stream from now on wait for the event's last record. begin/end capture
  * what is enqueued on the stream between them into *graph_p; launch replays it in stream order. */
 kvc_status kvk_cuda_stream_create(kvk_cuda *cuda, kvk_stream **stream_p) KVC_MUST_CHECK;
 void kvk_cuda_stream_destroy(kvk_cuda *cuda, kvk_stream *stream);
@@ -79,6 +80,8 @@ kvc_status kvk_cuda_event_create(kvk_cuda *cuda, kvk_cuda_event **event_p) KVC_M
 void kvk_cuda_event_destroy(kvk_cuda *cuda, kvk_cuda_event *event);
 kvc_status kvk_cuda_event_record(kvk_cuda *cuda, kvk_cuda_event *event,
                                  kvk_stream *stream) KVC_MUST_CHECK;
+kvc_status kvk_cuda_stream_wait(kvk_cuda *cuda, kvk_stream *stream,
+                                const kvk_cuda_event *event) KVC_MUST_CHECK;
 kvc_status kvk_cuda_event_elapsed(kvk_cuda *cuda, const kvk_cuda_event *from,
                                   const kvk_cuda_event *to, float *elapsed_ms_p) KVC_MUST_CHECK;
 kvc_status kvk_cuda_graph_begin(kvk_cuda *cuda, kvk_stream *stream) KVC_MUST_CHECK;
@@ -196,7 +199,8 @@ typedef struct kvk_cuda_source {
 } kvk_cuda_source;
 
 /* Brings every row that fetch names into its slot, and nothing else: for rows that are wanted
- * before they are attended. A position outside the source is passed over. */
+ * before they are attended, and for whole chunks, each a long row, of which every byte is asked for
+ * at once. A position outside the source is passed over. */
 typedef struct kvk_cuda_gather_args {
     uint32_t n_seqs, stride;
     const int32_t *list;           /* [n_seqs, stride] */
@@ -247,6 +251,81 @@ kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args *args,
 /* kvk_merge on the device: partial b into a; o [n, dim], lse [n]. */
 kvc_status kvk_cuda_merge(kvk_cuda *cuda, const kvk_merge_args *args,
                           kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * Retrieval of whole chunks (GCA 2410.01651, HSA 2504.16795) is select, weights, resolve and gather
+ * with a chunk for a row, attend and fuse; a list of a batch is a (sequence, group) and its
+ * chunks, positions are chunks, and slots hold whole chunks. Prefetch: all but the last two on
+ * another stream.
+ */
+
+/*
+ * The k best landmarks of each list and their scores, exactly: q . landmark in f32, no 1/sqrt(d).
+ * Bound of a score: as kvk_score_keys'; picks are the k best of these scores. The landmarks of list
+ * s: cands[s].n_rows rows of dims elements (F32 or BF16), stride_bytes apart, so a list may score a
+ * piece of each (a head of HSA), at chunk base + row; n_rows says what the list may see (strictly
+ * earlier chunks) and is cut to rows_max. Places past n_picks get pick UINT32_MAX and score
+ * -INFINITY, which weigh nothing. NaN comes last. dims <= KVK_CUDA_LANDMARK_MAX, a row and the
+ * stride multiples of 16 bytes; k <= KVK_CHUNKS_MAX. The workspace needs no clearing.
+ */
+#define KVK_CUDA_LANDMARK_MAX 4096u
+typedef struct kvk_cuda_chunk_select_args {
+    uint32_t n_seqs, dims, k, rows_max;
+    kvk_dtype dtype;
+    size_t stride_bytes;
+    const float *q;                   /* [n_seqs, dims] */
+    const kvk_cuda_candidates *cands; /* [n_seqs] */
+    uint32_t *picks;                  /* [n_seqs, k] */
+    float *scores;                    /* [n_seqs, k] */
+    uint32_t *n_picks;                /* [n_seqs] = min(k, n_rows) */
+    void *workspace;
+    size_t workspace_bytes;
+} kvk_cuda_chunk_select_args;
+size_t kvk_cuda_chunk_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max);
+kvc_status kvk_cuda_chunk_select(kvk_cuda *cuda, const kvk_cuda_chunk_select_args *args,
+                                 kvk_stream *stream) KVC_MUST_CHECK;
+
+/* kvk_chunk_weights on the device, with its bits; ids of one list that are equal make its weights
+ * meaningless. */
+kvc_status kvk_cuda_chunk_weights(kvk_cuda *cuda, const kvk_chunk_weights_args *args,
+                                  kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * Attention of n_q queries over each chunk of a list alone, a partial a chunk as in kvk_attend:
+ * entry i of list s is slot list[s * k + i] of res[s], of chunk_bytes, its first n_rows rows are
+ * attended. An entry of -1, or past n_list, gets lse = -INFINITY and no o, so fuse passes over it.
+ * first_head [n_seqs]: the kv head that n_kv_heads begin at (NULL: 0). Rows are F32, BF16 or F16;
+ * offsets, row_bytes and chunk_bytes multiples of 16; bound as kvk_attend's. head_dim 32, 64 or
+ * 128, n_rows <= KVK_CUDA_CHUNK_ROWS; else UNSUPPORTED.
+ */
+#define KVK_CUDA_CHUNK_ROWS 64u
+typedef struct kvk_cuda_chunk_attend_args {
+    uint32_t n_seqs, k, n_q, n_q_heads, n_kv_heads, head_dim;
+    const float *q;                /* [n_seqs, n_q, n_q_heads, head_dim] */
+    const int32_t *list;           /* [n_seqs, k] */
+    const uint32_t *n_list;        /* [n_seqs] */
+    const kvk_cuda_residency *res; /* [n_seqs] */
+    const uint32_t *first_head;    /* [n_seqs] or NULL */
+    uint32_t n_rows, row_bytes, chunk_bytes, k_off_bytes, v_off_bytes;
+    kvk_dtype dtype;
+    float scale;
+    float *o;   /* [n_seqs, k, n_q, n_q_heads, head_dim] */
+    float *lse; /* [n_seqs, k, n_q, n_q_heads] */
+} kvk_cuda_chunk_attend_args;
+kvc_status kvk_cuda_chunk_attend(kvk_cuda *cuda, const kvk_cuda_chunk_attend_args *args,
+                                 kvk_stream *stream) KVC_MUST_CHECK;
+
+/* kvk_chunk_fuse of n_seqs lists of k chunks each; same bound. */
+typedef struct kvk_cuda_chunk_fuse_args {
+    uint32_t n_seqs, k, n, dim;
+    uint32_t off_by_one;  /* 0 or 1 */
+    const float *o;       /* [n_seqs, k, n, dim] */
+    const float *lse;     /* [n_seqs, k, n] */
+    const float *weights; /* [n_seqs, k] */
+    float *out;           /* [n_seqs, n, dim] */
+} kvk_cuda_chunk_fuse_args;
+kvc_status kvk_cuda_chunk_fuse(kvk_cuda *cuda, const kvk_cuda_chunk_fuse_args *args,
+                               kvk_stream *stream) KVC_MUST_CHECK;
 
 #pragma GCC visibility pop
 #ifdef __cplusplus
