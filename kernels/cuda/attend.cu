@@ -1,6 +1,6 @@
 /*
  * attend.cu: attention of one query a sequence over a list of slots, fetching what is missing on
- * the way, and the merge of partials.
+ * the way: the launches, the scalar form (f16), and the combination of tiles.
  *
  * A block takes a tile of 16 listed rows, all kv heads: every byte of the tile is asked for at
  * once, from device memory or over PCIe, so about one round trip is paid whatever is missing, and
@@ -15,28 +15,9 @@
 #define COMBINE_WARPS 8u
 #define AT_ONCE       16u /* tiles whose sums a warp has in flight */
 
-template <typename T> __device__ static inline float2 pair_of(uint32_t bits);
-template <> __device__ inline float2 pair_of<__nv_bfloat16>(uint32_t bits)
-{
-    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
-}
-template <> __device__ inline float2 pair_of<__half>(uint32_t bits)
+__device__ static inline float2 pair_of(uint32_t bits)
 {
     return __half22float2(*(const __half2 *)&bits);
-}
-
-/* rotation [ATTEND_TILE, head_dim / 2] (cos, sin) of the tile's keys, angles in double. */
-__device__ static void find_rotation(const kvk_cuda_attend_args *a, uint32_t seq, uint32_t first,
-                                     uint32_t n_here, float2 *rotation)
-{
-    uint32_t part = a->head_dim / 2;
-
-    for (uint32_t i = threadIdx.x; i < n_here * part; i += ATTEND_THREADS) {
-        double s = 0, c = 0;
-        int32_t position = a->k_positions[(size_t)seq * a->stride + first + i / part];
-        sincos(position * a->inv_freq[i % part], &s, &c);
-        rotation[i] = make_float2((float)c, (float)s);
-    }
 }
 
 /* Adds the products of eight key elements with the group's queries at dimension d. */
@@ -58,17 +39,17 @@ __device__ static inline void add_products(const float (&k)[8], const float *q, 
     }
 }
 
-template <typename T> __device__ static inline void unpack(const char *at, float (&k)[8])
+__device__ static inline void unpack(const char *at, float (&k)[8])
 {
     uint4 d = *(const uint4 *)at;
-    float2 a = pair_of<T>(d.x), b = pair_of<T>(d.y), c = pair_of<T>(d.z), e = pair_of<T>(d.w);
+    float2 a = pair_of(d.x), b = pair_of(d.y), c = pair_of(d.z), e = pair_of(d.w);
     k[0] = a.x, k[1] = a.y, k[2] = b.x, k[3] = b.y;
     k[4] = c.x, k[5] = c.y, k[6] = e.x, k[7] = e.y;
 }
 
 /* Logits of this lane's row (lane / 2) with the group's queries; both lanes of a row get the sums.
  */
-template <typename T, int kGroup, int kDim>
+template <int kGroup, int kDim>
 __device__ static void logits_of(const char *key, const float *q, const float2 *rotation,
                                  float (&x)[kGroup])
 {
@@ -81,13 +62,13 @@ __device__ static void logits_of(const char *key, const float *q, const float2 *
     if (!rotation) {
 #pragma unroll 4
         for (uint32_t d = odd * 8u; d < kDim; d += 16u) {
-            unpack<T>(key + d * 2u, k);
+            unpack(key + d * 2u, k);
             add_products<kGroup, kDim>(k, q, d, x);
         }
     } else {
         for (uint32_t d = odd * 8u; d < kDim / 2; d += 16u) {
-            unpack<T>(key + d * 2u, k);
-            unpack<T>(key + (d + kDim / 2) * 2u, other);
+            unpack(key + d * 2u, k);
+            unpack(key + (d + kDim / 2) * 2u, other);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 float2 r = rotation[d + i];
@@ -122,7 +103,7 @@ __device__ static inline float tile_weight(float x, float *most_p, float *total_
 }
 
 /* One kv head of a tile, by one warp. weights: [ATTEND_TILE, kGroup] of shared memory. */
-template <typename T, int kGroup, int kDim>
+template <int kGroup, int kDim>
 __device__ static void attend_head(const struct attend_params *p, const struct attend_layout *l,
                                    uint32_t seq, uint32_t kv_head, uint32_t there, const char *tile,
                                    const float *q, const float2 *rotation, float *weights)
@@ -132,7 +113,7 @@ __device__ static void attend_head(const struct attend_params *p, const struct a
     const char *key = tile + (size_t)row * l->row_stride + a->k_off_bytes + kv_head * kDim * 2u;
     float x[kGroup], o[kGroup][kDim / 32];
 
-    logits_of<T, kGroup, kDim>(key, q, rotation ? rotation + row * (kDim / 2) : NULL, x);
+    logits_of<kGroup, kDim>(key, q, rotation ? rotation + row * (kDim / 2) : NULL, x);
 #pragma unroll
     for (int g = 0; g < kGroup; g++) {
         size_t at = ((size_t)seq * a->n_q_heads + head + g) * p->n_tiles + blockIdx.x;
@@ -158,7 +139,7 @@ __device__ static void attend_head(const struct attend_params *p, const struct a
             continue;
 #pragma unroll
         for (int i = 0; i < kDim / 32; i += 2) {
-            float2 two = pair_of<T>(*(const uint32_t *)(value + i * 2));
+            float2 two = pair_of(*(const uint32_t *)(value + i * 2));
             v[i] = two.x;
             v[i + 1] = two.y;
         }
@@ -179,7 +160,7 @@ __device__ static void attend_head(const struct attend_params *p, const struct a
     }
 }
 
-template <typename T, int kGroup, int kDim>
+template <int kGroup, int kDim>
 __global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct attend_params p)
 {
     extern __shared__ __align__(16) char tile[];
@@ -200,12 +181,12 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct att
     for (uint32_t i = threadIdx.x; i < width; i += ATTEND_THREADS)
         q[i] = a->q[(size_t)seq * width + i];
     if (rotation)
-        find_rotation(a, seq, first, min(n - first, ATTEND_TILE), rotation);
+        attend_find_rotation(a, seq, first, min(n - first, ATTEND_TILE), rotation);
     kvki_async_wait();
     __syncthreads();
     for (uint32_t head = threadIdx.x / 32u; head < a->n_kv_heads; head += ATTEND_WARPS)
-        attend_head<T, kGroup, kDim>(&p, &l, seq, head, there, tile, q + head * kGroup * kDim,
-                                     rotation, weights + head * kGroup * ATTEND_TILE);
+        attend_head<kGroup, kDim>(&p, &l, seq, head, there, tile, q + head * kGroup * kDim,
+                                  rotation, weights + head * kGroup * ATTEND_TILE);
 }
 
 /* The tiles of one query head, in list order, by eight warps whose sums are added in order. */
@@ -290,31 +271,34 @@ extern "C" size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stri
     return (size_t)n_seqs * tiles_of(stride) * n_q_heads * (head_dim + 2u) * sizeof(float);
 }
 
-template <typename T, int kDim> static attend_fn kernel_of_group(uint32_t group)
+template <int kDim> static attend_fn kernel_of_group(uint32_t group)
 {
     static const attend_fn kernels[ATTEND_GROUP_MAX] = {
-        attend_kernel<T, 1, kDim>, attend_kernel<T, 2, kDim>, attend_kernel<T, 3, kDim>,
-        attend_kernel<T, 4, kDim>, attend_kernel<T, 5, kDim>, attend_kernel<T, 6, kDim>,
-        attend_kernel<T, 7, kDim>, attend_kernel<T, 8, kDim>};
-    return group >= 1 && group <= ATTEND_GROUP_MAX ? kernels[group - 1] : NULL;
+        attend_kernel<1, kDim>, attend_kernel<2, kDim>, attend_kernel<3, kDim>,
+        attend_kernel<4, kDim>, attend_kernel<5, kDim>, attend_kernel<6, kDim>,
+        attend_kernel<7, kDim>, attend_kernel<8, kDim>};
+    return kernels[group - 1];
 }
 
-/* The kernel for the arguments; NULL: none. The tensor cores take what they can. */
-template <typename T> static attend_fn kernel_of(const kvk_cuda_attend_args *a)
+/* The kernel for the arguments; NULL: none. The tensor cores take all but f16. */
+static attend_fn kernel_of(const kvk_cuda_attend_args *a)
 {
     uint32_t group = a->n_q_heads / a->n_kv_heads;
-    bool rotated = a->inv_freq && a->k_positions;
+    bool rotated = attend_is_rotated(a);
 
-    if (a->dtype == KVK_BF16 && !rotated && group <= ATTEND_GROUP_MAX)
-        return kvki_attend_mma(a->head_dim);
-    if (a->head_dim == 64)
-        return kernel_of_group<T, 64>(group);
-    return a->head_dim == 128 ? kernel_of_group<T, 128>(group) : NULL;
+    if (group > ATTEND_GROUP_MAX)
+        return NULL;
+    if (a->dtype == KVK_F16)
+        return a->head_dim == 64    ? kernel_of_group<64>(group)
+               : a->head_dim == 128 ? kernel_of_group<128>(group)
+                                    : NULL;
+    return a->dtype == KVK_BF16 && !rotated ? kvki_attend_mma(a->head_dim)
+                                            : kvki_attend_split(a->dtype, a->head_dim, rotated);
 }
 
 static bool args_ok(const kvk_cuda_attend_args *a)
 {
-    size_t width = (size_t)a->n_kv_heads * a->head_dim * 2u;
+    size_t width = kvk_slice_bytes(a->dtype, a->n_kv_heads, a->head_dim);
 
     return a->n_seqs <= KVK_CUDA_SEQS_MAX && a->n_kv_heads && a->n_q_heads &&
            a->n_q_heads % a->n_kv_heads == 0 && a->stride && a->row_bytes % 16 == 0 &&
@@ -338,9 +322,7 @@ extern "C" kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args
         return KVC_OK;
     if (!args_ok(args))
         return KVC_INVALID;
-    kernel = args->dtype == KVK_BF16  ? kernel_of<__nv_bfloat16>(args)
-             : args->dtype == KVK_F16 ? kernel_of<__half>(args)
-                                      : NULL;
+    kernel = kernel_of(args);
     smem = attend_layout_of(args).bytes;
     if (!kernel || smem > (size_t)cuda->smem_block_max)
         return KVC_UNSUPPORTED;

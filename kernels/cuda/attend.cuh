@@ -23,7 +23,13 @@ struct attend_params {
     uint32_t n_tiles;
 };
 
-/* Shared memory of a block: rows, then q, then weights and rotations. */
+static inline __host__ __device__ bool attend_is_rotated(const kvk_cuda_attend_args *a)
+{
+    return a->inv_freq && a->k_positions;
+}
+
+/* Shared memory of a block: rows, rotations, and what the scalar form (f16) needs: q and weights.
+ */
 struct attend_layout {
     size_t q, weights, rotation, bytes;
     uint32_t row_stride;
@@ -35,12 +41,12 @@ attend_layout_of(const kvk_cuda_attend_args *a)
     struct attend_layout l;
 
     l.row_stride = (a->row_bytes + 127u) / 128u * 128u + ATTEND_PAD;
-    l.q = (size_t)ATTEND_TILE * l.row_stride;
+    l.rotation = (size_t)ATTEND_TILE * l.row_stride;
+    l.q =
+        l.rotation + (attend_is_rotated(a) ? (size_t)ATTEND_TILE * a->head_dim * sizeof(float) : 0);
     l.weights = l.q + (size_t)a->n_q_heads * a->head_dim * sizeof(float);
-    l.rotation = l.weights + (size_t)a->n_q_heads * ATTEND_TILE * sizeof(float);
     l.bytes =
-        l.rotation +
-        (a->inv_freq && a->k_positions ? (size_t)ATTEND_TILE * a->head_dim * sizeof(float) : 0);
+        a->dtype != KVK_F16 ? l.q : l.weights + (size_t)a->n_q_heads * ATTEND_TILE * sizeof(float);
     return l;
 }
 
@@ -133,14 +139,33 @@ __device__ static inline uint32_t attend_load_tile(const kvk_cuda_attend_args *a
     return there;
 }
 
+/* rotation [ATTEND_TILE, head_dim / 2] (cos, sin) of the tile's keys: angles in double, as parts of
+ * a turn, of which only the last part counts. */
+__device__ static inline void attend_find_rotation(const kvk_cuda_attend_args *a, uint32_t seq,
+                                                   uint32_t first, uint32_t n_here,
+                                                   float2 *rotation)
+{
+    uint32_t part = a->head_dim / 2;
+
+    for (uint32_t i = threadIdx.x; i < n_here * part; i += ATTEND_THREADS) {
+        int32_t position = a->k_positions[(size_t)seq * a->stride + first + i / part];
+        double turns = position * a->inv_freq[i % part] * 0.15915494309189535;
+        float s = 0, c = 0;
+        sincospif((float)(2 * (turns - rint(turns))), &s, &c);
+        rotation[i] = make_float2(c, s);
+    }
+}
+
 /* exp(x - most), where nothing was seen 0; NaN stays NaN. */
 __device__ static inline float attend_weight(float x, float most)
 {
     return most == -INFINITY ? (x != x ? x : 0.0f) : expf(x - most);
 }
 
-/* The kernel on the tensor cores for bf16 rows that are not rotated; NULL for other widths. */
+/* The kernels on the tensor cores: bf16 rows as they lie; rotated or coded ones. NULL for other
+ * widths. */
 typedef void (*attend_fn)(const struct attend_params p);
 attend_fn kvki_attend_mma(uint32_t head_dim);
+attend_fn kvki_attend_split(kvk_dtype dtype, uint32_t head_dim, bool rotated);
 
 #endif

@@ -8,66 +8,7 @@
  * of the first product just where the second one wants its left operand, so they never leave
  * registers. A listed row that holds Inf gives NaN where the exact sum might be Inf.
  */
-#include "attend.cuh"
-
-/* Two bf16 in a register, and the left operand of one 16 x 16 step: a[0], a[2] rows 0-7, a[1], a[3]
- * rows 8-15; columns 0-7 and 8-15. */
-struct pieces {
-    uint32_t high[2], middle[2], low[2];
-};
-
-__device__ static inline uint32_t pack(__nv_bfloat16 x, __nv_bfloat16 y)
-{
-    return (uint32_t)__bfloat16_as_ushort(x) | (uint32_t)__bfloat16_as_ushort(y) << 16;
-}
-
-/* Splits two floats; part says which columns they are. */
-__device__ static inline void split(float x, float y, int part, struct pieces *p)
-{
-    __nv_bfloat16 a = __float2bfloat16_rn(x), b = __float2bfloat16_rn(y);
-    float rest_a = x - __bfloat162float(a), rest_b = y - __bfloat162float(b);
-    __nv_bfloat16 c = __float2bfloat16_rn(rest_a), d = __float2bfloat16_rn(rest_b);
-
-    p->high[part] = pack(a, b);
-    p->middle[part] = pack(c, d);
-    p->low[part] = pack(__float2bfloat16_rn(rest_a - __bfloat162float(c)),
-                        __float2bfloat16_rn(rest_b - __bfloat162float(d)));
-}
-
-__device__ static inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                       uint32_t a3, uint32_t b0, uint32_t b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-/* c += all pieces times (b0, b1); c[0..1] and c[2..3] together are the sum. */
-__device__ static inline void multiply_pieces(float (&c)[4], const struct pieces *p, uint32_t b0,
-                                              uint32_t b1)
-{
-    multiply(c, p->low[0], 0, p->low[1], 0, b0, b1);
-    multiply(c, p->high[0], p->middle[0], p->high[1], p->middle[1], b0, b1);
-}
-
-/* Four 8 x 8 matrices of bf16; lane i brings the address of row i % 8 of matrix i / 8. */
-template <bool kTransposed>
-__device__ static inline void load_matrices(uint32_t (&m)[4], const char *shared)
-{
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(shared);
-
-    if (kTransposed)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                     : "r"(at)
-                     : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                     : "r"(at)
-                     : "memory");
-}
+#include "mma.cuh"
 
 /* The group's queries, head lane / 4 a lane, in pieces. */
 template <int kDim>
@@ -112,61 +53,6 @@ __device__ static inline void find_logits(const struct pieces (&q)[kDim / 16], c
     }
 }
 
-/* Logits to weights; the four lanes of a head share maximum and total. */
-__device__ static inline void find_weights(const kvk_cuda_attend_args *a, uint32_t there,
-                                           float (&x)[2][2], float *most_p, float *total_p)
-{
-    uint32_t first = (threadIdx.x & 3u) * 2u;
-    float most = -INFINITY, total = 0;
-
-#pragma unroll
-    for (uint32_t t = 0; t < 4; t++) {
-        float z = x[t / 2][t % 2] * a->scale;
-        z = a->softcap > 0 ? a->softcap * tanhf(z / a->softcap) : z;
-        x[t / 2][t % 2] = there >> (t / 2 * 8u + first + t % 2) & 1u ? z : -INFINITY;
-        most = fmaxf(most, x[t / 2][t % 2]);
-    }
-    most = fmaxf(most, __shfl_xor_sync(KVKI_FULL_WARP, most, 1));
-    most = fmaxf(most, __shfl_xor_sync(KVKI_FULL_WARP, most, 2));
-#pragma unroll
-    for (uint32_t t = 0; t < 4; t++) {
-        x[t / 2][t % 2] = attend_weight(x[t / 2][t % 2], most);
-        total += x[t / 2][t % 2];
-    }
-    total += __shfl_xor_sync(KVKI_FULL_WARP, total, 1);
-    total += __shfl_xor_sync(KVKI_FULL_WARP, total, 2);
-    *most_p = most;
-    *total_p = total;
-}
-
-/* Writes the weighted sums of the values of head lane / 4 to out [kDim]. */
-template <int kDim>
-__device__ static inline void sum_values(const float (&weights)[2][2], const char *values,
-                                         uint32_t row_stride, bool real_head, float *out)
-{
-    uint32_t lane = threadIdx.x & 31u;
-    const char *at =
-        values + (size_t)(lane / 8u % 2u * 8u + lane % 8u) * row_stride + lane / 16u * 16u;
-    struct pieces p;
-
-    split(weights[0][0], weights[0][1], 0, &p);
-    split(weights[1][0], weights[1][1], 1, &p);
-#pragma unroll
-    for (int step = 0; step < kDim / 16; step++) {
-        float c[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-        uint32_t v[4];
-        load_matrices<true>(v, at + step * 32);
-        multiply_pieces(c[0], &p, v[0], v[1]);
-        multiply_pieces(c[1], &p, v[2], v[3]);
-#pragma unroll
-        for (int t = 0; t < 2; t++) {
-            if (real_head)
-                *(float2 *)(out + step * 16 + t * 8 + lane % 4u * 2u) =
-                    make_float2(c[t][0] + c[t][2], c[t][1] + c[t][3]);
-        }
-    }
-}
-
 template <int kDim>
 __global__ void __launch_bounds__(ATTEND_THREADS, 2) attend_mma_kernel(const struct attend_params p)
 {
@@ -201,9 +87,8 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2) attend_mma_kernel(const str
             p.most[at] = most;
             p.total[at] = total;
         }
-        sum_values<kDim>(x, keys - a->k_off_bytes + a->v_off_bytes, l.row_stride, lane / 4u < group,
-                         p.o +
-                             (((size_t)seq * p.n_tiles + blockIdx.x) * a->n_q_heads + head) * kDim);
+        sum_bf16<kDim>(x, keys - a->k_off_bytes + a->v_off_bytes, l.row_stride, lane / 4u < group,
+                       p.o + (((size_t)seq * p.n_tiles + blockIdx.x) * a->n_q_heads + head) * kDim);
     }
     if (a->n_kv_heads < ATTEND_WARPS) { /* warps without a head must meet the others too */
         if (threadIdx.x / 32u >= a->n_kv_heads) {

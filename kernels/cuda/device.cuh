@@ -84,6 +84,17 @@ __device__ static inline float kvki_bf16(uint32_t bits)
     return __uint_as_float(bits << 16);
 }
 
+/* The least bf16 that is not below most / largest, as the table's quantize and encode find it. */
+__device__ static inline uint32_t kvki_scale_bits(float most, double largest)
+{
+    double exact = (double)most / largest;
+    uint32_t bits = __float_as_uint((float)exact);
+
+    if ((bits & 0xffffu) != 0 || (double)__uint_as_float(bits) < exact)
+        bits = (bits & 0xffff0000u) + 0x10000u;
+    return bits >> 16;
+}
+
 /* 16 bytes that are read once: they do not displace what is used again. */
 __device__ static inline uint4 kvki_load_once(const void *p)
 {

@@ -40,17 +40,6 @@ __device__ static float block_abs_max(float x)
     return all;
 }
 
-/* The least bf16 that is not below max / 127, as the table's quantize finds it. */
-__device__ static inline uint32_t scale_bits(float most)
-{
-    double exact = (double)most / 127.0;
-    uint32_t bits = __float_as_uint((float)exact);
-
-    if ((bits & 0xffffu) != 0 || (double)__uint_as_float(bits) < exact)
-        bits = (bits & 0xffff0000u) + 0x10000u;
-    return bits >> 16;
-}
-
 __global__ void __launch_bounds__(DIMS_MAX) digest_kernel(const kvk_cuda_digest_args a)
 {
     extern __shared__ float x[];
@@ -65,7 +54,7 @@ __global__ void __launch_bounds__(DIMS_MAX) digest_kernel(const kvk_cuda_digest_
         const float *proj = a.proj + (size_t)head * dim_in * a.dims;
         float y = d < a.dims ? project_one(x + head * dim_in, proj, dim_in, a.dims, d) : 0.0f;
         float most = block_abs_max(y);
-        uint32_t bits = most > 0 && most < INFINITY ? scale_bits(most) : 0;
+        uint32_t bits = most > 0 && most < INFINITY ? kvki_scale_bits(most, 127.0) : 0;
         float scale = kvki_bf16(bits);
         if (d < a.dims) {
             row[head * a.dims + d] =

@@ -6,7 +6,8 @@
  * the layers of a model), so nothing is found in L2 that a real step would not find there; L2 is
  * flushed and the slot tables are put back before each replay. Median and spread of REPEATS
  * replays. Llama-3-8B: 32 query heads, 8 kv heads, 128 dimensions, bf16: rows of 4,096 bytes.
- * Arguments: --quick (small sizes, a smoke test) or numbers of tokens (one sequence of each).
+ * Arguments: --quick (small sizes, a smoke test), --rows (attention over each kind of row alone) or
+ * numbers of tokens (one sequence of each).
  * Single-threaded.
  */
 #include <stdio.h>
@@ -20,13 +21,23 @@
 #define HEADS        32u
 #define KV_HEADS     8u
 #define DIM          128u
-#define ROW_BYTES    4096u
 #define K            2048u
 #define SLOTS        4096u
 #define BLOCK_TOKENS 256u
 
+/* What a row is: bf16 (4,096 bytes), or coded (2,080), its keys to be rotated on the way or not. */
+typedef struct row_kind {
+    const char *name;
+    kvk_dtype dtype;
+    bool rotated;
+    uint32_t row_bytes;
+} row_kind;
+
+static const row_kind plain = {"bf16", KVK_BF16, false, 4096};
+
 /* One batch shape: every step has its own copies. */
 typedef struct world {
+    const row_kind *rows;
     uint32_t n, n_seqs, dims, missing_percent;
     kvk_cuda_select_args select[STEPS];
     kvk_cuda_resolve_args resolve[STEPS];
@@ -90,8 +101,8 @@ static void report(world *w, const char *what, enqueue_fn enqueue, double floor_
 {
     double low = 0, high = 0, us = time_steps(w, enqueue, &low, &high);
 
-    printf("%8u %5u %5u %5u  %-28s %9.1f %9.1f %9.1f %9.1f\n", w->n, w->n_seqs, w->dims + 2,
-           100 - w->missing_percent, what, us, low, high, floor_us);
+    printf("%8u %5u %5u %-7s %4u  %-28s %9.1f %9.1f %9.1f %9.1f\n", w->n, w->n_seqs, w->dims + 2,
+           w->rows->name, 100 - w->missing_percent, what, us, low, high, floor_us);
     (void)fflush(stdout);
 }
 
@@ -158,10 +169,11 @@ static double floor_us(double bytes)
 }
 
 /* The rows of the context lie in one pinned arena, of which a long context sees the start again. */
-static kvk_cuda_source source_of(uint32_t n, const char *arena, size_t arena_bytes)
+static kvk_cuda_source source_of(uint32_t n, uint32_t row_bytes, const char *arena,
+                                 size_t arena_bytes)
 {
     uint32_t n_blocks = (n + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-    size_t block = (size_t)BLOCK_TOKENS * ROW_BYTES;
+    size_t block = (size_t)BLOCK_TOKENS * row_bytes;
     const void **blocks = host_bytes(n_blocks * sizeof(*blocks));
 
     for (uint32_t b = 0; b < n_blocks; b++)
@@ -253,7 +265,7 @@ static void make_residency(world *w, uint32_t t, const kvk_cuda_source *source)
     for (uint32_t s = 0; s < w->n_seqs; s++) {
         uint32_t *at = (uint32_t *)w->tables[t] + s * (tables_of(w->n) / 4);
         fill_tables(w, s, picks, (uint32_t *)(void *)tables + s * (tables_of(w->n) / 4));
-        res[s] = (kvk_cuda_residency){.slots = device_bytes((size_t)SLOTS * ROW_BYTES),
+        res[s] = (kvk_cuda_residency){.slots = device_bytes((size_t)SLOTS * w->rows->row_bytes),
                                       .slot_of = (int32_t *)at,
                                       .pos_of = at + w->n,
                                       .used = at + w->n + SLOTS,
@@ -281,7 +293,7 @@ static void make_residency(world *w, uint32_t t, const kvk_cuda_source *source)
                                .n_list = w->resolve[t].n_list,
                                .res = w->resolve[t].res,
                                .source = device_copy(sources, w->n_seqs * sizeof(*sources)),
-                               .row_bytes = ROW_BYTES};
+                               .row_bytes = w->rows->row_bytes};
 }
 
 static void make_attend(world *w, uint32_t t, numbers *from)
@@ -300,14 +312,24 @@ static void make_attend(world *w, uint32_t t, numbers *from)
                                           .stride = K,
                                           .res = w->resolve[t].res,
                                           .source = w->gather[t].source,
-                                          .row_bytes = ROW_BYTES,
-                                          .v_off_bytes = ROW_BYTES / 2,
-                                          .dtype = KVK_BF16,
+                                          .row_bytes = w->rows->row_bytes,
+                                          .v_off_bytes = w->rows->row_bytes / 2,
+                                          .dtype = w->rows->dtype,
                                           .scale = 0.088388f,
                                           .o = device_bytes(width * 4),
                                           .lse = device_bytes((size_t)w->n_seqs * HEADS * 4),
                                           .workspace = device_bytes(work),
                                           .workspace_bytes = work};
+    if (w->rows->rotated) {
+        kvk_rope_params rope = {.theta = 500000};
+        int32_t *ranks = host_bytes((size_t)w->n_seqs * K * 4);
+        double inv_freq[DIM / 2];
+        for (uint32_t i = 0; i < w->n_seqs * K; i++)
+            ranks[i] = (int32_t)(i % K);
+        OK(kvk_rope_inv_freq(&rope, DIM, inv_freq));
+        w->attend[t].k_positions = device_copy(ranks, (size_t)w->n_seqs * K * 4);
+        w->attend[t].inv_freq = device_copy(inv_freq, sizeof(inv_freq));
+    }
 }
 
 /* missing_percent of the picks in w->missing_percent; remakes what depends on it. */
@@ -327,11 +349,11 @@ static void set_missing(world *w, uint32_t missing_percent)
 static void bench(uint32_t n, uint32_t n_seqs, uint32_t dims, const char *arena, size_t arena_bytes)
 {
     numbers from = {n + dims};
-    world w = {.n = n, .n_seqs = n_seqs, .dims = dims};
+    world w = {.rows = &plain, .n = n, .n_seqs = n_seqs, .dims = dims};
     const void *rows = index_rows(&from, n, 1, dims);
-    kvk_cuda_source source = source_of(n, arena, arena_bytes);
+    kvk_cuda_source source = source_of(n, plain.row_bytes, arena, arena_bytes);
     double index_us = floor_us((double)n * n_seqs * (dims + 2));
-    double rows_us = floor_us((double)n_seqs * K * ROW_BYTES);
+    double rows_us = floor_us((double)n_seqs * K * plain.row_bytes);
     static const uint32_t missing[] = {5, 0, 1, 20, 100};
 
     make_flush(&w);
@@ -363,11 +385,65 @@ static void bench(uint32_t n, uint32_t n_seqs, uint32_t dims, const char *arena,
     release_all();
 }
 
+static void do_encode(world *w, uint32_t t)
+{
+    kvk_cuda_encode_args a = {.k = w->attend[t].q, /* any bytes */
+                              .v = w->attend[t].q,
+                              .n = w->n_seqs,
+                              .n_heads = KV_HEADS,
+                              .head_dim = DIM,
+                              .dtype = KVK_E4M3_SCALED,
+                              .row_bytes = 2080,
+                              .v_off_bytes = 1040,
+                              .out = w->attend[t].workspace};
+
+    OK(kvk_cuda_encode(gpu(), &a, gpu_stream()));
+}
+
+/* The row side alone, for each kind of row. */
+static void bench_rows(uint32_t n, uint32_t n_seqs, const char *arena, size_t arena_bytes)
+{
+    static const row_kind kinds[] = {
+        {"bf16", KVK_BF16, false, 4096},        {"bf16 r", KVK_BF16, true, 4096},
+        {"e4m3", KVK_E4M3_SCALED, false, 2080}, {"e4m3 r", KVK_E4M3_SCALED, true, 2080},
+        {"int8", KVK_I8_SCALED, false, 2080},   {"f16 r", KVK_F16, true, 4096}};
+    static const uint32_t missing[] = {0, 5, 100};
+
+    for (size_t k = 0; k < sizeof(kinds) / sizeof(kinds[0]); k++) {
+        numbers from = {n + n_seqs};
+        world w = {.rows = &kinds[k], .n = n, .n_seqs = n_seqs, .dims = 126};
+        const void *rows = index_rows(&from, n, 1, 126);
+        kvk_cuda_source source = source_of(n, kinds[k].row_bytes, arena, arena_bytes);
+        double rows_us = floor_us((double)n_seqs * K * kinds[k].row_bytes);
+        make_flush(&w);
+        w.table_bytes = n_seqs * tables_of(n);
+        for (uint32_t t = 0; t < STEPS; t++) {
+            make_select(&w, t, &from, rows);
+            make_residency(&w, t, &source);
+            make_attend(&w, t, &from);
+        }
+        gpu_sync();
+        for (size_t i = 0; i < sizeof(missing) / sizeof(missing[0]); i++) {
+            set_missing(&w, missing[i]);
+            report(&w, "resolve + attend (fetching)", do_resolve_attend, rows_us);
+            if (missing[i] == 0)
+                report(&w, "attend alone", do_attend, rows_us);
+        }
+        restore(&w);
+        for (uint32_t t = 0; t < STEPS; t++)
+            do_resolve(&w, t);
+        report(&w, "gather alone", do_gather, 0);
+        if (k == 0)
+            report(&w, "encode, one row a sequence", do_encode, 0);
+        release_all();
+    }
+}
+
 /* eps > 0 takes the exact path over stored scores. */
 static void bench_window(uint32_t n)
 {
     numbers from = {n};
-    world w = {.n = n, .n_seqs = 1, .dims = 126};
+    world w = {.rows = &plain, .n = n, .n_seqs = 1, .dims = 126};
     const void *rows = index_rows(&from, n, 1, 126);
 
     make_flush(&w);
@@ -388,10 +464,14 @@ int main(int argc, char **argv)
     OK(kvk_cuda_alloc(gpu(), KVK_CUDA_PINNED, arena_bytes, &arena));
     memset(arena, 0, arena_bytes);
     measure_copy(quick ? (size_t)64 << 20 : (size_t)2 << 30);
-    printf("%8s %5s %5s %5s  %-28s %9s %9s %9s %9s\n", "tokens", "seqs", "B/tok", "hit%", "what",
-           "us", "least", "most", "floor");
+    printf("%8s %5s %5s %-7s %4s  %-28s %9s %9s %9s %9s\n", "tokens", "seqs", "B/tok", "rows",
+           "hit%", "what", "us", "least", "most", "floor");
     if (quick) {
         bench(20000, 1, 126, arena, arena_bytes);
+        bench_rows(20000, 1, arena, arena_bytes);
+    } else if (argc > 1 && strcmp(argv[1], "--rows") == 0) {
+        for (uint32_t n_seqs = 1; n_seqs <= 32; n_seqs = n_seqs == 1 ? 8 : n_seqs * 4)
+            bench_rows(1 << 17, n_seqs, arena, arena_bytes);
     } else if (argc > 1) {
         for (int i = 1; i < argc; i++)
             bench((uint32_t)strtoul(argv[i], NULL, 10), 1, 126, arena, arena_bytes);
@@ -405,6 +485,8 @@ int main(int argc, char **argv)
         bench(1 << 20, 8, 126, arena, arena_bytes);
         bench(1 << 17, 32, 126, arena, arena_bytes);
         bench_window(1 << 20);
+        for (uint32_t n_seqs = 1; n_seqs <= 32; n_seqs = n_seqs == 1 ? 8 : n_seqs * 4)
+            bench_rows(1 << 17, n_seqs, arena, arena_bytes);
     }
     kvk_cuda_free(gpu(), KVK_CUDA_PINNED, arena);
     return 0;

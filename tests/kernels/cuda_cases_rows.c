@@ -1,42 +1,12 @@
 /*
  * cuda_cases_rows.c: resolve against a plain model of least-recently-used slots, gather against the
- * source, attend and merge against the reference backend.
+ * source, encode against the table's.
  */
 #include <math.h>
 #include <string.h>
 
 #include "cuda_cases.h"
-
-/* A host model of one sequence's residency, and its device side. */
-typedef struct model {
-    uint32_t n_positions, n_slots, n_pinned, step;
-    int32_t *slot_of;
-    uint32_t *pos_of, *used;
-    kvk_cuda_residency res;
-} model;
-
-static model model_of(uint32_t n_positions, uint32_t n_slots, uint32_t n_pinned, size_t row_bytes)
-{
-    model m = {.n_positions = n_positions, .n_slots = n_slots, .n_pinned = n_pinned};
-    uint32_t zero = 0;
-
-    m.slot_of = host_bytes(n_positions * 4);
-    m.pos_of = host_bytes(n_slots * 4);
-    m.used = host_bytes(n_slots * 4);
-    memset(m.slot_of, 0xff, n_positions * 4);
-    memset(m.pos_of, 0xff, n_slots * 4);
-    for (uint32_t i = 0; i < n_pinned; i++) {
-        m.slot_of[i] = (int32_t)i;
-        m.pos_of[i] = i;
-    }
-    m.res = (kvk_cuda_residency){.slots = device_bytes(n_slots * row_bytes),
-                                 .slot_of = device_copy(m.slot_of, n_positions * 4),
-                                 .pos_of = device_copy(m.pos_of, n_slots * 4),
-                                 .used = device_copy(m.used, n_slots * 4),
-                                 .step = device_copy(&zero, 4),
-                                 .n_positions = n_positions};
-    return m;
-}
+#include "cuda_rig.h"
 
 /* Marks the n slots least recently used and not in this step. */
 static void choose_victims(const model *m, uint32_t n, uint8_t *victim)
@@ -162,40 +132,6 @@ void cuda_case_resolve(numbers *from)
     resolve_steps(from, 1000, 70000, 5, 200000);
 }
 
-/* Rows of random bf16 or f16 values in pinned memory, cut into blocks. */
-typedef struct context {
-    uint32_t n, block_tokens, row_bytes;
-    uint8_t *rows;
-    kvk_cuda_source source;
-} context;
-
-static uint16_t f16_of(float x)
-{
-    uint32_t bits = 0;
-    float magnitude = fabsf(x) < 6.2e-5f ? 0 : fabsf(x); /* no subnormals needed here */
-
-    memcpy(&bits, &magnitude, sizeof(bits));
-    bits = magnitude == 0 ? 0 : (bits - 0x38000000u + 0x1000u) >> 13;
-    return (uint16_t)(bits | (x < 0 ? 0x8000u : 0));
-}
-
-static context context_of(numbers *from, uint32_t n, uint32_t row_bytes, kvk_dtype dtype)
-{
-    context c = {.n = n, .block_tokens = 100, .row_bytes = row_bytes};
-    const void **blocks = host_bytes((n / 100 + 1) * sizeof(*blocks));
-
-    c.rows = pinned_bytes((size_t)n * row_bytes);
-    for (size_t i = 0; i < (size_t)n * row_bytes / 2; i++) {
-        uint16_t bits = dtype == KVK_BF16 ? bf16_of(normal(from)) : f16_of(normal(from));
-        memcpy(c.rows + 2 * i, &bits, 2);
-    }
-    for (uint32_t b = 0; b * 100 < n; b++)
-        blocks[b] = c.rows + (size_t)b * 100 * row_bytes;
-    c.source = (kvk_cuda_source){device_copy(blocks, (n / 100 + 1) * sizeof(*blocks)),
-                                 (n + 99) / 100, 100};
-    return c;
-}
-
 void cuda_case_gather(numbers *from)
 {
     static const uint32_t widths[] = {16, 528, 4096, 9216};
@@ -204,7 +140,7 @@ void cuda_case_gather(numbers *from)
         enum { N = 700, SLOTS = 900 };
         uint32_t row = widths[w], n_list = N, *fetch = host_bytes(N * 4);
         int32_t *list = host_bytes(N * 4);
-        context c = context_of(from, 1000, row, KVK_BF16);
+        context c = context_of(from, 1000, row);
         model m = model_of(1000, SLOTS, 0, row);
         uint8_t *want = fetched(m.res.slots, (size_t)SLOTS * row);
         for (uint32_t i = 0; i < N; i++) {
@@ -232,232 +168,71 @@ void cuda_case_gather(numbers *from)
     }
 }
 
-/* A batch of attentions over one context, each sequence with its own list. */
-typedef struct setting {
-    uint32_t n_seqs, heads, kv_heads, dim, stride;
-    kvk_dtype dtype;
-    bool rotated;
-    float softcap;
-    context c;
-    model m;
-    uint32_t *n_list, *positions; /* [n_seqs, stride] of the context */
-    int32_t *k_positions;
-    float *q;
-    double inv_freq[64];
-    kvk_cuda_attend_args a;
-} setting;
-
-static void set_up(numbers *from, setting *s)
+static void run_encode(numbers *from, uint32_t n, uint32_t heads, uint32_t dim, kvk_dtype dtype)
 {
-    size_t entries = (size_t)s->n_seqs * s->stride, width = (size_t)s->heads * s->dim;
-    uint32_t half_row = s->kv_heads * s->dim * 2;
-    kvk_rope_params rope = {.theta = 500000};
-    size_t bytes = kvk_cuda_attend_workspace_bytes(s->n_seqs, s->stride, s->heads, s->dim);
+    size_t width = (size_t)heads * dim, slice = kvk_slice_bytes(dtype, heads, dim);
+    uint32_t v_off = (uint32_t)(slice + 15) / 16 * 16, row = 2 * v_off;
+    uint16_t *in[2] = {host_bytes(n * width * 2), host_bytes(n * width * 2)};
+    uint8_t *want = host_bytes((size_t)n * row);
+    kvk_cuda_encode_args a = {.n = n,
+                              .n_heads = heads,
+                              .head_dim = dim,
+                              .dtype = dtype,
+                              .row_bytes = row,
+                              .v_off_bytes = v_off,
+                              .out = device_bytes((size_t)n * row)};
 
-    s->c = context_of(from, 3000, half_row * 2, s->dtype);
-    s->m = model_of(3000, (uint32_t)entries, 0, s->c.row_bytes);
-    s->n_list = host_bytes(s->n_seqs * 4);
-    s->positions = host_bytes(entries * 4);
-    s->k_positions = host_bytes(entries * 4);
-    s->q = normals(from, s->n_seqs * width);
-    OK(kvk_rope_inv_freq(&rope, s->dim, s->inv_freq));
-    for (uint32_t i = 0; i < s->n_seqs; i++)
-        s->n_list[i] = i == 1 ? 0 : s->stride - number_below(from, i ? s->stride : 1);
-    for (size_t i = 0; i < entries; i++) {
-        s->positions[i] = number_below(from, 3000);
-        s->k_positions[i] = (int32_t)number_below(from, 100000);
+    memset(want, 0xee, (size_t)n * row);
+    for (uint32_t side = 0; side < 2; side++) {
+        for (size_t i = 0; i < n * width; i++) /* sizes from tiny to huge, within a head too */
+            in[side][i] = bf16_of(
+                ldexpf(normal(from), (int)(i / width % 40 * 5) - 110 - (i % 3 == 0 ? 9 : 0)));
+        memset(in[side], 0, dim * 2u); /* a zero head */
+        CPU(false, encode, {in[side], width * 2, KVK_BF16}, n, heads, dim, dtype,
+            want + side * v_off, row);
     }
-    s->a = (kvk_cuda_attend_args){
-        .n_seqs = s->n_seqs,
-        .n_q_heads = s->heads,
-        .n_kv_heads = s->kv_heads,
-        .head_dim = s->dim,
-        .q = device_copy(s->q, s->n_seqs * width * 4),
-        .n_list = device_copy(s->n_list, s->n_seqs * 4),
-        .stride = s->stride,
-        .row_bytes = s->c.row_bytes,
-        .v_off_bytes = half_row,
-        .dtype = s->dtype,
-        .k_positions = s->rotated ? device_copy(s->k_positions, entries * 4) : NULL,
-        .inv_freq = s->rotated ? device_copy(s->inv_freq, s->dim / 2 * sizeof(double)) : NULL,
-        .scale = 1.0f / sqrtf((float)s->dim),
-        .softcap = s->softcap,
-        .o = device_bytes(s->n_seqs * width * 4),
-        .lse = device_bytes((size_t)s->n_seqs * s->heads * 4),
-        .workspace = device_bytes(bytes),
-        .workspace_bytes = bytes};
+    a.k = device_copy(in[0], n * width * 2);
+    a.v = device_copy(in[1], n * width * 2);
+    OK(kvk_cuda_fill(gpu(), a.out, 0xee, (size_t)n * row, gpu_stream()));
+    OK(kvk_cuda_encode(gpu(), &a, gpu_stream()));
+    REQUIRE(memcmp(fetched(a.out, (size_t)n * row), want, (size_t)n * row) == 0,
+            "%u rows of %u heads of %u: other bytes than encode's", n, heads, dim);
+    in[0][(n - 1) * width + 1] = 0x7f80; /* Inf: a NaN scale, and no other head is touched */
+    upload((void *)(uintptr_t)a.k, in[0], n * width * 2);
+    OK(kvk_cuda_encode(gpu(), &a, gpu_stream()));
+    uint16_t scale = 0;
+    uint8_t *last = want + (size_t)(n - 1) * row, *got = fetched(a.out, (size_t)n * row);
+    memcpy(&scale, got + (size_t)(n - 1) * row + width, 2);
+    REQUIRE(isnan(of_bf16(scale)), "the scale of a head with Inf is %g", (double)of_bf16(scale));
+    memcpy(got + (size_t)(n - 1) * row, last, dim);
+    memcpy(got + (size_t)(n - 1) * row + width, last + width, 2);
+    REQUIRE(memcmp(got, want, (size_t)n * row) == 0, "an Inf reached other heads");
+    release_all();
 }
 
-/* Lists slots 0, 1, ... for the entries; one in `share` is missing and comes from the source. */
-static void place(numbers *from, setting *s, uint32_t share)
+void cuda_case_encode(numbers *from)
 {
-    size_t entries = (size_t)s->n_seqs * s->stride, row = s->c.row_bytes;
-    int32_t *list = host_bytes(entries * 4);
-    uint32_t *fetch = host_bytes(entries * 4);
-    uint8_t *slots = host_bytes(entries * row);
-    kvk_cuda_residency *res = host_bytes(s->n_seqs * sizeof(*res));
-    kvk_cuda_source *source = host_bytes(s->n_seqs * sizeof(*source));
+    kvk_cuda_encode_args bad = {
+        .n_heads = 2, .head_dim = 32, .dtype = KVK_I8_SCALED, .row_bytes = 160, .v_off_bytes = 80};
 
-    memset(slots, 0xff, entries * row); /* NaN */
-    for (size_t i = 0; i < entries; i++) {
-        bool missing = share && number_below(from, share) == 0;
-        list[i] = (int32_t)i;
-        fetch[i] = missing ? s->positions[i] : KVK_CUDA_RESIDENT;
-        if (!missing)
-            memcpy(slots + i * row, s->c.rows + (size_t)s->positions[i] * row, row);
+    for (int i = 0; i < 2; i++) {
+        kvk_dtype dtype = i ? KVK_I8_SCALED : KVK_E4M3_SCALED;
+        run_encode(from, 1, 8, 128, dtype);
+        run_encode(from, 300, 8, 128, dtype);
+        run_encode(from, 41, 3, 64, dtype);
+        run_encode(from, 5, 1, 256, dtype);
+        run_encode(from, 77, 5, 33, dtype);
     }
-    upload(s->m.res.slots, slots, entries * row);
-    for (uint32_t i = 0; i < s->n_seqs; i++) {
-        res[i] = s->m.res;
-        source[i] = s->c.source;
-    }
-    s->a.res = device_copy(res, s->n_seqs * sizeof(*res));
-    s->a.list = device_copy(list, entries * 4);
-    s->a.fetch = share ? device_copy(fetch, entries * 4) : NULL;
-    s->a.source = share ? device_copy(source, s->n_seqs * sizeof(*source)) : NULL;
-}
-
-/* The bound of kernels/README.md; sums of |products| stay below 1.2 dim, |v| below 4. */
-static void compare(const setting *s, const char *what)
-{
-    size_t width = (size_t)s->heads * s->dim;
-    const float *o = fetched(s->a.o, s->n_seqs * width * 4);
-    const float *lse = fetched(s->a.lse, (size_t)s->n_seqs * s->heads * 4);
-    float *want = host_bytes(width * 4), *want_lse = host_bytes(s->heads * 4);
-
-    for (uint32_t i = 0; i < s->n_seqs; i++) {
-        uint32_t n = s->n_list[i];
-        const void **rows = host_bytes((n + 1) * sizeof(*rows));
-        double e = (s->dim + 12.0) * 0x1p-24 * (double)s->a.scale * 1.2 * s->dim +
-                   0x1p-20 * (1 + log2(n + 1.0));
-        for (uint32_t j = 0; j < n; j++)
-            rows[j] = s->c.rows + (size_t)s->positions[(size_t)i * s->stride + j] * s->c.row_bytes;
-        CPU(false, attend, s->q + i * width, 1, s->heads, s->kv_heads, s->dim, rows, n, 0,
-            s->a.v_off_bytes, s->dtype, s->rotated ? s->k_positions + (size_t)i * s->stride : NULL,
-            s->rotated ? s->inv_freq : NULL, NULL, s->a.scale, s->softcap, want, want_lse);
-        for (size_t d = 0; d < width; d++) {
-            double off = fabs((double)o[i * width + d] - (double)want[d]);
-            REQUIRE(off <= 2 * e * 4, "%s: seq %u of %u rows: o[%zu] is %.9g, wanted %.9g", what, i,
-                    n, d, (double)o[i * width + d], (double)want[d]);
-        }
-        for (uint32_t h = 0; h < s->heads; h++) {
-            float got = lse[i * s->heads + h];
-            REQUIRE(got == want_lse[h] || fabs((double)got - (double)want_lse[h]) <= 2 * e,
-                    "%s: lse[%u] is %.9g, wanted %.9g", what, h, (double)got, (double)want_lse[h]);
-        }
-    }
-}
-
-void cuda_case_attend(numbers *from)
-{
-    static const uint32_t shapes[][4] = {/* heads, kv heads, dim, stride */
-                                         {32, 8, 128, 2048}, {32, 8, 128, 1},  {9, 3, 64, 333},
-                                         {8, 8, 128, 17},    {16, 2, 64, 100}, {28, 4, 128, 65},
-                                         {5, 1, 64, 31},     {12, 2, 128, 15}, {4, 2, 64, 16}};
-
-    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
-        for (int kind = 0; kind < 4; kind++) {
-            setting s = {.n_seqs = 4,
-                         .heads = shapes[i][0],
-                         .kv_heads = shapes[i][1],
-                         .dim = shapes[i][2],
-                         .stride = shapes[i][3],
-                         .dtype = kind % 2 ? KVK_F16 : KVK_BF16,
-                         .rotated = kind >= 2,
-                         .softcap = kind == 3 ? 20.0f : 0};
-            set_up(from, &s);
-            place(from, &s, kind == 1 ? 0 : 3);
-            OK(kvk_cuda_attend(gpu(), &s.a, gpu_stream()));
-            compare(&s, "attend");
-            release_all();
-        }
-    }
-}
-
-/* What was resident does not show, rows that came are kept, NaN shows where it is seen. */
-void cuda_case_attend_exact(numbers *from)
-{
-    setting s = {
-        .n_seqs = 3, .heads = 32, .kv_heads = 8, .dim = 128, .stride = 500, .dtype = KVK_BF16};
-    size_t o_bytes = (size_t)3 * 32 * 128 * 4, slots = (size_t)3 * 500 * 4096;
-    const float *first = NULL, *o = NULL;
-    const uint16_t nan = 0x7fc0;
-
-    set_up(from, &s);
-    for (uint32_t share = 0; share <= 4; share++) { /* 0: all resident, 1: none, 2: half */
-        place(from, &s, share);
-        OK(kvk_cuda_attend(gpu(), &s.a, gpu_stream()));
-        o = fetched(s.a.o, o_bytes);
-        first = first ? first : o;
-        REQUIRE(memcmp(first, o, o_bytes) == 0, "other bits with one in %u missing", share);
-        if (share == 0)
-            continue;
-        const uint8_t *kept = fetched(s.m.res.slots, slots);
-        for (uint32_t seq = 0; seq < 3; seq++) {
-            for (uint32_t j = 0; j < s.n_list[seq]; j++) {
-                size_t i = (size_t)seq * 500 + j;
-                REQUIRE(memcmp(kept + i * 4096, s.c.rows + (size_t)s.positions[i] * 4096, 4096) ==
-                            0,
-                        "slot %zu does not hold its row", i);
-            }
-        }
-    }
-    place(from, &s, 0);
-    upload((char *)s.m.res.slots + 7 * 4096, &nan, 2); /* K of kv head 0, row 7 of sequence 0 */
-    OK(kvk_cuda_attend(gpu(), &s.a, gpu_stream()));
-    o = fetched(s.a.o, o_bytes);
-    for (uint32_t h = 0; h < 32; h++)
-        REQUIRE(!!isnan(o[h * 128]) == (h < 4), "head %u", h);
-    REQUIRE(memcmp(o + 32 * 128, first + 32 * 128, o_bytes - 32 * 128 * 4) == 0, "other sequences");
-}
-
-void cuda_case_merge(numbers *from)
-{
-    enum { N = 70, DIM = 128 };
-    float *o_a = normals(from, N * DIM), *o_b = normals(from, N * DIM);
-    float *lse_a = normals(from, N), *lse_b = normals(from, N);
-    void *d_a = NULL, *d_lse = NULL;
-
-    lse_a[1] = lse_b[2] = lse_a[3] = lse_b[3] = -INFINITY;
-    lse_a[4] = 90;
-    o_a[DIM] = NAN; /* not read: its partial is empty */
-    d_a = device_copy(o_a, N * DIM * 4);
-    d_lse = device_copy(lse_a, N * 4);
-    OK(kvk_cuda_merge(gpu(),
-                      &(kvk_merge_args){d_a, d_lse, device_copy(o_b, N * DIM * 4),
-                                        device_copy(lse_b, N * 4), N, DIM},
-                      gpu_stream()));
-    CPU(false, merge, o_a, lse_a, o_b, lse_b, N, DIM);
-    const float *got = fetched(d_a, N * DIM * 4), *lse = fetched(d_lse, N * 4);
-    for (size_t i = 0; i < N * DIM; i++)
-        REQUIRE(fabs((double)got[i] - (double)o_a[i]) <= 4 * 0x1p-24 * 8, "o[%zu]", i);
-    for (size_t i = 0; i < N; i++)
-        REQUIRE(lse[i] == lse_a[i] ||
-                    fabs((double)lse[i] - (double)lse_a[i]) <= 0x1p-22 * fabs((double)lse_a[i]),
-                "lse[%zu]", i);
-}
-
-/* A captured step replayed with other data gives what the ops give one by one. */
-void cuda_case_graph(numbers *from)
-{
-    setting s = {
-        .n_seqs = 2, .heads = 32, .kv_heads = 8, .dim = 128, .stride = 300, .dtype = KVK_BF16};
-    kvk_cuda_graph *graph = NULL;
-    size_t o_bytes = (size_t)2 * 32 * 128 * 4;
-
-    set_up(from, &s);
-    place(from, &s, 2);
-    OK(kvk_cuda_graph_begin(gpu(), gpu_stream()));
-    OK(kvk_cuda_attend(gpu(), &s.a, gpu_stream()));
-    OK(kvk_cuda_graph_end(gpu(), gpu_stream(), &graph));
-    for (int pass = 0; pass < 3; pass++) {
-        float *q = normals(from, 2 * 32 * 128);
-        upload((void *)(uintptr_t)s.a.q, q, o_bytes);
-        OK(kvk_cuda_graph_launch(gpu(), graph, gpu_stream()));
-        const float *replayed = fetched(s.a.o, o_bytes);
-        OK(kvk_cuda_fill(gpu(), s.a.o, 0xee, o_bytes, gpu_stream()));
-        OK(kvk_cuda_attend(gpu(), &s.a, gpu_stream()));
-        REQUIRE(memcmp(replayed, fetched(s.a.o, o_bytes), o_bytes) == 0, "pass %d", pass);
-    }
-    kvk_cuda_graph_destroy(gpu(), graph);
+    OK(kvk_cuda_encode(gpu(), &bad, gpu_stream()));
+    bad.row_bytes = 147;
+    REQUIRE(kvk_cuda_encode(gpu(), &bad, gpu_stream()) == KVC_INVALID, "V leaves the row");
+    bad.row_bytes = 160;
+    bad.v_off_bytes = 60;
+    REQUIRE(kvk_cuda_encode(gpu(), &bad, gpu_stream()) == KVC_INVALID, "V lies over K");
+    bad.v_off_bytes = 80;
+    bad.dtype = KVK_BF16;
+    REQUIRE(kvk_cuda_encode(gpu(), &bad, gpu_stream()) == KVC_INVALID, "not a code");
+    bad.dtype = KVK_I8_SCALED;
+    bad.n = 1;
+    REQUIRE(kvk_cuda_encode(gpu(), &bad, gpu_stream()) == KVC_INVALID, "no rows");
 }

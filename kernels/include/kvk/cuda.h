@@ -219,10 +219,10 @@ kvc_status kvk_cuda_gather(kvk_cuda *cuda, const kvk_cuda_gather_args *args,
  * source, a row that fetch names is read from its source, written into its slot and attended in the
  * same pass. The sums are taken per 16 rows in list order and merged in order, so the bits do not
  * depend on what was resident. A row: K [n_kv_heads, head_dim] at k_off_bytes, V at v_off_bytes, in
- * dtype (BF16 or F16), both offsets and row_bytes multiples of 16. With inv_freq, K of entry j is
- * rotated by k_positions[s * stride + j] (angles in double). Bound: as kvk_attend's. head_dim 64 or
- * 128, n_q_heads / n_kv_heads 1 to 8, a tile of 16 rows must fit in shared memory; else
- * UNSUPPORTED.
+ * dtype (BF16, F16 or a coded one), both offsets and row_bytes multiples of 16. With inv_freq, K of
+ * entry j is rotated by k_positions[s * stride + j] (angles in double). Bound: as kvk_attend's.
+ * head_dim 64 or 128, n_q_heads / n_kv_heads 1 to 8, a tile of 16 rows must fit in shared memory;
+ * else UNSUPPORTED.
  */
 typedef struct kvk_cuda_attend_args {
     uint32_t n_seqs, n_q_heads, n_kv_heads, head_dim;
@@ -246,6 +246,22 @@ typedef struct kvk_cuda_attend_args {
 size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_t n_q_heads,
                                        uint32_t head_dim);
 kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args *args,
+                           kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * Coded rows of n tokens: k and v [n, n_heads, head_dim] bf16 -> row i at out + i * row_bytes, K at
+ * k_off_bytes and V at v_off_bytes of it, each with the bytes that kvk_encode writes in dtype. A
+ * head with a non-finite element gets a NaN scale. out may be device memory or pinned. head_dim <=
+ * 256.
+ */
+typedef struct kvk_cuda_encode_args {
+    const void *k, *v;
+    uint32_t n, n_heads, head_dim;
+    kvk_dtype dtype;
+    uint32_t row_bytes, k_off_bytes, v_off_bytes;
+    void *out;
+} kvk_cuda_encode_args;
+kvc_status kvk_cuda_encode(kvk_cuda *cuda, const kvk_cuda_encode_args *args,
                            kvk_stream *stream) KVC_MUST_CHECK;
 
 /* kvk_merge on the device: partial b into a; o [n, dim], lse [n]. */
