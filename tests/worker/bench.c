@@ -3,6 +3,8 @@
  */
 #include "bench.h"
 
+#include <math.h>
+
 #include "base/clock.h"
 
 #define URI "inproc://worker-test"
@@ -64,4 +66,14 @@ void run(rig *r, rig_record *record, uint32_t n_known, uint32_t *reused_p, kvw_s
     assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
     *stats = stats_of(seq);
     kvw_seq_destroy(seq);
+}
+
+double near_bound(const rig *r)
+{
+    double most = 0;
+    size_t n = (size_t)r->opts.n_layers * r->n_tokens * rig_kv_width(r);
+    for (size_t i = 0; i < n; i++)
+        most = fabs(r->v[i]) > most ? fabs(r->v[i]) : most;
+    double round = r->opts.dtype == KVK_F32 ? 1e-5 : r->opts.dtype == KVK_F16 ? 0x1p-11 : 0x1p-8;
+    return 2 * round * most;
 }

@@ -22,5 +22,7 @@ kvw_stats stats_of(kvw_seq *seq);
 void store_rig(rig *r, const char *selector, kvw_index_kind index, kvc_client *client);
 /* Tokens up to 660 prefilled (or reused, of n_known), up to 700 decoded; outputs into record. */
 void run(rig *r, rig_record *record, uint32_t n_known, uint32_t *reused_p, kvw_stats *stats);
+/* Of kvw_opts.way: one more rounding of o, and that of out itself at both ends. */
+double near_bound(const rig *r);
 
 #endif

@@ -5,6 +5,9 @@
 
 #include <math.h>
 
+#include "base/digest.h"
+#include "base/place.h"
+
 #ifdef __clang__
 typedef __fp16 half; /* clang before 15 lacks _Float16 on x86 */
 #else
@@ -148,6 +151,62 @@ void rig_project(rig *r, uint32_t dims)
     free(p.a);
     free(p.b);
     r->opts.projection_path = r->projection;
+}
+
+/* Digests of the whole blocks as a prefill in chunks names them; how many. The caller frees. */
+static uint32_t cold_digests(const rig *r, kvc_digest **digests_p)
+{
+    kvw_opts alone = r->opts;
+    kvw_worker *worker = NULL;
+    uint32_t bt = r->opts.block_tokens, n = r->n_tokens / bt;
+    kvc_digest *digests = malloc((n + 1u) * sizeof(*digests));
+    alone.client = NULL;
+    alone.clients = NULL;
+    alone.server_names = NULL;
+    alone.n_clients = 0;
+    assert_non_null(digests);
+    assert_ok(kvw_open(&alone, &worker));
+    for (uint32_t b = 0; b < n; b++)
+        assert_ok(kvc_block_digest(kvw_schema_digest(worker), b == 0 ? NULL : &digests[b - 1],
+                                   r->tokens + b * bt, bt, NULL, 0, &digests[b]));
+    kvw_close(worker);
+    *digests_p = digests;
+    return n;
+}
+
+/* Whether each server has its part of blocks [1, end). */
+static bool is_spread(const rig *r, const kvc_digest *digests, uint32_t end)
+{
+    uint32_t n = (uint32_t)r->opts.n_clients, count[8] = {0};
+    uint64_t keys[8];
+    for (uint32_t i = 0; i < n; i++)
+        assert_ok(kvc_place_key(r->server_name[i], &keys[i]));
+    for (uint32_t b = 1; b < end; b++)
+        count[kvc_place_owner(keys, n, &digests[b])]++;
+    for (uint32_t i = 0; i < n; i++)
+        if (count[i] < 1 || count[i] < end / (2 * n))
+            return false;
+    return true;
+}
+
+void rig_name_servers(rig *r)
+{
+    kvc_digest *digests = NULL;
+    bool spread = false;
+    if (r->k == NULL)
+        rig_fill(r);
+    uint32_t n = cold_digests(r, &digests);
+    assert_true(r->opts.n_clients <= 8 && n > 3);
+    for (uint32_t try = 0; !spread && try < 10000; try++) {
+        for (uint32_t i = 0; i < r->opts.n_clients; i++) {
+            (void)snprintf(r->server_name[i], sizeof(r->server_name[i]), "%u of %u", i, try);
+            r->server_names[i] = r->server_name[i];
+        }
+        spread = is_spread(r, digests, n - 2);
+    }
+    assert_true(spread);
+    free(digests);
+    r->opts.server_names = r->server_names;
 }
 
 void rig_open(rig *r)

@@ -24,6 +24,8 @@ typedef struct rig {
     double *k, *v, *q;
     uint32_t *tokens;
     kvw_worker *worker;
+    char server_name[8][24]; /* what rig_name_servers made */
+    const char *server_names[8];
     char projection[256]; /* path of the file that rig_project wrote; "" none */
 } rig;
 
@@ -33,6 +35,10 @@ void rig_init(rig *r, const char *selector, uint32_t n_tokens);
 void rig_fill(rig *r);
 /* Writes a random projection of so many dims that fits opts; opts.projection_path names it. */
 void rig_project(rig *r, uint32_t dims);
+/* Names opts.n_clients servers so that each of them owns some of the blocks that are whole chunks
+ * and neither the first nor among the last two, whatever digests the blocks have on this machine.
+ * After it opts may not change in anything that the schema names. */
+void rig_name_servers(rig *r);
 void rig_open(rig *r);
 void rig_close(rig *r); /* worker, data, projection file */
 

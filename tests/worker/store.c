@@ -9,6 +9,8 @@
 
 #define NS_PER_MS 1000000ull
 
+uint32_t store_max_digests = KVC_MAX_DIGESTS;
+
 static void reply_ok(kvt_call *call, const kvc_reply *reply)
 {
     kvt_call_reply(call, KVC_OK, NULL, 0, reply, NULL, 0);
@@ -28,7 +30,7 @@ static void answer_describe(kvt_call *call)
         .max_value_bytes = KVC_MAX_VALUE_BYTES,
         .max_message_bytes = 1u << 18,
         .max_batch_values = 16,
-        .max_digests = KVC_MAX_DIGESTS,
+        .max_digests = store_max_digests,
         .max_context_blocks = KVC_MAX_CONTEXT_BLOCKS,
         .max_picks = KVC_MAX_PICKS,
         .max_groups = KVC_MAX_GROUPS,

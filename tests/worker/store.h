@@ -57,6 +57,8 @@ typedef struct store {
     uint32_t n_late;
 } store;
 
+/* Digests that stores which start from now on take in a message; KVC_MAX_DIGESTS until set. */
+extern uint32_t store_max_digests;
 /* Listens on uri ("inproc://name"). */
 void store_start(store *s, const char *uri);
 void store_stop(store *s);

@@ -6,7 +6,8 @@
 #include <math.h>
 
 #include "base/clock.h"
-#include "bench.h"
+#include "internal.h"
+#include "servers.h"
 
 enum { S = KVW_CHUNK_TOKENS, CHUNKS = 24, K = 3, DIM = 32, GROUPS = 2 };
 
@@ -235,6 +236,52 @@ static void offloaded_equals_resident(void **state)
     rig_close(&c.r);
 }
 
+/* The same conversation over any number of real servers; and over what it has put there. */
+static void sharded_equals_unsharded(void **state)
+{
+    static const uint32_t counts[] = {0, 1, 2, 3, SERVERS};
+    static float out[5][CHUNKS * GROUPS * 64], warm[CHUNKS * GROUPS * 64];
+    const size_t last = (CHUNKS - 1) * GROUPS * 64;
+    servers s;
+    chunk_rig c;
+    (void)state;
+    servers_start(&s, SERVERS);
+    open_rig(&c, "gca", KVK_F32, NULL);
+    for (size_t i = 0; i < 5; i++) {
+        uint32_t reused = 0, asked = 0;
+        char revision[16];
+        kvw_close(c.r.worker);
+        (void)snprintf(revision, sizeof(revision), "%u", counts[i]);
+        c.r.opts.revision = revision; /* no blocks of other runs */
+        servers_use(&s, &c.r, counts[i]);
+        c.r.opts.server_names = NULL;
+        if (counts[i] != 0)
+            rig_name_servers(&c.r);
+        assert_ok(kvw_open(&c.r.opts, &c.r.worker));
+        kvw_seq *seq = create(&c, CHUNKS, &reused);
+        assert_int_equal(reused, 0);
+        converse(&c, seq, 0, out[i]);
+        assert_memory_equal(out[0], out[i], sizeof(out[0]));
+        for (uint32_t j = 0; j < counts[i]; j++) {
+            kvw_server_stats own = server_stats_of(seq, j);
+            assert_int_equal(own.rows % S, 0);
+            asked += own.requests != 0;
+        }
+        assert_true(asked >= (counts[i] < 2 ? counts[i] : 2));
+        assert_int_equal(stats_of(seq).misses, counts[i] == 0 ? 0 : stats_of(seq).rows_dram);
+        kvw_seq_destroy(seq);
+        if (counts[i] == 0)
+            continue;
+        seq = create(&c, CHUNKS, &reused);
+        assert_int_equal(reused, (CHUNKS - 1) * S);
+        converse(&c, seq, CHUNKS - 1, warm + last);
+        assert_memory_equal(out[0] + last, warm + last, sizeof(warm) - last * sizeof(float));
+        kvw_seq_destroy(seq);
+    }
+    rig_close(&c.r);
+    servers_stop(&s);
+}
+
 /* Landmarks are not made of keys: without them nothing is reused. */
 static void lost_landmarks_mean_a_cold_start(void **state)
 {
@@ -419,6 +466,7 @@ int main(void)
 {
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(retrieval_is_the_formula),
+        cmocka_unit_test(sharded_equals_unsharded),
         cmocka_unit_test_setup_teardown(offloaded_equals_resident, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(lost_landmarks_mean_a_cold_start, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(chunks_that_are_chosen_again_stay, bench_open, bench_close),

@@ -63,17 +63,6 @@ static kvw_stats run_by(near_bench *b, const char *selector, kvk_dtype dtype, co
     return stats;
 }
 
-/* The bound of kvw_opts.way for one more rounding of o, and that of out itself at both ends. */
-static double bound_of(const rig *r)
-{
-    double most = 0;
-    size_t n = (size_t)r->opts.n_layers * r->n_tokens * rig_kv_width(r);
-    for (size_t i = 0; i < n; i++)
-        most = fabs(r->v[i]) > most ? fabs(r->v[i]) : most;
-    double round = r->opts.dtype == KVK_F32 ? 1e-5 : r->opts.dtype == KVK_F16 ? 0x1p-11 : 0x1p-8;
-    return 2 * round * most;
-}
-
 static void near_equals_rows(void **state)
 {
     static const kvk_dtype dtypes[] = {KVK_F32, KVK_F16, KVK_BF16};
@@ -89,9 +78,9 @@ static void near_equals_rows(void **state)
             assert_true(by_near.rows_near > 500);
             assert_int_equal(by_near.way_fallbacks, 0);
             double diff = rig_record_diff(&r, &rows, &near, 0, 700);
-            if (!(diff > 0 && diff <= bound_of(&r)))
+            if (!(diff > 0 && diff <= near_bound(&r)))
                 fail_msg("%s, dtype %d: %g apart, bound %g", selector, (int)dtypes[d], diff,
-                         bound_of(&r));
+                         near_bound(&r));
             rig_record_fini(&rows);
             rig_record_fini(&near);
             rig_close(&r);
@@ -116,7 +105,7 @@ static void a_busy_server_sends_rows(void **state)
     assert_true(stats.way_fallbacks > 20);
     assert_int_equal(kvc_metric_get(KVC_M_way_fallbacks) - before, stats.way_fallbacks);
     assert_int_equal(stats.rows_dram, stats.misses);
-    assert_true(rig_record_diff(&r, &rows, &near, 0, 700) <= bound_of(&r));
+    assert_true(rig_record_diff(&r, &rows, &near, 0, 700) <= near_bound(&r));
     rig_record_fini(&rows);
     rig_record_fini(&near);
     rig_close(&r);
@@ -162,7 +151,7 @@ static void holes_are_dropped_alike(void **state)
     assert_int_equal(by_near.rows_dropped, by_rows.rows_dropped);
     assert_true(by_near.rows_near > 500);
     double diff = rig_record_diff(&r, &rows, &near, 660, 700);
-    if (!(diff <= bound_of(&r)))
+    if (!(diff <= near_bound(&r)))
         fail_msg("%g apart", diff);
     rig_record_fini(&rows);
     rig_record_fini(&near);
@@ -258,7 +247,7 @@ static void the_choice_is_learnt(void **state)
     kvw_stats stats = run_by(b, "esa", KVK_F32, NULL, &s, &any);
     uint64_t n = kvc_metric_get(KVC_M_way_rows_requests) + kvc_metric_get(KVC_M_way_near_requests);
     assert_true(n - before > 20 && n - before <= stats.steps);
-    assert_true(rig_record_diff(&r, &rows, &any, 0, 700) <= bound_of(&r));
+    assert_true(rig_record_diff(&r, &rows, &any, 0, 700) <= near_bound(&r));
     kvc_way best = kvc_way_costs(b->client, &ask, costs);
     assert_true(best == KVC_WAY_ROWS || best == KVC_WAY_NEAR);
     assert_true(costs[KVC_WAY_ROWS].samples > 3 && costs[KVC_WAY_NEAR].samples >= 3);

@@ -3,6 +3,7 @@
  * same worker over one and over none: the bits of `exact` and the picks do not depend on their
  * number; who finds whose prefixes; and what each server is asked.
  */
+#include "attend.h"
 #include "internal.h"
 #include "servers.h"
 
@@ -202,6 +203,118 @@ static void a_step_asks_each_server_once(void **state)
     rig_close(&r);
 }
 
+/* ---- near data ---- */
+
+static kvw_seq *run_near(servers *s, rig *r, const char *selector, kvk_dtype dtype, const char *way,
+                         taken *t)
+{
+    static uint32_t revision;
+    static char name[16];
+    uint32_t reused = 0;
+    store_rig(r, selector, KVW_INDEX_EXACT, NULL);
+    servers_use(s, r, 3);
+    (void)snprintf(name, sizeof(name), "near %u", revision++);
+    r->opts.revision = name;
+    r->opts.exact = 0;
+    r->opts.dtype = dtype;
+    r->opts.way = way;
+    rig_name_servers(r);
+    rig_open(r);
+    return run_seq(r, t, 0, &reused);
+}
+
+static void near_is_near(const rig *r, const taken *rows, const taken *near)
+{
+    double diff = rig_record_diff(r, &rows->record, &near->record, 0, 700);
+    if (!(diff > 0 && diff <= near_bound(r)))
+        fail_msg("%s, dtype %d: %g apart, bound %g", r->opts.selector, (int)r->opts.dtype, diff,
+                 near_bound(r));
+}
+
+/* One partial from each of three servers, merged. */
+static void partials_of_servers_merge(void **state)
+{
+    static const kvk_dtype dtypes[] = {KVK_F32, KVK_F16, KVK_BF16};
+    servers *s = *state;
+    for (uint32_t i = 0; i < 2; i++) {
+        for (uint32_t d = 0; d < 3; d++) {
+            const char *selector = i == 0 ? "esa" : "tokenselect";
+            rig r, q;
+            taken rows, near;
+            kvw_seq_destroy(run_near(s, &r, selector, dtypes[d], "rows", &rows));
+            kvw_seq *seq = run_near(s, &q, selector, dtypes[d], "near", &near);
+            uint64_t all = 0;
+            for (uint32_t j = 0; j < 3; j++) {
+                assert_true(server_stats_of(seq, j).rows_near > 50);
+                all += server_stats_of(seq, j).rows_near;
+            }
+            assert_int_equal(all, stats_of(seq).rows_near);
+            assert_int_equal(stats_of(seq).way_fallbacks, 0);
+            near_is_near(&r, &rows, &near);
+            kvw_seq_destroy(seq);
+            taken_fini(&rows);
+            taken_fini(&near);
+            rig_close(&r);
+            rig_close(&q);
+        }
+    }
+}
+
+/* One that attends too much already sends its rows; the others attend. */
+static void a_busy_server_sends_rows_and_others_attend(void **state)
+{
+    servers *s = *state;
+    kvs_attender *attender = s->h[1].server->attender;
+    rig r, q;
+    taken rows, near;
+    kvw_seq_destroy(run_near(s, &r, "tokenselect", KVK_BF16, "rows", &rows));
+    atomic_fetch_add(&attender->n_calls, attender->max_calls);
+    kvw_seq *seq = run_near(s, &q, "tokenselect", KVK_BF16, "near", &near);
+    atomic_fetch_sub(&attender->n_calls, attender->max_calls);
+    assert_int_equal(server_stats_of(seq, 1).rows_near, 0);
+    assert_true(stats_of(seq).way_fallbacks > 10);
+    assert_true(server_stats_of(seq, 0).rows_near > 50 && server_stats_of(seq, 2).rows_near > 50);
+    near_is_near(&r, &rows, &near);
+    kvw_seq_destroy(seq);
+    taken_fini(&rows);
+    taken_fini(&near);
+    rig_close(&r);
+    rig_close(&q);
+}
+
+/* A step may be given up with a request to each of them in flight, or before. */
+static void abandoned_steps_leave_nothing(void **state)
+{
+    servers *s = *state;
+    for (uint32_t way = 0; way < 2; way++) {
+        rig r;
+        taken t;
+        uint16_t first[64], again[64];
+        kvw_seq *seq = run_near(s, &r, "esa", KVK_BF16, way == 0 ? "near" : "rows", &t);
+        assert_true(sizeof(first) >= rig_q_width(&r) * sizeof(uint16_t));
+        void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, 300, 1);
+        assert_ok(kvw_tokens(seq, r.tokens, 1));
+        assert_ok(kvw_append(seq, 0, q, q, 1)); /* any keys will do */
+        for (uint32_t i = 0; i < 30; i++) {
+            kvw_step *step = NULL;
+            for (uint32_t p = 0; p < 640; p++)
+                kvwi_residency_drop(&seq->layers[0].residency, p);
+            assert_ok(kvw_step_begin(seq, 0, q, 1, &step));
+            if (i % 2 == 0)
+                assert_ok(kvw_step_attend(step, q));
+            if (i == 10 || i == 28)
+                assert_ok(kvw_step_finish(step, q, i == 10 ? first : again, NULL));
+            else
+                kvw_step_abandon(step);
+        }
+        assert_memory_equal(first, again, rig_q_width(&r) * sizeof(uint16_t));
+        free(q);
+        kvw_seq_destroy(seq);
+        taken_fini(&t);
+        rig_close(&r);
+    }
+}
+
 /* The order of a list is nobody's business; the names are. */
 static void names_decide_and_not_the_order(void **state)
 {
@@ -339,6 +452,9 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(any_number_of_servers_gives_the_same_bits),
         cmocka_unit_test(a_step_asks_each_server_once),
+        cmocka_unit_test(partials_of_servers_merge),
+        cmocka_unit_test(a_busy_server_sends_rows_and_others_attend),
+        cmocka_unit_test(abandoned_steps_leave_nothing),
         cmocka_unit_test(names_decide_and_not_the_order),
         cmocka_unit_test(a_prefix_ends_where_a_server_lacks_a_block),
         cmocka_unit_test(lists_have_rules),
