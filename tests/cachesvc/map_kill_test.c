@@ -4,15 +4,20 @@
  * server keeps no pin, map, segment, slot or request.
  *
  * A real cachesvc. Clients that are to be killed are this program again, with "--client WAY URI
- * SEED". KVASIR_KILL_ROUNDS sets how many kills of each kind and way (clients 8, servers 2; fewer
- * under sanitizers).
+ * SEED FILE": FILE counts the transfers that they completed. KVASIR_KILL_ROUNDS sets how many kills
+ * of each kind and way (clients 8, servers 2; fewer under sanitizers), KVASIR_KILL_TRANSFERS how
+ * many transfers must have been completed between them at least (0), by as many more kills as that
+ * takes.
  */
 #include "harness.h"
 
+#include <fcntl.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -49,11 +54,25 @@ typedef struct worker {
     uint8_t *bytes; /* [PICKS * ROW_BYTES] */
     uint64_t random;
     uint64_t n_reads, n_served; /* without a request */
+    atomic_ullong *n_transfers; /* reads and puts that were answered */
 } worker;
 
-static bool worker_open(worker *w, kill_way way, const char *uri, uint64_t seed)
+/* A counter that processes share, in a file that the caller removes; NULL: there is none. */
+static atomic_ullong *shared_count(const char *path)
+{
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    void *at = MAP_FAILED;
+    if (fd >= 0 && ftruncate(fd, sizeof(atomic_ullong)) == 0)
+        at = mmap(NULL, sizeof(atomic_ullong), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (fd >= 0)
+        close(fd);
+    return at == MAP_FAILED ? NULL : at;
+}
+
+static bool worker_open(worker *w, kill_way way, const char *uri, uint64_t seed, const char *count)
 {
     memset(w, 0, sizeof(*w));
+    w->n_transfers = shared_count(count);
     w->random = seed | 1;
     h_schema_init(&w->schema, "kill", 2, ROW_BYTES, false);
     w->bytes = calloc(PICKS, ROW_BYTES);
@@ -67,7 +86,8 @@ static bool worker_open(worker *w, kill_way way, const char *uri, uint64_t seed)
                             .kind = KVC_MEMORY_HOST};
     kvc_map_opts map = {.size_bytes = sizeof(map), .all = way == MAPPED};
     kvc_digest digest;
-    return w->bytes != NULL && kvc_client_open(&opts, &w->client) == KVC_OK &&
+    return w->bytes != NULL && w->n_transfers != NULL &&
+           kvc_client_open(&opts, &w->client) == KVC_OK &&
            kvc_region_register(w->client, &desc, &w->region) == KVC_OK &&
            kvc_client_map_contexts(w->client, &map) == KVC_OK &&
            kvc_schema_register(w->client, &w->schema.schema, 0, &digest) == KVC_OK;
@@ -79,6 +99,7 @@ static void worker_close(worker *w)
     (void)kvc_region_deregister(w->client, w->region);
     kvc_client_close(w->client);
     free(w->bytes);
+    (void)munmap(w->n_transfers, sizeof(*w->n_transfers));
 }
 
 static kvc_status worker_context(worker *w)
@@ -101,7 +122,10 @@ static kvc_status worker_put(worker *w, uint64_t block, uint32_t part, uint64_t 
     kvc_op_init(&op, NULL, NULL);
     kvc_status sent = kvc_put(w->client, &w->schema.digest, KVC_PROMISE_MEMORY, &value, 1,
                               w->region, &status, kvc_deadline_ns(timeout_ns), &op);
-    return sent == KVC_OK ? kvc_op_wait(&op, 0) : sent;
+    sent = sent == KVC_OK ? kvc_op_wait(&op, 0) : sent;
+    if (sent == KVC_OK)
+        atomic_fetch_add(w->n_transfers, 1);
+    return sent;
 }
 
 /* Random rows; false: one of a completed read was wrong. */
@@ -126,6 +150,7 @@ static bool worker_read(worker *w)
         kvc_op_wait(&op, 0) != KVC_OK)
         return true; /* nobody answered: that is no wrong byte */
     w->n_reads++;
+    atomic_fetch_add(w->n_transfers, 1);
     w->n_served += info.requests == 0;
     for (uint32_t i = 0; i < PICKS; i++) {
         const uint8_t *row = w->bytes + i * ROW_BYTES;
@@ -137,11 +162,11 @@ static bool worker_read(worker *w)
 }
 
 /* Reads, puts and opens until it is killed. */
-static int run_client(kill_way way, const char *uri, uint64_t seed)
+static int run_client(kill_way way, const char *uri, uint64_t seed, const char *count)
 {
     worker w;
     kvc_log_set_level(KVC_LOG_LEVEL_OFF);
-    if (!worker_open(&w, way, uri, seed))
+    if (!worker_open(&w, way, uri, seed, count))
         return 2;
     for (;;) {
         uint64_t what = h_random(&w.random) % 16;
@@ -158,7 +183,7 @@ static int run_client(kill_way way, const char *uri, uint64_t seed)
  */
 
 typedef struct rig {
-    char dir[256], uri[300];
+    char dir[256], uri[300], count[300];
     kill_way way;
     support_daemon daemon;
     worker w;
@@ -176,8 +201,9 @@ static void open_rig(rig *r, kill_way way)
     r->way = way;
     h_temp_dir(r->dir);
     snprintf(r->uri, sizeof(r->uri), "%s://%s/socket", way == GRPC ? "grpc+unix" : "shm", r->dir);
+    snprintf(r->count, sizeof(r->count), "%s/count", r->dir);
     start_daemon(r);
-    assert_true(worker_open(&r->w, way, r->uri, (uint64_t)time(NULL)));
+    assert_true(worker_open(&r->w, way, r->uri, (uint64_t)time(NULL), r->count));
 }
 
 static void fill(rig *r)
@@ -236,10 +262,20 @@ static void wait_slots(rig *r)
     assert_int_equal(used, values * ROW_BYTES * H_TOKENS);
 }
 
+static uint64_t number_of(const char *name, uint64_t ours)
+{
+    const char *text = getenv(name);
+    return text == NULL ? ours : strtoull(text, NULL, 0);
+}
+
 static uint64_t rounds(uint64_t ours)
 {
-    const char *text = getenv("KVASIR_KILL_ROUNDS");
-    return text == NULL ? ours : strtoull(text, NULL, 0);
+    return number_of("KVASIR_KILL_ROUNDS", ours);
+}
+
+static bool enough_transfers(const rig *r, uint64_t before)
+{
+    return atomic_load(r->w.n_transfers) - before >= number_of("KVASIR_KILL_TRANSFERS", 0);
 }
 
 static void nap(uint64_t us)
@@ -255,7 +291,7 @@ static pid_t spawn_client(const rig *r, uint64_t seed)
     snprintf(text, sizeof(text), "%llu", (unsigned long long)seed);
     pid_t pid = fork();
     if (pid == 0) {
-        execl(program, program, "--client", way, r->uri, text, (char *)NULL);
+        execl(program, program, "--client", way, r->uri, text, r->count, (char *)NULL);
         _exit(4);
     }
     return pid;
@@ -268,11 +304,13 @@ static pid_t spawn_client(const rig *r, uint64_t seed)
 static void kill_clients(kill_way way)
 {
     rig r;
-    const uint64_t n_max = 20 * rounds(ROUNDS); /* where a busy machine lets none come far */
+    /* where a busy machine lets none come far */
+    const uint64_t n_max = 20 * rounds(ROUNDS) + number_of("KVASIR_KILL_TRANSFERS", 0);
     uint64_t n = rounds(ROUNDS), most_pins = 0;
     pid_t pids[3] = {0};
     open_rig(&r, way);
     fill(&r);
+    const uint64_t before = atomic_load(r.w.n_transfers);
     for (uint64_t i = 0; i < n + 3; i++) {
         pid_t *pid = &pids[i % 3];
         int status;
@@ -283,7 +321,8 @@ static void kill_clients(kill_way way)
                 fail_msg("a client ended with %d (%d: it read a wrong byte)", WEXITSTATUS(status),
                          WRONG);
         }
-        if (way == MAPPED && i + 1 == n && most_pins == 0 && n < n_max)
+        bool tested = (way != MAPPED || most_pins > 0) && enough_transfers(&r, before);
+        if (!tested && i + 1 == n && n < n_max)
             n++;
         *pid = i < n ? spawn_client(&r, h_random(&r.w.random)) : 0;
         nap(h_random(&r.w.random) % 100000);
@@ -291,6 +330,8 @@ static void kill_clients(kill_way way)
         most_pins = pins > most_pins ? pins : most_pins;
     }
     assert_true((most_pins > 0) == (way == MAPPED)); /* else nothing was put to the test */
+    assert_true(enough_transfers(&r, before));
+    const uint64_t n_transfers = atomic_load(r.w.n_transfers) - before;
     wait_counter(&r, "maps", 0);
     wait_counter(&r, "map_pins", 0);
     wait_counter(&r, "map_pinned_bytes", 0);
@@ -302,8 +343,9 @@ static void kill_clients(kill_way way)
         assert_int_equal(worker_context(&r.w), KVC_OK);
         assert_true(worker_read(&r.w));
     }
-    print_message("%s: %llu clients killed, at most %llu pins at a time\n", way_names[way],
-                  (unsigned long long)n, (unsigned long long)most_pins);
+    print_message("%s: %llu clients killed in %llu transfers, at most %llu pins at a time\n",
+                  way_names[way], (unsigned long long)n, (unsigned long long)n_transfers,
+                  (unsigned long long)most_pins);
     close_rig(&r);
 }
 
@@ -334,7 +376,8 @@ static void kill_servers(kill_way way)
     rig r;
     uint64_t n = rounds(ROUNDS / 4), i = 0;
     open_rig(&r, way);
-    for (; i < n || (way == MAPPED && r.w.n_served == 0 && i < 20 * n); i++) {
+    for (; i < n || (way == MAPPED && r.w.n_served == 0 && i < 20 * n) || !enough_transfers(&r, 0);
+         i++) {
         kvc_thread thread;
         killer k = {&r, h_random(&r.w.random) % 60000};
         assert_int_equal(kvc_schema_register(r.w.client, &r.w.schema.schema, 0, &(kvc_digest){{0}}),
@@ -353,8 +396,9 @@ static void kill_servers(kill_way way)
         start_daemon(&r); /* its socket was left behind */
     }
     assert_true(r.w.n_reads > 0 && (r.w.n_served > 0) == (way == MAPPED));
-    print_message("%s: %llu servers killed, %llu reads, %llu of them without a request\n",
-                  way_names[way], (unsigned long long)i, (unsigned long long)r.w.n_reads,
+    print_message("%s: %llu servers killed in %llu transfers, %llu reads, %llu without a request\n",
+                  way_names[way], (unsigned long long)i,
+                  (unsigned long long)atomic_load(r.w.n_transfers), (unsigned long long)r.w.n_reads,
                   (unsigned long long)r.w.n_served);
     close_rig(&r);
 }
@@ -375,8 +419,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(killed_clients_leave_nothing),
         cmocka_unit_test(a_killed_server_gives_no_wrong_byte),
     };
-    if (argc == 5 && strcmp(argv[1], "--client") == 0)
-        return run_client((kill_way)(argv[2][0] - '0'), argv[3], strtoull(argv[4], NULL, 0));
+    if (argc == 6 && strcmp(argv[1], "--client") == 0)
+        return run_client((kill_way)(argv[2][0] - '0'), argv[3], strtoull(argv[4], NULL, 0),
+                          argv[5]);
     ssize_t len = readlink("/proc/self/exe", program, sizeof(program) - 1);
     if (len <= 0)
         return 1;
