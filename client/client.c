@@ -13,6 +13,23 @@
 
 #define RETRY_PAUSE_NS (20ull * 1000000)
 
+/* What a URI asks for behind its '?', which is cut off: sums=1 or sums=0, of rdma:// only. */
+static kvc_status parse_options(char *uri, bool *sums_p)
+{
+    char *options = strchr(uri, '?');
+    if (options == NULL)
+        return KVC_OK;
+    *options++ = '\0';
+    if (strcmp(options, "sums=1") != 0 && strcmp(options, "sums=0") != 0)
+        return kvci_fail(KVC_INVALID, "client: '%s' is no option of a URI: there is sums=1",
+                         options);
+    if (strncmp(uri, "rdma://", 7) != 0)
+        return kvci_fail(KVC_INVALID, "client: '%s' takes no %s, which is rdma's alone", uri,
+                         options);
+    *sums_p = options[5] == '1';
+    return KVC_OK;
+}
+
 /* Splits the list in place; every URI must have a transport. */
 static kvc_status parse_uris(kvc_client *client, const char *uris)
 {
@@ -30,6 +47,9 @@ static kvc_status parse_uris(kvc_client *client, const char *uris)
         if (strstr(uri, "://") == NULL)
             return kvci_fail(KVC_INVALID, "client: '%s' is not a URI such as grpc://host:port",
                              uri);
+        kvc_status status = parse_options(uri, &client->uri_sums[client->n_uris]);
+        if (status != KVC_OK)
+            return status;
         if (kvt_find(uri) == NULL)
             return kvci_fail(KVC_UNSUPPORTED, "client: no transport is built in for '%s'", uri);
         client->uris[client->n_uris++] = uri;
@@ -179,6 +199,14 @@ void kvc_client_close(kvc_client *client)
 const kvc_limits *kvc_client_limits(const kvc_client *client)
 {
     return &client->limits_at_open;
+}
+
+bool kvc_client_sums(kvc_client *client)
+{
+    kvc_mutex_lock(&client->lock);
+    bool sums = client->link != NULL && client->link->sums;
+    kvc_mutex_unlock(&client->lock);
+    return sums;
 }
 
 kvc_limits kvci_limits(kvc_client *client)

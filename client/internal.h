@@ -47,6 +47,7 @@ typedef struct kvci_link {
     const char *uri; /* of the client's list */
     const kvt_ops *ops;
     kvt_conn *conn;
+    bool sums;           /* rdma, and asked for */
     uint32_t submitting; /* threads inside submit; the link lives until it is 0 */
     uint64_t boot_id;
     kvc_limits limits;
@@ -459,6 +460,7 @@ struct kvc_client {
     bool sums;      /* over rdma */
     char *uri_text; /* uris point into it */
     const char *uris[KVCI_MAX_URIS];
+    bool uri_sums[KVCI_MAX_URIS]; /* asked for by the URI itself */
 
     kvc_mutex lock; /* KVC_RANK_CLIENT; guards all that follows */
     kvc_limits limits;

@@ -110,21 +110,23 @@ void kvci_link_close(kvci_link *link)
     free(link);
 }
 
-static kvc_status link_open(kvc_client *client, const char *uri, uint64_t deadline_ns,
+static kvc_status link_open(kvc_client *client, uint32_t which, uint64_t deadline_ns,
                             kvci_link **link_p)
 {
+    const char *uri = client->uris[which];
     *link_p = NULL;
     kvci_link *link = calloc(1, sizeof(*link));
     if (link == NULL)
         return kvci_fail(KVC_NO_MEMORY, "client: no memory");
     link->uri = uri;
     link->ops = kvt_find(uri);
+    link->sums = strncmp(uri, "rdma://", 7) == 0 && (client->sums || client->uri_sums[which]);
     kvt_connect_opts opts = {
         .size_bytes = sizeof(opts),
         .uri = uri,
         .n_channels = client->n_channels,
         .max_message_bytes = KVC_MAX_VALUE_BYTES,
-        .sums = client->sums,
+        .sums = link->sums,
     };
     kvc_status status = link->ops->connect(&opts, &link->conn);
     if (status != KVC_OK) {
@@ -211,7 +213,7 @@ kvc_status kvci_relink(kvc_client *client, uint64_t deadline_ns)
         /* Each address gets its share of the time that is left. */
         uint64_t share_ns = now_ns + (deadline_ns - now_ns) / (client->n_uris - i);
         link = NULL;
-        status = link_open(client, client->uris[i], share_ns, &link);
+        status = link_open(client, i, share_ns, &link);
         if (status == KVC_OK && link != NULL) {
             greet(client, link, share_ns);
             if (client->boot_id != 0)

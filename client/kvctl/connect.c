@@ -16,6 +16,7 @@ kvctl_exit kvctl_connect(const kvctl_globals *globals, kvc_client **client_p)
         .uris = globals->server,
         .default_timeout_ns = globals->timeout_ns,
         .n_channels = 2,
+        .sums = globals->sums,
     };
     uint64_t deadline_ns = kvctl_deadline_ns(globals), now_ns = kvc_now_ns();
     kvctl_progress *progress = kvctl_progress_start("connecting", 0, NULL);

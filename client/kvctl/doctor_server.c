@@ -94,6 +94,19 @@ static void report_ping(doctor *d, uint64_t took_ns)
     }
 }
 
+/* Whether what crosses RDMA is verified, where a server is reached by it. */
+static void check_sums(doctor *d, kvc_client *client)
+{
+    if (kvc_client_sums(client)) {
+        doctor_report(d, DOCTOR_OK, "server", "what crosses rdma is summed and verified");
+    } else if (strstr(d->globals->server, "rdma://") != NULL) {
+        doctor_report(d, DOCTOR_INFO, "server",
+                      "what crosses rdma is verified by the fabric's CRCs alone");
+        doctor_fix(d, "--sums, or ?sums=1 behind the address, has both ends verify it, for a look "
+                      "at every byte; nothing encrypts it");
+    }
+}
+
 void doctor_check_server(doctor *d)
 {
     kvc_client *client = NULL;
@@ -102,6 +115,7 @@ void doctor_check_server(doctor *d)
         .uris = d->globals->server,
         .connect_timeout_ns = d->globals->timeout_ns,
         .default_timeout_ns = d->globals->timeout_ns,
+        .sums = d->globals->sums,
     };
     if (kvc_client_open(&opts, &client) != KVC_OK) {
         doctor_report(d, DOCTOR_FAIL, "server", "%s cannot be reached: %s", d->globals->server,
@@ -112,6 +126,7 @@ void doctor_check_server(doctor *d)
     }
     d->local = is_local(d->globals->server);
     report_ping(d, ping_ns(d->globals, client));
+    check_sums(d, client);
     if (kvc_stats(client, kvctl_deadline_ns(d->globals), &d->stats) == KVC_OK) {
         check_limits(d);
     } else {

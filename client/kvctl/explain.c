@@ -25,6 +25,7 @@ static const char help[] =
     "attends\n"
     "    and sends one result), shm and rdma. Costs per byte of rows are guesses here; a worker\n"
     "    learns them as it goes, and its choices are counted in the metrics way_*_requests.\n"
+    "    Where rdma can be taken it says whether rows that cross it are summed (kvctl --sums).\n"
     "\n"
     "OPTIONS\n"
     "    --schema SCHEMA\n"
@@ -58,7 +59,7 @@ typedef struct explain_args {
     bool has_schema, has_part;
 } explain_args;
 
-static void print_json(const kvc_way_cost *costs, kvc_way best)
+static void print_json(const kvc_way_cost *costs, kvc_way best, bool sums)
 {
     kvctl_json_open(NULL, '{');
     kvctl_json_text("way", best == KVC_WAY_COUNT ? "none" : costs[best].name);
@@ -76,10 +77,11 @@ static void print_json(const kvc_way_cost *costs, kvc_way best)
         kvctl_json_close();
     }
     kvctl_json_close();
+    kvctl_json_bool("rdma_sums", sums);
     kvctl_json_close();
 }
 
-static void print_text(const kvc_way_cost *costs, kvc_way best)
+static void print_text(const kvc_way_cost *costs, kvc_way best, bool sums)
 {
     for (int i = 0; i < KVC_WAY_COUNT; i++) {
         const kvc_way_cost *cost = &costs[i];
@@ -92,6 +94,10 @@ static void print_text(const kvc_way_cost *costs, kvc_way best)
                      cost->fixed_ns / 1e3, cost->samples != 0 ? "measured" : "a guess",
                      cost->byte_ns * (1 << 20) / 1e3);
     }
+    if (costs[KVC_WAY_RDMA].why_not == NULL)
+        (void)printf("rows that cross rdma are %s\n",
+                     sums ? "summed and verified by both ends"
+                          : "verified by the fabric's CRCs alone (--sums asks for more)");
     if (best == KVC_WAY_COUNT)
         (void)printf("no way is possible\n");
     else
@@ -122,9 +128,9 @@ static kvctl_exit explain(const kvctl_globals *globals, kvc_client *client,
         return kvctl_failed(status);
     kvc_way best = kvc_way_costs(client, &ask, costs);
     if (globals->json)
-        print_json(costs, best);
+        print_json(costs, best, kvc_client_sums(client));
     else
-        print_text(costs, best);
+        print_text(costs, best, kvc_client_sums(client));
     return KVCTL_OK;
 }
 

@@ -27,6 +27,7 @@ typedef struct kvctl_globals {
     const char *server; /* URIs */
     uint64_t timeout_ns;
     bool json;
+    bool sums; /* over rdma */
 } kvctl_globals;
 
 typedef struct kvctl_command {

@@ -97,9 +97,13 @@ static bool asks_help(int argc, char **argv)
 static int parse_globals(int argc, char **argv, kvctl_globals *globals)
 {
     static const struct option options[] = {
-        {"server", required_argument, NULL, 's'}, {"timeout", required_argument, NULL, 't'},
-        {"json", no_argument, NULL, 'j'},         {"help", no_argument, NULL, 'h'},
-        {"version", no_argument, NULL, 'V'},      {0},
+        {"server", required_argument, NULL, 's'},
+        {"timeout", required_argument, NULL, 't'},
+        {"json", no_argument, NULL, 'j'},
+        {"help", no_argument, NULL, 'h'},
+        {"version", no_argument, NULL, 'V'},
+        {"sums", no_argument, NULL, 'S'},
+        {0},
     };
     int option;
     while ((option = getopt_long(argc, argv, "+s:t:jhV", options, NULL)) != -1) {
@@ -114,6 +118,9 @@ static int parse_globals(int argc, char **argv, kvctl_globals *globals)
             break;
         case 'j':
             globals->json = true;
+            break;
+        case 'S':
+            globals->sums = true;
             break;
         case 'h':
             (void)fputs(kvctl_help, stdout);

@@ -6,6 +6,7 @@
  */
 #include "harness.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -28,8 +29,12 @@ typedef struct rig {
     int8_t status[N_ROWS];
 } rig;
 
-static void open_rig(rig *r, bool sums)
+/* How a client asks for sums. */
+enum { NO_SUMS, SUMS_BY_OPTION, SUMS_BY_URI };
+
+static void open_rig(rig *r, int sums)
 {
+    char uri[256];
     fake_verbs_use(NULL);
     h_listen = "rdma://127.0.0.1:0";
     h_server_init(&r->h);
@@ -37,16 +42,19 @@ static void open_rig(rig *r, bool sums)
     h_schema_init(&r->schema, "rdma", 1, ROW_BYTES, false);
     r->bytes = malloc(N_PUT * VALUE_BYTES);
     assert_non_null(r->bytes);
+    (void)snprintf(uri, sizeof(uri), "%s%s", kvs_server_uri(r->h.server, 0),
+                   sums == SUMS_BY_URI ? "?sums=1" : "?sums=0");
     kvc_client_opts opts = {.size_bytes = sizeof(opts),
                             .connect_timeout_ns = 60000000000ull,
-                            .uris = kvs_server_uri(r->h.server, 0),
+                            .uris = uri,
                             .n_channels = 1,
-                            .sums = sums};
+                            .sums = sums == SUMS_BY_OPTION};
     kvc_region_desc desc = {.size_bytes = sizeof(desc),
                             .base = r->bytes,
                             .len_bytes = N_PUT * VALUE_BYTES,
                             .kind = KVC_MEMORY_HOST};
     assert_int_equal(kvc_client_open(&opts, &r->client), KVC_OK);
+    assert_int_equal(kvc_client_sums(r->client), sums != NO_SUMS);
     assert_int_equal(kvc_region_register(r->client, &desc, &r->region), KVC_OK);
     assert_int_equal(kvc_schema_register(r->client, &r->schema.schema, 0, &r->schema.digest),
                      KVC_OK);
@@ -127,7 +135,7 @@ static void test_rows_by_writes(void **state)
 {
     (void)state;
     rig r = {0};
-    open_rig(&r, false);
+    open_rig(&r, NO_SUMS);
     assert_int_equal(put(&r, 1), KVC_OK);
     assert_true(fake_verbs_posted(IBV_WR_RDMA_READ) > 0);
     open_context(&r, 1);
@@ -141,11 +149,10 @@ static void test_rows_by_writes(void **state)
     close_rig(&r);
 }
 
-static void test_sums(void **state)
+static void check_sums(int how)
 {
-    (void)state;
     rig r = {0};
-    open_rig(&r, true);
+    open_rig(&r, how);
     uint64_t wrong = kvc_metric_get(KVC_M_rdma_sums_wrong);
     flip(IBV_WR_RDMA_READ, 1);
     assert_int_equal(put(&r, 1), KVC_CORRUPT);
@@ -160,6 +167,13 @@ static void test_sums(void **state)
     assert_int_equal(fetch(&r), KVC_OK);
     assert_int_equal(wrong_rows(&r, 1), 0);
     close_rig(&r);
+}
+
+static void test_sums(void **state)
+{
+    (void)state;
+    check_sums(SUMS_BY_OPTION);
+    check_sums(SUMS_BY_URI);
 }
 
 int main(void)

@@ -18,6 +18,12 @@ static void test_open_errors(void **state)
     opts.uris = "carrier-pigeon://x";
     assert_status(kvc_client_open(&opts, &client), KVC_UNSUPPORTED);
     assert_non_null(strstr(kvc_last_error(), "carrier-pigeon"));
+    opts.uris = "inproc://nobody-here?sums=1"; /* nothing of it leaves the process */
+    assert_status(kvc_client_open(&opts, &client), KVC_INVALID);
+    assert_non_null(strstr(kvc_last_error(), "sums=1"));
+    opts.uris = "rdma://127.0.0.1:1?sums=yes";
+    assert_status(kvc_client_open(&opts, &client), KVC_INVALID);
+    assert_non_null(strstr(kvc_last_error(), "sums=yes"));
     opts.uris = "inproc://nobody-here";
     kvc_status status = kvc_client_open(&opts, &client); /* and it comes back */
     assert_true(status == KVC_UNAVAILABLE || status == KVC_TIMED_OUT);

@@ -307,7 +307,12 @@ static void test_explain(void **state)
     expect(NULL,
            WORDS(ON, "--json", "explain", "--schema", schema_hex, "--part", "0", "--q-heads", "8",
                  "--queries", "65"),
-           0, WORDS("{\"way\":\"rows\",\"ways\":[", "more queries than the server takes"), NULL);
+           0,
+           WORDS("{\"way\":\"rows\",\"ways\":[", "more queries than the server takes",
+                 "\"rdma_sums\":false"),
+           NULL);
+    expect(NULL, WORDS("--sums", ON, "status"), 0, WORDS("version"), NULL);
+    expect(NULL, WORDS("--server", "grpc://127.0.0.1:1?sums=1", "status"), 2, NULL, "rdma's alone");
     expect(NULL, WORDS(ON, "explain", "--schema", schema_hex, "--part", "999", "--q-heads", "8"), 1,
            NULL, "no part 999");
     expect(NULL, WORDS(ON, "explain", "--schema", schema_hex, "--part", "0"), 2, NULL, "--q-heads");

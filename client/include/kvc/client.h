@@ -38,7 +38,9 @@ typedef struct kvc_context kvc_context;
 
 typedef struct kvc_client_opts {
     size_t size_bytes;           /* sizeof(kvc_client_opts) */
-    const char *uris;            /* "grpc://host:port,grpc+unix:///path": in order of preference */
+    /* "grpc://host:port,grpc+unix:///path": in order of preference. "rdma://host:port?sums=1" asks
+     * for the sums below by this address alone. */
+    const char *uris;
     uint64_t connect_timeout_ns; /* 0: 5 s */
     uint64_t default_timeout_ns; /* of a request without a deadline; 0: 30 s */
     uint32_t n_channels;         /* connections that bulk is striped over; 0: 2 */
@@ -60,6 +62,8 @@ kvc_status kvc_client_open(const kvc_client_opts *opts, kvc_client **client_p) K
 void kvc_client_close(kvc_client *client);
 /* Limits that the server advertised at connect; lives as long as the client. */
 const kvc_limits *kvc_client_limits(const kvc_client *client);
+/* Whether all that crosses the present connection, one over rdma://, is summed and verified. */
+bool kvc_client_sums(kvc_client *client);
 /* Text of the last error on the calling thread, for people; never NULL; valid to the next call. */
 const char *kvc_last_error(void);
 
