@@ -37,7 +37,7 @@ typedef struct kvc_region kvc_region;
 typedef struct kvc_context kvc_context;
 
 typedef struct kvc_client_opts {
-    size_t size_bytes;           /* sizeof(kvc_client_opts) */
+    size_t size_bytes; /* sizeof(kvc_client_opts) */
     /* "grpc://host:port,grpc+unix:///path": in order of preference. "rdma://host:port?sums=1" asks
      * for the sums below by this address alone. */
     const char *uris;
