@@ -21,12 +21,12 @@ _roots = {}  # open handles without a parent; a dict, since its single operation
 
 class Handle:
     """
-    Handle("kvw_seq", "the sequence", ptr, destroy, parent=None, exclusive=False): owns ptr.
-    exclusive: one thread at a time; others wait. A child is made while its parent is held. keep:
-    what ptr uses, alive until it is destroyed.
+    Handle("kvw_seq", "the sequence", ptr, destroy, *parents, exclusive=False): owns ptr.
+    exclusive: one thread at a time; others wait. A child is made while its parents are held, and
+    ends with the first of them that closes. keep: what ptr uses, alive until it is destroyed.
     """
 
-    def __init__(self, call, what, ptr, destroy, parent=None, exclusive=False, keep=None):
+    def __init__(self, call, what, ptr, destroy, *parents, exclusive=False, keep=None):
         self.keep = keep
         self._call, self._what, self._ptr, self._destroy = call, what, ptr, destroy
         self._exclusive, self._pid = exclusive, os.getpid()
@@ -35,8 +35,9 @@ class Handle:
         self._closer = None  # the thread that closes
         self._done = False
         self._children = {}
-        self._siblings = _roots if parent is None else parent._children
-        self._siblings[self] = None
+        self._siblings = [parent._children for parent in parents] or [_roots]
+        for siblings in self._siblings:
+            siblings[self] = None
 
     @property
     def closed(self):
@@ -81,7 +82,8 @@ class Handle:
         try:
             self._destroy(ptr)
         finally:
-            self._siblings.pop(self, None)
+            for siblings in self._siblings:
+                siblings.pop(self, None)
             self._settle(None)
 
     def _begin_close(self, patience_s):

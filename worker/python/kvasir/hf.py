@@ -11,6 +11,7 @@ Four things change in the model, and detach puts each back:
 One thread per cache; different models and caches may run in different threads.
 """
 
+import contextlib
 import weakref
 
 import torch
@@ -272,29 +273,43 @@ def _attached(base):
     return None if reference is None else reference()
 
 
+def _clients(client):
+    """What Worker takes, and what closes those that were opened here."""
+    with contextlib.ExitStack() as own:
+
+        def opened(one):
+            return own.enter_context(Client(one)) if isinstance(one, str) else one
+
+        if isinstance(client, (list, tuple)):
+            client = [opened(one) for one in client]
+        else:
+            client = opened(client)
+        return client, own.pop_all()
+
+
 def attach(model, client=None, selector="tokenselect", model_id=None, revision=None, **options):
     """
     Makes model attend through a worker; returns an Attachment. client: a Client, a URI (opened and
-    closed with the attachment) or None (no store, every row stays resident). model_id and revision
+    closed with the attachment), a list of either (a store of several servers), or None (no store,
+    every row stays resident). model_id and revision
     name the weights in the store; by default the config's name and a fingerprint of the weights.
     Other keywords are Worker's. UnsupportedModel says why a model cannot be done.
     """
     if _attached(hf_model.base_of(model)) is not None:
         raise RuntimeError("kvasir: this model is attached already; detach it first")
     geometry, base = hf_model.geometry_of(model)
-    own = Client(client) if isinstance(client, str) else None
+    client, own = _clients(client)
     try:
         worker = Worker(
             geometry,
             model_id or hf_model.model_id(model),
             selector,
-            own or client,
+            client,
             revision or hf_model.fingerprint(model),
             **options,
         )
     except BaseException:
-        if own is not None:
-            own.close()
+        own.close()
         raise
     attachment = Attachment(model, base, geometry, worker, own)
     try:

@@ -90,7 +90,9 @@ _COUNTS = (
 class Worker:
     """
     Worker(geometry, model="name", selector="tokenselect", client=None, ...): one model on one
-    store. client None: every row stays resident. Other keywords are those of kvw_opts: revision,
+    store. client None: every row stays resident; a list of Clients: blocks are spread over their
+    servers, by the names in server_names ("0", "1" ... by default), which are to be the same for
+    all that share the store. Other keywords are those of kvw_opts: revision,
     index ("exact", "compressed", "reranked"), projection (path), policy ("fail", "drop"), promise
     ("memory", "durable"), fetch_timeout_s, put_timeout_s, reselect_cos (theta of TokenSelect's
     Selection Cache; 0: off; the paper uses 0.9), backend, way (how rows that are not resident are
@@ -120,6 +122,7 @@ class Worker:
         backend=None,
         all_reduce=None,
         way=None,
+        server_names=None,
         **counts,
     ):
         self._handle = None
@@ -157,16 +160,27 @@ class Worker:
         )
         if self._group is not None:
             opts.all_reduce = self._group.pointer
-        if client is None:
-            self._handle = self._open(opts, None)
-        else:
-            with client.handle as opts.client:
-                self._handle = self._open(opts, client.handle)
+        several = isinstance(client, (list, tuple))
+        if server_names is not None and not (several and len(server_names) == len(client)):
+            raise ValueError("server_names needs a list of as many clients")
+        clients = list(client) if several else [] if client is None else [client]
+        with contextlib.ExitStack() as held:
+            pointers = [held.enter_context(c.handle) for c in clients]
+            if several:
+                opts.clients = (ctypes.c_void_p * len(pointers))(*pointers)
+                opts.n_clients = len(pointers)
+                if server_names is not None:
+                    names = [_bytes(name) for name in server_names]
+                    opts.server_names = (ctypes.c_char_p * len(names))(*names)
+            elif clients:
+                opts.client = pointers[0]
+            self._handle = self._open(opts, [c.handle for c in clients])
+        self.n_servers = len(clients)
 
-    def _open(self, opts, parent):
+    def _open(self, opts, parents):
         lib, ptr = _lib.load(), ctypes.c_void_p()
         _lib.check(lib.kvw_open(ctypes.byref(opts), ctypes.byref(ptr)), "kvw_open")
-        return Handle("kvw_worker", "the worker", ptr, lib.kvw_close, parent, keep=self._group)
+        return Handle("kvw_worker", "the worker", ptr, lib.kvw_close, *parents, keep=self._group)
 
     def causes(self):
         """A context: errors inside it name what all_reduce raised as their cause."""
@@ -332,6 +346,17 @@ class Sequence:
         s = _abi.WorkerStats(size_bytes=ctypes.sizeof(_abi.WorkerStats))
         self._call("kvw_seq_stats", ctypes.byref(s))
         return {name: getattr(s, name) for name, _ in s._fields_ if name != "size_bytes"}
+
+    def server_stats(self):
+        """What came from each server (see kvw_server_stats): a list of dicts, in their order."""
+        out = []
+        for i in range(self.worker.n_servers):
+            s = _abi.SeqServerStats(size_bytes=ctypes.sizeof(_abi.SeqServerStats))
+            with self._handle:  # the name is the worker's
+                self._call("kvw_seq_server_stats", i, ctypes.byref(s))
+                own = {name: getattr(s, name) for name, _ in s._fields_ if name != "size_bytes"}
+                out.append(own | {"name": own["name"].decode()})
+        return out
 
     def close(self):
         """Puts what is full and forgets the rest; twice, and from any thread, is fine. Blocks."""
