@@ -139,21 +139,26 @@ __device__ static inline uint32_t attend_load_tile(const kvk_cuda_attend_args *a
     return there;
 }
 
-/* rotation [ATTEND_TILE, head_dim / 2] (cos, sin) of the tile's keys: angles in double, as parts of
- * a turn, of which only the last part counts. */
+/* (cos, sin) of position * frequency: in double, as parts of a turn, of which the last counts. */
+__device__ static inline float2 attend_turn(int32_t position, double frequency)
+{
+    double turns = position * frequency * 0.15915494309189535;
+    float s = 0, c = 0;
+
+    sincospif((float)(2 * (turns - rint(turns))), &s, &c);
+    return make_float2(c, s);
+}
+
+/* rotation [ATTEND_TILE, head_dim / 2] of the tile's keys. */
 __device__ static inline void attend_find_rotation(const kvk_cuda_attend_args *a, uint32_t seq,
                                                    uint32_t first, uint32_t n_here,
                                                    float2 *rotation)
 {
     uint32_t part = a->head_dim / 2;
 
-    for (uint32_t i = threadIdx.x; i < n_here * part; i += ATTEND_THREADS) {
-        int32_t position = a->k_positions[(size_t)seq * a->stride + first + i / part];
-        double turns = position * a->inv_freq[i % part] * 0.15915494309189535;
-        float s = 0, c = 0;
-        sincospif((float)(2 * (turns - rint(turns))), &s, &c);
-        rotation[i] = make_float2(c, s);
-    }
+    for (uint32_t i = threadIdx.x; i < n_here * part; i += ATTEND_THREADS)
+        rotation[i] = attend_turn(a->k_positions[(size_t)seq * a->stride + first + i / part],
+                                  a->inv_freq[i % part]);
 }
 
 /* exp(x - most), where nothing was seen 0; NaN stays NaN. */

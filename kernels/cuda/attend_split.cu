@@ -8,8 +8,6 @@
  * Elements are dealt to lanes in runs, low and high half of a head alike, so that a lane holds both
  * numbers of a rotary pair and reads words; the queries are loaded in the same order.
  */
-#include <cuda_fp8.h>
-
 #include "mma.cuh"
 
 /* Rows of a dtype: words of four (or two) elements, and those as bf16 pairs. */

@@ -9,6 +9,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -93,6 +94,11 @@ __device__ static inline uint32_t kvki_scale_bits(float most, double largest)
     if ((bits & 0xffffu) != 0 || (double)__uint_as_float(bits) < exact)
         bits = (bits & 0xffff0000u) + 0x10000u;
     return bits >> 16;
+}
+
+__device__ static inline float kvki_e4m3(uint8_t byte)
+{
+    return __half2float(__half(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3)));
 }
 
 /* 16 bytes that are read once: they do not displace what is used again. */

@@ -4,8 +4,6 @@
  * The bytes are those of the table's encode: the scale in double, the quotient in f32, rounded to
  * nearest even by the conversion. A lane holds the elements that it writes.
  */
-#include <cuda_fp8.h>
-
 #include "device.cuh"
 
 #define THREADS 256u

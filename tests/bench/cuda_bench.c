@@ -6,9 +6,8 @@
  * the layers of a model), so nothing is found in L2 that a real step would not find there; L2 is
  * flushed and the slot tables are put back before each replay. Median and spread of REPEATS
  * replays. Llama-3-8B: 32 query heads, 8 kv heads, 128 dimensions, bf16: rows of 4,096 bytes.
- * Arguments: --quick (small sizes, a smoke test), --rows (attention over each kind of row alone) or
- * numbers of tokens (one sequence of each).
- * Single-threaded.
+ * Arguments: --quick (small sizes, a smoke test), --rows (attention over each kind of row alone),
+ * --prefill (attention of chunks) or numbers of tokens (one sequence of each). Single-threaded.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -43,6 +42,7 @@ typedef struct world {
     kvk_cuda_resolve_args resolve[STEPS];
     kvk_cuda_attend_args attend[STEPS];
     kvk_cuda_gather_args gather[STEPS];
+    kvk_cuda_prefill_args prefill[STEPS];
     kvk_cuda_residency *res; /* host copy, [STEPS, n_seqs] */
     void *saved[STEPS];      /* tables with the wanted share missing, [n_seqs] each */
     void *tables[STEPS];
@@ -439,6 +439,71 @@ static void bench_rows(uint32_t n, uint32_t n_seqs, const char *arena, size_t ar
     }
 }
 
+static void do_prefill(world *w, uint32_t t)
+{
+    OK(kvk_cuda_prefill(gpu(), &w->prefill[t], gpu_stream()));
+}
+
+static void make_prefill(world *w, uint32_t t, numbers *from, uint32_t n_q)
+{
+    uint32_t n_list = w->n, row = w->rows->row_bytes;
+    size_t width = (size_t)n_q * HEADS * DIM;
+    size_t work = kvk_cuda_prefill_workspace_bytes(1, n_list, n_q, KV_HEADS, DIM, 0);
+    kvk_rope_params rope = {.theta = 500000};
+    int32_t *list = host_bytes(n_list * 4);
+    kvk_cuda_residency res = {.slots = device_bytes((size_t)SLOTS * row)};
+    double inv_freq[DIM / 2];
+
+    OK(kvk_rope_inv_freq(&rope, DIM, inv_freq));
+    OK(kvk_cuda_fill(gpu(), res.slots, 1, (size_t)SLOTS * row, gpu_stream()));
+    for (uint32_t i = 0; i < n_list; i++)
+        list[i] = (int32_t)(i * 37u % SLOTS);
+    w->prefill[t] = (kvk_cuda_prefill_args){.n_seqs = 1,
+                                            .n_q = n_q,
+                                            .n_q_heads = HEADS,
+                                            .n_kv_heads = KV_HEADS,
+                                            .head_dim = DIM,
+                                            .q = device_copy(normals(from, width), width * 4),
+                                            .list = device_copy(list, n_list * 4),
+                                            .n_list = device_copy(&n_list, 4),
+                                            .stride = n_list,
+                                            .res = device_copy(&res, sizeof(res)),
+                                            .chunk = res.slots,
+                                            .row_bytes = row,
+                                            .v_off_bytes = row / 2,
+                                            .dtype = w->rows->dtype,
+                                            .k_positions = device_copy(list, n_list * 4),
+                                            .chunk_positions = device_copy(list, n_q * 4),
+                                            .inv_freq = device_copy(inv_freq, sizeof(inv_freq)),
+                                            .scale = 0.088388f,
+                                            .o = device_bytes(width * 4),
+                                            .lse = device_bytes((size_t)n_q * HEADS * 4),
+                                            .workspace = device_bytes(work),
+                                            .workspace_bytes = work};
+}
+
+/* Attention of a chunk over picks, and over itself; the floor is its products at 800 TFLOP/s. */
+static void bench_prefill(uint32_t n_list, uint32_t n_q)
+{
+    static const row_kind e4m3 = {"e4m3", KVK_E4M3_SCALED, true, 2080};
+    double tera = (double)HEADS * DIM * 4 * n_q * (n_list + (n_q + 1) / 2.0) * 1e-12;
+
+    for (int kind = 0; kind < 4; kind++) {
+        numbers from = {n_list};
+        world w = {.rows = kind < 2 ? &plain : &e4m3, .n = n_list, .n_seqs = 1, .dims = n_q - 2};
+        char what[64];
+        make_flush(&w);
+        for (uint32_t t = 0; t < STEPS; t++) {
+            make_prefill(&w, t, &from, n_q);
+            w.prefill[t].fast = kind % 2 == 0;
+        }
+        (void)snprintf(what, sizeof(what), "prefill %u queries, %s", n_q,
+                       kind % 2 ? "exact" : "fast");
+        report(&w, what, do_prefill, tera / 800 * 1e6);
+        release_all();
+    }
+}
+
 /* eps > 0 takes the exact path over stored scores. */
 static void bench_window(uint32_t n)
 {
@@ -469,9 +534,13 @@ int main(int argc, char **argv)
     if (quick) {
         bench(20000, 1, 126, arena, arena_bytes);
         bench_rows(20000, 1, arena, arena_bytes);
+        bench_prefill(200, 64);
     } else if (argc > 1 && strcmp(argv[1], "--rows") == 0) {
         for (uint32_t n_seqs = 1; n_seqs <= 32; n_seqs = n_seqs == 1 ? 8 : n_seqs * 4)
             bench_rows(1 << 17, n_seqs, arena, arena_bytes);
+    } else if (argc > 1 && strcmp(argv[1], "--prefill") == 0) {
+        bench_prefill(2700, 512);
+        bench_prefill(3500, 128);
     } else if (argc > 1) {
         for (int i = 1; i < argc; i++)
             bench((uint32_t)strtoul(argv[i], NULL, 10), 1, 126, arena, arena_bytes);
@@ -487,6 +556,8 @@ int main(int argc, char **argv)
         bench_window(1 << 20);
         for (uint32_t n_seqs = 1; n_seqs <= 32; n_seqs = n_seqs == 1 ? 8 : n_seqs * 4)
             bench_rows(1 << 17, n_seqs, arena, arena_bytes);
+        bench_prefill(2700, 512);
+        bench_prefill(3500, 128);
     }
     kvk_cuda_free(gpu(), KVK_CUDA_PINNED, arena);
     return 0;

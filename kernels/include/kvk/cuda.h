@@ -26,9 +26,10 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define KVK_CUDA_K_MAX    4096u /* picks per sequence */
-#define KVK_CUDA_SEQS_MAX 512u  /* sequences per batch */
-#define KVK_CUDA_RESIDENT UINT32_MAX
+#define KVK_CUDA_K_MAX     4096u /* picks per sequence */
+#define KVK_CUDA_SEQS_MAX  512u  /* sequences per batch */
+#define KVK_CUDA_CHUNK_MAX 4096u /* queries of a chunk */
+#define KVK_CUDA_RESIDENT  UINT32_MAX
 
 typedef struct kvk_cuda kvk_cuda;
 typedef struct kvk_cuda_graph kvk_cuda_graph;
@@ -247,6 +248,44 @@ size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_
                                        uint32_t head_dim);
 kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args *args,
                            kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * Attention of a chunk of queries per sequence, a partial as in kvk_attend: query i sees the rows
+ * of the list (sinks, picks, recent: bring them with kvk_cuda_gather first) and rows 0 .. i of the
+ * chunk itself. n_queries may be NULL (n_q each); o and lse of queries beyond it are left as they
+ * are. Rows as in kvk_cuda_attend, also those of the chunk. With inv_freq, K of the list is rotated
+ * by k_positions and K of the chunk by chunk_positions, either of which may be NULL (not rotated).
+ *
+ * Bound, with S as in kernels/README.md: e = 2^-16 scale S + 2^-16 + n_kv 2^-25, and with `fast`,
+ * which rounds q, rotated keys and weights to bf16 as dense kernels do, 2^-7 scale S + 2^-8: lse
+ * within 2 e, o within 2 e max|v|. Rows of the list and the chunk must be finite: what is not may
+ * reach the queries that do not see it. head_dim 64 or 128, else UNSUPPORTED.
+ */
+typedef struct kvk_cuda_prefill_args {
+    uint32_t n_seqs, n_q, n_q_heads, n_kv_heads, head_dim;
+    const float *q;                /* [n_seqs, n_q, n_q_heads, head_dim] */
+    const uint32_t *n_queries;     /* [n_seqs] or NULL */
+    const int32_t *list;           /* [n_seqs, stride] slots, -1: passed over */
+    const uint32_t *n_list;        /* [n_seqs] */
+    uint32_t stride;               /* the longest list possible */
+    const kvk_cuda_residency *res; /* [n_seqs] */
+    const void *chunk;             /* [n_seqs, n_q, row_bytes] */
+    uint32_t row_bytes, k_off_bytes, v_off_bytes;
+    kvk_dtype dtype;
+    const int32_t *k_positions;     /* [n_seqs, stride] or NULL */
+    const int32_t *chunk_positions; /* [n_seqs, n_q] or NULL */
+    const double *inv_freq;         /* [head_dim / 2] or NULL */
+    float scale, softcap;
+    uint32_t fast; /* 0 or 1 */
+    float *o;      /* [n_seqs, n_q, n_q_heads, head_dim] */
+    float *lse;    /* [n_seqs, n_q, n_q_heads] */
+    void *workspace;
+    size_t workspace_bytes; /* no need to clear it */
+} kvk_cuda_prefill_args;
+size_t kvk_cuda_prefill_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_t n_q,
+                                        uint32_t n_kv_heads, uint32_t head_dim, int fast);
+kvc_status kvk_cuda_prefill(kvk_cuda *cuda, const kvk_cuda_prefill_args *args,
+                            kvk_stream *stream) KVC_MUST_CHECK;
 
 /*
  * Coded rows of n tokens: k and v [n, n_heads, head_dim] bf16 -> row i at out + i * row_bytes, K at

@@ -1,0 +1,227 @@
+/*
+ * cuda_cases_prefill.c: attention of chunks against the table's attend: lists with and without
+ * holes, chunks of any length, every dtype, rotated and not, exact and fast.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "cuda_cases.h"
+#include "cuda_rig.h"
+
+#define SEQS      3u
+#define POSITIONS 3000u
+
+typedef struct chunk_case {
+    uint32_t heads, kv_heads, dim, stride, n_q;
+    kvk_dtype dtype;
+    bool rotated, fast;
+    float softcap;
+} chunk_case;
+
+/* A batch of chunks over one context; slot i holds row i of it. */
+typedef struct chunk_batch {
+    const chunk_case *is;
+    context rows, chunk; /* the chunk of sequence s begins at row s * n_q */
+    uint32_t n_list[SEQS], n_queries[SEQS];
+    int32_t *list, *k_positions, *chunk_positions;
+    float *q;
+    double inv_freq[64];
+    kvk_cuda_prefill_args a;
+} chunk_batch;
+
+/* Lengths: all, none and some of the list; all, one and some of the queries. */
+static void fill_lists(numbers *from, chunk_batch *b)
+{
+    const chunk_case *is = b->is;
+
+    for (uint32_t s = 0; s < SEQS; s++) {
+        b->n_list[s] = s == 0 ? is->stride : s == 1 ? 0 : number_below(from, is->stride + 1);
+        b->n_queries[s] = s == 0 ? is->n_q : s == 1 ? 1 : 1 + number_below(from, is->n_q);
+    }
+    for (size_t i = 0; i < (size_t)SEQS * is->stride; i++) {
+        b->list[i] = number_below(from, 20) == 0 ? -1 : (int32_t)number_below(from, POSITIONS);
+        b->k_positions[i] = (int32_t)number_below(from, 100000);
+    }
+    for (size_t i = 0; i < (size_t)SEQS * is->n_q; i++)
+        b->chunk_positions[i] = (int32_t)(100000 + i);
+}
+
+static void make_args(chunk_batch *b)
+{
+    const chunk_case *is = b->is;
+    size_t lists = (size_t)SEQS * is->stride, queries = (size_t)SEQS * is->n_q;
+    size_t width = (size_t)is->heads * is->dim, row = b->rows.row_bytes;
+    size_t work = kvk_cuda_prefill_workspace_bytes(SEQS, is->stride, is->n_q, is->kv_heads, is->dim,
+                                                   is->fast);
+    kvk_cuda_residency res[SEQS] = {{.slots = device_copy(b->rows.rows, POSITIONS * row)}};
+
+    res[1] = res[2] = res[0];
+    b->a = (kvk_cuda_prefill_args){
+        .n_seqs = SEQS,
+        .n_q = is->n_q,
+        .n_q_heads = is->heads,
+        .n_kv_heads = is->kv_heads,
+        .head_dim = is->dim,
+        .q = device_copy(b->q, queries * width * 4),
+        .n_queries = device_copy(b->n_queries, sizeof(b->n_queries)),
+        .list = device_copy(b->list, lists * 4),
+        .n_list = device_copy(b->n_list, sizeof(b->n_list)),
+        .stride = is->stride,
+        .res = device_copy(res, sizeof(res)),
+        .chunk = device_copy(b->chunk.rows, queries * row),
+        .row_bytes = b->rows.row_bytes,
+        .v_off_bytes = b->rows.v_off_bytes,
+        .dtype = is->dtype,
+        .k_positions = is->rotated ? device_copy(b->k_positions, lists * 4) : NULL,
+        .chunk_positions = is->rotated ? device_copy(b->chunk_positions, queries * 4) : NULL,
+        .inv_freq = is->rotated ? device_copy(b->inv_freq, is->dim / 2 * sizeof(double)) : NULL,
+        .scale = 1.0f / sqrtf((float)is->dim),
+        .softcap = is->softcap,
+        .fast = is->fast,
+        .o = device_bytes(queries * width * 4),
+        .lse = device_bytes(queries * is->heads * 4),
+        .workspace = device_bytes(work),
+        .workspace_bytes = work};
+}
+
+static void make_batch(numbers *from, chunk_batch *b)
+{
+    const chunk_case *is = b->is;
+    kvk_rope_params rope = {.theta = 500000};
+
+    b->rows = kv_context_of(from, POSITIONS, is->kv_heads, is->dim, is->dtype);
+    b->chunk = kv_context_of(from, SEQS * is->n_q, is->kv_heads, is->dim, is->dtype);
+    b->list = host_bytes((size_t)SEQS * is->stride * 4);
+    b->k_positions = host_bytes((size_t)SEQS * is->stride * 4);
+    b->chunk_positions = host_bytes((size_t)SEQS * is->n_q * 4);
+    b->q = normals(from, (size_t)SEQS * is->n_q * is->heads * is->dim);
+    OK(kvk_rope_inv_freq(&rope, is->dim, b->inv_freq));
+    fill_lists(from, b);
+    make_args(b);
+}
+
+/* The table's result for sequence s into o and lse; gives how many rows there are before the chunk.
+ */
+static uint32_t table_result(const chunk_batch *b, uint32_t s, float *o, float *lse)
+{
+    const chunk_case *is = b->is;
+    uint32_t n = 0, n_q = b->n_queries[s], *visible = host_bytes(n_q * 4);
+    const void **rows = host_bytes((is->stride + n_q) * sizeof(*rows));
+    int32_t *positions = host_bytes((is->stride + n_q) * 4);
+
+    for (uint32_t j = 0; j < b->n_list[s]; j++) {
+        size_t at = (size_t)s * is->stride + j;
+        if (b->list[at] < 0)
+            continue;
+        positions[n] = b->k_positions[at];
+        rows[n++] = b->rows.rows + (size_t)b->list[at] * b->rows.row_bytes;
+    }
+    for (uint32_t i = 0; i < n_q; i++) {
+        size_t at = (size_t)s * is->n_q + i;
+        positions[n + i] = b->chunk_positions[at];
+        rows[n + i] = b->chunk.rows + at * b->chunk.row_bytes;
+        visible[i] = n + i + 1;
+    }
+    CPU(true, attend, b->q + (size_t)s * is->n_q * is->heads * is->dim, n_q, is->heads,
+        is->kv_heads, is->dim, rows, n + n_q, 0, b->rows.v_off_bytes, is->dtype,
+        is->rotated ? positions : NULL, is->rotated ? b->inv_freq : NULL, visible, b->a.scale,
+        is->softcap, o, lse);
+    return n;
+}
+
+/* The bound of cuda.h, where sums of |products| stay below 1.2 dim and |v| below 4; and what is far
+ * below it for such numbers, the root of the mean square. */
+static void compare(const chunk_batch *b, const char *what)
+{
+    const chunk_case *is = b->is;
+    size_t width = (size_t)is->heads * is->dim, all = (size_t)SEQS * is->n_q;
+    const float *o = fetched(b->a.o, all * width * 4);
+    const float *lse = fetched(b->a.lse, all * is->heads * 4);
+    double s_max = (double)b->a.scale * 1.2 * is->dim;
+
+    for (uint32_t s = 0; s < SEQS; s++) {
+        size_t n = (size_t)b->n_queries[s] * width, at = (size_t)s * is->n_q * width;
+        float *want = host_bytes(n * 4), *want_lse = host_bytes(n / is->dim * 4);
+        uint32_t n_kv = table_result(b, s, want, want_lse) + b->n_queries[s];
+        double e = is->fast ? 0x1p-7 * s_max + 0x1p-8 : 0x1p-16 * s_max + 0x1p-16 + n_kv * 0x1p-25;
+        double squares = 0;
+        for (size_t i = 0; i < n; i++) {
+            double off = fabs((double)o[at + i] - (double)want[i]);
+            squares += off * off;
+            REQUIRE(off <= 2 * e * 4, "%s: seq %u, %u keys: o[%zu] is %.9g, wanted %.9g", what, s,
+                    n_kv, i, (double)o[at + i], (double)want[i]);
+        }
+        REQUIRE(sqrt(squares / (double)n) <= (is->fast ? 0x1p-8 : 0x1p-17),
+                "%s: seq %u: off by %.3g on average", what, s, sqrt(squares / (double)n));
+        for (size_t i = 0; i < n / is->dim; i++)
+            REQUIRE(fabs((double)lse[at / is->dim + i] - (double)want_lse[i]) <= 2 * e,
+                    "%s: seq %u: lse[%zu] is %.9g, wanted %.9g", what, s, i,
+                    (double)lse[at / is->dim + i], (double)want_lse[i]);
+    }
+}
+
+static void run_case(numbers *from, const chunk_case *is)
+{
+    chunk_batch b = {.is = is};
+    char what[96];
+    size_t o_bytes = (size_t)SEQS * is->n_q * is->heads * is->dim * 4;
+
+    (void)snprintf(what, sizeof(what), "%u/%u heads of %u, %u listed, %u queries, dtype %d%s%s",
+                   is->heads, is->kv_heads, is->dim, is->stride, is->n_q, (int)is->dtype,
+                   is->rotated ? ", rotated" : "", is->fast ? ", fast" : "");
+    make_batch(from, &b);
+    OK(kvk_cuda_fill(gpu(), b.a.o, 0xee, o_bytes, gpu_stream()));
+    OK(kvk_cuda_prefill(gpu(), &b.a, gpu_stream()));
+    compare(&b, what);
+    if (is->n_q > 1) { /* sequence 1 has one query; the next was not touched */
+        const uint8_t *o = fetched(b.a.o, o_bytes);
+        REQUIRE(o[((size_t)is->n_q + 1) * is->heads * is->dim * 4] == 0xee, "%s: beyond", what);
+    }
+    release_all();
+}
+
+static void refuse_bad(numbers *from)
+{
+    static const chunk_case is = {4, 2, 64, 10, 5, KVK_BF16, false, false, 0};
+    chunk_batch b = {.is = &is};
+    kvk_cuda_prefill_args bad[8];
+
+    make_batch(from, &b);
+    for (int i = 0; i < 8; i++)
+        bad[i] = b.a;
+    bad[0].n_q = KVK_CUDA_CHUNK_MAX + 1;
+    bad[1].n_q_heads = 5;
+    bad[2].dtype = KVK_F32;
+    bad[3].row_bytes = 128; /* V leaves the row */
+    bad[4].workspace_bytes--;
+    bad[5].chunk = NULL;
+    bad[6].stride = 0;
+    bad[7].scale = NAN;
+    for (int i = 0; i < 8; i++)
+        REQUIRE(kvk_cuda_prefill(gpu(), &bad[i], gpu_stream()) == KVC_INVALID, "argument %d", i);
+    b.a.head_dim = 32; /* narrower: it fits, and is not built */
+    REQUIRE(kvk_cuda_prefill(gpu(), &b.a, gpu_stream()) == KVC_UNSUPPORTED, "dimension 32");
+    release_all();
+}
+
+void cuda_case_prefill(numbers *from)
+{
+    static const chunk_case cases[] = {
+        {32, 8, 128, 2700, 512, KVK_BF16, true, false, 0},
+        {32, 8, 128, 2700, 512, KVK_BF16, true, true, 0},
+        {9, 3, 64, 333, 130, KVK_BF16, true, false, 0},
+        {9, 3, 64, 333, 130, KVK_BF16, false, true, 0},
+        {8, 8, 128, 17, 1, KVK_BF16, false, false, 0},
+        {16, 2, 64, 64, 64, KVK_F16, true, false, 20},
+        {28, 4, 128, 65, 33, KVK_E4M3_SCALED, true, false, 0},
+        {32, 8, 128, 300, 200, KVK_E4M3_SCALED, true, true, 0},
+        {5, 1, 64, 31, 129, KVK_I8_SCALED, true, false, 0},
+        {12, 2, 128, 1, 257, KVK_I8_SCALED, false, true, 30},
+        {4, 2, 64, 128, 2, KVK_F16, false, true, 0},
+    };
+
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+        run_case(from, &cases[i]);
+    refuse_bad(from);
+}
