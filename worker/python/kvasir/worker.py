@@ -160,27 +160,27 @@ class Worker:
         )
         if self._group is not None:
             opts.all_reduce = self._group.pointer
+        self._handle = self._open(opts, client, server_names)
+
+    def _open(self, opts, client, server_names):
         several = isinstance(client, (list, tuple))
         if server_names is not None and not (several and len(server_names) == len(client)):
             raise ValueError("server_names needs a list of as many clients")
         clients = list(client) if several else [] if client is None else [client]
+        self.n_servers = n = len(clients)
+        lib, ptr = _lib.load(), ctypes.c_void_p()
         with contextlib.ExitStack() as held:
             pointers = [held.enter_context(c.handle) for c in clients]
             if several:
-                opts.clients = (ctypes.c_void_p * len(pointers))(*pointers)
-                opts.n_clients = len(pointers)
+                opts.clients, opts.n_clients = (ctypes.c_void_p * n)(*pointers), n
                 if server_names is not None:
-                    names = [_bytes(name) for name in server_names]
-                    opts.server_names = (ctypes.c_char_p * len(names))(*names)
+                    opts.server_names = (ctypes.c_char_p * n)(*map(_bytes, server_names))
             elif clients:
                 opts.client = pointers[0]
-            self._handle = self._open(opts, [c.handle for c in clients])
-        self.n_servers = len(clients)
-
-    def _open(self, opts, parents):
-        lib, ptr = _lib.load(), ctypes.c_void_p()
-        _lib.check(lib.kvw_open(ctypes.byref(opts), ctypes.byref(ptr)), "kvw_open")
-        return Handle("kvw_worker", "the worker", ptr, lib.kvw_close, *parents, keep=self._group)
+            _lib.check(lib.kvw_open(ctypes.byref(opts), ctypes.byref(ptr)), "kvw_open")
+            parents = [c.handle for c in clients]
+            close = lib.kvw_close
+            return Handle("kvw_worker", "the worker", ptr, close, *parents, keep=self._group)
 
     def causes(self):
         """A context: errors inside it name what all_reduce raised as their cause."""
