@@ -117,17 +117,33 @@ kvc_status kvs_cascade_reserve(kvs_server *server, const kvs_schema *schema, uin
     return status;
 }
 
-uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, uint64_t bytes)
+/* pages 0: of the class, else of all that take so many. */
+static uint64_t evict_from_lmdb(kvs_server *server, uint32_t cls, uint32_t pages, uint64_t bytes)
 {
     uint64_t freed = 0;
     kvs_victim victim;
-    while (freed < bytes && kvs_evict_lmdb(server->index, cls, &victim)) {
+    while (freed < bytes && (pages ? kvs_evict_lmdb_pages(server->index, pages, &victim)
+                                   : kvs_evict_lmdb(server->index, cls, &victim))) {
         atomic_fetch_add(&server->lmdb.evictions, 1);
         if (victim.gone)
             count_lost(server, &victim);
         release_lmdb(server, &victim);
         freed += victim.value_bytes;
     }
+    return freed;
+}
+
+uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, const kvs_tier_shape *shape)
+{
+    const kvs_store *lmdb = &server->lmdb;
+    uint64_t own = (uint64_t)shape->row_bytes * shape->n_rows, freed = 0, wanted;
+    uint32_t own_pages = server->index->classes[cls].record_pages, pages;
+    if (!lmdb->ops->donor)
+        return evict_from_lmdb(server, cls, 0, own);
+    for (uint32_t rank = 0; !freed && lmdb->ops->donor(lmdb->tier, shape, rank, &pages, &wanted);
+         rank++)
+        freed = evict_from_lmdb(server, cls, pages == own_pages ? 0 : pages,
+                                wanted > own ? wanted : own);
     return freed;
 }
 

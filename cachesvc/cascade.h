@@ -17,9 +17,9 @@
 kvc_status kvs_cascade_reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
                                uint32_t n, kvs_slot *slots, void **addrs,
                                uint32_t *n_p) KVC_MUST_CHECK;
-/* Evicts lmdb values as large as those of the class until bytes were released or nothing gives way;
-   returns the bytes. */
-uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, uint64_t bytes);
+/* Evicts from lmdb what makes room for a value of the class and shape: values of its size, or of
+   others that have more than their share; returns their bytes, 0 if nothing gives way. */
+uint64_t kvs_cascade_lmdb_room(kvs_server *server, uint32_t cls, const kvs_tier_shape *shape);
 /* Releases doomed values that nobody reads any more. */
 void kvs_cascade_reap(kvs_server *server);
 /* Loads a value that kvs_index_ref marked LOADING on a disk thread; takes its extra reference. */

@@ -290,6 +290,18 @@ bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
     return found;
 }
 
+bool kvs_evict_lmdb_pages(kvs_index *index, uint32_t pages, kvs_victim *victim_p)
+{
+    uint32_t steps = KVS_EVICT_SCAN;
+    bool found = false;
+    kvc_mutex_lock(&index->lock);
+    for (uint32_t i = 0; !found && i < index->n_classes; i++)
+        found = index->classes[i].record_pages == pages &&
+                lmdb_from(index, &index->classes[i], &steps, victim_p);
+    kvc_mutex_unlock(&index->lock);
+    return found;
+}
+
 bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p)
 {
     kvc_mutex_lock(&index->lock);

@@ -48,6 +48,8 @@ bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
 /* From the class, else from others, of any tenant, that share its lmdb environment. False also
    where the first KVS_EVICT_SCAN values were all in use; the next call looks at others. */
 bool kvs_evict_lmdb(kvs_index *index, uint32_t cls, kvs_victim *victim_p);
+/* From any class whose values take so many pages of lmdb. */
+bool kvs_evict_lmdb_pages(kvs_index *index, uint32_t pages, kvs_victim *victim_p);
 /* After the slots of victims [n] were released. */
 void kvs_evict_finish_each(kvs_index *index, const kvs_victim *victims, uint32_t n);
 static inline void kvs_evict_finish(kvs_index *index, const kvs_victim *victim)

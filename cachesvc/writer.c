@@ -91,19 +91,18 @@ static void behind_done(kvs_write_job *job)
 
 /*
  * Hands one job to the tier. The tier's queue is never full, since fewer than it takes are flying;
- * so AGAIN means that its bytes are used up, and the room comes from values of the same size. No
- * other helps: a tier keeps what one size class has taken from the medium.
+ * so AGAIN means that its bytes are used up, and the room comes from values that the tier names.
  */
 static kvc_status hand_over(kvs_writer *writer, kvs_write_job *job)
 {
     kvs_server *server = writer->server;
-    uint64_t len_bytes = (uint64_t)job->write.row_bytes * job->write.n_rows;
+    kvs_tier_shape shape = {job->write.row_bytes, job->write.n_rows};
     kvc_status status = KVC_AGAIN;
     if (job->tries > 0)
-        kvs_cascade_lmdb_room(server, job->cls, len_bytes);
+        kvs_cascade_lmdb_room(server, job->cls, &shape);
     for (uint32_t i = 0; status == KVC_AGAIN && i < MAX_ROOM_TRIES; i++) {
         status = server->lmdb.ops->write(server->lmdb.tier, &job->write);
-        if (status == KVC_AGAIN && !kvs_cascade_lmdb_room(server, job->cls, len_bytes))
+        if (status == KVC_AGAIN && !kvs_cascade_lmdb_room(server, job->cls, &shape))
             break;
     }
     return status;

@@ -17,7 +17,8 @@
 #include "base/metrics.h"
 #include "lmdb_tier.h"
 
-#define MAX_TRIES 4u
+#define MAX_TRIES  4u
+#define TREE_PAGES 4u /* that one more value changes, for what a file with holes may take */
 
 static void fail_writes(kvsi_batch *batch, uint32_t from, kvc_status status)
 {
@@ -114,21 +115,34 @@ static int try_commit(kvsi_batch *batch, uint32_t n, uint32_t *n_fit_p)
     return MDB_SUCCESS;
 }
 
+/* Claims what is missing up to need pages, from what is free and then from other classes. Gives the
+   new claim, which may be less than needed. */
+static uint64_t claim_more(kvs_tier *tier, const kvsi_class *class, uint64_t now_pages,
+                           uint64_t need)
+{
+    uint64_t pages = kvsi_claim(tier, now_pages, need);
+
+    if (pages >= need)
+        return pages;
+    kvsi_take(tier, class, need - pages);
+    return kvsi_claim(tier, pages, need);
+}
+
 /* The environment of a class that has none yet. */
 static kvc_status create_class(kvs_tier *tier, kvsi_class *class)
 {
     char name[32];
-    uint64_t claimed = kvsi_claim(tier, 0, kvsi_first_claim(class));
+    uint64_t first = kvsi_first_claim(class->record_pages);
+    uint64_t claimed = claim_more(tier, class, 0, first);
 
-    if (claimed < kvsi_first_claim(class)) {
+    if (claimed < first) {
         kvsi_unclaim(tier, claimed);
-        KVC_LOG_ERROR(TIER, "lmdb: no capacity is left for values of %u pages",
-                      class->record_pages);
-        return KVC_NO_SPACE;
+        KVC_LOG_WARN(TIER, "lmdb: no capacity is left for values of %u pages", class->record_pages);
+        return tier->no_holes ? KVC_NO_SPACE : KVC_AGAIN;
     }
+    uint64_t pages = claimed - KVSI_ENV_SLACK_PAGES;
     snprintf(name, sizeof(name), "class-%u", class->record_pages);
-    kvc_status status =
-        kvsi_env_open(&class->env, tier->root_fd, tier->root, name, claimed - KVSI_ENV_SLACK_PAGES);
+    kvc_status status = kvsi_env_open(&class->env, tier->root_fd, tier->root, name, pages, pages);
     if (status != KVC_OK) {
         kvsi_env_remove(tier->root_fd, name);
         kvsi_unclaim(tier, claimed);
@@ -136,30 +150,34 @@ static kvc_status create_class(kvs_tier *tier, kvsi_class *class)
     }
     KVC_LOG_INFO(TIER, "lmdb: new size class of %u pages", class->record_pages);
     kvc_mutex_lock(&tier->lock);
-    class->claim_pages = claimed - KVSI_ENV_SLACK_PAGES;
+    class->claim_pages = pages;
     kvc_mutex_unlock(&tier->lock);
     return KVC_OK;
 }
 
 /*
- * Grows the map to need pages, or as far as the budget goes. AGAIN: there is no room, in the budget
- * or on the disk, and releases would help. Any other: the disk fails, and they would not: values
- * must not give way to a disk that dies.
+ * Grows the claim to need pages, or as far as the budget goes, and the map with it. AGAIN: there is
+ * no room, in the budget or on the disk, and releases would help. Any other: the disk fails, and
+ * they would not: values must not give way to a disk that dies.
  */
 static kvc_status grow_class(kvs_tier *tier, kvsi_class *class, uint64_t need)
 {
     uint64_t old = class->claim_pages;
-    uint64_t pages = kvsi_claim(tier, old, need);
+    uint64_t pages = claim_more(tier, class, old, need);
+    kvc_status status = KVC_OK;
 
     if (pages == old)
         return KVC_AGAIN;
-    kvc_status status = kvsi_env_grow(&class->env, pages);
+    if (pages >= class->env.map_pages) /* its holes, if it had some, are filled again */
+        status = kvsi_env_grow(&class->env, pages);
     if (status != KVC_OK) {
         kvsi_unclaim(tier, pages - old);
         return status == KVC_NO_SPACE ? KVC_AGAIN : status;
     }
     kvc_mutex_lock(&tier->lock);
     class->claim_pages = pages;
+    if (pages > class->env.map_pages)
+        class->env.map_pages = pages;
     kvc_mutex_unlock(&tier->lock);
     return KVC_OK;
 }
@@ -285,6 +303,8 @@ void kvsi_commit(kvs_tier *tier, kvsi_batch *batch)
     /* Where the releases must make the room, they go first: their pages are not free before. */
     if (tight && batch->n_drops > 0 && make_room(batch) != MDB_SUCCESS)
         n = 0;
+    if (n > 0)
+        kvsi_class_trim(tier, class, (uint64_t)n * (class->record_pages + TREE_PAGES));
     if (n > 0 || !batch->drops_done)
         n = commit_writes(tier, batch, n, &status);
     for (uint32_t i = 0; i < n; i++) {

@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -93,18 +94,37 @@ static kvc_status failed(const kvsi_env *env, const char *what, int rc)
     return status;
 }
 
-uint64_t kvsi_env_file_pages(int root_fd, const char *name)
+static bool stat_file(int root_fd, const char *name, struct stat *st_p)
 {
     char path[64];
-    struct stat st;
 
     snprintf(path, sizeof(path), "%s/data.mdb", name);
-    if (fstatat(root_fd, path, &st, 0) != 0)
+    return fstatat(root_fd, path, st_p, 0) == 0;
+}
+
+static uint64_t disk_pages(const struct stat *st)
+{
+    uint64_t pages = ((uint64_t)st->st_blocks * 512 + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES;
+
+    return pages - (pages < KVSI_ENV_SLACK_PAGES ? pages : KVSI_ENV_SLACK_PAGES);
+}
+
+uint64_t kvsi_env_disk_pages(int root_fd, const char *name)
+{
+    struct stat st;
+
+    return stat_file(root_fd, name, &st) ? disk_pages(&st) : 0;
+}
+
+uint64_t kvsi_env_file_pages(int root_fd, const char *name)
+{
+    struct stat st;
+
+    if (!stat_file(root_fd, name, &st))
         return 0;
-    uint64_t allotted = ((uint64_t)st.st_blocks * 512 + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES;
     uint64_t size = ((uint64_t)st.st_size + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES;
-    allotted -= allotted < KVSI_ENV_SLACK_PAGES ? allotted : KVSI_ENV_SLACK_PAGES;
-    return allotted > size ? allotted : size;
+    uint64_t pages = disk_pages(&st);
+    return pages > size ? pages : size;
 }
 
 /* Room on the disk for the whole map. A file system that cannot do it is taken as it is. */
@@ -264,7 +284,7 @@ static void forget_file(kvsi_env *env)
 }
 
 kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const char *name,
-                         uint64_t map_pages)
+                         uint64_t map_pages, uint64_t claim_pages)
 {
     bool is_new = kvsi_env_file_pages(root_fd, name) == 0;
     kvc_status status = KVC_OK;
@@ -278,7 +298,7 @@ kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const cha
     if (mkdirat(root_fd, name, 0700) != 0 && errno != EEXIST)
         return failed(env, "mkdir", errno);
     status = open_lmdb(env, map_pages);
-    if (status == KVC_OK) {
+    if (status == KVC_OK && claim_pages >= map_pages) {
         status = allot(env, map_pages);
         if (status == KVC_NO_SPACE && !is_new) /* what it holds can be read and released */
             status = KVC_OK;
@@ -450,6 +470,18 @@ void kvsi_env_read_end(kvsi_env *env, MDB_txn *txn)
 
 /* --- the writer's --- */
 
+/* Whether the system would map so much: LMDB gives the old map up before it tries, and has none if
+   that fails. */
+static bool could_map(const kvsi_env *env, size_t len_bytes)
+{
+    mdb_filehandle_t fd;
+
+    if (KVC_FAULT("lmdb.map") || mdb_env_get_fd(env->env, &fd) != MDB_SUCCESS)
+        return false;
+    void *map = mmap(NULL, len_bytes, PROT_READ, MAP_SHARED, fd, 0);
+    return map != MAP_FAILED && munmap(map, len_bytes) == 0;
+}
+
 typedef struct resize {
     MDB_env *env;
     size_t bytes;
@@ -467,12 +499,17 @@ kvc_status kvsi_env_grow(kvsi_env *env, uint64_t map_pages)
     resize r = {env->env, (size_t)map_pages * KVSI_PAGE_BYTES};
     kvc_status status = atomic_load(&env->faulted) ? KVC_IO : allot(env, map_pages);
 
+    if (status == KVC_OK && !could_map(env, r.bytes)) {
+        KVC_LOG_WARN(TIER, "lmdb: %s/%s: the system does not map %llu pages", env->root, env->name,
+                     (unsigned long long)map_pages);
+        status = KVC_NO_SPACE;
+    }
     if (status != KVC_OK)
         return status;
     gate_close(env);
     int rc = kvsi_env_run(env, set_size, &r);
     atomic_store(&env->map_base, 0);
-    if (rc != MDB_SUCCESS && rc != EINVAL) { /* the old map is gone */
+    if (rc != MDB_SUCCESS) { /* the old map is gone */
         atomic_store(&env->faulted, true);
         atomic_store(&env->dead, true);
     }

@@ -67,13 +67,18 @@ uint64_t kvsi_env_file_pages(int root_fd, const char *name);
 /* Once, before the first open and after the last close; reads may begin in between, always. */
 void kvsi_env_init(kvsi_env *env);
 void kvsi_env_fini(kvsi_env *env);
+/* Pages that the disk has for the file, less the slack; fewer than its length where it has holes.
+ */
+uint64_t kvsi_env_disk_pages(int root_fd, const char *name);
+
 /*
  * Opens or creates the environment root/name with a map of map_pages; the file must fit into it.
- * root is borrowed while it is open. A full disk keeps only a new one from opening. CORRUPT: LMDB
- * does not take it for one of its own. IO, NO_SPACE, NO_MEMORY. May block.
+ * claim_pages: what of it is allotted on the disk, all or nothing: with less than map_pages, the
+ * file's holes stay. root is borrowed while it is open. A full disk keeps only a new one from
+ * opening. CORRUPT: LMDB does not take it for one of its own. IO, NO_SPACE, NO_MEMORY. May block.
  */
 kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const char *name,
-                         uint64_t map_pages) KVC_MUST_CHECK;
+                         uint64_t map_pages, uint64_t claim_pages) KVC_MUST_CHECK;
 /* False, logged: the file has no name any more, so what is written would be gone with the process.
  */
 bool kvsi_env_is_there(kvsi_env *env);
@@ -82,7 +87,8 @@ void kvsi_env_remove(int root_fd, const char *name);
 /* Waits for the reads under way; does not sync. Reads that begin later find nothing. */
 void kvsi_env_close(kvsi_env *env);
 
-/* Makes the map larger; the one writer of the environment, with no transaction open. */
+/* Makes the map larger; the one writer of the environment, with no transaction open. NO_SPACE: the
+   disk is full, or so much is not mapped; all is as it was. */
 kvc_status kvsi_env_grow(kvsi_env *env, uint64_t map_pages) KVC_MUST_CHECK;
 /* Waits until no read holds an old snapshot; new ones wait meanwhile. */
 void kvsi_env_drain(kvsi_env *env);

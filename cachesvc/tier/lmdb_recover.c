@@ -173,9 +173,11 @@ static kvc_status walk_again(kvs_tier *tier, uint32_t number, bool *lost_p)
     kvsi_class *class = &tier->classes[number];
     char name[sizeof(class->env.name)];
 
+    uint64_t map_pages = class->env.map_pages;
+
     memcpy(name, class->env.name, sizeof(name));
     kvsi_env_close(&class->env);
-    kvc_status status = kvsi_check_and_open(tier, &class->env, name, class->claim_pages);
+    kvc_status status = kvsi_check_and_open(tier, &class->env, name, map_pages, class->claim_pages);
     if (status == KVC_OK && (status = walk_dry(tier, number)) != KVC_OK)
         kvsi_env_close(&class->env);
     if (status != KVC_OK)

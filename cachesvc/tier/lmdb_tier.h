@@ -1,12 +1,13 @@
 /*
  * lmdb_tier.h: the lmdb tier's state, shared by its files. Private to them.
  *
- * Budget: every page of capacity_bytes is either claimed by an environment's map (map_pages, plus
- * KVSI_ENV_SLACK_PAGES for its lock file and the file system's own blocks) or free to be claimed.
- * Files never shrink, so a claim is never given back while the tier is open. What a first meta map
- * takes is never claimed otherwise, so that a damaged meta can be replaced in a full folder; nor is
- * what it may grow to in a store that is full of values (KVSI_META_PART), so that contexts can
- * still be saved there.
+ * Budget: every page of capacity_bytes is either claimed by an environment's file (claim_pages,
+ * plus KVSI_ENV_SLACK_PAGES for its lock file and the file system's own blocks) or free to be
+ * claimed. LMDB never makes a file shorter: a claim is given back by holes where the file holds
+ * nothing, and with the whole file once there is no value in it (lmdb_shrink.c). What a first meta
+ * map takes is never claimed otherwise, so that a damaged meta can be replaced in a full folder;
+ * nor is what it may grow to in a store that is full of values (KVSI_META_PART), so that contexts
+ * can still be saved there.
  */
 #ifndef KVSI_LMDB_TIER_H
 #define KVSI_LMDB_TIER_H
@@ -27,13 +28,15 @@
 #define KVSI_MAX_NAME       512u /* no LMDB key is longer */
 #define KVSI_MAX_META_BYTES (16u << 20)
 #define KVSI_EMPTY_NS       1000000000ull /* a class stays so long when its last value has gone */
+#define KVSI_FAIR_PART      16u /* of the capacity: below it, a class may take from others */
 #define KVSI_RANK_META      ((kvc_lock_rank)(KVC_RANK_TIER - 1))
 
 /* One size class: values of this many pages each, in an environment of their own. */
 typedef struct kvsi_class {
     kvsi_env env;
     uint32_t record_pages;
-    uint64_t claim_pages;            /* of the budget, for its file; 0: it has none */
+    uint64_t claim_pages; /* of the budget, for its file; 0: it has none. Less than env.map_pages
+                             where the file has holes: then the writer sees to it */
     uint64_t live_pages, tree_pages; /* after the last commit */
     uint64_t values;
     uint64_t empty_ns; /* since when there has been no value; 0: there is one, or no file */
@@ -84,6 +87,7 @@ struct kvs_tier {
     kvc_cond woken; /* a waiter is done */
     uint64_t claimed_pages;
     uint64_t reserved_pages; /* not claimed yet, and the meta map's only */
+    bool no_holes;           /* the file system takes nothing back out of a file */
     uint32_t n_classes;      /* classes[0 .. n_classes) never change place */
     uint32_t refused_pages;  /* the size class that was last refused, and logged */
     kvsi_class classes[KVSI_MAX_CLASSES];
@@ -114,13 +118,15 @@ void kvsi_unclaim(kvs_tier *tier, uint64_t pages);
 /* Pages that a class's trees, free lists and fragments may take beyond its records. */
 uint64_t kvsi_reserve_pages(const kvsi_class *class);
 /* What a class must be able to claim before its environment is worth creating. */
-uint64_t kvsi_first_claim(const kvsi_class *class);
+uint64_t kvsi_first_claim(uint32_t record_pages);
 
 /* Breaks the class if its file failed: no more writes, and no clean stop. Takes the tier lock. */
 void kvsi_class_check(kvs_tier *tier, kvsi_class *class);
 
+/* As kvsi_env_open, after a look at the file; twice before it is CORRUPT. */
+kvc_status kvsi_check_and_open(kvs_tier *tier, kvsi_env *env, const char *name, uint64_t map_pages,
+                               uint64_t claim_pages) KVC_MUST_CHECK;
 /* Renames a damaged, closed environment to *.bad; its claim stays. IO. */
-kvc_status kvsi_check_and_open(kvs_tier *tier, kvsi_env *env, const char *name, uint64_t map_pages);
 kvc_status kvsi_set_aside(kvs_tier *tier, const char *name) KVC_MUST_CHECK;
 
 /* --- lmdb_writer.c --- */
@@ -136,7 +142,25 @@ void kvsi_drop_push(kvs_tier *tier, kvsi_drop *drop);
 /* A failed sync says nothing about what reached the disk, so the class promises no more. */
 kvc_status kvsi_class_sync(kvs_tier *tier, kvsi_class *class) KVC_MUST_CHECK;
 
+kvsi_class *kvsi_class_of(kvs_tier *tier, uint32_t pages); /* NULL: none. Holds the lock */
+/* A place for one more size class; NULL: all are taken. The caller holds the lock. */
+kvsi_class *kvsi_class_place(kvs_tier *tier);
+
 /* --- lmdb_shrink.c: what gives the disk back --- */
+
+/* What other classes would give this one now, or (at_most) once what may go has gone; the caller
+   holds the lock. */
+uint64_t kvsi_takeable(const kvs_tier *tier, const kvsi_class *class, bool at_most);
+/* Frees about so many pages of the budget that other classes have and do not need. kvs-lmdb-w. */
+void kvsi_take(kvs_tier *tier, const kvsi_class *class, uint64_t pages);
+/* Gives back about so many pages of the class's own claim that hold nothing; how many. kvs-lmdb-w,
+   or open. */
+uint64_t kvsi_class_shrink(kvs_tier *tier, kvsi_class *class, uint64_t pages);
+/* Keeps a file with holes within its claim when so many pages more are written. kvs-lmdb-w. */
+void kvsi_class_trim(kvs_tier *tier, kvsi_class *class, uint64_t pages);
+/* See kvs_tier_ops.donor. */
+bool kvsi_donor(kvs_tier *tier, const kvs_tier_shape *shape, uint32_t rank, uint32_t *pages_p,
+                uint64_t *bytes_p);
 
 /* When the first class that holds nothing is to go; 0: none is. The caller holds the lock. */
 uint64_t kvsi_empty_due(const kvs_tier *tier);

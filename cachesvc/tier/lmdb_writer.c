@@ -29,7 +29,7 @@ typedef struct group {
 
 /* --- any thread --- */
 
-static kvsi_class *find_class(kvs_tier *tier, uint32_t pages)
+kvsi_class *kvsi_class_of(kvs_tier *tier, uint32_t pages)
 {
     for (uint32_t i = 0; i < tier->n_classes; i++) {
         if (tier->classes[i].record_pages == pages)
@@ -44,8 +44,7 @@ static bool is_vacant(const kvsi_class *class)
     return class->claim_pages == 0 && class->queued_pages == 0 && class->freeing_pages == 0;
 }
 
-/* A place for one more size class; NULL: all are taken. */
-static kvsi_class *find_place(kvs_tier *tier)
+kvsi_class *kvsi_class_place(kvs_tier *tier)
 {
     for (uint32_t i = 0; i < KVSI_MAX_CLASSES; i++) {
         if (is_vacant(&tier->classes[i]))
@@ -72,13 +71,14 @@ static void say_refused(kvs_tier *tier, uint32_t pages, const char *why)
                   why, list);
 }
 
-/* Whether the class could hold a value if it held no other; else releases help nobody. */
+/* Whether the class could hold a value if it held no other, and others gave what they can spare;
+   else releases help nobody. */
 static bool could_hold(const kvs_tier *tier, const kvsi_class *class)
 {
-    uint64_t left = kvsi_left_pages(tier);
+    uint64_t left = kvsi_left_pages(tier) + kvsi_takeable(tier, class, true);
 
     if (class->claim_pages == 0)
-        return kvsi_first_claim(class) <= left;
+        return kvsi_first_claim(class->record_pages) <= left;
     return class->live_pages > 0 || class->queued_pages > 0 ||
            class->tree_pages + kvsi_reserve_pages(class) + class->record_pages <=
                class->claim_pages + left;
@@ -87,13 +87,13 @@ static bool could_hold(const kvs_tier *tier, const kvsi_class *class)
 /* Whether the write may be queued; the caller holds the lock. */
 static kvc_status admit(kvs_tier *tier, uint32_t pages, kvsi_class **class_p)
 {
-    kvsi_class *class = find_class(tier, pages);
+    kvsi_class *class = kvsi_class_of(tier, pages);
 
     if (tier->stop)
         return KVC_CLOSED;
     bool is_new = class == NULL;
     if (is_new)
-        class = find_place(tier);
+        class = kvsi_class_place(tier);
     if (class == NULL) {
         say_refused(tier, pages, "it would be a ninth size class");
         return KVC_NO_SPACE;
@@ -110,11 +110,11 @@ static kvc_status admit(kvs_tier *tier, uint32_t pages, kvsi_class **class_p)
         say_refused(tier, pages, "other size classes have claimed the whole capacity");
         return KVC_NO_SPACE;
     }
-    uint64_t room = class->claim_pages + kvsi_left_pages(tier);
+    uint64_t room = class->claim_pages + kvsi_left_pages(tier) + kvsi_takeable(tier, class, false);
     uint64_t need = class->live_pages + class->tree_pages + kvsi_reserve_pages(class) +
                     class->queued_pages + pages;
-    if (class->claim_pages == 0)
-        need += KVSI_ENV_SLACK_PAGES;
+    if (class->claim_pages == 0 && need < kvsi_first_claim(pages))
+        need = kvsi_first_claim(pages);
     if (need > room + class->freeing_pages)
         return KVC_AGAIN;
     if (class >= &tier->classes[tier->n_classes])
@@ -230,7 +230,7 @@ kvc_status kvsi_sync_releases(kvs_tier *tier, const kvs_tier_shape *shapes, uint
     kvc_mutex_lock(&tier->lock);
     for (uint32_t i = 0; i < n; i++) {
         kvsi_class *class =
-            find_class(tier, kvsi_record_pages(shapes[i].row_bytes, shapes[i].n_rows));
+            kvsi_class_of(tier, kvsi_record_pages(shapes[i].row_bytes, shapes[i].n_rows));
         if (class == NULL)
             continue; /* nothing of that size was ever here */
         waiter.classes |= 1u << (class - tier->classes);
@@ -476,15 +476,22 @@ static void wake_waiters(kvs_tier *tier, group *g)
     kvc_mutex_unlock(&tier->lock);
 }
 
-static void process_group(kvs_tier *tier, group *g)
+/* Classes in which something was released go first: what they give, others can take. */
+static void commit_group(kvs_tier *tier, group *g, bool with_drops)
 {
     for (uint32_t i = 0; i < KVSI_MAX_CLASSES; i++) {
         kvsi_batch *batch = &g->batches[i];
-        if (batch->n_writes == 0 && batch->n_drops == 0)
+        if ((batch->n_writes == 0 && batch->n_drops == 0) || (batch->n_drops > 0) != with_drops)
             continue;
         kvsi_commit(tier, batch);
         settle_batch(tier, batch);
     }
+}
+
+static void process_group(kvs_tier *tier, group *g)
+{
+    commit_group(tier, g, true);
+    commit_group(tier, g, false);
     finish_writes(tier, g, false);
     sync_group(tier, g);
     finish_writes(tier, g, true);

@@ -181,6 +181,13 @@ typedef struct kvs_tier_ops {
        them was not, or could not be taken down at all: such a value may be back after a restart. */
     kvc_status (*sync_releases)(kvs_tier *tier, const kvs_tier_shape *shapes, uint32_t n);
 
+    /* BLOCKING: OPT. After AGAIN from write: values of which shape should be released so that one
+       of this shape finds room: those that take *pages_p pages of the medium, *bytes_p of them or
+       so. rank 0: who should give first, and so on, should those have nothing that may go. False:
+       nobody is left. Without it, or where it says so: values of the same shape. Any thread. */
+    bool (*donor)(kvs_tier *tier, const kvs_tier_shape *shape, uint32_t rank, uint32_t *pages_p,
+                  uint64_t *bytes_p);
+
     /* PERSISTENT: REQ. Finds every value; before any other use of an opened tier but meta_each. */
     kvc_status (*recover)(kvs_tier *tier, kvs_tier_found *found, void *arg);
     /* PERSISTENT: REQ. Small named records beside the values (schemas): put (durable; blocks; no

@@ -323,6 +323,12 @@ static kvc_status fault_sync_releases(kvs_tier *tier, const kvs_tier_shape *shap
     return status == KVC_OK ? tier->ops->sync_releases(tier->inner, shapes, n) : status;
 }
 
+static bool fault_donor(kvs_tier *tier, const kvs_tier_shape *shape, uint32_t rank,
+                        uint32_t *pages_p, uint64_t *bytes_p)
+{
+    return tier->ops->donor(tier->inner, shape, rank, pages_p, bytes_p);
+}
+
 static kvc_status fault_recover(kvs_tier *tier, kvs_tier_found *found, void *arg)
 {
     kvc_status status = inject(tier, OP_RECOVER);
@@ -375,6 +381,7 @@ void kvsi_fault_ops(const char *name, const kvs_tier_ops *inner, kvs_tier_ops *o
         .read_each = blocking ? fault_read_each : NULL,
         .sync = blocking ? fault_sync : NULL,
         .sync_releases = blocking ? fault_sync_releases : NULL,
+        .donor = inner->donor != NULL ? fault_donor : NULL,
         .recover = persistent ? fault_recover : NULL,
         .meta_put = persistent ? fault_meta_put : NULL,
         .meta_get = persistent ? fault_meta_get : NULL,

@@ -90,9 +90,9 @@ uint64_t kvsi_reserve_pages(const kvsi_class *class)
     return RESERVE_PAGES + 2 * class->tree_pages + class->live_pages / RESERVE_PART;
 }
 
-uint64_t kvsi_first_claim(const kvsi_class *class)
+uint64_t kvsi_first_claim(uint32_t record_pages)
 {
-    return KVSI_ENV_SLACK_PAGES + KVSI_CLASS_PAGES + 2ull * class->record_pages;
+    return KVSI_ENV_SLACK_PAGES + KVSI_CLASS_PAGES + 2ull * record_pages;
 }
 
 /* --- opening --- */
@@ -210,22 +210,36 @@ static kvc_status open_folder(kvs_tier *tier, const char *path)
     return take_mark(tier);
 }
 
-/* Claims what a folder of ours takes on the disk already; at least min_pages. */
-static kvc_status claim_existing(kvs_tier *tier, const char *name, uint64_t min_pages,
-                                 uint64_t *map_pages_p)
+static kvc_status check_claims(const kvs_tier *tier)
 {
-    uint64_t pages = kvsi_env_file_pages(tier->root_fd, name);
-
-    if (pages < min_pages)
-        pages = min_pages;
-    *map_pages_p = pages;
-    tier->claimed_pages += pages + KVSI_ENV_SLACK_PAGES;
     if (tier->claimed_pages <= tier->capacity_pages)
         return KVC_OK;
     KVC_LOG_ERROR(
         TIER, "lmdb: %s holds more than the capacity of %llu bytes; raise it or empty the folder",
         tier->root, (unsigned long long)tier->capacity_pages * KVSI_PAGE_BYTES);
     return KVC_INVALID;
+}
+
+/* Claims what a folder of ours takes on the disk already; at least min_pages. */
+static kvc_status claim_meta(kvs_tier *tier, uint64_t min_pages, uint64_t *map_pages_p)
+{
+    uint64_t pages = kvsi_env_file_pages(tier->root_fd, "meta");
+
+    *map_pages_p = pages < min_pages ? min_pages : pages;
+    tier->claimed_pages += *map_pages_p + KVSI_ENV_SLACK_PAGES;
+    return check_claims(tier);
+}
+
+/* What a class's file takes; where it has holes, less than what it may be mapped for. */
+static void claim_class(kvs_tier *tier, const char *name, uint64_t *map_pages_p,
+                        uint64_t *claim_pages_p)
+{
+    uint64_t map = kvsi_env_file_pages(tier->root_fd, name);
+    uint64_t claim = kvsi_env_disk_pages(tier->root_fd, name);
+
+    *map_pages_p = map < KVSI_CLASS_PAGES ? KVSI_CLASS_PAGES : map;
+    *claim_pages_p = claim < KVSI_CLASS_PAGES ? KVSI_CLASS_PAGES : claim;
+    tier->claimed_pages += *claim_pages_p + KVSI_ENV_SLACK_PAGES;
 }
 
 void kvsi_class_check(kvs_tier *tier, kvsi_class *class)
@@ -251,29 +265,31 @@ kvc_status kvsi_set_aside(kvs_tier *tier, const char *name)
 }
 
 /* After an unclean stop the checker looks first; else a quick look, since disks rot too. */
-static kvc_status try_open(kvs_tier *tier, kvsi_env *env, const char *name, uint64_t map_pages)
+static kvc_status try_open(kvs_tier *tier, kvsi_env *env, const char *name, uint64_t map_pages,
+                           uint64_t claim_pages)
 {
     kvc_status status = kvsi_check_env(tier->root_fd, tier->root, name,
                                        tier->was_clean ? NULL : tier->checker, !tier->was_clean);
 
     if (status == KVC_OK)
-        status = kvsi_env_open(env, tier->root_fd, tier->root, name, map_pages);
+        status = kvsi_env_open(env, tier->root_fd, tier->root, name, map_pages, claim_pages);
     /* A page that failed since the check is no reason to go without the other environments. */
     return status == KVC_IO && atomic_load(&env->faulted) ? KVC_CORRUPT : status;
 }
 
 /* Twice before it is called CORRUPT: what that sets aside is lost to those it was promised to, and
  * one read that came short looks like damage to LMDB. */
-kvc_status kvsi_check_and_open(kvs_tier *tier, kvsi_env *env, const char *name, uint64_t map_pages)
+kvc_status kvsi_check_and_open(kvs_tier *tier, kvsi_env *env, const char *name, uint64_t map_pages,
+                               uint64_t claim_pages)
 {
-    kvc_status status = try_open(tier, env, name, map_pages);
+    kvc_status status = try_open(tier, env, name, map_pages, claim_pages);
 
-    return status == KVC_CORRUPT ? try_open(tier, env, name, map_pages) : status;
+    return status == KVC_CORRUPT ? try_open(tier, env, name, map_pages, claim_pages) : status;
 }
 
 /* Of a class that is of no use: it could not be looked at, or holds nothing and goes. */
 static kvc_status close_class(kvs_tier *tier, kvsi_class *class, kvc_status status,
-                              uint64_t map_pages)
+                              uint64_t claim_pages)
 {
     char name[sizeof(class->env.name)];
 
@@ -283,7 +299,7 @@ static kvc_status close_class(kvs_tier *tier, kvsi_class *class, kvc_status stat
         return status;
     KVC_LOG_INFO(TIER, "lmdb: %s/%s holds no value any more: removed", tier->root, name);
     kvsi_env_remove(tier->root_fd, name);
-    tier->claimed_pages -= map_pages + KVSI_ENV_SLACK_PAGES;
+    tier->claimed_pages -= claim_pages + KVSI_ENV_SLACK_PAGES;
     return KVC_OK;
 }
 
@@ -291,25 +307,23 @@ static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_p
 {
     kvsi_class *class = &tier->classes[tier->n_classes];
     kvsi_env_pages pages;
-    uint64_t map_pages;
+    uint64_t map_pages, claim_pages;
 
     if (tier->n_classes == KVSI_MAX_CLASSES) {
         KVC_LOG_ERROR(TIER, "lmdb: %s has more than %u size classes", tier->root, KVSI_MAX_CLASSES);
         return KVC_INVALID;
     }
-    kvc_status status = claim_existing(tier, name, KVSI_CLASS_PAGES, &map_pages);
-    if (status != KVC_OK)
-        return status;
-    status = kvsi_check_and_open(tier, &class->env, name, map_pages);
+    claim_class(tier, name, &map_pages, &claim_pages);
+    kvc_status status = kvsi_check_and_open(tier, &class->env, name, map_pages, claim_pages);
     if (status == KVC_CORRUPT)
         return kvsi_set_aside(tier, name);
     if (status != KVC_OK)
         return status;
     status = kvsi_env_count(&class->env, &pages);
     if (status != KVC_OK || pages.entries == 0)
-        return close_class(tier, class, status, map_pages);
+        return close_class(tier, class, status, claim_pages);
     class->record_pages = record_pages;
-    class->claim_pages = map_pages;
+    class->claim_pages = claim_pages;
     tier->n_classes++;
     class->live_pages = pages.records;
     class->tree_pages = pages.tree;
@@ -321,18 +335,19 @@ static kvc_status open_meta(kvs_tier *tier)
 {
     kvsi_env_pages pages;
     uint64_t map_pages;
-    kvc_status status = claim_existing(tier, "meta", KVSI_META_PAGES, &map_pages);
+    kvc_status status = claim_meta(tier, KVSI_META_PAGES, &map_pages);
 
     if (status != KVC_OK)
         return status;
-    status = kvsi_check_and_open(tier, &tier->meta, "meta", map_pages);
+    status = kvsi_check_and_open(tier, &tier->meta, "meta", map_pages, map_pages);
     if (status == KVC_CORRUPT) {
         status = kvsi_set_aside(tier, "meta");
         tier->claimed_pages -= map_pages + KVSI_ENV_SLACK_PAGES; /* open_classes counts it */
         if (status == KVC_OK)
-            status = claim_existing(tier, "meta", KVSI_META_PAGES, &map_pages);
+            status = claim_meta(tier, KVSI_META_PAGES, &map_pages);
         if (status == KVC_OK)
-            status = kvsi_env_open(&tier->meta, tier->root_fd, tier->root, "meta", map_pages);
+            status =
+                kvsi_env_open(&tier->meta, tier->root_fd, tier->root, "meta", map_pages, map_pages);
     }
     if (status != KVC_OK)
         return status;
@@ -354,7 +369,7 @@ static bool ends_with(const char *text, const char *end)
 static void count_bad(kvs_tier *tier, const char *name)
 {
     tier->meta_lost |= strncmp(name, "meta.", 5) == 0;
-    tier->claimed_pages += kvsi_env_file_pages(tier->root_fd, name) + KVSI_ENV_SLACK_PAGES;
+    tier->claimed_pages += kvsi_env_disk_pages(tier->root_fd, name) + KVSI_ENV_SLACK_PAGES;
     if (tier->claimed_pages > tier->capacity_pages)
         KVC_LOG_WARN(TIER, "lmdb: with %s/%s the folder is larger than its capacity; remove that",
                      tier->root, name);
@@ -376,6 +391,17 @@ static kvc_status open_entry(kvs_tier *tier, const char *name)
     return strcmp(canonical, name) == 0 ? open_class(tier, name, record_pages) : KVC_OK;
 }
 
+/* Files that take more than the capacity, as copies that lost their holes do, give back what holds
+   nothing. */
+static kvc_status fit_classes(kvs_tier *tier)
+{
+    for (uint32_t i = 0; i < tier->n_classes; i++)
+        if (tier->claimed_pages > tier->capacity_pages)
+            (void)kvsi_class_shrink(tier, &tier->classes[i],
+                                    tier->claimed_pages - tier->capacity_pages);
+    return check_claims(tier);
+}
+
 static kvc_status open_classes(kvs_tier *tier)
 {
     struct dirent **entries = NULL;
@@ -386,6 +412,8 @@ static kvc_status open_classes(kvs_tier *tier)
         if (!ends_with(entries[i]->d_name, ".bad"))
             status = open_entry(tier, entries[i]->d_name);
     }
+    if (status == KVC_OK)
+        status = fit_classes(tier);
     for (int i = 0; i < n; i++) {
         if (ends_with(entries[i]->d_name, ".bad"))
             count_bad(tier, entries[i]->d_name);
@@ -537,6 +565,7 @@ const kvs_tier_ops kvsi_lmdb_ops = {
     .read_each = kvsi_read_each,
     .sync = kvsi_sync,
     .sync_releases = kvsi_sync_releases,
+    .donor = kvsi_donor,
     .recover = kvsi_recover,
     .meta_put = kvsi_meta_put,
     .meta_get = kvsi_meta_get,

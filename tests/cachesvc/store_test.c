@@ -95,26 +95,26 @@ static uint32_t count_hits(fixture *f, uint64_t first, uint32_t n)
     return hits;
 }
 
-/* The capacity of lmdb went to another size class: told at once, and dram serves on. */
-static void test_no_lmdb_for_another_size(void **state)
+/* The capacity of lmdb went to one size: another takes its share, and what is left serves. */
+static void test_lmdb_for_another_size(void **state)
 {
     fixture *f = *state;
     h_schema wide;
-    uint64_t context;
-    uint32_t picks[] = {0, 5, H_TOKENS - 1};
+    uint64_t context, before;
     close_server(f, false);
-    f->h.settings.lmdb_bytes = 4u << 20;
+    f->h.settings.lmdb_bytes = 16u << 20;
     open_server(f);
-    for (uint64_t b = 0; b < 300; b++)
-        assert_int_equal(h_put1(f->peer, &f->schema, b, 0, KVC_PROMISE_DURABLE), KVC_OK);
+    put_many(f, 0, 700, KVC_PROMISE_DURABLE);
+    before = atomic_load(&f->h.server->lmdb.evictions);
     h_schema_init(&wide, "wide", 1, 4 * ROW, false);
     assert_int_equal(h_register(f->peer, &wide), KVC_OK);
-    for (int i = 0; i < 3; i++)
-        assert_int_equal(h_put1(f->peer, &wide, 1, 0, KVC_PROMISE_DURABLE), KVC_NO_SPACE);
-    assert_int_equal(h_put1(f->peer, &wide, 1, 0, KVC_PROMISE_MEMORY), KVC_OK);
-    assert_int_equal(h_open(f->peer, &wide, 1, 1, 0, &context), KVC_OK);
-    h_fetch_equal(f->peer, &wide, context, 1, 0, picks, 3);
-    assert_int_equal(h_put1(f->peer, &f->schema, 300, 0, KVC_PROMISE_DURABLE), KVC_OK);
+    for (uint64_t b = 0; b < 4; b++)
+        assert_int_equal(h_put1(f->peer, &wide, b, 0, KVC_PROMISE_DURABLE), KVC_OK);
+    assert_in_range(atomic_load(&f->h.server->lmdb.evictions) - before, 1, 200);
+    restart(f, false);
+    assert_int_equal(count_hits(f, 650, 50), 50);
+    assert_int_equal(h_open(f->peer, &wide, 0, 4, 0, &context), KVC_OK);
+    h_fetch_equal(f->peer, &wide, context, 0, 0, (uint32_t[]){0, 5, H_TOKENS - 1}, 3);
 }
 
 static void test_rows_from_lmdb(void **state)
@@ -577,7 +577,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_rows_from_lmdb, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_no_lmdb_for_another_size, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_lmdb_for_another_size, setup, teardown),
         cmocka_unit_test_setup_teardown(test_durable_survives, setup, teardown),
         cmocka_unit_test_setup_teardown(test_write_behind, setup, teardown),
         cmocka_unit_test_setup_teardown(test_second_use, setup, teardown),

@@ -14,28 +14,30 @@
 
 #include "base/sum.h"
 
-#define N_KEYS   40u
-#define N_FLIGHT 12u
+#define N_KEYS      40u
+#define N_FLIGHT    12u
+#define SMALL_BYTES (4u << 20)
 
-static const shape crash_shapes[2] = {{4096, 32}, {100, 64}};
+static const shape crash_shapes[4] = {{4096, 31}, {100, 64}, {4096, 16}, {4096, 24}};
+static uint32_t n_shapes;
 
 /* What the child tells; one pipe write each, so a kill cuts between them. */
 typedef struct note {
     uint32_t key, version;
-    enum { ACKED, RELEASING } what;
+    enum { ACKED, RELEASING, GAVE } what; /* GAVE: a value of another size; not of this key */
 } note;
 
 typedef struct flight {
     kvs_tier_write write;
     uint32_t key, version, sums[64];
     uint8_t rows[4096 * 32];
-    bool busy;
+    bool busy, refused;
     int fd;
 } flight;
 
 static shape shape_of(uint32_t key)
 {
-    return crash_shapes[key % 2];
+    return crash_shapes[key % n_shapes];
 }
 
 static void say(int fd, uint32_t key, uint32_t version, int what)
@@ -80,9 +82,35 @@ static void start_write(tier_under_test *t, flight *f, uint32_t key, uint32_t ve
                                 .done = acked,
                                 .arg = f};
     f->busy = true;
-    if (t->ops->write(t->tier, &f->write) != KVC_OK) {
+    f->refused = t->ops->write(t->tier, &f->write) != KVC_OK;
+    if (f->refused) {
         f->version = 0;
         __atomic_store_n(&f->busy, false, __ATOMIC_RELEASE);
+    }
+}
+
+/* Releases a few values of the size that should give for this key's. */
+static void give_way(tier_under_test *t, known *have, uint32_t key, int fd)
+{
+    shape s = shape_of(key);
+    kvs_tier_shape asked = {s.row_bytes, s.n_rows};
+    uint32_t pages;
+    uint64_t bytes, freed = 0;
+
+    for (uint32_t rank = 0; freed == 0 && t->ops->donor(t->tier, &asked, rank, &pages, &bytes);
+         rank++) {
+        for (uint32_t k = 0; k < N_KEYS && freed <= bytes; k++) {
+            shape of = shape_of(k);
+            kvs_value_key name = key_of(3, k, k);
+            if (!have[k].here || (of.row_bytes * of.n_rows + 4095) / 4096 + 1 != pages)
+                continue;
+            say(fd, k, 0, RELEASING);
+            t->ops->release(t->tier, &name, have[k].slot);
+            have[k].here = false;
+            freed += (uint64_t)of.row_bytes * of.n_rows;
+            if (of.row_bytes != s.row_bytes || of.n_rows != s.n_rows)
+                say(fd, k, 0, GAVE);
+        }
     }
 }
 
@@ -129,15 +157,18 @@ static void child(tier_under_test *t, uint64_t seed, uint32_t version, int fd)
             have[key].here = false;
         }
         start_write(t, f, key, ++version, fd);
+        if (f->refused)
+            give_way(t, have, key, fd);
     }
 }
 
-static void read_notes(int fd, known *k, uint32_t *version)
+static void read_notes(int fd, known *k, uint32_t *version, uint32_t *n_gave)
 {
     note n;
     ssize_t got;
 
     while ((got = read(fd, &n, sizeof(n))) == sizeof(n)) {
+        *n_gave += n.what == GAVE;
         if (n.what == ACKED)
             *version = n.version > *version ? n.version : *version;
         k[n.key].version = n.what == ACKED ? n.version : 0;
@@ -164,14 +195,14 @@ static uint32_t version_of(tier_under_test *t, uint32_t key, kvs_slot slot, uint
     return 0;
 }
 
-static void test_kill_nine(void **state)
+/* How many values of other sizes gave way to some. */
+static uint32_t kill_rounds(tier_under_test *t)
 {
-    tier_under_test *t = *state;
     const char *env = getenv("KVS_CRASH_ROUNDS");
     uint32_t rounds = env != NULL ? (uint32_t)strtoul(env, NULL, 10) : 20;
     uint64_t seed = 4711;
     known k[N_KEYS] = {0};
-    uint32_t version = 0, survived = 0;
+    uint32_t version = 0, survived = 0, n_gave = 0;
 
     assert_int_equal(tut_open(t), KVC_OK);
     tut_close(t);
@@ -190,7 +221,7 @@ static void test_kill_nine(void **state)
         kill(pid, SIGKILL);
         assert_int_equal(waitpid(pid, &status, 0), pid);
         assert_true(WIFSIGNALED(status));
-        read_notes(pipes[0], k, &version);
+        read_notes(pipes[0], k, &version, &n_gave);
         close(pipes[0]);
 
         assert_int_equal(tut_open(t), KVC_OK);
@@ -216,6 +247,24 @@ static void test_kill_nine(void **state)
     print_message("%u rounds, %u acknowledged values found again, %u versions\n", rounds, survived,
                   version);
     assert_true(survived > rounds);
+    return n_gave;
+}
+
+static void test_kill_nine(void **state)
+{
+    n_shapes = 2;
+    assert_int_equal(kill_rounds(*state), 0);
+}
+
+/* Four sizes in a folder that has no room for all: each takes from the others, and ends come while
+   files are made, removed and given holes. */
+static void test_kill_nine_while_sizes_compete(void **state)
+{
+    tier_under_test *t = *state;
+
+    n_shapes = 4;
+    t->opts.capacity_bytes = SMALL_BYTES;
+    assert_true(kill_rounds(t) > 0);
 }
 
 static int setup(void **state)
@@ -240,6 +289,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_kill_nine, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_kill_nine_while_sizes_compete, setup, teardown),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

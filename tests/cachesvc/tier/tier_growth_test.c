@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "base/fault.h"
 #include "base/log.h"
 
 #define N_VALUES 24u
@@ -113,6 +114,38 @@ static void test_dying_disk_asks_for_no_room(void **state)
     assert_value(t, &key, 1, large, first.slot);
 }
 
+/* A larger map that the system refuses: what fits into the one that is there is written, and room
+   comes from releases. */
+static void test_refused_map_keeps_the_old(void **state)
+{
+    tier_under_test *t = *state;
+    kvs_value_key key = key_of(1, 0, 0);
+
+    t->opts.capacity_bytes = 128u << 20;
+    assert_int_equal(tut_open(t), KVC_OK);
+    put_result first = put_value(t, &key, 1, small, true);
+    assert_int_equal(first.status, KVC_OK);
+    put_result r = {.status = KVC_OK};
+    uint32_t n = 0;
+    assert_int_equal(kvc_fault_arm("lmdb.map=always"), KVC_OK);
+    for (; n < 1000 && r.status == KVC_OK; n++) {
+        kvs_value_key other = key_of(2, n, 0);
+        r = put_value(t, &other, 1, small, true);
+    }
+    assert_true(n > 1 && n < 1000);
+    assert_int_equal(r.status, KVC_AGAIN);
+    assert_value(t, &key, 1, small, first.slot);
+    t->ops->release(t->tier, &key, first.slot);
+    key = key_of(3, 0, 0);
+    r = put_value(t, &key, 1, small, true);
+    for (uint32_t tries = 0; r.status == KVC_AGAIN && tries < 8; tries++)
+        r = put_value(t, &key, 1, small, true);
+    assert_int_equal(r.status, KVC_OK);
+    assert_int_equal(kvc_fault_arm(NULL), KVC_OK);
+    assert_value(t, &key, 1, small, r.slot);
+    assert_int_equal(fill_class(t, 4), KVC_AGAIN); /* up to the cap, now */
+}
+
 typedef struct stored {
     kvs_value_key key;
     kvs_slot slot;
@@ -199,6 +232,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_failed_class_leaves_its_place, setup, teardown),
         cmocka_unit_test_setup_teardown(test_dying_disk_asks_for_no_room, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_refused_map_keeps_the_old, setup, teardown),
         cmocka_unit_test_setup_teardown(test_small_start, setup, teardown),
         cmocka_unit_test_setup_teardown(test_growth_does_not_stall_readers, setup, teardown),
     };

@@ -98,47 +98,6 @@ static void test_ninth_class_is_refused(void **state)
     }
 }
 
-/* Fills the tier with values of one shape; how many there are. */
-static uint32_t fill(tier_under_test *t, shape s, put_result *results, uint32_t max)
-{
-    for (uint32_t n = 0; n < max; n++) {
-        kvs_value_key key = key_of(1, n, 0);
-        results[n] = put_value(t, &key, 1, s, false);
-        if (results[n].status != KVC_OK) {
-            assert_int_equal(results[n].status, KVC_AGAIN);
-            return n;
-        }
-    }
-    fail_msg("%u values and the tier is not full", max);
-    return 0;
-}
-
-/* AGAIN would be for ever: no release gives a file's pages to another class. */
-static void test_class_without_capacity_is_refused(void **state)
-{
-    tier_under_test *t = *state;
-    const shape small = {4096, 4}, large = {4096, 7};
-    static put_result results[4096];
-    kvs_value_key key = key_of(2, 1, 1);
-
-    t->opts.capacity_bytes = 4u << 20;
-    assert_int_equal(tut_open(t), KVC_OK);
-    uint32_t n = fill(t, small, results, 4096);
-    assert_int_equal(put_value(t, &key, 1, large, true).status, KVC_NO_SPACE);
-    assert_int_equal(put_value(t, &key, 1, large, false).status, KVC_NO_SPACE);
-    const char *line = strstr(log_text, "8 pages are refused: other size classes have claimed");
-    assert_non_null(line);
-    assert_null(strstr(line + 1, "8 pages are refused")); /* once, not per write */
-    for (uint32_t i = 0; i < n; i++) {
-        key = key_of(1, i, 0);
-        t->ops->release(t->tier, &key, results[i].slot);
-    }
-    assert_int_equal(t->ops->sync(t->tier, NULL, 0, NULL), KVC_OK);
-    assert_int_equal(value_count(t), 0);
-    assert_int_equal(put_value(t, &key, 1, large, true).status, KVC_NO_SPACE);
-    assert_int_equal(put_value(t, &key, 2, small, true).status, KVC_OK);
-}
-
 static void test_second_server_is_kept_out(void **state)
 {
     tier_under_test *t = *state;
@@ -558,7 +517,6 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_ninth_class_is_refused, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_class_without_capacity_is_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(test_second_server_is_kept_out, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bad_options, setup, teardown),
         cmocka_unit_test_setup_teardown(test_modes, setup, teardown),

@@ -1,25 +1,100 @@
 /*
  * tier_shrink_test.c: what the lmdb tier gives back: the file and the place of a size class that
- * holds nothing any more.
+ * holds nothing any more, and pages of a class that gives room to another. What is given back may
+ * not be needed after a power cut, so the program stands between LMDB and the system, and sees that
+ * all that was written to a file is synced when a hole is made in it.
  */
 #include "tier_support.h"
 
-#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "base/sum.h"
 
 #define PATIENCE_NS 60000000000ull
+
+#define MAX_FDS 1024
+
+/* Writes to a file since its last sync, and holes made while there were some. */
+static pthread_mutex_t books = PTHREAD_MUTEX_INITIALIZER;
+static uint64_t n_unsynced[MAX_FDS], n_holes, n_early;
+static bool no_holes;
+
+static void note(int fd, bool synced)
+{
+    pthread_mutex_lock(&books);
+    n_unsynced[fd] = synced ? 0 : n_unsynced[fd] + 1;
+    pthread_mutex_unlock(&books);
+}
+
+/* What liblmdb calls; it finds these, since the program's symbols come first. */
+#define SEEN_BY_LMDB __attribute__((visibility("default")))
+/* NOLINTBEGIN(readability-inconsistent-declaration-parameter-name): the names are libc's own */
+
+SEEN_BY_LMDB ssize_t pwrite(int fd, const void *data, size_t len, off_t off)
+{
+    note(fd, false);
+    return syscall(SYS_pwrite64, fd, data, len, off);
+}
+
+SEEN_BY_LMDB ssize_t pwritev(int fd, const struct iovec *iov, int n, off_t off)
+{
+    note(fd, false);
+    return syscall(SYS_pwritev, fd, iov, n, off, 0);
+}
+
+SEEN_BY_LMDB ssize_t writev(int fd, const struct iovec *iov, int n)
+{
+    note(fd, false);
+    return syscall(SYS_writev, fd, iov, n);
+}
+
+SEEN_BY_LMDB int fdatasync(int fd)
+{
+    int rc = (int)syscall(SYS_fdatasync, fd);
+
+    if (rc == 0)
+        note(fd, true);
+    return rc;
+}
+
+/* NOLINTEND(readability-inconsistent-declaration-parameter-name) */
+
+int __real_fallocate(int fd, int mode, off_t off, off_t len);
+int __wrap_fallocate(int fd, int mode, off_t off, off_t len);
+
+int __wrap_fallocate(int fd, int mode, off_t off, off_t len)
+{
+    if (!(mode & FALLOC_FL_PUNCH_HOLE))
+        return __real_fallocate(fd, mode, off, len);
+    pthread_mutex_lock(&books);
+    bool refused = no_holes;
+    n_holes++;
+    n_early += n_unsynced[fd] > 0;
+    pthread_mutex_unlock(&books);
+    if (!refused)
+        return __real_fallocate(fd, mode, off, len);
+    errno = EOPNOTSUPP;
+    return -1;
+}
 
 static int setup(void **state)
 {
     tier_under_test *t = malloc(sizeof(*t));
 
+    no_holes = false;
+    n_holes = n_early = 0;
     tut_log_clear();
     tut_init(t, kvs_tier_find("lmdb"), NULL);
     t->opts.row_sums_bytes = 0; /* every read looks at the file */
@@ -106,8 +181,11 @@ static void test_empty_class_gives_its_place(void **state)
     assert_int_equal(put_value(t, &ninth, 1, (shape){4096, 9}, true).status, KVC_NO_SPACE);
     t->ops->release(t->tier, &gone, slots[3]);
     wait_until_gone(t, 5);
-    put_result r = put_value(t, &ninth, 1, (shape){4096, 9}, true);
-    assert_int_equal(r.status, KVC_OK);
+    put_result r = {.status = KVC_NO_SPACE}; /* until what was a file is counted as gone */
+    for (uint64_t until = kvc_deadline_ns(PATIENCE_NS); r.status != KVC_OK;) {
+        assert_true(kvc_now_ns() < until);
+        r = put_value(t, &ninth, 1, (shape){4096, 9}, true);
+    }
     assert_int_equal(put_value(t, &again, 1, (shape){4096, 4}, true).status, KVC_NO_SPACE);
     for (uint32_t i = 0; i < 8; i++) {
         kvs_value_key key = key_of(1, i, 0);
@@ -169,12 +247,238 @@ static void test_empty_class_goes_at_a_start(void **state)
     assert_int_equal(value_count(t), 8);
 }
 
+/* --- room for another size --- */
+
+#define CAPACITY   (12u << 20) /* a share is 192 pages */
+#define META_BYTES (128u * 4096)
+
+static const shape old_shape = {4096, 3}, new_shape = {4096, 15}; /* of 4 and 16 pages */
+
+static listed olds[MAX_LISTED];
+static uint32_t n_olds, first_old; /* put so far; the oldest that is there */
+
+/* What the disk has for the files of all classes. */
+static uint64_t disk_bytes(const tier_under_test *t)
+{
+    uint64_t bytes = 0;
+
+    for (uint32_t pages = 1; pages < 32; pages++) {
+        char path[128];
+        struct stat st;
+        snprintf(path, sizeof(path), "%s/class-%u/data.mdb", t->dir, pages);
+        if (stat(path, &st) == 0)
+            bytes += (uint64_t)st.st_blocks * 512;
+    }
+    return bytes;
+}
+
+typedef struct flight {
+    kvs_tier_write write;
+    listed *v;
+    uint32_t sums[3];
+    uint8_t rows[4096 * 3];
+} flight;
+
+static pthread_cond_t landed = PTHREAD_COND_INITIALIZER;
+static uint32_t n_landed;
+
+static void land(kvs_tier_write *write)
+{
+    (void)write;
+    pthread_mutex_lock(&books);
+    n_landed++;
+    pthread_cond_signal(&landed);
+    pthread_mutex_unlock(&books);
+}
+
+static bool send(tier_under_test *t, flight *f, listed *v)
+{
+    *v = (listed){.key = key_of(1, (uint64_t)(v - olds), 0), .s = old_shape};
+    fill_rows(&v->key, 1, old_shape, f->rows);
+    kvc_row_sums(f->rows, old_shape.row_bytes, old_shape.n_rows, f->sums);
+    f->v = v;
+    f->write = (kvs_tier_write){.key = v->key,
+                                .row_bytes = old_shape.row_bytes,
+                                .n_rows = old_shape.n_rows,
+                                .rows = f->rows,
+                                .row_sums = f->sums,
+                                .done = land};
+    return t->ops->write(t->tier, &f->write) == KVC_OK;
+}
+
+/* Puts up to n more values of the old shape at once; how many found room. Those are listed. */
+static uint32_t put_olds(tier_under_test *t, uint32_t n)
+{
+    static flight flights[64];
+    uint32_t sent = 0, good = 0;
+
+    assert_true(n <= 64 && n_olds + n <= MAX_LISTED);
+    n_landed = 0;
+    while (sent < n && send(t, &flights[sent], &olds[n_olds + sent]))
+        sent++;
+    pthread_mutex_lock(&books);
+    while (n_landed < sent)
+        pthread_cond_wait(&landed, &books);
+    pthread_mutex_unlock(&books);
+    for (uint32_t i = 0; i < sent; i++) {
+        if (flights[i].write.status != KVC_OK)
+            continue;
+        olds[n_olds + good] = *flights[i].v;
+        olds[n_olds + good++].slot = flights[i].write.slot;
+    }
+    n_olds += good;
+    return good;
+}
+
+/* Puts values of the old shape until the tier is full. */
+static void fill_with_old(tier_under_test *t)
+{
+    n_olds = first_old = 0;
+    while (put_olds(t, 64) > 0)
+        continue;
+}
+
+/* Releases the oldest values of the size that should give, as a server does. False: nobody does. */
+static bool give_way(tier_under_test *t, shape s)
+{
+    kvs_tier_shape asked = {s.row_bytes, s.n_rows};
+    uint32_t pages;
+    uint64_t bytes, freed = 0;
+
+    if (!t->ops->donor(t->tier, &asked, 0, &pages, &bytes) || pages != 4)
+        return false;
+    while (freed < bytes && first_old < n_olds) {
+        listed *v = &olds[first_old++];
+        t->ops->release(t->tier, &v->key, v->slot);
+        freed += 4096 * 3;
+    }
+    return freed > 0;
+}
+
+/* Puts n values of another shape; how many of the old gave way to them. */
+static uint32_t put_new(tier_under_test *t, shape s, uint32_t n, bool durable)
+{
+    uint32_t before = first_old;
+
+    for (uint32_t i = 0; i < n; i++) {
+        kvs_value_key key = key_of(s.n_rows, i, 0);
+        put_result r = put_value(t, &key, 1, s, durable);
+        for (uint32_t tries = 0; r.status == KVC_AGAIN; tries++) {
+            assert_true(tries < 64 && give_way(t, s));
+            r = put_value(t, &key, 1, s, durable);
+        }
+        assert_int_equal(r.status, KVC_OK);
+        assert_true(disk_bytes(t) <= t->opts.capacity_bytes - META_BYTES);
+    }
+    return first_old - before;
+}
+
+/* The budget is used up by one size: another gets room from it, up to its share, and no more values
+   go than it takes; all that is left is right, then and after a start. */
+static void test_another_size_gets_room(void **state)
+{
+    tier_under_test *t = *state;
+    enum { NEW = 9 };
+
+    t->opts.capacity_bytes = CAPACITY;
+    assert_int_equal(tut_open(t), KVC_OK);
+    fill_with_old(t);
+    assert_true(n_olds > 600);
+    uint32_t gone = put_new(t, new_shape, NEW, true);
+    assert_true(n_holes > 0);
+    assert_int_equal(n_early, 0);
+    assert_in_range(gone, NEW * 16 / 4, 3 * NEW * 16 / 4 + 100);
+    for (uint32_t i = first_old; i < n_olds; i++)
+        assert_value(t, &olds[i].key, 1, old_shape, olds[i].slot);
+    tut_close(t);
+    open_and_read(t, n_olds - first_old + NEW);
+    assert_true(disk_bytes(t) <= t->opts.capacity_bytes - META_BYTES);
+}
+
+/* A file with holes goes on taking values, and its disk stays within what it has claimed. */
+static void test_giver_goes_on(void **state)
+{
+    tier_under_test *t = *state;
+    enum { NEW = 9, MORE = 1500 };
+
+    t->opts.capacity_bytes = CAPACITY;
+    assert_int_equal(tut_open(t), KVC_OK);
+    fill_with_old(t);
+    (void)put_new(t, new_shape, NEW, false);
+    (void)put_new(t, (shape){4096, 18}, NEW - 3, false);
+    for (uint32_t end = n_olds + MORE, tries = 0; n_olds < end; tries++) {
+        uint32_t n = put_olds(t, 50);
+        assert_true(disk_bytes(t) <= t->opts.capacity_bytes - META_BYTES);
+        assert_true(tries < MORE);
+        for (; n < 50; n++, first_old++)
+            t->ops->release(t->tier, &olds[first_old].key, olds[first_old].slot);
+    }
+    assert_int_equal(n_early, 0);
+    for (uint32_t i = first_old; i < n_olds; i++)
+        assert_value(t, &olds[i].key, 1, old_shape, olds[i].slot);
+    tut_close(t);
+    open_and_read(t, n_olds - first_old + 2 * NEW - 3);
+    assert_true(disk_bytes(t) <= t->opts.capacity_bytes - META_BYTES);
+}
+
+/* Files that take more than the capacity, be it a smaller one or that they are copies which lost
+   their holes, give back at the start what holds nothing; what holds values cannot. */
+static void test_too_large_at_a_start(void **state)
+{
+    tier_under_test *t = *state;
+
+    t->opts.capacity_bytes = CAPACITY;
+    assert_int_equal(tut_open(t), KVC_OK);
+    fill_with_old(t);
+    for (; first_old < n_olds / 2; first_old++)
+        t->ops->release(t->tier, &olds[first_old].key, olds[first_old].slot);
+    tut_close(t);
+    assert_true(disk_bytes(t) > CAPACITY / 4 * 3);
+    t->opts.capacity_bytes = CAPACITY / 4;
+    assert_int_equal(tut_open(t), KVC_INVALID);
+    t->opts.capacity_bytes = CAPACITY / 4 * 3;
+    open_and_read(t, n_olds - first_old);
+    assert_true(disk_bytes(t) <= t->opts.capacity_bytes - META_BYTES);
+    assert_int_equal(n_early, 0);
+}
+
+/* Where a file takes no holes, AGAIN would be for ever, and is not said once that is known. */
+static void test_no_holes_no_room(void **state)
+{
+    tier_under_test *t = *state;
+    kvc_status status = KVC_OK;
+    uint32_t pages;
+    uint64_t bytes;
+
+    no_holes = true;
+    t->opts.capacity_bytes = CAPACITY;
+    assert_int_equal(tut_open(t), KVC_OK);
+    fill_with_old(t);
+    for (uint32_t i = 0; i < 6 && status != KVC_NO_SPACE; i++) {
+        const shape s = {4096, 19 + i}; /* the first may find room behind the end of a file */
+        kvs_tier_shape asked = {s.row_bytes, s.n_rows};
+        kvs_value_key key = key_of(2, i, 0);
+        status = put_value(t, &key, 1, s, true).status;
+        for (uint32_t tries = 0; status == KVC_AGAIN && tries < 64 && give_way(t, s); tries++)
+            status = put_value(t, &key, 1, s, true).status;
+        assert_int_equal(t->ops->donor(t->tier, &asked, 0, &pages, &bytes), status == KVC_OK);
+    }
+    assert_int_equal(status, KVC_NO_SPACE);
+    assert_non_null(strstr(tut_log, "takes nothing back out of a file"));
+    for (uint32_t i = first_old; i < n_olds; i++)
+        assert_value(t, &olds[i].key, 1, old_shape, olds[i].slot);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_empty_class_gives_its_place, setup, teardown),
         cmocka_unit_test_setup_teardown(test_size_comes_back, setup, teardown),
         cmocka_unit_test_setup_teardown(test_empty_class_goes_at_a_start, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_another_size_gets_room, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_giver_goes_on, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_too_large_at_a_start, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_no_holes_no_room, setup, teardown),
     };
 
     kvc_log_set_sink(tut_log_keep, NULL);
