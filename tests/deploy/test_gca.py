@@ -58,6 +58,24 @@ class Needles(unittest.TestCase):
         self.assertIn("answering   0.0 of 8 chunks fetched", resident)
         self.assertEqual(logits(stored), logits(resident))
 
+    def test_three_servers_change_nothing(self):
+        size = ("--tokens", "16384", "--decode", "10")
+        servers = [self.server]
+        for _ in range(2):
+            servers.append(Cachesvc(*ARGS))
+            self.addCleanup(servers[-1].close)
+        answers = []
+        for n in (0, 3):
+            args = [x for s in servers[:n] for x in ("--server", s.listen)]
+            args += [x for s in servers[:n] for x in ("--server-pid", str(s.process.pid))]
+            status, out, said = needles(*size, *args)
+            self.assertEqual(status, 0, out + said)
+            self.assertEqual(n > 0, re.search(r"answering +0\.0 of", out) is None, out)
+            answers.append(logits(out))
+        self.assertEqual(len(set(answers)), 1)
+        self.assertEqual(needles(*["--server", "x"] * 9)[0], 2)
+        self.assertEqual(needles(*["--server-pid", "1"] * 9)[0], 2)
+
     def test_another_seed_is_another_context(self):
         digests = set()
         for seed in ("1", "2"):

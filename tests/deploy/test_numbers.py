@@ -91,6 +91,10 @@ class Arguments(unittest.TestCase):
         self.assertIn("over 64m", self.refused("--gca", "--tokens", "65m"))
         self.assertIn("'2gib' is not a size", self.refused("--synthetic", "--dram", "2gib"))
         self.assertIn("'4096' is under 1MiB", self.refused("--dram", "4096"))
+        self.assertIn("--servers needs --gca", self.refused("--servers", "3"))
+        self.assertIn("'9' is not a number from 1", self.refused("--gca", "--servers", "9"))
+        few = self.refused("--gca", "--servers", "3", "--dram", "2MiB")
+        self.assertIn("under 1MiB for a server", few)
         self.assertIn("--state is empty", self.refused("--state", ""))
 
     def test_a_relative_state_is_the_callers(self):

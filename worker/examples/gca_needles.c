@@ -20,13 +20,14 @@
 #include "kvc/client.h"
 #include "kvctl_progress.h"
 
-enum { MAX_TOKENS = 1 << 26, MAX_VOCAB = 4096 };
+enum { MAX_TOKENS = 1 << 26, MAX_VOCAB = 4096, MAX_SERVERS = 8 };
 
 typedef struct demo {
-    const char *weights, *server;
-    uint64_t n_tokens, seed, server_pid, n_keys, n_links, n_decoded;
+    const char *weights, *servers[MAX_SERVERS];
+    uint64_t n_tokens, seed, server_pids[MAX_SERVERS], n_keys, n_links, n_decoded;
+    uint32_t n_servers, n_pids;
     gca_model *model;
-    kvc_client *client;
+    kvc_client *clients[MAX_SERVERS];
     kvw_worker *worker;
     kvw_seq *seq;
     gca_context *context;
@@ -46,13 +47,15 @@ static const char usage[] =
     "                   [--links N] [--decode N] [--server-pid PID]\n"
     "Hides passkeys in random tokens and has a trained GCA decoder answer questions about them.\n"
     "  --weights FILE    safetensors of the decoder, f32 or bf16\n"
-    "  --server URI      cachesvc that keeps the chunks (default: they stay in memory)\n"
+    "  --server URI      cachesvc that keeps the chunks (default: they stay in memory); given up "
+    "to\n"
+    "                    8 times, the chunks are spread over the servers\n"
     "  --tokens N        length of the context, up to 67108864 (default 1048576)\n"
     "  --seed N          chooses tokens, needles and their places (default 1)\n"
     "  --keys N          passkeys with a name, besides the one without (default 32, at most 64)\n"
     "  --links N         names that lead to another's name: two hops (default 16, at most --keys)\n"
     "  --decode N        tokens to write on after the answers, for the timing (default 512)\n"
-    "  --server-pid PID  process of cachesvc, to report its memory\n";
+    "  --server-pid PID  process of cachesvc, to report its memory; of several, their sum\n";
 
 static int fail(const char *what, kvc_status status, const char *detail)
 {
@@ -68,12 +71,15 @@ static int open_all(demo *d)
     const gca_sizes *s = gca_model_sizes(d->model);
     if (s->vocab != 256 || s->chunk != GCA_CHUNK)
         return fail(d->weights, KVC_INVALID, "is of another task");
-    if (d->server) {
-        const kvc_client_opts opts = {.size_bytes = sizeof(opts), .uris = d->server};
-        if ((st = kvc_client_open(&opts, &d->client)) != KVC_OK)
-            return fail(d->server, st, kvc_last_error());
+    for (uint32_t i = 0; i < d->n_servers; i++) {
+        const kvc_client_opts opts = {.size_bytes = sizeof(opts), .uris = d->servers[i]};
+        if ((st = kvc_client_open(&opts, &d->clients[i])) != KVC_OK)
+            return fail(d->servers[i], st, kvc_last_error());
     }
-    kvw_opts opts = {.size_bytes = sizeof(opts), .model = "gca_needles", .client = d->client};
+    kvw_opts opts = {.size_bytes = sizeof(opts),
+                     .model = "gca_needles",
+                     .clients = d->n_servers == 0 ? NULL : d->clients,
+                     .n_clients = d->n_servers};
     gca_model_opts(d->model, &opts);
     opts.fetch_timeout_ns = 60000000000u;
     uint32_t reused = 0;
@@ -101,7 +107,7 @@ static kvc_status fill(demo *d)
         kvctl_progress_set(bar, (at += n) * GCA_CHUNK);
     }
     d->fill_s = (double)(kvc_now_ns() - start_ns) / 1e9;
-    if (st == KVC_OK && d->client)
+    if (st == KVC_OK && d->n_servers != 0)
         st = kvw_flush(d->seq, 0);
     kvctl_progress_stop(bar);
     d->flush_s = (double)(kvc_now_ns() - start_ns) / 1e9;
@@ -227,10 +233,11 @@ static void report_memory(const demo *d)
     printf("memory      worker %.1f MB, %.1f of them landmarks",
            (double)(status_kib(0, "RssAnon") + status_kib(0, "RssShmem")) * 1024 / 1e6,
            (double)d->decoded.bytes_index / 1e6);
-    if (d->server_pid)
-        printf("; cachesvc %.1f MB", (double)(status_kib(d->server_pid, "RssAnon") +
-                                              status_kib(d->server_pid, "RssShmem")) *
-                                         1024 / 1e6);
+    uint64_t kib = 0;
+    for (uint32_t i = 0; i < d->n_pids; i++)
+        kib += status_kib(d->server_pids[i], "RssAnon") + status_kib(d->server_pids[i], "RssShmem");
+    if (d->n_pids != 0)
+        printf("; cachesvc %.1f MB", (double)kib * 1024 / 1e6);
     printf("; the context's chunks are %.1f MB\n", chunks / 1e6);
 }
 
@@ -329,20 +336,23 @@ static int parse(int argc, char **argv, demo *d)
         {"decode", required_argument, NULL, 'd'},  {"server-pid", required_argument, NULL, 'p'},
         {"help", no_argument, NULL, 'h'},          {0}};
     for (int c = 0; (c = getopt_long(argc, argv, "h", names, NULL)) != -1;) {
+        if (c == 'p' && d->n_pids == MAX_SERVERS)
+            return bad_usage();
         uint64_t *x = c == 't'   ? &d->n_tokens
                       : c == 'r' ? &d->seed
                       : c == 'k' ? &d->n_keys
                       : c == 'l' ? &d->n_links
                       : c == 'd' ? &d->n_decoded
-                      : c == 'p' ? &d->server_pid
+                      : c == 'p' ? &d->server_pids[d->n_pids]
                                  : NULL;
         uint64_t most = c == 'k' || c == 'l' ? GCA_MAX_KEYS : MAX_TOKENS;
         if (x && !number(optarg, most, x))
             return bad_usage();
+        d->n_pids += c == 'p';
         if (c == 'w')
             d->weights = optarg;
-        else if (c == 's')
-            d->server = optarg;
+        else if (c == 's' && d->n_servers < MAX_SERVERS)
+            d->servers[d->n_servers++] = optarg;
         else if (c == 'h')
             return fputs(usage, stdout) < 0;
         else if (!x)
@@ -361,7 +371,8 @@ int main(int argc, char **argv)
     gca_context_close(d.context);
     kvw_seq_destroy(d.seq);
     kvw_close(d.worker);
-    kvc_client_close(d.client);
+    for (uint32_t i = 0; i < d.n_servers; i++)
+        kvc_client_close(d.clients[i]);
     gca_model_close(d.model);
     free(d.logits);
     return result;
