@@ -101,6 +101,22 @@ __device__ static inline float kvki_e4m3(uint8_t byte)
     return __half2float(__half(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3)));
 }
 
+/* x / scale as an int16 of a quantised query. */
+__device__ static inline int kvki_quantized(float x, float scale)
+{
+    float v = rintf(__fdiv_rn(x, scale));
+    v = v > 32767.0f ? 32767.0f : v < -32767.0f ? -32767.0f : v;
+    return (int)v;
+}
+
+/* Largest |x| of a warp's lanes, in groups of n_lanes. */
+__device__ static inline float kvki_lanes_max(float x, uint32_t n_lanes)
+{
+    for (uint32_t step = 1; step < n_lanes; step *= 2)
+        x = fmaxf(x, __shfl_xor_sync(KVKI_FULL_WARP, x, step));
+    return x;
+}
+
 /* 16 bytes that are read once: they do not displace what is used again. */
 __device__ static inline uint4 kvki_load_once(const void *p)
 {
@@ -125,6 +141,33 @@ __device__ static inline void kvki_async_copy(void *shared, const void *global)
 {
     uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+
+/* The same, of whose 16 bytes the first `there` are read; the others become 0. */
+__device__ static inline void kvki_async_copy_part(void *shared, const void *global, uint32_t there)
+{
+    uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(there)
+                 : "memory");
+}
+
+/* The same for 8 bytes. */
+__device__ static inline void kvki_async_copy_8(void *shared, const void *global)
+{
+    uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(global) : "memory");
+}
+
+/* Closes a batch of the thread's copies; wait_but returns when all but the last kPending have come.
+ */
+__device__ static inline void kvki_async_commit(void)
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kPending> __device__ static inline void kvki_async_wait_but(void)
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 __device__ static inline void kvki_async_wait(void)

@@ -100,6 +100,21 @@ __global__ void __launch_bounds__(DIMS_MAX *QUERY_ROWS) query_kernel(const kvk_c
     }
 }
 
+/* TokenSelect: each query head by its kv head's matrix; a block a head. */
+__global__ void __launch_bounds__(DIMS_MAX) query_head_kernel(const kvk_cuda_query_args a)
+{
+    extern __shared__ float x[];
+    uint32_t head = blockIdx.x % a.n_q_heads, d = threadIdx.x;
+    const float *proj =
+        a.proj + (size_t)(head / (a.n_q_heads / a.n_kv_heads)) * a.head_dim * a.dims;
+
+    for (uint32_t i = threadIdx.x; i < a.head_dim; i += blockDim.x)
+        x[i] = a.q[(size_t)blockIdx.x * a.head_dim + i];
+    __syncthreads();
+    if (d < a.dims)
+        a.out[(size_t)blockIdx.x * a.dims + d] = project_one(x, proj, a.head_dim, a.dims, d);
+}
+
 static uint32_t threads_of(uint32_t dims)
 {
     return (dims + 31u) / 32u * 32u;
@@ -133,7 +148,8 @@ extern "C" kvc_status kvk_cuda_query(kvk_cuda *cuda, const kvk_cuda_query_args *
     kvc_status st = KVC_OK;
 
     if (args->n_kv_heads == 0 || args->n_q_heads == 0 || args->n_q_heads % args->n_kv_heads != 0 ||
-        args->head_dim == 0 || width > INPUTS_MAX || args->dims == 0 || args->dims > DIMS_MAX)
+        args->head_dim == 0 || width > INPUTS_MAX || args->dims == 0 || args->dims > DIMS_MAX ||
+        args->per_head > 1 || args->n_q_heads > UINT16_MAX || args->n_seqs > UINT16_MAX)
         return KVC_INVALID;
     if (args->n_seqs == 0)
         return KVC_OK;
@@ -142,7 +158,11 @@ extern "C" kvc_status kvk_cuda_query(kvk_cuda *cuda, const kvk_cuda_query_args *
     st = kvki_cuda_use(cuda);
     if (st != KVC_OK)
         return st;
-    query_kernel<<<args->n_seqs, dim3(threads_of(args->dims), QUERY_ROWS), width * sizeof(float),
-                   kvki_cuda_stream(stream)>>>(*args);
+    if (args->per_head)
+        query_head_kernel<<<args->n_seqs * args->n_q_heads, threads_of(args->dims),
+                            args->head_dim * sizeof(float), kvki_cuda_stream(stream)>>>(*args);
+    else
+        query_kernel<<<args->n_seqs, dim3(threads_of(args->dims), QUERY_ROWS),
+                       width * sizeof(float), kvki_cuda_stream(stream)>>>(*args);
     return kvki_cuda_launched();
 }

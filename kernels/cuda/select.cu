@@ -25,21 +25,6 @@ struct fast_query {
     float scale;
 };
 
-__device__ static inline int quantized(float x, float scale)
-{
-    float v = rintf(__fdiv_rn(x, scale));
-    v = v > 32767.0f ? 32767.0f : v < -32767.0f ? -32767.0f : v;
-    return (int)v;
-}
-
-/* Largest |x| of a warp's lanes, in groups of n_lanes. */
-__device__ static inline float lanes_max(float x, uint32_t n_lanes)
-{
-    for (uint32_t step = 1; step < n_lanes; step *= 2)
-        x = fmaxf(x, __shfl_xor_sync(KVKI_FULL_WARP, x, step));
-    return x;
-}
-
 /* Sums v[i] over the kLanes lanes of a row group; lane l keeps the sum of v[l % kLanes]. */
 template <int kLanes> __device__ static inline int transpose_sum(int (&v)[kLanes])
 {
@@ -73,11 +58,11 @@ template <int kRowBytes> struct fast_form {
             x[i] = first + i < p->dims ? q[first + i] : 0.0f;
             most = fmaxf(most, fabsf(x[i]));
         }
-        query.scale = __fdiv_rn(lanes_max(most, kLanes), 32767.0f);
+        query.scale = __fdiv_rn(kvki_lanes_max(most, kLanes), 32767.0f);
 #pragma unroll
         for (uint32_t i = 0; i < 8; i++) {
-            int low = query.scale > 0 ? quantized(x[2 * i], query.scale) : 0;
-            int high = query.scale > 0 ? quantized(x[2 * i + 1], query.scale) : 0;
+            int low = query.scale > 0 ? kvki_quantized(x[2 * i], query.scale) : 0;
+            int high = query.scale > 0 ? kvki_quantized(x[2 * i + 1], query.scale) : 0;
             query.pairs[i] = (low & 0xffff) | (int)((uint32_t)high << 16);
         }
     }
@@ -134,10 +119,10 @@ struct general_form {
 
         for (uint32_t i = lane; i < p->dims; i += 32)
             most = fmaxf(most, fabsf(q[i]));
-        scale = __fdiv_rn(lanes_max(most, 32), 32767.0f);
+        scale = __fdiv_rn(kvki_lanes_max(most, 32), 32767.0f);
         __syncwarp();
         for (uint32_t i = lane; i < p->dims; i += 32)
-            shared[i] = (int16_t)(scale > 0 ? quantized(q[i], scale) : 0);
+            shared[i] = (int16_t)(scale > 0 ? kvki_quantized(q[i], scale) : 0);
         __syncwarp();
     }
 
@@ -282,14 +267,14 @@ __global__ void __launch_bounds__(TOPK_THREADS, 2) select_kernel(const struct se
     struct scan<Form> s;
     uint32_t arrivals = 0;
 
-    topk_layout(&p.job, &block);
+    topk_layout(&p.job, &block, 32);
     s.p = &p;
     s.block = &block;
     s.walk = topk_plan(block.first_group[p.job.n_seqs]);
     s.shared = queries[Form::kShared ? threadIdx.x / 32u : 0];
     s.seq = p.job.n_seqs;
     scan_all(&s, &block, &arrivals);
-    topk_conclude(&p.job, &block, &arrivals);
+    topk_conclude(&p.job, &block, &arrivals, [&] { topk_clear_samples(&p.job, &block); });
 }
 
 extern "C" size_t kvk_cuda_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max)

@@ -66,7 +66,7 @@ struct topk_job {
 
 /* Shared memory of a block. */
 struct topk_block {
-    uint32_t first_group[KVK_CUDA_SEQS_MAX + 1]; /* groups of 32 rows, all sequences in a row */
+    uint32_t first_group[KVK_CUDA_SEQS_MAX + 1]; /* groups of rows, all sequences in a row */
     uint32_t n_rows[KVK_CUDA_SEQS_MAX];
     union {
         uint32_t bound[KVK_CUDA_SEQS_MAX];   /* while scanning: the least key of a candidate */
@@ -118,14 +118,15 @@ __device__ static inline float topk_score(uint32_t key)
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-/* Fills block->first_group and n_rows. */
-__device__ static inline void topk_layout(const struct topk_job *job, struct topk_block *block)
+/* Fills block->first_group, for groups of group_rows, and n_rows. */
+__device__ static inline void topk_layout(const struct topk_job *job, struct topk_block *block,
+                                          uint32_t group_rows)
 {
     uint32_t at = threadIdx.x, n = job->n_seqs;
 
     for (uint32_t i = at; i < n; i += blockDim.x) {
         block->n_rows[i] = min(job->seqs[i].n_rows, job->rows_max);
-        block->first_group[i + 1] = (block->n_rows[i] + 31u) / 32u;
+        block->first_group[i + 1] = (block->n_rows[i] + group_rows - 1) / group_rows;
     }
     if (at == 0)
         block->first_group[0] = 0;

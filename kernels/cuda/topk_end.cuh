@@ -199,13 +199,15 @@ __device__ static inline void topk_finish(const struct topk_job *job)
     counters->barrier = counters->done = 0;
 }
 
-/* What follows the scan, the same for every kind of score. */
+/* What follows the scan, the same for every kind of score; all blocks have scanned when scanned()
+ * is called. */
+template <class Scanned>
 __device__ static inline void topk_conclude(const struct topk_job *job, struct topk_block *block,
-                                            uint32_t *arrivals)
+                                            uint32_t *arrivals, Scanned scanned)
 {
     kvki_grid_barrier(&job->space.counters->barrier, arrivals);
     kvki_let_next_start();
-    topk_clear_samples(job, block);
+    scanned();
     for (uint32_t seq = threadIdx.x; seq < job->n_seqs; seq += TOPK_THREADS)
         block->n_cands[seq] = topk_scanned(job, block, seq);
     __syncthreads();

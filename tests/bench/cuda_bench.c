@@ -7,7 +7,8 @@
  * flushed and the slot tables are put back before each replay. Median and spread of REPEATS
  * replays. Llama-3-8B: 32 query heads, 8 kv heads, 128 dimensions, bf16: rows of 4,096 bytes.
  * Arguments: --quick (small sizes, a smoke test), --rows (attention over each kind of row alone),
- * --prefill (attention of chunks) or numbers of tokens (one sequence of each). Single-threaded.
+ * --prefill (attention of chunks), --votes or --window (those parts alone), or numbers of tokens
+ * (one sequence of each). Single-threaded.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,7 +39,9 @@ static const row_kind plain = {"bf16", KVK_BF16, false, 4096};
 typedef struct world {
     const row_kind *rows;
     uint32_t n, n_seqs, dims, missing_percent;
+    uint32_t index_bytes; /* a token's */
     kvk_cuda_select_args select[STEPS];
+    kvk_cuda_select_vote_args vote[STEPS]; /* a world of votes: select has its picks alone */
     kvk_cuda_resolve_args resolve[STEPS];
     kvk_cuda_attend_args attend[STEPS];
     kvk_cuda_gather_args gather[STEPS];
@@ -101,7 +104,7 @@ static void report(world *w, const char *what, enqueue_fn enqueue, double floor_
 {
     double low = 0, high = 0, us = time_steps(w, enqueue, &low, &high);
 
-    printf("%8u %5u %5u %-7s %4u  %-28s %9.1f %9.1f %9.1f %9.1f\n", w->n, w->n_seqs, w->dims + 2,
+    printf("%8u %5u %5u %-7s %4u  %-28s %9.1f %9.1f %9.1f %9.1f\n", w->n, w->n_seqs, w->index_bytes,
            w->rows->name, 100 - w->missing_percent, what, us, low, high, floor_us);
     (void)fflush(stdout);
 }
@@ -109,6 +112,11 @@ static void report(world *w, const char *what, enqueue_fn enqueue, double floor_
 static void do_select(world *w, uint32_t t)
 {
     OK(kvk_cuda_select(gpu(), &w->select[t], gpu_stream()));
+}
+
+static void do_vote(world *w, uint32_t t)
+{
+    OK(kvk_cuda_select_vote(gpu(), &w->vote[t], gpu_stream()));
 }
 
 static void do_resolve(world *w, uint32_t t)
@@ -135,6 +143,12 @@ static void do_resolve_attend(world *w, uint32_t t)
 static void do_step(world *w, uint32_t t)
 {
     do_select(w, t);
+    do_resolve_attend(w, t);
+}
+
+static void do_vote_step(world *w, uint32_t t)
+{
+    do_vote(w, t);
     do_resolve_attend(w, t);
 }
 
@@ -204,6 +218,34 @@ static void make_select(world *w, uint32_t t, numbers *from, const void *rows)
                                           .workspace = workspace,
                                           .workspace_bytes = work};
     do_select(w, t);
+}
+
+static void make_vote(world *w, uint32_t t, numbers *from, const void *rows)
+{
+    size_t bytes = (size_t)w->n * w->index_bytes, width = (size_t)w->n_seqs * HEADS * w->dims;
+    size_t work = kvk_cuda_select_vote_workspace_bytes(w->n_seqs, w->n);
+    kvk_cuda_candidates *cands = host_bytes(w->n_seqs * sizeof(*cands));
+    void *workspace = device_bytes(work);
+
+    for (uint32_t s = 0; s < w->n_seqs; s++)
+        cands[s] = (kvk_cuda_candidates){device_copy(rows, bytes), w->n, 0};
+    OK(kvk_cuda_fill(gpu(), workspace, 0, work, gpu_stream()));
+    w->vote[t] =
+        (kvk_cuda_select_vote_args){.n_seqs = w->n_seqs,
+                                    .n_q_heads = HEADS,
+                                    .n_kv_heads = KV_HEADS,
+                                    .dims = w->dims,
+                                    .k = K,
+                                    .rows_max = w->n,
+                                    .q = device_copy(normals(from, width), width * 4),
+                                    .cands = device_copy(cands, w->n_seqs * sizeof(*cands)),
+                                    .picks = device_bytes((size_t)w->n_seqs * K * 4),
+                                    .n_picks = device_bytes(w->n_seqs * 4),
+                                    .workspace = workspace,
+                                    .workspace_bytes = work};
+    w->select[t].picks = w->vote[t].picks;
+    w->select[t].n_picks = w->vote[t].n_picks;
+    do_vote(w, t);
 }
 
 static void make_flush(world *w)
@@ -349,7 +391,7 @@ static void set_missing(world *w, uint32_t missing_percent)
 static void bench(uint32_t n, uint32_t n_seqs, uint32_t dims, const char *arena, size_t arena_bytes)
 {
     numbers from = {n + dims};
-    world w = {.rows = &plain, .n = n, .n_seqs = n_seqs, .dims = dims};
+    world w = {.rows = &plain, .n = n, .n_seqs = n_seqs, .dims = dims, .index_bytes = dims + 2};
     const void *rows = index_rows(&from, n, 1, dims);
     kvk_cuda_source source = source_of(n, plain.row_bytes, arena, arena_bytes);
     double index_us = floor_us((double)n * n_seqs * (dims + 2));
@@ -411,7 +453,7 @@ static void bench_rows(uint32_t n, uint32_t n_seqs, const char *arena, size_t ar
 
     for (size_t k = 0; k < sizeof(kinds) / sizeof(kinds[0]); k++) {
         numbers from = {n + n_seqs};
-        world w = {.rows = &kinds[k], .n = n, .n_seqs = n_seqs, .dims = 126};
+        world w = {.rows = &kinds[k], .n = n, .n_seqs = n_seqs, .dims = 126, .index_bytes = 128};
         const void *rows = index_rows(&from, n, 1, 126);
         kvk_cuda_source source = source_of(n, kinds[k].row_bytes, arena, arena_bytes);
         double rows_us = floor_us((double)n_seqs * K * kinds[k].row_bytes);
@@ -508,7 +550,7 @@ static void bench_prefill(uint32_t n_list, uint32_t n_q)
 static void bench_window(uint32_t n)
 {
     numbers from = {n};
-    world w = {.rows = &plain, .n = n, .n_seqs = 1, .dims = 126};
+    world w = {.rows = &plain, .n = n, .n_seqs = 1, .dims = 126, .index_bytes = 128};
     const void *rows = index_rows(&from, n, 1, 126);
 
     make_flush(&w);
@@ -518,6 +560,39 @@ static void bench_window(uint32_t n)
     }
     report(&w, "select, eps 3", do_select, floor_us((double)n * 128));
     release_all();
+}
+
+/* The soft vote over an index of each kv head, alone and as a step. */
+static void bench_vote(uint32_t n, uint32_t n_seqs, const char *arena, size_t arena_bytes)
+{
+    numbers from = {n};
+    world w = {.rows = &plain, .n = n, .n_seqs = n_seqs, .dims = 32};
+    kvk_cuda_source source = source_of(n, plain.row_bytes, arena, arena_bytes);
+    double index_us = 0, rows_us = floor_us((double)n_seqs * K * plain.row_bytes);
+    const void *rows = index_rows(&from, n, KV_HEADS, w.dims);
+
+    w.index_bytes = (uint32_t)kvk_index_row_bytes(KV_HEADS, w.dims);
+    index_us = floor_us((double)n * n_seqs * w.index_bytes);
+    make_flush(&w);
+    w.table_bytes = n_seqs * tables_of(n);
+    w.missing_percent = 5;
+    for (uint32_t t = 0; t < STEPS; t++) {
+        make_vote(&w, t, &from, rows);
+        make_residency(&w, t, &source);
+        make_attend(&w, t, &from);
+    }
+    gpu_sync();
+    report(&w, "select by vote", do_vote, index_us);
+    report(&w, "step: vote resolve attend", do_vote_step, index_us + rows_us);
+    release_all();
+}
+
+static void bench_votes(const char *arena, size_t arena_bytes)
+{
+    bench_vote(1 << 17, 1, arena, arena_bytes);
+    bench_vote(1 << 19, 1, arena, arena_bytes);
+    bench_vote(1 << 20, 1, arena, arena_bytes);
+    bench_vote(1 << 17, 8, arena, arena_bytes);
 }
 
 int main(int argc, char **argv)
@@ -535,12 +610,17 @@ int main(int argc, char **argv)
         bench(20000, 1, 126, arena, arena_bytes);
         bench_rows(20000, 1, arena, arena_bytes);
         bench_prefill(200, 64);
+        bench_vote(20000, 1, arena, arena_bytes);
     } else if (argc > 1 && strcmp(argv[1], "--rows") == 0) {
         for (uint32_t n_seqs = 1; n_seqs <= 32; n_seqs = n_seqs == 1 ? 8 : n_seqs * 4)
             bench_rows(1 << 17, n_seqs, arena, arena_bytes);
     } else if (argc > 1 && strcmp(argv[1], "--prefill") == 0) {
         bench_prefill(2700, 512);
         bench_prefill(3500, 128);
+    } else if (argc > 1 && strcmp(argv[1], "--votes") == 0) {
+        bench_votes(arena, arena_bytes);
+    } else if (argc > 1 && strcmp(argv[1], "--window") == 0) {
+        bench_window(1 << 20);
     } else if (argc > 1) {
         for (int i = 1; i < argc; i++)
             bench((uint32_t)strtoul(argv[i], NULL, 10), 1, 126, arena, arena_bytes);
@@ -558,6 +638,7 @@ int main(int argc, char **argv)
             bench_rows(1 << 17, n_seqs, arena, arena_bytes);
         bench_prefill(2700, 512);
         bench_prefill(3500, 128);
+        bench_votes(arena, arena_bytes);
     }
     kvk_cuda_free(gpu(), KVK_CUDA_PINNED, arena);
     return 0;

@@ -82,6 +82,33 @@ void cuda_case_digest(numbers *from)
     REQUIRE(kvk_cuda_digest(gpu(), &none, gpu_stream()) == KVC_INVALID, "257 dims");
 }
 
+/* Each query head by the matrix of its kv head. */
+static void run_query_heads(numbers *from, uint32_t heads, uint32_t kv, uint32_t dim, uint32_t dims)
+{
+    enum { SEQS = 3 };
+    size_t matrix = (size_t)dim * dims, n = (size_t)SEQS * heads;
+    float *q = normals(from, n * dim), *proj = normals(from, kv * matrix);
+    kvk_cuda_query_args a = {.q = device_copy(q, n * dim * 4),
+                             .n_seqs = SEQS,
+                             .n_q_heads = heads,
+                             .n_kv_heads = kv,
+                             .head_dim = dim,
+                             .dims = dims,
+                             .proj = device_copy(proj, kv * matrix * 4),
+                             .out = device_bytes(n * dims * 4),
+                             .per_head = 1};
+    const float *out;
+
+    OK(kvk_cuda_query(gpu(), &a, gpu_stream()));
+    out = fetched(a.out, n * dims * 4);
+    for (size_t i = 0; i < n; i++)
+        compare_projected(out + i * dims, q + i * dim, proj + i % heads / (heads / kv) * matrix,
+                          dim, dims, "query of a head");
+    a.per_head = 2;
+    REQUIRE(kvk_cuda_query(gpu(), &a, gpu_stream()) == KVC_INVALID, "per_head 2");
+    release_all();
+}
+
 void cuda_case_query(numbers *from)
 {
     static const uint32_t shapes[][4] = {/* query heads, kv heads, dim, dims */
@@ -114,5 +141,6 @@ void cuda_case_query(numbers *from)
         a.n_q_heads = kv + 1;
         REQUIRE(kv == 1 || kvk_cuda_query(gpu(), &a, gpu_stream()) == KVC_INVALID, "uneven groups");
         release_all();
+        run_query_heads(from, heads, kv, dim, dims);
     }
 }

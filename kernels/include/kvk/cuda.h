@@ -112,16 +112,18 @@ kvc_status kvk_cuda_digest(kvk_cuda *cuda, const kvk_cuda_digest_args *args,
                            kvk_stream *stream) KVC_MUST_CHECK;
 
 /*
- * Index queries of a batch, for a shared index (ESA): the query heads of a group are added
- * (2502.14477 eq. 3) and all kv heads together meet proj [n_kv_heads * head_dim, dims] f32: q
- * [n_seqs, n_q_heads, head_dim] f32 -> out [n_seqs, dims] f32. Bound: as kvk_project's. dims <=
- * 256.
+ * Index queries of a batch: q [n_seqs, n_q_heads, head_dim] f32. For a shared index (ESA; per_head
+ * 0) the query heads of a group are added (2502.14477 eq. 3) and all kv heads together meet proj
+ * [n_kv_heads * head_dim, dims] f32: out [n_seqs, dims] f32. For an index of each kv head
+ * (TokenSelect; per_head 1) each query head meets its own kv head's proj [n_kv_heads, head_dim,
+ * dims]: out [n_seqs, n_q_heads, dims]. Bound: as kvk_project's. dims <= 256.
  */
 typedef struct kvk_cuda_query_args {
     const float *q;
     uint32_t n_seqs, n_q_heads, n_kv_heads, head_dim, dims;
     const float *proj;
     float *out;
+    uint32_t per_head; /* 0 or 1 */
 } kvk_cuda_query_args;
 kvc_status kvk_cuda_query(kvk_cuda *cuda, const kvk_cuda_query_args *args,
                           kvk_stream *stream) KVC_MUST_CHECK;
@@ -153,6 +155,31 @@ typedef struct kvk_cuda_select_args {
 size_t kvk_cuda_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max);
 kvc_status kvk_cuda_select(kvk_cuda *cuda, const kvk_cuda_select_args *args,
                            kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * The k best candidates of each sequence by TokenSelect's soft vote (2411.02886 eq. 7) over an
+ * index of each kv head: rows as kvk_quantize writes them, kvk_index_row_bytes(n_kv_heads, dims)
+ * each, 16-byte aligned. Logits are those of kvk_score_index, of which every query head takes a
+ * softmax over all candidates of the sequence; a token's score is the sum over the heads. Bound
+ * against kvk_vote: (4 m + 64) 2^-24 of the vote + n_q_heads 2^-120, m the largest |logit|. The
+ * bits of a sequence depend on its own q and index alone. A logit that is not finite gives
+ * arbitrary picks, in range. Fast at dims 32 (34 bytes a head and row) with 8 kv heads of up to 4
+ * query heads or 4 of up to 8. n_q_heads <= 128 a multiple of n_kv_heads, dims <= 256, n_q_heads *
+ * dims <= 16384. Else as kvk_cuda_select, whose rules for the workspace hold.
+ */
+typedef struct kvk_cuda_select_vote_args {
+    uint32_t n_seqs, n_q_heads, n_kv_heads, dims, k, rows_max;
+    const float *q;                   /* [n_seqs, n_q_heads, dims] */
+    const kvk_cuda_candidates *cands; /* [n_seqs] */
+    uint32_t *picks;                  /* [n_seqs, k] positions */
+    float *scores;                    /* [n_seqs, k] or NULL */
+    uint32_t *n_picks;                /* [n_seqs] = min(k, n_rows) */
+    void *workspace;
+    size_t workspace_bytes;
+} kvk_cuda_select_vote_args;
+size_t kvk_cuda_select_vote_workspace_bytes(uint32_t n_seqs, uint32_t rows_max);
+kvc_status kvk_cuda_select_vote(kvk_cuda *cuda, const kvk_cuda_select_vote_args *args,
+                                kvk_stream *stream) KVC_MUST_CHECK;
 
 /*
  * The rows of one sequence and part that are in device memory. slots [n_slots, row_bytes]; slot_of

@@ -1,0 +1,193 @@
+/*
+ * vote_form.cuh: logits of tiles of 16 rows of a per-head index, in two forms. Device code of
+ * vote.cu.
+ *
+ * In both, lane = 4 g + t holds rows g and g + 8 of the tile. Query heads lie in slots: slot 4 i +
+ * t is the head that lane t of each four meets in quad i. A slot may be empty.
+ *
+ * mma_form (dims 32): the int16 query is its upper byte, signed, and its lower one, unsigned; they
+ * are two neighbouring columns of a tensor core's product with the keys, so that one lane gets both
+ * halves of its head's dot, exact in int32. The sums start at 1.5 2^23 as float bits, so they are
+ * floats at once. general_form: any shape, one product at a time.
+ */
+#ifndef KVKI_CUDA_VOTE_FORM_CUH
+#define KVKI_CUDA_VOTE_FORM_CUH
+
+#include "topk_end.cuh"
+
+#define VOTE_TILE       16u
+#define VOTE_NONE       UINT32_MAX
+#define VOTE_SLOTS_MAX  128u
+#define VOTE_QUERY_MAX  16384u /* n_q_heads * dims */
+#define VOTE_DIMS_MAX   256u
+#define VOTE_COUNTS     8192u       /* of rows by their first head and its e, of all slots */
+#define VOTE_LEAST_BITS 0x07000000u /* 2^-113: what is smaller is not counted */
+
+/* What a form needs to know of the index. */
+struct vote_shape {
+    uint32_t n_q_heads, n_kv_heads, dims, row_bytes;
+};
+
+#define VOTE_MAGIC_BITS 0x4b400000u
+#define VOTE_MAGIC      12582912.0f /* the float of those bits; +- 2^22 around it are exact */
+
+/* c = magic + rows [16, 32] x columns [32, 8] of signed bytes; c += the same of unsigned ones. */
+__device__ static inline void vote_mma_signed(uint32_t (&c)[4], const uint2 &low, const uint2 &high,
+                                              const uint32_t (&b)[2])
+{
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %10, %10, %10};"
+        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+        : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(b[0]), "r"(b[1]),
+          "r"(VOTE_MAGIC_BITS));
+}
+
+__device__ static inline void vote_mma_unsigned(uint32_t (&c)[4], const uint2 &low,
+                                                const uint2 &high, const uint32_t (&b)[2])
+{
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(b[0]), "r"(b[1]));
+}
+
+/* The dot of a head from the float bits of its halves; one rounding, as of (float)int. */
+__device__ static inline float vote_dot(uint32_t upper, uint32_t lower)
+{
+    return fmaf(__uint_as_float(upper) - VOTE_MAGIC, 256.0f, __uint_as_float(lower) - VOTE_MAGIC);
+}
+
+/* kHeads kv heads (a multiple of 4) of up to 4 kParts query heads each, of 32 dims. */
+template <uint32_t kHeads, uint32_t kParts> struct mma_form {
+    static constexpr bool kStaged = true;
+    static constexpr uint32_t kQuads = kHeads * kParts, kSlots = kQuads * 4, kDims = 32;
+    static constexpr uint32_t kRow = kHeads * (kDims + 2u), kQuery = kSlots * kDims;
+    static constexpr uint32_t kWords = kQuads * 2, kBinBit = 22;
+    static constexpr uint32_t kStageBytes = TOPK_WARPS * VOTE_TILE * kRow;
+    static constexpr uint32_t kBins = VOTE_COUNTS / kSlots, kLeastBits = VOTE_LEAST_BITS;
+    uint32_t upper[kQuads][2], lower[kQuads][2];
+
+    __device__ static uint32_t n_quads(const struct vote_shape &)
+    {
+        return kQuads;
+    }
+
+    __device__ static uint32_t head_of(const struct vote_shape &shape, uint32_t slot)
+    {
+        uint32_t group = shape.n_q_heads / kHeads, quad = slot / 4;
+        uint32_t place = quad % kParts * 4 + slot % 4;
+        return place < group ? quad / kParts * group + place : VOTE_NONE;
+    }
+
+    /* Words of the columns, for each lane: 4 n + t has dims 8 t to 8 t + 7 of column n, which is
+     * half n % 2 of slot n / 2. The block calls; a word a thread. */
+    __device__ static void cut(const int16_t *query, uint32_t (*words)[32])
+    {
+        for (uint32_t i = threadIdx.x; i < kWords * 32; i += TOPK_THREADS) {
+            uint32_t lane = i % 32, word = i / 32, column = lane / 4, bytes = 0;
+            const int16_t *q = query + (word / 2 * 4 + column / 2) * kDims + lane % 4 * 8;
+            for (uint32_t b = 0; b < 4; b++) {
+                uint32_t x = (uint16_t)q[word % 2 * 4 + b];
+                bytes |= (column % 2 ? x & 0xffu : x >> 8) << (8 * b);
+            }
+            words[word][lane] = bytes;
+        }
+    }
+
+    __device__ void load(const uint32_t (*words)[32])
+    {
+        uint32_t lane = threadIdx.x & 31u;
+
+#pragma unroll
+        for (uint32_t i = 0; i < kWords; i++) {
+            uint32_t bytes = words[i][lane];
+            upper[i / 2][i % 2] = lane / 4 % 2 ? 0 : bytes;
+            lower[i / 2][i % 2] = lane / 4 % 2 ? bytes : 0;
+        }
+    }
+
+    /* Calls each(i, x, y) per quad: the logits of the lane's head and two rows, without q's scale.
+     */
+    template <class Each>
+    __device__ void score(const struct vote_shape &, const int16_t *, const uint8_t *low,
+                          const uint8_t *high, Each each) const
+    {
+        uint32_t at = threadIdx.x % 4 * 8, low_scale[kHeads / 2], high_scale[kHeads / 2];
+
+#pragma unroll
+        for (uint32_t w = 0; w < kHeads / 4; w++) {
+            *(uint2 *)&low_scale[2 * w] = *(const uint2 *)(low + kHeads * kDims + 8 * w);
+            *(uint2 *)&high_scale[2 * w] = *(const uint2 *)(high + kHeads * kDims + 8 * w);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kQuads; i++) {
+            uint32_t head = i / kParts, shift = head % 2 ? 0 : 16;
+            uint32_t c[4];
+            uint2 a = *(const uint2 *)(low + head * kDims + at);
+            uint2 b = *(const uint2 *)(high + head * kDims + at);
+            vote_mma_signed(c, a, b, upper[i]);
+            vote_mma_unsigned(c, a, b, lower[i]);
+            each(i,
+                 vote_dot(c[0], c[1]) * __uint_as_float(low_scale[head / 2] << shift & 0xffff0000u),
+                 vote_dot(c[2], c[3]) *
+                     __uint_as_float(high_scale[head / 2] << shift & 0xffff0000u));
+        }
+    }
+};
+
+struct general_form {
+    static constexpr bool kStaged = false;
+    static constexpr uint32_t kQuads = VOTE_SLOTS_MAX / 4, kSlots = VOTE_SLOTS_MAX;
+    static constexpr uint32_t kRow = 0, kQuery = VOTE_QUERY_MAX, kStageBytes = 0, kWords = 1;
+    static constexpr uint32_t kBinBit = 24, kBins = VOTE_COUNTS / kSlots,
+                              kLeastBits = VOTE_LEAST_BITS;
+
+    __device__ static uint32_t n_quads(const struct vote_shape &shape)
+    {
+        return (shape.n_q_heads + 3) / 4;
+    }
+
+    __device__ static uint32_t head_of(const struct vote_shape &shape, uint32_t slot)
+    {
+        return slot < shape.n_q_heads ? slot : VOTE_NONE;
+    }
+
+    __device__ static void cut(const int16_t *, uint32_t (*)[32])
+    {
+    }
+
+    __device__ void load(const uint32_t (*)[32])
+    {
+    }
+
+    /* Head kv's key of a row with the query, times the key's scale. */
+    __device__ static float dot(const struct vote_shape &shape, const int16_t *query,
+                                const uint8_t *row, uint32_t kv)
+    {
+        const uint8_t *at = row + kv * shape.dims, *scale = row + shape.n_kv_heads * shape.dims;
+        uint32_t bits = (uint32_t)scale[2 * kv] | (uint32_t)scale[2 * kv + 1] << 8;
+        int sum = 0;
+
+        for (uint32_t d = 0; d < shape.dims; d++)
+            sum += (int)query[d] * (int)(int8_t)at[d];
+        return (float)sum * kvki_bf16(bits);
+    }
+
+    template <class Each>
+    __device__ void score(const struct vote_shape &shape, const int16_t *query, const uint8_t *low,
+                          const uint8_t *high, Each each) const
+    {
+        uint32_t group = shape.n_q_heads / shape.n_kv_heads;
+
+#pragma unroll 1
+        for (uint32_t i = 0; i < n_quads(shape); i++) {
+            uint32_t head = i * 4 + threadIdx.x % 4, kv = head / group;
+            bool there = head < shape.n_q_heads;
+            float x = there ? dot(shape, query + head * shape.dims, low, kv) : 0.0f;
+            float y = there ? dot(shape, query + head * shape.dims, high, kv) : 0.0f;
+            each(i, x, y);
+        }
+    }
+};
+
+#endif

@@ -1,0 +1,287 @@
+/*
+ * cuda_cases_vote.c: kvk_cuda_select_vote against score_index, softmax_stats and vote of the CPU.
+ *
+ * Votes carry a bound, so picks are held to the oracle's votes: each returned score within the
+ * bound of its row's, every pick no further than two bounds below the k-th vote, nothing left out
+ * that lies further above it; and the returned order is exact on the returned scores.
+ */
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cuda_cases.h"
+
+typedef struct shape {
+    uint32_t n_q_heads, n_kv_heads, dims;
+} shape;
+
+/* One sequence of a batch, and what the device answered. */
+typedef struct sequence {
+    uint32_t n, base;
+    uint8_t *rows;
+    float *q;
+    uint32_t n_picks;
+    const uint32_t *picks;
+    const float *scores;
+} sequence;
+
+static sequence sequence_of(numbers *from, uint32_t n, shape s)
+{
+    return (sequence){.n = n,
+                      .base = number_below(from, 1000),
+                      .rows = index_rows(from, n, s.n_kv_heads, s.dims),
+                      .q = normals(from, (size_t)s.n_q_heads * s.dims)};
+}
+
+static kvk_cuda_select_vote_args prepare(shape s, sequence *seqs, uint32_t n_seqs, uint32_t k)
+{
+    kvk_cuda_candidates *cands = host_bytes(n_seqs * sizeof(*cands));
+    size_t width = (size_t)s.n_q_heads * s.dims, row = kvk_index_row_bytes(s.n_kv_heads, s.dims);
+    float *q = host_bytes(n_seqs * width * sizeof(float));
+    uint32_t rows_max = 1;
+    kvk_cuda_select_vote_args args = {.n_seqs = n_seqs,
+                                      .n_q_heads = s.n_q_heads,
+                                      .n_kv_heads = s.n_kv_heads,
+                                      .dims = s.dims,
+                                      .k = k};
+
+    for (uint32_t i = 0; i < n_seqs; i++) {
+        void *index = seqs[i].n ? device_copy(seqs[i].rows, seqs[i].n * row) : NULL;
+        cands[i] = (kvk_cuda_candidates){index, seqs[i].n, seqs[i].base};
+        memcpy(q + i * width, seqs[i].q, width * sizeof(float));
+        rows_max = seqs[i].n > rows_max ? seqs[i].n : rows_max;
+    }
+    args.rows_max = rows_max;
+    args.q = device_copy(q, n_seqs * width * sizeof(float));
+    args.cands = device_copy(cands, n_seqs * sizeof(*cands));
+    args.picks = device_bytes((size_t)n_seqs * k * 4);
+    args.scores = device_bytes((size_t)n_seqs * k * 4);
+    args.n_picks = device_bytes(n_seqs * 4);
+    args.workspace_bytes = kvk_cuda_select_vote_workspace_bytes(n_seqs, rows_max);
+    args.workspace = device_bytes(args.workspace_bytes);
+    OK(kvk_cuda_fill(gpu(), args.workspace, 0, args.workspace_bytes, gpu_stream()));
+    return args;
+}
+
+/* Runs it; the answers go to the sequences. */
+static void answer(const kvk_cuda_select_vote_args *args, sequence *seqs)
+{
+    size_t all = (size_t)args->n_seqs * args->k;
+    const uint32_t *n_picks, *picks;
+    const float *scores;
+
+    OK(kvk_cuda_fill(gpu(), args->picks, 0xee, all * 4, gpu_stream()));
+    OK(kvk_cuda_select_vote(gpu(), args, gpu_stream()));
+    n_picks = fetched(args->n_picks, args->n_seqs * 4);
+    picks = fetched(args->picks, all * 4);
+    scores = fetched(args->scores, all * 4);
+    for (uint32_t i = 0; i < args->n_seqs; i++) {
+        seqs[i].n_picks = n_picks[i];
+        seqs[i].picks = picks + (size_t)i * args->k;
+        seqs[i].scores = scores + (size_t)i * args->k;
+    }
+}
+
+/* The oracle's votes, and the bound relative to a vote. */
+static float *votes_of(shape s, const sequence *seq, double *bound_p)
+{
+    bool large = seq->n > 20000;
+    float *logits = host_bytes((size_t)s.n_q_heads * seq->n * 4);
+    float *max = host_bytes(s.n_q_heads * 4), *sum = host_bytes(s.n_q_heads * 4);
+    float *out = host_bytes(seq->n * 4);
+    double most = 0;
+
+    for (uint32_t h = 0; h < s.n_q_heads; h++)
+        max[h] = -INFINITY;
+    CPU(large, score_index, seq->q, 1, s.n_q_heads, s.n_kv_heads, s.dims, seq->rows,
+        kvk_index_row_bytes(s.n_kv_heads, s.dims), seq->n, logits, seq->n);
+    CPU(large, softmax_stats, logits, seq->n, s.n_q_heads, seq->n, max, sum);
+    CPU(large, vote, logits, seq->n, s.n_q_heads, seq->n, max, sum, out);
+    for (size_t i = 0; i < (size_t)s.n_q_heads * seq->n; i++)
+        most = fabs((double)logits[i]) > most ? fabs((double)logits[i]) : most;
+    *bound_p = (4 * most + 64) * 0x1p-24 + (large ? (most + 100) * 2e-7 : 0x1p-23);
+    return out;
+}
+
+static int by_score(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+static void compare(shape s, const sequence *seq, uint32_t k, const char *what)
+{
+    uint32_t room = k < seq->n ? k : seq->n, above = 0;
+    double bound = 0, tiny = s.n_q_heads * 0x1p-120, kth = 0, slack = 0;
+    float *votes = votes_of(s, seq, &bound), *sorted = host_bytes(seq->n * 4 + 4);
+    uint8_t *picked = host_bytes(seq->n + 1);
+
+    REQUIRE(seq->n_picks == room, "%s: %u picks, wanted %u", what, seq->n_picks, room);
+    if (room == 0)
+        return;
+    memcpy(sorted, votes, seq->n * 4);
+    qsort(sorted, seq->n, 4, by_score);
+    kth = (double)sorted[room - 1];
+    slack = 2 * (bound * kth + tiny);
+    for (uint32_t i = 0; i < room; i++) {
+        uint32_t row = seq->picks[i] - seq->base;
+        REQUIRE(row < seq->n && !picked[row], "%s: pick %u is %u", what, i, seq->picks[i]);
+        picked[row] = 1;
+        REQUIRE(fabs((double)seq->scores[i] - (double)votes[row]) <=
+                    bound * (double)votes[row] + tiny,
+                "%s: %u rows, heads %u/%u of %u, k %u: vote of row %u is %.9g, wanted %.9g", what,
+                seq->n, s.n_q_heads, s.n_kv_heads, s.dims, k, row, (double)seq->scores[i],
+                (double)votes[row]);
+        REQUIRE((double)votes[row] >= kth - slack, "%s: pick %u of vote %.9g, the k-th is %.9g",
+                what, i, (double)votes[row], kth);
+        REQUIRE(i == 0 || seq->scores[i - 1] > seq->scores[i] ||
+                    (seq->scores[i - 1] == seq->scores[i] && seq->picks[i - 1] < seq->picks[i]),
+                "%s: order at %u", what, i);
+    }
+    for (uint32_t j = 0; j < seq->n; j++)
+        above += !picked[j] && (double)votes[j] > kth + slack;
+    REQUIRE(above == 0, "%s: %u rows, heads %u/%u of %u, k %u: %u rows left out", what, seq->n,
+            s.n_q_heads, s.n_kv_heads, s.dims, k, above);
+}
+
+static void run(shape s, sequence *seqs, uint32_t n_seqs, uint32_t k, const char *what)
+{
+    kvk_cuda_select_vote_args args = prepare(s, seqs, n_seqs, k);
+
+    for (int pass = 0; pass < 2; pass++) { /* the second finds the workspace as the first left it */
+        answer(&args, seqs);
+        for (uint32_t i = 0; i < n_seqs; i++)
+            compare(s, &seqs[i], k, what);
+    }
+    release_all();
+}
+
+void cuda_case_vote_edges(numbers *from)
+{
+    shape s = {32, 8, 32};
+    sequence seq = sequence_of(from, 100, s);
+    kvk_cuda_select_vote_args good = prepare(s, &seq, 1, 8), args;
+
+#define REFUSED(field, value)                                                                      \
+    args = good;                                                                                   \
+    args.field = value;                                                                            \
+    REQUIRE(kvk_cuda_select_vote(gpu(), &args, gpu_stream()) == KVC_INVALID, #field)
+    REFUSED(k, 0);
+    REFUSED(k, KVK_CUDA_K_MAX + 1);
+    REFUSED(dims, 0);
+    REFUSED(dims, 257);
+    REFUSED(n_kv_heads, 0);
+    REFUSED(n_kv_heads, 7);
+    REFUSED(n_q_heads, 0);
+    REFUSED(n_q_heads, 136);
+    REFUSED(rows_max, 0);
+    REFUSED(q, NULL);
+    REFUSED(workspace_bytes, good.workspace_bytes - 1);
+    REFUSED(n_seqs, KVK_CUDA_SEQS_MAX + 1);
+#undef REFUSED
+    args = good;
+    args.n_seqs = 0;
+    OK(kvk_cuda_select_vote(gpu(), &args, gpu_stream()));
+}
+
+void cuda_case_vote(numbers *from)
+{
+    static const shape shapes[] = {{32, 8, 32}, {28, 4, 32}, {8, 8, 32},   {16, 4, 32},
+                                   {9, 3, 24},  {14, 2, 32}, {32, 8, 126}, {1, 1, 1}};
+    static const uint32_t sizes[] = {0, 1, 15, 17, 128, 129, 2500, 8193, 30011};
+    static const uint32_t ks[] = {1, 300, 2048};
+
+    for (size_t h = 0; h < sizeof(shapes) / sizeof(shapes[0]); h++) {
+        for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+            for (size_t k = 0; k < 3; k++) {
+                sequence seq = sequence_of(from, sizes[i], shapes[h]);
+                run(shapes[h], &seq, 1, ks[k], "vote");
+            }
+        }
+    }
+}
+
+/* What fools a sample or a bound: equal rows, few kinds of rows, growing ones, a hot region far
+ * above the rest (whose sums overflow), peaked heads, a query of zeros, nearly flat votes. */
+static void spoil(numbers *from, sequence *seq, shape s, int kind)
+{
+    size_t row = kvk_index_row_bytes(s.n_kv_heads, s.dims), keys = (size_t)s.n_kv_heads * s.dims;
+
+    for (uint32_t j = 0; j < seq->n; j++) {
+        float scale = kind == 2   ? 1e-7f * (float)(j + 1)
+                      : kind == 3 ? (j - 5000 < 90 ? 0.5f : 0.01f)
+                      : kind == 4 ? 0.05f
+                      : kind == 6 ? 1e-4f
+                                  : 0.01f;
+        uint16_t bits = bf16_of(scale);
+        if (kind == 0 || kind == 1)
+            memset(seq->rows + j * row, kind ? (int)number_below(from, 4) : 3, keys);
+        for (uint32_t h = 0; kind != 5 && h < s.n_kv_heads; h++)
+            memcpy(seq->rows + j * row + keys + 2 * h, &bits, 2);
+    }
+    for (size_t i = 0; kind == 5 && i < (size_t)s.n_q_heads * s.dims; i++)
+        seq->q[i] = 0;
+}
+
+void cuda_case_vote_ties(numbers *from)
+{
+    static const shape shapes[] = {{32, 8, 32}, {9, 3, 24}};
+
+    for (int kind = 0; kind < 7; kind++) {
+        for (size_t h = 0; h < 2; h++) {
+            for (uint32_t n = 9000; n <= 150001; n += 141001) {
+                sequence seq = sequence_of(from, h ? n / 10 : n, shapes[h]);
+                spoil(from, &seq, shapes[h], kind);
+                run(shapes[h], &seq, 1, 2048, "votes of a kind");
+            }
+        }
+    }
+}
+
+/* Equal bits alone and in a batch; scales that are not finite stay within the picks' range. */
+void cuda_case_vote_batch(numbers *from)
+{
+    enum { SEQS = 7, K = 500 };
+    shape s = {32, 8, 32};
+    sequence seqs[SEQS], alone[SEQS];
+    kvk_cuda_select_vote_args args;
+
+    for (uint32_t i = 0; i < SEQS; i++) {
+        seqs[i] = sequence_of(from, i == 2 ? 0 : number_below(from, 60000), s);
+        if (i == 4)
+            spoil(from, &seqs[i], s, 3);
+        alone[i] = seqs[i];
+    }
+    args = prepare(s, seqs, SEQS, K);
+    answer(&args, seqs);
+    for (uint32_t i = 0; i < SEQS; i++) {
+        args = prepare(s, &alone[i], 1, K);
+        answer(&args, &alone[i]);
+        compare(s, &seqs[i], K, "batch");
+        REQUIRE(memcmp(seqs[i].picks, alone[i].picks, seqs[i].n_picks * 4) == 0 &&
+                    memcmp(seqs[i].scores, alone[i].scores, seqs[i].n_picks * 4) == 0,
+                "sequence %u: other bits alone than in a batch", i);
+    }
+    for (uint32_t j = 0; j < seqs[0].n; j++) {
+        static const uint16_t special[] = {0x7f80, 0x7fc0, 0xff80, 0x3c00};
+        memcpy(seqs[0].rows + j * 272 + 256, &special[number_below(from, 4)], 2);
+    }
+    for (int pass = 0; pass < 2; pass++) {
+        args = prepare(s, seqs, 1, K);
+        answer(&args, seqs);
+        REQUIRE(seqs[0].n_picks == (seqs[0].n < K ? seqs[0].n : K), "picks of what is not finite");
+        for (uint32_t i = 0; i < seqs[0].n_picks; i++)
+            REQUIRE(seqs[0].picks[i] - seqs[0].base < seqs[0].n, "pick %u is out of range", i);
+    }
+}
+
+void cuda_case_vote_large(numbers *from)
+{
+    static const shape shapes[] = {{32, 8, 32}, {28, 4, 32}};
+
+    for (size_t h = 0; h < 2; h++) {
+        sequence seq = sequence_of(from, 1000003, shapes[h]);
+        run(shapes[h], &seq, 1, 2048, "large");
+    }
+}
