@@ -146,7 +146,8 @@ static kvc_status prepare_append(kvw_seq *seq, uint32_t layer, const void *k, ui
         return kvwi_fail(KVC_INVALID, "layer %u: a step is open", layer);
     }
     const kvw_opts *o = &seq->worker->opts;
-    if (!kvwi_all_finite(k, (size_t)n_tokens * o->n_kv_heads * o->head_dim, o->dtype)) {
+    if (!o->device_memory &&
+        !kvwi_all_finite(k, (size_t)n_tokens * o->n_kv_heads * o->head_dim, o->dtype)) {
         return kvwi_fail(KVC_INVALID, "layer %u: a key is not finite", layer);
     }
     uint32_t end = seq->pass.first + n_tokens;
@@ -165,6 +166,32 @@ static void write_landmarks(kvw_seq *seq, uint32_t layer, const float *landmarks
     pages->n_rows = seq->pass.first + n_tokens;
 }
 
+/* Several tokens, or a worker without a device. */
+static kvc_status append_on_host(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                                 uint32_t n_tokens)
+{
+    const kvw_worker *w = seq->worker;
+    kvc_status st = w->device == NULL ? KVC_OK : w->device_ops->settle(seq);
+    if (st != KVC_OK) {
+        return st;
+    }
+    k = kvwi_device_to_host(seq, k, n_tokens * w->k_bytes, &seq->host[0]);
+    v = kvwi_device_to_host(seq, v, n_tokens * w->k_bytes, &seq->host[1]);
+    if (k == NULL || v == NULL) {
+        return KVC_DEVICE;
+    }
+    const kvw_opts *o = &w->opts;
+    if (o->device_memory &&
+        !kvwi_all_finite(k, (size_t)n_tokens * o->n_kv_heads * o->head_dim, o->dtype)) {
+        return kvwi_fail(KVC_INVALID, "layer %u: a key is not finite", layer);
+    }
+    st = kvwi_index_append(seq, layer, seq->pass.first, k, w->k_bytes, n_tokens);
+    if (st == KVC_OK) {
+        write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
+    }
+    return st;
+}
+
 /* landmarks: of selectors of chunks, else NULL. */
 static kvc_status append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
                          const float *landmarks, uint32_t n_tokens)
@@ -174,15 +201,17 @@ static kvc_status append(kvw_seq *seq, uint32_t layer, const void *k, const void
     kvc_status st = prepare_append(seq, layer, k, n_tokens);
     st = kvwi_group_agree(seq->worker, st);
     if (st == KVC_OK && landmarks == NULL) {
-        st = kvwi_index_append(seq, layer, seq->pass.first, k, seq->worker->k_bytes, n_tokens);
+        st = seq->worker->device != NULL && n_tokens == 1
+                 ? seq->worker->device_ops->append(seq, layer, k, v)
+                 : append_on_host(seq, layer, k, v, n_tokens);
     }
     if (st != KVC_OK) {
         return st == KVC_NO_MEMORY ? kvwi_fail(st, "out of memory") : st;
     }
     if (landmarks != NULL) {
         write_landmarks(seq, layer, landmarks, n_tokens);
+        write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
     }
-    write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
     seq->layers[layer].n_tokens = end;
     seq->stats.ns_append += kvc_now_ns() - t0;
     return KVC_OK;

@@ -28,6 +28,9 @@ static void free_block(kvw_worker *w, kvwi_block *block)
     if (kvwi_regions_close(w, &block->regions) != KVC_OK) {
         return; /* still in use: leaking it is the lesser evil */
     }
+    if (w->device != NULL) {
+        w->device_ops->unmap(w->device, block->base);
+    }
     (void)munmap(block->base, w->block_bytes);
     free(block);
 }
@@ -55,7 +58,14 @@ static kvc_status new_block(kvw_worker *w, kvwi_block **block_p)
         free(b);
         return KVC_NO_MEMORY;
     }
-    kvc_status st = kvwi_regions_open(w, b->base, w->block_bytes, &b->regions);
+    kvc_status st =
+        w->device == NULL ? KVC_OK : w->device_ops->map(w->device, b->base, w->block_bytes);
+    if (st != KVC_OK) {
+        (void)munmap(b->base, w->block_bytes);
+        free(b);
+        return st;
+    }
+    st = kvwi_regions_open(w, b->base, w->block_bytes, &b->regions);
     if (st != KVC_OK) {
         free_block(w, b);
         return kvwi_fail(st, "a block buffer cannot be registered: %s", kvc_last_error());
@@ -186,6 +196,12 @@ kvc_status kvwi_blocks_submit(kvw_seq *seq, uint32_t n_tokens, uint64_t deadline
     uint32_t bt = w->opts.block_tokens;
     if (w->opts.client == NULL) {
         return KVC_OK;
+    }
+    if (w->device != NULL && (seq->n_submitted + 1u) * bt <= n_tokens) {
+        kvc_status st = w->device_ops->settle(seq);
+        if (st != KVC_OK) {
+            return st;
+        }
     }
     while ((seq->n_submitted + 1u) * bt <= n_tokens) {
         uint32_t block = seq->n_submitted;

@@ -18,6 +18,7 @@
 
 #include "base/thread.h"
 #include "buf.h"
+#include "device/device.h"
 #include "error.h"
 #include "index.h"
 #include "kvc/client.h"
@@ -54,7 +55,9 @@ struct kvw_worker {
     const kvw_selector_ops *selector;
     kvk_backend *be;
     const kvk_ops *ops;
-    double *inv_freq; /* [head_dim/2]; NULL: no rotary embedding */
+    const kvwi_device_ops *device_ops;
+    kvwi_device *device; /* decode steps run on it; NULL: on be, as all the rest */
+    double *inv_freq;    /* [head_dim/2]; NULL: no rotary embedding */
     float scale;
     kvc_way way;                           /* asked for; KVC_WAY_COUNT: auto */
     size_t elem_bytes, k_bytes, row_bytes; /* of one element, of K of one token, of one kv row */
@@ -75,6 +78,7 @@ typedef struct kvwi_picks {
     uint32_t *pos; /* [k], ascending */
     uint32_t n;
     bool cached;         /* pos may be reused by a like query */
+    bool on_device;      /* pos is to be brought from the device first */
     uint32_t near_begin; /* where recent began at the reselect */
     float *query;        /* [n_q_heads, head_dim] of the reselect */
 } kvwi_picks;
@@ -125,6 +129,8 @@ struct kvw_seq {
     kvwi_put_state put; /* guarded by the put queue */
     kvw_select_ctx select;
     kvwi_buf append_buf;
+    kvwi_device_seq *device; /* NULL without one */
+    kvwi_buf host[2];        /* host copies of what the engine has in the device's memory */
     char label[2u * KVC_MAX_NAME_BYTES + 24u]; /* of digests, see names.c; not terminated */
     uint32_t label_bytes;
     kvw_step *free_steps;
@@ -177,6 +183,7 @@ typedef struct kvwi_leg {
 struct kvw_step {
     kvw_seq *seq;
     uint32_t layer, n_q;
+    bool on_device;    /* what follows is not used, but deadline_ns */
     uint32_t n_tokens; /* of the layer when it began */
     bool foretold;     /* select_sum is that of q_select, which may be a prediction */
     uint64_t select_sum;
@@ -280,6 +287,11 @@ kvc_status kvwi_index_append(kvw_seq *seq, uint32_t layer, uint32_t first, const
 
 /* Where the recent window begins for a step of n_q queries over n_tokens. */
 uint32_t kvwi_near_begin(const kvw_worker *worker, uint32_t n_tokens, uint32_t n_q);
+/* Whether a step over these windows attends everything. */
+static inline bool kvwi_is_full(const kvw_worker *w, uint32_t near_begin)
+{
+    return near_begin <= w->opts.n_sink || near_begin - w->opts.n_sink <= w->opts.k;
+}
 /* Decides what the step attends: full, near_begin, and the layer's picks. */
 kvc_status kvwi_select(kvw_step *step, const void *q_select) KVC_MUST_CHECK;
 

@@ -182,6 +182,9 @@ static kvc_status check_windows(kvw_opts *o, const kvw_selector_ops *selector)
     if (o->exact > 1 || o->reuse_any > 1) {
         return bad("exact, reuse_any", "must be 0 or 1");
     }
+    if (o->device_memory > 1 || o->max_tokens > KVWI_MAX_TOKENS) {
+        return bad("device_memory, max_tokens", "must be 0 or 1; at most 2^30");
+    }
     return KVC_OK;
 }
 

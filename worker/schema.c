@@ -32,16 +32,21 @@ static void write_recipe(const kvw_worker *w, char *text, size_t cap)
 {
     const kvw_opts *o = &w->opts;
     char hex[KVC_DIGEST_HEX_BYTES];
+    bool device = w->device != NULL; /* which one of several alike does not matter */
     projection_hex(w, hex);
     (void)snprintf(text, cap,
                    "selector=%s;index=%s;projection=%s;index_dims=%u;rerank_dims=%u;"
                    "rerank_factor=%u;n_sink=%u;n_recent=%u;k=%u;eps=%u;far_position=%u;"
-                   "reselect_cos=%.17g;chunk_tokens=%u;exact=%u;passes=%s;backend=%s;isa=%s",
+                   "reselect_cos=%.17g;chunk_tokens=%u;exact=%u;passes=%s;backend=%s;isa=%s%s%s",
                    o->selector, index_names[o->index], hex, o->index_dims, o->rerank_dims,
                    o->rerank_factor, o->n_sink, o->n_recent, o->k, o->eps,
                    w->selector->positions == KVW_FAR_NEAR ? o->far_position : 0, o->reselect_cos,
                    o->chunk_tokens, o->exact, o->reuse_any ? "any" : "chunks",
-                   o->backend[0] != '\0' ? o->backend : "cpu", kvk_backend_isa(w->be));
+                   device                  ? w->device_ops->name
+                   : o->backend[0] != '\0' ? o->backend
+                                           : "cpu",
+                   kvk_backend_isa(w->be), device ? "+" : "",
+                   device ? w->device_ops->isa(w->device) : "");
     if (w->selector->fusion != 0) {
         size_t n = strlen(text);
         (void)snprintf(text + n, cap - n, ";landmark_dim=%u", (unsigned)o->landmark_dim);

@@ -123,12 +123,12 @@ static kvc_status select_some(kvw_step *step, const void *q, uint32_t near)
 kvc_status kvwi_select(kvw_step *step, const void *q_select)
 {
     kvw_seq *seq = step->seq;
-    const kvw_opts *o = &seq->worker->opts;
     kvwi_picks *picks = &seq->layers[step->layer].picks;
     uint64_t t0 = kvc_now_ns();
     uint32_t near = kvwi_near_begin(seq->worker, step->n_tokens, step->n_q);
     kvc_status st = KVC_OK;
-    step->full = near <= o->n_sink || near - o->n_sink <= o->k;
+    step->full = kvwi_is_full(seq->worker, near);
+    picks->on_device = false;
     step->near_begin = 0;
     if (step->full) {
         picks->n = 0;

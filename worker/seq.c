@@ -123,6 +123,9 @@ static kvc_status prepare(kvw_worker *worker, const kvw_seq_opts *opts, kvw_seq 
     if (st == KVC_OK) {
         st = open_layers(seq);
     }
+    if (st == KVC_OK && worker->device != NULL) {
+        st = worker->device_ops->seq_open(seq, opts->n_tokens, opts->stream);
+    }
     return st == KVC_OK ? reserve_tokens(seq, opts->n_tokens) : st;
 }
 
@@ -200,6 +203,9 @@ void kvw_seq_destroy(kvw_seq *seq)
     if (kvwi_contexts_open(seq)) {
         end_puts(seq, kvc_deadline_ns(w->opts.put_timeout_ns));
     }
+    if (seq->device != NULL) { /* before the buffers that it writes go to others */
+        w->device_ops->seq_close(seq);
+    }
     for (uint32_t i = 0; i < seq->n_blocks; i++) {
         if (seq->blocks[i].buf != NULL) {
             kvwi_pool_give(w, seq->blocks[i].buf);
@@ -213,6 +219,8 @@ void kvw_seq_destroy(kvw_seq *seq)
     }
     close_store(seq);
     kvwi_buf_fini(&seq->append_buf);
+    kvwi_buf_fini(&seq->host[0]);
+    kvwi_buf_fini(&seq->host[1]);
     free(seq->layers);
     free(seq->tokens);
     free(seq->passes);
@@ -271,12 +279,17 @@ kvc_status kvw_tokens(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens)
         st = reserve_tokens(seq, held + n_tokens);
     }
     if (st == KVC_OK) {
+        kvwi_blocks_release(seq);
+        st = seq->device != NULL && n_tokens == 1
+                 ? seq->worker->device_ops->pass(seq, held + n_tokens)
+                 : KVC_OK;
+    }
+    if (st == KVC_OK) {
         st = push_pass(seq, (kvwi_pass){held, n_tokens});
     }
     if (st != KVC_OK) {
         return st;
     }
-    kvwi_blocks_release(seq);
     memcpy(seq->tokens + held, tokens, n_tokens * sizeof(*tokens));
     seq->pass = (kvwi_pass){held, n_tokens};
     seq->n_named = held + n_tokens;
@@ -308,8 +321,12 @@ kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens)
         l->n_tokens = n;
         l->picks.cached = false;
         for (uint32_t j = 0; j < seq->worker->n_levels; j++) {
-            l->level[j].n_rows = n;
+            l->level[j].n_rows =
+                kvwi_min_u32(l->level[j].n_rows, n); /* fewer: the device has them */
         }
+    }
+    if (seq->device != NULL) {
+        seq->worker->device_ops->truncate(seq, n);
     }
     seq->n_named = n;
     seq->pass.n = kept;
@@ -348,6 +365,12 @@ kvc_status kvw_last_picks(const kvw_seq *seq, uint32_t layer, const uint32_t **p
     if (seq == NULL || picks_p == NULL || n_p == NULL || layer >= seq->worker->opts.n_layers) {
         return kvwi_fail(KVC_INVALID, "seq, picks_p and n_p must not be NULL, layer must exist");
     }
+    if (seq->layers[layer].picks.on_device) {
+        kvc_status st = seq->worker->device_ops->picks(seq, layer);
+        if (st != KVC_OK) {
+            return st;
+        }
+    }
     *picks_p = seq->layers[layer].picks.pos;
     *n_p = seq->layers[layer].picks.n;
     return KVC_OK;
@@ -375,6 +398,7 @@ kvc_status kvw_seq_stats(const kvw_seq *seq, kvw_stats *stats_p)
     for (uint32_t i = 0; i < seq->n_blocks; i++) {
         s.bytes_window += seq->blocks[i].buf != NULL ? w->block_bytes : 0;
     }
+    s.bytes_device = seq->device != NULL ? w->device_ops->bytes(seq) : 0;
     if (w->putter != NULL) {
         kvwi_put_state put = kvwi_put_look(seq);
         s.blocks_put = put.blocks_put;

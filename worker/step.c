@@ -91,7 +91,8 @@ static kvc_status check_begin(const kvw_seq *seq, uint32_t layer, const void *q,
         return kvwi_fail(KVC_AGAIN, "layer %u: a step is open", layer);
     }
     const kvw_opts *o = &seq->worker->opts;
-    if (!kvwi_all_finite(q, (size_t)n_q * o->n_q_heads * o->head_dim, o->dtype)) {
+    if (!o->device_memory &&
+        !kvwi_all_finite(q, (size_t)n_q * o->n_q_heads * o->head_dim, o->dtype)) {
         return kvwi_fail(KVC_INVALID, "layer %u: a query is not finite", layer);
     }
     return KVC_OK;
@@ -129,6 +130,7 @@ static kvc_status open_step(kvw_seq *seq, uint32_t layer, const void *q_select, 
     step->n_tokens = seq->layers[layer].n_tokens;
     step->n_misses = 0;
     step->foretold = false;
+    step->on_device = false;
     step->has_acc = false;
     step->attended = false;
     step->attend_status = KVC_OK;
@@ -144,8 +146,43 @@ static kvc_status open_step(kvw_seq *seq, uint32_t layer, const void *q_select, 
     return KVC_OK;
 }
 
+/* The engine's query where the CPU can read it; NULL: it failed, said. */
+static const void *host_query(kvw_step *step, const void *q)
+{
+    const kvw_worker *w = step->seq->worker;
+    size_t width = (size_t)w->opts.n_q_heads * w->opts.head_dim;
+    return kvwi_device_to_host(step->seq, q, step->n_q * width * w->elem_bytes,
+                               &step->seq->host[0]);
+}
+
+static kvc_status begin_on_host(kvw_step *step, const void *q_select)
+{
+    kvw_seq *seq = step->seq;
+    const kvw_worker *w = seq->worker;
+    kvc_status st = w->device == NULL ? KVC_OK : w->device_ops->settle(seq);
+    const void *q = st == KVC_OK ? host_query(step, q_select) : NULL;
+    if (q == NULL) {
+        return st == KVC_OK ? KVC_DEVICE : st;
+    }
+    st = kvwi_select(step, q);
+    if (st == KVC_OK) {
+        st = kvwi_resolve(step);
+    } else {
+        (void)kvwi_fail(st, "layer %u: selection failed: %s", step->layer, kvc_status_name(st));
+    }
+    uint32_t n_misses = step->n_misses;
+    if (st == KVC_OK) {
+        st = kvwi_misses_begin(step);
+    }
+    if (st == KVC_OK) {
+        seq->stats.hits += step->full ? 0 : seq->layers[step->layer].picks.n - n_misses;
+    }
+    return st;
+}
+
+/* whole: kvw_forward's, which finishes it at once with the same query. */
 static kvc_status begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
-                        kvw_step **step_p)
+                        bool whole, kvw_step **step_p)
 {
     kvw_step *step = NULL;
     if (seq == NULL || q_select == NULL || step_p == NULL || layer >= seq->worker->opts.n_layers) {
@@ -157,22 +194,13 @@ static kvc_status begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint
         return st;
     }
     KVC_ASSERT(step != NULL); /* no group is well without this rank */
-    st = kvwi_select(step, q_select);
-    if (st == KVC_OK) {
-        st = kvwi_resolve(step);
-    } else {
-        (void)kvwi_fail(st, "layer %u: selection failed: %s", layer, kvc_status_name(st));
-    }
-    uint32_t n_misses = step->n_misses;
-    if (st == KVC_OK) {
-        st = kvwi_misses_begin(step);
-    }
+    step->on_device = kvwi_device_takes(step);
+    st = step->on_device ? seq->worker->device_ops->step_begin(step, q_select, whole)
+                         : begin_on_host(step, q_select);
     if (st != KVC_OK) {
-        kvwi_fetch_abandon(step);
-        give_step(step);
+        kvw_step_abandon(step);
         return st;
     }
-    seq->stats.hits += step->full ? 0 : seq->layers[layer].picks.n - n_misses;
     *step_p = step;
     return KVC_OK;
 }
@@ -188,22 +216,26 @@ static uint64_t query_sum(const kvw_step *step, const void *q)
 kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, uint32_t n_q,
                           kvw_step **step_p)
 {
-    kvc_status st = begin(seq, layer, q_select, n_q, step_p);
-    if (st != KVC_OK) {
+    kvc_status st = begin(seq, layer, q_select, n_q, false, step_p);
+    if (st != KVC_OK || (*step_p)->on_device) {
         return st;
     }
     kvw_step *step = *step_p;
     KVC_ASSERT(step != NULL);
+    q_select = host_query(step, q_select);
+    if (q_select == NULL) {
+        kvw_step_abandon(step);
+        *step_p = NULL;
+        return KVC_DEVICE;
+    }
     step->foretold = seq->worker->opts.client != NULL && !step->full;
     step->select_sum = step->foretold ? query_sum(step, q_select) : 0;
     return KVC_OK;
 }
 
-kvc_status kvw_step_attend(kvw_step *step, const void *q)
+/* q: of the CPU's memory. */
+static kvc_status attend_on_host(kvw_step *step, const void *q)
 {
-    if (step == NULL || q == NULL || step->attended) {
-        return kvwi_fail(KVC_INVALID, "step and q must not be NULL, and a step attends once");
-    }
     if (step->seq->worker->opts.exact) {
         return KVC_OK;
     }
@@ -213,6 +245,20 @@ kvc_status kvw_step_attend(kvw_step *step, const void *q)
         step->attend_status = kvwi_attend(step, q, KVWI_RESIDENT);
     }
     return step->attend_status;
+}
+
+kvc_status kvw_step_attend(kvw_step *step, const void *q)
+{
+    if (step == NULL || q == NULL || step->attended) {
+        return kvwi_fail(KVC_INVALID, "step and q must not be NULL, and a step attends once");
+    }
+    if (step->on_device) {
+        step->attended = true;
+        step->attend_status = step->seq->worker->device_ops->step_attend(step, q);
+        return step->attend_status;
+    }
+    q = host_query(step, q);
+    return q == NULL ? KVC_DEVICE : attend_on_host(step, q);
 }
 
 /* All rows at once where nothing was attended before, else the arrivals. */
@@ -228,11 +274,8 @@ static kvc_status attend_rest(kvw_step *step, const void *q)
     return st;
 }
 
-kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
+static kvc_status finish_on_host(kvw_step *step, const void *q, void *out, float *lse)
 {
-    if (step == NULL || q == NULL || out == NULL) {
-        return kvwi_fail(KVC_INVALID, "step, q and out must not be NULL");
-    }
     /* before out is written, which may be q */
     bool foretold_wrong = step->foretold && !step->seq->worker->opts.reuse_any &&
                           query_sum(step, q) != step->select_sum;
@@ -240,7 +283,7 @@ kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
     if (st != KVC_OK) {
         st = kvwi_fail(st, "layer %u: kvw_step_attend failed before", step->layer);
     } else if (!step->attended && !step->seq->worker->opts.exact && step->n_misses != 0) {
-        st = kvw_step_attend(step, q);
+        st = attend_on_host(step, q);
     }
     kvc_status fetched = kvwi_misses_wait(step);
     st = st == KVC_OK ? fetched : st;
@@ -253,16 +296,62 @@ kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
     if (foretold_wrong) {
         kvwi_names_taint(step->seq);
     }
+    return st;
+}
+
+/* The CPU does the step, and the engine's memory is the device's. */
+static kvc_status finish_across(kvw_step *step, const void *q, void *out, float *lse)
+{
+    kvw_seq *seq = step->seq;
+    const kvw_worker *w = seq->worker;
+    size_t rows = (size_t)step->n_q * w->opts.n_q_heads;
+    size_t out_bytes = rows * w->opts.head_dim * w->elem_bytes, lse_bytes = rows * sizeof(float);
+    kvwi_buf *buf = &seq->host[1];
+    q = host_query(step, q);
+    kvc_status st = q == NULL ? KVC_DEVICE : kvwi_buf_need(buf, lse_bytes + out_bytes);
+    if (st != KVC_OK) {
+        return st;
+    }
+    float *host_lse = buf->p;
+    void *host_out = host_lse + rows;
+    st = finish_on_host(step, q, host_out, host_lse);
+    if (st == KVC_OK) {
+        st = w->device_ops->copy(seq, out, host_out, out_bytes);
+    }
+    return st == KVC_OK && lse != NULL ? w->device_ops->copy(seq, lse, host_lse, lse_bytes) : st;
+}
+
+kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
+{
+    if (step == NULL || q == NULL || out == NULL) {
+        return kvwi_fail(KVC_INVALID, "step, q and out must not be NULL");
+    }
+    const kvw_worker *w = step->seq->worker;
+    kvc_status st = KVC_OK;
+    if (!step->on_device) {
+        st = w->opts.device_memory ? finish_across(step, q, out, lse)
+                                   : finish_on_host(step, q, out, lse);
+    } else if (step->attend_status != KVC_OK) {
+        st = kvwi_fail(step->attend_status, "layer %u: kvw_step_attend failed before", step->layer);
+        w->device_ops->step_abandon(step);
+    } else {
+        st = w->device_ops->step_finish(step, q, out, lse);
+    }
     give_step(step);
     return st;
 }
 
 void kvw_step_abandon(kvw_step *step)
 {
-    if (step != NULL) {
-        kvwi_fetch_abandon(step);
-        give_step(step);
+    if (step == NULL) {
+        return;
     }
+    if (step->on_device) {
+        step->seq->worker->device_ops->step_abandon(step);
+    } else {
+        kvwi_fetch_abandon(step);
+    }
+    give_step(step);
 }
 
 kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, const void *k, const void *v,
@@ -271,7 +360,7 @@ kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, const void *
     kvw_step *step = NULL;
     kvc_status st = kvw_append(seq, layer, k, v, n_tokens);
     if (st == KVC_OK) {
-        st = begin(seq, layer, q, n_tokens, &step);
+        st = begin(seq, layer, q, n_tokens, true, &step);
     }
     return st != KVC_OK ? st : kvw_step_finish(step, q, out, lse);
 }

@@ -10,13 +10,22 @@
 static kvc_status open_backend(kvw_worker *w)
 {
     const kvk_backend_opts opts = {.size_bytes = sizeof(opts), .n_threads = w->opts.n_threads};
-    const char *name = w->opts.backend[0] != '\0' ? w->opts.backend : "cpu";
+    uint32_t number = 0;
+    const kvwi_device_ops *device = kvwi_device_find(w->opts.backend, &number);
+    bool cpu = w->opts.backend[0] == '\0' || device != NULL;
+    const char *name = cpu ? "cpu" : w->opts.backend;
     kvc_status st = kvk_backend_open(name, &opts, &w->be);
     if (st != KVC_OK) {
         return kvwi_fail(st, "backend: \"%s\" does not open", name);
     }
     w->ops = kvk_backend_ops(w->be);
-    return KVC_OK;
+    w->device_ops = device;
+    if (device == NULL) {
+        return w->opts.device_memory == 0
+                   ? KVC_OK
+                   : kvwi_fail(KVC_INVALID, "device_memory: backend is not a device");
+    }
+    return device->open(w, number, &w->device);
 }
 
 kvc_status kvw_open(const kvw_opts *opts, kvw_worker **worker_p)
@@ -61,6 +70,9 @@ void kvw_close(kvw_worker *worker)
     }
     kvwi_putter_close(worker->putter);
     kvwi_pool_fini(worker);
+    if (worker->device != NULL) {
+        worker->device_ops->close(worker->device);
+    }
     kvk_backend_close(worker->be);
     kvwi_levels_close(worker);
     free(worker->kv_parts);

@@ -409,6 +409,96 @@ typedef struct kvk_cuda_chunk_fuse_args {
 kvc_status kvk_cuda_chunk_fuse(kvk_cuda *cuda, const kvk_cuda_chunk_fuse_args *args,
                                kvk_stream *stream) KVC_MUST_CHECK;
 
+/*
+ * What frames a decode step of one sequence, for a graph that is replayed while the sequence grows:
+ * the lists and queries that the ops above read are made here, from a length in memory.
+ */
+
+/*
+ * Begins one step of ESA over n = *n_tokens tokens: queries in f32 from q [n_q_heads, head_dim] in
+ * dtype, and where candidates and the near window are.
+ *   q_raw   as it is;  q_far  rotated by far_position;  q_near  rotated by n_near - 1
+ *   near_list[i] = the slot (near_begin + i) % ring_rows;  *n_near = n - near_begin
+ *   *cands = {index + n_sink rows, near_begin - n_sink, n_sink}
+ * where near_begin = n - min(n, n_recent + 1), n_recent < ring_rows, which the list has room for.
+ * Rotation: as kvk_rope; without inv_freq none. q_raw, q_far, q_near (16-byte aligned), near_list
+ * and cands may be NULL. expected (may be NULL): *differs_p is set to 1 where q is not those bytes.
+ */
+typedef struct kvk_cuda_frame_args {
+    const void *q;
+    kvk_dtype dtype; /* BF16 or F16 */
+    uint32_t n_q_heads, head_dim;
+    const double *inv_freq;
+    float *q_raw, *q_far, *q_near;
+    const uint32_t *n_tokens;
+    uint32_t n_sink, n_recent, far_position, ring_rows;
+    int32_t *near_list;
+    uint32_t *n_near;
+    const void *index;
+    uint32_t index_row_bytes;
+    kvk_cuda_candidates *cands;
+    const void *expected;
+    uint32_t *differs_p;
+} kvk_cuda_frame_args;
+kvc_status kvk_cuda_frame(kvk_cuda *cuda, const kvk_cuda_frame_args *args,
+                          kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * Ends it: partials a and b (o [n, dim], lse [n]) merged as by kvk_merge, o rounded to dtype (BF16,
+ * F16) at out [n, dim], lse [n] f32 (may be NULL). a and b stay as they are.
+ */
+typedef struct kvk_cuda_finish_args {
+    const float *o_a, *lse_a, *o_b, *lse_b;
+    uint32_t n, dim;
+    kvk_dtype dtype;
+    void *out;
+    float *lse;
+} kvk_cuda_finish_args;
+kvc_status kvk_cuda_finish(kvk_cuda *cuda, const kvk_cuda_finish_args *args,
+                           kvk_stream *stream) KVC_MUST_CHECK;
+
+/* One token's row: k and v [half_bytes each] one after the other to row and to copy (NULL: not).
+ * half_bytes a multiple of 16. */
+typedef struct kvk_cuda_row_args {
+    const void *k, *v;
+    uint32_t half_bytes;
+    void *row, *copy;
+} kvk_cuda_row_args;
+kvc_status kvk_cuda_row(kvk_cuda *cuda, const kvk_cuda_row_args *args,
+                        kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * One sequence, after resolve: the rows named by fetch that its source does not have, in list
+ * order: miss_pos[j] (room for stride) is the position of the j-th, *n_far their number (both may
+ * be pinned), and its entry of fetch becomes staged + j, the position at which whoever brings it
+ * will make the source have it.
+ */
+typedef struct kvk_cuda_misses_args {
+    uint32_t *fetch;        /* [stride] */
+    const uint32_t *n_list; /* one */
+    uint32_t stride, staged;
+    const kvk_cuda_source *source; /* one */
+    uint32_t *miss_pos, *n_far;
+} kvk_cuda_misses_args;
+kvc_status kvk_cuda_misses(kvk_cuda *cuda, const kvk_cuda_misses_args *args,
+                           kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * One sequence: slots that resolve gave to rows which did not come are empty again, and their
+ * entries of list are -1. With status: entries whose fetch is staged + j and status[j] is not 0;
+ * without: every entry that fetch names.
+ */
+typedef struct kvk_cuda_forget_args {
+    int32_t *list;
+    const uint32_t *fetch;
+    const uint32_t *n_list; /* one */
+    uint32_t stride, staged;
+    const int8_t *status;          /* or NULL; may be pinned */
+    const kvk_cuda_residency *res; /* one */
+} kvk_cuda_forget_args;
+kvc_status kvk_cuda_forget(kvk_cuda *cuda, const kvk_cuda_forget_args *args,
+                           kvk_stream *stream) KVC_MUST_CHECK;
+
 #pragma GCC visibility pop
 #ifdef __cplusplus
 }

@@ -30,16 +30,17 @@
     X(t, far_position) X(t, reselect_cos) X(t, all_reduce) X(t, all_reduce_arg) \
     X(t, residency_slots) X(t, exact) X(t, index_dims) X(t, rerank_dims) X(t, rerank_factor) \
     X(t, put_window) X(t, put_timeout_ns) X(t, reuse_any) X(t, way) X(t, landmark_dim) \
-    X(t, clients) X(t, server_names) X(t, n_clients)
+    X(t, clients) X(t, server_names) X(t, n_clients) X(t, max_tokens) X(t, device_memory)
 #define SEQ_OPTS(X, t) \
-    X(t, size_bytes) X(t, tokens) X(t, n_tokens) X(t, adapter) X(t, salt)
+    X(t, size_bytes) X(t, tokens) X(t, n_tokens) X(t, adapter) X(t, salt) X(t, stream)
 #define STATS(X, t) \
     X(t, size_bytes) X(t, tokens) X(t, tokens_reused) X(t, steps) X(t, reselects) X(t, picks) \
     X(t, hits) X(t, misses) X(t, rows_gpu) X(t, rows_dram) X(t, rows_lmdb) X(t, rows_dropped) \
     X(t, bytes_fetched) X(t, bytes_put) X(t, requests) X(t, blocks_put) X(t, blocks_existed) \
     X(t, index_rows_rebuilt) X(t, bytes_index) X(t, bytes_residency) X(t, bytes_window) \
     X(t, ns_select) X(t, ns_fetch_wait) X(t, ns_attend) X(t, ns_append) X(t, full_steps) \
-    X(t, put_retries) X(t, ns_put_wait) X(t, rows_near) X(t, way_fallbacks)
+    X(t, put_retries) X(t, ns_put_wait) X(t, rows_near) X(t, way_fallbacks) X(t, steps_device) \
+    X(t, host_syncs) X(t, bytes_device)
 #define SERVER_STATS(X, t) \
     X(t, size_bytes) X(t, name) X(t, blocks) X(t, rows) X(t, bytes) X(t, requests) \
     X(t, rows_near) X(t, rows_missing) X(t, lost)

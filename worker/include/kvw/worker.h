@@ -130,6 +130,21 @@ typedef struct kvw_opts {
     kvc_client *const *clients;      /* [n_clients]; NULL: client alone */
     const char *const *server_names; /* [n_clients] */
     uint64_t n_clients;              /* at most KVW_MAX_SERVERS */
+    /*
+     * backend "cuda" or "cuda:N" (a GPU's number): decode steps (one query over more candidates
+     * than k) run on that GPU, all else on the CPU beside it. UNSUPPORTED where the build or the
+     * machine has none, or where selector is not "esa" with a COMPRESSED index, dtype not bf16,
+     * head_dim not 64 or 128, k above 4096, or tp_size or n_clients above 1. Rows in a server's
+     * memory on the same host are read by the GPU where the client is on shm: contexts of the
+     * client are then mapped (kvc_client_map_contexts), which it is not to be used for elsewhere.
+     * way is not looked at.
+     */
+    uint32_t max_tokens; /* a sequence takes GPU memory for so many at open; one that grows beyond
+                            gets more between two passes; 0: 131072 */
+    /* 1: k, v, q, out and lse of every call are that GPU's memory (16-byte aligned), used in order
+     * on kvw_seq_opts.stream; then keys and queries of decode steps are not checked for being
+     * finite. 0: host memory. */
+    uint32_t device_memory;
 } kvw_opts;
 
 #define KVW_MAX_SERVERS 64u
@@ -158,6 +173,10 @@ typedef struct kvw_seq_opts {
      */
     const char *adapter; /* id and revision of the weights on top of the model's (LoRA) */
     const char *salt; /* of a user, session or customer whose prompts must not be found by others */
+    /* device_memory: the CUDA stream on which k, v and q are made and out is read; NULL: the
+     * default stream. kvw_append comes back at once; kvw_step_finish waits for the step, but not
+     * for out, which is there in stream order. */
+    void *stream;
 } kvw_seq_opts;
 
 /*
@@ -331,6 +350,9 @@ typedef struct kvw_stats {
     uint64_t put_retries, ns_put_wait; /* values sent again; time that the engine waited to put */
     uint64_t rows_near;     /* misses attended beside the data; they do not become resident */
     uint64_t way_fallbacks; /* steps whose misses one way did not bring and another did */
+    uint64_t steps_device;  /* of steps: on the device */
+    uint64_t host_syncs;    /* times that the sequence's thread waited for the device */
+    uint64_t bytes_device;  /* device memory that the sequence holds */
 } kvw_stats;
 
 KVW_API kvc_status kvw_seq_stats(const kvw_seq *seq, kvw_stats *stats_p) KVC_MUST_CHECK;

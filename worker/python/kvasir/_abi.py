@@ -79,6 +79,8 @@ class WorkerOpts(C.Structure):
         ("clients", C.POINTER(C.c_void_p)),
         ("server_names", C.POINTER(C.c_char_p)),
         ("n_clients", C.c_uint64),
+        ("max_tokens", C.c_uint32),
+        ("device_memory", C.c_uint32),
     ]
 
 
@@ -89,6 +91,7 @@ class SeqOpts(C.Structure):
         ("n_tokens", C.c_uint32),
         ("adapter", C.c_char_p),
         ("salt", C.c_char_p),
+        ("stream", C.c_void_p),
     ]
 
 
@@ -99,7 +102,8 @@ class WorkerStats(C.Structure):
             "tokens tokens_reused steps reselects picks hits misses rows_gpu rows_dram rows_lmdb "
             "rows_dropped bytes_fetched bytes_put requests blocks_put blocks_existed "
             "index_rows_rebuilt bytes_index bytes_residency bytes_window ns_select ns_fetch_wait "
-            "ns_attend ns_append full_steps put_retries ns_put_wait rows_near way_fallbacks"
+            "ns_attend ns_append full_steps put_retries ns_put_wait rows_near way_fallbacks "
+            "steps_device host_syncs bytes_device"
         ).split()
     ]
 

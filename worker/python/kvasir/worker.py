@@ -83,7 +83,7 @@ _u32 = ctypes.c_uint32
 _COUNTS = (
     "tp_size tp_rank block_tokens n_threads n_sink n_recent k eps chunk_tokens far_position "
     "residency_slots exact index_dims rerank_dims rerank_factor put_window reuse_any "
-    "landmark_dim"
+    "landmark_dim max_tokens"
 ).split()
 
 
@@ -95,7 +95,8 @@ class Worker:
     all that share the store. Other keywords are those of kvw_opts: revision,
     index ("exact", "compressed", "reranked"), projection (path), policy ("fail", "drop"), promise
     ("memory", "durable"), fetch_timeout_s, put_timeout_s, reselect_cos (theta of TokenSelect's
-    Selection Cache; 0: off; the paper uses 0.9), backend, way (how rows that are not resident are
+    Selection Cache; 0: off; the paper uses 0.9), backend ("cpu"; "cuda", "cuda:1": decode steps
+    on a GPU), way (how rows that are not resident are
     reached: "auto", "rows", "near", "shm", "rdma"), and the counts (n_sink, n_recent, k, eps,
     chunk_tokens, block_tokens, ...). Blocks; raises KvasirError.
 

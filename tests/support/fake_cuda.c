@@ -1,0 +1,527 @@
+/* fake_cuda.c: see fake_cuda.h. Ops run on the caller's thread; the counters are atomic. */
+#include "fake_cuda.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kvk/cuda.h"
+
+enum { MAX_OPS = 32, MAX_ARGS = 256 };
+
+typedef kvc_status fake_op(kvk_cuda *cuda, const void *args);
+
+struct kvk_cuda {
+    kvk_backend *be;
+    const kvk_ops *ops;
+};
+
+struct kvk_cuda_graph {
+    uint32_t n;
+    struct {
+        fake_op *fn;
+        _Alignas(16) uint8_t args[MAX_ARGS];
+    } op[MAX_OPS];
+};
+
+struct kvk_stream {
+    kvk_cuda_graph *captured; /* NULL: ops run at once */
+};
+
+static atomic_bool absent;
+static atomic_uint held, left = UINT32_MAX;
+static atomic_ullong rows_read;
+static void (*before_launch)(void *arg);
+static void *before_arg;
+
+void fake_cuda_absent(bool is_absent)
+{
+    atomic_store(&absent, is_absent);
+}
+
+void fake_cuda_allocations(uint32_t n)
+{
+    atomic_store(&left, n);
+}
+
+uint32_t fake_cuda_held(void)
+{
+    return atomic_load(&held);
+}
+
+void fake_cuda_before_launch(void (*fn)(void *arg), void *arg)
+{
+    before_launch = fn;
+    before_arg = arg;
+}
+
+uint64_t fake_cuda_rows_read(void)
+{
+    return atomic_load(&rows_read);
+}
+
+/* ---- device, memory, streams, graphs ---- */
+
+kvc_status kvk_cuda_open(uint32_t device, kvk_cuda **cuda_p)
+{
+    const kvk_backend_opts opts = {.size_bytes = sizeof(opts), .n_threads = 1};
+    *cuda_p = NULL;
+    if (device > 0 || atomic_load(&absent))
+        return KVC_UNSUPPORTED;
+    kvk_cuda *cuda = calloc(1, sizeof(*cuda));
+    if (cuda == NULL)
+        return KVC_NO_MEMORY;
+    kvc_status st = kvk_backend_open("cpu", &opts, &cuda->be);
+    if (st != KVC_OK) {
+        free(cuda);
+        return st;
+    }
+    cuda->ops = kvk_backend_ops(cuda->be);
+    *cuda_p = cuda;
+    return KVC_OK;
+}
+
+void kvk_cuda_close(kvk_cuda *cuda)
+{
+    if (cuda != NULL)
+        kvk_backend_close(cuda->be);
+    free(cuda);
+}
+
+void kvk_cuda_describe(const kvk_cuda *cuda, kvk_cuda_info *info_p)
+{
+    (void)cuda;
+    *info_p = (kvk_cuda_info){.name = "fake", .sm = 0, .n_multiprocessors = 1};
+}
+
+kvc_status kvk_cuda_alloc(kvk_cuda *cuda, kvk_cuda_memory kind, size_t len_bytes, void **memory_p)
+{
+    (void)cuda;
+    (void)kind;
+    *memory_p = NULL;
+    if (atomic_load(&left) == 0)
+        return KVC_NO_MEMORY;
+    if (atomic_load(&left) != UINT32_MAX)
+        atomic_fetch_sub(&left, 1);
+    void *p = NULL;
+    if (posix_memalign(&p, 256, len_bytes) != 0)
+        return KVC_NO_MEMORY;
+    memset(p, 0xee, len_bytes);
+    atomic_fetch_add(&held, 1);
+    *memory_p = p;
+    return KVC_OK;
+}
+
+void kvk_cuda_free(kvk_cuda *cuda, kvk_cuda_memory kind, void *memory)
+{
+    (void)cuda;
+    (void)kind;
+    if (memory != NULL)
+        atomic_fetch_sub(&held, 1);
+    free(memory);
+}
+
+kvc_status kvk_cuda_register(kvk_cuda *cuda, void *host, size_t len_bytes, int read_only,
+                             void **device_p)
+{
+    (void)cuda;
+    (void)len_bytes;
+    (void)read_only;
+    atomic_fetch_add(&held, 1);
+    *device_p = host;
+    return KVC_OK;
+}
+
+void kvk_cuda_unregister(kvk_cuda *cuda, void *host)
+{
+    (void)cuda;
+    (void)host;
+    atomic_fetch_sub(&held, 1);
+}
+
+kvc_status kvk_cuda_copy(kvk_cuda *cuda, void *to, const void *from, size_t len_bytes,
+                         kvk_stream *stream)
+{
+    (void)cuda;
+    (void)stream;
+    if (len_bytes != 0)
+        memcpy(to, from, len_bytes);
+    return KVC_OK;
+}
+
+kvc_status kvk_cuda_fill(kvk_cuda *cuda, void *to, uint8_t byte, size_t len_bytes,
+                         kvk_stream *stream)
+{
+    (void)cuda;
+    (void)stream;
+    memset(to, byte, len_bytes);
+    return KVC_OK;
+}
+
+kvc_status kvk_cuda_stream_create(kvk_cuda *cuda, kvk_stream **stream_p)
+{
+    (void)cuda;
+    *stream_p = calloc(1, sizeof(**stream_p));
+    return *stream_p == NULL ? KVC_NO_MEMORY : KVC_OK;
+}
+
+void kvk_cuda_stream_destroy(kvk_cuda *cuda, kvk_stream *stream)
+{
+    (void)cuda;
+    free(stream);
+}
+
+kvc_status kvk_cuda_stream_sync(kvk_cuda *cuda, kvk_stream *stream)
+{
+    (void)cuda;
+    (void)stream;
+    return KVC_OK;
+}
+
+kvc_status kvk_cuda_graph_begin(kvk_cuda *cuda, kvk_stream *stream)
+{
+    (void)cuda;
+    stream->captured = calloc(1, sizeof(*stream->captured));
+    return stream->captured == NULL ? KVC_NO_MEMORY : KVC_OK;
+}
+
+kvc_status kvk_cuda_graph_end(kvk_cuda *cuda, kvk_stream *stream, kvk_cuda_graph **graph_p)
+{
+    (void)cuda;
+    *graph_p = stream->captured;
+    stream->captured = NULL;
+    return KVC_OK;
+}
+
+kvc_status kvk_cuda_graph_launch(kvk_cuda *cuda, kvk_cuda_graph *graph, kvk_stream *stream)
+{
+    (void)stream;
+    kvc_status st = KVC_OK;
+    if (before_launch != NULL)
+        before_launch(before_arg);
+    for (uint32_t i = 0; st == KVC_OK && i < graph->n; i++)
+        st = graph->op[i].fn(cuda, graph->op[i].args);
+    return st;
+}
+
+void kvk_cuda_graph_destroy(kvk_cuda *cuda, kvk_cuda_graph *graph)
+{
+    (void)cuda;
+    free(graph);
+}
+
+/* Now, or when the graph that the stream is captured into runs. */
+static kvc_status enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, const void *args,
+                          size_t len_bytes)
+{
+    kvk_cuda_graph *graph = stream == NULL ? NULL : stream->captured;
+    if (graph == NULL)
+        return fn(cuda, args);
+    if (graph->n == MAX_OPS || len_bytes > MAX_ARGS)
+        return KVC_INVALID;
+    graph->op[graph->n].fn = fn;
+    memcpy(graph->op[graph->n++].args, args, len_bytes);
+    return KVC_OK;
+}
+
+#define FAKE_OP(name)                                                                              \
+    static kvc_status run_##name(kvk_cuda *cuda, const void *args);                                \
+    kvc_status kvk_cuda_##name(kvk_cuda *cuda, const kvk_cuda_##name##_args *args,                 \
+                               kvk_stream *stream)                                                 \
+    {                                                                                              \
+        return enqueue(cuda, stream, run_##name, args, sizeof(*args));                             \
+    }                                                                                              \
+    static kvc_status run_##name(kvk_cuda *cuda, const void *args)
+
+/* ---- the ops that the worker uses, for one sequence ---- */
+
+FAKE_OP(digest)
+{
+    const kvk_cuda_digest_args *a = args;
+    uint32_t dim_in = a->n_heads_in * a->head_dim / a->n_heads;
+    float *x = malloc((size_t)a->n * a->n_heads * a->dims * sizeof(float));
+    const kvk_project_args project = {.in = {a->in, a->n_heads_in * a->head_dim * 2u, KVK_BF16},
+                                      .n = a->n,
+                                      .n_heads = a->n_heads,
+                                      .dim_in = dim_in,
+                                      .dim_out = a->dims,
+                                      .proj = a->proj,
+                                      .out = x};
+    const kvk_quantize_args quantize = {.in = x,
+                                        .n = a->n,
+                                        .n_heads = a->n_heads,
+                                        .dims = a->dims,
+                                        .out = a->out,
+                                        .out_stride_bytes =
+                                            kvk_index_row_bytes(a->n_heads, a->dims)};
+    kvc_status st = cuda->ops->project(cuda->be, &project, NULL);
+    if (st == KVC_OK)
+        st = cuda->ops->quantize(cuda->be, &quantize, NULL);
+    free(x);
+    return st;
+}
+
+FAKE_OP(query)
+{
+    const kvk_cuda_query_args *a = args;
+    uint32_t width = a->n_kv_heads * a->head_dim;
+    float *sum = malloc(width * sizeof(float));
+    const kvk_group_sum_args group = {
+        .in = {a->q, a->n_q_heads * a->head_dim * sizeof(float), KVK_F32},
+        .n = 1,
+        .n_q_heads = a->n_q_heads,
+        .n_kv_heads = a->n_kv_heads,
+        .head_dim = a->head_dim,
+        .out = sum};
+    const kvk_project_args project = {.in = {sum, width * sizeof(float), KVK_F32},
+                                      .n = 1,
+                                      .n_heads = 1,
+                                      .dim_in = width,
+                                      .dim_out = a->dims,
+                                      .proj = a->proj,
+                                      .out = a->out};
+    kvc_status st = cuda->ops->group_sum(cuda->be, &group, NULL);
+    if (st == KVC_OK)
+        st = cuda->ops->project(cuda->be, &project, NULL);
+    free(sum);
+    return st;
+}
+
+size_t kvk_cuda_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max)
+{
+    return (size_t)n_seqs * rows_max * 2u * sizeof(float);
+}
+
+FAKE_OP(select)
+{
+    const kvk_cuda_select_args *a = args;
+    const kvk_cuda_candidates *c = a->cands;
+    uint32_t n = c->n_rows < a->rows_max ? c->n_rows : a->rows_max;
+    float *scores = a->workspace, *wide = scores + a->rows_max;
+    const kvk_score_index_args score = {.q = a->q,
+                                        .m = 1,
+                                        .n_q_heads = 1,
+                                        .n_kv_heads = 1,
+                                        .dims = a->dims,
+                                        .index = c->index,
+                                        .index_stride_bytes = kvk_index_row_bytes(1, a->dims),
+                                        .n = n,
+                                        .out = scores,
+                                        .out_stride = n};
+    const kvk_window_max_args window = {.in = scores, .n = n, .eps = a->eps, .out = wide};
+    kvk_topk_args top = {.scores = a->eps != 0 ? wide : scores,
+                         .n = n,
+                         .k = a->k,
+                         .base = c->base,
+                         .ids = a->picks,
+                         .n_out_p = a->n_picks};
+    kvc_status st = cuda->ops->score_index(cuda->be, &score, NULL);
+    if (st == KVC_OK && a->eps != 0)
+        st = cuda->ops->window_max(cuda->be, &window, NULL);
+    top.workspace_bytes = kvk_topk_workspace_bytes(n, a->k);
+    top.workspace = malloc(top.workspace_bytes + 1u);
+    if (st == KVC_OK)
+        st = cuda->ops->topk(cuda->be, &top, NULL);
+    free(top.workspace);
+    return st;
+}
+
+/* The slot that is empty or was used longest ago, the lowest of them. */
+static uint32_t victim(const kvk_cuda_residency *r, uint32_t first, uint32_t n, uint32_t step)
+{
+    uint32_t best = first, most = 0;
+    for (uint32_t s = first; s < n; s++) {
+        uint32_t age = r->used[s] == 0 || step - r->used[s] > 1023 ? 1023 : step - r->used[s];
+        if (age > most) {
+            most = age;
+            best = s;
+        }
+    }
+    return best;
+}
+
+FAKE_OP(resolve)
+{
+    const kvk_cuda_resolve_args *a = args;
+    const kvk_cuda_residency *r = a->res;
+    uint32_t step = ++*r->step, n = *a->n_picks;
+    (void)cuda;
+    *a->n_misses = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        int32_t slot = r->slot_of[a->picks[i]];
+        if (slot >= 0)
+            r->used[slot] = step;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t pos = a->picks[i], slot = (uint32_t)r->slot_of[pos];
+        a->fetch[a->off + i] = KVK_CUDA_RESIDENT;
+        if (r->slot_of[pos] < 0) {
+            slot = victim(r, a->n_pinned, a->n_slots, step);
+            if (r->pos_of[slot] < r->n_positions)
+                r->slot_of[r->pos_of[slot]] = -1;
+            r->pos_of[slot] = pos;
+            r->slot_of[pos] = (int32_t)slot;
+            r->used[slot] = step;
+            a->fetch[a->off + i] = pos;
+            ++*a->n_misses;
+        }
+        a->list[a->off + i] = (int32_t)slot;
+    }
+    *a->n_list = a->off + n;
+    return KVC_OK;
+}
+
+static const uint8_t *source_row(const kvk_cuda_source *s, uint32_t pos, uint32_t row_bytes)
+{
+    uint32_t block = pos / s->block_tokens;
+    if (block >= s->n_blocks || s->blocks[block] == NULL)
+        return NULL;
+    return (const uint8_t *)s->blocks[block] + (size_t)(pos % s->block_tokens) * row_bytes;
+}
+
+size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_t n_q_heads,
+                                       uint32_t head_dim)
+{
+    (void)n_q_heads;
+    (void)head_dim;
+    return (size_t)n_seqs * stride * (sizeof(void *) + sizeof(int32_t));
+}
+
+FAKE_OP(attend)
+{
+    const kvk_cuda_attend_args *a = args;
+    const void **rows = a->workspace;
+    int32_t *pos = (int32_t *)(void *)(rows + a->stride);
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < *a->n_list; i++) {
+        if (a->list[i] < 0)
+            continue;
+        uint8_t *slot = (uint8_t *)a->res->slots + (size_t)a->list[i] * a->row_bytes;
+        if (a->fetch != NULL && a->fetch[i] != KVK_CUDA_RESIDENT) {
+            const uint8_t *row = source_row(a->source, a->fetch[i], a->row_bytes);
+            if (row == NULL)
+                continue;
+            memcpy(slot, row, a->row_bytes);
+            atomic_fetch_add(&rows_read, 1);
+        }
+        pos[n] = a->k_positions != NULL ? a->k_positions[i] : 0;
+        rows[n++] = slot;
+    }
+    bool rotates = a->k_positions != NULL && a->inv_freq != NULL;
+    const kvk_attend_args attend = {.q = a->q,
+                                    .n_q = 1,
+                                    .n_q_heads = a->n_q_heads,
+                                    .n_kv_heads = a->n_kv_heads,
+                                    .head_dim = a->head_dim,
+                                    .rows = rows,
+                                    .n_kv = n,
+                                    .k_off_bytes = a->k_off_bytes,
+                                    .v_off_bytes = a->v_off_bytes,
+                                    .dtype = a->dtype,
+                                    .k_positions = rotates ? pos : NULL,
+                                    .inv_freq = rotates ? a->inv_freq : NULL,
+                                    .scale = a->scale,
+                                    .softcap = a->softcap,
+                                    .o = a->o,
+                                    .lse = a->lse};
+    return cuda->ops->attend(cuda->be, &attend, NULL);
+}
+
+static kvc_status rotate(kvk_cuda *cuda, const kvk_cuda_frame_args *a, uint32_t position,
+                         float *out)
+{
+    const kvk_rope_args rope = {.in = {a->q, a->n_q_heads * a->head_dim * 2u, a->dtype},
+                                .n = 1,
+                                .n_heads = a->n_q_heads,
+                                .head_dim = a->head_dim,
+                                .inv_freq = position == UINT32_MAX ? NULL : a->inv_freq,
+                                .const_position = (int32_t)position,
+                                .out = out};
+    return out == NULL ? KVC_OK : cuda->ops->rope(cuda->be, &rope, NULL);
+}
+
+FAKE_OP(frame)
+{
+    const kvk_cuda_frame_args *a = args;
+    uint32_t n = *a->n_tokens, near = n < a->n_recent + 1u ? n : a->n_recent + 1u;
+    kvc_status st = rotate(cuda, a, UINT32_MAX, a->q_raw);
+    if (st == KVC_OK)
+        st = rotate(cuda, a, a->far_position, a->q_far);
+    if (st == KVC_OK)
+        st = rotate(cuda, a, near - 1u, a->q_near);
+    for (uint32_t i = 0; a->near_list != NULL && i < near; i++)
+        a->near_list[i] = (int32_t)((n - near + i) % a->ring_rows);
+    if (a->n_near != NULL)
+        *a->n_near = near;
+    if (a->cands != NULL)
+        *a->cands = (kvk_cuda_candidates){.index = (const uint8_t *)a->index +
+                                                   (size_t)a->n_sink * a->index_row_bytes,
+                                          .n_rows = n - near > a->n_sink ? n - near - a->n_sink : 0,
+                                          .base = a->n_sink};
+    if (a->expected != NULL && memcmp(a->q, a->expected, a->n_q_heads * a->head_dim * 2u) != 0)
+        *a->differs_p = 1;
+    return st;
+}
+
+FAKE_OP(finish)
+{
+    const kvk_cuda_finish_args *a = args;
+    size_t width = (size_t)a->n * a->dim;
+    float *o = malloc((width + a->n) * sizeof(float)), *lse = o + width;
+    memcpy(o, a->o_a, width * sizeof(float));
+    memcpy(lse, a->lse_a, a->n * sizeof(float));
+    const kvk_merge_args merge = {
+        .o_a = o, .lse_a = lse, .o_b = a->o_b, .lse_b = a->lse_b, .n = a->n, .dim = a->dim};
+    kvc_status st = cuda->ops->merge(cuda->be, &merge, NULL);
+    kvk_from_f32(o, width, a->dtype, a->out);
+    if (a->lse != NULL)
+        memcpy(a->lse, lse, a->n * sizeof(float));
+    free(o);
+    return st;
+}
+
+FAKE_OP(row)
+{
+    const kvk_cuda_row_args *a = args;
+    (void)cuda;
+    memcpy(a->row, a->k, a->half_bytes);
+    memcpy((uint8_t *)a->row + a->half_bytes, a->v, a->half_bytes);
+    if (a->copy != NULL)
+        memcpy(a->copy, a->row, 2u * (size_t)a->half_bytes);
+    return KVC_OK;
+}
+
+FAKE_OP(misses)
+{
+    const kvk_cuda_misses_args *a = args;
+    (void)cuda;
+    *a->n_far = 0;
+    for (uint32_t i = 0; i < *a->n_list; i++) {
+        if (a->fetch[i] == KVK_CUDA_RESIDENT || source_row(a->source, a->fetch[i], 1) != NULL)
+            continue;
+        a->miss_pos[*a->n_far] = a->fetch[i];
+        a->fetch[i] = a->staged + (*a->n_far)++;
+    }
+    return KVC_OK;
+}
+
+FAKE_OP(forget)
+{
+    const kvk_cuda_forget_args *a = args;
+    const kvk_cuda_residency *r = a->res;
+    (void)cuda;
+    for (uint32_t i = 0; i < *a->n_list; i++) {
+        if (a->list[i] < 0 || a->fetch[i] == KVK_CUDA_RESIDENT)
+            continue;
+        if (a->status != NULL &&
+            (a->fetch[i] < a->staged || a->status[a->fetch[i] - a->staged] == 0))
+            continue;
+        uint32_t slot = (uint32_t)a->list[i];
+        r->slot_of[r->pos_of[slot]] = -1;
+        r->pos_of[slot] = UINT32_MAX;
+        r->used[slot] = 0;
+        a->list[i] = -1;
+    }
+    return KVC_OK;
+}

@@ -1,0 +1,25 @@
+/*
+ * fake_cuda.h: kvk/cuda.h without a GPU, for tests of what stands on it.
+ *
+ * Device memory is host memory, an op runs when it is enqueued, on the compute layer's CPU backend,
+ * and a graph keeps what was enqueued and runs it again. So the results are those of a device, the
+ * sanitizers see every access, and nothing can be told of timing. Links in place of kvk_cuda.
+ */
+#ifndef KVASIR_TEST_FAKE_CUDA_H
+#define KVASIR_TEST_FAKE_CUDA_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* kvk_cuda_open answers UNSUPPORTED from now on, or no longer. */
+void fake_cuda_absent(bool absent);
+/* Allocations from now on: so many succeed, then NO_MEMORY; UINT32_MAX: all succeed. */
+void fake_cuda_allocations(uint32_t n);
+/* Memory that was taken and not given back; registrations likewise. */
+uint32_t fake_cuda_held(void);
+/* Called before each graph that is launched, once it is set; NULL: nothing. */
+void fake_cuda_before_launch(void (*fn)(void *arg), void *arg);
+/* Rows that attention has read from sources so far. */
+uint64_t fake_cuda_rows_read(void);
+
+#endif

@@ -1,0 +1,176 @@
+/*
+ * cuda.c: the CUDA kind of device: whether it can serve a worker, what it holds for all of a
+ * worker's sequences, and its table.
+ *
+ * Runs inside kvw_open and kvw_close; immutable in between.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "state.h"
+
+static kvc_status no(const char *option, const char *rule)
+{
+    return kvwi_fail(KVC_UNSUPPORTED, "%s: %s where backend is cuda", option, rule);
+}
+
+static kvc_status check(const kvw_worker *w)
+{
+    const kvw_opts *o = &w->opts;
+    if (strcmp(w->selector->name, "esa") != 0) {
+        return no("selector", "must be esa");
+    }
+    if (w->n_levels != 1 || w->level[0].exact || w->level[0].dims > 256) {
+        return no("index", "must be COMPRESSED, of at most 256 dims");
+    }
+    if (o->dtype != KVK_BF16) {
+        return no("dtype", "must be bf16");
+    }
+    if (o->head_dim != 64 && o->head_dim != 128) {
+        return no("head_dim", "must be 64 or 128");
+    }
+    if (o->n_q_heads / o->n_kv_heads > 8) {
+        return no("n_q_heads", "must be at most 8 a kv head");
+    }
+    if (o->k > KVK_CUDA_K_MAX) {
+        return no("k", "must be at most 4096");
+    }
+    if (o->n_sink * w->level[0].row_bytes % 16 != 0) {
+        return no("n_sink", "must be a multiple of 16");
+    }
+    if (o->tp_size != 1 || o->all_reduce != NULL) {
+        return no("tp_size", "must be 1");
+    }
+    return w->servers.n <= 1 ? KVC_OK : no("clients", "must be one");
+}
+
+static kvc_status upload(kvwi_device *device, const void *from, size_t len_bytes, void *memory_pp)
+{
+    void *p = NULL;
+    kvc_status st = kvk_cuda_alloc(device->cuda, KVK_CUDA_DEVICE, len_bytes, &p);
+    memcpy(memory_pp, &p, sizeof(p));
+    if (st == KVC_OK) {
+        st = kvk_cuda_copy(device->cuda, p, from, len_bytes, NULL);
+    }
+    return st == KVC_OK ? kvk_cuda_stream_sync(device->cuda, NULL) : st;
+}
+
+static kvc_status upload_all(const kvw_worker *w, kvwi_device *device)
+{
+    const kvwi_level *level = &w->level[0];
+    size_t bytes = (size_t)w->opts.n_layers * level->d_in * level->dims * sizeof(float);
+    kvc_status st = upload(device, level->a, bytes, &device->query_proj);
+    if (st == KVC_OK) {
+        st = upload(device, level->b, bytes, &device->key_proj);
+    }
+    if (st == KVC_OK && w->inv_freq != NULL) {
+        st = upload(device, w->inv_freq, w->opts.head_dim / 2u * sizeof(double), &device->inv_freq);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "memory of a worker");
+}
+
+static void cuda_close(kvwi_device *device)
+{
+    if (device == NULL) {
+        return;
+    }
+    kvk_cuda_free(device->cuda, KVK_CUDA_DEVICE, device->query_proj);
+    kvk_cuda_free(device->cuda, KVK_CUDA_DEVICE, device->key_proj);
+    kvk_cuda_free(device->cuda, KVK_CUDA_DEVICE, device->inv_freq);
+    kvk_cuda_close(device->cuda);
+    free(device);
+}
+
+static kvc_status cuda_open(kvw_worker *worker, uint32_t number, kvwi_device **device_p)
+{
+    kvk_cuda_info info;
+    kvc_status st = check(worker);
+    *device_p = NULL;
+    if (st != KVC_OK) {
+        return st;
+    }
+    kvwi_device *device = calloc(1, sizeof(*device));
+    if (device == NULL) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    st = kvk_cuda_open(number, &device->cuda);
+    if (st != KVC_OK) {
+        free(device);
+        return kvwi_fail(st,
+                         "backend: \"%s\": no CUDA device %u here that this build can use (no "
+                         "GPU, no driver, or older than sm_80)",
+                         worker->opts.backend, number);
+    }
+    device->number = number;
+    kvk_cuda_describe(device->cuda, &info);
+    (void)snprintf(device->isa, sizeof(device->isa), "sm_%u", info.sm);
+    st = upload_all(worker, device);
+    if (st != KVC_OK) {
+        cuda_close(device);
+        return st;
+    }
+    if (worker->opts.client != NULL) {
+        kvwi_segments_watch(worker->opts.client);
+    }
+    *device_p = device;
+    return KVC_OK;
+}
+
+static const char *cuda_isa(const kvwi_device *device)
+{
+    return device->isa;
+}
+
+static kvc_status cuda_map(kvwi_device *device, void *base, size_t len_bytes)
+{
+    void *at = NULL;
+    kvc_status st = kvk_cuda_register(device->cuda, base, len_bytes, 0, &at);
+    if (st == KVC_OK && at != base) {
+        kvk_cuda_unregister(device->cuda, base);
+        st = KVC_UNSUPPORTED; /* buffers have one address here and there */
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a block buffer cannot be pinned");
+}
+
+static void cuda_unmap(kvwi_device *device, void *base)
+{
+    kvk_cuda_unregister(device->cuda, base);
+}
+
+static kvc_status cuda_copy(kvw_seq *seq, void *to, const void *from, size_t len_bytes)
+{
+    kvwi_device_seq *d = seq->device;
+    kvc_status st = kvk_cuda_copy(d->device->cuda, to, from, len_bytes, d->stream);
+    if (st == KVC_OK) {
+        st = kvwi_cuda_sync(seq);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a copy");
+}
+
+static uint64_t cuda_bytes(const kvw_seq *seq)
+{
+    return seq->device->device_bytes;
+}
+
+const kvwi_device_ops kvwi_device_cuda = {
+    .name = "cuda",
+    .open = cuda_open,
+    .close = cuda_close,
+    .isa = cuda_isa,
+    .map = cuda_map,
+    .unmap = cuda_unmap,
+    .seq_open = kvwi_cuda_seq_open,
+    .seq_close = kvwi_cuda_seq_close,
+    .pass = kvwi_cuda_pass,
+    .append = kvwi_cuda_append,
+    .settle = kvwi_cuda_settle,
+    .truncate = kvwi_cuda_truncate,
+    .step_begin = kvwi_cuda_step_begin,
+    .step_attend = kvwi_cuda_step_attend,
+    .step_finish = kvwi_cuda_step_finish,
+    .step_abandon = kvwi_cuda_step_abandon,
+    .picks = kvwi_cuda_picks,
+    .copy = cuda_copy,
+    .bytes = cuda_bytes,
+};

@@ -1,0 +1,241 @@
+/*
+ * cuda_memory.c: where everything of a layer lies: one device memory of fixed size, one that grows
+ * with the sequence, one that is pinned.
+ *
+ * Runs on the sequence's thread, at open and between passes. Each memory is carved twice by the
+ * same function: without a base to learn its size, then for good.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "state.h"
+
+#define ALIGN 256u
+
+/* A memory that is being cut into pieces. */
+typedef struct carver {
+    uint8_t *base; /* NULL: only the size is wanted */
+    size_t at;
+} carver;
+
+static void *piece(carver *c, size_t len_bytes)
+{
+    void *p = c->base == NULL ? NULL : c->base + c->at;
+    c->at += (len_bytes + ALIGN - 1u) / ALIGN * ALIGN;
+    return p;
+}
+
+/* What passes between the engine and the step: pinned, or where the engine's memory is. */
+static void carve_engine(carver *c, const kvw_worker *w, kvwi_device_layer *l)
+{
+    size_t q_bytes = (size_t)w->opts.n_q_heads * w->opts.head_dim * w->elem_bytes;
+    l->q_in = piece(c, q_bytes);
+    l->q_select = piece(c, q_bytes);
+    l->out = piece(c, q_bytes);
+    l->lse = piece(c, w->opts.n_q_heads * sizeof(float));
+}
+
+static void carve_fixed(carver *c, const kvw_worker *w, const kvwi_device_seq *d,
+                        kvwi_device_layer *l)
+{
+    const kvw_opts *o = &w->opts;
+    size_t q = (size_t)o->n_q_heads * o->head_dim * sizeof(float), word = sizeof(uint32_t);
+    size_t heads = o->n_q_heads * sizeof(float), slots = kvwi_slots(w);
+    l->slots = piece(c, slots * w->row_bytes);
+    l->ring = piece(c, d->ring_rows * w->row_bytes);
+    l->res = piece(c, sizeof(*l->res));
+    l->ring_res = piece(c, sizeof(*l->ring_res));
+    l->cands = piece(c, sizeof(*l->cands));
+    l->source = piece(c, sizeof(*l->source));
+    l->picks = piece(c, o->k * word);
+    l->n_picks = piece(c, word);
+    l->list = piece(c, d->stride * word);
+    l->fetch = piece(c, d->stride * word);
+    l->n_list = piece(c, word);
+    l->near_list = piece(c, d->ring_rows * word);
+    l->n_near = piece(c, word);
+    l->pos_of = piece(c, slots * word);
+    l->used = piece(c, slots * word);
+    l->step = piece(c, word);
+    l->q_raw = piece(c, q);
+    l->q_far = piece(c, q);
+    l->q_near = piece(c, q);
+    l->q_index = piece(c, w->level[0].dims * sizeof(float));
+    l->o_far = piece(c, q);
+    l->lse_far = piece(c, heads);
+    l->o_near = piece(c, q);
+    l->lse_near = piece(c, heads);
+    if (o->device_memory) {
+        carve_engine(c, w, l);
+    }
+}
+
+static void carve_pinned(carver *c, const kvw_worker *w, const kvwi_device_seq *d,
+                         kvwi_device_layer *l)
+{
+    l->io = piece(c, sizeof(*l->io));
+    l->miss_pos = piece(c, d->stride * sizeof(uint32_t));
+    l->status = piece(c, d->stride);
+    if (!w->opts.device_memory) {
+        carve_engine(c, w, l);
+    }
+}
+
+static void carve_grown(carver *c, const kvw_worker *w, const kvwi_device_seq *d,
+                        kvwi_device_layer *l)
+{
+    l->index = piece(c, (size_t)d->cap_tokens * w->level[0].row_bytes);
+    l->slot_of = piece(c, (size_t)d->cap_tokens * sizeof(int32_t));
+    l->blocks = piece(c, ((size_t)d->cap_blocks + d->n_staging) * sizeof(void *));
+}
+
+/* The sinks' slots are at the head of every list; nothing else is resident. */
+static kvc_status fill_fixed(kvw_seq *seq, kvwi_device_layer *l)
+{
+    const kvw_worker *w = seq->worker;
+    const kvwi_device_seq *d = seq->device;
+    kvk_cuda *cuda = d->device->cuda;
+    kvc_status st = KVC_OK;
+    int32_t *sinks = malloc((w->opts.n_sink + 1u) * sizeof(*sinks));
+    if (sinks == NULL) {
+        return KVC_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < w->opts.n_sink; i++) {
+        sinks[i] = (int32_t)i;
+    }
+    const kvk_cuda_residency ring = {.slots = l->ring};
+    st = kvk_cuda_copy(cuda, l->list, sinks, w->opts.n_sink * sizeof(*sinks), d->stream);
+    if (st == KVC_OK) {
+        st = kvk_cuda_fill(cuda, l->fetch, 0xff, d->stride * sizeof(uint32_t), d->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_fill(cuda, l->pos_of, 0xff, kvwi_slots(w) * sizeof(uint32_t), d->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_fill(cuda, l->used, 0, kvwi_slots(w) * sizeof(uint32_t), d->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_fill(cuda, l->step, 0, sizeof(uint32_t), d->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_copy(cuda, l->ring_res, &ring, sizeof(ring), d->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_stream_sync(cuda, d->stream); /* the copies are from here */
+    }
+    free(sinks);
+    return st;
+}
+
+kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_device_seq *d = seq->device;
+    carver fixed = {0}, pinned = {0};
+    carve_fixed(&fixed, w, d, l);
+    carve_pinned(&pinned, w, d, l);
+    kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_DEVICE, fixed.at, &l->slab);
+    if (st == KVC_OK) {
+        d->device_bytes += fixed.at;
+        st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_PINNED, pinned.at, &l->pinned);
+    }
+    if (st != KVC_OK) {
+        return st;
+    }
+    memset(l->pinned, 0, pinned.at);
+    fixed = (carver){.base = l->slab};
+    pinned = (carver){.base = l->pinned};
+    carve_fixed(&fixed, w, d, l);
+    carve_pinned(&pinned, w, d, l);
+    st = fill_fixed(seq, l);
+    return st == KVC_OK ? kvwi_cuda_layer_grow(seq, l, 0, 0) : st;
+}
+
+/* The staging's blocks come behind all others, wherever these end. */
+static kvc_status fill_blocks(kvw_seq *seq, kvwi_device_layer *l, uint32_t old_blocks)
+{
+    const kvw_worker *w = seq->worker;
+    const kvwi_device_seq *d = seq->device;
+    size_t block_bytes = w->opts.block_tokens * w->row_bytes;
+    uint32_t n = d->cap_blocks + d->n_staging;
+    const void **shadow = realloc((void *)l->shadow, n * sizeof(*shadow));
+    if (shadow == NULL) {
+        return KVC_NO_MEMORY;
+    }
+    for (uint32_t b = old_blocks; b < n; b++) {
+        shadow[b] = b < d->cap_blocks ? NULL : d->staging + (b - d->cap_blocks) * block_bytes;
+    }
+    l->shadow = shadow;
+    return kvk_cuda_copy(d->device->cuda, (void *)l->blocks, (const void *)shadow,
+                         n * sizeof(*shadow), d->stream);
+}
+
+static kvc_status fill_grown(kvw_seq *seq, kvwi_device_layer *l, const kvwi_device_layer *old,
+                             uint32_t old_tokens, uint32_t old_blocks)
+{
+    const kvw_worker *w = seq->worker;
+    const kvwi_device_seq *d = seq->device;
+    kvk_cuda *cuda = d->device->cuda;
+    const kvk_cuda_residency res = {.slots = l->slots,
+                                    .slot_of = l->slot_of,
+                                    .pos_of = l->pos_of,
+                                    .used = l->used,
+                                    .step = l->step,
+                                    .n_positions = d->cap_tokens};
+    const kvk_cuda_source source = {.blocks = l->blocks,
+                                    .n_blocks = d->cap_blocks + d->n_staging,
+                                    .block_tokens = w->opts.block_tokens};
+    kvc_status st =
+        kvk_cuda_fill(cuda, l->slot_of, 0xff, d->cap_tokens * sizeof(int32_t), d->stream);
+    if (st == KVC_OK && old_tokens != 0) {
+        st = kvk_cuda_copy(cuda, l->slot_of, old->slot_of, old_tokens * sizeof(int32_t), d->stream);
+    }
+    if (st == KVC_OK && l->n_index != 0) {
+        st = kvk_cuda_copy(cuda, l->index, old->index, l->n_index * w->level[0].row_bytes,
+                           d->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_copy(cuda, l->res, &res, sizeof(res), d->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_copy(cuda, l->source, &source, sizeof(source), d->stream);
+    }
+    if (st == KVC_OK) {
+        st = fill_blocks(seq, l, old_blocks);
+    }
+    return st == KVC_OK ? kvk_cuda_stream_sync(cuda, d->stream) : st;
+}
+
+kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l, uint32_t old_tokens,
+                                uint32_t old_blocks)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_device_seq *d = seq->device;
+    kvwi_device_layer old = *l;
+    carver size = {0};
+    void *grown = NULL;
+    carve_grown(&size, w, d, l);
+    kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_DEVICE, size.at, &grown);
+    if (st != KVC_OK) {
+        *l = old;
+        return st;
+    }
+    carver c = {.base = grown};
+    carve_grown(&c, w, d, l);
+    l->grown = grown;
+    st = fill_grown(seq, l, &old, old_tokens, old_blocks);
+    d->device_bytes += size.at - old.grown_bytes;
+    l->grown_bytes = size.at;
+    kvk_cuda_free(d->device->cuda, KVK_CUDA_DEVICE, old.grown);
+    return st;
+}
+
+void kvwi_cuda_layer_close(kvw_seq *seq, kvwi_device_layer *l)
+{
+    kvk_cuda *cuda = seq->device->device->cuda;
+    kvwi_cuda_graphs_drop(seq, l);
+    kvk_cuda_free(cuda, KVK_CUDA_DEVICE, l->slab);
+    kvk_cuda_free(cuda, KVK_CUDA_DEVICE, l->grown);
+    kvk_cuda_free(cuda, KVK_CUDA_PINNED, l->pinned);
+    free((void *)l->shadow);
+}

@@ -1,0 +1,208 @@
+/*
+ * cuda_mirror.c: what host and device both have: index rows, and the rows of sinks and recent.
+ *
+ * Runs on the sequence's thread. Passes of several tokens are written by the host and brought to
+ * the device when a pass of one token begins; that token's rows are made on the device and reach
+ * the host's block buffer by the same stream. Invariants: the device's index has rows [0, n_index),
+ * the host's pages [0, n_rows), and the longer of the two is all of the layer; the ring has the
+ * rows of positions [near_from, near_to), position p in slot p % ring_rows.
+ */
+#include <string.h>
+
+#include "base/clock.h"
+#include "convert.h"
+#include "state.h"
+
+/* Index rows that only the host has. */
+static kvc_status push_index(kvw_seq *seq, uint32_t layer)
+{
+    kvwi_device_seq *d = seq->device;
+    kvwi_device_layer *l = &d->layers[layer];
+    const kvwi_pages *pages = &seq->layers[layer].level[0];
+    kvc_status st = KVC_OK;
+    while (st == KVC_OK && l->n_index < pages->n_rows) {
+        uint32_t run = 0;
+        const uint8_t *rows = kvwi_pages_row(pages, l->n_index, &run);
+        run = kvwi_min_u32(run, pages->n_rows - l->n_index);
+        st = kvk_cuda_copy(d->device->cuda, l->index + l->n_index * pages->row_bytes, rows,
+                           run * pages->row_bytes, d->stream);
+        l->n_index += run;
+    }
+    return st;
+}
+
+/* Index rows that only the device has. */
+static kvc_status pull_index(kvw_seq *seq, uint32_t layer)
+{
+    kvwi_device_seq *d = seq->device;
+    const kvwi_device_layer *l = &d->layers[layer];
+    kvwi_pages *pages = &seq->layers[layer].level[0];
+    kvc_status st = kvwi_pages_reserve(pages, l->n_index);
+    seq->device->unsettled = seq->device->unsettled || pages->n_rows < l->n_index;
+    while (st == KVC_OK && pages->n_rows < l->n_index) {
+        uint32_t run = 0;
+        uint8_t *rows = kvwi_pages_row(pages, pages->n_rows, &run);
+        run = kvwi_min_u32(run, l->n_index - pages->n_rows);
+        st = kvk_cuda_copy(d->device->cuda, rows, l->index + pages->n_rows * pages->row_bytes,
+                           run * pages->row_bytes, d->stream);
+        pages->n_rows += run;
+    }
+    return st;
+}
+
+/* Rows of positions [from, to) out of block buffers to slots from `slot` on, which do not wrap. */
+static kvc_status push_rows(kvw_seq *seq, uint32_t layer, uint32_t from, uint32_t to,
+                            uint8_t *slots)
+{
+    const kvw_worker *w = seq->worker;
+    uint32_t bt = w->opts.block_tokens;
+    kvc_status st = KVC_OK;
+    while (st == KVC_OK && from < to) {
+        uint32_t run = kvwi_min_u32(bt - from % bt, to - from);
+        const kvwi_block *block = seq->blocks[from / bt].buf;
+        if (block == NULL) {
+            return kvwi_fail(KVC_NOT_FOUND, "block %u has left before its rows were read",
+                             from / bt);
+        }
+        st = kvk_cuda_copy(seq->device->device->cuda, slots,
+                           kvwi_block_row(w, block, layer, from % bt), run * w->row_bytes,
+                           seq->device->stream);
+        slots += run * w->row_bytes;
+        from += run;
+    }
+    return st;
+}
+
+static kvc_status push_sinks(kvw_seq *seq, uint32_t layer)
+{
+    kvwi_device_layer *l = &seq->device->layers[layer];
+    if (l->has_sinks || seq->layers[layer].n_tokens < seq->worker->opts.n_sink) {
+        return KVC_OK;
+    }
+    kvc_status st = push_rows(seq, layer, 0, seq->worker->opts.n_sink, l->slots);
+    l->has_sinks = st == KVC_OK;
+    return st;
+}
+
+/* Rows of the last `near` tokens. */
+static kvc_status push_recent(kvw_seq *seq, uint32_t layer, uint32_t near)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_device_seq *d = seq->device;
+    kvwi_device_layer *l = &d->layers[layer];
+    uint32_t n = seq->layers[layer].n_tokens, from = n - kvwi_min_u32(n, near);
+    bool keeps = l->near_from <= from && l->near_to >= from;
+    kvc_status st = KVC_OK;
+    for (uint32_t at = keeps ? l->near_to : from; st == KVC_OK && at < n;) {
+        uint32_t slot = at % d->ring_rows, run = kvwi_min_u32(d->ring_rows - slot, n - at);
+        st = push_rows(seq, layer, at, at + run, l->ring + slot * w->row_bytes);
+        at += run;
+    }
+    if (st == KVC_OK) {
+        uint32_t oldest = n - kvwi_min_u32(n, d->ring_rows);
+        l->near_from = keeps ? kvwi_max_u32(l->near_from, oldest) : from;
+        l->near_to = n;
+    }
+    return st;
+}
+
+kvc_status kvwi_cuda_mirror(kvw_seq *seq, uint32_t layer, uint32_t near)
+{
+    kvc_status st = push_index(seq, layer);
+    if (st == KVC_OK) {
+        st = push_sinks(seq, layer);
+    }
+    if (st == KVC_OK) {
+        st = push_recent(seq, layer, near);
+    }
+    return st == KVC_OK || st == KVC_NOT_FOUND ? st : kvwi_cuda_fail(st, "the device's copies");
+}
+
+kvc_status kvwi_cuda_pass(kvw_seq *seq, uint32_t n_tokens)
+{
+    kvc_status st = kvwi_cuda_grow(seq, n_tokens);
+    if (st == KVC_OK) {
+        st = kvwi_cuda_tables(seq, true);
+    }
+    for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
+        st = kvwi_cuda_mirror(seq, i, seq->worker->opts.n_recent);
+        if (st == KVC_OK) {
+            st = kvwi_cuda_graphs(seq, i);
+        }
+    }
+    return st;
+}
+
+static kvc_status append_index(kvw_seq *seq, uint32_t layer, const uint8_t *row)
+{
+    const kvw_worker *w = seq->worker;
+    const kvwi_level *level = &w->level[0];
+    kvwi_device_seq *d = seq->device;
+    kvwi_device_layer *l = &d->layers[layer];
+    const kvk_cuda_digest_args args = {
+        .in = row,
+        .n = 1,
+        .n_heads_in = w->opts.n_kv_heads,
+        .head_dim = w->opts.head_dim,
+        .n_heads = 1,
+        .dims = level->dims,
+        .proj = d->device->key_proj + (size_t)layer * level->d_in * level->dims,
+        .out = l->index + (size_t)l->n_index * level->row_bytes,
+    };
+    return kvk_cuda_digest(d->device->cuda, &args, d->stream);
+}
+
+kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_device_seq *d = seq->device;
+    kvwi_device_layer *l = &d->layers[layer];
+    uint32_t pos = seq->layers[layer].n_tokens, bt = w->opts.block_tokens;
+    uint8_t *host = kvwi_block_row(w, seq->blocks[pos / bt].buf, layer, pos % bt);
+    uint8_t *row = l->ring + (pos % d->ring_rows) * w->row_bytes;
+    kvk_cuda_row_args args = {
+        .k = k, .v = v, .half_bytes = (uint32_t)w->k_bytes, .row = row, .copy = host};
+    if (!w->opts.device_memory) {
+        memcpy(host, k, w->k_bytes);
+        memcpy(host + w->k_bytes, v, w->k_bytes);
+        args.k = host;
+        args.v = host + w->k_bytes;
+        args.copy = NULL;
+    }
+    kvc_status st = kvk_cuda_row(d->device->cuda, &args, d->stream);
+    if (st == KVC_OK) {
+        st = append_index(seq, layer, row);
+    }
+    if (st != KVC_OK) {
+        return kvwi_cuda_fail(st, "append");
+    }
+    d->unsettled = true;
+    l->n_index = pos + 1u;
+    l->near_to = pos + 1u;
+    l->near_from = kvwi_max_u32(l->near_from, l->near_to - kvwi_min_u32(l->near_to, d->ring_rows));
+    seq->layers[layer].n_tokens = pos + 1u;
+    return KVC_OK;
+}
+
+kvc_status kvwi_cuda_settle(kvw_seq *seq)
+{
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
+        st = pull_index(seq, i);
+    }
+    if (st == KVC_OK && seq->device->unsettled) {
+        st = kvwi_cuda_sync(seq);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "what the device wrote");
+}
+
+void kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens)
+{
+    for (uint32_t i = 0; i < seq->worker->opts.n_layers; i++) {
+        kvwi_device_layer *l = &seq->device->layers[i];
+        l->n_index = kvwi_min_u32(l->n_index, n_tokens);
+        l->near_to = kvwi_min_u32(l->near_to, n_tokens);
+        l->near_from = kvwi_min_u32(l->near_from, l->near_to);
+        l->has_sinks = l->has_sinks && n_tokens >= seq->worker->opts.n_sink;
+    }
+}

@@ -1,0 +1,188 @@
+/*
+ * cuda_seq.c: what a sequence has on the device: streams, workspaces, staging and layers; and how
+ * they grow.
+ *
+ * Runs on the sequence's thread. Capacity is max_tokens or what is known at open, whichever is
+ * more; a sequence that outgrows it gets half as much again before the pass that needs it, and new
+ * graphs.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "state.h"
+
+#define DEFAULT_TOKENS 131072u
+#define RING_SLACK     64u
+
+kvc_status kvwi_cuda_fail(kvc_status st, const char *what)
+{
+    return kvwi_fail(st, "device: %s: %s", what, kvc_status_name(st));
+}
+
+kvc_status kvwi_cuda_sync(kvw_seq *seq)
+{
+    kvc_status st = kvk_cuda_stream_sync(seq->device->device->cuda, seq->device->stream);
+    seq->stats.host_syncs++;
+    seq->device->unsettled = seq->device->unsettled && st != KVC_OK;
+    return st;
+}
+
+static kvc_status device_alloc(kvwi_device_seq *d, size_t len_bytes, void *memory_pp)
+{
+    void *p = NULL;
+    kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_DEVICE, len_bytes, &p);
+    memcpy(memory_pp, &p, sizeof(p));
+    d->device_bytes += st == KVC_OK ? len_bytes : 0;
+    return st;
+}
+
+static kvc_status open_streams(kvw_seq *seq, void *stream)
+{
+    kvwi_device_seq *d = seq->device;
+    kvc_status st = kvk_cuda_stream_create(d->device->cuda, &d->capture);
+    d->stream = seq->worker->opts.device_memory ? (kvk_stream *)stream : d->capture;
+    return st;
+}
+
+/* Both attentions use it, one after the other. */
+static kvc_status open_workspace(kvw_seq *seq)
+{
+    const kvw_opts *o = &seq->worker->opts;
+    kvwi_device_seq *d = seq->device;
+    uint32_t stride = kvwi_max_u32(d->stride, o->n_recent + 1u);
+    d->workspace_bytes = kvk_cuda_attend_workspace_bytes(1, stride, o->n_q_heads, o->head_dim);
+    kvc_status st = device_alloc(d, d->workspace_bytes, &d->workspace);
+    if (st != KVC_OK) {
+        return st;
+    }
+    int32_t *pos = malloc(d->ring_rows * sizeof(*pos));
+    if (pos == NULL) {
+        return KVC_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < d->ring_rows; i++) {
+        pos[i] = (int32_t)i;
+    }
+    st = device_alloc(d, d->ring_rows * sizeof(*pos), &d->near_pos);
+    if (st == KVC_OK) {
+        st = kvk_cuda_copy(d->device->cuda, d->near_pos, pos, d->ring_rows * sizeof(*pos),
+                           d->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_stream_sync(d->device->cuda, d->stream);
+    }
+    free(pos);
+    return st;
+}
+
+static kvc_status open_staging(kvw_seq *seq)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_device_seq *d = seq->device;
+    size_t len_bytes = (size_t)d->n_staging * w->opts.block_tokens * w->row_bytes;
+    void *p = NULL;
+    kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_PINNED, len_bytes, &p);
+    d->staging = p;
+    return st == KVC_OK ? kvwi_regions_open(w, p, len_bytes, &d->staging_regions) : st;
+}
+
+static kvc_status open_select(kvw_seq *seq)
+{
+    kvwi_device_seq *d = seq->device;
+    void *space = NULL;
+    size_t bytes = kvk_cuda_select_workspace_bytes(1, d->cap_tokens);
+    kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_DEVICE, bytes, &space);
+    if (st != KVC_OK) {
+        return st;
+    }
+    kvk_cuda_free(d->device->cuda, KVK_CUDA_DEVICE, d->select_space);
+    d->device_bytes += bytes - d->select_bytes;
+    d->select_space = space;
+    d->select_bytes = bytes;
+    return kvk_cuda_fill(d->device->cuda, space, 0, bytes, d->stream);
+}
+
+static void set_capacity(kvw_seq *seq, uint32_t n_tokens)
+{
+    uint32_t bt = seq->worker->opts.block_tokens;
+    kvwi_device_seq *d = seq->device;
+    d->cap_blocks = n_tokens / bt + 1u;
+    d->cap_tokens = d->cap_blocks * bt;
+    d->staged = d->cap_tokens;
+}
+
+kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream)
+{
+    const kvw_worker *w = seq->worker;
+    const kvw_opts *o = &w->opts;
+    kvwi_device_seq *d = calloc(1, sizeof(*d));
+    if (d == NULL) {
+        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+    }
+    seq->device = d;
+    d->device = w->device;
+    d->stride = o->n_sink + o->k;
+    d->ring_rows = o->n_recent + RING_SLACK;
+    d->n_staging = (o->k + o->block_tokens - 1u) / o->block_tokens;
+    set_capacity(seq, kvwi_max_u32(o->max_tokens == 0 ? DEFAULT_TOKENS : o->max_tokens, n_tokens));
+    d->layers = calloc(o->n_layers, sizeof(*d->layers));
+    kvc_status st = d->layers == NULL ? KVC_NO_MEMORY : open_streams(seq, stream);
+    if (st == KVC_OK) {
+        st = open_workspace(seq);
+    }
+    if (st == KVC_OK) {
+        st = open_staging(seq);
+    }
+    if (st == KVC_OK) {
+        st = open_select(seq);
+    }
+    for (uint32_t i = 0; st == KVC_OK && i < o->n_layers; i++) {
+        st = kvwi_cuda_layer_open(seq, &d->layers[i]);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "memory of a sequence");
+}
+
+kvc_status kvwi_cuda_grow(kvw_seq *seq, uint32_t n_tokens)
+{
+    kvwi_device_seq *d = seq->device;
+    uint32_t old_tokens = d->cap_tokens, old_blocks = d->cap_blocks;
+    if (n_tokens <= d->cap_tokens && seq->n_blocks <= d->cap_blocks) {
+        return KVC_OK;
+    }
+    kvc_status st = kvwi_cuda_sync(seq);
+    set_capacity(seq, kvwi_min_u32(n_tokens + n_tokens / 2u, KVWI_MAX_TOKENS));
+    if (st == KVC_OK) {
+        st = open_select(seq);
+    }
+    for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
+        kvwi_cuda_graphs_drop(seq, &d->layers[i]);
+        st = kvwi_cuda_layer_grow(seq, &d->layers[i], old_tokens, old_blocks);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "room for more tokens");
+}
+
+void kvwi_cuda_seq_close(kvw_seq *seq)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_device_seq *d = seq->device;
+    if (d == NULL) {
+        return;
+    }
+    kvk_cuda *cuda = d->device->cuda;
+    if (kvk_cuda_stream_sync(cuda, d->stream) != KVC_OK) {
+        KVC_LOG_WARN(WORKER, "a sequence ends and the device does not answer");
+    }
+    for (uint32_t i = 0; d->layers != NULL && i < w->opts.n_layers; i++) {
+        kvwi_cuda_layer_close(seq, &d->layers[i]);
+    }
+    if (kvwi_regions_close(w, &d->staging_regions) == KVC_OK) { /* else it is still in use */
+        kvk_cuda_free(cuda, KVK_CUDA_PINNED, d->staging);
+    }
+    kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->select_space);
+    kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->near_pos);
+    kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->workspace);
+    kvk_cuda_stream_destroy(cuda, d->capture);
+    free(d->layers);
+    free(d);
+    seq->device = NULL;
+}

@@ -1,0 +1,358 @@
+/*
+ * cuda_step.c: a step of one query on the device.
+ *
+ * Runs on the sequence's thread. Where every block has an address that the device can read, nothing
+ * comes back to the host before the result: the attention brings what is missing. Else the list of
+ * what it cannot reach comes to the host once, and a fetch brings those rows to pinned staging,
+ * which the device sees as more blocks. The host waits for the device once a step, or twice with a
+ * fetch. Rows read from a server's memory count only if the map still holds afterwards; else they
+ * are forgotten and the step is done again. Invariant: between steps every row that the tables call
+ * resident is in its slot.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "state.h"
+
+/* How often a step is done again because the map went away under it, before all is fetched. */
+#define TRIES 4
+
+static kvwi_device_layer *layer_of(const kvw_step *step)
+{
+    return &step->seq->device->layers[step->layer];
+}
+
+static size_t q_bytes(const kvw_worker *w)
+{
+    return (size_t)w->opts.n_q_heads * w->opts.head_dim * w->elem_bytes;
+}
+
+static kvc_status launch(kvw_step *step, kvk_cuda_graph *graph)
+{
+    kvwi_device_seq *d = step->seq->device;
+    kvc_status st = kvk_cuda_graph_launch(d->device->cuda, graph, d->stream);
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a step");
+}
+
+/* The engine's query to where the graphs read it. */
+static kvc_status take_query(kvw_step *step, void *to, const void *q)
+{
+    const kvw_worker *w = step->seq->worker;
+    kvwi_device_seq *d = step->seq->device;
+    if (!w->opts.device_memory) {
+        memcpy(to, q, q_bytes(w));
+        return KVC_OK;
+    }
+    kvc_status st = kvk_cuda_copy(d->device->cuda, to, q, q_bytes(w), d->stream);
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a query");
+}
+
+static kvc_status start_select(kvw_step *step)
+{
+    kvwi_device_layer *l = layer_of(step);
+    kvc_status st = launch(step, l->select);
+    l->selected = st == KVC_OK;
+    return st;
+}
+
+kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole)
+{
+    kvw_seq *seq = step->seq;
+    kvwi_device_layer *l = layer_of(step);
+    uint64_t t0 = kvc_now_ns();
+    kvc_status st = kvwi_cuda_grow(seq, step->n_tokens);
+    if (st == KVC_OK) {
+        st = kvwi_cuda_tables(seq, true);
+    }
+    if (st == KVC_OK) {
+        st = kvwi_cuda_mirror(seq, step->layer, seq->worker->opts.n_recent + 1u);
+    }
+    if (st == KVC_OK) {
+        st = kvwi_cuda_graphs(seq, step->layer);
+    }
+    l->io->n_tokens = step->n_tokens;
+    l->io->differs = 0;
+    l->one_query = whole;
+    l->selected = l->attended = false;
+    if (st == KVC_OK && !whole) {
+        st = take_query(step, l->q_select, q_select);
+    }
+    if (st == KVC_OK && !whole) {
+        st = start_select(step);
+    }
+    step->deadline_ns = kvc_deadline_ns(seq->worker->opts.fetch_timeout_ns);
+    seq->stats.ns_select += kvc_now_ns() - t0;
+    return st;
+}
+
+kvc_status kvwi_cuda_step_attend(kvw_step *step, const void *q)
+{
+    kvwi_device_layer *l = layer_of(step);
+    if (l->one_query || l->n_blank != 0 || !kvwi_cuda_tables_hold(step->seq)) {
+        return KVC_OK; /* finish does it all */
+    }
+    kvc_status st = take_query(step, l->q_in, q);
+    if (st == KVC_OK) {
+        st = launch(step, l->attend);
+    }
+    l->attended = st == KVC_OK;
+    return st;
+}
+
+static kvc_status forget(kvw_step *step, const int8_t *status)
+{
+    kvwi_device_seq *d = step->seq->device;
+    kvwi_device_layer *l = layer_of(step);
+    const kvk_cuda_forget_args args = {
+        .list = l->list,
+        .fetch = l->fetch,
+        .n_list = l->n_list,
+        .stride = d->stride,
+        .staged = d->staged,
+        .status = status,
+        .res = l->res,
+    };
+    kvc_status st = kvk_cuda_forget(d->device->cuda, &args, d->stream);
+    if (st == KVC_OK) {
+        st = kvwi_cuda_sync(step->seq); /* the status is the next step's too */
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "rows that did not arrive");
+}
+
+/* ---- rows that the device cannot reach ---- */
+
+static kvc_status list_far(kvw_step *step)
+{
+    kvwi_device_seq *d = step->seq->device;
+    kvwi_device_layer *l = layer_of(step);
+    const kvk_cuda_misses_args args = {
+        .fetch = l->fetch,
+        .n_list = l->n_list,
+        .stride = d->stride,
+        .staged = d->staged,
+        .source = l->source,
+        .miss_pos = l->miss_pos,
+        .n_far = &l->io->n_far,
+    };
+    kvc_status st = kvk_cuda_misses(d->device->cuda, &args, d->stream);
+    if (st == KVC_OK) {
+        st = kvwi_cuda_sync(step->seq);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a selection");
+}
+
+/* After a fetch: what did not come is forgotten, and that is an error or a drop. */
+static kvc_status settle_fetch(kvw_step *step)
+{
+    kvw_seq *seq = step->seq;
+    kvwi_device_layer *l = layer_of(step);
+    kvc_status first = KVC_OK;
+    uint32_t lost = 0;
+    for (uint32_t i = 0; i < l->io->n_far; i++) {
+        if (l->status[i] != KVC_OK) {
+            first = lost++ == 0 ? (kvc_status)l->status[i] : first;
+        }
+    }
+    uint32_t came = l->io->n_far - lost;
+    kvwi_flight_count(seq, 0, &l->flight.info, came, seq->worker->row_bytes);
+    seq->n_fetched += came;
+    if (lost == 0) {
+        return KVC_OK;
+    }
+    first = l->flight.status != KVC_OK ? l->flight.status : first;
+    bool drop = seq->worker->opts.policy == KVW_DROP;
+    kvc_status st = forget(step, drop ? l->status : NULL);
+    if (st != KVC_OK) {
+        return st;
+    }
+    if (!drop) {
+        return kvwi_fail(first, "layer %u: %u of %u rows did not arrive: %s", step->layer, lost,
+                         l->io->n_far, kvc_status_name(first));
+    }
+    seq->stats.rows_dropped += lost;
+    kvwi_names_taint(seq);
+    return KVC_OK;
+}
+
+static kvc_status fetch_far(kvw_step *step)
+{
+    kvw_seq *seq = step->seq;
+    const kvw_worker *w = seq->worker;
+    kvwi_device_layer *l = layer_of(step);
+    uint64_t t0 = kvc_now_ns();
+    if (l->io->n_far == 0) {
+        return KVC_OK;
+    }
+    memset(l->status, KVC_NOT_FOUND, l->io->n_far);
+    const kvc_pick_group group = {
+        .part = w->kv_parts[step->layer],
+        .row_bytes = (uint32_t)w->row_bytes,
+        .n_picks = l->io->n_far,
+        .picks = l->miss_pos,
+    };
+    kvwi_flight_send(seq, 0, &l->flight, group, &seq->device->staging_regions, l->status,
+                     step->deadline_ns);
+    (void)kvwi_flight_land(&l->flight, step->deadline_ns);
+    seq->stats.ns_fetch_wait += kvc_now_ns() - t0;
+    return settle_fetch(step);
+}
+
+/* ---- the step ---- */
+
+/* One attempt; on return the device has done it. *far_p: rows that a fetch brought. */
+static kvc_status attempt(kvw_step *step, uint32_t *far_p)
+{
+    kvwi_device_layer *l = layer_of(step);
+    kvc_status st = KVC_OK;
+    *far_p = 0;
+    if (l->n_blank == 0 && l->one_query && !l->selected) {
+        st = launch(step, l->whole);
+        l->selected = st == KVC_OK;
+    } else {
+        st = l->selected ? KVC_OK : start_select(step);
+        if (st == KVC_OK && l->n_blank != 0 && !l->attended) {
+            st = list_far(step);
+            if (st == KVC_OK) {
+                st = fetch_far(step);
+            }
+            *far_p = st == KVC_OK ? l->io->n_far : 0;
+        }
+        if (st == KVC_OK && !l->attended) {
+            st = launch(step, l->attend);
+        }
+    }
+    if (st == KVC_OK && (st = kvwi_cuda_sync(step->seq)) != KVC_OK) {
+        st = kvwi_cuda_fail(st, "a step");
+    }
+    return st;
+}
+
+/* Until the map held for as long as it was read. */
+static kvc_status run(kvw_step *step, uint32_t *far_p)
+{
+    kvw_seq *seq = step->seq;
+    kvwi_device_layer *l = layer_of(step);
+    for (int i = 0;; i++) {
+        kvc_status st = l->attended ? KVC_OK : kvwi_cuda_tables(seq, i < TRIES);
+        if (st == KVC_OK) {
+            st = attempt(step, far_p);
+        }
+        if (st != KVC_OK || l->io->n_misses == *far_p || kvwi_cuda_tables_hold(seq)) {
+            return st;
+        }
+        KVC_LOG_DEBUG(WORKER, "layer %u: mapped rows went away, again", step->layer);
+        st = forget(step, NULL);
+        if (st != KVC_OK) {
+            return st;
+        }
+        l->selected = l->attended = false;
+    }
+}
+
+static kvc_status give_result(kvw_step *step, void *out, float *lse)
+{
+    kvw_seq *seq = step->seq;
+    const kvw_worker *w = seq->worker;
+    kvwi_device_layer *l = layer_of(step);
+    size_t lse_bytes = w->opts.n_q_heads * sizeof(float);
+    if (!w->opts.device_memory) {
+        memcpy(out, l->out, q_bytes(w));
+        if (lse != NULL) {
+            memcpy(lse, l->lse, lse_bytes);
+        }
+        return KVC_OK;
+    }
+    kvk_cuda *cuda = seq->device->device->cuda;
+    kvc_status st = kvk_cuda_copy(cuda, out, l->out, q_bytes(w), seq->device->stream);
+    if (st == KVC_OK && lse != NULL) {
+        st = kvk_cuda_copy(cuda, lse, l->lse, lse_bytes, seq->device->stream);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a result");
+}
+
+static void count(kvw_step *step, uint32_t n_far)
+{
+    kvw_seq *seq = step->seq;
+    const kvwi_layer_io *io = layer_of(step)->io;
+    uint32_t k = seq->worker->opts.k;
+    kvwi_picks *picks = &seq->layers[step->layer].picks;
+    picks->n = k; /* there are more candidates */
+    picks->cached = false;
+    picks->on_device = true;
+    seq->stats.steps++;
+    seq->stats.steps_device++;
+    seq->stats.reselects++;
+    seq->stats.picks += k;
+    seq->stats.misses += io->n_misses;
+    seq->stats.hits += k - io->n_misses;
+    seq->stats.rows_dram += io->n_misses - n_far;
+    seq->stats.bytes_fetched += (uint64_t)(io->n_misses - n_far) * seq->worker->row_bytes;
+    seq->n_fetched += io->n_misses - n_far;
+    seq->n_reused_rows += k - io->n_misses;
+}
+
+kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float *lse)
+{
+    kvw_seq *seq = step->seq;
+    kvwi_device_layer *l = layer_of(step);
+    uint64_t t0 = kvc_now_ns();
+    uint32_t n_far = 0;
+    kvc_status st = KVC_OK;
+    if (!l->attended) {
+        st = take_query(step, l->q_in, q);
+    }
+    if (st == KVC_OK && l->one_query) { /* in case it comes to two graphs */
+        st = take_query(step, l->q_select, q);
+    }
+    if (st == KVC_OK) {
+        st = run(step, &n_far);
+    }
+    if (st != KVC_OK) {
+        kvwi_cuda_step_abandon(step);
+        return st;
+    }
+    count(step, n_far);
+    if (l->io->differs != 0 && seq->worker->opts.client != NULL && !seq->worker->opts.reuse_any) {
+        kvwi_names_taint(seq); /* selected by a prediction that turned out otherwise */
+    }
+    l->selected = l->attended = false;
+    st = give_result(step, out, lse);
+    seq->stats.ns_attend += kvc_now_ns() - t0;
+    return st;
+}
+
+/* The rows that resolve gave slots to may not have come. */
+void kvwi_cuda_step_abandon(kvw_step *step)
+{
+    kvwi_device_layer *l = layer_of(step);
+    if (l->selected && forget(step, NULL) != KVC_OK) {
+        KVC_LOG_WARN(WORKER, "a step is abandoned and the device does not answer");
+    }
+    l->selected = l->attended = false;
+}
+
+static int ascending(const void *a, const void *b)
+{
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return (x > y) - (x < y);
+}
+
+kvc_status kvwi_cuda_picks(const kvw_seq *seq, uint32_t layer)
+{
+    kvwi_device_seq *d = seq->device;
+    kvwi_device_layer *l = &d->layers[layer];
+    kvwi_picks *picks = &seq->layers[layer].picks;
+    kvc_status st = kvk_cuda_copy(d->device->cuda, picks->pos, l->picks,
+                                  picks->n * sizeof(*picks->pos), d->stream);
+    if (st == KVC_OK) {
+        st = kvk_cuda_stream_sync(d->device->cuda, d->stream);
+    }
+    if (st != KVC_OK) {
+        return kvwi_cuda_fail(st, "picks");
+    }
+    qsort(picks->pos, picks->n, sizeof(*picks->pos), ascending);
+    picks->on_device = false;
+    return KVC_OK;
+}

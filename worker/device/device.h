@@ -1,0 +1,69 @@
+/*
+ * device.h: what the worker asks of a device that its decode steps run on: one table for each kind.
+ *
+ * A worker with a device has a CPU backend beside it, which does what is not a decode step: passes
+ * of several tokens, and steps that attend everything. So host memory has every row and index row
+ * as without a device, once `settle` has run; the device has copies of what its steps read. All
+ * slots are called on the sequence's thread, map and unmap on any. Errors: kvwi_fail has the words.
+ */
+#ifndef KVWI_DEVICE_H
+#define KVWI_DEVICE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "buf.h"
+#include "kvw/worker.h"
+
+typedef struct kvwi_device kvwi_device;         /* of a worker */
+typedef struct kvwi_device_seq kvwi_device_seq; /* of a sequence, seq->device */
+
+typedef struct kvwi_device_ops {
+    const char *name;
+    /* Device `number` for a worker whose options and levels are known. UNSUPPORTED: not in this
+     * build, on this machine, or not with these options. */
+    kvc_status (*open)(kvw_worker *worker, uint32_t number, kvwi_device **device_p);
+    void (*close)(kvwi_device *device);
+    /* What the results depend on, for the recipe. */
+    const char *(*isa)(const kvwi_device *device);
+    /* Host memory (whole pages) that the device may read and write until unmap. */
+    kvc_status (*map)(kvwi_device *device, void *base, size_t len_bytes);
+    void (*unmap)(kvwi_device *device, void *base);
+    /* All memory that steps need. NO_MEMORY. */
+    kvc_status (*seq_open)(kvw_seq *seq, uint32_t n_tokens, void *stream);
+    void (*seq_close)(kvw_seq *seq); /* seq->device may be NULL */
+    /* A pass of one token is about to begin, with which the sequence has n_tokens: room for it, and
+     * the device's copies. */
+    kvc_status (*pass)(kvw_seq *seq, uint32_t n_tokens);
+    /* The pass's token in one layer; host memory of its block is written behind the caller. */
+    kvc_status (*append)(kvw_seq *seq, uint32_t layer, const void *k, const void *v);
+    /* Host memory has what the device wrote for it. Blocks. */
+    kvc_status (*settle)(kvw_seq *seq);
+    void (*truncate)(kvw_seq *seq, uint32_t n_tokens);
+    /* A step of one query over more candidates than k. whole: begin and finish have one query, and
+     * nothing is done in between. */
+    kvc_status (*step_begin)(kvw_step *step, const void *q_select, bool whole);
+    kvc_status (*step_attend)(kvw_step *step, const void *q);
+    kvc_status (*step_finish)(kvw_step *step, const void *q, void *out, float *lse);
+    void (*step_abandon)(kvw_step *step);
+    /* The last selection into the layer's picks, ascending. */
+    kvc_status (*picks)(const kvw_seq *seq, uint32_t layer);
+    /* Any pair of addresses; done on return. */
+    kvc_status (*copy)(kvw_seq *seq, void *to, const void *from, size_t len_bytes);
+    uint64_t (*bytes)(const kvw_seq *seq); /* of device memory that the sequence holds */
+} kvwi_device_ops;
+
+/* The kind that a backend's name asks for ("cuda", "cuda:1"), and the number; NULL: it names none.
+ */
+const kvwi_device_ops *kvwi_device_find(const char *backend, uint32_t *number_p);
+/* Whether a step is one for the device. */
+bool kvwi_device_takes(const kvw_step *step);
+/*
+ * Where device_memory says so, n bytes at p brought into buf, else p itself; NULL: it failed, said.
+ */
+const void *kvwi_device_to_host(kvw_seq *seq, const void *p, size_t len_bytes, kvwi_buf *buf);
+
+extern const kvwi_device_ops kvwi_device_cuda;
+
+#endif

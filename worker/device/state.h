@@ -1,0 +1,141 @@
+/*
+ * state.h: what the files of the CUDA device share. Plain C over kvk/cuda.h.
+ *
+ * Owners: a device is immutable after open; a sequence's state belongs to its thread. Everything
+ * that a sequence enqueues goes to one stream, in order. Memory is taken when a sequence opens, and
+ * when it outgrows max_tokens, between passes; a step takes none.
+ */
+#ifndef KVWI_DEVICE_STATE_H
+#define KVWI_DEVICE_STATE_H
+
+#include "internal.h"
+#include "kvk/cuda.h"
+
+struct kvwi_device {
+    kvk_cuda *cuda;
+    uint32_t number;
+    char isa[16];
+    float *query_proj, *key_proj; /* device: level 0's a and b, [n_layers, d_in, dims] */
+    double *inv_freq;             /* device; NULL: no rotary embedding */
+};
+
+/* What host and device tell each other in a step, of one layer; pinned. */
+typedef struct kvwi_layer_io {
+    uint32_t n_tokens;                 /* host writes */
+    uint32_t n_misses, n_far, differs; /* the device writes */
+} kvwi_layer_io;
+
+typedef struct kvwi_device_layer {
+    void *slab, *grown, *pinned; /* the three memories that all below lie in */
+    /* device, of fixed size */
+    uint8_t *slots, *ring; /* [n_sink + residency_slots] and [ring_rows] rows */
+    kvk_cuda_residency *res, *ring_res;
+    kvk_cuda_candidates *cands;
+    kvk_cuda_source *source;
+    uint32_t *picks, *n_picks, *fetch, *n_list, *n_near;
+    uint32_t *pos_of, *used, *step;
+    int32_t *list, *near_list;
+    float *q_raw, *q_far, *q_near, *q_index, *o_far, *lse_far, *o_near, *lse_near;
+    /* device, by capacity */
+    uint8_t *index;
+    int32_t *slot_of;
+    const void **blocks;
+    /* pinned; in, select, out and lse are device memory where the engine's is */
+    kvwi_layer_io *io;
+    uint32_t *miss_pos;
+    int8_t *status;
+    void *q_in, *q_select, *out;
+    float *lse;
+    /* host */
+    const void **shadow; /* [cap_blocks], as blocks on the device */
+    uint32_t n_blank;    /* released blocks without an address */
+    uint32_t n_index;    /* index rows that the device has */
+    size_t grown_bytes;
+    uint32_t near_from, near_to; /* positions whose rows are in the ring */
+    bool has_sinks;
+    kvk_cuda_graph *select, *attend, *whole;
+    /* of the open step, or the last one */
+    bool one_query, selected, attended;
+    kvwi_flight flight;
+} kvwi_device_layer;
+
+struct kvwi_device_seq {
+    kvwi_device *device;
+    kvk_stream *stream;  /* enqueued on */
+    kvk_stream *capture; /* graphs are made on; the stream too where the engine gave none */
+    uint32_t cap_tokens, cap_blocks, ring_rows, stride; /* stride: n_sink + k */
+    uint32_t staged;    /* the first position of staging, behind all blocks */
+    uint32_t n_staging; /* its blocks */
+    int32_t *near_pos;  /* device: 0, 1, ... */
+    void *workspace;    /* of attend */
+    size_t workspace_bytes;
+    void *select_space;
+    size_t select_bytes;
+    uint8_t *staging; /* pinned, [k] rows: those that a fetch brings */
+    kvwi_regions staging_regions;
+    kvwi_device_layer *layers;
+    uint64_t stamp;                /* of the map that addresses are from; 0: none */
+    bool mixed, no_maps;           /* while they are asked for: of several maps; none is wanted */
+    uint32_t n_released, n_tabled; /* blocks whose addresses are in the tables: released; all */
+    uint64_t device_bytes;
+    bool unsettled; /* the device may still write rows that are the host's too */
+};
+
+/* NULL without a store. */
+static inline kvc_context *kvwi_cuda_context(const kvw_seq *seq)
+{
+    return seq->servers == NULL ? NULL : seq->servers[0].context;
+}
+
+static inline uint32_t kvwi_slots(const kvw_worker *w)
+{
+    return w->opts.n_sink + w->opts.residency_slots;
+}
+
+/* cuda_seq.c: what says that CUDA refused. */
+kvc_status kvwi_cuda_fail(kvc_status st, const char *what) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream) KVC_MUST_CHECK;
+void kvwi_cuda_seq_close(kvw_seq *seq);
+/* Room for n_tokens; drops the graphs where it has to grow. */
+kvc_status kvwi_cuda_grow(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_sync(kvw_seq *seq) KVC_MUST_CHECK;
+
+/* cuda_memory.c: a layer's memories. */
+kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l, uint32_t old_tokens,
+                                uint32_t old_blocks) KVC_MUST_CHECK;
+void kvwi_cuda_layer_close(kvw_seq *seq, kvwi_device_layer *l);
+
+/* cuda_graph.c: a layer's graphs, if it has none. */
+kvc_status kvwi_cuda_graphs(kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
+void kvwi_cuda_graphs_drop(kvw_seq *seq, kvwi_device_layer *l);
+
+/* cuda_tables.c: the addresses of every block's rows, as they are now; those in a server's memory
+ * only with maps. */
+kvc_status kvwi_cuda_tables(kvw_seq *seq, bool maps) KVC_MUST_CHECK;
+/* Whether what was read through them was the values'. */
+bool kvwi_cuda_tables_hold(const kvw_seq *seq);
+
+/* cuda_mirror.c: a layer's copies are whole, with the rows of its last `near` tokens. */
+kvc_status kvwi_cuda_mirror(kvw_seq *seq, uint32_t layer, uint32_t near) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_pass(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k,
+                            const void *v) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_settle(kvw_seq *seq) KVC_MUST_CHECK;
+void kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens);
+
+/* cuda_step.c */
+kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_step_attend(kvw_step *step, const void *q) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out,
+                                 float *lse) KVC_MUST_CHECK;
+void kvwi_cuda_step_abandon(kvw_step *step);
+kvc_status kvwi_cuda_picks(const kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
+
+/* segments.c: memory of servers that this process has mapped. */
+/* Contexts of the client are mapped from now on, where its connection can. */
+void kvwi_segments_watch(kvc_client *client);
+/* Where device `number` sees the mapped byte at host; NULL: it cannot. */
+const void *kvwi_segments_find(uint32_t number, const void *host);
+
+#endif
