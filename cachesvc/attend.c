@@ -21,6 +21,23 @@
 
 #define COLD_PART 4u /* of max_inflight_bytes: the most that the cold rows of one call may take */
 
+/* What the arithmetic takes for itself comes out of the same bytes as answers. */
+static void *take_scratch(void *arg, size_t len_bytes)
+{
+    kvs_server *server = arg;
+    kvs_buffer *buffer;
+    if (len_bytes > UINT32_MAX ||
+        kvs_buffer_get(&server->buffers, (uint32_t)len_bytes, &buffer) != KVC_OK)
+        return NULL;
+    return buffer->bytes;
+}
+
+static void give_scratch(void *arg, void *memory)
+{
+    (void)arg;
+    kvs_buffer_release((char *)memory - offsetof(kvs_buffer, bytes));
+}
+
 kvc_status kvs_attend_open(kvs_server *server)
 {
     uint64_t n_threads = server->settings.attend_threads;
@@ -36,7 +53,8 @@ kvc_status kvs_attend_open(kvs_server *server)
     attender->max_calls = (uint32_t)(n_threads + server->settings.attend_queue);
     KVC_ASSERT(attender->max_calls <= KVS_DISK_QUEUE);
     /* Each call has one thread: calls run beside each other, not inside each other. */
-    kvk_backend_opts opts = {.size_bytes = sizeof(opts), .n_threads = 1};
+    kvk_backend_opts opts = {
+        .size_bytes = sizeof(opts), .n_threads = 1, .memory = {take_scratch, give_scratch, server}};
     kvc_status status = kvk_backend_open("cpu", &opts, &attender->backend);
     if (status == KVC_OK)
         status = kvs_disk_create("attend", (uint32_t)n_threads, &attender->threads);

@@ -4,7 +4,8 @@
  *
  * An attender's thread. Nothing is copied but queries and results: rows in dram are read where they
  * lie, those of lmdb from the buffer they were read into. A group's memory is the largest group's,
- * taken once a call from the buffers of answers, whose cap counts it.
+ * taken once a call from the buffers of answers, whose cap counts it; so is what the compute layer
+ * needs for itself.
  */
 #include <math.h>
 #include <string.h>
@@ -182,7 +183,8 @@ static kvc_status attend_group(work *w, const kvs_attend *attend, const kvs_atte
         .o = w->o,
         .lse = w->lse,
     };
-    return kvk_backend_ops(be)->attend(be, &args, NULL);
+    status = kvk_backend_ops(be)->attend(be, &args, NULL);
+    return status == KVC_NO_MEMORY ? KVC_AGAIN : status; /* other calls have the bytes, for now */
 }
 
 static kvc_status attend_groups(work *w, const kvs_attend *attend, char *out)

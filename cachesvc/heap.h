@@ -20,9 +20,9 @@
  * that rests has no buffer.
  *
  * Whoever raises max_inflight_bytes or group_commit_bytes raises the bound by twice the first and
- * by the second once. While it attends, each thread of AttendRows (attend_threads) takes up to some
- * 20 MiB besides for its arithmetic; queries, results and lists of rows come out of the share of
- * answers.
+ * by the second once. Whatever AttendRows takes (queries, results, lists of rows, and 2 to 4 MiB a
+ * thread for its arithmetic) comes out of the share of answers, but for a table of rotary angles,
+ * which grows to 8 MiB at most.
  *
  * A listener on rdma:// adds up to 66 MiB for the fragments of 1,024 connections, 16 MiB for
  * answers that are copied, and a quarter of max_inflight_bytes that buffers of a request leave

@@ -48,6 +48,8 @@ kvc_status kvk_backend_open(const char *name, const kvk_backend_opts *opts, kvk_
         return KVC_INVALID;
     if (opts)
         given = *opts;
+    if (given.memory.take && !given.memory.give)
+        return KVC_INVALID;
     desc = name ? find(name) : NULL;
     if (!desc)
         return KVC_INVALID;

@@ -27,7 +27,7 @@
 /* Query rows of a kv head up to which packing does not pay: one pass over the keys for each four.
  */
 #define FEW_ROWS_MAX 8u
-#define RUN_BYTES    ((size_t)8 << 20)
+#define RUN_BYTES    ((size_t)2 << 20)
 #define SCORE_FLOATS ((size_t)KVKI_ATTEND_ROWS * KVKI_ATTEND_KEYS)
 
 static size_t max_of(size_t a, size_t b)

@@ -28,7 +28,7 @@ static kvc_status cpu_open(kvk_backend *be, const kvk_backend_opts *opts)
     if (st != KVC_OK)
         return st;
     be->isa_name = be->isa->name;
-    st = kvki_scratch_create(&be->scratch);
+    st = kvki_scratch_create(&opts->memory, &be->scratch);
     if (st != KVC_OK)
         return st;
     st = kvki_angles_create(&be->angles);

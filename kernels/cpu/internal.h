@@ -66,10 +66,11 @@ uint32_t kvki_pool_threads(const kvki_pool *pool);
 void kvki_pool_run(kvki_pool *pool, size_t n_items, kvki_item_fn fn, void *arg);
 
 /*
- * scratch.c: memory of one call, 64-byte aligned, recycled between calls. take gives a buffer of at
+ * scratch.c: memory of one call, 64-byte aligned: the caller's (memory->take), or recycled between
+ * calls. take gives a buffer of at
  * least len_bytes (NULL: no memory); give takes it back (NULL is fine). Any thread.
  */
-kvc_status kvki_scratch_create(kvki_scratch **scratch_p) KVC_MUST_CHECK;
+kvc_status kvki_scratch_create(const kvk_memory *memory, kvki_scratch **scratch_p) KVC_MUST_CHECK;
 void kvki_scratch_destroy(kvki_scratch *scratch);
 void *kvki_scratch_take(kvki_scratch *scratch, size_t len_bytes);
 void kvki_scratch_give(kvki_scratch *scratch, void *buf);

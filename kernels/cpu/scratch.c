@@ -2,7 +2,8 @@
  * scratch.c: buffers for the length of one call, kept for the next one.
  *
  * Fresh pages cost more than the arithmetic of a small call, so up to KEPT_MAX buffers stay with
- * the backend. A buffer carries its size in a 64-byte header before the pointer handed out.
+ * the backend. Whoever opened it may bring memory of his own instead, of which nothing is kept
+ * here. A buffer carries its size in a 64-byte header before the pointer handed out.
  */
 #include <pthread.h>
 #include <stdlib.h>
@@ -15,6 +16,7 @@
 #define GROW_BYTES     ((size_t)64 << 10)
 
 struct kvki_scratch {
+    kvk_memory memory;    /* take NULL: ours */
     pthread_mutex_t lock; /* guards kept and n_kept; nothing is taken under it */
     char *kept[KEPT_MAX];
     uint32_t n_kept;
@@ -25,11 +27,12 @@ static size_t *size_of(char *base)
     return (size_t *)(void *)base;
 }
 
-kvc_status kvki_scratch_create(kvki_scratch **scratch_p)
+kvc_status kvki_scratch_create(const kvk_memory *memory, kvki_scratch **scratch_p)
 {
     *scratch_p = calloc(1, sizeof(**scratch_p));
     if (!*scratch_p)
         return KVC_NO_MEMORY;
+    (*scratch_p)->memory = *memory;
     pthread_mutex_init(&(*scratch_p)->lock, NULL);
     return KVC_OK;
 }
@@ -70,6 +73,8 @@ void *kvki_scratch_take(kvki_scratch *scratch, size_t len_bytes)
 
     if (len_bytes > SIZE_MAX / 2)
         return NULL;
+    if (scratch->memory.take)
+        return scratch->memory.take(scratch->memory.arg, len_bytes);
     base = take_kept(scratch, len_bytes);
     if (!base) {
         size_t rounded = (len_bytes + GROW_BYTES - 1) / GROW_BYTES * GROW_BYTES;
@@ -87,6 +92,10 @@ void kvki_scratch_give(kvki_scratch *scratch, void *buf)
 
     if (!buf)
         return;
+    if (scratch->memory.take) {
+        scratch->memory.give(scratch->memory.arg, buf);
+        return;
+    }
     base = (char *)buf - HEADER_BYTES;
     pthread_mutex_lock(&scratch->lock);
     if (*size_of(base) <= KEPT_BYTES_MAX) {

@@ -426,6 +426,7 @@ static int run_lmdb(bench *b)
 
 static const char usage[] =
     "Usage: store_bench [--quick] [--channels N] [--cqs N] [--values N] [--runs N] [--only TEXT]\n"
+    "                   [--listen URI]\n"
     "Times puts and reads through a real cachesvc beside a raw TCP loop, the gRPC transport "
     "alone,\n"
     "the bare LMDB library, redis and memcached (where installed); prints one table.\n"
@@ -435,6 +436,7 @@ static const char usage[] =
     "  --values N    values of 1 MiB for each turn, at least 8 (default 128)\n"
     "  --runs N      turns that count (default 9, at most 64)\n"
     "  --only TEXT   cases whose name holds TEXT, for example 'put 1 MiB'\n"
+    "  --listen URI  by another way: shm:///PATH, grpc+unix:///PATH, rdma://HOST:PORT of a device\n"
     "KVASIR_CACHESVC names another cachesvc, TMPDIR where the data goes.\n";
 
 static bool number(const char *text, uint32_t low, uint32_t high, uint32_t *value_p)
@@ -467,6 +469,9 @@ static bool parse(bench *b, int argc, char **argv)
             ok = number(value, 8, 8192, &b->rig.blocks);
         } else if (strcmp(argv[i], "--runs") == 0) {
             ok = number(value, 1, BENCH_MAX_RUNS, &b->runs);
+        } else if (strcmp(argv[i], "--listen") == 0) {
+            ok = value != NULL && strstr(value, "://") != NULL;
+            b->rig.listen = value;
         } else if (strcmp(argv[i], "--only") == 0) {
             ok = value != NULL;
             b->only = value;

@@ -151,6 +151,10 @@ int rig_start(store_rig *rig, const char *dram_bytes, const char *lmdb_bytes)
     uint32_t n = 8;
     snprintf(values, sizeof values, "%s/values", rig->folder);
     snprintf(threads, sizeof threads, "%u", rig->threads);
+    if (rig->listen) {
+        args[n++] = "--listen";
+        args[n++] = rig->listen;
+    }
     if (lmdb_bytes) {
         args[n++] = "--lmdb-path";
         args[n++] = values;

@@ -17,7 +17,8 @@ typedef enum rig_shape { RIG_1M, RIG_192K, RIG_64K, RIG_4K, RIG_SHAPES } rig_sha
 
 typedef struct store_rig {
     uint32_t blocks, channels,
-        threads; /* blocks of RIG_1M; threads: the server's, 0: its default */
+        threads;        /* blocks of RIG_1M; threads: the server's, 0: its default */
+    const char *listen; /* the server's address; NULL: gRPC on loopback */
     char folder[256];
     support_daemon daemon;
     kvc_client *client;

@@ -114,6 +114,46 @@ static void test_memory(void **state)
     a_stop(f);
 }
 
+/* So is what the arithmetic takes for itself: what is let go first would do for all but that. */
+static void test_scratch(void **state)
+{
+    enum { PICKS = 20000 };
+    static const uint32_t many[PICKS];
+    a_server *f = *state;
+    a_shape s = a_plain;
+    a_ask a;
+    kvs_buffer *held[8192];
+    uint32_t n = 0, n_big;
+    s.n_q = 4;
+    a_start(f, &s, N_BLOCKS);
+    kvs_buffers *pool = &f->h.server->buffers;
+    a_ask_init(&a, f, &s, many, NULL, PICKS);
+    assert_int_equal(h_call(f->peer, &a.req), KVC_OK);
+    assert_true(idle(f));
+    assert_true(atomic_load(&pool->out_bytes) == 0); /* and it is all given back */
+    while (n < 4096 && kvs_buffer_get(pool, 1u << 20, &held[n]) == KVC_OK)
+        n++;
+    n_big = n;
+    kvs_buffer_release(held[--n]);
+    n_big = n;
+    while (n < 8192 && kvs_buffer_get(pool, 16u << 10, &held[n]) == KVC_OK)
+        n++;
+    assert_true(n_big > 8 && n > n_big + 8 && n < 8192);
+    kvs_buffer_release(held[0]); /* for the lists; 128 KiB for the answer */
+    for (int i = 0; i < 8; i++)
+        kvs_buffer_release(held[--n]);
+    assert_int_equal(h_call(f->peer, &a.req), KVC_AGAIN);
+    assert_non_null(strstr(f->peer->xfer.detail, "to attend with"));
+    kvs_buffer_release(held[1]);
+    kvs_buffer_release(held[2]);
+    kvs_buffer_release(held[3]);
+    assert_int_equal(h_call(f->peer, &a.req), KVC_OK);
+    while (n > 4)
+        kvs_buffer_release(held[--n]);
+    free(a.q);
+    a_stop(f);
+}
+
 /* Who has gone is noticed between two groups: what is left of the work is not done. How long all of
  * it takes is measured, so that the deadline passes in the middle on any machine. */
 static void test_deadline(void **state)
@@ -159,6 +199,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_load, a_setup, a_teardown),
+        cmocka_unit_test_setup_teardown(test_scratch, a_setup, a_teardown),
         cmocka_unit_test_setup_teardown(test_memory, a_setup, a_teardown),
         cmocka_unit_test_setup_teardown(test_deadline, a_setup, a_teardown),
     };

@@ -178,6 +178,66 @@ static void test_attend_memory(void **state)
     free_all();
 }
 
+typedef struct lender {
+    char *memory;
+    size_t len_bytes, most_bytes; /* the most that it lends */
+    uint32_t n_taken, n_given;
+} lender;
+
+static void *lend(void *arg, size_t len_bytes)
+{
+    lender *l = arg;
+
+    l->len_bytes = len_bytes;
+    if (len_bytes > l->most_bytes)
+        return NULL;
+    l->n_taken++;
+    l->memory = __real_aligned_alloc(64, (len_bytes + 63) / 64 * 64);
+    return l->memory;
+}
+
+static void take_back(void *arg, void *memory)
+{
+    lender *l = arg;
+
+    assert_ptr_equal(memory, l->memory);
+    l->n_given++;
+    free(memory);
+}
+
+/* Whoever brings the memory of calls sees all of it, and gets it back; without any, NO_MEMORY. */
+static void test_borrowed_memory(void **state)
+{
+    problem_shape shape = {7, 8, 2, 64, 300, KVK_BF16, true, false, 0};
+    support_random random = support_seed(7);
+    problem p = make_problem(&random, &shape);
+    size_t o_bytes = (size_t)7 * 8 * 64 * sizeof(float);
+    subject s = {.label = "borrowed"};
+    lender l = {.most_bytes = SIZE_MAX};
+    kvk_backend_opts opts = {.size_bytes = sizeof(opts), .n_threads = 1};
+
+    (void)state;
+    assert_ok(kvk_backend_open("cpu", &opts, &s.be));
+    assert_ok(kvk_backend_ops(s.be)->attend(s.be, &p.a, NULL));
+    kvk_backend_close(s.be);
+    float *o = get(o_bytes);
+    memcpy(o, p.a.o, o_bytes);
+    opts.memory = (kvk_memory){.take = lend, .arg = &l};
+    assert_status(kvk_backend_open("cpu", &opts, &s.be), KVC_INVALID);
+    opts.memory.give = take_back;
+    assert_ok(kvk_backend_open("cpu", &opts, &s.be));
+    atomic_store(&taken_bytes, 0);
+    assert_ok(kvk_backend_ops(s.be)->attend(s.be, &p.a, NULL));
+    assert_same_bits(&s, "o", p.a.o, o, o_bytes);
+    assert_int_equal(atomic_load(&taken_bytes), 0);
+    assert_true(l.n_taken > 0 && l.n_given == l.n_taken);
+    l.most_bytes = l.len_bytes - 1;
+    assert_status(kvk_backend_ops(s.be)->attend(s.be, &p.a, NULL), KVC_NO_MEMORY);
+    assert_int_equal(l.n_given, l.n_taken);
+    kvk_backend_close(s.be);
+    free_all();
+}
+
 #define CALLERS 4
 #define ROUNDS  20
 
@@ -239,6 +299,7 @@ int main(void)
         cmocka_unit_test(test_two_models_share_a_backend),
         cmocka_unit_test(test_many_callers),
         cmocka_unit_test(test_attend_memory),
+        cmocka_unit_test(test_borrowed_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

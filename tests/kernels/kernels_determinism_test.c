@@ -84,7 +84,7 @@ static void test_attend(void **state)
         {20, 8, 2, 128, 140, KVK_F32, false, true, 20},
         {37, 2, 1, 64, 30, KVK_BF16, true, true, 0},
         {9, 4, 2, 64, 300, KVK_E4M3_SCALED, true, true, 0},
-        /* Keys of two runs on one thread, and of one run on three: by tiles, by blocks. */
+        /* Keys of more runs on one thread than on three: by tiles, by blocks. */
         {49, 2, 2, 512, 900, KVK_BF16, true, true, 0},
         {2, 16, 16, 64, 5000, KVK_F16, true, true, 0},
     };

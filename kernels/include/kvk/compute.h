@@ -381,10 +381,22 @@ typedef struct kvk_ops {
 #undef KVK_OP_SLOT
 } kvk_ops;
 
+/*
+ * Where the calls of a backend get what they need beside their arguments, so that it can be
+ * counted: take gives len_bytes at a multiple of 64, or NULL (the call is NO_MEMORY); give takes
+ * them back before the call returns. Any thread, several at once.
+ */
+typedef struct kvk_memory {
+    void *(*take)(void *arg, size_t len_bytes);
+    void (*give)(void *arg, void *memory);
+    void *arg;
+} kvk_memory;
+
 typedef struct kvk_backend_opts {
     size_t size_bytes;  /* sizeof(kvk_backend_opts) */
     uint32_t n_threads; /* 0: one per core this process may use */
     const char *isa;    /* NULL: best; "portable", "avx2", "avx512", "amx" to force (cpu only) */
+    kvk_memory memory;  /* take NULL: the backend's own, which keeps some (cpu only) */
 } kvk_backend_opts;
 
 /*
