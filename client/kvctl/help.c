@@ -35,6 +35,7 @@ const char kvctl_help[] =
     "    erase     remove values from every tier of the server\n"
     "    doctor    check server and machine, and say what to do about what is wrong\n"
     "    explain   by which way missing rows would be reached, and why\n"
+    "    place     which of several servers owns a block\n"
     "    bench     time puts and reads against the server\n"
     "    help      this page, or that of a command\n"
     "\n"

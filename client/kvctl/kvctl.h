@@ -40,7 +40,7 @@ typedef struct kvctl_command {
 
 extern const kvctl_command kvctl_status, kvctl_top, kvctl_match, kvctl_rows, kvctl_get, kvctl_put,
     kvctl_prefetch, kvctl_context, kvctl_hold, kvctl_release, kvctl_erase, kvctl_doctor,
-    kvctl_bench, kvctl_explain;
+    kvctl_bench, kvctl_explain, kvctl_place;
 extern const char kvctl_help[];
 
 /* ---- main.c ---------------------------------------------------------------------------------- */

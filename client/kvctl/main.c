@@ -18,7 +18,7 @@
 static const kvctl_command *const commands[] = {
     &kvctl_status, &kvctl_top,      &kvctl_match,   &kvctl_rows,    &kvctl_get,
     &kvctl_put,    &kvctl_prefetch, &kvctl_context, &kvctl_hold,    &kvctl_release,
-    &kvctl_erase,  &kvctl_doctor,   &kvctl_bench,   &kvctl_explain,
+    &kvctl_erase,  &kvctl_doctor,   &kvctl_bench,   &kvctl_explain, &kvctl_place,
 };
 
 #define N_COMMANDS (sizeof(commands) / sizeof(commands[0]))

@@ -15,7 +15,7 @@ static void test_help(void **state)
     (void)state;
     static const char *const commands[] = {"status", "match",   "rows",  "doctor",  "top",
                                            "get",    "put",     "hold",  "release", "prefetch",
-                                           "erase",  "context", "bench", "explain"};
+                                           "erase",  "context", "bench", "explain", "place"};
     static const char *const sections[] = {
         "NAME\n", "SYNOPSIS\n", "DESCRIPTION\n", "OPTIONS\n", "EXIT STATUS\n", "EXAMPLES\n", NULL};
     expect(NULL, WORDS("--help"), 0, sections, NULL);
@@ -318,6 +318,24 @@ static void test_explain(void **state)
     expect(NULL, WORDS(ON, "explain", "--schema", schema_hex, "--part", "0"), 2, NULL, "--q-heads");
 }
 
+/* Owners are the published ones (tests/base/place_vectors.txt), and nobody is asked. */
+static void test_place(void **state)
+{
+    (void)state;
+    static const char zeros[] = "0000000000000000000000000000000000000000000000000000000000000000";
+    static const char ones[] = "ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff";
+    expect(NULL,
+           WORDS("--server", "grpc://127.0.0.1:1", "place", "--names", "2,0,1", "--schema", zeros,
+                 zeros, ones),
+           0, WORDS("0 1\n1 2\n", "2 has 1 of 2\n0 has 0 of 2\n1 has 1 of 2\n"), NULL);
+    expect(NULL, WORDS("--json", "place", "--names", "west,east", "--schema", zeros, zeros, ones),
+           0, WORDS("{\"blocks\":2,\"owners\":[\"west\",\"east\"]}"), NULL);
+    expect(NULL, WORDS("place", "--names", "a,a", "--schema", zeros, zeros), 2, NULL, "twice");
+    expect(NULL, WORDS("place", "--names", "a,,b", "--schema", zeros, zeros), 2, NULL, "1 to 255");
+    expect(NULL, WORDS("place", "--schema", zeros, zeros), 2, NULL, "--names is missing");
+    expect(NULL, WORDS("place", "--names", "a", zeros), 2, NULL, "--schema is missing");
+}
+
 static void test_keep(void **state)
 {
     (void)state;
@@ -477,7 +495,8 @@ int main(void)
         cmocka_unit_test(test_doctor_shm), cmocka_unit_test(test_schema_file),
         cmocka_unit_test(test_put_get),    cmocka_unit_test(test_keys),
         cmocka_unit_test(test_keep),       cmocka_unit_test(test_top),
-        cmocka_unit_test(test_explain),    cmocka_unit_test(test_bench),
+        cmocka_unit_test(test_explain),    cmocka_unit_test(test_place),
+        cmocka_unit_test(test_bench),
     };
     return cmocka_run_group_tests(tests, open_shared, close_shared);
 }
