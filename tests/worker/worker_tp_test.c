@@ -294,6 +294,25 @@ static void ranks_must_be_alike(void **state)
     }
 }
 
+/* The same names in another order are the same servers; others are not. */
+static void ranks_must_have_the_same_servers(void **state)
+{
+    static const char *const names[][2] = {{"a", "b"}, {"a", "c"}};
+    bench *b = *state;
+    kvc_client *clients[] = {b->client, b->client};
+    meeting m;
+    misfit rank[2];
+    meeting_open(&m, 2);
+    for (uint32_t i = 0; i < 2; i++) {
+        rank_rig(&rank[i].r, "tokenselect", KVW_INDEX_EXACT, i, 2, false, &m);
+        rank[i].r.opts.clients = clients;
+        rank[i].r.opts.n_clients = 2;
+        rank[i].r.opts.server_names = names[i];
+    }
+    refuse_group(rank, 2, "options");
+    meeting_close(&m);
+}
+
 /* ---- one rank fails alone ---- */
 
 typedef struct loner {
@@ -544,6 +563,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(esa_split_picks_exactly_the_same),
         cmocka_unit_test(ranks_must_be_alike),
+        cmocka_unit_test_setup_teardown(ranks_must_have_the_same_servers, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(a_rank_that_cannot_open_stops_all, bench_open, bench_close),
         cmocka_unit_test(a_rank_that_refuses_a_pass_stops_all),
         cmocka_unit_test(heads_that_do_not_divide_are_refused),
