@@ -1,6 +1,7 @@
 /*
  * chunk_select.cu: scores of landmarks and their k best: a scan that reads each landmark once, at
- * the memory's rate, and a search of the scores by one block a list.
+ * the memory's rate, and a search of the scores by one block a list; of a long list by one block a
+ * part, and then of what the parts found.
  *
  * Scan: kLanes lanes share a row, 16 bytes each at a time, ROWS rows a lane and two steps in
  * flight; the query lies in shared memory. A score is one chain of fused multiply-adds a lane, in
@@ -17,11 +18,16 @@
 #define ROWS         4u
 #define FIND_THREADS 1024u
 #define FIND_CANDS   4096u
+#define PART_ROWS    8192u /* of a long list, at least */
+#define PARTS_MAX    64u
+#define FOUND_MAX    2048u /* by all parts of a list together */
 
 struct chunk_params {
     kvk_cuda_chunk_select_args a;
     float *scores; /* [n_seqs, stride] */
     size_t stride;
+    uint64_t *found;  /* [n_seqs, n_parts, k] keys, best first, then zeros */
+    uint32_t n_parts; /* 1: the list is searched as a whole */
 };
 
 /* 16 bytes of a landmark times their queries, the second half of which lies `apart` float4 on. */
@@ -125,15 +131,20 @@ __global__ void __launch_bounds__(SCAN_THREADS, SCAN_BLOCKS)
                               n_pieces, query, p.scores + seq * p.stride);
 }
 
-/* A list being searched: its scores are read past L1, as the scan wrote them. */
+/* What is searched: rows [first, first + n) of a list's scores, or n keys that parts have found.
+ * Read past L1, as the kernel before wrote it. */
 struct search {
     const float *scores;
-    uint32_t n, k;
+    const uint64_t *keys; /* NULL: scores */
+    uint32_t first, n, k;
 };
 
-__device__ static inline uint64_t key_of(const struct search *s, uint32_t row)
+/* All keys differ, but for those found keys that are 0: no row. */
+__device__ static inline uint64_t key_of(const struct search *s, uint32_t i)
 {
-    return (uint64_t)topk_key(__ldcg(s->scores + row)) << 32 | (uint32_t)~row;
+    return s->keys ? __ldcg(s->keys + i)
+                   : (uint64_t)topk_key(__ldcg(s->scores + s->first + i)) << 32 |
+                         (uint32_t) ~(s->first + i);
 }
 
 /* A bound on the upper half of the k-th best key, to all threads: at least k threads have a key of
@@ -142,13 +153,9 @@ __device__ static uint32_t bound_of(const struct search *s)
 {
     uint32_t best = 0, bound = 0;
 
-    for (uint32_t from = threadIdx.x * 4u; from < s->n; from += FIND_THREADS * 4u) {
-        float4 x = __ldcg((const float4 *)(s->scores + from)); /* stride: whole pieces */
-        best = max(best, topk_key(x.x));
-        best = max(best, from + 1 < s->n ? topk_key(x.y) : 0);
-        best = max(best, from + 2 < s->n ? topk_key(x.z) : 0);
-        best = max(best, from + 3 < s->n ? topk_key(x.w) : 0);
-    }
+#pragma unroll 8
+    for (uint32_t i = threadIdx.x; i < s->n; i += FIND_THREADS)
+        best = max(best, (uint32_t)(key_of(s, i) >> 32));
     for (uint32_t bit = 1u << 31; bit >= 1u << 12; bit >>= 1) {
         if (__syncthreads_count(best >= (bound | bit)) >= (int)s->k)
             bound |= bit;
@@ -164,8 +171,9 @@ __device__ static uint32_t collect(const struct search *s, uint64_t least, uint6
     if (threadIdx.x == 0)
         *count = 0;
     __syncthreads();
-    for (uint32_t row = threadIdx.x; row < s->n; row += FIND_THREADS) {
-        uint64_t key = key_of(s, row);
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < s->n; i += FIND_THREADS) {
+        uint64_t key = key_of(s, i);
         uint32_t at = key >= least ? atomicAdd(count, 1u) : FIND_CANDS;
         if (at < FIND_CANDS)
             cands[at] = key;
@@ -183,8 +191,8 @@ __device__ static uint32_t count_keys(const struct search *s, uint64_t least, ui
     if (threadIdx.x == 0)
         *count = 0;
     __syncthreads();
-    for (uint32_t row = threadIdx.x; row < s->n; row += FIND_THREADS)
-        own += key_of(s, row) >= least;
+    for (uint32_t i = threadIdx.x; i < s->n; i += FIND_THREADS)
+        own += key_of(s, i) >= least;
     own = __reduce_add_sync(KVKI_FULL_WARP, own);
     if ((threadIdx.x & 31u) == 0)
         atomicAdd(count, own);
@@ -192,7 +200,8 @@ __device__ static uint32_t count_keys(const struct search *s, uint64_t least, ui
     return *count;
 }
 
-/* A key that at least k and at most FIND_CANDS keys reach; all keys differ, so there is one. */
+/* A key that at least k and at most FIND_CANDS keys reach; keys that count differ, so there is one.
+ */
 __device__ static uint64_t exact_bound(const struct search *s, uint32_t *count)
 {
     uint64_t least = 0;
@@ -208,47 +217,89 @@ __device__ static uint64_t exact_bound(const struct search *s, uint32_t *count)
     return least;
 }
 
-/* Writes each candidate that is among the k best at its rank. */
-__device__ static void rank(const struct chunk_params *p, uint32_t seq, const struct search *s,
-                            const uint64_t *cands, uint32_t n_cands)
+/* The keys that may be among the k best, into cands; gives their number. */
+__device__ static uint32_t candidates(const struct search *s, uint64_t *cands, uint32_t *count)
 {
-    for (uint32_t i = threadIdx.x; i < n_cands; i += FIND_THREADS) {
-        uint32_t before = 0, row = ~(uint32_t)cands[i];
-        size_t at = (size_t)seq * p->a.k;
-        for (uint32_t j = 0; j < n_cands; j++)
-            before += cands[j] > cands[i];
-        if (before >= p->a.k)
-            continue;
-        p->a.picks[at + before] = p->a.cands[seq].base + row;
-        p->a.scores[at + before] = __ldcg(s->scores + row);
-    }
+    uint64_t least = (uint64_t)bound_of(s) << 32;
+    uint32_t n = collect(s, least ? least : 1, cands, count);
+
+    return n > FIND_CANDS ? collect(s, exact_bound(s, count), cands, count) : n;
 }
 
+/* How many of the candidates are better. */
+__device__ static inline uint32_t rank_of(const uint64_t *cands, uint32_t n_cands, uint64_t key)
+{
+    uint32_t before = 0;
+
+    for (uint32_t j = 0; j < n_cands; j++)
+        before += cands[j] > key;
+    return before;
+}
+
+/* The k best keys of a part of a list. */
+__global__ void __launch_bounds__(FIND_THREADS) part_kernel(const struct chunk_params p)
+{
+    __shared__ uint64_t cands[FIND_CANDS];
+    __shared__ uint32_t count;
+    uint32_t seq = blockIdx.y, n = 0, each = 0, n_cands = 0;
+    uint64_t *found = p.found + ((size_t)seq * p.n_parts + blockIdx.x) * p.a.k;
+    struct search s = {p.scores + seq * p.stride, NULL, 0, 0, p.a.k};
+
+    kvki_wait_for_previous();
+    kvki_let_next_start();
+    n = min(p.a.cands[seq].n_rows, p.a.rows_max);
+    each = (n + p.n_parts - 1) / p.n_parts;
+    s.first = min(blockIdx.x * each, n);
+    s.n = min(each, n - s.first);
+    n_cands = candidates(&s, cands, &count);
+    for (uint32_t i = threadIdx.x; i < n_cands; i += FIND_THREADS) {
+        uint32_t rank = rank_of(cands, n_cands, cands[i]);
+        if (rank < p.a.k)
+            found[rank] = cands[i];
+    }
+    for (uint32_t i = min(s.n, p.a.k) + threadIdx.x; i < p.a.k; i += FIND_THREADS)
+        found[i] = 0;
+}
+
+/* The k best of a list, written. */
 __global__ void __launch_bounds__(FIND_THREADS) find_kernel(const struct chunk_params p)
 {
     __shared__ uint64_t cands[FIND_CANDS];
     __shared__ uint32_t count;
-    uint32_t seq = blockIdx.x, n_cands = 0;
-    struct search s = {p.scores + seq * p.stride, 0, p.a.k};
+    uint32_t seq = blockIdx.x, n = 0, n_cands = 0;
+    size_t at = (size_t)seq * p.a.k;
+    struct search s = {p.scores + seq * p.stride, NULL, 0, 0, p.a.k};
 
     kvki_wait_for_previous();
     kvki_let_next_start();
-    s.n = min(p.a.cands[seq].n_rows, p.a.rows_max);
-    n_cands = collect(&s, (uint64_t)bound_of(&s) << 32, cands, &count);
-    if (n_cands > FIND_CANDS)
-        n_cands = collect(&s, exact_bound(&s, &count), cands, &count);
-    rank(&p, seq, &s, cands, n_cands);
-    for (uint32_t i = s.n + threadIdx.x; i < p.a.k; i += FIND_THREADS) {
-        p.a.picks[(size_t)seq * p.a.k + i] = UINT32_MAX;
-        p.a.scores[(size_t)seq * p.a.k + i] = -INFINITY;
+    n = min(p.a.cands[seq].n_rows, p.a.rows_max);
+    s.n = p.n_parts > 1 ? p.n_parts * p.a.k : n;
+    s.keys = p.n_parts > 1 ? p.found + at * p.n_parts : NULL;
+    n_cands = candidates(&s, cands, &count);
+    for (uint32_t i = threadIdx.x; i < n_cands; i += FIND_THREADS) {
+        uint32_t rank = rank_of(cands, n_cands, cands[i]), row = ~(uint32_t)cands[i];
+        if (rank >= p.a.k)
+            continue;
+        p.a.picks[at + rank] = p.a.cands[seq].base + row;
+        p.a.scores[at + rank] = __ldcg(s.scores + row);
+    }
+    for (uint32_t i = min(n, p.a.k) + threadIdx.x; i < p.a.k; i += FIND_THREADS) {
+        p.a.picks[at + i] = UINT32_MAX;
+        p.a.scores[at + i] = -INFINITY;
     }
     if (threadIdx.x == 0)
-        p.a.n_picks[seq] = min(p.a.k, s.n);
+        p.a.n_picks[seq] = min(p.a.k, n);
 }
 
 extern "C" size_t kvk_cuda_chunk_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max)
 {
-    return n_seqs * kvki_round_up(rows_max, 4) * sizeof(float);
+    return n_seqs * (kvki_round_up(rows_max, 4) * sizeof(float) + FOUND_MAX * sizeof(uint64_t));
+}
+
+/* Parts that a list is searched in. */
+static uint32_t parts_of(uint32_t rows_max, uint32_t k)
+{
+    return max(1u, min(min(rows_max / PART_ROWS / 2, PARTS_MAX), FOUND_MAX / k));
 }
 
 typedef void (*scan_fn)(const struct chunk_params p);
@@ -280,7 +331,7 @@ static bool args_ok(const kvk_cuda_chunk_select_args *a)
 extern "C" kvc_status kvk_cuda_chunk_select(kvk_cuda *cuda, const kvk_cuda_chunk_select_args *args,
                                             kvk_stream *stream)
 {
-    struct chunk_params p = {*args, (float *)args->workspace, kvki_round_up(args->rows_max, 4)};
+    struct chunk_params p = {*args, NULL, kvki_round_up(args->rows_max, 4), NULL, 1};
     uint32_t rows = 0, blocks = 0, share = 0;
     scan_fn scan = NULL;
     kvc_status st = KVC_OK;
@@ -295,10 +346,16 @@ extern "C" kvc_status kvk_cuda_chunk_select(kvk_cuda *cuda, const kvk_cuda_chunk
     share = max(cuda->info.n_multiprocessors * SCAN_BLOCKS / args->n_seqs,
                 cuda->info.n_multiprocessors);
     blocks = (args->rows_max + rows * SCAN_WARPS - 1) / (rows * SCAN_WARPS);
+    p.found = (uint64_t *)args->workspace;
+    p.scores = (float *)(p.found + (size_t)args->n_seqs * FOUND_MAX);
+    p.n_parts = parts_of(args->rows_max, args->k);
     st = kvki_cuda_use(cuda);
     if (st == KVC_OK)
         st = kvki_cuda_launch_next(cuda, scan, dim3(min(blocks, share), args->n_seqs), SCAN_THREADS,
                                    args->dims * sizeof(float), stream, p);
+    if (st == KVC_OK && p.n_parts > 1)
+        st = kvki_cuda_launch_next(cuda, part_kernel, dim3(p.n_parts, args->n_seqs), FIND_THREADS,
+                                   0, stream, p);
     return st != KVC_OK ? st
                         : kvki_cuda_launch_next(cuda, find_kernel, dim3(args->n_seqs), FIND_THREADS,
                                                 0, stream, p);

@@ -154,10 +154,10 @@ static void check_close(const chosen *c, uint32_t s, const marks *m, uint32_t k)
 void cuda_case_chunk_select(numbers *from)
 {
     static const uint32_t shapes[][3] = {/* marks, dims, k */
-                                         {0, 32, 8},       {1, 128, 8},     {3, 8, 8},
-                                         {8, 768, 8},      {9, 40, 8},      {1000, 4096, 8},
-                                         {5000, 2048, 64}, {70001, 64, 8},  {20000, 136, 1024},
-                                         {70000, 8, 1},    {1023, 16, 1024}};
+                                         {0, 32, 8},       {1, 128, 8},      {3, 8, 8},
+                                         {8, 768, 8},      {9, 40, 8},       {1000, 4096, 8},
+                                         {5000, 2048, 64}, {70001, 64, 8},   {20000, 136, 1024},
+                                         {70000, 8, 1},    {1023, 16, 1024}, {300000, 8, 8}};
 
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
         for (int kind = 0; kind < 4; kind++) {
@@ -180,9 +180,10 @@ void cuda_case_chunk_select(numbers *from)
 void cuda_case_chunk_select_ties(numbers *from)
 {
     static const uint32_t ks[] = {1, 8, 64, 1000};
+    static const uint32_t ns[] = {30000, 200000, 50000, 40000};
 
     for (size_t i = 0; i < 4; i++) {
-        marks m = marks_of(from, 30000, 16, KVK_F32, true);
+        marks m = marks_of(from, ns[i], 16, KVK_F32, true);
         for (uint32_t j = 0; j < m.n; j++) {
             memset(m.rows + (size_t)j * 16, 0, 16 * sizeof(float));
             m.rows[(size_t)j * 16] = j % 100 == 99   ? NAN

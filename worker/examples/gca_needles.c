@@ -52,7 +52,7 @@ static const char usage[] =
     "                    8 times, the chunks are spread over the servers\n"
     "  --tokens N        length of the context, up to 67108864 (default 1048576)\n"
     "  --seed N          chooses tokens, needles and their places (default 1)\n"
-    "  --keys N          passkeys with a name, besides the one without (default 32, at most 64)\n"
+    "  --keys N          passkeys with a name, besides the one without (default 32, at most 128)\n"
     "  --links N         names that lead to another's name: two hops (default 16, at most --keys)\n"
     "  --decode N        tokens to write on after the answers, for the timing (default 512)\n"
     "  --server-pid PID  process of cachesvc, to report its memory; of several, their sum\n";

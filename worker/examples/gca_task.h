@@ -17,7 +17,7 @@ enum {
     GCA_HOP = 8,
     GCA_VALUE = 4,        /* tokens of an answer */
     GCA_NEEDLE = 8,       /* tokens of a needle */
-    GCA_MAX_KEYS = 64,    /* each of keys and links */
+    GCA_MAX_KEYS = 128,   /* each of keys and links */
     GCA_ANSWER_ROWS = 29, /* rows of an answer's chunk in which no question lies */
 };
 
