@@ -340,6 +340,11 @@ kvc_status kvwi_near_wait(kvwi_leg *leg) KVC_MUST_CHECK;
 /* Merges the leg's partials into the step's accumulator. */
 kvc_status kvwi_near_merge(kvwi_leg *leg) KVC_MUST_CHECK;
 
+static inline kvc_dtype kvwi_wire_dtype(kvk_dtype dtype)
+{
+    return dtype == KVK_F32 ? KVC_DTYPE_F32 : dtype == KVK_F16 ? KVC_DTYPE_F16 : KVC_DTYPE_BF16;
+}
+
 /* retrieve.c ------------------------------------------------------------------------------------
  */
 

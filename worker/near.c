@@ -15,11 +15,6 @@
 /* Time that the other ways have where this one does not come to an end: of what is left. */
 #define SHARE 2u
 
-static kvc_dtype wire_dtype(kvk_dtype dtype)
-{
-    return dtype == KVK_F32 ? KVC_DTYPE_F32 : dtype == KVK_F16 ? KVC_DTYPE_F16 : KVC_DTYPE_BF16;
-}
-
 static size_t o_bytes(const kvw_step *step)
 {
     const kvw_worker *w = step->seq->worker;
@@ -94,8 +89,8 @@ static kvc_attend_group group_of(kvwi_leg *leg, uint32_t p)
         .n_q = step->n_q,
         .n_q_heads = w->opts.n_q_heads,
         .dim = w->opts.head_dim,
-        .q_dtype = wire_dtype(w->opts.dtype),
-        .o_dtype = wire_dtype(w->opts.dtype),
+        .q_dtype = kvwi_wire_dtype(w->opts.dtype),
+        .o_dtype = kvwi_wire_dtype(w->opts.dtype),
         .q = p == 0 ? step->near_q.p : NULL,
         .o = out,
         .lse = (float *)(void *)(out + lse_off(step)),
@@ -150,6 +145,7 @@ static void settle(kvwi_leg *leg)
     }
     uint32_t n_near = leg->n_misses - n;
     kvwi_flight_count(step->seq, leg->server, &leg->flight.info, 0, 0);
+    step->seq->stats.bytes_near += o_bytes(step) + leg->n_near_parts * part_bytes(step);
     step->seq->stats.rows_near += n_near;
     step->seq->servers[leg->server].rows_near += n_near;
     leg->near_here = n_near != 0;

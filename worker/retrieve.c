@@ -1,6 +1,6 @@
 /*
- * retrieve.c: retrieval of whole chunks by landmarks (GCA 2410.01651 sec 3, HSA 2504.16795), with
- * memory of its own for the chosen ones.
+ * retrieve.c: retrieval of whole chunks (GCA, HSA), with memory of its own for the chosen ones, and
+ * attention over them.
  *
  * A retriever belongs to its sequence's thread. Its slab has room for k chunks, so a fetch writes
  * where nobody else's rows lie, chunks that are chosen again stay, and attention reads the slab
@@ -8,41 +8,14 @@
  * whose rows slot s has, or will have when the fetch in flight is over; ids ascend and ids[i] lies
  * in slot[i]; a chunk that did not arrive whole is not held.
  */
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include "base/clock.h"
+#include "base/metrics.h"
 #include "convert.h"
-#include "internal.h"
-
-#define NONE UINT32_MAX
-
-struct kvw_retriever {
-    kvw_seq *seq;
-    kvw_retriever *next; /* in the sequence's list */
-    uint32_t layer;
-    uint32_t first_head, n_heads; /* kv heads that it attends for */
-    uint32_t dim, dim_off;        /* elements of a landmark that it scores, and where they begin */
-    bool ready;                   /* a retrieval was made and nothing has spoilt it */
-    uint32_t n;
-    uint32_t *ids, *slot, *held;    /* [k] */
-    uint32_t *wanted, n_wanted;     /* [k] of ids: those to be fetched */
-    float *scores, *weights;        /* [k] */
-    uint32_t *order_ids;            /* [k] as top-k gave them */
-    float *order_scores, *order_w;  /* [k] likewise */
-    uint32_t *miss_pos, *miss_slot; /* [k * chunk] */
-    int8_t *miss_status;            /* [k * chunk] */
-    const void *rows[KVW_CHUNK_TOKENS];
-    uint8_t *slab; /* [k, chunk, row_bytes] */
-    size_t slab_bytes;
-    kvwi_regions regions;
-    uint32_t n_misses; /* rows, by server */
-    uint64_t deadline_ns;
-    kvwi_buf all_scores, topk, q, part, out;
-    kvwi_flight flights[]; /* of each server */
-};
+#include "retrieve.h"
 
 /* ---- open and close ---- */
 
@@ -96,7 +69,7 @@ static void stop_fetch(kvw_retriever *r)
         kvwi_flight_cancel(&r->flights[s]);
     }
     for (uint32_t i = 0; i < r->n_misses; i++) {
-        r->held[r->miss_slot[i] / KVW_CHUNK_TOKENS] = NONE;
+        r->held[r->miss_slot[i] / KVW_CHUNK_TOKENS] = KVWI_NO_CHUNK;
     }
     r->n_misses = 0;
     r->ready = false;
@@ -110,7 +83,8 @@ static void free_retriever(kvw_retriever *r)
     if (r->slab != NULL) {
         (void)munmap(r->slab, r->slab_bytes);
     }
-    kvwi_buf *const bufs[] = {&r->all_scores, &r->topk, &r->q, &r->part, &r->out};
+    kvwi_buf *const bufs[] = {&r->all_scores, &r->topk,   &r->q,       &r->part,
+                              &r->out,        &r->near_q, &r->near_out};
     for (size_t i = 0; i < sizeof(bufs) / sizeof(bufs[0]); i++) {
         kvwi_buf_fini(bufs[i]);
     }
@@ -200,10 +174,12 @@ void kvwi_retrievers_forget(kvw_seq *seq, uint32_t n_chunks)
 {
     for (kvw_retriever *r = seq->retrievers; r != NULL; r = r->next) {
         for (uint32_t s = 0; s < seq->worker->opts.k; s++) {
-            if (r->held[s] != NONE && r->held[s] >= n_chunks) {
-                r->held[s] = NONE;
-                r->ready = false;
+            if (r->held[s] != KVWI_NO_CHUNK && r->held[s] >= n_chunks) {
+                r->held[s] = KVWI_NO_CHUNK;
             }
+        }
+        for (uint32_t i = 0; i < r->n; i++) {
+            r->ready = r->ready && r->ids[i] < n_chunks;
         }
     }
 }
@@ -214,103 +190,10 @@ uint64_t kvwi_retrievers_bytes(const kvw_seq *seq)
     uint64_t n = 0;
     for (const kvw_retriever *r = seq->retrievers; r != NULL; r = r->next) {
         for (uint32_t s = 0; s < w->opts.k; s++) {
-            n += r->held[s] != NONE ? KVW_CHUNK_TOKENS * w->row_bytes : 0;
+            n += r->held[s] != KVWI_NO_CHUNK ? KVW_CHUNK_TOKENS * w->row_bytes : 0;
         }
     }
     return n;
-}
-
-/* ---- choose ---- */
-
-/* Scores of chunks 0 .. n - 1, a page of landmarks at a time. */
-static kvc_status score(kvw_retriever *r, const float *query, uint32_t n, float *out)
-{
-    const kvw_worker *w = r->seq->worker;
-    const kvwi_pages *pages = &r->seq->layers[r->layer].level[0];
-    size_t stride = (size_t)w->opts.landmark_dim * sizeof(float);
-    kvc_status st = KVC_OK;
-    for (uint32_t done = 0; st == KVC_OK && done < n;) {
-        uint32_t run = 0;
-        const uint8_t *marks = kvwi_pages_row(pages, done * KVW_CHUNK_TOKENS, &run);
-        run = kvwi_min_u32(run / KVW_CHUNK_TOKENS, n - done);
-        const kvk_score_keys_args args = {
-            .q = query + r->dim_off,
-            .m = 1,
-            .n_q_heads = 1,
-            .n_kv_heads = 1,
-            .head_dim = r->dim,
-            .keys = {marks + r->dim_off * sizeof(float), stride, KVK_F32},
-            .n = run,
-            .out = out + done,
-            .out_stride = run,
-        };
-        st = w->ops->score_keys(w->be, &args, NULL);
-        done += run;
-    }
-    return st;
-}
-
-static kvc_status take_best(kvw_retriever *r, const float *scores, uint32_t n)
-{
-    const kvw_worker *w = r->seq->worker;
-    uint32_t k = kvwi_min_u32(w->opts.k, n);
-    size_t bytes = kvk_topk_workspace_bytes(n, k);
-    kvc_status st = kvwi_buf_need(&r->topk, bytes);
-    if (st != KVC_OK) {
-        return st;
-    }
-    const kvk_topk_args best = {.scores = scores,
-                                .n = n,
-                                .k = k,
-                                .ids = r->order_ids,
-                                .out_scores = r->order_scores,
-                                .n_out_p = &r->n,
-                                .workspace = r->topk.p,
-                                .workspace_bytes = bytes};
-    st = w->ops->topk(w->be, &best, NULL);
-    if (st != KVC_OK) {
-        return st;
-    }
-    const kvk_chunk_weights_args weigh = {.scores = r->order_scores,
-                                          .ids = r->order_ids,
-                                          .n = 1,
-                                          .k = r->n,
-                                          .fusion = w->selector->fusion,
-                                          .scale = 1.0f / sqrtf((float)r->dim),
-                                          .weights = r->order_w};
-    return w->ops->chunk_weights(w->be, &weigh, NULL);
-}
-
-/* The lists by ascending chunk: the order of attention. */
-static void sort_chosen(kvw_retriever *r)
-{
-    for (uint32_t i = 0; i < r->n; i++) {
-        uint32_t at = 0;
-        for (uint32_t j = 0; j < r->n; j++) {
-            at += r->order_ids[j] < r->order_ids[i];
-        }
-        r->ids[at] = r->order_ids[i];
-        r->scores[at] = r->order_scores[i];
-        r->weights[at] = r->order_w[i];
-    }
-}
-
-static kvc_status choose(kvw_retriever *r, const float *query, uint32_t n)
-{
-    uint64_t t0 = kvc_now_ns();
-    r->n = 0;
-    kvc_status st = kvwi_buf_need(&r->all_scores, (n + 1u) * sizeof(float));
-    if (st == KVC_OK && n != 0) {
-        st = score(r, query, n, r->all_scores.p);
-        if (st == KVC_OK) {
-            st = take_best(r, r->all_scores.p, n);
-        }
-    }
-    sort_chosen(r);
-    r->seq->stats.steps++;
-    r->seq->stats.reselects++;
-    r->seq->stats.ns_select += kvc_now_ns() - t0;
-    return st == KVC_OK ? st : kvwi_fail(st, "retrieval failed: %s", kvc_status_name(st));
 }
 
 /* ---- bring ---- */
@@ -383,12 +266,13 @@ static void place(kvw_retriever *r)
     r->n_misses = 0;
     r->n_wanted = 0;
     for (uint32_t s = 0; s < k; s++) {
-        r->held[s] = r->held[s] != NONE && is_chosen(r, r->held[s]) ? r->held[s] : NONE;
+        r->held[s] =
+            r->held[s] != KVWI_NO_CHUNK && is_chosen(r, r->held[s]) ? r->held[s] : KVWI_NO_CHUNK;
     }
     for (uint32_t i = 0; i < r->n; i++) {
         uint32_t s = slot_with(r, r->ids[i]);
         if (s == k) {
-            s = slot_with(r, NONE); /* there is one: no more are chosen than slots */
+            s = slot_with(r, KVWI_NO_CHUNK); /* there is one: no more are chosen than slots */
             bring(r, i, s);
         }
         r->slot[i] = s;
@@ -398,6 +282,15 @@ static void place(kvw_retriever *r)
     stats->picks += rows;
     stats->misses += r->n_misses;
     stats->hits += rows - r->n_misses;
+}
+
+/* The slots of wanted chunks hold them, or will; or they stay empty. */
+static void hold_wanted(kvw_retriever *r, bool held)
+{
+    for (uint32_t j = 0; j < r->n_wanted; j++) {
+        uint32_t i = r->wanted[j];
+        r->held[r->slot[i]] = held ? r->ids[i] : KVWI_NO_CHUNK;
+    }
 }
 
 static void submit(kvw_retriever *r)
@@ -436,13 +329,17 @@ kvc_status kvw_retrieve(kvw_retriever *r, const float *query, uint64_t n_chunks)
         return kvwi_fail(KVC_INVALID, "the query is not finite");
     }
     stop_fetch(r);
-    kvc_status st = choose(r, query, (uint32_t)n_chunks);
+    kvc_status st = kvwi_retriever_choose(r, query, (uint32_t)n_chunks);
     if (st != KVC_OK) {
         r->n = 0;
         return st;
     }
     place(r);
-    submit(r);
+    r->near = r->n_misses != 0 && kvwi_retriever_near_wanted(r);
+    hold_wanted(r, !r->near);
+    if (!r->near) {
+        submit(r);
+    }
     r->ready = true;
     return KVC_OK;
 }
@@ -476,7 +373,7 @@ static kvc_status settle(kvw_retriever *r, uint32_t server)
         kvc_status st = (kvc_status)r->miss_status[i];
         if (st != KVC_OK) {
             first = lost++ == 0 ? (flight->status != KVC_OK ? flight->status : st) : first;
-            r->held[r->miss_slot[i] / KVW_CHUNK_TOKENS] = NONE;
+            r->held[r->miss_slot[i] / KVW_CHUNK_TOKENS] = KVWI_NO_CHUNK;
         }
     }
     kvwi_flight_count(r->seq, server, &flight->info, flight->n - lost, w->row_bytes);
@@ -540,15 +437,51 @@ static kvc_status attend_chunk(kvw_retriever *r, uint32_t i, uint32_t n_q, uint3
     return w->ops->attend(w->be, &args, NULL);
 }
 
+static bool is_afar(const kvw_retriever *r, uint32_t i)
+{
+    return r->held[r->slot[i]] != r->ids[i];
+}
+
+/* What servers attend over, after what is here; fetched after all where they do not. */
+static kvc_status attend_afar(kvw_retriever *r, uint32_t n_q, uint32_t heads, float *o, float *lse)
+{
+    size_t rows = (size_t)n_q * heads, len = rows * r->seq->worker->opts.head_dim;
+    kvc_status st = kvwi_retriever_near_land(r, n_q, o, lse);
+    if (st == KVC_OK) {
+        return st;
+    }
+    KVC_COUNT(way_fallbacks);
+    r->seq->stats.way_fallbacks++;
+    r->near = false;
+    hold_wanted(r, true);
+    memset(r->miss_status, KVC_NOT_FOUND, r->n_misses);
+    submit(r);
+    st = arrive(r);
+    for (uint32_t j = 0; st == KVC_OK && j < r->n_wanted; j++) {
+        uint32_t i = r->wanted[j];
+        st = attend_chunk(r, i, n_q, heads, o + i * len, lse + i * rows);
+    }
+    return st;
+}
+
 /* Every chunk's partial, then their weighted sum in r->out. */
-static kvc_status attend_chosen(kvw_retriever *r, uint32_t n_q, uint32_t heads)
+static kvc_status attend_chosen(kvw_retriever *r, const void *q, uint32_t n_q, uint32_t heads)
 {
     const kvw_worker *w = r->seq->worker;
     size_t rows = (size_t)n_q * heads, len = rows * w->opts.head_dim;
     float *o = r->part.p, *lse = o + r->n * len;
     kvc_status st = KVC_OK;
+    if (r->near) {
+        kvwi_retriever_near_send(r, q, n_q);
+    }
     for (uint32_t i = 0; st == KVC_OK && i < r->n; i++) {
-        st = attend_chunk(r, i, n_q, heads, o + i * len, lse + i * rows);
+        if (!is_afar(r, i)) {
+            st = attend_chunk(r, i, n_q, heads, o + i * len, lse + i * rows);
+        }
+    }
+    if (r->near) {
+        kvc_status landed = attend_afar(r, n_q, heads, o, lse);
+        st = st == KVC_OK ? landed : st;
     }
     const kvk_chunk_fuse_args fuse = {.o = o,
                                       .lse = lse,
@@ -568,7 +501,7 @@ kvc_status kvw_retriever_attend(kvw_retriever *r, const void *q, uint32_t n_q, v
     const kvw_worker *w = r->seq->worker;
     uint32_t heads = w->opts.n_q_heads / w->opts.n_kv_heads * r->n_heads;
     size_t rows = (size_t)n_q * heads, len = rows * w->opts.head_dim;
-    kvc_status st = arrive(r);
+    kvc_status st = r->near && r->ready ? KVC_OK : arrive(r);
     if (st != KVC_OK) {
         return st;
     }
@@ -583,7 +516,7 @@ kvc_status kvw_retriever_attend(kvw_retriever *r, const void *q, uint32_t n_q, v
         .in = {q, width * w->elem_bytes, w->opts.dtype}, .n = n_q, .width = width, .out = r->q.p};
     st = w->ops->convert(w->be, &convert, NULL);
     if (st == KVC_OK) {
-        st = attend_chosen(r, n_q, heads);
+        st = attend_chosen(r, q, n_q, heads);
     }
     if (st != KVC_OK) {
         return kvwi_fail(st, "attention failed: %s", kvc_status_name(st));

@@ -71,11 +71,6 @@ static void write_codec(const kvw_worker *w, char *text, size_t cap)
     (void)snprintf(text + n, cap - n, ";projection=%s", hex);
 }
 
-static kvc_dtype part_dtype(kvk_dtype dtype)
-{
-    return dtype == KVK_F32 ? KVC_DTYPE_F32 : dtype == KVK_F16 ? KVC_DTYPE_F16 : KVC_DTYPE_BF16;
-}
-
 static kvc_rope part_rope(const kvw_worker *w)
 {
     const kvk_rope_params *r = &w->opts.rope;
@@ -99,7 +94,7 @@ static kvc_part kv_part(const kvw_worker *w, uint32_t rank, uint32_t layer)
     return (kvc_part){
         .part = rank * KVWI_PART_RANK_STRIDE + layer,
         .kind = KVC_PART_KV,
-        .dtype = part_dtype(o->dtype),
+        .dtype = kvwi_wire_dtype(o->dtype),
         .layer = layer,
         .kv_head_first = rank * o->n_kv_heads,
         .kv_head_count = o->n_kv_heads,

@@ -116,7 +116,8 @@ typedef struct kvw_opts {
      * them, and another is taken only where it cannot serve a step. "near": the server attends and
      * sends a partial; its o is rounded to dtype, so a step differs from one by rows by at most
      * 2^-8 (bf16) or 2^-11 (f16) of the largest |v|, beside the last bits of f32. Never with exact,
-     * nor in passes of chunk_tokens, whose blocks others reuse.
+     * nor in passes of chunk_tokens, whose blocks others reuse. A retriever of whole chunks goes
+     * by "near" only where that is asked for: see kvw_retriever_attend.
      */
     const char *way;
     /* "gca", "hsa": elements of a landmark, a multiple of 16; else 0 */
@@ -331,6 +332,13 @@ KVW_API kvc_status kvw_retrieved(const kvw_retriever *retriever, const uint32_t 
  * first call after kvw_retrieve waits for the chunks up to fetch_timeout_ns: TIMED_OUT, NOT_FOUND,
  * UNAVAILABLE, after which only another kvw_retrieve helps. The same bits whatever had to be
  * fetched.
+ *
+ * With way "near" (not with exact, not for a single kv head) kvw_retrieve fetches nothing: every
+ * call sends q to the servers of what is not here, up to 64 queries, and gets one partial a chunk,
+ * rounded to dtype, so out differs from that of fetched chunks by at most 2^-8 (bf16) or 2^-11
+ * (f16) of the largest |v|, beside the last bits of f32. That moves less where few queries follow a
+ * retrieval: a query and its partials are (1 + chunks) * query heads * head_dim elements, chunks
+ * come once, 64 rows each. What servers do not attend is fetched in the same call.
  */
 KVW_API kvc_status kvw_retriever_attend(kvw_retriever *retriever, const void *q, uint32_t n_q,
                                         void *out) KVC_MUST_CHECK;
@@ -353,6 +361,7 @@ typedef struct kvw_stats {
     uint64_t steps_device;  /* of steps: on the device */
     uint64_t host_syncs;    /* times that the sequence's thread waited for the device */
     uint64_t bytes_device;  /* device memory that the sequence holds */
+    uint64_t bytes_near;    /* queries and partials that moved for rows_near */
 } kvw_stats;
 
 KVW_API kvc_status kvw_seq_stats(const kvw_seq *seq, kvw_stats *stats_p) KVC_MUST_CHECK;
