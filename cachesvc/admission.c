@@ -8,7 +8,16 @@
 
 #include "base/metrics.h"
 
-#define AHEAD 64u /* a record covers this share of the budget beyond what was spent */
+#define AHEAD    64u /* a record covers this share of the budget beyond what was spent */
+#define MAX_ENDS 16u /* and half of it for each process that came to no end, down to this power */
+
+/* What a record covers ahead is lost when its process dies. So it halves with each that did: all of
+   them together cost no more than a 32nd of the budget, and then a 4,194,304th each. */
+static uint64_t ahead_bytes(const kvs_admission *admission)
+{
+    uint32_t n = admission->n_ends < MAX_ENDS ? admission->n_ends : MAX_ENDS;
+    return admission->budget_bytes / AHEAD >> n;
+}
 
 void kvs_admission_init(kvs_admission *admission, kvs_admission_policy policy,
                         uint64_t budget_bytes, uint64_t now_ns)
@@ -18,6 +27,7 @@ void kvs_admission_init(kvs_admission *admission, kvs_admission_policy policy,
     admission->day_start_ns = now_ns;
     admission->spent_bytes = 0;
     admission->kept_bytes = 0;
+    admission->n_ends = 0;
     admission->unkept = false;
     kvc_mutex_init(&admission->lock, KVC_RANK_LEAF);
 }
@@ -40,6 +50,7 @@ static void turn_day(kvs_admission *admission, uint64_t now_ns)
     admission->day_start_ns = now_ns;
     admission->spent_bytes = 0;
     admission->kept_bytes = 0;
+    admission->n_ends = 0;
 }
 
 void kvs_admission_take_up(kvs_admission *admission, const kvs_admission_day *day, uint64_t now_ns,
@@ -52,6 +63,7 @@ void kvs_admission_take_up(kvs_admission *admission, const kvs_admission_day *da
     admission->day_start_ns = now_ns - age_ns; /* may wrap, where the machine is younger: so it is
                                                   only ever subtracted */
     admission->spent_bytes = admission->kept_bytes = day->spent_bytes;
+    admission->n_ends = day->n_ends + !day->exact;
     kvc_mutex_unlock(&admission->lock);
 }
 
@@ -66,7 +78,9 @@ bool kvs_admission_due(kvs_admission *admission, uint64_t now_ns, uint64_t wall_
     due = due && !is_over(admission, now_ns);
     day_p->start_ns = admission->day_start_ns;
     day_p->start_wall_ns = wall_ns - (now_ns - admission->day_start_ns);
-    day_p->spent_bytes = admission->spent_bytes + (over ? 0 : admission->budget_bytes / AHEAD);
+    day_p->spent_bytes = admission->spent_bytes + (over ? 0 : ahead_bytes(admission));
+    day_p->n_ends = admission->n_ends;
+    day_p->exact = over;
     kvc_mutex_unlock(&admission->lock);
     return due;
 }

@@ -25,9 +25,10 @@ typedef enum kvs_admission_policy {
 typedef struct kvs_admission {
     kvs_admission_policy policy;
     uint64_t budget_bytes; /* a day; 0: no limit */
-    kvc_mutex lock;        /* rank LEAF; guards the three below */
+    kvc_mutex lock;        /* rank LEAF; guards the four below */
     uint64_t day_start_ns, spent_bytes;
     uint64_t kept_bytes; /* that the day's record covers */
+    uint32_t n_ends;     /* of processes that left no exact record behind, this day */
     bool unkept;         /* the last record could not be written; its writer's */
 } kvs_admission;
 
@@ -35,6 +36,8 @@ typedef struct kvs_admission {
 typedef struct kvs_admission_day {
     uint64_t start_wall_ns; /* CLOCK_REALTIME */
     uint64_t spent_bytes;
+    uint32_t n_ends;   /* processes that ended before with a record that was not exact */
+    bool exact;        /* nothing was covered ahead: its process came to its end */
     uint64_t start_ns; /* CLOCK_MONOTONIC: of this process, and not recorded */
 } kvs_admission_day;
 

@@ -4,7 +4,8 @@
  * Before a write goes to lmdb the record covers it, or all of the budget, and is synced. It covers
  * a 64th of the budget more than was spent when it was written, so that few writes wait for one: a
  * process that dies takes the day up with that much less than is left of it at most, and never with
- * more. Every such end costs up to a 64th.
+ * more. Such an end costs up to a 64th of the budget, the next one of that day half as much, and so
+ * on: processes that die again and again do not use the day up.
  */
 #include "admission_record.h"
 
@@ -15,7 +16,8 @@
 #include "base/log.h"
 
 #define NAME         "admission/day"
-#define RECORD_BYTES 16u
+#define RECORD_BYTES 24u
+#define OLD_BYTES    16u /* of a server that did not count ends */
 
 static bool has_budget(const kvs_server *server)
 {
@@ -29,9 +31,13 @@ void kvs_admission_load(kvs_server *server)
     if (!has_budget(server))
         return;
     kvc_status status = server->lmdb.ops->meta_get(server->lmdb.tier, NAME, &data, &len_bytes);
-    if (status == KVC_OK && len_bytes == RECORD_BYTES) {
+    if (status == KVC_OK && (len_bytes == RECORD_BYTES || len_bytes == OLD_BYTES)) {
         kvs_admission_day day = {.start_wall_ns = kvc_le_get(data, 8),
                                  .spent_bytes = kvc_le_get((uint8_t *)data + 8, 8)};
+        if (len_bytes == RECORD_BYTES) {
+            day.n_ends = (uint32_t)kvc_le_get((uint8_t *)data + 16, 4);
+            day.exact = kvc_le_get((uint8_t *)data + 20, 4) != 0;
+        }
         kvs_admission_take_up(&server->admission, &day, kvc_now_ns(), kvc_wall_ns());
     } else if (status != KVC_NOT_FOUND) {
         KVC_LOG_WARN(SERVER, "what was written to lmdb today is not known: %s",
@@ -49,6 +55,8 @@ void kvs_admission_save(kvs_server *server, bool over)
         return;
     kvc_le_put(record, day.start_wall_ns, 8);
     kvc_le_put(record + 8, day.spent_bytes, 8);
+    kvc_le_put(record + 16, day.n_ends, 4);
+    kvc_le_put(record + 20, day.exact, 4);
     kvc_status status = server->lmdb.ops->meta_put(server->lmdb.tier, NAME, record, sizeof(record));
     if (status == KVC_OK)
         kvs_admission_kept(&server->admission, &day);

@@ -50,8 +50,8 @@ static const kvc_setting table[] = {
      1024 * TIB, NULL,
      "Bytes of values that may be written to lmdb in a day, to spare the disk. DURABLE puts count "
      "and are always written; MEMORY values stay in dram only once it is spent. The day begins "
-     "with its first write and goes on over restarts; a crash costs up to a 64th of it. 0: no "
-     "limit."},
+     "with its first write and goes on over restarts; a crash costs up to a 64th of it, each "
+     "further one of the day half as much. 0: no limit."},
     {"lmdb_reader", KVC_CONFIG_DURATION, FIELD(lmdb_reader_ns), "100ms", 1 * MS, 10 * SECOND, NULL,
      "The longest that a read of lmdb keeps freed space from being used again, while it waits for "
      "the disk."},

@@ -70,6 +70,30 @@ static void test_budget_days_go_on(void **state)
     kvs_admission_fini(&a);
 }
 
+/* Processes that die one after the other, each after a write: the day's budget is left for others.
+ */
+static void test_budget_in_a_crash_loop(void **state)
+{
+    const uint64_t wall = 50 * KVS_ADMISSION_DAY_NS, budget = 1ull << 30;
+    kvs_admission a;
+    kvs_admission_day day = {.start_wall_ns = wall, .exact = true};
+    (void)state;
+    for (uint32_t i = 0; i < 5000; i++) {
+        kvs_admission_init(&a, KVS_ADMIT_ALL, budget, 5);
+        kvs_admission_take_up(&a, &day, 5, wall + i);
+        assert_true(kvs_admission_take(&a, 100, 6));
+        if (kvs_admission_due(&a, 7, wall + i, false, &day))
+            kvs_admission_kept(&a, &day);
+        assert_true(day.spent_bytes >= 100 * (i + 1ull)); /* never with more left than there is */
+        kvs_admission_fini(&a);
+    }
+    assert_in_range(day.spent_bytes, 500000 + budget / 64, 500000 + budget / 32 + 5000 * 256);
+    kvs_admission_init(&a, KVS_ADMIT_ALL, budget, 5);
+    kvs_admission_take_up(&a, &day, 5, wall + 5000);
+    assert_true(kvs_admission_take(&a, budget / 10 * 9, 6));
+    kvs_admission_fini(&a);
+}
+
 /* What was spent of a day is not covered by a record of the day before that was on its way. */
 static void test_budget_day_turns_meanwhile(void **state)
 {
@@ -106,6 +130,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_budget_days),
         cmocka_unit_test(test_budget_days_go_on),
+        cmocka_unit_test(test_budget_in_a_crash_loop),
         cmocka_unit_test(test_budget_day_turns_meanwhile),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -230,7 +230,7 @@ static void test_write_budget_is_recorded_first(void **state)
         const kvs_store *lmdb = &f->h.server->lmdb;
         assert_int_equal(lmdb->ops->meta_get(lmdb->tier, "admission/day", &record, &len_bytes),
                          KVC_OK);
-        assert_int_equal(len_bytes, 16);
+        assert_int_equal(len_bytes, 24);
         assert_true(kvc_le_get((uint8_t *)record + 8, 8) >= spent_bytes);
         free(record);
     }
