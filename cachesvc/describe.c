@@ -49,7 +49,8 @@ void kvs_on_describe(kvs_server *server, kvt_call *call, const kvc_digest *tenan
     if (max > server->limits.max_digests)
         max = server->limits.max_digests;
     kvc_digest *schemas = kvc_arena_calloc(&call->arena, max ? max : 1, sizeof(*schemas));
-    if (!schemas) {
+    uint8_t *opaque = kvc_arena_calloc(&call->arena, max ? max : 1, sizeof(*opaque));
+    if (!schemas || !opaque) {
         kvs_fail(call, KVC_NO_MEMORY, "no memory for the list of schemas");
         return;
     }
@@ -59,7 +60,8 @@ void kvs_on_describe(kvs_server *server, kvt_call *call, const kvc_digest *tenan
     reply.u.describe.tiers = tiers;
     reply.u.describe.n_tiers = tier_stats(server, tiers);
     reply.u.describe.schemas = schemas;
-    reply.u.describe.n_schemas = kvs_schemas_list(server->schemas, tenant, schemas, max);
+    reply.u.describe.opaque = opaque;
+    reply.u.describe.n_schemas = kvs_schemas_list(server->schemas, tenant, schemas, opaque, max);
     kvs_answer(call, &reply, NULL, 0);
 }
 

@@ -243,13 +243,16 @@ kvc_status kvs_schemas_add(kvs_schemas *schemas, const kvc_digest *tenant, const
 }
 
 uint32_t kvs_schemas_list(kvs_schemas *schemas, const kvc_digest *tenant, kvc_digest *out,
-                          uint32_t max)
+                          uint8_t *opaque, uint32_t max)
 {
     uint32_t n = 0;
     kvc_mutex_lock(&schemas->lock);
-    for (uint32_t i = 1; i <= schemas->n_top && n < max; i++)
-        if (schemas->by_id[i] && kvc_digest_equal(&schemas->by_id[i]->tenant, tenant))
-            out[n++] = schemas->by_id[i]->digest;
+    for (uint32_t i = 1; i <= schemas->n_top && n < max; i++) {
+        if (!schemas->by_id[i] || !kvc_digest_equal(&schemas->by_id[i]->tenant, tenant))
+            continue;
+        opaque[n] = schemas->by_id[i]->piece_bytes != 0;
+        out[n++] = schemas->by_id[i]->digest;
+    }
     kvc_mutex_unlock(&schemas->lock);
     return n;
 }

@@ -89,9 +89,10 @@ kvc_status kvs_schemas_add(kvs_schemas *schemas, const kvc_digest *tenant, const
                            uint32_t (*class_of)(void *arg, const kvc_digest *tenant,
                                                 uint32_t value_bytes, uint32_t n_rows),
                            void *arg, const kvs_schema **schema_p, bool *new_p) KVC_MUST_CHECK;
-/* Digests of the tenant's schemas, at most max; returns how many were written. */
+/* Digests of the tenant's schemas, at most max, and 1 for each that is opaque, else 0; returns how
+   many were written. */
 uint32_t kvs_schemas_list(kvs_schemas *schemas, const kvc_digest *tenant, kvc_digest *out,
-                          uint32_t max);
+                          uint8_t *opaque, uint32_t max);
 uint32_t kvs_schemas_count(kvs_schemas *schemas);
 
 #endif

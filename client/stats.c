@@ -35,6 +35,13 @@ static kvc_status take_describe(void *arg, const kvc_reply *reply)
         return KVC_NO_MEMORY;
     if (n > 0)
         memcpy(schemas, reply->u.describe.schemas, n * sizeof(*schemas));
+    if (n > 0 && reply->u.describe.opaque != NULL) {
+        uint8_t *opaque = kvc_arena_calloc(&h->arena, n, sizeof(*opaque));
+        if (opaque == NULL)
+            return KVC_NO_MEMORY;
+        memcpy(opaque, reply->u.describe.opaque, n);
+        h->stats.opaque = opaque;
+    }
     h->stats.n_schemas = n;
     h->stats.schemas = schemas;
     return KVC_OK;

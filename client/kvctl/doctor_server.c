@@ -76,6 +76,24 @@ static void check_limits(doctor *d)
     }
 }
 
+/* Schemas, and whether what opaque ones are for is taken. */
+static void check_schemas(doctor *d)
+{
+    uint32_t n_opaque = 0;
+    for (uint32_t i = 0; d->stats->opaque != NULL && i < d->stats->n_schemas; i++)
+        n_opaque += d->stats->opaque[i] != 0;
+    if (n_opaque > 0 && d->stats->limits->max_pieces == 0) {
+        doctor_report(d, DOCTOR_WARN, "server",
+                      "%u of its %u schemas are opaque, and it takes no "
+                      "opaque values",
+                      n_opaque, d->stats->n_schemas);
+        doctor_fix(d, "raise dram_bytes above 16 times max_value_bytes");
+        return;
+    }
+    doctor_report(d, DOCTOR_OK, "server", "%u of %u schemas are registered, %u of them opaque",
+                  d->stats->n_schemas, d->stats->limits->max_schemas, n_opaque);
+}
+
 static void report_ping(doctor *d, uint64_t took_ns)
 {
     char text[KVC_TEXT_BYTES];
@@ -129,6 +147,7 @@ void doctor_check_server(doctor *d)
     check_sums(d, client);
     if (kvc_stats(client, kvctl_deadline_ns(d->globals), &d->stats) == KVC_OK) {
         check_limits(d);
+        check_schemas(d);
     } else {
         doctor_report(d, DOCTOR_FAIL, "server", "it does not say what it is: %s", kvc_last_error());
         doctor_fix(d, "look into its log");

@@ -29,7 +29,8 @@ static const char help[] =
     "    -a, --all\n"
     "        Print the limits, the registered schemas and what each is for, and the "
     "counters\n"
-    "        that are zero too. --json always prints it, of schemas the digests.\n"
+    "        that are zero too. --json always prints it, of schemas the\n"
+    "        digests, and those of opaque ones once more by themselves.\n"
     "    -h, --help\n"
     "        Print this page.\n"
     "\n"
@@ -189,6 +190,13 @@ static void print_json(const kvctl_globals *globals, const kvc_server_stats *sta
     for (uint32_t i = 0; i < stats->n_schemas; i++) {
         kvc_digest_hex(&stats->schemas[i], hex);
         kvctl_json_text(NULL, hex);
+    }
+    kvctl_json_close();
+    kvctl_json_open("opaque_schemas", '[');
+    for (uint32_t i = 0; stats->opaque != NULL && i < stats->n_schemas; i++) {
+        kvc_digest_hex(&stats->schemas[i], hex);
+        if (stats->opaque[i])
+            kvctl_json_text(NULL, hex);
     }
     kvctl_json_close();
     kvctl_json_open("counters", '{');

@@ -41,6 +41,24 @@ static kvc_limits get_limits(const Kvasir__V1__Limits *msg)
     };
 }
 
+/* Which schemas are opaque; older servers do not tell. */
+static kvc_status get_opaque(kvci_job *job, const Kvasir__V1__DescribeReply *msg,
+                             const uint8_t **opaque_p)
+{
+    *opaque_p = NULL;
+    if (msg->n_opaque == 0)
+        return KVC_OK;
+    if (msg->n_opaque != msg->n_schemas)
+        return kvci_refuse(job, "opaque must have one for each schema, or none");
+    uint8_t *opaque = kvc_arena_alloc(job->arena, msg->n_opaque);
+    if (opaque == NULL)
+        return kvci_no_memory(job);
+    for (size_t i = 0; i < msg->n_opaque; i++)
+        opaque[i] = msg->opaque[i] != 0;
+    *opaque_p = opaque;
+    return KVC_OK;
+}
+
 kvc_status kvci_get_describe_reply(kvci_job *job, kvc_reply *reply)
 {
     const Kvasir__V1__DescribeReply *msg = (const Kvasir__V1__DescribeReply *)job->msg;
@@ -66,7 +84,7 @@ kvc_status kvci_get_describe_reply(kvci_job *job, kvc_reply *reply)
     reply->u.describe.n_tiers = (uint32_t)msg->n_tiers;
     reply->u.describe.n_schemas = (uint32_t)msg->n_schemas;
     reply->u.describe.schemas = schemas;
-    return KVC_OK;
+    return get_opaque(job, msg, &reply->u.describe.opaque);
 }
 
 kvc_status kvci_get_register_schema_reply(kvci_job *job, kvc_reply *reply)

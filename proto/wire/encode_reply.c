@@ -59,6 +59,14 @@ kvc_status kvci_put_describe_reply(const kvc_reply *reply, const kvci_out *out)
         return KVC_NO_MEMORY;
     for (uint32_t i = 0; i < n; i++)
         msg.schemas[i] = kvci_put_digest(&reply->u.describe.schemas[i]);
+    if (reply->u.describe.opaque != NULL) {
+        msg.opaque = kvc_arena_alloc(out->arena, n * sizeof(*msg.opaque));
+        if (msg.opaque == NULL)
+            return KVC_NO_MEMORY;
+        for (uint32_t i = 0; i < n; i++)
+            msg.opaque[i] = reply->u.describe.opaque[i] != 0;
+        msg.n_opaque = n;
+    }
     Kvasir__V1__Limits limits = put_limits(&reply->u.describe.limits);
     msg.boot_id = reply->u.describe.boot_id;
     msg.limits = &limits;

@@ -233,6 +233,7 @@ typedef struct kvc_reply {
             uint32_t n_tiers, n_schemas;
             const kvc_tier_stats *tiers;
             const kvc_digest *schemas;
+            const uint8_t *opaque; /* [n_schemas] 1 for an opaque one, else 0; NULL: not told */
         } describe;
         struct {
             kvc_digest digest;

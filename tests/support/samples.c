@@ -524,6 +524,8 @@ static void fill_describe_reply(kvc_reply *reply, kvc_arena *arena)
     reply->u.describe.tiers = sample_tiers(arena);
     reply->u.describe.n_schemas = 3;
     reply->u.describe.schemas = sample_digests(3, arena);
+    static const uint8_t opaque[] = {0, 1, 0};
+    reply->u.describe.opaque = opaque;
 }
 
 kvc_reply sample_reply(kvc_method method, size_t data_bytes, kvc_arena *arena)

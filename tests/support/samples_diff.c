@@ -363,6 +363,7 @@ static const char *describe_diff(const kvc_reply *a, const kvc_reply *b)
     SAME(u.describe.n_tiers);
     SAME(u.describe.n_schemas);
     SAME_BYTES(u.describe.schemas, a->u.describe.n_schemas * sizeof(kvc_digest));
+    SAME_BYTES(u.describe.opaque, a->u.describe.n_schemas);
     return tiers_diff(a->u.describe.tiers, b->u.describe.tiers, a->u.describe.n_tiers);
 }
 

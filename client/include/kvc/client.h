@@ -553,6 +553,7 @@ typedef struct kvc_server_stats {
     const kvc_tier_stats *tiers;
     const kvc_named_count *counters;
     const kvc_digest *schemas;
+    const uint8_t *opaque; /* [n_schemas] 1 for an opaque one, else 0; NULL: the server is older */
 } kvc_server_stats;
 
 /* Describe and Stats in one. Blocks. *stats_p is given to the caller: kvc_stats_free. */

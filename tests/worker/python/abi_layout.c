@@ -62,7 +62,7 @@
     X(t, name) X(t, value)
 #define SERVER(X, t) \
     X(t, size_bytes) X(t, version) X(t, boot_id) X(t, uptime_ms) X(t, limits) X(t, n_tiers) \
-    X(t, n_counters) X(t, n_schemas) X(t, tiers) X(t, counters) X(t, schemas)
+    X(t, n_counters) X(t, n_schemas) X(t, tiers) X(t, counters) X(t, schemas) X(t, opaque)
 /* clang-format on */
 
 #define PRINT(t, f) FIELD(t, f);

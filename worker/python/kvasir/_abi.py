@@ -186,6 +186,7 @@ class ServerStats(C.Structure):
         ("tiers", C.POINTER(TierStats)),
         ("counters", C.POINTER(NamedCount)),
         ("schemas", C.POINTER(Digest)),
+        ("opaque", C.POINTER(C.c_uint8)),
     ]
 
 
