@@ -91,7 +91,7 @@ class Needles(unittest.TestCase):
         self.assertLess(int(re.search(r"two hops +(\d+) of 16 right", out).group(1)), 8)
 
     def test_what_cannot_be_is_refused(self):
-        for bad in (["--tokens", "x"], ["--tokens", "-5"], ["--keys", "65"], ["more"]):
+        for bad in (["--tokens", "x"], ["--tokens", "-5"], ["--keys", "129"], ["more"]):
             self.assertEqual(needles(*bad)[0], 2)
         for bad in (["--tokens", "640"], ["--links", "33"]):
             status, _, said = needles(*bad)
