@@ -45,7 +45,7 @@ struct e4m3_row {
     {
         __half2 x = __half2(__nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)two, __NV_E4M3));
         float2 f = __half22float2(x);
-        return pack(__float2bfloat16_rn(f.x), __float2bfloat16_rn(f.y));
+        return bf16_pair(f.x, f.y);
     }
     __device__ static inline uint2 pairs(uint32_t word)
     {
@@ -102,19 +102,14 @@ __device__ static inline void load_queries(const float *q, uint32_t group,
     }
 }
 
-__device__ static inline float2 floats_of(uint32_t pair)
-{
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
-
 /* Two f32 as bf16 pieces, high and what is left. */
 __device__ static inline void split_pair(float x, float y, uint32_t *high_p, uint32_t *rest_p)
 {
-    __nv_bfloat16 a = __float2bfloat16_rn(x), b = __float2bfloat16_rn(y);
+    float2 rest;
 
-    *high_p = pack(a, b);
-    *rest_p = pack(__float2bfloat16_rn(x - __bfloat162float(a)),
-                   __float2bfloat16_rn(y - __bfloat162float(b)));
+    *high_p = bf16_pair(x, y);
+    rest = rest_of(x, y, *high_p);
+    *rest_p = bf16_pair(rest.x, rest.y);
 }
 
 /* c += query pieces times four f32 of a key. */

@@ -14,22 +14,36 @@ struct pieces {
     uint32_t high[2], middle[2], low[2];
 };
 
-__device__ static inline uint32_t pack(__nv_bfloat16 x, __nv_bfloat16 y)
+/* Two floats rounded to bf16, x in the low half; and back. */
+__device__ static inline uint32_t bf16_pair(float x, float y)
 {
-    return (uint32_t)__bfloat16_as_ushort(x) | (uint32_t)__bfloat16_as_ushort(y) << 16;
+    __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
+    return *(const uint32_t *)&two;
+}
+
+__device__ static inline float2 floats_of(uint32_t pair)
+{
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+/* What is left of two floats beside bf16_pair of them. */
+__device__ static inline float2 rest_of(float x, float y, uint32_t pair)
+{
+    float2 taken = floats_of(pair);
+    return make_float2(x - taken.x, y - taken.y);
 }
 
 /* Splits two floats; part says which columns they are. */
 __device__ static inline void split(float x, float y, int part, struct pieces *p)
 {
-    __nv_bfloat16 a = __float2bfloat16_rn(x), b = __float2bfloat16_rn(y);
-    float rest_a = x - __bfloat162float(a), rest_b = y - __bfloat162float(b);
-    __nv_bfloat16 c = __float2bfloat16_rn(rest_a), d = __float2bfloat16_rn(rest_b);
+    uint32_t high = bf16_pair(x, y);
+    float2 rest = rest_of(x, y, high);
+    uint32_t middle = bf16_pair(rest.x, rest.y);
+    float2 least = rest_of(rest.x, rest.y, middle);
 
-    p->high[part] = pack(a, b);
-    p->middle[part] = pack(c, d);
-    p->low[part] = pack(__float2bfloat16_rn(rest_a - __bfloat162float(c)),
-                        __float2bfloat16_rn(rest_b - __bfloat162float(d)));
+    p->high[part] = high;
+    p->middle[part] = middle;
+    p->low[part] = bf16_pair(least.x, least.y);
 }
 
 __device__ static inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,

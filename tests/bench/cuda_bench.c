@@ -118,7 +118,6 @@ static void make_prefill(world *w, uint32_t t, numbers *from, uint32_t n_q)
 {
     uint32_t n_list = w->n, row = w->rows->row_bytes;
     size_t width = (size_t)n_q * HEADS * DIM;
-    size_t work = kvk_cuda_prefill_workspace_bytes(1, n_list, n_q, KV_HEADS, DIM, 0);
     kvk_rope_params rope = {.theta = 500000};
     int32_t *list = host_bytes(n_list * 4);
     kvk_cuda_residency res = {.slots = device_bytes((size_t)SLOTS * row)};
@@ -147,9 +146,9 @@ static void make_prefill(world *w, uint32_t t, numbers *from, uint32_t n_q)
                                             .inv_freq = device_copy(inv_freq, sizeof(inv_freq)),
                                             .scale = 0.088388f,
                                             .o = device_bytes(width * 4),
-                                            .lse = device_bytes((size_t)n_q * HEADS * 4),
-                                            .workspace = device_bytes(work),
-                                            .workspace_bytes = work};
+                                            .lse = device_bytes((size_t)n_q * HEADS * 4)};
+    w->prefill[t].workspace_bytes = kvk_cuda_prefill_workspace_bytes(&w->prefill[t]);
+    w->prefill[t].workspace = device_bytes(w->prefill[t].workspace_bytes);
 }
 
 /* Attention of a chunk over picks, and over itself; the floor is its products at 800 TFLOP/s. */

@@ -71,7 +71,7 @@ def measure(n, batch):
 
 
 def measure_chunk(n_list, n_q):
-    """Attention of a chunk after n_list keys, as the kernels of prefill see it, keys rotated already."""
+    """Attention of a chunk after n_list keys, as prefill sees it, keys rotated already."""
     visible = n_q * (n_list + (n_q + 1) / 2)
     sets = []
     for _ in range(8):

@@ -52,8 +52,6 @@ static void make_args(chunk_batch *b)
     const chunk_case *is = b->is;
     size_t lists = (size_t)SEQS * is->stride, queries = (size_t)SEQS * is->n_q;
     size_t width = (size_t)is->heads * is->dim, row = b->rows.row_bytes;
-    size_t work = kvk_cuda_prefill_workspace_bytes(SEQS, is->stride, is->n_q, is->kv_heads, is->dim,
-                                                   is->fast);
     kvk_cuda_residency res[SEQS] = {{.slots = device_copy(b->rows.rows, POSITIONS * row)}};
 
     res[1] = res[2] = res[0];
@@ -80,9 +78,9 @@ static void make_args(chunk_batch *b)
         .softcap = is->softcap,
         .fast = is->fast,
         .o = device_bytes(queries * width * 4),
-        .lse = device_bytes(queries * is->heads * 4),
-        .workspace = device_bytes(work),
-        .workspace_bytes = work};
+        .lse = device_bytes(queries * is->heads * 4)};
+    b->a.workspace_bytes = kvk_cuda_prefill_workspace_bytes(&b->a);
+    b->a.workspace = device_bytes(b->a.workspace_bytes);
 }
 
 static void make_batch(numbers *from, chunk_batch *b)

@@ -369,7 +369,8 @@ typedef struct kvk_chunk_fuse_args {
 #define KVK_OPS(X) \
     X(convert) X(mean) X(group_sum) X(rope) X(project) X(quantize) X(score_index) X(score_keys) \
     X(score_rows) X(softmax_stats) X(vote) X(row_max) X(chunk_fold) X(window_max) X(topk) \
-    X(resolve) X(gather) X(encode) X(decode) X(attend) X(merge) X(cosine) X(chunk_weights) X(chunk_fuse)
+    X(resolve) X(gather) X(encode) X(decode) X(attend) X(merge) X(cosine) X(chunk_weights) \
+    X(chunk_fuse)
 /* clang-format on */
 
 /* The table. Every slot is REQ. */

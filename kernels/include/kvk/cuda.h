@@ -309,8 +309,8 @@ typedef struct kvk_cuda_prefill_args {
     void *workspace;
     size_t workspace_bytes; /* no need to clear it */
 } kvk_cuda_prefill_args;
-size_t kvk_cuda_prefill_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_t n_q,
-                                        uint32_t n_kv_heads, uint32_t head_dim, int fast);
+/* For the shape in args (n_seqs, n_q, heads, head_dim, stride, fast); 0: it is out of range. */
+size_t kvk_cuda_prefill_workspace_bytes(const kvk_cuda_prefill_args *args);
 kvc_status kvk_cuda_prefill(kvk_cuda *cuda, const kvk_cuda_prefill_args *args,
                             kvk_stream *stream) KVC_MUST_CHECK;
 
