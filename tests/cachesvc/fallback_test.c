@@ -41,9 +41,9 @@ typedef struct rig {
     atomic_uint n_done;
 } rig;
 
-static rig *broken;            /* the rig whose way breaks next */
+static _Atomic(rig *) broken;  /* the rig whose way breaks next */
 static atomic_int break_where; /* NOWHERE once it is broken */
-static kvc_method break_method;
+static atomic_int break_method;
 static atomic_uint n_arrived; /* requests of break_method */
 
 /* ---- what breaks ------------------------------------------------------------------------------
@@ -83,12 +83,13 @@ static void break_way(const rig *r)
 
 static void reached(const kvt_call *call, int where)
 {
-    if (broken == NULL || call->req.method != break_method)
+    const rig *r = atomic_load(&broken);
+    if (r == NULL || (int)call->req.method != atomic_load(&break_method))
         return;
     if (where == ON_ARRIVAL)
         atomic_fetch_add(&n_arrived, 1);
     if (atomic_compare_exchange_strong(&break_where, &where, NOWHERE))
-        break_way(broken);
+        break_way(r);
 }
 
 #define WRAP(name)                                                                                 \
@@ -313,17 +314,17 @@ static void check(bool rdma, bool tcp, size_t which, int where)
     size_t want_bytes, got_bytes;
     for (uint32_t i = 0; i < N_PICKS; i++)
         picks[i] = i * 7919u % (N_BLOCKS * H_TOKENS);
-    broken = NULL;
+    atomic_store(&broken, NULL);
     open_rig(&r, rdma, tcp);
     uint8_t *want = requests[which].ask(&r, &want_bytes);
     uint64_t reconnects = kvc_metric_get(KVC_M_client_reconnects);
     atomic_store(&r.n_done, 0);
     atomic_store(&n_arrived, 0);
-    break_method = requests[which].method;
-    broken = &r;
+    atomic_store(&break_method, (int)requests[which].method);
+    atomic_store(&broken, &r);
     atomic_store(&break_where, where);
     uint8_t *got = requests[which].ask(&r, &got_bytes);
-    broken = NULL;
+    atomic_store(&broken, NULL);
     assert_int_equal(atomic_load(&break_where), NOWHERE); /* it did break */
     assert_int_equal(atomic_load(&n_arrived), 2);         /* by the one way, then by the other */
     assert_int_equal(kvc_metric_get(KVC_M_client_reconnects), reconnects + 1);

@@ -16,6 +16,7 @@
 #include "base/log.h"
 #include "base/metrics.h"
 #include "shm_test.h"
+#include "transport/shm/shm_internal.h"
 
 static atomic_ullong gone_peer;
 static atomic_uint n_gone;
@@ -95,6 +96,79 @@ static void bodies_go_through_the_ring(void **state)
     assert_true(staged > 3u << 20); /* round at least once */
     assert_true(staged <= sent);
     fixture_close(&f);
+    free(bytes);
+}
+
+/* Takes what comes, which was checked above, and answers with as much. */
+static void echo_length(fixture *f, kvt_call *call)
+{
+    static const uint8_t zeros[1u << 20];
+    kvt_slice slice = {.base = zeros, .len_bytes = sizeof(zeros)};
+    fixture_reply(f, call, KVC_OK, NULL, 0, NULL, &slice, call->req.method == KVC_FETCH_ROWS);
+}
+
+/* What this process has in memory of rings, mapped at both ends. */
+static uint64_t ring_rss_kib(void)
+{
+    char line[512];
+    unsigned long long rss = 0, all = 0;
+    bool ring = false;
+    FILE *maps = fopen("/proc/self/smaps", "re");
+    assert_non_null(maps);
+    while (fgets(line, sizeof(line), maps) != NULL) {
+        if (strchr(line, '-') != NULL && strchr(line, '-') < strchr(line, ' '))
+            ring = strstr(line, "kvasir-ring") != NULL;
+        else if (ring && sscanf(line, "Rss: %llu kB", &rss) == 1)
+            all += rss;
+    }
+    (void)fclose(maps);
+    return all;
+}
+
+static void move_both_ways(fixture *f, uint8_t *bytes)
+{
+    job put, fetch;
+    struct iovec data = {bytes, 1u << 20};
+    kvc_request req = sample_request(KVC_PUT_BLOCKS, 0, &f->arena);
+    req.data = &data;
+    req.n_data = 1;
+    req.data_bytes = data.iov_len;
+    job_init(&put, f, req, PATIENCE_NS);
+    assert_ok(job_run(&put));
+    job_fini(&put);
+    job_init(&fetch, f, sample_request(KVC_FETCH_ROWS, 0, &f->arena), PATIENCE_NS);
+    assert_ok(job_run(&fetch));
+    job_fini(&fetch);
+}
+
+/* Pages of rings stay while they are used now and then, go when they rest, and come again. */
+static void rings_that_rest_hold_no_pages(void **state)
+{
+    (void)state;
+    enum { MIB_KIB = 1024, FEW_KIB = 64 };
+    const uint64_t rest_ns = kvti_shm_rest_ns;
+    fixture f;
+    uint8_t *bytes = calloc(1, 1u << 20);
+    assert_non_null(bytes);
+    kvti_shm_rest_ns = 3600ull * 1000000000;
+    open_watched(&f);
+    fixture_handle(&f, echo_length);
+    move_both_ways(&f, bytes); /* the first body may leave before the rings are known */
+    move_both_ways(&f, bytes);
+    assert_true(ring_rss_kib() >= 4 * MIB_KIB); /* two rings, mapped at both ends */
+    fixture_close(&f);
+    kvti_shm_rest_ns = 20 * 1000000;
+    open_watched(&f);
+    fixture_handle(&f, echo_length);
+    move_both_ways(&f, bytes);
+    for (int i = 0; i < 3; i++) {
+        uint64_t staged = kvc_metric_get(KVC_M_staged_bytes);
+        move_both_ways(&f, bytes);
+        assert_true(kvc_metric_get(KVC_M_staged_bytes) - staged >= 1u << 20);
+        support_wait_for(ring_rss_kib() <= FEW_KIB);
+    }
+    fixture_close(&f);
+    kvti_shm_rest_ns = rest_ns;
     free(bytes);
 }
 
@@ -192,24 +266,31 @@ static void dropped_descriptors_end_the_connection(void **state)
     for (int k = 0; k < 2; k++)
         (void)close(made_fds[k]);
     job_fini(&j);
+    fixture_handle(&f, sample_handler);
+    do { /* until the client has seen it too, and has a new one */
+        job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), PATIENCE_NS);
+        (void)job_run(&j);
+        job_fini(&j);
+    } while (j.status == KVC_UNAVAILABLE);
+    assert_status(j.status, KVC_OK);
+    const uint32_t n_calls = atomic_load(&f.n_calls), n_done = f.n_done;
     /* The client gives up what has been answered, while its thread does not look. */
     atomic_store(&n_gone, 0);
     atomic_store(&stand_still, true);
-    fixture_handle(&f, sample_handler);
     job_init(&other, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
     next_done = other.xfer.done;
     other.xfer.done = stand_still_done;
     job_submit(&other);
-    support_wait_for(atomic_load(&f.n_calls) >= 2);
+    support_wait_for(atomic_load(&f.n_calls) >= n_calls + 1);
     fixture_handle(&f, fds_handler);
     job_init(&j, &f, sample_request(KVC_STATS, 0, &f.arena), 0);
     job_submit(&j);
-    support_wait_for(atomic_load(&f.n_calls) >= 3);
+    support_wait_for(atomic_load(&f.n_calls) >= n_calls + 2);
     f.ops->cancel(f.conn, &j.xfer);
     assert_int_equal(atomic_load(&n_gone), 0);
     atomic_store(&stand_still, false);
     wait_gone();
-    wait_done(&f, 3);
+    wait_done(&f, n_done + 2);
     assert_status(j.status, KVC_CANCELLED);
     for (int k = 0; k < 2; k++)
         (void)close(made_fds[k]);
@@ -279,6 +360,7 @@ int main(void)
     char dir[] = "/tmp/kvasir-shm-XXXXXX";
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(bodies_go_through_the_ring),
+        cmocka_unit_test(rings_that_rest_hold_no_pages),
         cmocka_unit_test(descriptors_are_passed),
         cmocka_unit_test(dropped_descriptors_end_the_connection),
         cmocka_unit_test(the_server_hears_when_a_peer_has_gone),

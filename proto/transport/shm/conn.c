@@ -141,6 +141,23 @@ static void run_late(kvt_conn *conn)
     kvc_mutex_unlock(&conn->lock);
 }
 
+/* Looks at the ring when it is time, and says when to look again. */
+static void run_rest(kvt_conn *conn)
+{
+    kvc_mutex_lock(&conn->lock);
+    if (conn->next_rest_ns != 0 || kvti_ring_holds_pages(&conn->ring)) {
+        uint64_t now_ns = kvc_now_ns();
+        bool looks = conn->next_rest_ns != 0 && now_ns >= conn->next_rest_ns;
+        if (looks)
+            kvti_ring_rest(&conn->ring);
+        if (!kvti_ring_holds_pages(&conn->ring))
+            conn->next_rest_ns = 0;
+        else if (looks || conn->next_rest_ns == 0)
+            conn->next_rest_ns = now_ns + kvti_shm_rest_ns;
+    }
+    kvc_mutex_unlock(&conn->lock);
+}
+
 /* ---- frames -----------------------------------------------------------------------------------
  */
 
@@ -321,9 +338,12 @@ static bool wait_event(kvt_conn *conn, bool *readable_p)
     bool stopping = conn->stopping;
     fds[1].fd = conn->pipe.fd;
     fds[1].events = (short)(POLLIN | (conn->pipe.blocked ? POLLOUT : 0));
-    if (conn->next_late_ns != 0) {
+    uint64_t next_ns = conn->next_late_ns;
+    if (next_ns == 0 || (conn->next_rest_ns != 0 && conn->next_rest_ns < next_ns))
+        next_ns = conn->next_rest_ns;
+    if (next_ns != 0) {
         uint64_t now_ns = kvc_now_ns();
-        uint64_t left_ns = conn->next_late_ns > now_ns ? conn->next_late_ns - now_ns : 0;
+        uint64_t left_ns = next_ns > now_ns ? next_ns - now_ns : 0;
         timeout_ms =
             left_ns > 60000 * NS_PER_MS ? 60000 : (int)((left_ns + NS_PER_MS - 1) / NS_PER_MS);
     }
@@ -368,6 +388,7 @@ void kvti_conn_run(void *arg)
         run_over(conn);
         run_socket(conn, readable);
         run_over(conn);
+        run_rest(conn);
     }
     disconnect(conn, KVC_CANCELLED, "the connection was closed");
 }

@@ -158,6 +158,22 @@ static void run_late(kvti_loop *loop)
     loop->next_late_ns = first_ns;
 }
 
+/* Looks at the rings of replies when it is time; again later while one holds pages, or may soon. */
+static void run_rest(kvti_loop *loop)
+{
+    uint64_t now_ns = kvc_now_ns();
+    bool again = false;
+    if (loop->next_rest_ns == 0 || now_ns < loop->next_rest_ns)
+        return;
+    for (kvti_peer *peer = loop->peers; peer != NULL; peer = peer->next) {
+        kvc_mutex_lock(&peer->lock);
+        kvti_ring_rest(&peer->reply_ring);
+        again = again || peer->calls.n > 0 || kvti_ring_holds_pages(&peer->reply_ring);
+        kvc_mutex_unlock(&peer->lock);
+    }
+    loop->next_rest_ns = again ? now_ns + kvti_shm_rest_ns : 0;
+}
+
 /* ---- accepting --------------------------------------------------------------------------------
  */
 
@@ -212,12 +228,14 @@ static void run_accept(kvt_listener *listener)
 
 static int wait_ms(const kvti_loop *loop)
 {
-    uint64_t now_ns = kvc_now_ns();
-    if (loop->next_late_ns == 0)
+    uint64_t now_ns = kvc_now_ns(), next_ns = loop->next_late_ns;
+    if (next_ns == 0 || (loop->next_rest_ns != 0 && loop->next_rest_ns < next_ns))
+        next_ns = loop->next_rest_ns;
+    if (next_ns == 0)
         return -1;
-    if (loop->next_late_ns <= now_ns)
+    if (next_ns <= now_ns)
         return 0;
-    uint64_t left_ms = (loop->next_late_ns - now_ns + NS_PER_MS - 1) / NS_PER_MS;
+    uint64_t left_ms = (next_ns - now_ns + NS_PER_MS - 1) / NS_PER_MS;
     return left_ms > 60000 ? 60000 : (int)left_ms;
 }
 
@@ -251,6 +269,7 @@ static void run_loop(void *arg)
         if (kill)
             run_kill(loop);
         run_late(loop);
+        run_rest(loop);
         kvc_mutex_lock(&loop->lock);
         if (loop->kill && !kill)
             wake(loop); /* once more, now that it is known */

@@ -254,6 +254,8 @@ static kvti_shmcall *create_call(kvti_peer *peer, const kvc_frame *frame, uint8_
     kvc_mutex_unlock(&peer->lock);
     if (peer->loop->next_late_ns == 0 || call->base.deadline_ns < peer->loop->next_late_ns)
         peer->loop->next_late_ns = call->base.deadline_ns;
+    if (peer->loop->next_rest_ns == 0) /* its answer may go through the ring */
+        peer->loop->next_rest_ns = kvc_now_ns() + kvti_shm_rest_ns;
     return call;
 }
 

@@ -5,7 +5,8 @@
  * frame has come, so positions are taken and given back in the same order. The server believes
  * nothing that stands in the memory: positions come in frames and are checked, and it sums and
  * serves only what it has copied; a client that lies about what it has taken spoils its own
- * replies. The length is sealed, so that the other end cannot pull pages away.
+ * replies. The length is sealed, so that the other end cannot pull pages away. Who writes a ring
+ * gives its pages back when it rests: he alone knows that nothing is being put there meanwhile.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -19,6 +20,8 @@
 
 #define PAGE_BYTES 4096u
 #define SEALS      (F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL)
+
+uint64_t kvti_shm_rest_ns = (uint64_t)10 * 1000000000;
 
 static kvc_status map_ring(int fd, uint64_t len_bytes, kvti_ring *ring_p)
 {
@@ -94,6 +97,23 @@ bool kvti_ring_put(kvti_ring *ring, const struct iovec *data, uint32_t n_data, u
     ring->at = at + len_bytes;
     *at_p = at;
     return true;
+}
+
+bool kvti_ring_holds_pages(const kvti_ring *ring)
+{
+    return ring->at != ring->rested_at;
+}
+
+void kvti_ring_rest(kvti_ring *ring)
+{
+    uint64_t taken =
+        ring->len_bytes > 0 ? atomic_load_explicit(&ring->page->taken, memory_order_acquire) : 0;
+    bool rests = ring->seen_at == ring->at && taken == ring->at;
+    ring->seen_at = ring->at;
+    if (!rests || !kvti_ring_holds_pages(ring))
+        return;
+    (void)madvise(ring->data, (size_t)ring->len_bytes, MADV_REMOVE); /* or it keeps them */
+    ring->rested_at = ring->at;
 }
 
 bool kvti_ring_holds(const kvti_ring *ring, uint64_t at, uint32_t len_bytes)

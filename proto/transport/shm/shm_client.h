@@ -40,6 +40,7 @@ struct kvt_conn {
     kvti_shmop *over, **over_end;
     uint64_t next_id;
     uint64_t next_late_ns; /* the first deadline, or sooner; 0: none */
+    uint64_t next_rest_ns; /* when to look whether the ring rests; 0: it does */
     bool greeted;          /* the server's hello has come; the thread's */
     bool closed, stopping;
     /* The frame being read, the thread's: whose it is; NULL: nobody's. */

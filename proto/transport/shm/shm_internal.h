@@ -66,7 +66,12 @@ typedef struct kvti_ring {
     uint8_t *data;
     uint64_t len_bytes; /* 0: there is none */
     uint64_t at;        /* writer: next free position; reader: copied out up to here */
+    /* Writer: `at` when it was looked at last, and when its pages were given back. */
+    uint64_t seen_at, rested_at;
 } kvti_ring;
+
+/* How long a ring rests before its pages go back to the system; to be set before anything runs. */
+extern uint64_t kvti_shm_rest_ns;
 
 /* Makes a sealed memfd of len_bytes (rounded to pages) and maps it. NO_MEMORY, UNSUPPORTED. */
 kvc_status kvti_ring_create(uint64_t len_bytes, kvti_ring *ring_p) KVC_MUST_CHECK;
@@ -76,6 +81,10 @@ void kvti_ring_unmap(kvti_ring *ring);
 /* Writer: copies data in. False: there is no room now. */
 bool kvti_ring_put(kvti_ring *ring, const struct iovec *data, uint32_t n_data, uint32_t len_bytes,
                    uint64_t *at_p);
+/* Writer: whether it holds pages, and is to be looked at every kvti_shm_rest_ns. */
+bool kvti_ring_holds_pages(const kvti_ring *ring);
+/* That look: gives the pages back where all is taken and nothing was put since the last one. */
+void kvti_ring_rest(kvti_ring *ring);
 /* Reader: whether the peer may have put len_bytes at position at. */
 bool kvti_ring_holds(const kvti_ring *ring, uint64_t at, uint32_t len_bytes);
 /* Reader: copies them out (dst NULL: not), and lets the peer have the room again. */

@@ -73,6 +73,7 @@ struct kvti_loop {
     int epoll_fd, wake_fd;
     kvti_peer *peers;              /* the thread's */
     uint64_t next_late_ns;         /* the thread's: the first deadline among its calls, or sooner */
+    uint64_t next_rest_ns;         /* ... when to look which rings rest; 0: all do */
     kvc_mutex lock;                /* rank QUEUE; guards what follows */
     kvti_peer *ready, **ready_end; /* with something to do, or new */
     uint32_t n_ready;
