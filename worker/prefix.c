@@ -23,7 +23,8 @@ kvc_status kvwi_prefix_open(kvwi_prefix *p, kvw_seq *seq, uint32_t n_blocks)
     p->blocks = malloc((n_blocks + 1u) * sizeof(*p->blocks));
     if (p->servers == NULL || p->digests == NULL || p->blocks == NULL) {
         kvwi_prefix_close(p);
-        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
+        (void)kvwi_fail(KVC_NO_MEMORY, "out of memory");
+        return KVC_NO_MEMORY;
     }
     for (uint32_t s = 0; s < n_servers; s++) {
         kvwi_owned *own = &p->servers[s];

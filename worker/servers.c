@@ -68,10 +68,11 @@ static kvc_status take_lists(kvw_worker *w, kvc_client *const *clients, const ch
     kvwi_servers *s = &w->servers;
     s->all = calloc(s->n, sizeof(*s->all));
     s->keys = calloc(s->n, sizeof(*s->keys));
-    kvc_status st = KVC_OK;
     if (s->all == NULL || s->keys == NULL) {
-        st = kvwi_fail(KVC_NO_MEMORY, "out of memory");
+        (void)kvwi_fail(KVC_NO_MEMORY, "out of memory");
+        return KVC_NO_MEMORY;
     }
+    kvc_status st = KVC_OK;
     for (uint32_t i = 0; st == KVC_OK && i < s->n; i++) {
         s->all[i].client = clients[i];
         st = name_server(s, i, names == NULL ? NULL : names[i]);

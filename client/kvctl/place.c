@@ -60,16 +60,18 @@ static bool add_name(place_args *args, const char *name)
         kvctl_error("--names: more than %u", MAX_NAMES);
         return false;
     }
-    if (kvc_place_key(name, &args->keys[args->n]) != KVC_OK) {
+    uint64_t key = 0;
+    if (kvc_place_key(name, &key) != KVC_OK) {
         kvctl_error("--names: a name has 1 to %u bytes", KVC_MAX_NAME_BYTES);
         return false;
     }
     for (uint32_t i = 0; i < args->n; i++) {
-        if (args->keys[i] == args->keys[args->n]) {
+        if (args->keys[i] == key) {
             kvctl_error("--names: '%s' is there twice", name);
             return false;
         }
     }
+    args->keys[args->n] = key;
     args->names[args->n++] = name;
     return true;
 }
@@ -78,15 +80,21 @@ static bool take_names(place_args *args, const char *text)
 {
     free(args->list);
     args->n = 0;
-    char *at = args->list = strdup(text);
-    if (at == NULL) {
+    args->list = strdup(text);
+    if (args->list == NULL) {
         kvctl_error("memory is out");
         return false;
     }
-    for (char *name; (name = strsep(&at, ",")) != NULL;)
+    for (char *name = args->list;;) {
+        size_t len = strcspn(name, ",");
+        bool last = name[len] == '\0';
+        name[len] = '\0';
         if (!add_name(args, name))
             return false;
-    return true;
+        if (last)
+            return true;
+        name += len + 1;
+    }
 }
 
 static void print_json(const place_args *args)
