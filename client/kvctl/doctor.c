@@ -152,6 +152,7 @@ static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
     doctor_check_tiers(d);
     doctor_check_admin(d);
     doctor_check_machine(d);
+    doctor_check_gpu(d);
     doctor_check_shm(d);
     doctor_check_disk(d);
     for (uint32_t i = 0; i < d->n_findings; i++)

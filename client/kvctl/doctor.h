@@ -55,6 +55,10 @@ void doctor_check_connections(doctor *d); /* against max_connections */
  * ----------------------------------------------------------------------------- */
 void doctor_check_machine(doctor *d);
 
+/* ---- doctor_gpu.c
+ * ----------------------------------------------------------------------------------- */
+void doctor_check_gpu(doctor *d);
+
 /* ---- doctor_disk.c
  * ---------------------------------------------------------------------------------- */
 void doctor_check_disk(doctor *d);

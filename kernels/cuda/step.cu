@@ -9,6 +9,9 @@
 
 #define THREADS      256u
 #define FINISH_ROWS  (THREADS / 32u)
+#define WIDE         1024u /* threads of a block that projects */
+#define INPUTS_MAX   8192u
+#define DIMS_MAX     256u
 #define MISS_THREADS 1024u
 
 __device__ static inline float load_one(const void *in, size_t i, kvk_dtype dtype)
@@ -34,6 +37,58 @@ __device__ static inline float2 rotated(float x, float y, double angle)
     return make_float2(x * (float)c - y * (float)s, y * (float)c + x * (float)s);
 }
 
+/*
+ * x [inputs] of shared memory through proj [inputs, dims], by all WIDE threads of a block: each
+ * takes a dimension and a share of the inputs, whose chains are added in order. Output d is thread
+ * d's result. part [WIDE].
+ */
+__device__ static float project_wide(const float *x, uint32_t inputs, const float *proj,
+                                     uint32_t dims, float *part)
+{
+    uint32_t lanes = dims <= DIMS_MAX / 2u ? DIMS_MAX / 2u : DIMS_MAX, n_parts = WIDE / lanes;
+    uint32_t d = threadIdx.x % lanes, share = threadIdx.x / lanes;
+    uint32_t each = (inputs + n_parts - 1) / n_parts, from = min(share * each, inputs);
+    uint32_t to = min(from + each, inputs);
+    float sum = 0;
+
+    if (d < dims) {
+#pragma unroll 16
+        for (uint32_t i = from; i < to; i++)
+            sum = fmaf(x[i], proj[(size_t)i * dims + d], sum);
+    }
+    part[threadIdx.x] = sum;
+    __syncthreads();
+    sum = part[d];
+    for (uint32_t p = 1; p < n_parts; p++)
+        sum += part[p * lanes + d];
+    return sum;
+}
+
+/* The index query: heads of a group are added first, since rotation and projection are linear. */
+__device__ static void frame_index(const kvk_cuda_frame_args *a, float *x, float *part)
+{
+    uint32_t half = a->head_dim / 2u, pairs = a->n_kv_heads * half;
+    uint32_t group = a->n_q_heads / a->n_kv_heads;
+
+    for (uint32_t i = threadIdx.x; i < pairs; i += WIDE) {
+        uint32_t head = i / half, d = i % half;
+        size_t at = (size_t)head * group * a->head_dim + d;
+        float2 sum = make_float2(0, 0);
+        for (uint32_t g = 0; g < group; g++) {
+            sum.x += load_one(a->q, at + (size_t)g * a->head_dim, a->dtype);
+            sum.y += load_one(a->q, at + (size_t)g * a->head_dim + half, a->dtype);
+        }
+        if (a->inv_freq && !a->score_raw)
+            sum = rotated(sum.x, sum.y, (double)a->far_position * a->inv_freq[d]);
+        x[head * a->head_dim + d] = sum.x;
+        x[head * a->head_dim + d + half] = sum.y;
+    }
+    __syncthreads();
+    float y = project_wide(x, a->n_kv_heads * a->head_dim, a->proj, a->dims, part);
+    if (threadIdx.x < a->dims)
+        a->q_index[threadIdx.x] = y;
+}
+
 /* One head: a thread takes the pair (d, d + head_dim / 2). */
 __device__ static void frame_head(const kvk_cuda_frame_args *a, uint32_t head, uint32_t n_near)
 {
@@ -48,8 +103,6 @@ __device__ static void frame_head(const kvk_cuda_frame_args *a, uint32_t head, u
         far = rotated(raw.x, raw.y, (double)a->far_position * a->inv_freq[d]);
         near = rotated(raw.x, raw.y, (double)(n_near - 1u) * a->inv_freq[d]);
     }
-    if (a->q_raw)
-        a->q_raw[at] = raw.x, a->q_raw[at + half] = raw.y;
     if (a->q_far)
         a->q_far[at] = far.x, a->q_far[at + half] = far.y;
     if (a->q_near)
@@ -61,16 +114,23 @@ __device__ static void frame_head(const kvk_cuda_frame_args *a, uint32_t head, u
     }
 }
 
-/* Blocks below n_q_heads take a head each, the others share out the near list. */
-__global__ void __launch_bounds__(THREADS) frame_kernel(const kvk_cuda_frame_args a)
+/* Block 0 makes the index query, the next n_q_heads a head each, the others the near list. */
+__global__ void __launch_bounds__(WIDE) frame_kernel(const kvk_cuda_frame_args a)
 {
+    extern __shared__ float x[];
+    __shared__ float part[WIDE];
     uint32_t n = *a.n_tokens, n_near = min(n, a.n_recent + 1u), begin = n - n_near;
 
-    if (blockIdx.x < a.n_q_heads) {
-        frame_head(&a, blockIdx.x, n_near);
+    if (blockIdx.x == 0) {
+        if (a.q_index)
+            frame_index(&a, x, part);
         return;
     }
-    uint32_t first = (blockIdx.x - a.n_q_heads) * THREADS + threadIdx.x;
+    if (blockIdx.x <= a.n_q_heads) {
+        frame_head(&a, blockIdx.x - 1u, n_near);
+        return;
+    }
+    uint32_t first = (blockIdx.x - a.n_q_heads - 1u) * WIDE + threadIdx.x;
     if (a.near_list && first < n_near)
         a.near_list[first] = (int32_t)((begin + first) % a.ring_rows);
     if (first == 0) {
@@ -87,18 +147,22 @@ __global__ void __launch_bounds__(THREADS) frame_kernel(const kvk_cuda_frame_arg
 extern "C" kvc_status kvk_cuda_frame(kvk_cuda *cuda, const kvk_cuda_frame_args *args,
                                      kvk_stream *stream)
 {
-    uint32_t list_blocks = (args->n_recent + THREADS) / THREADS;
+    uint32_t list_blocks = (args->n_recent + WIDE) / WIDE;
+    size_t inputs = (size_t)args->n_kv_heads * args->head_dim;
     kvc_status st = KVC_OK;
 
-    if (!args->q || (args->dtype != KVK_BF16 && args->dtype != KVK_F16) || !args->n_q_heads ||
-        !args->head_dim || args->head_dim % 2 || args->head_dim > 2 * THREADS || !args->n_tokens ||
+    if (!args->q || (args->dtype != KVK_BF16 && args->dtype != KVK_F16) || !args->n_kv_heads ||
+        args->n_q_heads == 0 || args->n_q_heads % args->n_kv_heads || !args->head_dim ||
+        args->head_dim % 2 || args->head_dim > 2 * WIDE || inputs > INPUTS_MAX || !args->n_tokens ||
         args->n_recent >= args->ring_rows || (args->cands && !args->index) ||
+        (args->q_index && (!args->proj || !args->dims || args->dims > DIMS_MAX)) ||
         (args->expected && !args->differs_p))
         return KVC_INVALID;
     st = kvki_cuda_use(cuda);
     if (st != KVC_OK)
         return st;
-    frame_kernel<<<args->n_q_heads + list_blocks, THREADS, 0, kvki_cuda_stream(stream)>>>(*args);
+    frame_kernel<<<1 + args->n_q_heads + list_blocks, WIDE, inputs * sizeof(float),
+                   kvki_cuda_stream(stream)>>>(*args);
     return kvki_cuda_launched();
 }
 
@@ -152,34 +216,69 @@ extern "C" kvc_status kvk_cuda_finish(kvk_cuda *cuda, const kvk_cuda_finish_args
                                  stream, *args);
 }
 
-__global__ void __launch_bounds__(THREADS) row_kernel(const kvk_cuda_row_args a)
+/* The greatest |y| over the block's threads; +Inf where one is not finite. All threads call. */
+__device__ static float widest(float y, float *most)
 {
-    uint32_t chunks = a.half_bytes / 16u;
+    float own = isfinite(y) ? fabsf(y) : INFINITY;
 
-    for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < 2 * chunks;
-         i += gridDim.x * THREADS) {
-        const uint4 *from = (const uint4 *)(i < chunks ? a.k : a.v);
-        uint4 x = from[i < chunks ? i : i - chunks];
-        ((uint4 *)a.row)[i] = x;
-        if (a.copy)
-            ((uint4 *)a.copy)[i] = x;
-    }
+    for (int step = 1; step < 32; step *= 2)
+        own = fmaxf(own, __shfl_xor_sync(KVKI_FULL_WARP, own, step));
+    if ((threadIdx.x & 31u) == 0)
+        most[threadIdx.x / 32u] = own;
+    __syncthreads();
+    own = most[threadIdx.x & 31u];
+    for (int step = 1; step < 32; step *= 2)
+        own = fmaxf(own, __shfl_xor_sync(KVKI_FULL_WARP, own, step));
+    return own;
 }
 
-extern "C" kvc_status kvk_cuda_row(kvk_cuda *cuda, const kvk_cuda_row_args *args,
-                                   kvk_stream *stream)
+__global__ void __launch_bounds__(WIDE) token_kernel(const kvk_cuda_token_args a)
 {
+    extern __shared__ float x[];
+    __shared__ float part[WIDE], most[WIDE / 32u];
+    uint32_t inputs = a.n_heads * a.head_dim, chunks = inputs / 8u, d = threadIdx.x;
+
+    for (uint32_t i = threadIdx.x; i < 2 * chunks; i += WIDE) {
+        const uint4 *from = (const uint4 *)(i < chunks ? a.k : a.v);
+        uint4 row = from[i < chunks ? i : i - chunks];
+        ((uint4 *)a.row)[i] = row;
+        if (a.copy)
+            ((uint4 *)a.copy)[i] = row;
+        if (i < chunks) {
+            const uint32_t two[4] = {row.x, row.y, row.z, row.w};
+            for (uint32_t j = 0; j < 4; j++) {
+                x[i * 8u + 2 * j] = kvki_bf16(two[j] & 0xffffu);
+                x[i * 8u + 2 * j + 1] = kvki_bf16(two[j] >> 16);
+            }
+        }
+    }
+    __syncthreads();
+    float y = project_wide(x, inputs, a.proj, a.dims, part);
+    float all = widest(d < a.dims ? y : 0.0f, most);
+    uint32_t bits = all > 0 && all < INFINITY ? kvki_scale_bits(all, 127.0) : 0;
+    float scale = kvki_bf16(bits);
+    uint8_t *row = (uint8_t *)a.index_row;
+    if (d < a.dims)
+        row[d] = (uint8_t)(int8_t)(scale > 0 ? rintf(__fdiv_rn(y, scale)) : 0.0f);
+    if (d < 2)
+        row[a.dims + d] = (uint8_t)(bits >> (8 * d));
+}
+
+extern "C" kvc_status kvk_cuda_token(kvk_cuda *cuda, const kvk_cuda_token_args *args,
+                                     kvk_stream *stream)
+{
+    size_t inputs = (size_t)args->n_heads * args->head_dim;
     kvc_status st = KVC_OK;
 
-    if (!args->k || !args->v || !args->row || args->half_bytes == 0 || args->half_bytes % 16 ||
+    if (!args->k || !args->v || !args->row || !args->proj || !args->index_row || inputs == 0 ||
+        inputs % 8 || inputs > INPUTS_MAX || args->dims == 0 || args->dims > DIMS_MAX ||
         !kvki_aligned(args->k) || !kvki_aligned(args->v) || !kvki_aligned(args->row) ||
         !kvki_aligned(args->copy))
         return KVC_INVALID;
     st = kvki_cuda_use(cuda);
     if (st != KVC_OK)
         return st;
-    row_kernel<<<(args->half_bytes / 8u + THREADS - 1) / THREADS, THREADS, 0,
-                 kvki_cuda_stream(stream)>>>(*args);
+    token_kernel<<<1, WIDE, inputs * sizeof(float), kvki_cuda_stream(stream)>>>(*args);
     return kvki_cuda_launched();
 }
 

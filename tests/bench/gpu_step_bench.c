@@ -6,8 +6,9 @@
  * Llama-3-8B: 32 query heads, 8 kv heads, 128 dimensions, bf16 (rows of 4,096 bytes); ESA over an
  * index of 128 B/token, k = 2,048, 4,096 slots. Keys, values and queries are random. Resident
  * share: the same query again (100 %), a query that moves a little (about 95 %), a new one each
- * step (none but by chance). A step is begin to finish with the host waiting at its end; tokens and
- * append come beside it. Medians over STEPS.
+ * step (none but by chance). us: kvw_forward of one layer, the token's
+ * append included, with the host waiting at its end; then the same in parts: append, and begin to
+ * finish; tokens: kvw_tokens. Medians over STEPS tokens, divided by the layers.
  *
  * Arguments: --quick (a smoke test), --layers N, --recent N, numbers of tokens. Without arguments:
  * 128K and 1M tokens, one layer, 4,096 and 128 recent. Exits with 77 where there is no GPU.
@@ -198,8 +199,8 @@ static float us_since(uint64_t *t)
     return (float)(now - before) * 1e-3f;
 }
 
-/* One token through every layer. */
-static void step(gpu_bench *b, uint32_t i, float share)
+/* One token through every layer: in one call a layer, or in parts. */
+static void step(gpu_bench *b, uint32_t i, float share, bool parts)
 {
     uint32_t token = i;
     uint64_t t = kvc_now_ns();
@@ -211,8 +212,14 @@ static void step(gpu_bench *b, uint32_t i, float share)
         if (share > 0)
             move_query(b, share);
         fill(b, b->rows, ROW);
+        const uint16_t *v = b->rows + ROW / 2;
         t = kvc_now_ns();
-        check(kvw_append(b->seq, layer, b->rows, b->rows + ROW / 2, 1), "append");
+        if (!parts) {
+            check(kvw_forward(b->seq, layer, b->q, b->rows, v, 1, b->out, NULL), "kvw_forward");
+            b->times[2][i] += us_since(&t);
+            continue;
+        }
+        check(kvw_append(b->seq, layer, b->rows, v, 1), "append");
         b->times[1][i] += us_since(&t);
         check(kvw_step_begin(b->seq, layer, b->q, 1, &open), "begin");
         check(kvw_step_attend(open, b->q), "attend");
@@ -241,11 +248,11 @@ static kvw_stats stats_of(const gpu_bench *b)
 }
 
 /* n steps; gives the resident share of their picks. */
-static double steps(gpu_bench *b, uint32_t n, float share)
+static double steps(gpu_bench *b, uint32_t n, float share, bool parts)
 {
     kvw_stats before = stats_of(b);
     for (uint32_t i = 0; i < n; i++)
-        step(b, i, share);
+        step(b, i, share, parts);
     kvw_stats after = stats_of(b);
     return (double)(after.hits - before.hits) / (double)(after.picks - before.picks);
 }
@@ -256,8 +263,8 @@ static float find_share(gpu_bench *b)
     float low = 0, high = 0.5f;
     for (int i = 0; i < 7; i++) {
         float mid = (low + high) / 2;
-        (void)steps(b, 3, mid);
-        if (steps(b, 5, mid) > 0.95)
+        (void)steps(b, 3, mid, false);
+        if (steps(b, 5, mid, false) > 0.95)
             low = mid;
         else
             high = mid;
@@ -267,14 +274,17 @@ static float find_share(gpu_bench *b)
 
 static void report(gpu_bench *b, uint32_t n, float share)
 {
-    (void)steps(b, 4, share);
+    float layers = (float)b->n_layers;
+    (void)steps(b, n / 4, share, true);
+    float append_us = middle(b->times[1], n / 4), parts_us = middle(b->times[2], n / 4);
     kvw_stats before = stats_of(b);
-    double hits = steps(b, n, share);
+    double hits = steps(b, n, share, false);
     kvw_stats after = stats_of(b);
-    float layers = (float)b->n_layers, t = middle(b->times[2], n);
-    printf("%8u %6u %6u %6.1f %9.1f %9.1f %9.1f %9.1f %9.1f %6.2f\n", b->n_tokens, b->n_layers,
-           b->n_recent, 100 * hits, (double)(t / layers), (double)(b->times[2][n / 10] / layers),
-           (double)(b->times[2][n * 9 / 10] / layers), (double)(middle(b->times[1], n) / layers),
+    float forward_us = middle(b->times[2], n);
+    printf("%8u %6u %6u %6.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %6.2f\n", b->n_tokens,
+           b->n_layers, b->n_recent, 100 * hits, (double)(forward_us / layers),
+           (double)(b->times[2][n / 10] / layers), (double)(b->times[2][n * 9 / 10] / layers),
+           (double)(append_us / layers), (double)(parts_us / layers),
            (double)middle(b->times[0], n),
            (double)(after.host_syncs - before.host_syncs) /
                (double)(after.steps_device - before.steps_device));
@@ -300,7 +310,7 @@ static void run(uint32_t n_tokens, uint32_t n_layers, uint32_t n_recent, bool qu
     uint64_t t = kvc_now_ns();
     prefill(&b);
     float prefill_s = us_since(&t) * 1e-6f;
-    step(&b, 0, 0);
+    step(&b, 0, 0, false);
     printf("# %u tokens, %u layers put in %.1f s; the first decode step took %.1f ms\n", n_tokens,
            n_layers, (double)prefill_s, (double)us_since(&t) * 1e-3);
     report(&b, n, 0);
@@ -318,8 +328,8 @@ int main(int argc, char **argv)
 {
     uint32_t n_layers = 1, n_recent = 0, n_runs = 0;
     bool quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
-    printf("%8s %6s %6s %6s %9s %9s %9s %9s %9s %6s\n", "tokens", "layers", "recent", "hit%",
-           "step us", "10th", "90th", "append", "tokens", "syncs");
+    printf("%8s %6s %6s %6s %9s %9s %9s %9s %9s %9s %6s\n", "tokens", "layers", "recent", "hit%",
+           "us", "10th", "90th", "append", "step", "tokens", "syncs");
     if (quick) {
         run(16384, 1, 512, true);
         return 0;

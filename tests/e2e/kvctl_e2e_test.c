@@ -214,7 +214,7 @@ static void test_doctor(void **state)
     (void)snprintf(lmdb, sizeof(lmdb), "%s/values", shared.folder);
     (void)snprintf(missing, sizeof(missing), "%s/missing", shared.folder);
     expect(NULL, WORDS(ON, "doctor", "--lmdb-path", lmdb), 0,
-           WORDS("OK    server", "OK    caps", "clock", "limits", "cpu", "memory", "rdma",
+           WORDS("OK    server", "OK    caps", "clock", "limits", "cpu", "memory", "rdma", "gpu",
                  "OK    lmdb      only its owner", "of 1000 connections, none", "shm       memory",
                  "0 maps pin 0 B", "0 failed"),
            NULL);

@@ -236,56 +236,37 @@ static kvc_status enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, const
 
 /* ---- the ops that the worker uses, for one sequence ---- */
 
-FAKE_OP(digest)
+/* x [inputs] f32 or bf16 through proj. */
+static kvc_status project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32_t inputs,
+                          const float *proj, uint32_t dims, float *out)
 {
-    const kvk_cuda_digest_args *a = args;
-    uint32_t dim_in = a->n_heads_in * a->head_dim / a->n_heads;
-    float *x = malloc((size_t)a->n * a->n_heads * a->dims * sizeof(float));
-    const kvk_project_args project = {.in = {a->in, a->n_heads_in * a->head_dim * 2u, KVK_BF16},
-                                      .n = a->n,
-                                      .n_heads = a->n_heads,
-                                      .dim_in = dim_in,
-                                      .dim_out = a->dims,
-                                      .proj = a->proj,
-                                      .out = x};
-    const kvk_quantize_args quantize = {.in = x,
-                                        .n = a->n,
-                                        .n_heads = a->n_heads,
-                                        .dims = a->dims,
-                                        .out = a->out,
-                                        .out_stride_bytes =
-                                            kvk_index_row_bytes(a->n_heads, a->dims)};
-    kvc_status st = cuda->ops->project(cuda->be, &project, NULL);
-    if (st == KVC_OK)
-        st = cuda->ops->quantize(cuda->be, &quantize, NULL);
-    free(x);
-    return st;
+    const kvk_project_args args = {.in = {x, inputs * sizeof(float), dtype},
+                                   .n = 1,
+                                   .n_heads = 1,
+                                   .dim_in = inputs,
+                                   .dim_out = dims,
+                                   .proj = proj,
+                                   .out = out};
+    return cuda->ops->project(cuda->be, &args, NULL);
 }
 
-FAKE_OP(query)
+FAKE_OP(token)
 {
-    const kvk_cuda_query_args *a = args;
-    uint32_t width = a->n_kv_heads * a->head_dim;
-    float *sum = malloc(width * sizeof(float));
-    const kvk_group_sum_args group = {
-        .in = {a->q, a->n_q_heads * a->head_dim * sizeof(float), KVK_F32},
-        .n = 1,
-        .n_q_heads = a->n_q_heads,
-        .n_kv_heads = a->n_kv_heads,
-        .head_dim = a->head_dim,
-        .out = sum};
-    const kvk_project_args project = {.in = {sum, width * sizeof(float), KVK_F32},
-                                      .n = 1,
-                                      .n_heads = 1,
-                                      .dim_in = width,
-                                      .dim_out = a->dims,
-                                      .proj = a->proj,
-                                      .out = a->out};
-    kvc_status st = cuda->ops->group_sum(cuda->be, &group, NULL);
-    if (st == KVC_OK)
-        st = cuda->ops->project(cuda->be, &project, NULL);
-    free(sum);
-    return st;
+    const kvk_cuda_token_args *a = args;
+    uint32_t inputs = a->n_heads * a->head_dim;
+    float x[256];
+    memcpy(a->row, a->k, inputs * 2u);
+    memcpy((uint8_t *)a->row + inputs * 2u, a->v, inputs * 2u);
+    if (a->copy != NULL)
+        memcpy(a->copy, a->row, inputs * 4u);
+    const kvk_quantize_args quantize = {.in = x,
+                                        .n = 1,
+                                        .n_heads = 1,
+                                        .dims = a->dims,
+                                        .out = a->index_row,
+                                        .out_stride_bytes = kvk_index_row_bytes(1, a->dims)};
+    kvc_status st = project(cuda, a->k, KVK_BF16, inputs, a->proj, a->dims, x);
+    return st == KVC_OK ? cuda->ops->quantize(cuda->be, &quantize, NULL) : st;
 }
 
 size_t kvk_cuda_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max)
@@ -441,11 +422,33 @@ static kvc_status rotate(kvk_cuda *cuda, const kvk_cuda_frame_args *a, uint32_t 
     return out == NULL ? KVC_OK : cuda->ops->rope(cuda->be, &rope, NULL);
 }
 
+static kvc_status index_query(kvk_cuda *cuda, const kvk_cuda_frame_args *a)
+{
+    uint32_t inputs = a->n_kv_heads * a->head_dim;
+    float *rotated = malloc(a->n_q_heads * a->head_dim * sizeof(float));
+    float *sum = malloc(inputs * sizeof(float));
+    const kvk_group_sum_args group = {
+        .in = {rotated, a->n_q_heads * a->head_dim * sizeof(float), KVK_F32},
+        .n = 1,
+        .n_q_heads = a->n_q_heads,
+        .n_kv_heads = a->n_kv_heads,
+        .head_dim = a->head_dim,
+        .out = sum};
+    kvc_status st = rotate(cuda, a, a->score_raw ? UINT32_MAX : a->far_position, rotated);
+    if (st == KVC_OK)
+        st = cuda->ops->group_sum(cuda->be, &group, NULL);
+    if (st == KVC_OK)
+        st = project(cuda, sum, KVK_F32, inputs, a->proj, a->dims, a->q_index);
+    free(rotated);
+    free(sum);
+    return st;
+}
+
 FAKE_OP(frame)
 {
     const kvk_cuda_frame_args *a = args;
     uint32_t n = *a->n_tokens, near = n < a->n_recent + 1u ? n : a->n_recent + 1u;
-    kvc_status st = rotate(cuda, a, UINT32_MAX, a->q_raw);
+    kvc_status st = a->q_index == NULL ? KVC_OK : index_query(cuda, a);
     if (st == KVC_OK)
         st = rotate(cuda, a, a->far_position, a->q_far);
     if (st == KVC_OK)
@@ -479,17 +482,6 @@ FAKE_OP(finish)
         memcpy(a->lse, lse, a->n * sizeof(float));
     free(o);
     return st;
-}
-
-FAKE_OP(row)
-{
-    const kvk_cuda_row_args *a = args;
-    (void)cuda;
-    memcpy(a->row, a->k, a->half_bytes);
-    memcpy((uint8_t *)a->row + a->half_bytes, a->v, a->half_bytes);
-    if (a->copy != NULL)
-        memcpy(a->copy, a->row, 2u * (size_t)a->half_bytes);
-    return KVC_OK;
 }
 
 FAKE_OP(misses)

@@ -17,19 +17,25 @@ static bool scores_raw(const kvw_worker *w)
     return w->inv_freq == NULL || w->projection->rope == KVWI_PROJECTION_RAW;
 }
 
-static kvc_status frame(kvw_seq *seq, kvwi_device_layer *l, frame_part part, kvk_stream *stream)
+static kvc_status frame(kvw_seq *seq, uint32_t layer, frame_part part, kvk_stream *stream)
 {
     const kvw_worker *w = seq->worker;
     const kvw_opts *o = &w->opts;
+    const kvwi_level *level = &w->level[0];
+    kvwi_device_layer *l = &seq->device->layers[layer];
     bool selects = part != FRAME_ATTEND, attends = part != FRAME_SELECT;
     const kvk_cuda_frame_args args = {
         .q = part == FRAME_SELECT ? l->q_select : l->q_in,
         .dtype = o->dtype,
         .n_q_heads = o->n_q_heads,
+        .n_kv_heads = o->n_kv_heads,
         .head_dim = o->head_dim,
         .inv_freq = seq->device->device->inv_freq,
-        .q_raw = selects && scores_raw(w) ? l->q_raw : NULL,
-        .q_far = attends || !scores_raw(w) ? l->q_far : NULL,
+        .proj = seq->device->device->query_proj + (size_t)layer * level->d_in * level->dims,
+        .dims = level->dims,
+        .score_raw = scores_raw(w),
+        .q_index = selects ? l->q_index : NULL,
+        .q_far = attends ? l->q_far : NULL,
         .q_near = attends ? l->q_near : NULL,
         .n_tokens = &l->io->n_tokens,
         .n_sink = o->n_sink,
@@ -39,30 +45,12 @@ static kvc_status frame(kvw_seq *seq, kvwi_device_layer *l, frame_part part, kvk
         .near_list = attends ? l->near_list : NULL,
         .n_near = attends ? l->n_near : NULL,
         .index = l->index,
-        .index_row_bytes = (uint32_t)w->level[0].row_bytes,
+        .index_row_bytes = (uint32_t)level->row_bytes,
         .cands = selects ? l->cands : NULL,
         .expected = part == FRAME_ATTEND ? l->q_select : NULL,
         .differs_p = &l->io->differs,
     };
     return kvk_cuda_frame(seq->device->device->cuda, &args, stream);
-}
-
-static kvc_status query(kvw_seq *seq, uint32_t layer, kvk_stream *stream)
-{
-    const kvw_worker *w = seq->worker;
-    const kvwi_level *level = &w->level[0];
-    kvwi_device_layer *l = &seq->device->layers[layer];
-    const kvk_cuda_query_args args = {
-        .q = scores_raw(w) ? l->q_raw : l->q_far,
-        .n_seqs = 1,
-        .n_q_heads = w->opts.n_q_heads,
-        .n_kv_heads = w->opts.n_kv_heads,
-        .head_dim = w->opts.head_dim,
-        .dims = level->dims,
-        .proj = seq->device->device->query_proj + (size_t)layer * level->d_in * level->dims,
-        .out = l->q_index,
-    };
-    return kvk_cuda_query(seq->device->device->cuda, &args, stream);
 }
 
 static kvc_status select_picks(kvw_seq *seq, kvwi_device_layer *l, kvk_stream *stream)
@@ -109,10 +97,7 @@ static kvc_status resolve(kvw_seq *seq, kvwi_device_layer *l, kvk_stream *stream
 static kvc_status enqueue_select(kvw_seq *seq, uint32_t layer, kvk_stream *stream)
 {
     kvwi_device_layer *l = &seq->device->layers[layer];
-    kvc_status st = query(seq, layer, stream);
-    if (st == KVC_OK) {
-        st = select_picks(seq, l, stream);
-    }
+    kvc_status st = select_picks(seq, l, stream);
     return st == KVC_OK ? resolve(seq, l, stream) : st;
 }
 
@@ -177,7 +162,7 @@ static kvc_status enqueue_attend(kvw_seq *seq, kvwi_device_layer *l, kvk_stream 
 static kvc_status enqueue(kvw_seq *seq, uint32_t layer, frame_part part, kvk_stream *stream)
 {
     kvwi_device_layer *l = &seq->device->layers[layer];
-    kvc_status st = frame(seq, l, part, stream);
+    kvc_status st = frame(seq, layer, part, stream);
     if (st == KVC_OK && part != FRAME_ATTEND) {
         st = enqueue_select(seq, layer, stream);
     }

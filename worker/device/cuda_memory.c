@@ -57,7 +57,6 @@ static void carve_fixed(carver *c, const kvw_worker *w, const kvwi_device_seq *d
     l->pos_of = piece(c, slots * word);
     l->used = piece(c, slots * word);
     l->step = piece(c, word);
-    l->q_raw = piece(c, q);
     l->q_far = piece(c, q);
     l->q_near = piece(c, q);
     l->q_index = piece(c, w->level[0].dims * sizeof(float));

@@ -133,25 +133,6 @@ kvc_status kvwi_cuda_pass(kvw_seq *seq, uint32_t n_tokens)
     return st;
 }
 
-static kvc_status append_index(kvw_seq *seq, uint32_t layer, const uint8_t *row)
-{
-    const kvw_worker *w = seq->worker;
-    const kvwi_level *level = &w->level[0];
-    kvwi_device_seq *d = seq->device;
-    kvwi_device_layer *l = &d->layers[layer];
-    const kvk_cuda_digest_args args = {
-        .in = row,
-        .n = 1,
-        .n_heads_in = w->opts.n_kv_heads,
-        .head_dim = w->opts.head_dim,
-        .n_heads = 1,
-        .dims = level->dims,
-        .proj = d->device->key_proj + (size_t)layer * level->d_in * level->dims,
-        .out = l->index + (size_t)l->n_index * level->row_bytes,
-    };
-    return kvk_cuda_digest(d->device->cuda, &args, d->stream);
-}
-
 kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v)
 {
     const kvw_worker *w = seq->worker;
@@ -159,9 +140,18 @@ kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const v
     kvwi_device_layer *l = &d->layers[layer];
     uint32_t pos = seq->layers[layer].n_tokens, bt = w->opts.block_tokens;
     uint8_t *host = kvwi_block_row(w, seq->blocks[pos / bt].buf, layer, pos % bt);
-    uint8_t *row = l->ring + (pos % d->ring_rows) * w->row_bytes;
-    kvk_cuda_row_args args = {
-        .k = k, .v = v, .half_bytes = (uint32_t)w->k_bytes, .row = row, .copy = host};
+    const kvwi_level *level = &w->level[0];
+    kvk_cuda_token_args args = {
+        .k = k,
+        .v = v,
+        .n_heads = w->opts.n_kv_heads,
+        .head_dim = w->opts.head_dim,
+        .dims = level->dims,
+        .proj = d->device->key_proj + (size_t)layer * level->d_in * level->dims,
+        .row = l->ring + (pos % d->ring_rows) * w->row_bytes,
+        .copy = host,
+        .index_row = l->index + (size_t)pos * level->row_bytes,
+    };
     if (!w->opts.device_memory) {
         memcpy(host, k, w->k_bytes);
         memcpy(host + w->k_bytes, v, w->k_bytes);
@@ -169,10 +159,7 @@ kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const v
         args.v = host + w->k_bytes;
         args.copy = NULL;
     }
-    kvc_status st = kvk_cuda_row(d->device->cuda, &args, d->stream);
-    if (st == KVC_OK) {
-        st = append_index(seq, layer, row);
-    }
+    kvc_status st = kvk_cuda_token(d->device->cuda, &args, d->stream);
     if (st != KVC_OK) {
         return kvwi_cuda_fail(st, "append");
     }

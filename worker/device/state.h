@@ -35,7 +35,7 @@ typedef struct kvwi_device_layer {
     uint32_t *picks, *n_picks, *fetch, *n_list, *n_near;
     uint32_t *pos_of, *used, *step;
     int32_t *list, *near_list;
-    float *q_raw, *q_far, *q_near, *q_index, *o_far, *lse_far, *o_near, *lse_near;
+    float *q_far, *q_near, *q_index, *o_far, *lse_far, *o_near, *lse_near;
     /* device, by capacity */
     uint8_t *index;
     int32_t *slot_of;

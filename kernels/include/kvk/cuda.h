@@ -417,19 +417,23 @@ kvc_status kvk_cuda_chunk_fuse(kvk_cuda *cuda, const kvk_cuda_chunk_fuse_args *a
 /*
  * Begins one step of ESA over n = *n_tokens tokens: queries in f32 from q [n_q_heads, head_dim] in
  * dtype, and where candidates and the near window are.
- *   q_raw   as it is;  q_far  rotated by far_position;  q_near  rotated by n_near - 1
+ *   q_index [dims]: as kvk_cuda_query's, of q rotated by far_position, or with score_raw as it is
+ *   q_far   rotated by far_position;  q_near  rotated by n_near - 1
  *   near_list[i] = the slot (near_begin + i) % ring_rows;  *n_near = n - near_begin
  *   *cands = {index + n_sink rows, near_begin - n_sink, n_sink}
  * where near_begin = n - min(n, n_recent + 1), n_recent < ring_rows, which the list has room for.
- * Rotation: as kvk_rope; without inv_freq none. q_raw, q_far, q_near (16-byte aligned), near_list
- * and cands may be NULL. expected (may be NULL): *differs_p is set to 1 where q is not those bytes.
+ * Rotation: as kvk_rope; without inv_freq none. q_index, q_far, q_near, near_list and cands may be
+ * NULL. dims <= 256, n_kv_heads * head_dim <= 8192. expected (may be NULL): *differs_p is set to 1
+ * where q is not those bytes.
  */
 typedef struct kvk_cuda_frame_args {
     const void *q;
     kvk_dtype dtype; /* BF16 or F16 */
-    uint32_t n_q_heads, head_dim;
+    uint32_t n_q_heads, n_kv_heads, head_dim;
     const double *inv_freq;
-    float *q_raw, *q_far, *q_near;
+    const float *proj; /* [n_kv_heads * head_dim, dims] */
+    uint32_t dims, score_raw;
+    float *q_index, *q_far, *q_near;
     const uint32_t *n_tokens;
     uint32_t n_sink, n_recent, far_position, ring_rows;
     int32_t *near_list;
@@ -457,15 +461,17 @@ typedef struct kvk_cuda_finish_args {
 kvc_status kvk_cuda_finish(kvk_cuda *cuda, const kvk_cuda_finish_args *args,
                            kvk_stream *stream) KVC_MUST_CHECK;
 
-/* One token's row: k and v [half_bytes each] one after the other to row and to copy (NULL: not).
- * half_bytes a multiple of 16. */
-typedef struct kvk_cuda_row_args {
+/* One token of ESA: k and v [n_heads, head_dim] bf16 one after the other to row and to copy (NULL:
+ * not), and its index row as kvk_cuda_digest makes it, but that the projection is a sum of up to 8
+ * chains. Bounds as there; dims <= 256, n_heads * head_dim <= 8192 and a multiple of 8. */
+typedef struct kvk_cuda_token_args {
     const void *k, *v;
-    uint32_t half_bytes;
-    void *row, *copy;
-} kvk_cuda_row_args;
-kvc_status kvk_cuda_row(kvk_cuda *cuda, const kvk_cuda_row_args *args,
-                        kvk_stream *stream) KVC_MUST_CHECK;
+    uint32_t n_heads, head_dim, dims;
+    const float *proj; /* [n_heads * head_dim, dims] */
+    void *row, *copy, *index_row;
+} kvk_cuda_token_args;
+kvc_status kvk_cuda_token(kvk_cuda *cuda, const kvk_cuda_token_args *args,
+                          kvk_stream *stream) KVC_MUST_CHECK;
 
 /*
  * One sequence, after resolve: the rows named by fetch that its source does not have, in list

@@ -1,0 +1,140 @@
+/*
+ * worker_fake_cuda_test.c: what only a fake device can be told to do: to be absent, to run out of
+ * memory at any point, and to lose the server's memory while a step reads it.
+ */
+#include "fake_cuda.h"
+#include "oracle.h"
+
+#include <signal.h>
+
+#include "base/clock.h"
+#include "daemon.h"
+#include "internal.h"
+
+#define N_TOKENS 600u
+#define PREFILL  576u
+#define DIMS     30u
+
+static void fake_rig(rig *r, kvc_client *client)
+{
+    rig_init(r, "esa", N_TOKENS);
+    r->opts.client = client;
+    r->opts.backend = "cuda:0";
+    r->opts.dtype = KVK_BF16;
+    r->opts.head_dim = 64;
+    r->opts.index = KVW_INDEX_COMPRESSED;
+    r->opts.residency_slots = 48;
+    r->opts.max_tokens = N_TOKENS;
+    rig_project(r, DIMS);
+}
+
+static void an_absent_device_is_unsupported(void **state)
+{
+    (void)state;
+    rig r;
+    fake_rig(&r, NULL);
+    fake_cuda_absent(true);
+    assert_int_equal(kvw_open(&r.opts, &r.worker), KVC_UNSUPPORTED);
+    assert_non_null(strstr(kvw_last_error(), "no CUDA device 0"));
+    fake_cuda_absent(false);
+    assert_ok(kvw_open(&r.opts, &r.worker));
+    rig_close(&r);
+}
+
+/* Wherever memory ends, all of it is given back, and a sequence that opened works. */
+static void memory_may_end_anywhere(void **state)
+{
+    (void)state;
+    uint32_t n_failed = 0, held = fake_cuda_held();
+    for (uint32_t n = 0;; n++) {
+        rig r;
+        kvw_seq *seq = NULL;
+        uint32_t reused = 0, dims = DIMS;
+        fake_rig(&r, NULL);
+        rig_fill(&r);
+        fake_cuda_allocations(n);
+        kvc_status st = kvw_open(&r.opts, &r.worker);
+        if (st == KVC_OK)
+            st = kvw_seq_create(r.worker, r.tokens, 0, &seq, &reused);
+        fake_cuda_allocations(UINT32_MAX);
+        if (st == KVC_OK) {
+            rig_prefill(&r, seq, 0, PREFILL, NULL, NULL);
+            rig_decode(&r, seq, PREFILL, PREFILL + 1, oracle_check_step, &dims);
+        } else {
+            assert_int_equal(st, KVC_NO_MEMORY);
+            n_failed++;
+        }
+        kvw_seq_destroy(seq);
+        rig_close(&r);
+        assert_int_equal(fake_cuda_held(), held);
+        if (st == KVC_OK)
+            break;
+    }
+    assert_true(n_failed > 8);
+}
+
+/* Takes the map away when a step's graph is about to run, one time in three. */
+typedef struct thief {
+    kvw_seq *seq;
+    uint32_t n_launches, n_taken;
+} thief;
+
+static void take_map(void *arg)
+{
+    thief *t = arg;
+    if (t->seq != NULL && t->n_launches++ % 3 == 0) {
+        kvc_context_unmap(t->seq->servers[0].context);
+        t->n_taken++;
+    }
+}
+
+static void a_map_may_go_under_a_step(void **state)
+{
+    (void)state;
+    char folder[256], uri[400];
+    rig r;
+    support_daemon daemon;
+    kvc_client *client = NULL;
+    uint32_t reused = 0, dims = DIMS;
+    thief t = {0};
+    support_make_folder(folder, sizeof(folder));
+    char *whole = realpath(folder, NULL);
+    assert_non_null(whole);
+    (void)snprintf(uri, sizeof(uri), "shm://%s/shm.sock", whole);
+    free(whole);
+    const char *args[] = {"--listen", uri, "--dram-bytes", "256MiB", NULL};
+    assert_true(support_daemon_start(&daemon, folder, args));
+    const kvc_client_opts opts = {
+        .size_bytes = sizeof(opts), .uris = uri, .connect_timeout_ns = SUPPORT_PATIENCE_NS};
+    assert_ok(kvc_client_open(&opts, &client));
+    fake_rig(&r, client);
+    rig_open(&r);
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &t.seq, &reused));
+    rig_prefill(&r, t.seq, 0, PREFILL, NULL, NULL);
+    assert_ok(kvw_flush(t.seq, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
+    uint64_t read = fake_cuda_rows_read();
+    kvw_stats before = {.size_bytes = sizeof(before)}, stats = before;
+    assert_ok(kvw_seq_stats(t.seq, &before));
+    fake_cuda_before_launch(take_map, &t);
+    rig_decode(&r, t.seq, PREFILL, N_TOKENS, oracle_check_step, &dims);
+    fake_cuda_before_launch(NULL, NULL);
+    assert_ok(kvw_seq_stats(t.seq, &stats));
+    assert_true(t.n_taken > 0 && stats.requests > 0);
+    /* a step whose map went away reads its rows again */
+    assert_true(fake_cuda_rows_read() - read > stats.misses - before.misses);
+    kvw_seq_destroy(t.seq);
+    rig_close(&r);
+    kvc_client_close(client);
+    (void)support_daemon_stop(&daemon, SIGTERM);
+    support_remove_folder(folder);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(an_absent_device_is_unsupported),
+        cmocka_unit_test(memory_may_end_anywhere),
+        cmocka_unit_test(a_map_may_go_under_a_step),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
