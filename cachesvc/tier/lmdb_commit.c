@@ -144,8 +144,8 @@ static kvc_status create_class(kvs_tier *tier, kvsi_class *class)
     snprintf(name, sizeof(name), "class-%u", class->record_pages);
     kvc_status status = kvsi_env_open(&class->env, tier->root_fd, tier->root, name, pages, pages);
     if (status != KVC_OK) {
-        kvsi_env_remove(tier->root_fd, name);
-        kvsi_unclaim(tier, claimed);
+        if (kvsi_env_remove(tier->root_fd, name) == KVC_OK)
+            kvsi_unclaim(tier, claimed);
         return status;
     }
     KVC_LOG_INFO(TIER, "lmdb: new size class of %u pages", class->record_pages);
@@ -305,6 +305,10 @@ void kvsi_commit(kvs_tier *tier, kvsi_batch *batch)
         n = 0;
     if (n > 0)
         kvsi_class_trim(tier, class, (uint64_t)n * (class->record_pages + TREE_PAGES));
+    if (class->broken) { /* the trim's sync failed: what went before it may be lost */
+        n = 0;
+        status = KVC_IO;
+    }
     if (n > 0 || !batch->drops_done)
         n = commit_writes(tier, batch, n, &status);
     for (uint32_t i = 0; i < n; i++) {

@@ -333,15 +333,22 @@ bool kvsi_env_is_there(kvsi_env *env)
     return false;
 }
 
-void kvsi_env_remove(int root_fd, const char *name)
+static bool is_unlinked(int root_fd, const char *path, int flags)
 {
-    char path[64];
+    return unlinkat(root_fd, path, flags) == 0 || errno == ENOENT;
+}
 
-    snprintf(path, sizeof(path), "%s/data.mdb", name);
-    (void)unlinkat(root_fd, path, 0);
-    snprintf(path, sizeof(path), "%s/lock.mdb", name);
-    (void)unlinkat(root_fd, path, 0);
-    (void)unlinkat(root_fd, name, AT_REMOVEDIR);
+kvc_status kvsi_env_remove(int root_fd, const char *name)
+{
+    char data[64], lock[64];
+
+    snprintf(data, sizeof(data), "%s/data.mdb", name);
+    snprintf(lock, sizeof(lock), "%s/lock.mdb", name);
+    bool gone = is_unlinked(root_fd, data, 0) && is_unlinked(root_fd, lock, 0) &&
+                is_unlinked(root_fd, name, AT_REMOVEDIR) && fsync(root_fd) == 0;
+    if (!gone)
+        KVC_LOG_WARN(TIER, "lmdb: %s cannot be removed: its room stays taken", name);
+    return gone ? KVC_OK : KVC_IO;
 }
 
 /* --- the gate --- */

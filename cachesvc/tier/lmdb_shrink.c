@@ -47,24 +47,29 @@ uint64_t kvsi_empty_due(const kvs_tier *tier)
     return due;
 }
 
-static void remove_class(kvs_tier *tier, kvsi_class *class)
+/* Where its files cannot be removed, its room and its place stay taken. */
+static bool remove_class(kvs_tier *tier, kvsi_class *class)
 {
     char name[sizeof(class->env.name)];
 
     if (class->dirty && kvsi_class_sync(tier, class) != KVC_OK)
-        return;
+        return false;
     memcpy(name, class->env.name, sizeof(name));
     kvsi_env_close(&class->env);
-    kvsi_env_remove(tier->root_fd, name);
-    if (fsync(tier->root_fd) != 0)
-        KVC_LOG_WARN(TIER, "lmdb: cannot sync %s", tier->root);
+    kvc_status removed = kvsi_env_remove(tier->root_fd, name);
     kvc_mutex_lock(&tier->lock);
+    if (removed != KVC_OK) {
+        class->broken = true;
+        kvc_mutex_unlock(&tier->lock);
+        return false;
+    }
     tier->claimed_pages -= class->claim_pages + KVSI_ENV_SLACK_PAGES;
     class->claim_pages = class->live_pages = class->tree_pages = 0;
     class->empty_ns = 0;
     tier->refused_pages = 0;
     kvc_mutex_unlock(&tier->lock);
     KVC_LOG_INFO(TIER, "lmdb: %s held no value any more: its room is given back", name);
+    return true;
 }
 
 void kvsi_remove_empty(kvs_tier *tier)
@@ -75,7 +80,7 @@ void kvsi_remove_empty(kvs_tier *tier)
         bool due = is_empty(class) && kvc_now_ns() >= class->empty_ns + KVSI_EMPTY_NS;
         kvc_mutex_unlock(&tier->lock);
         if (due)
-            remove_class(tier, class);
+            (void)remove_class(tier, class);
     }
 }
 
@@ -277,8 +282,9 @@ void kvsi_take(kvs_tier *tier, const kvsi_class *class, uint64_t pages)
             return;
         tried |= 1u << (best - tier->classes);
         if (whole)
-            remove_class(tier, best);
-        given = whole ? most : kvsi_class_shrink(tier, best, most < pages ? most : pages);
+            given = remove_class(tier, best) ? most : 0;
+        else
+            given = kvsi_class_shrink(tier, best, most < pages ? most : pages);
         pages -= given < pages ? given : pages;
     }
 }
@@ -295,7 +301,8 @@ static const kvsi_class *giver(const kvs_tier *tier, const kvsi_class *class, ui
             const kvsi_class *other = &tier->classes[i];
             bool later = last == NULL || other->claim_pages < last->claim_pages ||
                          (other->claim_pages == last->claim_pages && other > last);
-            if (other != class && other->live_pages > 0 && !is_hungry(tier, other) && later &&
+            bool may = other != class && !other->broken && other->live_pages > 0;
+            if (may && !is_hungry(tier, other) && later &&
                 (best == NULL || other->claim_pages > best->claim_pages))
                 best = other;
         }

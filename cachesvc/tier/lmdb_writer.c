@@ -435,6 +435,8 @@ static void sync_group(kvs_tier *tier, group *g)
         kvc_status status = KVC_OK;
         if (batch->class->dirty && (has_durable(batch) || wanted >> i & 1))
             status = kvsi_class_sync(tier, batch->class);
+        if (batch->class->broken) /* also where an earlier sync of this group failed */
+            status = KVC_IO;
         if (batch->class->broken || (batch->n_drops > 0 && !batch->drops_done))
             failed |= 1u << i;
         for (uint32_t k = 0; status != KVC_OK && k < batch->n_writes; k++) {

@@ -297,9 +297,10 @@ static kvc_status close_class(kvs_tier *tier, kvsi_class *class, kvc_status stat
     kvsi_env_close(&class->env);
     if (status != KVC_OK)
         return status;
-    KVC_LOG_INFO(TIER, "lmdb: %s/%s holds no value any more: removed", tier->root, name);
-    kvsi_env_remove(tier->root_fd, name);
-    tier->claimed_pages -= claim_pages + KVSI_ENV_SLACK_PAGES;
+    if (kvsi_env_remove(tier->root_fd, name) == KVC_OK) {
+        KVC_LOG_INFO(TIER, "lmdb: %s/%s held no value any more: removed", tier->root, name);
+        tier->claimed_pages -= claim_pages + KVSI_ENV_SLACK_PAGES;
+    }
     return KVC_OK;
 }
 
@@ -385,7 +386,7 @@ static kvc_status open_entry(kvs_tier *tier, const char *name)
         return KVC_OK;
     snprintf(canonical, sizeof(canonical), "class-%u", record_pages);
     if (strcmp(canonical, name) == 0 && kvsi_env_file_pages(tier->root_fd, name) == 0) {
-        kvsi_env_remove(tier->root_fd, name); /* a stop came before its first page */
+        (void)kvsi_env_remove(tier->root_fd, name); /* a stop came before its first page */
         return KVC_OK;
     }
     return strcmp(canonical, name) == 0 ? open_class(tier, name, record_pages) : KVC_OK;

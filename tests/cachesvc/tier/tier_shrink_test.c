@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "base/fault.h"
 #include "base/log.h"
 #include "base/sum.h"
 
@@ -469,6 +470,49 @@ static void test_no_holes_no_room(void **state)
         assert_value(t, &olds[i].key, 1, old_shape, olds[i].slot);
 }
 
+/* The system tells of a failed sync once: the giver's file is synced early, for the hole, and what
+ * the group wrote to it durably must not be called so because there is nothing left to sync. */
+static void test_failed_sync_for_a_hole(void **state)
+{
+    static uint8_t rows[2][4096 * 15];
+    const shape shapes[2] = {old_shape, new_shape};
+    kvs_tier_write writes[2];
+    uint32_t sums[2][15];
+    tier_under_test *t = *state;
+
+    t->opts.capacity_bytes = CAPACITY;
+    assert_int_equal(tut_open(t), KVC_OK);
+    fill_with_old(t);
+    assert_true(n_olds > 100);
+    tut_close(t);
+    t->opts.group_commit_ns = 2000000000; /* what follows is one group */
+    assert_int_equal(tut_open(t), KVC_OK);
+    assert_int_equal(kvc_fault_arm("lmdb.sync=nth:1"), KVC_OK);
+    for (uint32_t i = 0; i < 100; i++)
+        t->ops->release(t->tier, &olds[i].key, olds[i].slot);
+    n_landed = 0;
+    for (uint32_t i = 0; i < 2; i++) {
+        kvs_value_key key = key_of(2, i, 0);
+        fill_rows(&key, 1, shapes[i], rows[i]);
+        kvc_row_sums(rows[i], shapes[i].row_bytes, shapes[i].n_rows, sums[i]);
+        writes[i] = (kvs_tier_write){.key = key,
+                                     .row_bytes = shapes[i].row_bytes,
+                                     .n_rows = shapes[i].n_rows,
+                                     .rows = rows[i],
+                                     .row_sums = sums[i],
+                                     .durable = true,
+                                     .done = land};
+        assert_int_equal(t->ops->write(t->tier, &writes[i]), KVC_OK);
+    }
+    pthread_mutex_lock(&books);
+    while (n_landed < 2)
+        pthread_cond_wait(&landed, &books);
+    pthread_mutex_unlock(&books);
+    assert_true(kvc_fault_failures("lmdb.sync") == 1);
+    assert_int_equal(writes[0].status, KVC_IO);
+    assert_int_equal(kvc_fault_arm(NULL), KVC_OK);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -479,6 +523,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_giver_goes_on, setup, teardown),
         cmocka_unit_test_setup_teardown(test_too_large_at_a_start, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_holes_no_room, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_failed_sync_for_a_hole, setup, teardown),
     };
 
     kvc_log_set_sink(tut_log_keep, NULL);
