@@ -11,6 +11,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "admin_http.h"
 #include "base/log.h"
 
 #define SEGMENT_BYTES (UINT64_C(64) << 20) /* of dram, of which each has one */
@@ -18,6 +19,10 @@
 #define SPARE         64u                  /* that answers which pass memory leave to others */
 /* lmdb, threads, listeners, admin connections, answers that pass memory, log, refusals */
 #define REST          (128u + SPARE)
+#define LMDB_FILES    36u /* nine environments: data, again past the page cache, lock, folder */
+
+_Static_assert(KVSI_HTTP_CONNECTIONS + LMDB_FILES <= 128u / 4 * 3,
+               "admin connections and lmdb leave some of the rest to listeners and threads");
 
 /* A connection that maps has its lease's memory beside its socket, and only shm maps. */
 static uint64_t files_of_one(const kvs_settings *settings)

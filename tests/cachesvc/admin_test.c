@@ -3,6 +3,7 @@
  * and what it refuses. A plain socket is the client here; tests/e2e has a real one.
  */
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <errno.h>
 #include <netinet/in.h>
 #include <poll.h>
@@ -13,6 +14,8 @@
 #include <unistd.h>
 
 #include "admin.h"
+#include "admin_http.h"
+#include "base/clock.h"
 #include "harness.h"
 
 #define REPLY_BYTES 262144u
@@ -209,6 +212,43 @@ static void test_silent_connections(void **state)
     assert_int_equal(get(f, "/healthz"), 200);
 }
 
+static uint32_t count_files(void)
+{
+    uint32_t n = 0;
+    DIR *dir = opendir("/proc/self/fd");
+    assert_non_null(dir);
+    while (readdir(dir) != NULL)
+        n++;
+    (void)closedir(dir);
+    return n;
+}
+
+/* However many connect, the port takes descriptors for a few of them: those of its share. */
+static void test_idle_connections_take_few_files(void **state)
+{
+    fixture *f = *state;
+    enum { IDLE = 400 };
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(f->port)};
+    int fds[IDLE];
+    uint32_t own = count_files(), taken = 0;
+    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    for (uint32_t i = 0; i < IDLE; i++) {
+        fds[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        assert_true(fds[i] >= 0);
+        (void)connect(fds[i], (struct sockaddr *)&to, sizeof(to)); /* some wait in the queue */
+    }
+    own += IDLE;
+    for (uint64_t until = kvc_deadline_ns(60000000000ull); taken < KVSI_HTTP_CONNECTIONS;) {
+        uint32_t now = count_files() - own;
+        taken = now > taken ? now : taken;
+        assert_true(taken <= KVSI_HTTP_CONNECTIONS);
+        assert_true(kvc_now_ns() < until);
+    }
+    for (uint32_t i = 0; i < IDLE; i++)
+        close(fds[i]);
+    assert_int_equal(get(f, "/healthz"), 200);
+}
+
 static void test_port_in_use(void **state)
 {
     fixture *f = *state;
@@ -224,8 +264,13 @@ static void test_port_in_use(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        CASE(test_life),     CASE(test_failed_tiers),       CASE(test_latency),
-        CASE(test_refusals), CASE(test_silent_connections), CASE(test_port_in_use),
+        CASE(test_life),
+        CASE(test_failed_tiers),
+        CASE(test_latency),
+        CASE(test_refusals),
+        CASE(test_silent_connections),
+        CASE(test_idle_connections_take_few_files),
+        CASE(test_port_in_use),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

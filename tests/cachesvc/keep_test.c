@@ -10,6 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "base/digest.h"
 #include "base/fault.h"
 #include "request.h"
@@ -380,6 +381,30 @@ static int setup_lmdb(void **state)
     return start(state, true, 32 * VALUE);
 }
 
+static int setup_segments_lmdb(void **state)
+{
+    return start(state, true, 8u << 20);
+}
+/* The worst that holds, counted by value, can do: with lmdb they keep no segment for their size. */
+static void test_held_in_every_segment(void **state)
+{
+    fixture *f = *state;
+    uint32_t per_segment = (1u << 20) / VALUE, n = 8 * per_segment;
+    uint64_t context, handle, until = kvc_deadline_ns(60000000000ull), next = 1000;
+    h_schema other;
+    h_schema_init(&other, "other", 1, 2 * ROW, false);
+    assert_int_equal(h_register(f->peer, &other), KVC_OK);
+    put(f, 0, n, KVC_PROMISE_MEMORY);
+    f->h.server->index->max_held = f->h.server->index->max_held_total = 8u << 20;
+    assert_int_equal(h_open(f->peer, &f->schema, 0, n, 0, &context), KVC_OK);
+    assert_int_equal(hold(f->peer, context, 0, 0, &handle), KVC_OK);
+    while (atomic_load(&f->h.server->dram.evictions) < per_segment) {
+        assert_true(kvc_now_ns() < until);
+        (void)h_put1(f->peer, &other, next++, 0, KVC_PROMISE_MEMORY);
+    }
+    assert_int_equal(present(f, 0, n, 0), n);
+}
+
 static void restart(fixture *f)
 {
     h_disconnect(f->peer);
@@ -560,6 +585,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_erase_reader, setup, teardown),
         cmocka_unit_test_setup_teardown(test_prefetch_without_lmdb, setup, teardown),
 #ifdef KVASIR_LMDB
+        cmocka_unit_test_setup_teardown(test_held_in_every_segment, setup_segments_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_lmdb, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_that_fails, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_beside_failures, setup_lmdb, teardown),
