@@ -302,6 +302,7 @@ extern "C" kvc_status kvk_cuda_select(kvk_cuda *cuda, const kvk_cuda_select_args
                                args->picks,
                                args->scores,
                                args->n_picks,
+                               args->keep,
                                {}},
                               args->q,
                               args->dims};

@@ -61,6 +61,7 @@ struct topk_job {
     uint32_t *picks;
     float *out_scores;
     uint32_t *n_picks;
+    const uint32_t *keep; /* [n_seqs] or NULL: where not 0, the sequence is passed over */
     struct topk_space space;
 };
 
@@ -118,14 +119,20 @@ __device__ static inline float topk_score(uint32_t key)
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-/* Fills block->first_group, for groups of group_rows, and n_rows. */
+__device__ static inline bool topk_kept(const struct topk_job *job, uint32_t seq)
+{
+    return job->keep && job->keep[seq] != 0;
+}
+
+/* Fills block->first_group, for groups of group_rows, and n_rows; none of a sequence that is kept.
+ */
 __device__ static inline void topk_layout(const struct topk_job *job, struct topk_block *block,
                                           uint32_t group_rows)
 {
     uint32_t at = threadIdx.x, n = job->n_seqs;
 
     for (uint32_t i = at; i < n; i += blockDim.x) {
-        block->n_rows[i] = min(job->seqs[i].n_rows, job->rows_max);
+        block->n_rows[i] = topk_kept(job, i) ? 0 : min(job->seqs[i].n_rows, job->rows_max);
         block->first_group[i + 1] = (block->n_rows[i] + group_rows - 1) / group_rows;
     }
     if (at == 0)

@@ -155,7 +155,7 @@ __device__ static inline void topk_rank_all(const struct topk_job *job, struct t
 
     for (uint32_t seq = 0; seq < job->n_seqs; seq++) {
         uint32_t n = block->n_rows[seq], n_cands = block->n_cands[seq], turns = 0;
-        if (blockIdx.x == 0 && threadIdx.x == 0)
+        if (blockIdx.x == 0 && threadIdx.x == 0 && !topk_kept(job, seq))
             job->n_picks[seq] = job->k < n ? job->k : n;
         turns = (n_cands + TOPK_WARPS - 1) / TOPK_WARPS;
         for (; turn < turns; turn += gridDim.x)

@@ -311,7 +311,6 @@ __device__ static void scan_all(const struct vote_params *p, uint32_t *arrivals)
     uint32_t shared_out = p->job.n_seqs == 1 ? all - all / 8 : all;
     bool waited = false;
 
-    each_run<Form>(p, shared_out, [&](const struct vote_run &run) { prefetch_run<Form>(p, run); });
     sample_all<Form>(p);
     kvki_grid_arrive(barrier, arrivals);
     each_run<Form>(p, shared_out, [&](struct vote_run run) {
@@ -432,8 +431,8 @@ extern "C" kvc_status kvk_cuda_select_vote(kvk_cuda *cuda, const kvk_cuda_select
         return KVC_OK;
     if (!args_ok(args))
         return KVC_INVALID;
-    p.job = {args->n_seqs, args->k,       0, args->rows_max, args->cands, args->picks,
-             args->scores, args->n_picks, {}};
+    p.job = {args->n_seqs,  args->k,    0, args->rows_max, args->cands, args->picks, args->scores,
+             args->n_picks, args->keep, {}};
     (void)cut_workspace(args->workspace, args->n_seqs, args->rows_max, &p.job.space, &p.space);
     p.shape = {args->n_q_heads, args->n_kv_heads, args->dims,
                (uint32_t)kvk_index_row_bytes(args->n_kv_heads, args->dims)};

@@ -10,14 +10,13 @@
 
 #include "vote_form.cuh"
 
-#define GROUPS     128u  /* of TOPK_WARPS sampled tiles, at most */
-#define UNIT       4u    /* tiles */
-#define BINS       2048u /* of least votes, by the upper bits of the float */
-#define BIN_BIT    20
-#define BUCKETS    16u /* of a sum, by the upper bits of the exponent */
-#define CHUNK      (16u * TOPK_THREADS)
-#define PREFETCHED (256u * 1024u) /* bytes of a run */
-#define LOG2_E     1.44269504088896340736f
+#define GROUPS  128u  /* of TOPK_WARPS sampled tiles, at most */
+#define UNIT    4u    /* tiles */
+#define BINS    2048u /* of least votes, by the upper bits of the float */
+#define BIN_BIT 20
+#define BUCKETS 16u /* of a sum, by the upper bits of the exponent */
+#define CHUNK   (16u * TOPK_THREADS)
+#define LOG2_E  1.44269504088896340736f
 
 /* The workspace past topk's. All but sample is 0 between launches. */
 struct vote_space {
@@ -215,19 +214,6 @@ __device__ static inline uint32_t next_tile(const struct vote_params *p, const s
         end = run.end;
     }
     return unit < end ? unit * UNIT : VOTE_NONE;
-}
-
-/* The first PREFETCHED bytes of a run on their way to L2, which the sample leaves idle. */
-template <class Form>
-__device__ static inline void prefetch_run(const struct vote_params *p, const struct vote_run &run)
-{
-    size_t row = p->shape.row_bytes, first = (size_t)run.from * UNIT * VOTE_TILE * row;
-    size_t rows = min(run.to * UNIT * VOTE_TILE, vote_shared<Form>()->topk.n_rows[run.seq]);
-    const uint8_t *index = index_of<Form>(p, run.seq);
-
-    for (size_t at = first + threadIdx.x * 128u; at < rows * row && at < first + PREFETCHED;
-         at += TOPK_THREADS * 128u)
-        kvki_prefetch(index + at);
 }
 
 /* Begins to go through a run: its first tiles are on their way. The block calls. */

@@ -151,6 +151,7 @@ typedef struct kvk_cuda_select_args {
     uint32_t *n_picks;                /* [n_seqs] = min(k, n_rows) */
     void *workspace;
     size_t workspace_bytes;
+    const uint32_t *keep; /* [n_seqs] or NULL: where not 0, nothing is done for the sequence */
 } kvk_cuda_select_args;
 size_t kvk_cuda_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max);
 kvc_status kvk_cuda_select(kvk_cuda *cuda, const kvk_cuda_select_args *args,
@@ -176,10 +177,39 @@ typedef struct kvk_cuda_select_vote_args {
     uint32_t *n_picks;                /* [n_seqs] = min(k, n_rows) */
     void *workspace;
     size_t workspace_bytes;
+    const uint32_t *keep; /* [n_seqs] or NULL: where not 0, nothing is done for the sequence */
 } kvk_cuda_select_vote_args;
 size_t kvk_cuda_select_vote_workspace_bytes(uint32_t n_seqs, uint32_t rows_max);
 kvc_status kvk_cuda_select_vote(kvk_cuda *cuda, const kvk_cuda_select_vote_args *args,
                                 kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
+ * The Selection Cache (2411.02886 Alg. 1), for a batch: keep[s] = 1 where the cosine of q[s] and
+ * last[s], [n_seqs, width] f32 each, is at least threshold: select and select_vote then leave that
+ * sequence's picks as they are. Else keep[s] = 0, and q[s] becomes last[s]. The cosine is that of
+ * kvk_cosine, in double, within 1e-14; where a norm is 0 it is 0, so a sequence whose last was
+ * cleared selects (threshold > 0). A q that is not finite selects.
+ */
+typedef struct kvk_cuda_keep_args {
+    uint32_t n_seqs, width; /* width: all heads of a query */
+    const float *q;
+    float *last;
+    double threshold;
+    uint32_t *keep;
+} kvk_cuda_keep_args;
+kvc_status kvk_cuda_keep(kvk_cuda *cuda, const kvk_cuda_keep_args *args,
+                         kvk_stream *stream) KVC_MUST_CHECK;
+
+/* kvk_mean for a batch, with its bits: the mean query of a chunk. in [n_seqs, n, width] in dtype
+ * (F32, F16 or BF16), out [n_seqs, width] f32; n = 0 gives zeros. */
+typedef struct kvk_cuda_mean_args {
+    const void *in;
+    kvk_dtype dtype;
+    uint32_t n_seqs, n, width;
+    float *out;
+} kvk_cuda_mean_args;
+kvc_status kvk_cuda_mean(kvk_cuda *cuda, const kvk_cuda_mean_args *args,
+                         kvk_stream *stream) KVC_MUST_CHECK;
 
 /*
  * The rows of one sequence and part that are in device memory. slots [n_slots, row_bytes]; slot_of
