@@ -1,5 +1,6 @@
 """What deploy/quickstart --gca runs: the trained GCA decoder finds passkeys in a context that lies
-in a cachesvc. KVASIR_GCA_TOKENS=1048576 makes it longer than the 65,536 tokens of a usual run."""
+in a cachesvc: in a million tokens once (some 20 s on two idle cores), and in 65,536, or
+KVASIR_GCA_TOKENS, beside the same run without a store."""
 
 import os
 import re
@@ -57,6 +58,15 @@ class Needles(unittest.TestCase):
         self.assertEqual(status, 0, resident + said)
         self.assertIn("answering   0.0 of 8 chunks fetched", resident)
         self.assertEqual(logits(stored), logits(resident))
+
+    def test_a_million_tokens(self):
+        server = Cachesvc("--dram-bytes", "512MiB", *ARGS[2:])
+        self.addCleanup(server.close)
+        status, out, said = needles("--tokens", "1048576", "--server", server.listen)
+        self.assertEqual(status, 0, out + said)
+        self.assertIn("context     1048576 tokens, 16384 chunks", out)
+        self.assertIn("passkey     1 of 1 right", out)
+        self.assertRegex(out, r"by name +3[12] of 32 right")
 
     def test_three_servers_change_nothing(self):
         size = ("--tokens", "16384", "--decode", "10")
