@@ -82,7 +82,7 @@ kvc_status kvsi_env_open(kvsi_env *env, int root_fd, const char *root, const cha
 /* False, logged: the file has no name any more, so what is written would be gone with the process.
  */
 bool kvsi_env_is_there(kvsi_env *env);
-/* Removes the folder of an environment that holds nothing, for good. IO, logged: it may be there. */
+/* Removes the folder of an environment that holds nothing. IO, logged: it may still be there. */
 kvc_status kvsi_env_remove(int root_fd, const char *name);
 /* Waits for the reads under way; does not sync. Reads that begin later find nothing. */
 void kvsi_env_close(kvsi_env *env);
