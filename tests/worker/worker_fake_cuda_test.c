@@ -73,6 +73,39 @@ static void memory_may_end_anywhere(void **state)
     assert_true(n_failed > 8);
 }
 
+/* A sequence that cannot grow says so as long as it cannot, and goes on when it can. */
+static void growth_may_end_anywhere(void **state)
+{
+    (void)state;
+    kvc_status st = KVC_NO_MEMORY;
+    uint32_t n_failed = 0, held = fake_cuda_held();
+    for (uint32_t n = 0; st != KVC_OK; n++) {
+        rig r;
+        kvw_seq *seq = NULL;
+        uint32_t reused = 0, dims = DIMS;
+        fake_rig(&r, NULL);
+        r.opts.max_tokens = N_TOKENS / 4u;
+        rig_open(&r);
+        assert_ok(kvw_seq_create(r.worker, r.tokens, 0, &seq, &reused));
+        rig_prefill(&r, seq, 0, PREFILL, NULL, NULL);
+        fake_cuda_allocations(n);
+        st = kvw_tokens(seq, r.tokens + PREFILL, 1);
+        if (st != KVC_OK) {
+            assert_int_equal(st, KVC_NO_MEMORY);
+            n_failed++;
+            fake_cuda_allocations(0);
+            assert_int_equal(kvw_tokens(seq, r.tokens + PREFILL, 1), KVC_NO_MEMORY);
+            fake_cuda_allocations(UINT32_MAX);
+            rig_decode(&r, seq, PREFILL, PREFILL + 4, oracle_check_step, &dims);
+        }
+        fake_cuda_allocations(UINT32_MAX);
+        kvw_seq_destroy(seq);
+        rig_close(&r);
+        assert_int_equal(fake_cuda_held(), held);
+    }
+    assert_true(n_failed > 2);
+}
+
 /* Takes the map away when a step's graph is about to run, one time in three. */
 typedef struct thief {
     kvw_seq *seq;
@@ -134,6 +167,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(an_absent_device_is_unsupported),
         cmocka_unit_test(memory_may_end_anywhere),
+        cmocka_unit_test(growth_may_end_anywhere),
         cmocka_unit_test(a_map_may_go_under_a_step),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -147,7 +147,7 @@ kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l)
     carve_fixed(&fixed, w, d, l);
     carve_pinned(&pinned, w, d, l);
     st = fill_fixed(seq, l);
-    return st == KVC_OK ? kvwi_cuda_layer_grow(seq, l, 0, 0) : st;
+    return st == KVC_OK ? kvwi_cuda_layer_grow(seq, l) : st;
 }
 
 /* The staging's blocks come behind all others, wherever these end. */
@@ -169,8 +169,7 @@ static kvc_status fill_blocks(kvw_seq *seq, kvwi_device_layer *l, uint32_t old_b
                          n * sizeof(*shadow), d->stream);
 }
 
-static kvc_status fill_grown(kvw_seq *seq, kvwi_device_layer *l, const kvwi_device_layer *old,
-                             uint32_t old_tokens, uint32_t old_blocks)
+static kvc_status fill_grown(kvw_seq *seq, kvwi_device_layer *l, const kvwi_device_layer *old)
 {
     const kvw_worker *w = seq->worker;
     const kvwi_device_seq *d = seq->device;
@@ -186,8 +185,9 @@ static kvc_status fill_grown(kvw_seq *seq, kvwi_device_layer *l, const kvwi_devi
                                     .block_tokens = w->opts.block_tokens};
     kvc_status st =
         kvk_cuda_fill(cuda, l->slot_of, 0xff, d->cap_tokens * sizeof(int32_t), d->stream);
-    if (st == KVC_OK && old_tokens != 0) {
-        st = kvk_cuda_copy(cuda, l->slot_of, old->slot_of, old_tokens * sizeof(int32_t), d->stream);
+    if (st == KVC_OK && old->cap_tokens != 0) {
+        st = kvk_cuda_copy(cuda, l->slot_of, old->slot_of, old->cap_tokens * sizeof(int32_t),
+                           d->stream);
     }
     if (st == KVC_OK && l->n_index != 0) {
         st = kvk_cuda_copy(cuda, l->index, old->index, l->n_index * w->level[0].row_bytes,
@@ -200,33 +200,41 @@ static kvc_status fill_grown(kvw_seq *seq, kvwi_device_layer *l, const kvwi_devi
         st = kvk_cuda_copy(cuda, l->source, &source, sizeof(source), d->stream);
     }
     if (st == KVC_OK) {
-        st = fill_blocks(seq, l, old_blocks);
+        st = fill_blocks(seq, l, old->cap_blocks);
     }
     return st == KVC_OK ? kvk_cuda_stream_sync(cuda, d->stream) : st;
 }
 
-kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l, uint32_t old_tokens,
-                                uint32_t old_blocks)
+kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l)
 {
     const kvw_worker *w = seq->worker;
     kvwi_device_seq *d = seq->device;
     kvwi_device_layer old = *l;
     carver size = {0};
     void *grown = NULL;
+    if (l->cap_tokens == d->cap_tokens) { /* an earlier try came so far */
+        return KVC_OK;
+    }
     carve_grown(&size, w, d, l);
     kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_DEVICE, size.at, &grown);
+    if (st == KVC_OK) {
+        carver c = {.base = grown};
+        carve_grown(&c, w, d, l);
+        st = fill_grown(seq, l, &old);
+    }
     if (st != KVC_OK) {
+        old.shadow = l->shadow; /* it may have moved */
         *l = old;
+        kvk_cuda_free(d->device->cuda, KVK_CUDA_DEVICE, grown);
         return st;
     }
-    carver c = {.base = grown};
-    carve_grown(&c, w, d, l);
+    l->cap_tokens = d->cap_tokens;
+    l->cap_blocks = d->cap_blocks;
     l->grown = grown;
-    st = fill_grown(seq, l, &old, old_tokens, old_blocks);
-    d->device_bytes += size.at - old.grown_bytes;
     l->grown_bytes = size.at;
+    d->device_bytes += size.at - old.grown_bytes;
     kvk_cuda_free(d->device->cuda, KVK_CUDA_DEVICE, old.grown);
-    return st;
+    return KVC_OK;
 }
 
 void kvwi_cuda_layer_close(kvw_seq *seq, kvwi_device_layer *l)

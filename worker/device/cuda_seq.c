@@ -91,15 +91,22 @@ static kvc_status open_select(kvw_seq *seq)
     kvwi_device_seq *d = seq->device;
     void *space = NULL;
     size_t bytes = kvk_cuda_select_workspace_bytes(1, d->cap_tokens);
+    if (bytes <= d->select_bytes) { /* an earlier try to grow came so far */
+        return KVC_OK;
+    }
     kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_DEVICE, bytes, &space);
+    if (st == KVC_OK) {
+        st = kvk_cuda_fill(d->device->cuda, space, 0, bytes, d->stream);
+    }
     if (st != KVC_OK) {
+        kvk_cuda_free(d->device->cuda, KVK_CUDA_DEVICE, space);
         return st;
     }
     kvk_cuda_free(d->device->cuda, KVK_CUDA_DEVICE, d->select_space);
     d->device_bytes += bytes - d->select_bytes;
     d->select_space = space;
     d->select_bytes = bytes;
-    return kvk_cuda_fill(d->device->cuda, space, 0, bytes, d->stream);
+    return KVC_OK;
 }
 
 static void set_capacity(kvw_seq *seq, uint32_t n_tokens)
@@ -145,19 +152,26 @@ kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream)
 kvc_status kvwi_cuda_grow(kvw_seq *seq, uint32_t n_tokens)
 {
     kvwi_device_seq *d = seq->device;
-    uint32_t old_tokens = d->cap_tokens, old_blocks = d->cap_blocks;
-    if (n_tokens <= d->cap_tokens && seq->n_blocks <= d->cap_blocks) {
+    bool fits = n_tokens <= d->cap_tokens && seq->n_blocks <= d->cap_blocks;
+    if (fits && !d->growing) {
         return KVC_OK;
     }
     kvc_status st = kvwi_cuda_sync(seq);
-    set_capacity(seq, kvwi_min_u32(n_tokens + n_tokens / 2u, KVWI_MAX_TOKENS));
-    if (st == KVC_OK) {
-        st = open_select(seq);
+    if (st != KVC_OK) {
+        return kvwi_cuda_fail(st, "room for more tokens");
     }
-    for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
+    for (uint32_t i = 0; i < seq->worker->opts.n_layers; i++) { /* they name the select space */
         kvwi_cuda_graphs_drop(seq, &d->layers[i]);
-        st = kvwi_cuda_layer_grow(seq, &d->layers[i], old_tokens, old_blocks);
     }
+    if (!fits) {
+        set_capacity(seq, kvwi_min_u32(n_tokens + n_tokens / 2u, KVWI_MAX_TOKENS));
+    }
+    d->growing = true;
+    st = open_select(seq);
+    for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
+        st = kvwi_cuda_layer_grow(seq, &d->layers[i]);
+    }
+    d->growing = st != KVC_OK;
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "room for more tokens");
 }
 

@@ -47,9 +47,10 @@ typedef struct kvwi_device_layer {
     void *q_in, *q_select, *out;
     float *lse;
     /* host */
-    const void **shadow; /* [cap_blocks], as blocks on the device */
-    uint32_t n_blank;    /* released blocks without an address */
-    uint32_t n_index;    /* index rows that the device has */
+    uint32_t cap_tokens, cap_blocks; /* what it has memory for; the sequence's, unless growing */
+    const void **shadow;             /* [cap_blocks], as blocks on the device */
+    uint32_t n_blank;                /* released blocks without an address */
+    uint32_t n_index;                /* index rows that the device has */
     size_t grown_bytes;
     uint32_t near_from, near_to; /* positions whose rows are in the ring */
     bool has_sinks;
@@ -64,7 +65,8 @@ struct kvwi_device_seq {
     kvk_stream *stream;  /* enqueued on */
     kvk_stream *capture; /* graphs are made on; the stream too where the engine gave none */
     uint32_t cap_tokens, cap_blocks, ring_rows, stride; /* stride: n_sink + k */
-    uint32_t staged;    /* the first position of staging, behind all blocks */
+    bool growing;    /* NO_MEMORY halfway: not every layer has the capacity, and none has graphs */
+    uint32_t staged; /* the first position of staging, behind all blocks */
     uint32_t n_staging; /* its blocks */
     int32_t *near_pos;  /* device: 0, 1, ... */
     void *workspace;    /* of attend */
@@ -96,14 +98,15 @@ static inline uint32_t kvwi_slots(const kvw_worker *w)
 kvc_status kvwi_cuda_fail(kvc_status st, const char *what) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream) KVC_MUST_CHECK;
 void kvwi_cuda_seq_close(kvw_seq *seq);
-/* Room for n_tokens; drops the graphs where it has to grow. */
+/* Room for n_tokens; drops the graphs where it has to grow. NO_MEMORY: no step can run until a
+ * later call has taken the rest. */
 kvc_status kvwi_cuda_grow(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_sync(kvw_seq *seq) KVC_MUST_CHECK;
 
 /* cuda_memory.c: a layer's memories. */
 kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l) KVC_MUST_CHECK;
-kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l, uint32_t old_tokens,
-                                uint32_t old_blocks) KVC_MUST_CHECK;
+/* To the sequence's capacity; a failure leaves it as it was. */
+kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l) KVC_MUST_CHECK;
 void kvwi_cuda_layer_close(kvw_seq *seq, kvwi_device_layer *l);
 
 /* cuda_graph.c: a layer's graphs, if it has none. */
