@@ -312,6 +312,10 @@ kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens)
         return st;
     }
     uint32_t n = (uint32_t)n_tokens, kept = n - seq->pass.first;
+    st = seq->device != NULL ? seq->worker->device_ops->truncate(seq, n) : KVC_OK;
+    if (st != KVC_OK) {
+        return st;
+    }
     kvwi_retrievers_forget(seq, n / KVW_CHUNK_TOKENS);
     if (kept != 0 && kept != seq->pass.n && !seq->worker->opts.reuse_any) {
         kvwi_names_taint(seq); /* what is kept saw the queries of what is not */
@@ -324,9 +328,6 @@ kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens)
             l->level[j].n_rows =
                 kvwi_min_u32(l->level[j].n_rows, n); /* fewer: the device has them */
         }
-    }
-    if (seq->device != NULL) {
-        seq->worker->device_ops->truncate(seq, n);
     }
     seq->n_named = n;
     seq->pass.n = kept;

@@ -322,6 +322,14 @@ static uint32_t victim(const kvk_cuda_residency *r, uint32_t first, uint32_t n, 
     return best;
 }
 
+/* A slot's row is no longer there; its position may have been set to -1 from outside. */
+static void leave(const kvk_cuda_residency *r, uint32_t slot)
+{
+    uint32_t pos = r->pos_of[slot];
+    if (pos < r->n_positions && r->slot_of[pos] == (int32_t)slot)
+        r->slot_of[pos] = -1;
+}
+
 FAKE_OP(resolve)
 {
     const kvk_cuda_resolve_args *a = args;
@@ -339,8 +347,7 @@ FAKE_OP(resolve)
         a->fetch[a->off + i] = KVK_CUDA_RESIDENT;
         if (r->slot_of[pos] < 0) {
             slot = victim(r, a->n_pinned, a->n_slots, step);
-            if (r->pos_of[slot] < r->n_positions)
-                r->slot_of[r->pos_of[slot]] = -1;
+            leave(r, slot);
             r->pos_of[slot] = pos;
             r->slot_of[pos] = (int32_t)slot;
             r->used[slot] = step;
@@ -510,7 +517,7 @@ FAKE_OP(forget)
             (a->fetch[i] < a->staged || a->status[a->fetch[i] - a->staged] == 0))
             continue;
         uint32_t slot = (uint32_t)a->list[i];
-        r->slot_of[r->pos_of[slot]] = -1;
+        leave(r, slot);
         r->pos_of[slot] = UINT32_MAX;
         r->used[slot] = 0;
         a->list[i] = -1;

@@ -349,6 +349,45 @@ static void steps_go_in_parts(void **state)
     rig_close(&r);
 }
 
+/* A long pass of which one query was asked in each layer. */
+static void pass_of_one_query(const rig *r, kvw_seq *seq, uint32_t at, uint32_t n)
+{
+    assert_ok(kvw_tokens(seq, r->tokens + at, n));
+    for (uint32_t layer = 0; layer < 2; layer++) {
+        void *k = rig_bytes(r, r->k, rig_kv_width(r), layer, at, n);
+        void *v = rig_bytes(r, r->v, rig_kv_width(r), layer, at, n);
+        parts p = parts_of(r, layer, at + n - 1u);
+        assert_ok(kvw_append(seq, layer, k, v, n));
+        kvw_step *step = NULL;
+        assert_ok(kvw_step_begin(seq, layer, p.q, 1, &step));
+        assert_ok(kvw_step_finish(step, p.q, p.out, p.lse));
+        parts_fini(&p);
+        free(k);
+        free(v);
+    }
+}
+
+/* Rows that were picked and are then taken back are not those of the tokens that follow. */
+static void rows_taken_back_are_forgotten(void **state)
+{
+    (void)state;
+    rig r;
+    uint32_t reused = 0, dims = DIMS;
+    device_rig(&r, NULL, "cuda");
+    r.opts.chunk_tokens = 256;
+    r.opts.block_tokens = 64;
+    rig_open(&r);
+    kvw_seq *seq = open_seq(&r, 0, &reused);
+    rig_prefill(&r, seq, 0, 256, NULL, NULL);
+    pass_of_one_query(&r, seq, 600, 256); /* at 256 */
+    assert_int_equal(stats_of(seq).steps_device, 2);
+    assert_ok(kvw_truncate(seq, 256));
+    rig_prefill(&r, seq, 256, 512, NULL, NULL);
+    rig_decode(&r, seq, 512, 700, oracle_check_step, &dims);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
 /* ---- a store that loses rows ---- */
 
 static void lost_rows_fail_or_are_dropped(void **state)
@@ -431,6 +470,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(picks_are_the_cpus),
         cmocka_unit_test(the_window_is_widened),
         cmocka_unit_test(what_it_cannot_do_is_refused),
+        cmocka_unit_test(rows_taken_back_are_forgotten),
         cmocka_unit_test_setup_teardown(lost_rows_fail_or_are_dropped, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(rows_come_over_shm, open_served, close_served),
 #ifdef KVASIR_GRPC

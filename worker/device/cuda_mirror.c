@@ -183,8 +183,28 @@ kvc_status kvwi_cuda_settle(kvw_seq *seq)
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "what the device wrote");
 }
 
-void kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens)
+/* A pass of many tokens may have been picked from; others get its positions now. */
+static kvc_status forget_from(kvw_seq *seq, const kvwi_device_layer *l, uint32_t first)
 {
+    kvwi_device_seq *d = seq->device;
+    uint32_t end = kvwi_min_u32(seq->pass.first + seq->pass.n, l->cap_tokens);
+    uint32_t near = seq->worker->opts.n_recent + 1u; /* the last ones are never picked */
+    if (end <= first + near) {
+        return KVC_OK;
+    }
+    return kvk_cuda_fill(d->device->cuda, l->slot_of + first, 0xff,
+                         (end - near - first) * sizeof(*l->slot_of), d->stream);
+}
+
+kvc_status kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens)
+{
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
+        st = forget_from(seq, &seq->device->layers[i], n_tokens);
+    }
+    if (st != KVC_OK) {
+        return kvwi_cuda_fail(st, "rows that are taken back");
+    }
     for (uint32_t i = 0; i < seq->worker->opts.n_layers; i++) {
         kvwi_device_layer *l = &seq->device->layers[i];
         l->n_index = kvwi_min_u32(l->n_index, n_tokens);
@@ -192,4 +212,5 @@ void kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens)
         l->near_from = kvwi_min_u32(l->near_from, l->near_to);
         l->has_sinks = l->has_sinks && n_tokens >= seq->worker->opts.n_sink;
     }
+    return KVC_OK;
 }

@@ -40,7 +40,8 @@ typedef struct kvwi_device_ops {
     kvc_status (*append)(kvw_seq *seq, uint32_t layer, const void *k, const void *v);
     /* Host memory has what the device wrote for it. Blocks. */
     kvc_status (*settle)(kvw_seq *seq);
-    void (*truncate)(kvw_seq *seq, uint32_t n_tokens);
+    /* Tokens of the last pass (seq->pass) from n_tokens on go; a failure leaves all as it was. */
+    kvc_status (*truncate)(kvw_seq *seq, uint32_t n_tokens);
     /* A step of one query over more candidates than k. whole: begin and finish have one query, and
      * nothing is done in between. */
     kvc_status (*step_begin)(kvw_step *step, const void *q_select, bool whole);

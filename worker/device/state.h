@@ -125,7 +125,7 @@ kvc_status kvwi_cuda_pass(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k,
                             const void *v) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_settle(kvw_seq *seq) KVC_MUST_CHECK;
-void kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens);
+kvc_status kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
 
 /* cuda_step.c */
 kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole) KVC_MUST_CHECK;

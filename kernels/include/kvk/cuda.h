@@ -215,7 +215,8 @@ kvc_status kvk_cuda_mean(kvk_cuda *cuda, const kvk_cuda_mean_args *args,
  * The rows of one sequence and part that are in device memory. slots [n_slots, row_bytes]; slot_of
  * [n_positions], -1 = not resident; pos_of [n_slots], UINT32_MAX = empty; used [n_slots], the step
  * that last used a slot, 0 = never; step starts at 0 and is counted by resolve. The caller may
- * place rows itself (sink, recent) in the first n_pinned slots, which are never evicted.
+ * place rows itself (sink, recent) in the first n_pinned slots, which are never evicted, and may
+ * set slot_of back to -1 where a position has another row now, without a look at pos_of.
  */
 typedef struct kvk_cuda_residency {
     void *slots;

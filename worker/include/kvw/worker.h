@@ -223,7 +223,7 @@ KVW_API kvc_status kvw_tokens(kvw_seq *seq, const uint32_t *tokens,
  * Takes back tokens of the last pass (rejected drafts): the sequence holds n_tokens afterwards.
  * Keeping a part of a pass makes the block that it lies in, and all later ones of this sequence,
  * impossible for other sequences to find (they saw the rejected tokens), unless reuse_any is 1.
- * INVALID: n_tokens before the last pass or beyond it, a step is open, or layers differ.
+ * INVALID: n_tokens before the last pass or beyond it, a step is open, or layers differ. DEVICE.
  */
 KVW_API kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens) KVC_MUST_CHECK;
 
