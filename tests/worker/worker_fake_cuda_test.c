@@ -106,6 +106,56 @@ static void growth_may_end_anywhere(void **state)
     assert_true(n_failed > 2);
 }
 
+/* ---- a server of its own ---- */
+
+typedef struct served {
+    char folder[256];
+    support_daemon daemon;
+    kvc_client *client;
+} served;
+
+static int open_served(void **state)
+{
+    char uri[400];
+    served *s = calloc(1, sizeof(*s));
+    assert_non_null(s);
+    support_make_folder(s->folder, sizeof(s->folder));
+    char *whole = realpath(s->folder, NULL);
+    assert_non_null(whole);
+    (void)snprintf(uri, sizeof(uri), "shm://%s/shm.sock", whole);
+    free(whole);
+    const char *args[] = {"--listen", uri, "--dram-bytes", "256MiB", NULL};
+    assert_true(support_daemon_start(&s->daemon, s->folder, args));
+    const kvc_client_opts opts = {
+        .size_bytes = sizeof(opts), .uris = uri, .connect_timeout_ns = SUPPORT_PATIENCE_NS};
+    assert_ok(kvc_client_open(&opts, &s->client));
+    *state = s;
+    return 0;
+}
+
+static int close_served(void **state)
+{
+    served *s = *state;
+    kvc_client_close(s->client);
+    (void)support_daemon_stop(&s->daemon, SIGTERM);
+    support_remove_folder(s->folder);
+    free(s);
+    return 0;
+}
+
+/* A sequence whose rows are the server's. */
+static kvw_seq *open_prefilled(rig *r, kvc_client *client)
+{
+    uint32_t reused = 0;
+    kvw_seq *seq = NULL;
+    fake_rig(r, client);
+    rig_open(r);
+    assert_ok(kvw_seq_create(r->worker, NULL, 0, &seq, &reused));
+    rig_prefill(r, seq, 0, PREFILL, NULL, NULL);
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
+    return seq;
+}
+
 /* Takes the map away when a step's graph is about to run, one time in three. */
 typedef struct thief {
     kvw_seq *seq;
@@ -123,28 +173,10 @@ static void take_map(void *arg)
 
 static void a_map_may_go_under_a_step(void **state)
 {
-    (void)state;
-    char folder[256], uri[400];
+    served *s = *state;
     rig r;
-    support_daemon daemon;
-    kvc_client *client = NULL;
-    uint32_t reused = 0, dims = DIMS;
-    thief t = {0};
-    support_make_folder(folder, sizeof(folder));
-    char *whole = realpath(folder, NULL);
-    assert_non_null(whole);
-    (void)snprintf(uri, sizeof(uri), "shm://%s/shm.sock", whole);
-    free(whole);
-    const char *args[] = {"--listen", uri, "--dram-bytes", "256MiB", NULL};
-    assert_true(support_daemon_start(&daemon, folder, args));
-    const kvc_client_opts opts = {
-        .size_bytes = sizeof(opts), .uris = uri, .connect_timeout_ns = SUPPORT_PATIENCE_NS};
-    assert_ok(kvc_client_open(&opts, &client));
-    fake_rig(&r, client);
-    rig_open(&r);
-    assert_ok(kvw_seq_create(r.worker, NULL, 0, &t.seq, &reused));
-    rig_prefill(&r, t.seq, 0, PREFILL, NULL, NULL);
-    assert_ok(kvw_flush(t.seq, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
+    uint32_t dims = DIMS;
+    thief t = {.seq = open_prefilled(&r, s->client)};
     uint64_t read = fake_cuda_rows_read();
     kvw_stats before = {.size_bytes = sizeof(before)}, stats = before;
     assert_ok(kvw_seq_stats(t.seq, &before));
@@ -157,9 +189,49 @@ static void a_map_may_go_under_a_step(void **state)
     assert_true(fake_cuda_rows_read() - read > stats.misses - before.misses);
     kvw_seq_destroy(t.seq);
     rig_close(&r);
-    kvc_client_close(client);
-    (void)support_daemon_stop(&daemon, SIGTERM);
-    support_remove_folder(folder);
+}
+
+/* The step of layer 0 reads rows under a map that goes; that of layer 1 has the tables made anew
+ * before it ends. */
+static void another_layer_does_not_hide_that_a_map_went(void **state)
+{
+    served *s = *state;
+    rig r;
+    uint32_t dims = DIMS;
+    thief t = {.seq = open_prefilled(&r, s->client)};
+    kvw_step *step[2];
+    void *q[2], *out = malloc(rig_q_width(&r) * sizeof(float));
+    float lse[64];
+    assert_non_null(out);
+    assert_true(r.opts.n_q_heads <= 64);
+    assert_ok(kvw_tokens(t.seq, r.tokens + PREFILL, 1));
+    for (uint32_t l = 0; l < 2; l++) {
+        void *k = rig_bytes(&r, r.k, rig_kv_width(&r), l, PREFILL, 1);
+        void *v = rig_bytes(&r, r.v, rig_kv_width(&r), l, PREFILL, 1);
+        q[l] = rig_bytes(&r, r.q, rig_q_width(&r), l, PREFILL, 1);
+        assert_ok(kvw_append(t.seq, l, k, v, 1));
+        free(k);
+        free(v);
+    }
+    assert_ok(kvw_step_begin(t.seq, 0, q[0], 1, &step[0]));
+    fake_cuda_before_launch(take_map, &t);
+    assert_ok(kvw_step_attend(step[0], q[0]));
+    fake_cuda_before_launch(NULL, NULL);
+    assert_int_equal(t.n_taken, 1);
+    assert_ok(kvw_step_begin(t.seq, 1, q[1], 1, &step[1]));
+    uint64_t read = fake_cuda_rows_read();
+    for (uint32_t l = 0; l < 2; l++) {
+        assert_ok(kvw_step_finish(step[l], q[l], out, lse));
+        const rig_step done = {
+            .seq = t.seq, .layer = l, .first = PREFILL, .n = 1, .out = out, .lse = lse};
+        oracle_check_step(&dims, &r, &done);
+        free(q[l]);
+    }
+    /* nothing is resident yet, so that is all picks of both layers, also those read before */
+    assert_int_equal(fake_cuda_rows_read() - read, 2 * r.opts.k);
+    free(out);
+    kvw_seq_destroy(t.seq);
+    rig_close(&r);
 }
 
 int main(void)
@@ -168,7 +240,9 @@ int main(void)
         cmocka_unit_test(an_absent_device_is_unsupported),
         cmocka_unit_test(memory_may_end_anywhere),
         cmocka_unit_test(growth_may_end_anywhere),
-        cmocka_unit_test(a_map_may_go_under_a_step),
+        cmocka_unit_test_setup_teardown(a_map_may_go_under_a_step, open_served, close_served),
+        cmocka_unit_test_setup_teardown(another_layer_does_not_hide_that_a_map_went, open_served,
+                                        close_served),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

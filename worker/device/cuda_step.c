@@ -36,6 +36,13 @@ static kvc_status launch(kvw_step *step, kvk_cuda_graph *graph)
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "a step");
 }
 
+/* Of a graph that reads rows. */
+static kvc_status launch_attention(kvw_step *step, kvk_cuda_graph *graph)
+{
+    layer_of(step)->stamp = step->seq->device->stamp;
+    return launch(step, graph);
+}
+
 /* The engine's query to where the graphs read it. */
 static kvc_status take_query(kvw_step *step, void *to, const void *q)
 {
@@ -90,12 +97,13 @@ kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole
 kvc_status kvwi_cuda_step_attend(kvw_step *step, const void *q)
 {
     kvwi_device_layer *l = layer_of(step);
-    if (l->one_query || l->n_blank != 0 || !kvwi_cuda_tables_hold(step->seq)) {
+    if (l->one_query || l->n_blank != 0 ||
+        !kvwi_cuda_tables_hold(step->seq, step->seq->device->stamp)) {
         return KVC_OK; /* finish does it all */
     }
     kvc_status st = take_query(step, l->q_in, q);
     if (st == KVC_OK) {
-        st = launch(step, l->attend);
+        st = launch_attention(step, l->attend);
     }
     l->attended = st == KVC_OK;
     return st;
@@ -208,7 +216,7 @@ static kvc_status attempt(kvw_step *step, uint32_t *far_p)
     kvc_status st = KVC_OK;
     *far_p = 0;
     if (l->n_blank == 0 && l->one_query && !l->selected) {
-        st = launch(step, l->whole);
+        st = launch_attention(step, l->whole);
         l->selected = st == KVC_OK;
     } else {
         st = l->selected ? KVC_OK : start_select(step);
@@ -220,7 +228,7 @@ static kvc_status attempt(kvw_step *step, uint32_t *far_p)
             *far_p = st == KVC_OK ? l->io->n_far : 0;
         }
         if (st == KVC_OK && !l->attended) {
-            st = launch(step, l->attend);
+            st = launch_attention(step, l->attend);
         }
     }
     if (st == KVC_OK && (st = kvwi_cuda_sync(step->seq)) != KVC_OK) {
@@ -239,7 +247,7 @@ static kvc_status run(kvw_step *step, uint32_t *far_p)
         if (st == KVC_OK) {
             st = attempt(step, far_p);
         }
-        if (st != KVC_OK || l->io->n_misses == *far_p || kvwi_cuda_tables_hold(seq)) {
+        if (st != KVC_OK || l->io->n_misses == *far_p || kvwi_cuda_tables_hold(seq, l->stamp)) {
             return st;
         }
         KVC_LOG_DEBUG(WORKER, "layer %u: mapped rows went away, again", step->layer);

@@ -3,9 +3,11 @@
  * long as there is one, then the server's memory where the context is mapped, else nowhere (such
  * rows come by a fetch).
  *
- * Runs on the sequence's thread, with no step under way. Addresses in a server's memory belong to
- * one map (its stamp); when the context has grown or the server has taken the map back, all of them
- * are asked for again. Invariant: shadow and the device's table are equal when a step begins.
+ * Runs on the sequence's thread. Other layers' steps may be under way: what they enqueued before
+ * reads the table as it was, and they keep the stamp that it had. Addresses in a server's memory
+ * belong to one map (its stamp); when the context has grown or the server has taken the map back,
+ * all of them are asked for again. Invariant: shadow and the device's table are equal when a step
+ * begins.
  */
 #include <string.h>
 
@@ -106,8 +108,7 @@ kvc_status kvwi_cuda_tables(kvw_seq *seq, bool maps)
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "the table of blocks");
 }
 
-bool kvwi_cuda_tables_hold(const kvw_seq *seq)
+bool kvwi_cuda_tables_hold(const kvw_seq *seq, uint64_t stamp)
 {
-    const kvwi_device_seq *d = seq->device;
-    return d->stamp == 0 || kvc_context_is_mapped(kvwi_cuda_context(seq), d->stamp);
+    return stamp == 0 || kvc_context_is_mapped(kvwi_cuda_context(seq), stamp);
 }

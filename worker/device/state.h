@@ -57,6 +57,7 @@ typedef struct kvwi_device_layer {
     kvk_cuda_graph *select, *attend, *whole;
     /* of the open step, or the last one */
     bool one_query, selected, attended;
+    uint64_t stamp; /* of the map that the attention reads, which the tables may have left since */
     kvwi_flight flight;
 } kvwi_device_layer;
 
@@ -116,8 +117,8 @@ void kvwi_cuda_graphs_drop(kvw_seq *seq, kvwi_device_layer *l);
 /* cuda_tables.c: the addresses of every block's rows, as they are now; those in a server's memory
  * only with maps. */
 kvc_status kvwi_cuda_tables(kvw_seq *seq, bool maps) KVC_MUST_CHECK;
-/* Whether what was read through them was the values'. */
-bool kvwi_cuda_tables_hold(const kvw_seq *seq);
+/* Whether what was read through them was the values', where they were of the map of this stamp. */
+bool kvwi_cuda_tables_hold(const kvw_seq *seq, uint64_t stamp);
 
 /* cuda_mirror.c: a layer's copies are whole, with the rows of its last `near` tokens. */
 kvc_status kvwi_cuda_mirror(kvw_seq *seq, uint32_t layer, uint32_t near) KVC_MUST_CHECK;
