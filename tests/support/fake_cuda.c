@@ -30,7 +30,7 @@ struct kvk_stream {
 };
 
 static atomic_bool absent;
-static atomic_uint held, left = UINT32_MAX;
+static atomic_uint held, left = UINT32_MAX, ops_left = UINT32_MAX;
 static atomic_ullong rows_read;
 static void (*before_launch)(void *arg);
 static void *before_arg;
@@ -43,6 +43,11 @@ void fake_cuda_absent(bool is_absent)
 void fake_cuda_allocations(uint32_t n)
 {
     atomic_store(&left, n);
+}
+
+void fake_cuda_ops(uint32_t n)
+{
+    atomic_store(&ops_left, n);
 }
 
 uint32_t fake_cuda_held(void)
@@ -216,6 +221,10 @@ static kvc_status enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, const
                           size_t len_bytes)
 {
     kvk_cuda_graph *graph = stream == NULL ? NULL : stream->captured;
+    if (atomic_load(&ops_left) == 0)
+        return KVC_UNSUPPORTED;
+    if (atomic_load(&ops_left) != UINT32_MAX)
+        atomic_fetch_sub(&ops_left, 1);
     if (graph == NULL)
         return fn(cuda, args);
     if (graph->n == MAX_OPS || len_bytes > MAX_ARGS)

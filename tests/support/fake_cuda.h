@@ -15,6 +15,8 @@
 void fake_cuda_absent(bool absent);
 /* Allocations from now on: so many succeed, then NO_MEMORY; UINT32_MAX: all succeed. */
 void fake_cuda_allocations(uint32_t n);
+/* Ops from now on: so many are taken, then UNSUPPORTED; UINT32_MAX: all are taken. */
+void fake_cuda_ops(uint32_t n);
 /* Memory that was taken and not given back; registrations likewise. */
 uint32_t fake_cuda_held(void);
 /* Called before each graph that is launched, once it is set; NULL: nothing. */

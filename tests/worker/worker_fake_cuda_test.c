@@ -106,6 +106,37 @@ static void growth_may_end_anywhere(void **state)
     assert_true(n_failed > 2);
 }
 
+/* Of a graph that an op refused to be in nothing is kept. */
+static void ops_may_be_refused(void **state)
+{
+    (void)state;
+    kvc_status st = KVC_UNSUPPORTED;
+    uint32_t n_failed = 0;
+    for (uint32_t n = 0; st != KVC_OK; n++) {
+        rig r;
+        kvw_seq *seq = NULL;
+        uint32_t reused = 0, dims = DIMS;
+        fake_rig(&r, NULL);
+        rig_open(&r);
+        assert_ok(kvw_seq_create(r.worker, r.tokens, 0, &seq, &reused));
+        rig_prefill(&r, seq, 0, PREFILL, NULL, NULL);
+        for (int i = 0; i < 3; i++) { /* a step has three graphs */
+            fake_cuda_ops(n);
+            st = kvw_tokens(seq, r.tokens + PREFILL, 1);
+            fake_cuda_ops(UINT32_MAX);
+            if (st == KVC_OK)
+                break;
+            assert_int_equal(st, KVC_UNSUPPORTED);
+            n_failed++;
+        }
+        if (st != KVC_OK)
+            rig_decode(&r, seq, PREFILL, PREFILL + 2, oracle_check_step, &dims);
+        kvw_seq_destroy(seq);
+        rig_close(&r);
+    }
+    assert_true(n_failed > 8);
+}
+
 /* ---- a server of its own ---- */
 
 typedef struct served {
@@ -240,6 +271,7 @@ int main(void)
         cmocka_unit_test(an_absent_device_is_unsupported),
         cmocka_unit_test(memory_may_end_anywhere),
         cmocka_unit_test(growth_may_end_anywhere),
+        cmocka_unit_test(ops_may_be_refused),
         cmocka_unit_test_setup_teardown(a_map_may_go_under_a_step, open_served, close_served),
         cmocka_unit_test_setup_teardown(another_layer_does_not_hide_that_a_map_went, open_served,
                                         close_served),

@@ -179,7 +179,12 @@ static kvc_status capture(kvw_seq *seq, uint32_t layer, frame_part part, kvk_cud
     }
     kvc_status enqueued = enqueue(seq, layer, part, stream);
     st = kvk_cuda_graph_end(cuda, stream, graph_p); /* always: else the stream stays captured */
-    return enqueued != KVC_OK ? enqueued : st;
+    if (enqueued != KVC_OK) { /* it has the ops before the one that was refused */
+        kvk_cuda_graph_destroy(cuda, *graph_p);
+        *graph_p = NULL;
+        return enqueued;
+    }
+    return st;
 }
 
 kvc_status kvwi_cuda_graphs(kvw_seq *seq, uint32_t layer)
