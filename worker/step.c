@@ -310,6 +310,7 @@ static kvc_status finish_across(kvw_step *step, const void *q, void *out, float 
     q = host_query(step, q);
     kvc_status st = q == NULL ? KVC_DEVICE : kvwi_buf_need(buf, lse_bytes + out_bytes);
     if (st != KVC_OK) {
+        kvwi_fetch_abandon(step); /* the client must not write into a step that is given back */
         return st;
     }
     float *host_lse = buf->p;

@@ -30,7 +30,7 @@ struct kvk_stream {
 };
 
 static atomic_bool absent;
-static atomic_uint held, left = UINT32_MAX, ops_left = UINT32_MAX;
+static atomic_uint held, left = UINT32_MAX, ops_left = UINT32_MAX, copies_left = UINT32_MAX;
 static atomic_ullong rows_read;
 static void (*before_launch)(void *arg);
 static void *before_arg;
@@ -48,6 +48,20 @@ void fake_cuda_allocations(uint32_t n)
 void fake_cuda_ops(uint32_t n)
 {
     atomic_store(&ops_left, n);
+}
+
+void fake_cuda_copies(uint32_t n)
+{
+    atomic_store(&copies_left, n);
+}
+
+/* Takes one of what is left; false: nothing is. */
+static bool take_one(atomic_uint *counter)
+{
+    uint32_t n = atomic_load(counter);
+    if (n != 0 && n != UINT32_MAX)
+        atomic_fetch_sub(counter, 1);
+    return n != 0;
 }
 
 uint32_t fake_cuda_held(void)
@@ -105,10 +119,8 @@ kvc_status kvk_cuda_alloc(kvk_cuda *cuda, kvk_cuda_memory kind, size_t len_bytes
     (void)cuda;
     (void)kind;
     *memory_p = NULL;
-    if (atomic_load(&left) == 0)
+    if (!take_one(&left))
         return KVC_NO_MEMORY;
-    if (atomic_load(&left) != UINT32_MAX)
-        atomic_fetch_sub(&left, 1);
     void *p = NULL;
     if (posix_memalign(&p, 256, len_bytes) != 0)
         return KVC_NO_MEMORY;
@@ -150,6 +162,8 @@ kvc_status kvk_cuda_copy(kvk_cuda *cuda, void *to, const void *from, size_t len_
 {
     (void)cuda;
     (void)stream;
+    if (!take_one(&copies_left))
+        return KVC_DEVICE;
     if (len_bytes != 0)
         memcpy(to, from, len_bytes);
     return KVC_OK;
@@ -221,10 +235,8 @@ static kvc_status enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, const
                           size_t len_bytes)
 {
     kvk_cuda_graph *graph = stream == NULL ? NULL : stream->captured;
-    if (atomic_load(&ops_left) == 0)
+    if (!take_one(&ops_left))
         return KVC_UNSUPPORTED;
-    if (atomic_load(&ops_left) != UINT32_MAX)
-        atomic_fetch_sub(&ops_left, 1);
     if (graph == NULL)
         return fn(cuda, args);
     if (graph->n == MAX_OPS || len_bytes > MAX_ARGS)

@@ -15,6 +15,8 @@
 void fake_cuda_absent(bool absent);
 /* Allocations from now on: so many succeed, then NO_MEMORY; UINT32_MAX: all succeed. */
 void fake_cuda_allocations(uint32_t n);
+/* Copies from now on: so many succeed, then DEVICE; UINT32_MAX: all succeed. */
+void fake_cuda_copies(uint32_t n);
 /* Ops from now on: so many are taken, then UNSUPPORTED; UINT32_MAX: all are taken. */
 void fake_cuda_ops(uint32_t n);
 /* Memory that was taken and not given back; registrations likewise. */

@@ -2,6 +2,7 @@
  * worker_fake_cuda_test.c: what only a fake device can be told to do: to be absent, to run out of
  * memory at any point, and to lose the server's memory while a step reads it.
  */
+#include "bench.h"
 #include "fake_cuda.h"
 #include "oracle.h"
 
@@ -135,6 +136,50 @@ static void ops_may_be_refused(void **state)
         rig_close(&r);
     }
     assert_true(n_failed > 8);
+}
+
+/* ---- the engine's memory is the device's, and the CPU does the step ---- */
+
+/* A copy of the query that fails leaves nothing in flight, and the step can be done again. */
+static void a_query_may_not_come(void **state)
+{
+    bench *b = *state;
+    rig r;
+    uint32_t reused = 0, dims = DIMS;
+    kvw_seq *seq = NULL;
+    kvw_step *step = NULL;
+    float lse[64];
+    fake_rig(&r, b->client);
+    r.opts.device_memory = 1;
+    rig_open(&r);
+    assert_true(2 * r.opts.n_q_heads <= 64);
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, PREFILL, NULL, NULL);
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
+    assert_ok(kvw_tokens(seq, r.tokens + PREFILL, 2));
+    void *k = rig_bytes(&r, r.k, rig_kv_width(&r), 0, PREFILL, 2);
+    void *v = rig_bytes(&r, r.v, rig_kv_width(&r), 0, PREFILL, 2);
+    void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, PREFILL, 2);
+    void *out = malloc(2 * rig_q_width(&r) * sizeof(float));
+    assert_non_null(out);
+    assert_ok(kvw_append(seq, 0, k, v, 2));
+    assert_ok(kvw_step_begin(seq, 0, q, 2, &step));
+    assert_true(step->legs[0].flight.in_flight);
+    fake_cuda_copies(0);
+    assert_int_equal(kvw_step_finish(step, q, out, lse), KVC_DEVICE);
+    fake_cuda_copies(UINT32_MAX);
+    assert_false(seq->free_steps->legs[0].flight.in_flight);
+    assert_ok(kvw_step_begin(seq, 0, q, 2, &step));
+    assert_ok(kvw_step_finish(step, q, out, lse));
+    const rig_step done = {
+        .seq = seq, .layer = 0, .first = PREFILL, .n = 2, .out = out, .lse = lse};
+    oracle_check_step(&dims, &r, &done);
+    free(k);
+    free(v);
+    free(q);
+    free(out);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
 }
 
 /* ---- a server of its own ---- */
@@ -272,6 +317,7 @@ int main(void)
         cmocka_unit_test(memory_may_end_anywhere),
         cmocka_unit_test(growth_may_end_anywhere),
         cmocka_unit_test(ops_may_be_refused),
+        cmocka_unit_test_setup_teardown(a_query_may_not_come, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(a_map_may_go_under_a_step, open_served, close_served),
         cmocka_unit_test_setup_teardown(another_layer_does_not_hide_that_a_map_went, open_served,
                                         close_served),
