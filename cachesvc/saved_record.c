@@ -183,15 +183,13 @@ typedef struct head_walk {
 static const char *head_fault(const char *name, const kvc_saved_context *saved,
                               kvc_digest *tenant_p)
 {
-    char hex[KVC_DIGEST_HEX_BYTES];
-    size_t digits = sizeof(hex) - 1;
-    if (strlen(name) <= digits || name[digits] != '/' ||
-        strcmp(name + digits + 1, saved->name) != 0)
-        return "its name is not the one in it";
-    memcpy(hex, name, digits);
-    hex[digits] = '\0';
+    char hex[KVC_DIGEST_HEX_BYTES], own[HEAD_BYTES];
+    snprintf(hex, sizeof(hex), "%s", name + sizeof(HEADS) - 1);
     if (kvc_digest_parse(hex, tenant_p) != KVC_OK)
         return "its tenant is malformed";
+    head_name(tenant_p, saved->name, own);
+    if (strcmp(name, own) != 0)
+        return "its name is not the one in it";
     return saved->body_bytes == 0 || saved->piece_bytes == 0 ||
                    saved->body_bytes / saved->piece_bytes >= UINT32_MAX
                ? "its lengths are malformed"
@@ -210,7 +208,7 @@ static bool each_head(void *arg, const char *name, const void *data, size_t len_
     kvc_arena_init(&arena, ARENA_BYTES);
     kvc_status status = kvc_wire_decode_reply(KVC_GET_CONTEXT, &in, 1, &arena, &reply, &why);
     if (status == KVC_OK)
-        why = head_fault(name + sizeof(HEADS) - 1, &reply.u.get_context.context, &tenant);
+        why = head_fault(name, &reply.u.get_context.context, &tenant);
     if (status == KVC_OK && !why)
         more = walk->found(walk->arg, &tenant, &reply.u.get_context.context);
     else
@@ -240,10 +238,14 @@ typedef struct body_walk {
 static bool each_body(void *arg, const char *name, const void *data, size_t len_bytes)
 {
     body_walk *walk = arg;
+    char own[PIECE_BYTES];
     uint64_t generation;
     uint32_t n_pieces;
     if (sscanf(name, BODIES "%16" SCNx64, &generation) != 1 || len_bytes != sizeof(n_pieces))
         return true;
+    body_name(generation, own);
+    if (strcmp(name, own) != 0)
+        return true; /* removing it would leave it where it is */
     memcpy(&n_pieces, data, sizeof(n_pieces));
     if (generation > walk->last)
         walk->last = generation;

@@ -55,38 +55,43 @@ kvc_status kvs_schema_record_put(kvs_store *store, const kvc_digest *tenant,
 
 static kvc_status parse_name(const char *name, kvc_digest *tenant_p, kvc_digest *digest_p)
 {
-    char hex[KVC_DIGEST_HEX_BYTES];
+    char hex[KVC_DIGEST_HEX_BYTES], own[NAME_BYTES];
     size_t at = sizeof(PREFIX) - 1, digits = KVC_DIGEST_HEX_BYTES - 1;
     if (strlen(name) != at + 2 * digits + 1 || name[at + digits] != '/')
         return KVC_INVALID;
     memcpy(hex, name + at, digits);
     hex[digits] = '\0';
     kvc_status status = kvc_digest_parse(hex, tenant_p);
-    return status == KVC_OK ? kvc_digest_parse(name + at + digits + 1, digest_p) : status;
+    if (status == KVC_OK)
+        status = kvc_digest_parse(name + at + digits + 1, digest_p);
+    record_name(tenant_p, digest_p, own);
+    return status == KVC_OK && strcmp(name, own) != 0 ? KVC_INVALID : status;
 }
 
 static kvc_status load_one(kvs_server *server, const char *name, const void *data, size_t len_bytes)
 {
     struct iovec in = {.iov_base = (void *)(uintptr_t)data, .iov_len = len_bytes};
-    kvc_digest tenant, digest;
+    kvc_digest tenant, named, digest;
     const kvs_schema *schema = NULL;
     const char *why = "its name is malformed";
     kvc_request req;
     kvc_arena arena;
     kvc_arena_init(&arena, ARENA_BYTES);
-    kvc_status status = parse_name(name, &tenant, &digest);
+    kvc_status status = parse_name(name, &tenant, &named);
     if (status == KVC_OK)
         status = kvc_wire_decode_request(KVC_REGISTER_SCHEMA, &in, 1, &arena, &req, &why);
     if (status == KVC_OK)
         status = kvc_schema_check(req.u.register_schema.schema, KVC_MAX_VALUE_BYTES, &why);
+    if (status == KVC_OK)
+        status = kvc_schema_digest(req.u.register_schema.schema, &digest);
+    if (status == KVC_OK && !kvc_digest_equal(&named, &digest)) {
+        why = "its digest is not the one in its name";
+        status = KVC_CORRUPT;
+    }
     if (status == KVC_OK) {
         why = "it cannot be added";
         status = kvs_schemas_add(server->schemas, &tenant, req.u.register_schema.schema,
                                  kvs_index_class, server->index, &schema, NULL);
-    }
-    if (status == KVC_OK && !kvc_digest_equal(&schema->digest, &digest)) {
-        why = "its digest is not the one in its name";
-        status = KVC_CORRUPT;
     }
     if (status != KVC_OK)
         KVC_LOG_WARN(SERVER, "schema record %s is left out: %s", name, why ? why : "");

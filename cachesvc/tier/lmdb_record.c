@@ -77,6 +77,17 @@ void kvsi_key_unpack(const uint8_t in[KVSI_KEY_BYTES], kvs_value_key *key_p, uin
     *n_rows_p = get_be32(in + 104);
 }
 
+bool kvsi_key_parse(const uint8_t *name, size_t name_bytes, uint64_t record_bytes,
+                    kvs_value_key *key_p, uint32_t *row_bytes_p, uint32_t *n_rows_p)
+{
+    if (name_bytes != KVSI_KEY_BYTES)
+        return false;
+    kvsi_key_unpack(name, key_p, row_bytes_p, n_rows_p);
+    if (*row_bytes_p == 0 || *n_rows_p == 0 || *n_rows_p > KVSI_MAX_ROWS)
+        return false;
+    return record_bytes == kvsi_record_bytes(*row_bytes_p, *n_rows_p);
+}
+
 static uint64_t record_sum(const void *record, uint32_t n_rows)
 {
     return kvc_value_sum((const uint8_t *)record + SUMMED_FROM,

@@ -46,6 +46,11 @@ void kvsi_key_pack(const kvs_value_key *key, uint32_t row_bytes, uint32_t n_rows
 void kvsi_key_unpack(const uint8_t in[KVSI_KEY_BYTES], kvs_value_key *key_p, uint32_t *row_bytes_p,
                      uint32_t *n_rows_p);
 
+/* The same of a name as it is found beside a record of so many bytes. False: they make no sense, or
+   not together; then the outputs are not to be used. */
+bool kvsi_key_parse(const uint8_t *name, size_t name_bytes, uint64_t record_bytes,
+                    kvs_value_key *key_p, uint32_t *row_bytes_p, uint32_t *n_rows_p);
+
 /* Writes the whole record of kvsi_record_bytes at out (8-byte aligned). */
 void kvsi_record_write(const kvs_tier_write *write, void *out);
 /*

@@ -37,12 +37,8 @@ typedef struct batch {
 static bool parse_entry(const kvsi_class *class, const batch *b, uint32_t i, kvs_value_key *key_p,
                         uint32_t *row_bytes_p, uint32_t *n_rows_p)
 {
-    if (b->name_bytes[i] != KVSI_KEY_BYTES)
-        return false;
-    kvsi_key_unpack(b->names[i], key_p, row_bytes_p, n_rows_p);
-    if (*row_bytes_p == 0 || *n_rows_p == 0 || *n_rows_p > KVSI_MAX_ROWS)
-        return false;
-    return b->record_bytes[i] == kvsi_record_bytes(*row_bytes_p, *n_rows_p) &&
+    return kvsi_key_parse(b->names[i], b->name_bytes[i], b->record_bytes[i], key_p, row_bytes_p,
+                          n_rows_p) &&
            class->record_pages == kvsi_record_pages(*row_bytes_p, *n_rows_p);
 }
 
