@@ -239,7 +239,8 @@ static void check_rounding(const subject *s, void *arg)
     (void)arg;
     fill_floats(&random, scores, (size_t)N * K);
     for (size_t i = 0; i < (size_t)N * K; i++) {
-        scores[i] *= (float)(1 + i / K * 2); /* up to about 100: exponentials of all sizes */
+        size_t row = i / K;
+        scores[i] *= (float)(1 + 2 * row); /* up to about 100: exponentials of all sizes */
         ids[i] = (uint32_t)(i % K);
     }
     for (int fusion = KVK_FUSE_SOFTMAX; fusion <= KVK_FUSE_STICK; fusion++) {
