@@ -310,6 +310,14 @@ static bool args_ok(const kvk_cuda_attend_args *a)
                kvk_cuda_attend_workspace_bytes(a->n_seqs, a->stride, a->n_q_heads, a->head_dim);
 }
 
+extern "C" kvc_status kvk_cuda_attend_supports(const kvk_cuda *cuda,
+                                               const kvk_cuda_attend_args *args)
+{
+    bool fits = attend_layout_of(args).bytes <= (size_t)cuda->smem_block_max;
+
+    return kernel_of(args) && fits ? KVC_OK : KVC_UNSUPPORTED;
+}
+
 extern "C" kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args *args,
                                       kvk_stream *stream)
 {
@@ -324,7 +332,7 @@ extern "C" kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args
         return KVC_INVALID;
     kernel = kernel_of(args);
     smem = attend_layout_of(args).bytes;
-    if (!kernel || smem > (size_t)cuda->smem_block_max)
+    if (kvk_cuda_attend_supports(cuda, args) != KVC_OK)
         return KVC_UNSUPPORTED;
     p.most = p.o + heads * args->head_dim;
     p.total = p.most + heads;

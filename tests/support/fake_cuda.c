@@ -397,6 +397,13 @@ size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_
     return (size_t)n_seqs * stride * (sizeof(void *) + sizeof(int32_t));
 }
 
+/* As on sm_90: rows a little apart from each other. */
+kvc_status kvk_cuda_attend_supports(const kvk_cuda *cuda, const kvk_cuda_attend_args *args)
+{
+    (void)cuda;
+    return 16u * (args->row_bytes + 16u) <= 232448u ? KVC_OK : KVC_UNSUPPORTED;
+}
+
 FAKE_OP(attend)
 {
     const kvk_cuda_attend_args *a = args;

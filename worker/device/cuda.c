@@ -10,6 +10,9 @@
 
 #include "state.h"
 
+#define SLOTS_MAX  (1u << 20) /* of kvk_cuda_resolve */
+#define INPUTS_MAX 8192u      /* of kvk_cuda_frame and kvk_cuda_token */
+
 static kvc_status no(const char *option, const char *rule)
 {
     return kvwi_fail(KVC_UNSUPPORTED, "%s: %s where backend is cuda", option, rule);
@@ -37,12 +40,40 @@ static kvc_status check(const kvw_worker *w)
         return no("k", "must be at most 4096");
     }
     if (o->n_sink * w->level[0].row_bytes % 16 != 0) {
-        return no("n_sink", "must be a multiple of 16");
+        return no("n_sink", "times the bytes of an index row must be a multiple of 16");
+    }
+    if (kvwi_slots(w) > SLOTS_MAX) {
+        return no("residency_slots", "must be at most 2^20 with n_sink");
+    }
+    if (o->n_kv_heads * o->head_dim > INPUTS_MAX) {
+        return no("n_kv_heads", "times head_dim must be at most 8192");
     }
     if (o->tp_size != 1 || o->all_reduce != NULL) {
         return no("tp_size", "must be 1");
     }
     return w->servers.n <= 1 ? KVC_OK : no("clients", "must be one");
+}
+
+/* What depends on the GPU. */
+static kvc_status check_shape(const kvw_worker *w, const kvwi_device *device)
+{
+    static const int32_t first = 0; /* of the two arrays only whether there are any counts */
+    kvk_cuda_attend_args args = {
+        .n_q_heads = w->opts.n_q_heads,
+        .n_kv_heads = w->opts.n_kv_heads,
+        .head_dim = w->opts.head_dim,
+        .row_bytes = (uint32_t)w->row_bytes,
+        .v_off_bytes = (uint32_t)w->k_bytes,
+        .dtype = w->opts.dtype,
+    };
+    kvc_status st = kvk_cuda_attend_supports(device->cuda, &args); /* far */
+    if (st == KVC_OK) {
+        args.k_positions = &first;
+        args.inv_freq = w->inv_freq;
+        st = kvk_cuda_attend_supports(device->cuda, &args); /* near */
+    }
+    return st == KVC_OK ? st
+                        : no("n_kv_heads", "times head_dim: 16 rows must fit in shared memory");
 }
 
 static kvc_status upload(kvwi_device *device, const void *from, size_t len_bytes, void *memory_pp)
@@ -105,7 +136,10 @@ static kvc_status cuda_open(kvw_worker *worker, uint32_t number, kvwi_device **d
     device->number = number;
     kvk_cuda_describe(device->cuda, &info);
     (void)snprintf(device->isa, sizeof(device->isa), "sm_%u", info.sm);
-    st = upload_all(worker, device);
+    st = check_shape(worker, device);
+    if (st == KVC_OK) {
+        st = upload_all(worker, device);
+    }
     if (st != KVC_OK) {
         cuda_close(device);
         return st;

@@ -306,6 +306,10 @@ size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_
                                        uint32_t head_dim);
 kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args *args,
                            kvk_stream *stream) KVC_MUST_CHECK;
+/* Whether the device can do it, before there is any memory: looks at heads, head_dim, dtype, the
+ * row, and whether inv_freq and k_positions are NULL. UNSUPPORTED. */
+kvc_status kvk_cuda_attend_supports(const kvk_cuda *cuda,
+                                    const kvk_cuda_attend_args *args) KVC_MUST_CHECK;
 
 /*
  * Attention of a chunk of queries per sequence, a partial as in kvk_attend: query i sees the rows

@@ -135,10 +135,10 @@ typedef struct kvw_opts {
      * backend "cuda" or "cuda:N" (a GPU's number): decode steps (one query over more candidates
      * than k) run on that GPU, all else on the CPU beside it. UNSUPPORTED where the build or the
      * machine has none, or where selector is not "esa" with a COMPRESSED index, dtype not bf16,
-     * head_dim not 64 or 128, k above 4096, or tp_size or n_clients above 1. Rows in a server's
-     * memory on the same host are read by the GPU where the client is on shm: contexts of the
-     * client are then mapped (kvc_client_map_contexts), which it is not to be used for elsewhere.
-     * way is not looked at.
+     * head_dim not 64 or 128, k above 4096, rows longer than the GPU's shared memory takes
+     * (README), or tp_size or n_clients above 1. Rows in a server's memory on the same host are
+     * read by the GPU where the client is on shm: contexts of the client are then mapped
+     * (kvc_client_map_contexts), which it is not to be used for elsewhere. way is not looked at.
      */
     uint32_t max_tokens; /* a sequence takes GPU memory for so many at open; one that grows beyond
                             gets more between two passes; 0: 131072 */
