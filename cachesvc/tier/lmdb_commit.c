@@ -26,16 +26,19 @@ static void fail_writes(kvsi_batch *batch, uint32_t from, kvc_status status)
         batch->writes[i]->status = status;
 }
 
-static int put_one(MDB_txn *txn, MDB_dbi dbi, const kvs_tier_write *write)
+static int put_one(MDB_txn *txn, const kvsi_class *class, const kvs_tier_write *write)
 {
     uint8_t bytes[KVSI_KEY_BYTES];
     MDB_val key = {sizeof(bytes), bytes};
-    MDB_val data = {(size_t)kvsi_record_bytes(write->row_bytes, write->n_rows), NULL};
+    uint64_t record_bytes = kvsi_record_bytes(write->row_bytes, write->n_rows);
+    if (class->record_pages != kvsi_record_pages(write->row_bytes, write->n_rows))
+        record_bytes = (uint64_t) class->record_pages * KVSI_PAGE_BYTES - KVSI_RECORD_OFF;
+    MDB_val data = {(size_t)record_bytes, NULL};
 
     kvsi_key_pack(&write->key, write->row_bytes, write->n_rows, bytes);
-    int rc = mdb_put(txn, dbi, &key, &data, MDB_RESERVE);
+    int rc = mdb_put(txn, class->env.dbi, &key, &data, MDB_RESERVE);
     if (rc == MDB_SUCCESS)
-        kvsi_record_write(write, data.mv_data);
+        kvsi_record_write(write, record_bytes, data.mv_data);
     return rc;
 }
 
@@ -71,7 +74,7 @@ static int commit_once(void *arg)
     if (!batch->drops_done)
         rc = drop_all(a->txn, dbi, batch->drops);
     while (rc == MDB_SUCCESS && a->n_done < a->n) {
-        rc = put_one(a->txn, dbi, batch->writes[a->n_done]);
+        rc = put_one(a->txn, batch->class, batch->writes[a->n_done]);
         a->n_done += rc == MDB_SUCCESS;
     }
     if (rc == MDB_SUCCESS && KVC_FAULT("lmdb.commit"))

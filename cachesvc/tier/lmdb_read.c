@@ -47,7 +47,7 @@ kvc_status kvsi_reading_look_up(kvsi_reading *r)
 {
     kvc_status status = kvsi_lmdb_status(kvsi_env_look(&r->class->env, look_up, r));
 
-    if (status == KVC_OK && r->record.mv_size != kvsi_record_bytes(r->row_bytes, r->n_rows))
+    if (status == KVC_OK && !kvsi_record_fits(r->record.mv_size, r->row_bytes, r->n_rows))
         status = KVC_CORRUPT;
     if (status == KVC_OK)
         r->first_page = (const uint8_t *)r->record.mv_data - KVSI_RECORD_OFF;

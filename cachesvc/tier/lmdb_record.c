@@ -41,6 +41,21 @@ uint32_t kvsi_record_pages(uint32_t row_bytes, uint32_t n_rows)
     return (uint32_t)((bytes + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES);
 }
 
+uint32_t kvsi_record_room(uint32_t row_bytes, uint32_t n_rows)
+{
+    bool is_small = n_rows == KVS_PIECE_ROWS && row_bytes <= KVS_SMALL_PIECE_ROW_BYTES;
+
+    return is_small ? kvs_piece_pages(KVS_SMALL_PIECE_ROW_BYTES + 1, 1) : 0;
+}
+
+bool kvsi_record_fits(uint64_t record_bytes, uint32_t row_bytes, uint32_t n_rows)
+{
+    uint64_t room = kvsi_record_room(row_bytes, n_rows);
+
+    return record_bytes == kvsi_record_bytes(row_bytes, n_rows) ||
+           (room > 0 && record_bytes == room * KVSI_PAGE_BYTES - KVSI_RECORD_OFF);
+}
+
 static void put_be32(uint8_t *out, uint32_t x)
 {
     x = __builtin_bswap32(x);
@@ -85,7 +100,7 @@ bool kvsi_key_parse(const uint8_t *name, size_t name_bytes, uint64_t record_byte
     kvsi_key_unpack(name, key_p, row_bytes_p, n_rows_p);
     if (*row_bytes_p == 0 || *n_rows_p == 0 || *n_rows_p > KVSI_MAX_ROWS)
         return false;
-    return record_bytes == kvsi_record_bytes(*row_bytes_p, *n_rows_p);
+    return kvsi_record_fits(record_bytes, *row_bytes_p, *n_rows_p);
 }
 
 static uint64_t record_sum(const void *record, uint32_t n_rows)
@@ -94,7 +109,7 @@ static uint64_t record_sum(const void *record, uint32_t n_rows)
                          sizeof(kvsi_record_header) - SUMMED_FROM + n_rows * sizeof(uint32_t));
 }
 
-void kvsi_record_write(const kvs_tier_write *write, void *out)
+void kvsi_record_write(const kvs_tier_write *write, uint64_t record_bytes, void *out)
 {
     uint32_t prefix_bytes = kvsi_record_prefix_bytes(write->row_bytes, write->n_rows);
     size_t sums_bytes = write->n_rows * sizeof(uint32_t);
@@ -118,8 +133,7 @@ void kvsi_record_write(const kvs_tier_write *write, void *out)
     memcpy(bytes, &header, sizeof(header));
     size_t rows_bytes = (size_t)write->row_bytes * write->n_rows;
     memcpy(bytes + prefix_bytes, write->rows, rows_bytes);
-    memset(bytes + prefix_bytes + rows_bytes, 0,
-           kvsi_record_bytes(write->row_bytes, write->n_rows) - prefix_bytes - rows_bytes);
+    memset(bytes + prefix_bytes + rows_bytes, 0, record_bytes - prefix_bytes - rows_bytes);
 }
 
 kvc_status kvsi_record_check(const void *record, size_t len_bytes, const kvs_value_key *key,
@@ -127,7 +141,7 @@ kvc_status kvsi_record_check(const void *record, size_t len_bytes, const kvs_val
 {
     kvsi_record_header header;
 
-    if (len_bytes != kvsi_record_bytes(row_bytes, n_rows))
+    if (!kvsi_record_fits(len_bytes, row_bytes, n_rows))
         return KVC_CORRUPT;
     memcpy(&header, record, sizeof(header));
     if (header.magic != KVSI_RECORD_MAGIC || header.version != KVSI_RECORD_VERSION ||

@@ -40,6 +40,12 @@ uint64_t kvsi_record_bytes(uint32_t row_bytes, uint32_t n_rows);
 /* Pages that LMDB takes for the record: the size class. */
 uint32_t kvsi_record_pages(uint32_t row_bytes, uint32_t n_rows);
 
+/* Pages of the size class that takes such a record where there is no place for one of its own, with
+   zeros to its end; 0: none does. */
+uint32_t kvsi_record_room(uint32_t row_bytes, uint32_t n_rows);
+/* Whether a record of that shape may have so many bytes. */
+bool kvsi_record_fits(uint64_t record_bytes, uint32_t row_bytes, uint32_t n_rows);
+
 /* tenant, schema, block, then part, row_bytes, n_rows big-endian. */
 void kvsi_key_pack(const kvs_value_key *key, uint32_t row_bytes, uint32_t n_rows,
                    uint8_t out[KVSI_KEY_BYTES]);
@@ -51,8 +57,8 @@ void kvsi_key_unpack(const uint8_t in[KVSI_KEY_BYTES], kvs_value_key *key_p, uin
 bool kvsi_key_parse(const uint8_t *name, size_t name_bytes, uint64_t record_bytes,
                     kvs_value_key *key_p, uint32_t *row_bytes_p, uint32_t *n_rows_p);
 
-/* Writes the whole record of kvsi_record_bytes at out (8-byte aligned). */
-void kvsi_record_write(const kvs_tier_write *write, void *out);
+/* Writes the whole record, of a length that fits, at out (8-byte aligned). */
+void kvsi_record_write(const kvs_tier_write *write, uint64_t record_bytes, void *out);
 /*
  * Checks the prefix of a record of len bytes: magic, version, lengths, sum, and that it is this
  * value's. CORRUPT. Reads the prefix only.

@@ -39,7 +39,8 @@ static bool parse_entry(const kvsi_class *class, const batch *b, uint32_t i, kvs
 {
     return kvsi_key_parse(b->names[i], b->name_bytes[i], b->record_bytes[i], key_p, row_bytes_p,
                           n_rows_p) &&
-           class->record_pages == kvsi_record_pages(*row_bytes_p, *n_rows_p);
+           class->record_pages ==
+               (b->record_bytes[i] + KVSI_RECORD_OFF + KVSI_PAGE_BYTES - 1) / KVSI_PAGE_BYTES;
 }
 
 static void drop_bad(listing *list, uint32_t class_number, const batch *b, uint32_t i)

@@ -316,24 +316,29 @@ static const kvsi_class *giver(const kvs_tier *tier, const kvsi_class *class, ui
 bool kvsi_donor(kvs_tier *tier, const kvs_tier_shape *shape, uint32_t rank, uint32_t *pages_p,
                 uint64_t *bytes_p)
 {
-    uint32_t pages = kvsi_record_pages(shape->row_bytes, shape->n_rows);
-
     kvc_mutex_lock(&tier->lock);
-    const kvsi_class *class = kvsi_class_of(tier, pages);
+    const kvsi_class *class = kvsi_class_for(tier, shape->row_bytes, shape->n_rows);
+    uint32_t pages =
+        class != NULL ? class->record_pages : kvsi_record_pages(shape->row_bytes, shape->n_rows);
     bool is_new = class == NULL || class->claim_pages == 0;
     bool can = class != NULL || kvsi_class_place(tier) != NULL;
     uint64_t claim = is_new ? 0 : class->claim_pages;
     bool others = !tier->no_holes && (is_new || is_hungry(tier, class));
     const kvsi_class *from = can && others ? giver(tier, class, rank) : NULL;
-    /* Its own values come after all others, or first and alone. */
-    bool own =
-        from == NULL && !is_new && (rank == 0 || (others && giver(tier, class, rank - 1) != NULL));
-    *pages_p = from != NULL ? from->record_pages : pages;
+    uint32_t n_before = 0; /* others that were asked */
+    while (from == NULL && others && n_before < rank && giver(tier, class, n_before) != NULL)
+        n_before++;
+    /* Its own values come after all others, or first and alone; then the smaller ones that it may
+       have taken in. */
+    bool own = from == NULL && !is_new && rank == n_before;
+    bool taken_in = from == NULL && !is_new && rank == n_before + 1 &&
+                    pages == kvsi_record_room(1, KVS_PIECE_ROWS) && kvsi_class_of(tier, 1) == NULL;
+    *pages_p = from != NULL ? from->record_pages : taken_in ? 1 : pages;
     uint64_t want = claim < tier->step_pages ? claim : tier->step_pages;
     want = want < DONOR_PAGES_MAX ? want : DONOR_PAGES_MAX;
     if (is_new)
         want = kvsi_first_claim(pages);
     *bytes_p = from != NULL ? (want + pages) * KVSI_PAGE_BYTES : 0;
     kvc_mutex_unlock(&tier->lock);
-    return can && (from != NULL || own);
+    return can && (from != NULL || own || taken_in);
 }

@@ -143,6 +143,9 @@ void kvsi_drop_push(kvs_tier *tier, kvsi_drop *drop);
 kvc_status kvsi_class_sync(kvs_tier *tier, kvsi_class *class) KVC_MUST_CHECK;
 
 kvsi_class *kvsi_class_of(kvs_tier *tier, uint32_t pages); /* NULL: none. Holds the lock */
+/* Where values of the shape go: their size class, or where that would be one too many, the one that
+   has room for them. NULL: none yet. The caller holds the lock. */
+kvsi_class *kvsi_class_for(kvs_tier *tier, uint32_t row_bytes, uint32_t n_rows);
 /* A place for one more size class; NULL: all are taken. The caller holds the lock. */
 kvsi_class *kvsi_class_place(kvs_tier *tier);
 

@@ -53,6 +53,15 @@ kvsi_class *kvsi_class_place(kvs_tier *tier)
     return NULL;
 }
 
+kvsi_class *kvsi_class_for(kvs_tier *tier, uint32_t row_bytes, uint32_t n_rows)
+{
+    kvsi_class *class = kvsi_class_of(tier, kvsi_record_pages(row_bytes, n_rows));
+    uint32_t room = kvsi_record_room(row_bytes, n_rows);
+
+    return class == NULL && room > 0 && kvsi_class_place(tier) == NULL ? kvsi_class_of(tier, room)
+                                                                       : class;
+}
+
 /* A size class that cannot be had is named, once; the caller holds the lock. */
 static void say_refused(kvs_tier *tier, uint32_t pages, const char *why)
 {
@@ -85,9 +94,11 @@ static bool could_hold(const kvs_tier *tier, const kvsi_class *class)
 }
 
 /* Whether the write may be queued; the caller holds the lock. */
-static kvc_status admit(kvs_tier *tier, uint32_t pages, kvsi_class **class_p)
+static kvc_status admit(kvs_tier *tier, const kvs_tier_write *write, kvsi_class **class_p)
 {
-    kvsi_class *class = kvsi_class_of(tier, pages);
+    kvsi_class *class = kvsi_class_for(tier, write->row_bytes, write->n_rows);
+    uint32_t pages =
+        class != NULL ? class->record_pages : kvsi_record_pages(write->row_bytes, write->n_rows);
 
     if (tier->stop)
         return KVC_CLOSED;
@@ -138,7 +149,7 @@ kvc_status kvsi_write(kvs_tier *tier, kvs_tier_write *write)
     if (bytes == 0 || write->n_rows > KVSI_MAX_ROWS || bytes > tier->max_value_bytes)
         return KVC_INVALID;
     kvc_mutex_lock(&tier->lock);
-    kvc_status status = admit(tier, kvsi_record_pages(write->row_bytes, write->n_rows), &class);
+    kvc_status status = admit(tier, write, &class);
     if (status == KVC_OK) {
         note_queued(tier);
         class->queued_pages += class->record_pages;
@@ -229,12 +240,15 @@ kvc_status kvsi_sync_releases(kvs_tier *tier, const kvs_tier_shape *shapes, uint
 
     kvc_mutex_lock(&tier->lock);
     for (uint32_t i = 0; i < n; i++) {
-        kvsi_class *class =
-            kvsi_class_of(tier, kvsi_record_pages(shapes[i].row_bytes, shapes[i].n_rows));
-        if (class == NULL)
-            continue; /* nothing of that size was ever here */
-        waiter.classes |= 1u << (class - tier->classes);
-        lost = lost || class->release_lost;
+        uint32_t pages[] = {kvsi_record_pages(shapes[i].row_bytes, shapes[i].n_rows),
+                            kvsi_record_room(shapes[i].row_bytes, shapes[i].n_rows)};
+        for (uint32_t k = 0; k < 2; k++) {
+            const kvsi_class *class = pages[k] > 0 ? kvsi_class_of(tier, pages[k]) : NULL;
+            if (class == NULL)
+                continue; /* nothing of that size was ever here */
+            waiter.classes |= 1u << (class - tier->classes);
+            lost = lost || class->release_lost;
+        }
     }
     if (waiter.classes != 0)
         wait_for_sync(tier, &waiter);

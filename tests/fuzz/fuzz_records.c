@@ -69,7 +69,7 @@ static void require_written(const uint8_t *prefix, const kvs_value_key *key, uin
                             .n_rows = n_rows,
                             .rows = rows,
                             .row_sums = kvsi_record_sums(prefix)};
-    kvsi_record_write(&write, record);
+    kvsi_record_write(&write, record_bytes, record);
     require(memcmp(record, prefix, sizeof(kvsi_record_header) + n_rows * sizeof(uint32_t)) == 0);
     free(record);
     free(rows);

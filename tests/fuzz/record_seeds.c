@@ -60,7 +60,7 @@ static int write_value(const char *name, uint32_t row_bytes, uint32_t n_rows)
                             .rows = rows,
                             .row_sums = sums};
     uint64_t len_bytes = kvsi_record_bytes(row_bytes, n_rows);
-    kvsi_record_write(&write, record);
+    kvsi_record_write(&write, len_bytes, record);
     kvsi_key_pack(&write.key, row_bytes, n_rows, key);
     /* Of a long one what a look at it needs. */
     bool cut = len_bytes > MAX_SEED;

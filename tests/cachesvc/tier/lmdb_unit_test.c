@@ -77,7 +77,7 @@ static void test_record_check(void **state)
     kvc_row_sums(rows, s.row_bytes, s.n_rows, sums);
     kvs_tier_write write = {
         .key = key, .row_bytes = 40, .n_rows = 64, .rows = rows, .row_sums = sums};
-    kvsi_record_write(&write, record);
+    kvsi_record_write(&write, len, record);
     assert_int_equal(kvsi_record_check(record, len, &key, 40, 64), KVC_OK);
     assert_memory_equal(kvsi_record_sums(record), sums, sizeof(sums));
     assert_memory_equal(record + 4080, rows, sizeof(rows));

@@ -225,6 +225,52 @@ static void test_size_comes_back(void **state)
     assert_int_equal(value_count(t), 0);
 }
 
+/* A folder of eight sizes from before there was one for small pieces: those go where longer ones
+   lie, and to a class of their own once there is a place. */
+static void test_small_piece_without_a_place(void **state)
+{
+    tier_under_test *t = *state;
+    const shape small = {100, KVS_PIECE_ROWS}, one = {1, 7};
+    const kvs_tier_shape asked = {small.row_bytes, small.n_rows};
+    kvs_value_key key = key_of(2, 1, 0), next = key_of(2, 2, 0), last = key_of(1, 7, 0);
+    kvs_slot slots[8];
+    uint32_t pages;
+    uint64_t bytes;
+
+    assert_int_equal(tut_open(t), KVC_OK);
+    put_eight(t, slots);
+    put_result r = put_value(t, &key, 1, small, true);
+    assert_int_equal(r.status, KVC_OK);
+    assert_value(t, &key, 1, small, r.slot);
+    assert_true(t->ops->donor(t->tier, &asked, 0, &pages, &bytes));
+    assert_int_equal(pages, 4);
+    assert_true(t->ops->donor(t->tier, &asked, 1, &pages, &bytes));
+    assert_int_equal(pages, 1);
+    assert_false(t->ops->donor(t->tier, &asked, 2, &pages, &bytes));
+    tut_close(t);
+    open_and_read(t, 9);
+    assert_false(class_is_there(t, 1));
+    t->ops->release(t->tier, &key, r.slot);
+    assert_int_equal(t->ops->sync_releases(t->tier, &asked, 1), KVC_OK);
+    assert_int_equal(value_count(t), 8);
+    assert_int_equal(put_value(t, &key, 1, small, false).status, KVC_OK);
+    assert_int_equal(put_value(t, &next, 1, one, true).status, KVC_OK); /* of two pages, just */
+    tut_close(t);
+    open_and_read(t, 10);
+    for (uint32_t i = 0; i < n_found; i++)
+        if (memcmp(&found[i].key, &last, sizeof(last)) == 0)
+            t->ops->release(t->tier, &last, found[i].slot);
+    wait_until_gone(t, 9);
+    for (uint64_t until = kvc_deadline_ns(PATIENCE_NS); !class_is_there(t, 1);) {
+        assert_true(kvc_now_ns() < until);
+        kvs_value_key more = key_of(3, kvc_now_ns(), 0);
+        assert_int_equal(put_value(t, &more, 1, small, true).status, KVC_OK);
+    }
+    uint32_t n = (uint32_t)value_count(t);
+    tut_close(t);
+    open_and_read(t, n);
+}
+
 /* What became empty just before a stop is gone after the next start, with its room. */
 static void test_empty_class_goes_at_a_start(void **state)
 {
@@ -518,6 +564,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_empty_class_gives_its_place, setup, teardown),
         cmocka_unit_test_setup_teardown(test_size_comes_back, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_small_piece_without_a_place, setup, teardown),
         cmocka_unit_test_setup_teardown(test_empty_class_goes_at_a_start, setup, teardown),
         cmocka_unit_test_setup_teardown(test_another_size_gets_room, setup, teardown),
         cmocka_unit_test_setup_teardown(test_giver_goes_on, setup, teardown),
