@@ -20,6 +20,7 @@ kvc_status kvc_place_key(const char *name, uint64_t *key_p)
     char text[sizeof(domain) + KVC_MAX_NAME_BYTES];
     size_t head = sizeof(domain) - 1, len = strnlen(name, KVC_MAX_NAME_BYTES + 1);
     kvc_digest digest;
+    *key_p = 0;
     if (len == 0 || len > KVC_MAX_NAME_BYTES)
         return KVC_INVALID;
     memcpy(text, domain, head);

@@ -19,7 +19,7 @@
 #include "kvc/types.h"
 
 /* The key of a server's name, at most KVC_MAX_NAME_BYTES bytes and not empty: INVALID. IO if
- * libcrypto fails. */
+ * libcrypto fails. *key_p is 0 on error. */
 kvc_status kvc_place_key(const char *name, uint64_t *key_p) KVC_MUST_CHECK;
 /* The server, a number below n, that owns the block; keys [n], all different, n at least 1. */
 uint32_t kvc_place_owner(const uint64_t *keys, uint32_t n, const kvc_digest *digest);

@@ -64,6 +64,8 @@ static const char *head_scales_rule(const kvc_part *part)
     uint64_t heads = part->kv_head_count;
     if (part->kind != KVC_PART_KV && part->kind != KVC_PART_CHUNK_KV)
         return "codec head-scales is for kv and chunk-kv parts";
+    if (heads == 0 || part->q_dim == 0 || part->v_dim == 0)
+        return "codec head-scales needs kv_head_count, q_dim and v_dim";
     if (part->dtype != KVC_DTYPE_I8 && part->dtype != KVC_DTYPE_E4M3)
         return "codec head-scales needs dtype I8 or E4M3";
     if (heads > part->row_bytes || heads * ((uint64_t)part->q_dim + 2) != part->k_len_bytes)

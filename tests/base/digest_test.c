@@ -421,6 +421,17 @@ static void schema_check_names_each_part_rule(void **state)
     refused(&schema, "v_len_bytes must be kv_head_count * (v_dim + 2) in codec head-scales");
     twins[1].q_dim = UINT32_MAX; /* and 2 more wrap around in 32 bits */
     refused(&schema, "k_len_bytes must be kv_head_count * (q_dim + 2) in codec head-scales");
+    /* Scales of no heads, or of heads without elements, are nothing that can be attended over. */
+    coded.part = 4;
+    coded.kind = KVC_PART_CHUNK_KV;
+    twins[1] = coded;
+    assert_ok(kvc_schema_check(&schema, KVC_MAX_VALUE_BYTES, NULL));
+    twins[1].q_dim = twins[1].v_dim = 0;
+    twins[1].k_len_bytes = twins[1].v_len_bytes = 4;
+    refused(&schema, "codec head-scales needs kv_head_count, q_dim and v_dim");
+    twins[1] = coded;
+    twins[1].kv_head_count = twins[1].k_len_bytes = twins[1].v_len_bytes = 0;
+    refused(&schema, "codec head-scales needs kv_head_count, q_dim and v_dim");
     /* A part of scales and bytes has no K and V to measure. */
     twins[1] = (kvc_part){.part = 9, .kind = KVC_PART_INDEX, .dtype = KVC_DTYPE_I8, .row_bytes = 1};
     assert_ok(kvc_schema_check(&schema, KVC_MAX_VALUE_BYTES, NULL));

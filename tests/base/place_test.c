@@ -149,12 +149,16 @@ static void the_order_of_the_list_does_not_matter(void **state)
 static void names_have_rules(void **state)
 {
     char name[KVC_MAX_NAME_BYTES + 2];
-    uint64_t key = 0;
+    uint64_t key;
     (void)state;
     memset(name, 'x', sizeof(name));
     name[KVC_MAX_NAME_BYTES + 1] = '\0';
+    key = 7;
     assert_status(kvc_place_key(name, &key), KVC_INVALID);
+    assert_int_equal(key, 0);
+    key = 7;
     assert_status(kvc_place_key("", &key), KVC_INVALID);
+    assert_int_equal(key, 0);
     name[KVC_MAX_NAME_BYTES] = '\0';
     assert_ok(kvc_place_key(name, &key));
 }
