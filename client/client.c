@@ -14,19 +14,20 @@
 #define RETRY_PAUSE_NS (20ull * 1000000)
 
 /* What a URI asks for behind its '?', which is cut off: sums=1 or sums=0, of rdma:// only. */
-static kvc_status parse_options(char *uri, bool *sums_p)
+static kvc_status parse_options(char *uri, int8_t *sums_p)
 {
     char *options = strchr(uri, '?');
     if (options == NULL)
         return KVC_OK;
     *options++ = '\0';
     if (strcmp(options, "sums=1") != 0 && strcmp(options, "sums=0") != 0)
-        return kvci_fail(KVC_INVALID, "client: '%s' is no option of a URI: there is sums=1",
+        return kvci_fail(KVC_INVALID,
+                         "client: '%s' is no option of a URI: there are sums=1 and sums=0",
                          options);
     if (strncmp(uri, "rdma://", 7) != 0)
         return kvci_fail(KVC_INVALID, "client: '%s' takes no %s, which is rdma's alone", uri,
                          options);
-    *sums_p = options[5] == '1';
+    *sums_p = options[5] == '1' ? 1 : -1;
     return KVC_OK;
 }
 

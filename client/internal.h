@@ -460,7 +460,7 @@ struct kvc_client {
     bool sums;      /* over rdma */
     char *uri_text; /* uris point into it */
     const char *uris[KVCI_MAX_URIS];
-    bool uri_sums[KVCI_MAX_URIS]; /* asked for by the URI itself */
+    int8_t uri_sums[KVCI_MAX_URIS]; /* what the URI itself asks for: 1 sums, -1 none, 0 nothing */
 
     kvc_mutex lock; /* KVC_RANK_CLIENT; guards all that follows */
     kvc_limits limits;

@@ -120,7 +120,8 @@ static kvc_status link_open(kvc_client *client, uint32_t which, uint64_t deadlin
         return kvci_fail(KVC_NO_MEMORY, "client: no memory");
     link->uri = uri;
     link->ops = kvt_find(uri);
-    link->sums = strncmp(uri, "rdma://", 7) == 0 && (client->sums || client->uri_sums[which]);
+    int8_t own = client->uri_sums[which];
+    link->sums = strncmp(uri, "rdma://", 7) == 0 && (own != 0 ? own > 0 : client->sums);
     kvt_connect_opts opts = {
         .size_bytes = sizeof(opts),
         .uri = uri,

@@ -43,12 +43,14 @@ static void open_rig(rig *r, int sums)
     r->bytes = malloc(N_PUT * VALUE_BYTES);
     assert_non_null(r->bytes);
     (void)snprintf(uri, sizeof(uri), "%s%s", kvs_server_uri(r->h.server, 0),
-                   sums == SUMS_BY_URI ? "?sums=1" : "?sums=0");
+                   sums == SUMS_BY_OPTION ? ""
+                   : sums == SUMS_BY_URI  ? "?sums=1"
+                                          : "?sums=0");
     kvc_client_opts opts = {.size_bytes = sizeof(opts),
                             .connect_timeout_ns = 60000000000ull,
                             .uris = uri,
                             .n_channels = 1,
-                            .sums = sums == SUMS_BY_OPTION};
+                            .sums = sums != SUMS_BY_URI}; /* an address that says has its way */
     kvc_region_desc desc = {.size_bytes = sizeof(desc),
                             .base = r->bytes,
                             .len_bytes = N_PUT * VALUE_BYTES,

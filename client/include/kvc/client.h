@@ -39,7 +39,7 @@ typedef struct kvc_context kvc_context;
 typedef struct kvc_client_opts {
     size_t size_bytes; /* sizeof(kvc_client_opts) */
     /* "grpc://host:port,grpc+unix:///path": in order of preference. "rdma://host:port?sums=1" asks
-     * for the sums below by this address alone. */
+     * for the sums below by this address alone, "?sums=0" refuses them for it. */
     const char *uris;
     uint64_t connect_timeout_ns; /* 0: 5 s */
     uint64_t default_timeout_ns; /* of a request without a deadline; 0: 30 s */
