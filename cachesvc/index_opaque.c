@@ -57,8 +57,8 @@ static kvs_claim claim_other(kvs_index *index, const kvs_block *block, uint64_t 
     return KVS_CLAIM_REST;
 }
 
-/* Whether the block has that piece in another room, as only a tag that is shared by chance can
-   bring about. */
+/* Whether the block has that piece in another room: of a value that was put before there was a room
+   for the small ones, or by a tag that is shared by chance. */
 static bool piece_differs(const kvs_block *block, uint32_t place)
 {
     uint32_t at = kvs_block_place(block, place - place % KVS_OPAQUE_CODES);

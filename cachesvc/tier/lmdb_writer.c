@@ -38,7 +38,8 @@ kvsi_class *kvsi_class_of(kvs_tier *tier, uint32_t pages)
     return NULL;
 }
 
-/* Holds nothing and nothing is on its way: a place never taken, or one whose creation failed. */
+/* Holds nothing and nothing is on its way: a place never taken, given back, or one whose creation
+ * failed. */
 static bool is_vacant(const kvsi_class *class)
 {
     return class->claim_pages == 0 && class->queued_pages == 0 && class->freeing_pages == 0;
