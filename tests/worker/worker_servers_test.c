@@ -290,6 +290,64 @@ static void a_busy_server_sends_rows_and_others_attend(void **state)
     rig_close(&q);
 }
 
+/* A run of steps by one way after the server of a block that is not its first has forgotten it. */
+static kvw_stats run_with_a_hole(servers *s, rig *r, const char *way, rig_record *record)
+{
+    uint32_t reused = 0, hole = 9;
+    kvc_op op;
+    store_rig(r, "tokenselect", KVW_INDEX_EXACT, NULL);
+    servers_use(s, r, 3);
+    r->opts.revision = "a hole";
+    r->opts.exact = 0;
+    r->opts.policy = KVW_DROP;
+    r->opts.way = way;
+    rig_name_servers(r);
+    rig_open(r);
+    rig_record_init(record, r);
+    kvw_seq *seq = open_seq(r, 0, &reused);
+    rig_prefill(r, seq, 0, 660, NULL, NULL);
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
+    while (hole > 1 && (seq->blocks[hole].local == 0 || hole * 64 + 64 > 560))
+        hole--;
+    const kvwi_seq_block *b = &seq->blocks[hole];
+    assert_true(b->local > 0); /* before its picks there are others of the same server */
+    kvc_op_init(&op, NULL, NULL);
+    assert_ok(kvc_erase(s->clients[b->server], kvw_schema_digest(r->worker), &b->digest, 1, NULL, 0,
+                        NULL, 0, &op));
+    assert_ok(kvc_op_wait(&op, 0));
+    for (uint32_t p = 660; p < 700; p++) {
+        for (uint32_t i = 0; i < r->opts.n_layers; i++)
+            for (uint32_t row = 0; row < 660; row++)
+                kvwi_residency_drop(&seq->layers[i].residency, row);
+        rig_decode(r, seq, p, p + 1, rig_record_step, record);
+    }
+    for (uint32_t i = 0; i < 3; i++)
+        assert_true((server_stats_of(seq, i).rows_missing > 0) == (i == b->server));
+    kvw_stats stats = stats_of(seq);
+    kvw_seq_destroy(seq);
+    return stats;
+}
+
+/* What a server did not attend is fetched by its names there, and no other row in its place. */
+static void what_is_left_over_keeps_its_name(void **state)
+{
+    servers *s = *state;
+    rig r, q;
+    rig_record rows, near;
+    kvw_stats by_rows = run_with_a_hole(s, &r, "rows", &rows);
+    kvw_stats by_near = run_with_a_hole(s, &q, "near", &near);
+    assert_true(by_near.rows_near > 200);
+    assert_true(by_rows.rows_dropped > 20);
+    assert_int_equal(by_near.rows_dropped, by_rows.rows_dropped);
+    double diff = rig_record_diff(&r, &rows, &near, 660, 700);
+    if (!(diff <= near_bound(&r)))
+        fail_msg("%g apart, bound %g", diff, near_bound(&r));
+    rig_record_fini(&rows);
+    rig_record_fini(&near);
+    rig_close(&r);
+    rig_close(&q);
+}
+
 /* A step may be given up with a request to each of them in flight, or before. */
 static void abandoned_steps_leave_nothing(void **state)
 {
@@ -462,6 +520,7 @@ int main(void)
         cmocka_unit_test(a_step_asks_each_server_once),
         cmocka_unit_test(partials_of_servers_merge),
         cmocka_unit_test(a_busy_server_sends_rows_and_others_attend),
+        cmocka_unit_test(what_is_left_over_keeps_its_name),
         cmocka_unit_test(abandoned_steps_leave_nothing),
         cmocka_unit_test(names_decide_and_not_the_order),
         cmocka_unit_test(a_prefix_ends_where_a_server_lacks_a_block),
