@@ -196,6 +196,7 @@ struct kvw_step {
     kvwi_buf near_q, near_q_pos; /* the query, and its positions in each segment */
     bool attended;
     kvc_status attend_status; /* a failure of kvw_step_attend, which finish returns */
+    uint64_t asked_ns;        /* when the misses set off */
     uint64_t deadline_ns;
     /* attention */
     kvwi_buf q_rot, q_pos, sub_rows, sub_pos, visible, acc, part;

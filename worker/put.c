@@ -19,8 +19,11 @@
 
 #define BACKOFF_MIN_NS 5000000ull
 #define BACKOFF_MAX_NS 1000000000ull
-/* Several servers: how long one may hold up the blocks of the others while its context grows. */
-#define EXTEND_NS      5000000000ull
+/* Several servers: how long one may hold up the blocks of the others while its context grows, and
+ * how many times as long it is left alone where that was in vain. So one that hangs holds the
+ * others up for a ninth of the time. */
+#define EXTEND_NS      2000000000ull
+#define EXTEND_REST    8u
 #define RUN_CAP        64u /* blocks by which contexts grow at a time */
 
 typedef enum job_state { QUEUED, FLYING, LANDED, WAITING, PLACED } job_state;
@@ -269,22 +272,46 @@ static uint32_t placed_run(const kvwi_putter *p, const kvw_seq *seq, placed *run
     return n;
 }
 
+/* One of several servers: no longer than EXTEND_NS, and not again while it rests. */
+static kvc_status extend_one_of(kvwi_server *server, kvc_context *context,
+                                const kvc_digest *digests, uint32_t n)
+{
+    uint64_t asked_ns = kvc_now_ns();
+    if (asked_ns < atomic_load(&server->grow_after_ns)) {
+        return KVC_TIMED_OUT;
+    }
+    kvc_status st = kvc_context_extend(context, digests, n, asked_ns + EXTEND_NS);
+    if (st == KVC_TIMED_OUT || st == KVC_UNAVAILABLE) {
+        uint64_t now_ns = kvc_now_ns();
+        atomic_store(&server->grow_after_ns, now_ns + EXTEND_REST * (now_ns - asked_ns));
+    }
+    return st;
+}
+
+/* Whether the context of its server covers a block of the run. */
+static bool is_covered(const kvw_seq *seq, const placed *block)
+{
+    return block->local < kvc_context_blocks(seq->servers[block->server].context);
+}
+
 /* Extends the context of one server over its blocks of the run, but for those that an earlier
  * attempt, of which another server failed, has covered. */
 static kvc_status extend_server(kvw_seq *seq, uint32_t server, const placed *run, uint32_t n)
 {
+    const kvwi_servers *s = &seq->worker->servers;
     kvc_digest digests[RUN_CAP];
     kvc_context *context = seq->servers[server].context;
-    uint32_t covered = kvc_context_blocks(context), n_own = 0;
+    uint32_t n_own = 0;
     for (uint32_t i = 0; i < n; i++) {
-        if (run[i].server == server && run[i].local >= covered) {
+        if (run[i].server == server && !is_covered(seq, &run[i])) {
             digests[n_own++] = run[i].digest;
         }
     }
-    bool alone = seq->worker->servers.n == 1;
-    return n_own == 0 ? KVC_OK
-                      : kvc_context_extend(context, digests, n_own,
-                                           alone ? 0 : kvc_deadline_ns(EXTEND_NS));
+    if (n_own == 0) {
+        return KVC_OK;
+    }
+    return s->n == 1 ? kvc_context_extend(context, digests, n_own, 0)
+                     : extend_one_of(&s->all[server], context, digests, n_own);
 }
 
 /* Leading blocks of the run that are covered; *st_p is the failure of the first that is not. */
@@ -294,7 +321,7 @@ static uint32_t extend_all(kvw_seq *seq, const placed *run, uint32_t n, kvc_stat
     for (uint32_t s = 0; s < seq->worker->servers.n; s++) {
         kvc_status st = extend_server(seq, s, run, n);
         for (uint32_t i = 0; st != KVC_OK && i < n_good; i++) {
-            if (run[i].server == s) {
+            if (run[i].server == s && !is_covered(seq, &run[i])) {
                 n_good = i;
                 *st_p = st;
             }

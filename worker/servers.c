@@ -265,22 +265,33 @@ static bool means_lost(kvc_status st)
     return st == KVC_UNAVAILABLE || st == KVC_CLOSED || st == KVC_TIMED_OUT;
 }
 
-void kvwi_server_answered(kvw_worker *worker, uint32_t server, kvc_status st)
+static void server_is_back(kvwi_server *s)
+{
+    if (atomic_load(&s->lost_until_ns) != 0 && atomic_exchange(&s->lost_until_ns, 0) != 0) {
+        atomic_store(&s->n_losses, 0);
+        KVC_LOG_INFO(WORKER, "server %s answers again", s->name);
+    }
+}
+
+void kvwi_server_answered(kvw_worker *worker, uint32_t server, kvc_status st, uint64_t asked_ns)
 {
     kvwi_server *s = &worker->servers.all[server];
     if (worker->servers.n == 1 || worker->opts.policy != KVW_DROP) {
         return;
     }
     if (!means_lost(st)) {
-        if (atomic_load(&s->lost_until_ns) != 0 && atomic_exchange(&s->lost_until_ns, 0) != 0) {
-            atomic_store(&s->n_losses, 0);
-            KVC_LOG_INFO(WORKER, "server %s answers again", s->name);
-        }
+        server_is_back(s);
         return;
     }
-    unsigned n = atomic_fetch_add(&s->n_losses, 1);
+    uint_least64_t until = atomic_load(&s->lost_until_ns);
+    unsigned n = atomic_load(&s->n_losses);
     uint64_t wait_ns = LOST_FIRST_NS << (n < LOST_DOUBLED ? n : LOST_DOUBLED);
-    atomic_store(&s->lost_until_ns, kvc_now_ns() + wait_ns);
+    /* whoever asked before that time saw the outage that is counted already */
+    if (asked_ns < until ||
+        !atomic_compare_exchange_strong(&s->lost_until_ns, &until, kvc_now_ns() + wait_ns)) {
+        return;
+    }
+    atomic_fetch_add(&s->n_losses, 1);
     KVC_COUNT(servers_lost);
     KVC_LOG_WARN(WORKER, "server %s is lost (%s): its rows are dropped for %u s", s->name,
                  kvc_status_name(st), (unsigned)(wait_ns / 1000000000ull));

@@ -21,9 +21,10 @@
 typedef struct kvwi_server {
     kvc_client *client;
     char *name;
-    /* DROP only: until when nobody asks it; how often in a row it did not answer */
+    /* DROP only: until when nobody asks it; how many times in a row it was lost */
     atomic_uint_least64_t lost_until_ns;
     atomic_uint n_losses;
+    atomic_uint_least64_t grow_after_ns; /* the put thread asks for no context to grow before */
 } kvwi_server;
 
 typedef struct kvwi_servers {
@@ -87,7 +88,8 @@ void kvwi_flight_count(kvw_seq *seq, uint32_t server, const kvc_fetch_info *info
 
 /* DROP: whether the server did not answer lately, so that nobody waits for it. */
 bool kvwi_server_is_lost(const kvw_worker *worker, uint32_t server);
-/* DROP: what an answer, or the lack of one, says of a server. */
-void kvwi_server_answered(kvw_worker *worker, uint32_t server, kvc_status st);
+/* DROP: what an answer, or the lack of one, to what was asked at asked_ns says of a server. However
+ * many were asked before it was lost, or at once after, it is lost once. */
+void kvwi_server_answered(kvw_worker *worker, uint32_t server, kvc_status st, uint64_t asked_ns);
 
 #endif

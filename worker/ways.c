@@ -102,6 +102,7 @@ kvc_status kvwi_misses_begin(kvw_step *step)
 {
     kvc_status st = KVC_OK;
     if (step->n_misses != 0) {
+        step->asked_ns = kvc_now_ns();
         step->deadline_ns = kvc_deadline_ns(step->seq->worker->opts.fetch_timeout_ns);
     }
     for (uint32_t i = 0; st == KVC_OK && i < step->n_legs; i++) {
@@ -155,7 +156,7 @@ static kvc_status wait_near(kvwi_leg *leg)
     if (st != KVC_OK) {
         return fall_back(leg, st);
     }
-    kvwi_server_answered(leg->step->seq->worker, leg->server, KVC_OK);
+    kvwi_server_answered(leg->step->seq->worker, leg->server, KVC_OK, leg->step->asked_ns);
     leg->tried |= 1u << KVC_WAY_NEAR;
     return leg->n_misses == 0 ? KVC_OK : set_off(leg);
 }
@@ -169,7 +170,7 @@ static kvc_status end_leg(kvwi_leg *leg)
     }
     kvc_status st = kvwi_fetch_complete(leg);
     if (!leg->lost) {
-        kvwi_server_answered(step->seq->worker, leg->server, st);
+        kvwi_server_answered(step->seq->worker, leg->server, st, step->asked_ns);
     }
     return kvwi_fetch_settle(leg);
 }

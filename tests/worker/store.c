@@ -184,7 +184,6 @@ static void answer_extend(store *s, kvt_call *call)
     kvc_reply reply = {.method = KVC_EXTEND_CONTEXT};
     const kvc_request *req = &call->req;
     kvc_mutex_lock(&s->lock);
-    s->n_extends++;
     bool fail = s->faults.extend_failures > 0;
     s->faults.extend_failures -= fail;
     store_context *c = &s->contexts[req->u.extend_context.context - 1];
@@ -261,17 +260,50 @@ static void answer_fetch(store *s, kvt_call *call)
     kvt_call_reply(call, KVC_OK, NULL, 0, &reply, &slice, len == 0 ? 0 : 1);
 }
 
-static bool put_off(store *s, kvt_call *call)
+/* What may come late. */
+static void answer_late(store *s, kvt_call *call)
+{
+    if (call->req.method == KVC_OPEN_CONTEXT)
+        answer_open(s, call);
+    else if (call->req.method == KVC_EXTEND_CONTEXT)
+        answer_extend(s, call);
+    else
+        answer_fetch(s, call);
+}
+
+/* Under the lock. */
+static void put_off(store *s, kvt_call *call, uint32_t delay_ms)
+{
+    s->late_due_ns[s->n_late] = kvc_now_ns() + delay_ms * NS_PER_MS;
+    s->late[s->n_late++] = call;
+    kvc_cond_signal(&s->cond);
+}
+
+/* Opens and extends; an extend counts when it comes. */
+static void grow_context(store *s, kvt_call *call)
+{
+    kvc_mutex_lock(&s->lock);
+    bool late = s->faults.grow_delay_ms != 0 && s->n_late < STORE_MAX_LATE;
+    bool fail = s->faults.grow_fails;
+    s->n_extends += call->req.method == KVC_EXTEND_CONTEXT;
+    if (late)
+        put_off(s, call, s->faults.grow_delay_ms);
+    kvc_mutex_unlock(&s->lock);
+    if (fail && !late)
+        reply_error(call, KVC_IO, "as the test says");
+    else if (!late)
+        answer_late(s, call);
+}
+
+static bool put_off_fetch(store *s, kvt_call *call)
 {
     kvc_mutex_lock(&s->lock);
     bool late = s->faults.fetch_delay_ms != 0 && s->n_late < STORE_MAX_LATE;
     if (late) {
-        s->late_due_ns[s->n_late] = kvc_now_ns() + s->faults.fetch_delay_ms * NS_PER_MS;
-        s->late[s->n_late++] = call;
+        put_off(s, call, s->faults.fetch_delay_ms);
         if (s->faults.delay_calls == 1)
             s->faults.fetch_delay_ms = 0;
         s->faults.delay_calls -= s->faults.delay_calls > 0;
-        kvc_cond_signal(&s->cond);
     }
     kvc_mutex_unlock(&s->lock);
     return late;
@@ -294,13 +326,11 @@ static void on_call(void *arg, kvt_call *call)
         answer_match(s, call);
         return;
     case KVC_OPEN_CONTEXT:
-        answer_open(s, call);
-        return;
     case KVC_EXTEND_CONTEXT:
-        answer_extend(s, call);
+        grow_context(s, call);
         return;
     case KVC_FETCH_ROWS:
-        if (!put_off(s, call))
+        if (!put_off_fetch(s, call))
             answer_fetch(s, call);
         return;
     default:
@@ -338,7 +368,7 @@ static void late_main(void *arg)
             continue;
         }
         kvc_mutex_unlock(&s->lock);
-        answer_fetch(s, call);
+        answer_late(s, call);
         kvc_mutex_lock(&s->lock);
     }
     kvc_mutex_unlock(&s->lock);

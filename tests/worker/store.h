@@ -24,7 +24,9 @@ typedef struct store_faults {
     uint32_t lose_from_part;  /* ... of parts from this one on */
     uint32_t fetch_delay_ms;  /* answers to fetches come so late */
     uint32_t delay_calls;     /* ... this many of them; 0: all */
-    uint32_t extend_failures; /* so many extends fail with UNAVAILABLE */
+    uint32_t extend_failures; /* so many extends fail with IO */
+    bool grow_fails;          /* contexts are neither opened nor extended: IO */
+    uint32_t grow_delay_ms;   /* answers to opens and extends come so late */
 } store_faults;
 
 typedef struct store_value {

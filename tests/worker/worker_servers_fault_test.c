@@ -6,6 +6,7 @@
 
 #include "base/clock.h"
 #include "base/metrics.h"
+#include "base/place.h"
 #include "bench.h"
 #include "internal.h"
 
@@ -242,6 +243,46 @@ static void a_silent_store_is_given_up_and_taken_back(void **state)
     rig_close(&r);
 }
 
+/* Both layers' steps are under way when the store falls silent: that is one loss. */
+static void steps_in_flight_lose_a_store_once(void **state)
+{
+    three *t = *state;
+    rig r;
+    uint32_t reused = 0;
+    kvw_step *steps[2];
+    float out[64];
+    three_rig(&r, t, "tokenselect");
+    r.opts.policy = KVW_DROP;
+    r.opts.fetch_timeout_ns = 200000000ull;
+    r.opts.residency_slots = 120;
+    rig_name_servers(&r);
+    rig_open(&r);
+    assert_int_equal(r.opts.n_layers, 2);
+    kvw_seq *seq = create(&r, 0, &reused);
+    kvwi_server *bad = &r.worker->servers.all[BAD];
+    rig_prefill(&r, seq, 0, 640, NULL, NULL);
+    assert_ok(kvw_flush(seq, 0));
+    atomic_store(&bad->lost_until_ns, 0);
+    atomic_store(&bad->n_losses, 0);
+    store_set(&t->stores[BAD], &(store_faults){.fetch_delay_ms = 1000000});
+    assert_ok(kvw_tokens(seq, r.tokens + 640, 1));
+    void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, 640, 1);
+    for (uint32_t layer = 0; layer < 2; layer++) {
+        for (uint32_t p = 0; p < 640; p++)
+            kvwi_residency_drop(&seq->layers[layer].residency, p);
+        assert_ok(kvw_append(seq, layer, q, q, 1)); /* any keys will do */
+        assert_ok(kvw_step_begin(seq, layer, q, 1, &steps[layer]));
+        assert_true(steps[layer]->legs[BAD].n_misses > 0);
+    }
+    for (uint32_t layer = 0; layer < 2; layer++)
+        assert_ok(kvw_step_finish(steps[layer], q, out, NULL));
+    assert_int_equal(atomic_load(&bad->n_losses), 1);
+    assert_true(atomic_load(&bad->lost_until_ns) <= kvc_now_ns() + 1000000000ull);
+    free(q);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
 /* ---- puts ---- */
 
 /* A pass of a block, with keys only; the status of kvw_tokens. */
@@ -350,6 +391,110 @@ static void contexts_grow_each_for_itself(void **state)
     rig_close(&r);
 }
 
+static void add_blocks(rig *r, kvw_seq *seq, uint32_t first, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        assert_ok(add_block(r, seq, first + i * 64));
+    /* sends the last one too, and does not wait */
+    kvc_status st = kvw_flush(seq, kvc_deadline_ns(1000000));
+    assert_true(st == KVC_OK || st == KVC_TIMED_OUT);
+}
+
+/* A store whose contexts do not grow is asked once and then left alone; those of the others, also
+ * of other sequences, grow meanwhile. */
+static void a_store_that_hangs_is_not_asked_again_at_once(void **state)
+{
+    three *t = *state;
+    rig r;
+    uint32_t reused = 0;
+    three_rig(&r, t, "tokenselect");
+    r.opts.put_window = 16;
+    rig_name_servers(&r);
+    rig_open(&r);
+    kvwi_server *bad = &r.worker->servers.all[BAD];
+    kvw_seq *first = create(&r, 0, &reused), *second = create(&r, 0, &reused);
+    store_set(&t->stores[BAD], &(store_faults){.grow_delay_ms = 1000000});
+    uint64_t begun_ns = kvc_now_ns();
+    add_blocks(&r, first, 0, 10);
+    support_wait_for(atomic_load(&bad->grow_after_ns) != 0);
+    assert_true(atomic_load(&bad->grow_after_ns) > begun_ns + 8000000000ull);
+    atomic_store(&bad->grow_after_ns, UINT64_MAX);
+    uint32_t asked = store_count(&t->stores[BAD], &t->stores[BAD].n_extends);
+    assert_int_equal(asked, 1);
+    add_blocks(&r, second, 0, 10);
+    for (uint32_t i = 0; i < STORES; i++) {
+        if (i == BAD)
+            continue;
+        support_wait_for(kvc_context_blocks(first->servers[i].context) ==
+                         server_stats(first, i).blocks);
+        support_wait_for(kvc_context_blocks(second->servers[i].context) ==
+                         server_stats(second, i).blocks);
+    }
+    assert_int_equal(store_count(&t->stores[BAD], &t->stores[BAD].n_extends), asked);
+    assert_int_equal(kvc_context_blocks(second->servers[BAD].context), 0);
+    store_set(&t->stores[BAD], &(store_faults){0});
+    atomic_store(&bad->grow_after_ns, 0);
+    assert_ok(kvw_flush(first, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
+    assert_ok(kvw_flush(second, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
+    assert_int_equal(stats_of(first).blocks_put + stats_of(second).blocks_put, 20);
+    kvw_seq_destroy(first);
+    kvw_seq_destroy(second);
+    rig_close(&r);
+}
+
+/* Names by which the first of three blocks is the first server's and both others are the second's,
+ * whatever digests they have on this machine. */
+static void name_by_blocks(rig *r, const kvc_digest *digests)
+{
+    uint64_t keys[STORES];
+    for (uint32_t i = 0; i < 10000; i++) {
+        for (uint32_t j = 0; j < STORES; j++) {
+            (void)snprintf(r->server_name[j], sizeof(r->server_name[j]), "%u of %u", j, i);
+            r->server_names[j] = r->server_name[j];
+            assert_ok(kvc_place_key(r->server_name[j], &keys[j]));
+        }
+        if (kvc_place_owner(keys, STORES, &digests[0]) == 0 &&
+            kvc_place_owner(keys, STORES, &digests[1]) == 1 &&
+            kvc_place_owner(keys, STORES, &digests[2]) == 1) {
+            r->opts.server_names = r->server_names;
+            return;
+        }
+    }
+    fail_msg("no such names");
+}
+
+/* One store fails while another's context grows, then that one: only what it does not cover waits
+ * for it. */
+static void blocks_that_are_covered_do_not_wait(void **state)
+{
+    three *t = *state;
+    rig r;
+    uint32_t reused = 0;
+    kvc_digest digests[3];
+    three_rig(&r, t, "tokenselect");
+    rig_open(&r);
+    kvw_seq *seq = create(&r, 0, &reused);
+    add_blocks(&r, seq, 0, 3);
+    for (uint32_t i = 0; i < 3; i++)
+        digests[i] = seq->blocks[i].digest;
+    kvw_seq_destroy(seq);
+    kvw_close(r.worker);
+    name_by_blocks(&r, digests);
+    rig_open(&r);
+    seq = create(&r, 0, &reused);
+    store_set(&t->stores[0], &(store_faults){.grow_fails = true});
+    add_blocks(&r, seq, 0, 2);
+    support_wait_for(kvc_context_blocks(seq->servers[1].context) == 1);
+    store_set(&t->stores[1], &(store_faults){.grow_fails = true});
+    add_blocks(&r, seq, 128, 1);
+    store_set(&t->stores[0], &(store_faults){0});
+    support_wait_for(kvwi_put_look(seq).n_acked == 2);
+    store_set(&t->stores[1], &(store_faults){0});
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
 /* ---- prefixes ---- */
 
 /* Questions of two digests at a time come to the same prefix; and one that forgot all cuts it. */
@@ -393,6 +538,11 @@ int main(void)
                                         close_three),
         cmocka_unit_test_setup_teardown(a_lost_store_is_not_asked, open_three, close_three),
         cmocka_unit_test_setup_teardown(a_silent_store_is_given_up_and_taken_back, open_three,
+                                        close_three),
+        cmocka_unit_test_setup_teardown(steps_in_flight_lose_a_store_once, open_three, close_three),
+        cmocka_unit_test_setup_teardown(a_store_that_hangs_is_not_asked_again_at_once, open_three,
+                                        close_three),
+        cmocka_unit_test_setup_teardown(blocks_that_are_covered_do_not_wait, open_three,
                                         close_three),
         cmocka_unit_test_setup_teardown(a_full_store_is_named, open_three, close_three),
         cmocka_unit_test_setup_teardown(a_store_that_refuses_is_named, open_three, close_three),
