@@ -402,6 +402,16 @@ static void schema_check_names_each_part_rule(void **state)
     refused(&schema, "two parts have the same id");
     twins[1].part = 4;
     assert_ok(kvc_schema_check(&schema, KVC_MAX_VALUE_BYTES, NULL));
+    /* A part of scales and bytes has no K and V to measure. */
+    twins[1] = (kvc_part){.part = 9, .kind = KVC_PART_INDEX, .dtype = KVC_DTYPE_I8, .row_bytes = 1};
+    assert_ok(kvc_schema_check(&schema, KVC_MAX_VALUE_BYTES, NULL));
+}
+
+static void coded_parts_have_rules(void **state)
+{
+    kvc_part twins[2] = {good_part(), good_part()};
+    kvc_schema schema = good_schema(twins, 2);
+    (void)state;
     /* A part coded with scales: 2 heads of 32, 68 bytes for K and for V. */
     kvc_part coded = good_part();
     coded.dtype = KVC_DTYPE_E4M3;
@@ -432,9 +442,6 @@ static void schema_check_names_each_part_rule(void **state)
     twins[1] = coded;
     twins[1].kv_head_count = twins[1].k_len_bytes = twins[1].v_len_bytes = 0;
     refused(&schema, "codec head-scales needs kv_head_count, q_dim and v_dim");
-    /* A part of scales and bytes has no K and V to measure. */
-    twins[1] = (kvc_part){.part = 9, .kind = KVC_PART_INDEX, .dtype = KVC_DTYPE_I8, .row_bytes = 1};
-    assert_ok(kvc_schema_check(&schema, KVC_MAX_VALUE_BYTES, NULL));
 }
 
 /* Every field is in the text: two values of any of them give two digests. */
@@ -522,6 +529,7 @@ int main(void)
         cmocka_unit_test(hex_round_trip),
         cmocka_unit_test(schema_check_names_each_rule),
         cmocka_unit_test(schema_check_names_each_part_rule),
+        cmocka_unit_test(coded_parts_have_rules),
         cmocka_unit_test(each_field_changes_the_digest),
         cmocka_unit_test(text_survives_a_comma_locale),
         cmocka_unit_test(copy_shares_nothing),
