@@ -339,3 +339,17 @@ bool kvc_context_is_mapped(kvc_context *context, uint64_t stamp)
     kvci_map_unref(map);
     return holds;
 }
+
+kvc_map_hold *kvc_context_hold_map(kvc_context *context, uint64_t stamp)
+{
+    kvci_map *map = kvci_map_of(context);
+    if (map != NULL && map->number == stamp && kvci_map_holds(map))
+        return (kvc_map_hold *)map;
+    kvci_map_unref(map);
+    return NULL;
+}
+
+void kvc_map_let_go(kvc_map_hold *hold)
+{
+    kvci_map_unref((kvci_map *)hold);
+}

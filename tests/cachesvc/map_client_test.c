@@ -425,6 +425,38 @@ static void what_no_map_has_is_given_back(void **state)
     }
 }
 
+/* Who still reads keeps what is read mapped, also when the map has been given back. */
+static void what_is_held_stays_mapped(void **state)
+{
+    rig *r = *state;
+    const uint64_t numbers[2] = {1, 2};
+    kvc_mapped_value value;
+    kvc_map_opts map = {.size_bytes = sizeof(map),
+                        .all = true,
+                        .on_segment = count_segment,
+                        .arg = r,
+                        .keep_ns = 1};
+    start(r);
+    assert_int_equal(kvc_client_map_contexts(r->client, &map), KVC_OK);
+    put_blocks(r, 1, 2);
+    kvc_context *context = open_context(r, numbers, 2);
+    assert_int_equal(kvc_context_locate(context, 10, 1, &value), KVC_OK);
+    kvc_map_hold *hold = kvc_context_hold_map(context, value.stamp);
+    assert_non_null(hold);
+    assert_null(kvc_context_hold_map(context, value.stamp + 1));
+    kvc_context_unmap(context);
+    assert_null(kvc_context_hold_map(context, value.stamp));
+    assert_int_equal(kvc_context_map(context, NULL, 0, 0, NULL), KVC_OK);
+    kvc_context_unmap(context);
+    usleep(100000); /* long enough for a sweep */
+    assert_int_equal(atomic_load(&r->n_segments), 1);
+    assert_true(h_row_is(2, 10, 7, ROW_BYTES, (const uint8_t *)value.rows + 7 * value.row_bytes));
+    kvc_map_let_go(hold);
+    kvc_map_let_go(NULL);
+    wait_segments(r, 0);
+    kvc_context_close(context);
+}
+
 /* A server that does not answer while a thread of the test holds its maps. */
 typedef struct hang {
     rig *r;
@@ -546,6 +578,7 @@ int main(void)
         CASE(a_new_server_is_mapped_anew),        CASE(caps_change_nothing_but_the_way),
         CASE(other_transports_go_by_request),     CASE(cuts_give_pins_back),
         CASE(what_no_map_has_is_given_back),      CASE(a_late_map_harms_nobody),
+        CASE(what_is_held_stays_mapped),          CASE(a_late_map_harms_nobody),
         CASE(closing_does_not_wait_for_each),
     };
     return cmocka_run_group_tests_name("map_client", tests, NULL, NULL);

@@ -10,6 +10,7 @@
 
 #include "base/clock.h"
 #include "daemon.h"
+#include "device/state.h"
 #include "internal.h"
 
 #define N_TOKENS 600u
@@ -310,6 +311,44 @@ static void another_layer_does_not_hide_that_a_map_went(void **state)
     rig_close(&r);
 }
 
+/* What a step reads is held until the device has done it; map_client_test has what that means. */
+static void a_step_holds_its_map(void **state)
+{
+    served *s = *state;
+    const uint32_t at = PREFILL;
+    for (int abandons = 0; abandons < 2; abandons++) {
+        rig r;
+        kvw_step *step = NULL;
+        thief t = {.seq = open_prefilled(&r, s->client)};
+        const kvwi_device_layer *layer = &t.seq->device->layers[0];
+        assert_ok(kvw_tokens(t.seq, r.tokens + at, 1));
+        void *k = rig_bytes(&r, r.k, rig_kv_width(&r), 0, at, 1);
+        void *v = rig_bytes(&r, r.v, rig_kv_width(&r), 0, at, 1);
+        void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, at, 1);
+        void *out = malloc(rig_q_width(&r) * sizeof(float));
+        assert_non_null(out);
+        assert_ok(kvw_append(t.seq, 0, k, v, 1));
+        assert_ok(kvw_step_begin(t.seq, 0, q, 1, &step));
+        assert_null(layer->hold);
+        fake_cuda_before_launch(take_map, &t);
+        assert_ok(kvw_step_attend(step, q));
+        fake_cuda_before_launch(NULL, NULL);
+        assert_non_null(layer->hold);
+        if (abandons == 0)
+            assert_ok(kvw_step_finish(step, q, out, NULL));
+        else
+            kvw_step_abandon(step);
+        assert_null(layer->hold);
+        assert_int_equal(t.n_taken, 1);
+        free(k);
+        free(v);
+        free(q);
+        free(out);
+        kvw_seq_destroy(t.seq);
+        rig_close(&r);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -319,6 +358,7 @@ int main(void)
         cmocka_unit_test(ops_may_be_refused),
         cmocka_unit_test_setup_teardown(a_query_may_not_come, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(a_map_may_go_under_a_step, open_served, close_served),
+        cmocka_unit_test_setup_teardown(a_step_holds_its_map, open_served, close_served),
         cmocka_unit_test_setup_teardown(another_layer_does_not_hide_that_a_map_went, open_served,
                                         close_served),
     };

@@ -241,6 +241,7 @@ void kvwi_cuda_layer_close(kvw_seq *seq, kvwi_device_layer *l)
 {
     kvk_cuda *cuda = seq->device->device->cuda;
     kvwi_cuda_graphs_drop(seq, l);
+    kvwi_cuda_tables_let_go(l);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, l->slab);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, l->grown);
     kvk_cuda_free(cuda, KVK_CUDA_PINNED, l->pinned);

@@ -36,13 +36,6 @@ static kvc_status launch(kvw_step *step, kvk_cuda_graph *graph)
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "a step");
 }
 
-/* Of a graph that reads rows. */
-static kvc_status launch_attention(kvw_step *step, kvk_cuda_graph *graph)
-{
-    layer_of(step)->stamp = step->seq->device->stamp;
-    return launch(step, graph);
-}
-
 /* The engine's query to where the graphs read it. */
 static kvc_status take_query(kvw_step *step, void *to, const void *q)
 {
@@ -97,13 +90,12 @@ kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole
 kvc_status kvwi_cuda_step_attend(kvw_step *step, const void *q)
 {
     kvwi_device_layer *l = layer_of(step);
-    if (l->one_query || l->n_blank != 0 ||
-        !kvwi_cuda_tables_hold(step->seq, step->seq->device->stamp)) {
+    if (l->one_query || l->n_blank != 0 || !kvwi_cuda_tables_take(step->seq, l)) {
         return KVC_OK; /* finish does it all */
     }
     kvc_status st = take_query(step, l->q_in, q);
     if (st == KVC_OK) {
-        st = launch_attention(step, l->attend);
+        st = launch(step, l->attend);
     }
     l->attended = st == KVC_OK;
     return st;
@@ -216,7 +208,7 @@ static kvc_status attempt(kvw_step *step, uint32_t *far_p)
     kvc_status st = KVC_OK;
     *far_p = 0;
     if (l->n_blank == 0 && l->one_query && !l->selected) {
-        st = launch_attention(step, l->whole);
+        st = launch(step, l->whole);
         l->selected = st == KVC_OK;
     } else {
         st = l->selected ? KVC_OK : start_select(step);
@@ -228,7 +220,7 @@ static kvc_status attempt(kvw_step *step, uint32_t *far_p)
             *far_p = st == KVC_OK ? l->io->n_far : 0;
         }
         if (st == KVC_OK && !l->attended) {
-            st = launch_attention(step, l->attend);
+            st = launch(step, l->attend);
         }
     }
     if (st == KVC_OK && (st = kvwi_cuda_sync(step->seq)) != KVC_OK) {
@@ -244,6 +236,9 @@ static kvc_status run(kvw_step *step, uint32_t *far_p)
     kvwi_device_layer *l = layer_of(step);
     for (int i = 0;; i++) {
         kvc_status st = l->attended ? KVC_OK : kvwi_cuda_tables(seq, i < TRIES);
+        if (st == KVC_OK && !l->attended && !kvwi_cuda_tables_take(seq, l)) {
+            continue; /* gone in between; after TRIES there is none to go */
+        }
         if (st == KVC_OK) {
             st = attempt(step, far_p);
         }
@@ -321,6 +316,7 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float
         kvwi_cuda_step_abandon(step);
         return st;
     }
+    kvwi_cuda_tables_let_go(l);
     count(step, n_far);
     if (l->io->differs != 0 && seq->worker->opts.client != NULL && !seq->worker->opts.reuse_any) {
         kvwi_names_taint(seq); /* selected by a prediction that turned out otherwise */
@@ -338,6 +334,7 @@ void kvwi_cuda_step_abandon(kvw_step *step)
     if (l->selected && forget(step, NULL) != KVC_OK) {
         KVC_LOG_WARN(WORKER, "a step is abandoned and the device does not answer");
     }
+    kvwi_cuda_tables_let_go(l);
     l->selected = l->attended = false;
 }
 

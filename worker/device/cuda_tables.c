@@ -108,6 +108,22 @@ kvc_status kvwi_cuda_tables(kvw_seq *seq, bool maps)
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "the table of blocks");
 }
 
+bool kvwi_cuda_tables_take(kvw_seq *seq, kvwi_device_layer *l)
+{
+    kvwi_cuda_tables_let_go(l);
+    l->stamp = seq->device->stamp;
+    if (l->stamp != 0) {
+        l->hold = kvc_context_hold_map(kvwi_cuda_context(seq), l->stamp);
+    }
+    return l->stamp == 0 || l->hold != NULL;
+}
+
+void kvwi_cuda_tables_let_go(kvwi_device_layer *l)
+{
+    kvc_map_let_go(l->hold);
+    l->hold = NULL;
+}
+
 bool kvwi_cuda_tables_hold(const kvw_seq *seq, uint64_t stamp)
 {
     return stamp == 0 || kvc_context_is_mapped(kvwi_cuda_context(seq), stamp);

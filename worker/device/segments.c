@@ -4,8 +4,8 @@
  *
  * A client tells of segments on threads of its own, and outlives workers, so the list is the
  * process's. One mutex (LEAF) guards it; registration, which takes milliseconds a segment, happens
- * under it, when a worker first asks for an address. A client tells of a segment's end long after
- * the last map has let go of it (KEEP_NS), so no step still reads there.
+ * under it, when a worker first asks for an address. A client tells of a segment's end when no map
+ * is in it any more; who reads there holds the map until the device is done (kvc_map_hold).
  */
 #include <stdlib.h>
 

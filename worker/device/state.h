@@ -57,7 +57,8 @@ typedef struct kvwi_device_layer {
     kvk_cuda_graph *select, *attend, *whole;
     /* of the open step, or the last one */
     bool one_query, selected, attended;
-    uint64_t stamp; /* of the map that the attention reads, which the tables may have left since */
+    uint64_t stamp;     /* of the map that the attention reads; the tables may have left it since */
+    kvc_map_hold *hold; /* on it, until the device has read; NULL: none */
     kvwi_flight flight;
 } kvwi_device_layer;
 
@@ -117,6 +118,10 @@ void kvwi_cuda_graphs_drop(kvw_seq *seq, kvwi_device_layer *l);
 /* cuda_tables.c: the addresses of every block's rows, as they are now; those in a server's memory
  * only with maps. */
 kvc_status kvwi_cuda_tables(kvw_seq *seq, bool maps) KVC_MUST_CHECK;
+/* What they name stays mapped until let go, which is after a wait for the device, for the layer's
+ * attention, which is about to be launched. False: the map has gone. */
+bool kvwi_cuda_tables_take(kvw_seq *seq, kvwi_device_layer *l);
+void kvwi_cuda_tables_let_go(kvwi_device_layer *l);
 /* Whether what was read through them was the values', where they were of the map of this stamp. */
 bool kvwi_cuda_tables_hold(const kvw_seq *seq, uint64_t stamp);
 

@@ -331,8 +331,8 @@ typedef struct kvc_map_opts {
     bool all;      /* contexts map all parts but index ones as they open and grow, best effort */
     bool populate; /* fault a segment's pages in as it is mapped */
     /* May be NULL: a segment has been mapped, or is about to be unmapped; for who registers memory
-     * with a device. On a thread that maps, closes or unmaps, or ends a fetch, or on one of the
-     * client's own; must not call back. */
+     * with a device. On a thread that maps, closes, unmaps or lets go, or ends a fetch, or on one
+     * of the client's own; must not call back. */
     void (*on_segment)(void *arg, const void *base, size_t len_bytes, bool mapped);
     void *arg;
     /* A segment that no context has had a value in for so long is unmapped, so that the server can
@@ -372,6 +372,16 @@ typedef struct kvc_mapped_value {
 kvc_status kvc_context_locate(kvc_context *context, uint32_t part, uint32_t block,
                               kvc_mapped_value *value_p);
 bool kvc_context_is_mapped(kvc_context *context, uint64_t stamp);
+/*
+ * Keeps the memory that the map of this stamp lies in mapped, whatever happens to map and
+ * connection, until kvc_map_let_go: for who reads addresses of kvc_context_locate while other
+ * threads may use the context, or the connection may go. NULL: the context is not mapped so any
+ * more. Whether the bytes are still the values' is kvc_context_is_mapped's to say. Let go before
+ * the context is closed. Any thread; does not block.
+ */
+typedef struct kvc_map_hold kvc_map_hold;
+kvc_map_hold *kvc_context_hold_map(kvc_context *context, uint64_t stamp);
+void kvc_map_let_go(kvc_map_hold *hold); /* may unmap segments; NULL is fine */
 
 /* ---- opaque values: of any length, under any bytes ---------------------------------------------
  */
