@@ -3,7 +3,7 @@
  *
  * K and V come densely from prefill_pack.cu, as one bf16 piece each, or as two (`fast` off). A
  * block takes 128 query rows of a kv head (a query's whole group next to each other) and goes over
- * the keys in tiles of 64, which are copied two tiles ahead; scores, weights and sums stay in
+ * the keys in tiles of 64, which are copied one tile ahead; scores, weights and sums stay in
  * registers, the softmax is taken as the maximum grows. Where there are few such blocks, several
  * share the keys, and combine_kernel adds what they found. What is rounded is known: no piece is
  * kept with `fast`, else products of the two lower pieces are left out.

@@ -6,9 +6,10 @@
  * Llama-3-8B: 32 query heads, 8 kv heads, 128 dimensions, bf16 (rows of 4,096 bytes); ESA over an
  * index of 128 B/token, k = 2,048, 4,096 slots. Keys, values and queries are random. Resident
  * share: the same query again (100 %), a query that moves a little (about 95 %), a new one each
- * step (none but by chance). us: kvw_forward of one layer, the token's
- * append included, with the host waiting at its end; then the same in parts: append, and begin to
- * finish; tokens: kvw_tokens. Medians over STEPS tokens, divided by the layers.
+ * step (none but by chance). us: kvw_forward of one layer, the token's append included, with the
+ * host waiting at its end, and tokens: kvw_tokens, both over STEPS tokens; then the same in parts,
+ * append, and step: begin to finish, over a quarter of them. Medians; us with its 10th and 90th
+ * percentiles; all but tokens divided by the layers.
  *
  * Arguments: --quick (a smoke test), --layers N, --recent N, numbers of tokens. Without arguments:
  * 128K and 1M tokens, one layer, 4,096 and 128 recent. Exits with 77 where there is no GPU.
