@@ -11,6 +11,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -50,24 +51,29 @@ uint64_t kvsi_empty_due(const kvs_tier *tier)
 /* Where its files cannot be removed, its room and its place stay taken. */
 static bool remove_class(kvs_tier *tier, kvsi_class *class)
 {
-    char name[sizeof(class->env.name)];
+    char name[sizeof(class->env.name)], path[sizeof(name) + 16];
 
     if (class->dirty && kvsi_class_sync(tier, class) != KVC_OK)
         return false;
     memcpy(name, class->env.name, sizeof(name));
     kvsi_env_close(&class->env);
+    snprintf(path, sizeof(path), "%s/data.mdb", name);
+    int fd = openat(tier->root_fd, path, O_RDWR | O_CLOEXEC);
     kvc_status removed = kvsi_env_remove(tier->root_fd, name);
     kvc_mutex_lock(&tier->lock);
     if (removed != KVC_OK) {
         class->broken = true;
         kvc_mutex_unlock(&tier->lock);
+        if (fd >= 0)
+            close(fd);
         return false;
     }
-    tier->claimed_pages -= class->claim_pages + KVSI_ENV_SLACK_PAGES;
+    uint64_t claim = class->claim_pages + KVSI_ENV_SLACK_PAGES;
     class->claim_pages = class->live_pages = class->tree_pages = 0;
     class->empty_ns = 0;
     tier->refused_pages = 0;
     kvc_mutex_unlock(&tier->lock);
+    kvsi_remains_add(tier, fd, claim);
     KVC_LOG_INFO(TIER, "lmdb: %s held no value any more: its room is given back", name);
     return true;
 }
@@ -254,7 +260,7 @@ static uint64_t allowance(const kvs_tier *tier, const kvsi_class *class, bool hu
 uint64_t kvsi_takeable(const kvs_tier *tier, const kvsi_class *class, bool at_most)
 {
     bool hungry = is_hungry(tier, class);
-    uint64_t pages = 0;
+    uint64_t pages = tier->remains_pages;
 
     for (uint32_t i = 0; !tier->no_holes && i < tier->n_classes; i++)
         if (&tier->classes[i] != class)
@@ -264,9 +270,13 @@ uint64_t kvsi_takeable(const kvs_tier *tier, const kvsi_class *class, bool at_mo
 
 void kvsi_take(kvs_tier *tier, const kvsi_class *class, uint64_t pages)
 {
-    for (uint32_t tried = 0; pages > 0 && !tier->no_holes;) {
+    for (uint32_t tried = 0;;) {
         kvsi_class *best = NULL;
         uint64_t most = 0, given = 0;
+        while (pages > 0 && kvsi_remains_cut(tier, &given))
+            pages -= given < pages ? given : pages;
+        if (pages == 0 || tier->no_holes)
+            return;
         kvc_mutex_lock(&tier->lock);
         for (uint32_t i = 0; i < tier->n_classes; i++) {
             kvsi_class *other = &tier->classes[i];
@@ -281,8 +291,9 @@ void kvsi_take(kvs_tier *tier, const kvsi_class *class, uint64_t pages)
         if (best == NULL)
             return;
         tried |= 1u << (best - tier->classes);
+        given = 0;
         if (whole)
-            given = remove_class(tier, best) ? most : 0;
+            (void)remove_class(tier, best); /* and then it is cut */
         else
             given = kvsi_class_shrink(tier, best, most < pages ? most : pages);
         pages -= given < pages ? given : pages;

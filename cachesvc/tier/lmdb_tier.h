@@ -29,6 +29,7 @@
 #define KVSI_MAX_META_BYTES (16u << 20)
 #define KVSI_EMPTY_NS       1000000000ull /* a class stays so long when its last value has gone */
 #define KVSI_FAIR_PART      16u /* of the capacity: below it, a class may take from others */
+#define KVSI_MAX_REMAINS    16u
 #define KVSI_RANK_META      ((kvc_lock_rank)(KVC_RANK_TIER - 1))
 
 /* One size class: values of this many pages each, in an environment of their own. */
@@ -64,6 +65,12 @@ typedef struct kvsi_waiter {
     bool done;
 } kvsi_waiter;
 
+/* A file of a class that went: it has no name, and is freed piece by piece. */
+typedef struct kvsi_remains {
+    int fd;
+    uint64_t len_bytes, claim_pages; /* what is left of both */
+} kvsi_remains;
+
 struct kvs_tier {
     char *root; /* the folder */
     int root_fd, lock_fd;
@@ -82,11 +89,16 @@ struct kvs_tier {
     bool was_clean;           /* the last server that had the folder closed it in order */
     bool meta_lost; /* since open: a damaged meta was set aside, now or at an earlier start */
 
+    uint64_t cut_bytes; /* of a file that goes, at a time */
+    uint32_t n_remains; /* the writer's, like the list */
+    kvsi_remains remains[KVSI_MAX_REMAINS];
+
     kvc_mutex lock; /* rank TIER: everything below and the counters of the classes */
     kvc_cond work;  /* something for the writer */
     kvc_cond woken; /* a waiter is done */
     uint64_t claimed_pages;
     uint64_t reserved_pages; /* not claimed yet, and the meta map's only */
+    uint64_t remains_pages;  /* of claimed_pages: of files that are on their way out */
     bool no_holes;           /* the file system takes nothing back out of a file */
     uint32_t n_classes;      /* classes[0 .. n_classes) never change place */
     uint32_t refused_pages;  /* the size class that was last refused, and logged */
@@ -169,6 +181,15 @@ bool kvsi_donor(kvs_tier *tier, const kvs_tier_shape *shape, uint32_t rank, uint
 uint64_t kvsi_empty_due(const kvs_tier *tier);
 /* Removes the classes that have held nothing for KVSI_EMPTY_NS. kvs-lmdb-w. */
 void kvsi_remove_empty(kvs_tier *tier);
+
+/* --- lmdb_remains.c: kvs-lmdb-w --- */
+
+/* Takes the descriptor of a file without a name, and its claim; -1: the claim alone. */
+void kvsi_remains_add(kvs_tier *tier, int fd, uint64_t claim_pages);
+/* Frees one piece of what there is; false: nothing is left. *given_p: pages of the budget. Waits
+   for the file system. */
+bool kvsi_remains_cut(kvs_tier *tier, uint64_t *given_p);
+void kvsi_remains_close(kvs_tier *tier);
 
 /* --- lmdb_commit.c: one group into one environment; the writer thread only --- */
 

@@ -273,8 +273,8 @@ static uint64_t gather_until(const kvs_tier *tier)
     return until;
 }
 
-/* Waits for a group worth taking, or for a class that is to go; false: stopped and nothing is left.
-   Holds the lock. */
+/* Waits for a group worth taking, or for a class or what is left of one that is to go; false:
+   stopped and nothing is left. Holds the lock. */
 static bool wait_for_group(kvs_tier *tier)
 {
     for (;;) {
@@ -284,7 +284,7 @@ static bool wait_for_group(kvs_tier *tier)
         if (until != 0 && (tier->queued_bytes >= tier->group_commit_bytes || kvc_now_ns() >= until))
             return true;
         uint64_t due = kvsi_empty_due(tier);
-        if (due != 0 && kvc_now_ns() >= due)
+        if (tier->n_remains > 0 || (due != 0 && kvc_now_ns() >= due))
             return true;
         if (until == 0 || (due != 0 && due < until))
             until = due;
@@ -530,5 +530,7 @@ void kvsi_writer_main(void *arg)
             return;
         process_group(tier, &g);
         kvsi_remove_empty(tier);
+        uint64_t given;
+        (void)kvsi_remains_cut(tier, &given);
     }
 }

@@ -50,6 +50,7 @@ typedef struct kvs_tier_opts {
     uint64_t group_commit_ns;    /* lmdb: gather this long, or ... */
     uint64_t group_commit_bytes; /* ... this much */
     uint64_t reader_ns;          /* lmdb: the longest that a read transaction is held; 0: 100 ms */
+    uint64_t cut_bytes;          /* lmdb: of a file that goes, freed at a time; 0: 1 GiB */
     uint64_t row_sums_bytes;     /* lmdb: sums of hot blocks kept in RAM */
     /* lmdb: a program run as `checker --check-env FOLDER` (kvs_tier_check_main) for each
        environment after an unclean stop, before it is mapped. NULL: checked in this process. */

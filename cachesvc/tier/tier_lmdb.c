@@ -33,6 +33,7 @@
 #define STEPS               64u /* the budget is claimed in about this many steps */
 #define MIN_STEP_PAGES      64u
 #define DEFAULT_GROUP_BYTES (16ull << 20)
+#define DEFAULT_CUT_BYTES   (1ull << 30)
 #define DEFAULT_READER_NS   100000000ull
 #define RESERVE_PAGES       48u
 #define RESERVE_PART        50u /* of the records: fragments of runs */
@@ -430,6 +431,7 @@ static void close_all(kvs_tier *tier)
         if (tier->classes[i].claim_pages > 0)
             kvsi_env_close(&tier->classes[i].env);
     }
+    kvsi_remains_close(tier);
     if (tier->meta.env != NULL)
         kvsi_env_close(&tier->meta);
     kvsi_env_fini(&tier->meta);
@@ -466,6 +468,7 @@ static kvs_tier *create(const kvs_tier_opts *opts)
     tier->reader_ns = opts->reader_ns > 0 ? opts->reader_ns : DEFAULT_READER_NS;
     tier->group_commit_bytes =
         opts->group_commit_bytes > 0 ? opts->group_commit_bytes : DEFAULT_GROUP_BYTES;
+    tier->cut_bytes = opts->cut_bytes > 0 ? opts->cut_bytes : DEFAULT_CUT_BYTES;
     tier->writes_end = &tier->writes;
     tier->drops_end = &tier->drops;
     atomic_init(&tier->bytes_read, 0);
