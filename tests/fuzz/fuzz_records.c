@@ -150,7 +150,8 @@ static void try_head(record_store *store, kvs_store *as_store)
     store->len_bytes = len_bytes;
     store->put_data = NULL;
     require(kvs_heads_each(as_store, found_head, &w) == KVC_OK && w.n == 2);
-    require(store->put_bytes == len_bytes && memcmp(store->put_data, data, len_bytes) == 0);
+    require(store->put_data != NULL && store->put_bytes == len_bytes);
+    require(memcmp(store->put_data, data, len_bytes) == 0);
     store->data = NULL;
     free(data);
 }
@@ -255,12 +256,13 @@ static kvs_server *the_server(void)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    record_store store = {.n_drops = 0};
+    static record_store store;
     kvs_server *server = the_server();
     input in;
 
     if (!parse(data, size, &in))
         return 0;
+    store = (record_store){.n_drops = 0};
     memcpy(store.name, in.name, in.name_bytes);
     store.data = in.data;
     store.len_bytes = in.len_bytes;

@@ -142,7 +142,7 @@ static int write_day(kvs_server *server, const record_store *r)
 int main(int argc, char **argv)
 {
     static kvs_server server;
-    record_store r = {.n_drops = 0};
+    static record_store r;
     if (argc != 2 || (mkdir(argv[1], 0777) != 0 && errno != EEXIST))
         return 1;
     folder = argv[1];
