@@ -256,6 +256,8 @@ static void a_put_block(a_server *f, const a_shape *s, uint32_t block, kvc_promi
             for (uint32_t head = 0; coded(s->dtype) && head < s->kv_heads; head++, at += 2)
                 (void)scale_of(s, block * H_TOKENS + row, v, head, at);
         }
+    if (f->spoil)
+        f->spoil(s, value, block);
     struct iovec iov = {value, bytes};
     kvc_put_value put = {h_digest(block), 7, bytes, {0, 0}};
     kvc_request req = {.method = KVC_PUT_BLOCKS, .data = &iov, .n_data = 1, .data_bytes = bytes};

@@ -35,6 +35,7 @@ typedef struct a_server {
     kvc_schema schema;
     kvc_digest digest;
     uint64_t context;
+    void (*spoil)(const a_shape *s, char *value, uint32_t block); /* before a put; NULL: nothing */
 } a_server;
 
 typedef struct a_partial {

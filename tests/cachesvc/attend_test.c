@@ -147,6 +147,58 @@ static void test_missing(void **state)
     a_stop(f);
 }
 
+/* Rows of block 5 that no encoder writes: a NaN code, a scale that is Inf, NaN or negative, of the
+ * first head's K or V. */
+static void spoil_five(const a_shape *s, char *value, uint32_t block)
+{
+    static const uint16_t scales[3] = {0x7f80, 0x7fc0, 0xbc00};
+    size_t side = s->kv_heads * (s->dim + 2);
+    for (uint32_t row = 0; block == 5 && row < H_TOKENS; row++) {
+        char *slice = value + (2 * row + row / 4 % 2) * side;
+        if (row % 4 == 3)
+            memset(slice, 0x7f, s->dim);
+        else
+            memcpy(slice + s->kv_heads * s->dim, &scales[row % 4], sizeof(scales[0]));
+    }
+}
+
+/* Such rows are attended over as they are: the server answers, other heads have what they have
+ * without them, and so has whoever picks other rows, then and later. */
+static void test_spoilt_rows(void **state)
+{
+    static const kvc_dtype dtypes[] = {KVC_DTYPE_E4M3, KVC_DTYPE_I8};
+    a_server *f = *state;
+    f->spoil = spoil_five;
+    for (uint32_t d = 0; d < 2; d++) {
+        a_shape s = {3, 4, 2,    64,  dtypes[d], KVC_DTYPE_F32, KVC_DTYPE_F32, KVC_ROPE_PLAIN,
+                     0, 0, true, 200, true};
+        a_start(f, &s, N_BLOCKS);
+        a_choose(&s, picks, ranks);
+        uint32_t n_odd = 0, n_finite = 0;
+        for (uint32_t i = 0; i < s.n_picks; i++)
+            n_odd += picks[i] / H_TOKENS == 5;
+        assert_true(n_odd > 4);
+        a_attend(f, &s, picks, ranks, s.n_picks, &got);
+        assert_int_equal(f->peer->n_missing, 0);
+        a_oracle(&s, picks, ranks, s.n_picks, NULL, &want);
+        for (uint32_t i = 0; i < s.n_q * s.n_q_heads; i++) {
+            bool odd_head = i % s.n_q_heads < s.n_q_heads / s.kv_heads;
+            for (uint32_t t = 0; t < s.dim; t++) {
+                double a = got.o[i * s.dim + t], b = want.o[i * s.dim + t];
+                n_finite += odd_head && isfinite(a);
+                assert_true(odd_head || fabs(a - b) <= 1e-4);
+            }
+        }
+        assert_int_equal(n_finite, 0);
+        for (uint32_t i = 0; i < s.n_picks; i++)
+            picks[i] = picks[i] / H_TOKENS == 5 ? picks[i] - 5 * H_TOKENS : picks[i];
+        a_attend(f, &s, picks, ranks, s.n_picks, &got);
+        a_oracle(&s, picks, ranks, s.n_picks, NULL, &want);
+        a_check_equal(&s, &got, &want, "the other blocks");
+        a_stop(f);
+    }
+}
+
 static void refused(a_server *f, const kvc_request *req, kvc_status want_status, const char *word)
 {
     kvc_status status = h_call(f->peer, req);
@@ -309,6 +361,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_shapes, a_setup, a_teardown),
         cmocka_unit_test_setup_teardown(test_partials_merge, a_setup, a_teardown),
         cmocka_unit_test_setup_teardown(test_missing, a_setup, a_teardown),
+        cmocka_unit_test_setup_teardown(test_spoilt_rows, a_setup, a_teardown),
         cmocka_unit_test_setup_teardown(test_bad_requests, a_setup, a_teardown),
         cmocka_unit_test_setup_teardown(test_kinds, a_setup, a_teardown),
         cmocka_unit_test_setup_teardown(test_switched_off, a_setup, a_teardown),

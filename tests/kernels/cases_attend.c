@@ -90,6 +90,65 @@ static void hide_specials(const subject *s, support_random *random)
     assert_true(isnan(p.a.o[(size_t)20 * 6 * 64 - 64 * 6])); /* the last query, head 0 */
 }
 
+/* What a coded row of two heads of 64 may come to hold that encode never writes. */
+typedef enum odd_row { NAN_CODE, INF_SCALE, NAN_SCALE, NEGATIVE_SCALE, ODD_ROWS } odd_row;
+
+static void make_odd(char *slice, odd_row odd)
+{
+    static const uint16_t scales[ODD_ROWS] = {0, 0x7f80, 0x7fc0, 0xbc00}; /* bf16 of head 0 */
+
+    if (odd == NAN_CODE)
+        slice[5] = 0x7f; /* the NaN of e4m3; 127 in int8 */
+    else
+        memcpy(slice + 2 * 64, &scales[odd], sizeof(scales[odd]));
+}
+
+/* Bits of the queries that do not see the odd row are those without it; others are as the
+ * reference has them where those are finite, and not finite where it says so. */
+static void compare_odd(const subject *s, problem *p, uint32_t at, const float *plain)
+{
+    size_t n = (size_t)p->a.n_q * p->a.n_q_heads, d = p->a.head_dim;
+    float *want_o = get_floats(n * d), *want_lse = get_floats(n);
+    kvk_attend_args truth = p->a;
+
+    truth.o = want_o;
+    truth.lse = want_lse;
+    assert_ok(s->ops->attend(s->be, &p->a, NULL));
+    assert_ok(reference()->ops->attend(reference()->be, &truth, NULL));
+    for (size_t i = 0; i < n * d; i++) {
+        bool sees = p->a.visible[i / d / p->a.n_q_heads] > at;
+        if (!sees)
+            assert_same_bits(s, "unseeing", (const char *)&p->a.o[i], (const char *)&plain[i],
+                             sizeof(float));
+        assert_true(sees || isfinite(p->a.o[i]));
+        assert_int_equal(isfinite(p->a.o[i]) != 0, isfinite(want_o[i]) != 0);
+    }
+}
+
+/* A coded row that encode did not write: its effect stays in the queries, and the heads, that see
+ * it. n_q 20 is packed, 2 goes straight from the rows. */
+static void odd_rows(const subject *s, support_random *random, uint32_t n_q, kvk_dtype dtype,
+                     bool rope)
+{
+    problem_shape shape = {n_q, 4, 2, 64, 150, dtype, rope, true, 0};
+    problem p = make_problem(random, &shape);
+    size_t slice = kvk_slice_bytes(dtype, 2, 64), n = (size_t)n_q * 4 * 64;
+    uint32_t at = 150 - n_q / 2; /* half of the queries see it */
+    float *plain = get_floats(n);
+
+    assert_ok(s->ops->attend(s->be, &p.a, NULL));
+    memcpy(plain, p.a.o, n * sizeof(float));
+    for (uint32_t i = 0; i < 2 * ODD_ROWS; i++) {
+        char *row = get(2 * slice);
+        const void *old = p.a.rows[at];
+        memcpy(row, old, 2 * slice);
+        make_odd(row + (i % 2) * slice, (odd_row)(i / 2)); /* of K, then of V */
+        ((const void **)p.a.rows)[at] = row;
+        compare_odd(s, &p, at, plain);
+        ((const void **)p.a.rows)[at] = old;
+    }
+}
+
 void case_attend(const subject *s, support_random *random)
 {
     for (size_t t = 0; t < sizeof(shapes) / sizeof(shapes[0]); t++) {
@@ -99,5 +158,9 @@ void case_attend(const subject *s, support_random *random)
     }
     hide_specials(s, random);
     free_all();
+    for (uint32_t i = 0; i < 8; i++) {
+        odd_rows(s, random, i % 2 ? 2 : 20, i / 2 % 2 ? KVK_I8_SCALED : KVK_E4M3_SCALED, i / 4);
+        free_all();
+    }
     refuse_bad(s, random);
 }

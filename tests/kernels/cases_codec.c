@@ -1,4 +1,6 @@
 /* cases_codec.c: encode and decode of coded rows. */
+#include <float.h>
+
 #include "cases.h"
 
 static const kvk_dtype coded[2] = {KVK_E4M3_SCALED, KVK_I8_SCALED};
@@ -79,6 +81,26 @@ static void encode_shape(const subject *s, support_random *random, const uint32_
     free_all();
 }
 
+/* Heads up to the end of the stated range come back finite and within the bound; of larger ones
+ * only the bits are said. */
+static void encode_largest(const subject *s, kvk_dtype dtype, float top)
+{
+    float x[4] = {top, -top, top / 3, 1}, y[4];
+    kvk_rows in = {x, sizeof(x), KVK_F32};
+    char out[6], want[6];
+
+    CALL(s, encode, in, 1, 1, 4, dtype, out, 6);
+    CALL(reference(), encode, in, 1, 1, 4, dtype, want, 6);
+    assert_same_bits(s, "encode", out, want, 6);
+    if (top > 0x1p127f)
+        return;
+    CALL(s, decode, (kvk_rows){out, 6, dtype}, 1, 1, 4, y);
+    double scale = (double)decoded(out + 4, KVK_BF16, 0);
+    for (size_t t = 0; t < 4; t++)
+        assert_near(s, "decoded", t, (double)y[t], (double)x[t],
+                    dtype == KVK_I8_SCALED ? scale / 2 : fabs((double)x[t]) / 16 + scale / 1024);
+}
+
 void case_encode(const subject *s, support_random *random)
 {
     char out[16] = {5};
@@ -87,6 +109,11 @@ void case_encode(const subject *s, support_random *random)
 
     for (size_t t = 0; t < 6 * 6; t++)
         encode_shape(s, random, shapes[t / 6], plain[t % 3], coded[t / 3 % 2]);
+    for (size_t t = 0; t < 2; t++) {
+        for (int i = 0; i <= 256; i++)
+            encode_largest(s, coded[t], ldexpf(256.0f + (float)i, 118));
+        encode_largest(s, coded[t], FLT_MAX);
+    }
     REFUSE(s, encode, in, 2, 1, 2, KVK_I8, out, 4);
     REFUSE(s, encode, in, 2, 1, 2, (kvk_dtype)5, out, 4);
     REFUSE(s, encode, in, 2, 1, 2, KVK_E4M3_SCALED, out, 3); /* slices would overlap */

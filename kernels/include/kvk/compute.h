@@ -264,8 +264,9 @@ typedef struct kvk_gather_args {
  * dtype (a _SCALED one), kvk_slice_bytes each. A head's scale is max|x| / 127 (int8) or / 448
  * (e4m3) rounded UP to bf16, an element x / scale, the quotient in f32, to nearest even; a zero
  * head has scale 0. int8: what quantize writes. The same bits on every backend. |x - decoded| is
- * at most scale / 2 (int8), or |x| / 16 and, below 2^-6 of the scale, scale / 1024 (e4m3). A
- * non-finite input is KVC_INVALID.
+ * at most scale / 2 (int8), or |x| / 16 and, below 2^-6 of the scale, scale / 1024 (e4m3), for
+ * heads up to 2^127: in larger ones the scale, rounded up, may take the largest elements of f32's
+ * range, and they come back infinite. A non-finite input is KVC_INVALID.
  */
 typedef struct kvk_encode_args {
     kvk_rows in;
