@@ -278,6 +278,8 @@ static void copy_reply(h_peer *peer)
     }
     if (reply->method == KVC_MATCH_PREFIX && peer->tiers && reply->u.match_prefix.n_tiers)
         memcpy(peer->tiers, reply->u.match_prefix.tiers, reply->u.match_prefix.n_tiers);
+    for (uint32_t i = 0; reply->method == KVC_DESCRIBE && i < reply->u.describe.n_schemas; i++)
+        peer->n_opaque += reply->u.describe.opaque[i] != 0;
     if (reply->method == KVC_MAP_CONTEXT)
         copy_map(peer, reply);
     if (reply->method == KVC_PUT_BLOCKS && reply->u.put_blocks.n_values <= H_MAX_BATCH)
@@ -310,7 +312,7 @@ kvc_status h_call(h_peer *peer, const kvc_request *req)
     free(peer->data);
     peer->data = NULL;
     peer->data_bytes = 0;
-    peer->n_missing = peer->n_messages = peer->n_picks = peer->n_values = 0;
+    peer->n_opaque = peer->n_missing = peer->n_messages = peer->n_picks = peer->n_values = 0;
     peer->rows_dram = peer->rows_lmdb = peer->n_fds = 0;
     peer->max_data_bytes = 0;
     peer->done = false;

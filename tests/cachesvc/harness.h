@@ -70,6 +70,7 @@ struct h_peer {
     uint64_t data_bytes;
     kvc_missing_row missing[65536];
     uint32_t n_missing;
+    uint32_t n_opaque; /* schemas that Describe marked */
     int8_t status[H_MAX_BATCH];
     uint8_t *tiers; /* where those of a match go; NULL: nowhere */
     /* Of a reply that streams; data and missing are those of all its messages. */

@@ -208,6 +208,7 @@ static void small_values_take_little(void **state)
                          KVC_OK);
     o_rig_stop(r, true);
     o_rig_start(r);
+    lmdb = &r->h.server->lmdb;
     lmdb->ops->usage(lmdb->tier, &after);
     assert_int_equal(after.values - before.values, SMALL);
     uint64_t each = (after.used_bytes - before.used_bytes) / SMALL;

@@ -336,7 +336,7 @@ static void test_schemas(void **state)
     kvc_request req = {.method = KVC_DESCRIBE};
     assert_int_equal(h_call(f->peer, &req), KVC_OK);
     assert_int_equal(f->peer->xfer.reply.u.describe.n_schemas, 1);
-    assert_int_equal(f->peer->xfer.reply.u.describe.opaque[0], 0);
+    assert_int_equal(f->peer->n_opaque, 0);
     assert_int_equal(f->peer->xfer.reply.u.describe.n_tiers, 1);
     assert_int_equal(f->peer->xfer.reply.u.describe.boot_id, f->h.server->boot_id);
     const kvc_limits *limits = &f->peer->xfer.reply.u.describe.limits;
