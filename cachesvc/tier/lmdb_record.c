@@ -6,6 +6,7 @@
 #include "base/sum.h"
 #include "lmdb_record.h"
 
+#define META_PAGES  2u  /* the first pages of each file, never free */
 #define SUMMED_FROM 16u /* the header's magic, version and sum are not under the sum */
 
 _Static_assert(KVSI_RECORD_OFF + sizeof(kvsi_record_header) +
@@ -160,4 +161,23 @@ kvc_status kvsi_record_check(const void *record, size_t len_bytes, const kvs_val
 const uint32_t *kvsi_record_sums(const void *record)
 {
     return (const uint32_t *)(const void *)((const uint8_t *)record + sizeof(kvsi_record_header));
+}
+
+bool kvsi_free_pages_add(const void *entry, size_t len_bytes, uint64_t n_file_pages,
+                         uint64_t *pages, uint32_t cap, uint32_t *n_p)
+{
+    uint64_t n, room = cap - *n_p, *at = pages + *n_p;
+
+    if (len_bytes < sizeof(n))
+        return false;
+    memcpy(&n, entry, sizeof(n));
+    if (n > len_bytes / sizeof(n) - 1)
+        return false;
+    n = n < room ? n : room;
+    memcpy(at, (const char *)entry + sizeof(n), n * sizeof(*at));
+    for (uint64_t i = 0; i < n; i++)
+        if (at[i] < META_PAGES || at[i] >= n_file_pages)
+            return false;
+    *n_p += (uint32_t)n;
+    return true;
 }

@@ -67,4 +67,13 @@ kvc_status kvsi_record_check(const void *record, size_t len_bytes, const kvs_val
                              uint32_t row_bytes, uint32_t n_rows) KVC_MUST_CHECK;
 const uint32_t *kvsi_record_sums(const void *record);
 
+/*
+ * Adds the pages of one entry of LMDB's own list of free pages (a count, then page numbers; 8 bytes
+ * each, at any address) to pages [cap], *n_p of which are taken; what has no room is left out.
+ * False: damaged, since the count does not fit, or a page is one of the two metas or lies beyond
+ * the file's n_file_pages; nothing was added.
+ */
+bool kvsi_free_pages_add(const void *entry, size_t len_bytes, uint64_t n_file_pages,
+                         uint64_t *pages, uint32_t cap, uint32_t *n_p);
+
 #endif

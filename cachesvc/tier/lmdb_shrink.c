@@ -105,19 +105,17 @@ static int list_free(void *arg)
 {
     free_list *list = arg;
     MDB_val key, data;
-    int rc = mdb_cursor_open(list->txn, FREE_DBI, &list->cursor);
+    MDB_envinfo info;
+    int rc = mdb_env_info(list->env->env, &info);
 
+    if (rc == MDB_SUCCESS)
+        rc = mdb_cursor_open(list->txn, FREE_DBI, &list->cursor);
     while (rc == MDB_SUCCESS && list->n < MAX_FREE) {
         rc = mdb_cursor_get(list->cursor, &key, &data, MDB_NEXT);
-        if (rc != MDB_SUCCESS || data.mv_size < sizeof(uint64_t))
-            break;
-        uint64_t n, room = MAX_FREE - list->n;
-        memcpy(&n, data.mv_data, sizeof(n));
-        if (n > data.mv_size / sizeof(uint64_t) - 1)
+        if (rc == MDB_SUCCESS &&
+            !kvsi_free_pages_add(data.mv_data, data.mv_size, info.me_last_pgno + 1, list->pages,
+                                 MAX_FREE, &list->n))
             return MDB_CORRUPTED;
-        n = n < room ? n : room;
-        memcpy(list->pages + list->n, (const uint64_t *)data.mv_data + 1, n * sizeof(uint64_t));
-        list->n += (uint32_t)n;
     }
     return rc == MDB_NOTFOUND ? MDB_SUCCESS : rc;
 }

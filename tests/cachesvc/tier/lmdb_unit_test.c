@@ -261,6 +261,31 @@ static void test_sums_cache_of_nothing(void **state)
     kvsi_sums_destroy(sums);
 }
 
+/* A page of LMDB's list of free ones becomes a hole: none may be a meta, or beyond the file. */
+static void test_free_pages(void **state)
+{
+    enum { FILE_PAGES = 100, CAP = 6 };
+    const uint64_t good[] = {3, 99, 2, 50}, metas[][2] = {{1, 0}, {1, 1}}, beyond[] = {1, 100};
+    const uint64_t too_many[] = {2, 5}, longer[] = {5, 4, 5, 6, 7, 8};
+    uint64_t pages[CAP] = {0};
+    uint32_t n = 0;
+
+    (void)state;
+    assert_true(kvsi_free_pages_add(good, sizeof(good), FILE_PAGES, pages, CAP, &n));
+    assert_int_equal(n, 3);
+    for (uint32_t i = 0; i < 3; i++)
+        assert_int_equal(pages[i], good[1 + i]);
+    for (uint32_t i = 0; i < 2; i++)
+        assert_false(kvsi_free_pages_add(metas[i], sizeof(metas[i]), FILE_PAGES, pages, CAP, &n));
+    assert_false(kvsi_free_pages_add(beyond, sizeof(beyond), FILE_PAGES, pages, CAP, &n));
+    assert_false(kvsi_free_pages_add(too_many, sizeof(too_many), FILE_PAGES, pages, CAP, &n));
+    assert_false(kvsi_free_pages_add(good, 7, FILE_PAGES, pages, CAP, &n));
+    assert_int_equal(n, 3);
+    assert_true(kvsi_free_pages_add(longer, sizeof(longer), FILE_PAGES, pages, CAP, &n));
+    assert_int_equal(n, CAP); /* no room for all */
+    assert_int_equal(pages[CAP - 1], 6);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -268,6 +293,7 @@ int main(void)
         cmocka_unit_test(test_small_pieces_share_a_page),
         cmocka_unit_test(test_key_round_trip),
         cmocka_unit_test(test_record_check),
+        cmocka_unit_test(test_free_pages),
         cmocka_unit_test(test_sums_cache_keeps_its_cap),
         cmocka_unit_test(test_sums_cache_changes_sizes),
         cmocka_unit_test(test_pool),
