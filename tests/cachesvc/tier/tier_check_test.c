@@ -45,13 +45,6 @@ static int setup(void **state)
     return 0;
 }
 
-static int teardown(void **state)
-{
-    tut_fini(*state);
-    free(*state);
-    return 0;
-}
-
 static void path_in(const tier_under_test *t, const char *name, char out[256])
 {
     snprintf(out, 256, "%s/%s", t->dir, name);
@@ -537,15 +530,15 @@ static int checker_main(const char *folder)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_sound_files_pass, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_sound_after_much_use, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_every_page_altered, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_cut_at_every_page, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_unreadable_pages, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_checker_dies, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_no_answer_from_the_checker, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_damaged_meta, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_damaged_meta_in_a_full_folder, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sound_files_pass, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_sound_after_much_use, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_every_page_altered, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_cut_at_every_page, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_unreadable_pages, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_checker_dies, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_no_answer_from_the_checker, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_damaged_meta, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_damaged_meta_in_a_full_folder, setup, tut_delete),
     };
 
     if (argc == 3 && strcmp(argv[1], "--check-env") == 0)

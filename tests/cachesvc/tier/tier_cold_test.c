@@ -34,13 +34,6 @@ static int setup(void **state)
     return 0;
 }
 
-static int teardown(void **state)
-{
-    tut_fini(*state);
-    free(*state);
-    return 0;
-}
-
 static void drop_class(const tier_under_test *t, unsigned pages)
 {
     char path[256];
@@ -576,18 +569,18 @@ static void test_value_goes_away_during_a_slow_read(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_cold_rows_are_right, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_warm_then_cold, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_each_is_right, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_each_sees_damage, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_map_reads_let_go, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_cold_rows_are_right, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_warm_then_cold, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_each_is_right, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_each_sees_damage, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_map_reads_let_go, setup, tut_delete),
 #ifdef KVSI_WITH_URING
-        cmocka_unit_test_setup_teardown(test_old_kernel, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_growth_during_a_slow_read, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_growth_during_slow_reads, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_reader_ns, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_reader_ns_of_many, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_value_goes_away_during_a_slow_read, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_old_kernel, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_growth_during_a_slow_read, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_growth_during_slow_reads, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_reader_ns, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_reader_ns_of_many, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_value_goes_away_during_a_slow_read, setup, tut_delete),
 #endif
     };
 

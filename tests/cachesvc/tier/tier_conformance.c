@@ -28,13 +28,6 @@ static int setup(void **state)
     return t->opts.path == NULL && tut_open(t) == KVC_OK ? 0 : -1;
 }
 
-static int teardown(void **state)
-{
-    tut_fini(*state);
-    free(*state);
-    return 0;
-}
-
 static void settle(tier_under_test *t)
 {
     if (t->ops->sync != NULL)
@@ -543,21 +536,21 @@ static int run_over(const kvs_tier_ops *ops)
     char group[64];
     void *initial = (void *)(uintptr_t)ops;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_prestate_setup_teardown(test_round_trip, setup, teardown, initial),
-        cmocka_unit_test_prestate_setup_teardown(test_row_ranges, setup, teardown, initial),
-        cmocka_unit_test_prestate_setup_teardown(test_many_ranges_in_one_read, setup, teardown,
+        cmocka_unit_test_prestate_setup_teardown(test_round_trip, setup, tut_delete, initial),
+        cmocka_unit_test_prestate_setup_teardown(test_row_ranges, setup, tut_delete, initial),
+        cmocka_unit_test_prestate_setup_teardown(test_many_ranges_in_one_read, setup, tut_delete,
                                                  initial),
-        cmocka_unit_test_prestate_setup_teardown(test_bad_shapes_are_refused, setup, teardown,
+        cmocka_unit_test_prestate_setup_teardown(test_bad_shapes_are_refused, setup, tut_delete,
                                                  initial),
-        cmocka_unit_test_prestate_setup_teardown(test_full_then_room, setup, teardown, initial),
-        cmocka_unit_test_prestate_setup_teardown(test_full_opens_again, setup, teardown, initial),
-        cmocka_unit_test_prestate_setup_teardown(test_concurrent, setup, teardown, initial),
-        cmocka_unit_test_prestate_setup_teardown(test_reads_while_it_fills, setup, teardown,
+        cmocka_unit_test_prestate_setup_teardown(test_full_then_room, setup, tut_delete, initial),
+        cmocka_unit_test_prestate_setup_teardown(test_full_opens_again, setup, tut_delete, initial),
+        cmocka_unit_test_prestate_setup_teardown(test_concurrent, setup, tut_delete, initial),
+        cmocka_unit_test_prestate_setup_teardown(test_reads_while_it_fills, setup, tut_delete,
                                                  initial),
         cmocka_unit_test_prestate_setup_teardown(test_recover_lists_what_was_committed, setup,
-                                                 teardown, initial),
-        cmocka_unit_test_prestate_setup_teardown(test_meta, setup, teardown, initial),
-        cmocka_unit_test_prestate_setup_teardown(test_meta_by_name, setup, teardown, initial),
+                                                 tut_delete, initial),
+        cmocka_unit_test_prestate_setup_teardown(test_meta, setup, tut_delete, initial),
+        cmocka_unit_test_prestate_setup_teardown(test_meta_by_name, setup, tut_delete, initial),
     };
 
     snprintf(group, sizeof(group), "tier %s", ops->name);

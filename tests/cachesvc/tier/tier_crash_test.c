@@ -297,18 +297,11 @@ static int setup(void **state)
     return 0;
 }
 
-static int teardown(void **state)
-{
-    tut_fini(*state);
-    free(*state);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_kill_nine, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_kill_nine_while_sizes_compete, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_kill_nine, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_kill_nine_while_sizes_compete, setup, tut_delete),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

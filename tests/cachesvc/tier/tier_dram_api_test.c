@@ -23,13 +23,6 @@ static int setup(void **state)
     return 0;
 }
 
-static int teardown(void **state)
-{
-    tut_fini(*state);
-    free(*state);
-    return 0;
-}
-
 static void open_with(tier_under_test *t, uint64_t capacity, uint32_t max_value)
 {
     t->opts.capacity_bytes = capacity;
@@ -353,17 +346,19 @@ static void test_reserve_populates(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_segments_are_sealed, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_cap_counts_segments, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_longer_than_a_segment, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_reserve_several, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_tenants_do_not_share, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_change_of_tenant_gives_fresh_memory, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_mapped_segment_stays_with_its_tenant, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_empty_segment_changes_class, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_closed_segment, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_many_small_slots, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_reserve_populates, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_segments_are_sealed, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_cap_counts_segments, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_longer_than_a_segment, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_reserve_several, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_tenants_do_not_share, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_change_of_tenant_gives_fresh_memory, setup,
+                                        tut_delete),
+        cmocka_unit_test_setup_teardown(test_mapped_segment_stays_with_its_tenant, setup,
+                                        tut_delete),
+        cmocka_unit_test_setup_teardown(test_empty_segment_changes_class, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_closed_segment, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_many_small_slots, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_reserve_populates, setup, tut_delete),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

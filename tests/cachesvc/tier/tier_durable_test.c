@@ -103,13 +103,6 @@ static int setup(void **state)
     return tut_open(t) == KVC_OK ? 0 : -1;
 }
 
-static int teardown(void **state)
-{
-    tut_fini(*state);
-    free(*state);
-    return 0;
-}
-
 typedef struct member {
     kvs_tier_write write;
     uint32_t dirty_when_done;
@@ -297,13 +290,13 @@ static void test_failed_release_is_tried_again(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_done_means_synced, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_sync_covers_lazy_writes, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_sync_covers_many_groups, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_close_leaves_nothing_dirty, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_failed_sync_is_told, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_failed_sync_stays_in_its_class, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_failed_release_is_tried_again, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_done_means_synced, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_sync_covers_lazy_writes, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_sync_covers_many_groups, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_close_leaves_nothing_dirty, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_failed_sync_is_told, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_failed_sync_stays_in_its_class, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_failed_release_is_tried_again, setup, tut_delete),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

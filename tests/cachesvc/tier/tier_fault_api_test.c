@@ -11,15 +11,6 @@
 
 static const shape small = {512, 64};
 
-static int teardown(void **state)
-{
-    if (*state != NULL) {
-        tut_fini(*state);
-        free(*state);
-    }
-    return 0;
-}
-
 static tier_under_test *make(void **state, const char *tier, const char *faults)
 {
     tier_under_test *t = malloc(sizeof(*t));
@@ -213,12 +204,12 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_bad_rules_are_refused),
-        cmocka_unit_test_teardown(test_every_third_reserve, teardown),
-        cmocka_unit_test_teardown(test_named_status_and_after, teardown),
-        cmocka_unit_test_teardown(test_delay, teardown),
-        cmocka_unit_test_teardown(test_each_of_many_values, teardown),
-        cmocka_unit_test_teardown(test_open_fails, teardown),
-        cmocka_unit_test_teardown(test_late_failure_leaves_nothing, teardown),
+        cmocka_unit_test_teardown(test_every_third_reserve, tut_delete),
+        cmocka_unit_test_teardown(test_named_status_and_after, tut_delete),
+        cmocka_unit_test_teardown(test_delay, tut_delete),
+        cmocka_unit_test_teardown(test_each_of_many_values, tut_delete),
+        cmocka_unit_test_teardown(test_open_fails, tut_delete),
+        cmocka_unit_test_teardown(test_late_failure_leaves_nothing, tut_delete),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

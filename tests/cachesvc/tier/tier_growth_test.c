@@ -32,13 +32,6 @@ static int setup(void **state)
     return 0;
 }
 
-static int teardown(void **state)
-{
-    tut_fini(*state);
-    free(*state);
-    return 0;
-}
-
 static atomic_int room_error; /* what the disk says to a file that grows; 0: nothing */
 
 int __real_fallocate(int fd, int mode, off_t off, off_t len);
@@ -230,11 +223,11 @@ static void test_growth_does_not_stall_readers(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_failed_class_leaves_its_place, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_dying_disk_asks_for_no_room, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_refused_map_keeps_the_old, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_small_start, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_growth_does_not_stall_readers, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_failed_class_leaves_its_place, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_dying_disk_asks_for_no_room, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_refused_map_keeps_the_old, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_small_start, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_growth_does_not_stall_readers, setup, tut_delete),
     };
 
     kvc_log_set_sink(tut_log_keep, NULL);

@@ -44,13 +44,6 @@ static int setup(void **state)
     return 0;
 }
 
-static int teardown(void **state)
-{
-    tut_fini(*state);
-    free(*state);
-    return 0;
-}
-
 static bool find_one(void *arg, const kvs_value_key *key, kvs_slot slot, uint32_t row_bytes,
                      uint32_t n_rows)
 {
@@ -516,18 +509,18 @@ static void test_close_finishes_writes(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_ninth_class_is_refused, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_second_server_is_kept_out, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_bad_options, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_modes, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_flipped_bit_in_a_row, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_flipped_bit_in_a_prefix, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_damaged_folder_is_set_aside, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_release_then_rewrite_keeps_the_new, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_read_of_what_is_gone, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_disk_full_when_growing, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_disk_full_in_a_commit, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_close_finishes_writes, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_ninth_class_is_refused, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_second_server_is_kept_out, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_bad_options, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_modes, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_flipped_bit_in_a_row, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_flipped_bit_in_a_prefix, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_damaged_folder_is_set_aside, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_release_then_rewrite_keeps_the_new, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_read_of_what_is_gone, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_disk_full_when_growing, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_disk_full_in_a_commit, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_close_finishes_writes, setup, tut_delete),
     };
 
     kvc_log_set_sink(keep_log, NULL);

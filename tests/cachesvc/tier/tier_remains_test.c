@@ -134,17 +134,10 @@ static int setup(void **state)
     return 0;
 }
 
-static int teardown(void **state)
-{
-    tut_fini(*state);
-    free(*state);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_file_goes_in_pieces, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_file_goes_in_pieces, setup, tut_delete),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -103,13 +103,6 @@ static int setup(void **state)
     return 0;
 }
 
-static int teardown(void **state)
-{
-    tut_fini(*state);
-    free(*state);
-    return 0;
-}
-
 static bool class_is_there(const tier_under_test *t, uint32_t pages)
 {
     char path[128];
@@ -562,15 +555,15 @@ static void test_failed_sync_for_a_hole(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_empty_class_gives_its_place, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_size_comes_back, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_small_piece_without_a_place, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_empty_class_goes_at_a_start, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_another_size_gets_room, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_giver_goes_on, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_too_large_at_a_start, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_no_holes_no_room, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_failed_sync_for_a_hole, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_empty_class_gives_its_place, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_size_comes_back, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_small_piece_without_a_place, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_empty_class_goes_at_a_start, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_another_size_gets_room, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_giver_goes_on, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_too_large_at_a_start, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_no_holes_no_room, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_failed_sync_for_a_hole, setup, tut_delete),
     };
 
     kvc_log_set_sink(tut_log_keep, NULL);

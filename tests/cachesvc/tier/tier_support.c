@@ -52,6 +52,14 @@ void tut_init(tier_under_test *t, const kvs_tier_ops *ops, const char *faults)
     }
 }
 
+int tut_delete(void **state)
+{
+    if (*state != NULL)
+        tut_fini(*state);
+    free(*state);
+    return 0;
+}
+
 kvc_status tut_open(tier_under_test *t)
 {
     if ((t->ops->caps & KVS_TIER_PERSISTENT) && t->dir[0] == '\0') {

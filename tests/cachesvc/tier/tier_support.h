@@ -37,6 +37,7 @@ typedef struct put_result {
 /* Sets names and defaults (32 MiB, short group commit); opens nothing. faults: rules or NULL. */
 void tut_init(tier_under_test *t, const kvs_tier_ops *ops, const char *faults);
 void tut_fini(tier_under_test *t); /* closes if open, removes the folder */
+int tut_delete(void **state); /* cmocka's teardown: the same, and frees it; state may be NULL */
 kvc_status tut_open(tier_under_test *t);
 void tut_close(tier_under_test *t);
 
