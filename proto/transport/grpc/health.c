@@ -16,7 +16,7 @@
 #define REQUEST_BYTES_MAX 4096u
 
 struct kvti_watch {
-    kvti_watch *next, *todo; /* the listener's list; publish's list */
+    kvti_watch *next, *pending; /* the listener's list; publish's list */
     kvti_queue *queue;
     grpc_call *call;
     kvti_tag closed, sent;
@@ -188,18 +188,18 @@ bool kvti_watch_begin(kvti_queue *queue, grpc_call *call, grpc_byte_buffer *requ
 
 void kvti_watch_publish(kvt_listener *listener)
 {
-    kvti_watch *todo = NULL;
+    kvti_watch *pending = NULL;
     kvc_mutex_lock(&listener->mutex);
     for (kvti_watch *watch = listener->watches; watch != NULL; watch = watch->next) {
         if (take_turn(watch)) {
-            watch->todo = todo;
-            todo = watch;
+            watch->pending = pending;
+            pending = watch;
         }
     }
     kvc_mutex_unlock(&listener->mutex);
-    while (todo != NULL) {
-        kvti_watch *watch = todo;
-        todo = watch->todo;
+    while (pending != NULL) {
+        kvti_watch *watch = pending;
+        pending = watch->pending;
         send_message(watch);
     }
 }
