@@ -341,3 +341,22 @@ void rig_record_equal(const rig *r, const rig_record *a, const rig_record *b, ui
         }
     }
 }
+
+kvc_status rig_one_step(const rig *r, kvw_seq *seq, uint32_t pos, float *out, float *lse)
+{
+    kvc_status st = KVC_OK;
+    assert_ok(kvw_tokens(seq, r->tokens + pos, 1));
+    for (uint32_t layer = r->opts.n_layers; layer-- > 0;) {
+        void *k = rig_bytes(r, r->k, rig_kv_width(r), layer, pos, 1);
+        void *v = rig_bytes(r, r->v, rig_kv_width(r), layer, pos, 1);
+        void *q = rig_bytes(r, r->q, rig_q_width(r), layer, pos, 1);
+        if (layer == 0)
+            st = kvw_forward(seq, layer, q, k, v, 1, out, lse);
+        else
+            assert_ok(kvw_append(seq, layer, k, v, 1));
+        free(k);
+        free(v);
+        free(q);
+    }
+    return st;
+}

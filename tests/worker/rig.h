@@ -87,4 +87,7 @@ double rig_record_diff(const rig *r, const rig_record *a, const rig_record *b, u
 void rig_record_equal(const rig *r, const rig_record *a, const rig_record *b, uint32_t first,
                       uint32_t end);
 
+/* One forward pass of a token, of which layer 0 attends and says how that went. */
+kvc_status rig_one_step(const rig *r, kvw_seq *seq, uint32_t pos, float *out, float *lse);
+
 #endif

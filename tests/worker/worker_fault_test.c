@@ -8,33 +8,13 @@
 #include "internal.h"
 #include "selector/selector.h"
 
-/* One forward pass of a token through layer 0. */
-static kvc_status one_step(rig *r, kvw_seq *seq, uint32_t pos, float *out, float *lse)
-{
-    kvc_status st = KVC_OK;
-    assert_ok(kvw_tokens(seq, r->tokens + pos, 1));
-    for (uint32_t layer = r->opts.n_layers; layer-- > 0;) {
-        void *k = rig_bytes(r, r->k, rig_kv_width(r), layer, pos, 1);
-        void *v = rig_bytes(r, r->v, rig_kv_width(r), layer, pos, 1);
-        void *q = rig_bytes(r, r->q, rig_q_width(r), layer, pos, 1);
-        if (layer == 0)
-            st = kvw_forward(seq, layer, q, k, v, 1, out, lse);
-        else
-            assert_ok(kvw_append(seq, layer, k, v, 1));
-        free(k);
-        free(v);
-        free(q);
-    }
-    return st;
-}
-
-/* The same for tokens from *pos_p on, again where a busy machine did not do it within the worker's
+/* rig_one_step for tokens from *pos_p on, again where a busy machine did not do it within the worker's
    fetch_timeout_ns; *pos_p is that of the last one then. */
 static kvc_status step_in_time(rig *r, kvw_seq *seq, uint32_t *pos_p, float *out, float *lse)
 {
-    kvc_status st = one_step(r, seq, *pos_p, out, lse);
+    kvc_status st = rig_one_step(r, seq, *pos_p, out, lse);
     for (int i = 0; st == KVC_TIMED_OUT && i < 20; i++)
-        st = one_step(r, seq, ++*pos_p, out, lse);
+        st = rig_one_step(r, seq, ++*pos_p, out, lse);
     return st;
 }
 
@@ -225,7 +205,7 @@ static void fail_policy_reports_lost_and_late_rows(void **state)
     assert_status(step_in_time(&r, seq, &pos, out, lse), KVC_NOT_FOUND);
     assert_non_null(strstr(kvw_last_error(), "did not arrive"));
     store_set(&b->store, &(store_faults){.fetch_delay_ms = 3600000}); /* the test ends first */
-    assert_status(one_step(&r, seq, ++pos, out, lse), KVC_TIMED_OUT);
+    assert_status(rig_one_step(&r, seq, ++pos, out, lse), KVC_TIMED_OUT);
     store_set(&b->store, &(store_faults){0});
     pos++;
     assert_ok(step_in_time(&r, seq, &pos, out, lse)); /* and the sequence lives on */
@@ -248,7 +228,7 @@ static void an_abandoned_step_can_begin_again(void **state)
     rig_prefill(&r, seq, 0, 640, NULL, NULL);
     assert_ok(kvw_flush(seq, 0));
     store_set(&b->store, &(store_faults){.fetch_delay_ms = 300, .delay_calls = 1});
-    assert_ok(one_step(&r, seq, 640, out, lse)); /* late, and waited for */
+    assert_ok(rig_one_step(&r, seq, 640, out, lse)); /* late, and waited for */
     kvw_step_abandon(NULL);
     void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, 100, 1);
     store_set(&b->store, &(store_faults){.fetch_delay_ms = 300, .delay_calls = 1});
@@ -289,7 +269,7 @@ static void drop_policy_leaves_rows_out(void **state)
             rig_prefill(&r, seq, 0, 640, NULL, NULL);
             assert_ok(kvw_flush(seq, 0));
             kvw_stats before = stats_of(seq);
-            assert_ok(one_step(&r, seq, 640, out, lse));
+            assert_ok(rig_one_step(&r, seq, 640, out, lse));
             assert_ok(kvw_last_picks(seq, 0, &picks, &n));
             for (uint32_t j = 0; j < n;
                  j++) /* block 0 has sinks, those from 576 on recent tokens */
@@ -304,7 +284,7 @@ static void drop_policy_leaves_rows_out(void **state)
             /* what was lost is asked for again once it is back */
             store_set(&b->store, &(store_faults){0});
             before = stats_of(seq);
-            assert_ok(one_step(&r, seq, 641, out, lse));
+            assert_ok(rig_one_step(&r, seq, 641, out, lse));
             assert_int_equal(stats_of(seq).rows_dropped, before.rows_dropped);
             assert_ok(kvw_last_picks(seq, 0, &picks, &n));
             oracle_attend(&r, 0, 641, 1, picks, n, oracle_near(&r, 642, 1), NULL, 0, want,
@@ -395,7 +375,7 @@ static void a_failed_attend_fails_the_step(void **state)
         assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
         rig_prefill(&r, seq, 0, 640, NULL, NULL);
         assert_ok(kvw_flush(seq, 0));
-        assert_ok(one_step(&r, seq, 640, out, lse));
+        assert_ok(rig_one_step(&r, seq, 640, out, lse));
         uint64_t misses = stats_of(seq).misses;
         real_ops = r.worker->ops;
         kvk_ops ops = *real_ops;

@@ -71,26 +71,6 @@ static bool blames_bad(const rig *r)
     return strstr(kvw_last_error(), name) != NULL;
 }
 
-/* One forward pass of a token, of which only layer 0 attends. */
-static kvc_status one_step(rig *r, kvw_seq *seq, uint32_t pos, float *out, float *lse)
-{
-    kvc_status st = KVC_OK;
-    assert_ok(kvw_tokens(seq, r->tokens + pos, 1));
-    for (uint32_t layer = r->opts.n_layers; layer-- > 0;) {
-        void *k = rig_bytes(r, r->k, rig_kv_width(r), layer, pos, 1);
-        void *v = rig_bytes(r, r->v, rig_kv_width(r), layer, pos, 1);
-        void *q = rig_bytes(r, r->q, rig_q_width(r), layer, pos, 1);
-        if (layer == 0)
-            st = kvw_forward(seq, layer, q, k, v, 1, out, lse);
-        else
-            assert_ok(kvw_append(seq, layer, k, v, 1));
-        free(k);
-        free(v);
-        free(q);
-    }
-    return st;
-}
-
 /* What layer 0 has fetched. */
 static void forget_rows(kvw_seq *seq)
 {
@@ -143,7 +123,7 @@ static void rows_of_one_store_are_dropped_or_named(void **state)
         forget_rows(seq);
         kvw_stats before = stats_of(seq);
         uint64_t missing = server_stats(seq, BAD).rows_missing;
-        kvc_status st = one_step(&r, seq, 640, out, lse);
+        kvc_status st = rig_one_step(&r, seq, 640, out, lse);
         n_skip = picks_of_bad(seq, skip);
         assert_true(n_skip > 0);
         assert_int_equal(server_stats(seq, BAD).rows_missing - missing, n_skip);
@@ -158,7 +138,7 @@ static void rows_of_one_store_are_dropped_or_named(void **state)
         }
         assert_int_equal(server_stats(seq, BAD).lost, 0); /* it answers */
         store_set(&t->stores[BAD], &(store_faults){0});
-        assert_ok(one_step(&r, seq, 641, out, lse));
+        assert_ok(rig_one_step(&r, seq, 641, out, lse));
         check_without(&r, seq, 641, NULL, 0, out, lse);
         kvw_seq_destroy(seq);
         rig_close(&r);
@@ -184,7 +164,7 @@ static void a_lost_store_is_not_asked(void **state)
     kvw_server_stats before = server_stats(seq, BAD);
     uint32_t asked = store_count(&t->stores[BAD], &t->stores[BAD].n_fetches);
     for (uint32_t p = 640; p < 650; p++) {
-        assert_ok(one_step(&r, seq, p, out, lse));
+        assert_ok(rig_one_step(&r, seq, p, out, lse));
         check_without(&r, seq, p, skip, picks_of_bad(seq, skip), out, lse);
     }
     assert_int_equal(store_count(&t->stores[BAD], &t->stores[BAD].n_fetches), asked);
@@ -196,7 +176,7 @@ static void a_lost_store_is_not_asked(void **state)
     atomic_store(&r.worker->servers.all[BAD].lost_until_ns, 1);
     uint32_t p = 650;
     while (server_stats(seq, BAD).rows == before.rows && p < 700)
-        assert_ok(one_step(&r, seq, p++, out, lse));
+        assert_ok(rig_one_step(&r, seq, p++, out, lse));
     assert_true(p < 700);
     assert_int_equal(atomic_load(&r.worker->servers.all[BAD].lost_until_ns), 0);
     kvw_seq_destroy(seq);
@@ -226,7 +206,7 @@ static void a_silent_store_is_given_up_and_taken_back(void **state)
     for (uint32_t n = 1; n <= 3; n++) {
         forget_rows(seq);
         uint64_t now_ns = kvc_now_ns();
-        assert_ok(one_step(&r, seq, p++, out, lse));
+        assert_ok(rig_one_step(&r, seq, p++, out, lse));
         assert_int_equal(atomic_load(&bad->n_losses), n);
         assert_true(atomic_load(&bad->lost_until_ns) >= now_ns + (500000000ull << n));
         atomic_store(&bad->lost_until_ns, 1); /* as if the time were over */
@@ -236,7 +216,7 @@ static void a_silent_store_is_given_up_and_taken_back(void **state)
     for (int i = 0; atomic_load(&bad->n_losses) != 0 && i < 50; i++) {
         forget_rows(seq);
         atomic_store(&bad->lost_until_ns, 1);
-        assert_ok(one_step(&r, seq, p++, out, lse));
+        assert_ok(rig_one_step(&r, seq, p++, out, lse));
     }
     assert_int_equal(atomic_load(&bad->n_losses), 0);
     kvw_seq_destroy(seq);
