@@ -334,7 +334,7 @@ static void on_call(void *arg, kvt_call *call)
             answer_fetch(s, call);
         return;
     case KVC_GET_SCHEMA: /* it keeps none; the client asks before it maps */
-        kvt_call_reply(call, KVC_NOT_FOUND, "no schema is kept here", 0, NULL, NULL, 0);
+        reply_error(call, KVC_NOT_FOUND, "no schema is kept here");
         return;
     default:
         reply_ok(call, &(kvc_reply){.method = call->req.method});

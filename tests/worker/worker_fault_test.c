@@ -8,8 +8,8 @@
 #include "internal.h"
 #include "selector/selector.h"
 
-/* rig_one_step for tokens from *pos_p on, again where a busy machine did not do it within the worker's
-   fetch_timeout_ns; *pos_p is that of the last one then. */
+/* rig_one_step for tokens from *pos_p on, again where a busy machine did not do it within the
+   worker's fetch_timeout_ns; *pos_p is that of the last one then. */
 static kvc_status step_in_time(rig *r, kvw_seq *seq, uint32_t *pos_p, float *out, float *lse)
 {
     kvc_status st = rig_one_step(r, seq, *pos_p, out, lse);
