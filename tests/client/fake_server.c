@@ -389,7 +389,8 @@ static void on_call(void *arg, kvt_call *call)
     count_call(fake, call);
     const fake_rule *found = take_rule(fake, call->req.method);
     fake_rule rule = found != NULL ? *found : (fake_rule){0};
-    if (rule.action == FAKE_LATE || rule.action == FAKE_LATE_STATUS) {
+    bool late = rule.action == FAKE_LATE || rule.action == FAKE_LATE_STATUS;
+    if (late && !fake->stopping) { /* else the thread for it may have ended */
         KVC_ASSERT(fake->n_late < FAKE_MAX_LATE);
         fake->late[fake->n_late++] = (fake_late){
             .call = call,
@@ -401,7 +402,7 @@ static void on_call(void *arg, kvt_call *call)
         return;
     }
     kvc_mutex_unlock(&fake->lock);
-    if (rule.action == FAKE_STATUS)
+    if (rule.action == FAKE_STATUS || rule.action == FAKE_LATE_STATUS)
         answer(fake, call, rule.status, "as the rule says", rule.retry_after_ms, NULL, NULL, 0);
     else
         answer_well(fake, call, rule.action);
