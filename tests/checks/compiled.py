@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 
 PUBLIC_ROOTS = ["proto/include", "client/include", "kernels/include", "worker/include"]
 # Headers that other modules see without being public must stand alone too, in C.
@@ -72,8 +73,12 @@ def check_format(tree):
     ]
 
 
-def tidy_key(tidy, entry, config):
-    """Names the result of one file: its preprocessed text, its command and the rules."""
+def tidy_key(entry, config, root):
+    """Names the result of one file: its preprocessed text, its command and the rules.
+
+    The tree's own place is left out of it, so that every checkout knows what was clean in another.
+    Comments are part of the text: NOLINT is one.
+    """
     words = entry["command"].split()
     while words and os.path.basename(words[0]) in ("ccache",):
         words = words[1:]
@@ -82,24 +87,35 @@ def tidy_key(tidy, entry, config):
         words = words[:at] + words[at + 2 :]
     words = [w for w in words if w not in ("-c", "-MD")]
     done = subprocess.run(
-        words + ["-E"], cwd=entry["directory"], capture_output=True, check=False
+        words + ["-E", "-C"], cwd=entry["directory"], capture_output=True, check=False
     )
-    return hashlib.sha256(
-        b"\0".join([tidy.encode(), " ".join(words).encode(), config, done.stdout])
-    ).hexdigest()
+    text = b"\0".join([" ".join(words).encode(), config, done.stdout])
+    return hashlib.sha256(text.replace(root.encode(), b"")).hexdigest()
 
 
-def tidy_one(tidy, entry, config, cache):
+def clean_folder():
+    """The folder that remembers clean files, of all checkouts; what is a month old goes."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(home, "kvasir-lint")
+    os.makedirs(folder, exist_ok=True)
+    for stamp in os.scandir(folder):
+        if stamp.stat().st_mtime < time.time() - 30 * 86400:
+            os.unlink(stamp.path)
+    return folder
+
+
+def tidy_one(tidy, entry, config, root, database, clean):
     """Lints one file, or remembers that the very same text was clean."""
     # The analyzer does not see that cmocka's asserts end a test, so it walks on into what they
     # rule out. Tests get the other checks.
     tests = os.sep + "tests" + os.sep in entry["file"]
     extra = ["--checks=-clang-analyzer-*"] if tests else []
-    stamp = os.path.join(cache, tidy_key(tidy, entry, config))
+    stamp = os.path.join(clean, tidy_key(entry, config, root))
     if os.path.exists(stamp):
+        os.utime(stamp)
         return None
     done = subprocess.run(
-        [tidy, "-p", cache, "--quiet", *extra, "--warnings-as-errors=*",
+        [tidy, "-p", database, "--quiet", *extra, "--warnings-as-errors=*",
          "--extra-arg=-Wno-unknown-warning-option", entry["file"]],
         capture_output=True, text=True, check=False,
     )
@@ -120,7 +136,10 @@ def check_tidy(tree, build):
     with open(database, encoding="utf-8") as file:
         entries = json.load(file)
     with open(tree.path(".clang-tidy"), "rb") as file:
-        config = file.read()
+        rules = file.read()
+    # What judged a file clean is part of its name: the program's version and the rules.
+    version = subprocess.run([tidy, "--version"], capture_output=True, check=True).stdout
+    config = version + rules
     root = os.path.realpath(tree.root) + os.sep
     build_root = os.path.realpath(build) + os.sep
     own = {}
@@ -128,12 +147,15 @@ def check_tidy(tree, build):
         path = os.path.realpath(os.path.join(entry["directory"], entry["file"]))
         if path.startswith(root) and not path.startswith(build_root) and path.endswith(".c"):
             own.setdefault(path, entry)
-    cache = os.path.join(build, "tidy-clean")
-    os.makedirs(cache, exist_ok=True)
+    once = os.path.join(build, "tidy-once")
+    os.makedirs(once, exist_ok=True)
     # A file that two targets compile is looked at once: clang-tidy 14 would do it twice in one
     # process, and its va_list check does not stand that.
-    with open(os.path.join(cache, "compile_commands.json"), "w", encoding="utf-8") as file:
+    with open(os.path.join(once, "compile_commands.json"), "w", encoding="utf-8") as file:
         json.dump(list(own.values()), file)
+    clean = clean_folder()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 2) as pool:
-        results = pool.map(lambda e: tidy_one(tidy, e, config, cache), own.values())
+        results = pool.map(
+            lambda e: tidy_one(tidy, e, config, root, once, clean), own.values()
+        )
         return [r for r in results if r is not None]
