@@ -166,24 +166,35 @@ static void write_landmarks(kvw_seq *seq, uint32_t layer, const float *landmarks
     pages->n_rows = seq->pass.first + n_tokens;
 }
 
+/* The pass's K and V where the host reads them. */
+static kvc_status bring_to_host(kvw_seq *seq, uint32_t layer, const void **k, const void **v,
+                                uint32_t n_tokens)
+{
+    const kvw_opts *o = &seq->worker->opts;
+    size_t len_bytes = n_tokens * seq->worker->k_bytes;
+    *k = kvwi_device_to_host(seq, *k, len_bytes, &seq->host[0]);
+    *v = kvwi_device_to_host(seq, *v, len_bytes, &seq->host[1]);
+    if (*k == NULL || *v == NULL) {
+        return KVC_DEVICE;
+    }
+    if (o->device_memory &&
+        !kvwi_all_finite(*k, (size_t)n_tokens * o->n_kv_heads * o->head_dim, o->dtype)) {
+        return kvwi_fail(KVC_INVALID, "layer %u: a key is not finite", layer);
+    }
+    return KVC_OK;
+}
+
 /* Several tokens, or a worker without a device. */
 static kvc_status append_on_host(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
                                  uint32_t n_tokens)
 {
     const kvw_worker *w = seq->worker;
     kvc_status st = w->device == NULL ? KVC_OK : w->device_ops->settle(seq);
+    if (st == KVC_OK) {
+        st = bring_to_host(seq, layer, &k, &v, n_tokens);
+    }
     if (st != KVC_OK) {
         return st;
-    }
-    k = kvwi_device_to_host(seq, k, n_tokens * w->k_bytes, &seq->host[0]);
-    v = kvwi_device_to_host(seq, v, n_tokens * w->k_bytes, &seq->host[1]);
-    if (k == NULL || v == NULL) {
-        return KVC_DEVICE;
-    }
-    const kvw_opts *o = &w->opts;
-    if (o->device_memory &&
-        !kvwi_all_finite(k, (size_t)n_tokens * o->n_kv_heads * o->head_dim, o->dtype)) {
-        return kvwi_fail(KVC_INVALID, "layer %u: a key is not finite", layer);
     }
     st = kvwi_index_append(seq, layer, seq->pass.first, k, w->k_bytes, n_tokens);
     if (st == KVC_OK) {
@@ -200,7 +211,9 @@ static kvc_status append(kvw_seq *seq, uint32_t layer, const void *k, const void
     uint32_t end = seq->pass.first + n_tokens;
     kvc_status st = prepare_append(seq, layer, k, n_tokens);
     st = kvwi_group_agree(seq->worker, st);
-    if (st == KVC_OK && landmarks == NULL) {
+    if (st == KVC_OK && landmarks != NULL) {
+        st = bring_to_host(seq, layer, &k, &v, n_tokens);
+    } else if (st == KVC_OK) {
         st = seq->worker->device != NULL && n_tokens == 1
                  ? seq->worker->device_ops->append(seq, layer, k, v)
                  : append_on_host(seq, layer, k, v, n_tokens);

@@ -17,12 +17,15 @@
 #include "convert.h"
 #include "retrieve.h"
 
+#define PAGE_BYTES 4096u
+
 /* ---- open and close ---- */
 
 static kvc_status open_slab(kvw_retriever *r)
 {
     const kvw_worker *w = r->seq->worker;
     r->slab_bytes = (size_t)w->opts.k * KVW_CHUNK_TOKENS * w->row_bytes;
+    r->slab_bytes = (r->slab_bytes + PAGE_BYTES - 1u) / PAGE_BYTES * PAGE_BYTES;
     void *p = mmap(NULL, r->slab_bytes, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {
@@ -38,7 +41,7 @@ static kvc_status open_slab(kvw_retriever *r)
 static kvc_status open_lists(kvw_retriever *r)
 {
     size_t k = r->seq->worker->opts.k, rows = k * KVW_CHUNK_TOKENS;
-    uint32_t *p = calloc(5u * k + 2u * rows + (rows + 3u) / 4u, sizeof(*p));
+    uint32_t *p = calloc(6u * k + 2u * rows + (rows + 3u) / 4u, sizeof(*p));
     if (p == NULL) {
         return kvwi_fail(KVC_NO_MEMORY, "out of memory");
     }
@@ -47,7 +50,8 @@ static kvc_status open_lists(kvw_retriever *r)
     r->held = p + 2u * k;
     r->order_ids = p + 3u * k;
     r->wanted = p + 4u * k;
-    r->miss_pos = p + 5u * k;
+    r->fresh = p + 5u * k;
+    r->miss_pos = p + 6u * k;
     r->miss_slot = r->miss_pos + rows;
     r->miss_status = (int8_t *)(r->miss_slot + rows);
     r->scores = calloc(4u * k, sizeof(float));
@@ -79,6 +83,9 @@ static void free_retriever(kvw_retriever *r)
 {
     const kvw_worker *w = r->seq->worker;
     stop_fetch(r);
+    if (w->device != NULL) {
+        w->device_ops->retriever_close(r);
+    }
     (void)kvwi_regions_close(w, &r->regions);
     if (r->slab != NULL) {
         (void)munmap(r->slab, r->slab_bytes);
@@ -139,6 +146,9 @@ kvc_status kvw_retriever_open(kvw_seq *seq, uint32_t layer, uint32_t kv_head,
     st = open_lists(r);
     if (st == KVC_OK) {
         st = open_slab(r);
+    }
+    if (st == KVC_OK && seq->worker->device != NULL) {
+        st = seq->worker->device_ops->retriever_open(r);
     }
     if (st != KVC_OK) {
         free_retriever(r);
@@ -226,6 +236,7 @@ static void bring(kvw_retriever *r, uint32_t i, uint32_t s)
     const kvwi_block *block = seq->blocks[first / bt].buf;
     size_t bytes = KVW_CHUNK_TOKENS * w->row_bytes;
     r->held[s] = r->ids[i];
+    r->fresh[s] = 1;
     if (block != NULL) {
         memcpy(r->slab + s * bytes, kvwi_block_row(w, block, r->layer, first % bt), bytes);
     } else {
@@ -493,35 +504,45 @@ static kvc_status attend_chosen(kvw_retriever *r, const void *q, uint32_t n_q, u
     return st == KVC_OK ? w->ops->chunk_fuse(w->be, &fuse, NULL) : st;
 }
 
+static kvc_status attend_on_host(kvw_retriever *r, const void *q, uint32_t n_q, void *out)
+{
+    const kvw_worker *w = r->seq->worker;
+    uint32_t heads = w->opts.n_q_heads / w->opts.n_kv_heads * r->n_heads;
+    size_t rows = (size_t)n_q * heads, len = rows * w->opts.head_dim;
+    if (kvwi_buf_need(&r->q, len * sizeof(float)) != KVC_OK ||
+        kvwi_buf_need(&r->out, len * sizeof(float)) != KVC_OK ||
+        kvwi_buf_need(&r->part, (size_t)(r->n + 1u) * (len + rows) * sizeof(float)) != KVC_OK) {
+        return KVC_NO_MEMORY;
+    }
+    uint32_t width = heads * w->opts.head_dim;
+    const kvk_convert_args convert = {
+        .in = {q, width * w->elem_bytes, w->opts.dtype}, .n = n_q, .width = width, .out = r->q.p};
+    kvc_status st = w->ops->convert(w->be, &convert, NULL);
+    if (st == KVC_OK) {
+        st = attend_chosen(r, q, n_q, heads);
+    }
+    if (st == KVC_OK) {
+        kvk_from_f32(r->out.p, len, w->opts.dtype, out);
+    }
+    return st;
+}
+
 kvc_status kvw_retriever_attend(kvw_retriever *r, const void *q, uint32_t n_q, void *out)
 {
     if (r == NULL || q == NULL || out == NULL || n_q == 0) {
         return kvwi_fail(KVC_INVALID, "retriever, q and out must not be NULL, n_q not 0");
     }
     const kvw_worker *w = r->seq->worker;
-    uint32_t heads = w->opts.n_q_heads / w->opts.n_kv_heads * r->n_heads;
-    size_t rows = (size_t)n_q * heads, len = rows * w->opts.head_dim;
     kvc_status st = r->near && r->ready ? KVC_OK : arrive(r);
     if (st != KVC_OK) {
         return st;
     }
     uint64_t t0 = kvc_now_ns();
-    if (kvwi_buf_need(&r->q, len * sizeof(float)) != KVC_OK ||
-        kvwi_buf_need(&r->out, len * sizeof(float)) != KVC_OK ||
-        kvwi_buf_need(&r->part, (size_t)(r->n + 1u) * (len + rows) * sizeof(float)) != KVC_OK) {
-        return kvwi_fail(KVC_NO_MEMORY, "out of memory");
-    }
-    uint32_t width = heads * w->opts.head_dim;
-    const kvk_convert_args convert = {
-        .in = {q, width * w->elem_bytes, w->opts.dtype}, .n = n_q, .width = width, .out = r->q.p};
-    st = w->ops->convert(w->be, &convert, NULL);
-    if (st == KVC_OK) {
-        st = attend_chosen(r, q, n_q, heads);
-    }
+    st = w->device != NULL ? w->device_ops->retriever_attend(r, q, n_q, out)
+                           : attend_on_host(r, q, n_q, out);
     if (st != KVC_OK) {
         return kvwi_fail(st, "attention failed: %s", kvc_status_name(st));
     }
-    kvk_from_f32(r->out.p, len, w->opts.dtype, out);
     r->seq->stats.ns_attend += kvc_now_ns() - t0;
     return KVC_OK;
 }

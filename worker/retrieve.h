@@ -18,11 +18,12 @@ struct kvw_retriever {
     uint32_t dim, dim_off;        /* elements of a landmark that it scores, and where they begin */
     bool ready;                   /* a retrieval was made and nothing has spoilt it */
     uint32_t n;
-    uint32_t *ids, *slot, *held;    /* [k] */
-    uint32_t *wanted, n_wanted;     /* [k] of ids: those that are not here */
-    float *scores, *weights;        /* [k] */
-    uint32_t *order_ids;            /* [k] as top-k gave them */
-    float *order_scores, *order_w;  /* [k] likewise */
+    uint32_t *ids, *slot, *held;   /* [k] */
+    uint32_t *wanted, n_wanted;    /* [k] of ids: those that are not here */
+    uint32_t *fresh;               /* [k] 1: the slot has, or will have, what no device has of it */
+    float *scores, *weights;       /* [k] */
+    uint32_t *order_ids;           /* [k] as top-k gave them */
+    float *order_scores, *order_w; /* [k] likewise */
     uint32_t *miss_pos, *miss_slot; /* [k * chunk] */
     int8_t *miss_status;            /* [k * chunk] */
     const void *rows[KVW_CHUNK_TOKENS];
@@ -34,7 +35,8 @@ struct kvw_retriever {
     kvwi_buf near_q, near_out;
     uint64_t deadline_ns;
     kvwi_buf all_scores, topk, q, part, out;
-    kvwi_flight flights[]; /* of each server */
+    kvwi_device_retriever *device; /* NULL without one */
+    kvwi_flight flights[];         /* of each server */
 };
 
 /* The k best of chunks 0 .. n - 1 for query [landmark_dim]: ids, scores, weights and n of r. */

@@ -81,10 +81,8 @@ static void sort_chosen(kvw_retriever *r)
     }
 }
 
-kvc_status kvwi_retriever_choose(kvw_retriever *r, const float *query, uint32_t n)
+static kvc_status choose_on_host(kvw_retriever *r, const float *query, uint32_t n)
 {
-    uint64_t t0 = kvc_now_ns();
-    r->n = 0;
     kvc_status st = kvwi_buf_need(&r->all_scores, (n + 1u) * sizeof(float));
     if (st == KVC_OK && n != 0) {
         st = score(r, query, n, r->all_scores.p);
@@ -92,6 +90,16 @@ kvc_status kvwi_retriever_choose(kvw_retriever *r, const float *query, uint32_t 
             st = take_best(r, r->all_scores.p, n);
         }
     }
+    return st;
+}
+
+kvc_status kvwi_retriever_choose(kvw_retriever *r, const float *query, uint32_t n)
+{
+    const kvw_worker *w = r->seq->worker;
+    uint64_t t0 = kvc_now_ns();
+    r->n = 0;
+    kvc_status st = w->device != NULL ? w->device_ops->retriever_choose(r, query, n)
+                                      : choose_on_host(r, query, n);
     sort_chosen(r);
     r->seq->stats.steps++;
     r->seq->stats.reselects++;

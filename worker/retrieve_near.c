@@ -42,7 +42,8 @@ static size_t part_bytes(const kvw_retriever *r, uint32_t n_q)
 bool kvwi_retriever_near_wanted(const kvw_retriever *r)
 {
     const kvw_worker *w = r->seq->worker;
-    return w->way == KVC_WAY_NEAR && !w->opts.exact && r->n_heads == w->opts.n_kv_heads;
+    return w->device == NULL && w->way == KVC_WAY_NEAR && !w->opts.exact &&
+           r->n_heads == w->opts.n_kv_heads;
 }
 
 /* Chunk j of the misses, in their order. */

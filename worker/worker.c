@@ -11,7 +11,8 @@ static kvc_status open_backend(kvw_worker *w)
 {
     const kvk_backend_opts opts = {.size_bytes = sizeof(opts), .n_threads = w->opts.n_threads};
     uint32_t number = 0;
-    const kvwi_device_ops *device = kvwi_device_find(w->opts.backend, &number);
+    const kvwi_device_ops *device =
+        kvwi_device_find(w->opts.backend, w->selector->fusion != 0, &number);
     bool cpu = w->opts.backend[0] == '\0' || device != NULL;
     const char *name = cpu ? "cpu" : w->opts.backend;
     kvc_status st = kvk_backend_open(name, &opts, &w->be);

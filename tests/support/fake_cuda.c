@@ -1,5 +1,5 @@
 /* fake_cuda.c: see fake_cuda.h. Ops run on the caller's thread; the counters are atomic. */
-#include "fake_cuda.h"
+#include "fake_cuda_internal.h"
 
 #include <math.h>
 #include <stdatomic.h>
@@ -11,11 +11,6 @@
 enum { MAX_OPS = 32, MAX_ARGS = 256 };
 
 typedef kvc_status fake_op(kvk_cuda *cuda, const void *args);
-
-struct kvk_cuda {
-    kvk_backend *be;
-    const kvk_ops *ops;
-};
 
 struct kvk_cuda_graph {
     uint32_t n;
@@ -62,6 +57,11 @@ static bool take_one(atomic_uint *counter)
     if (n != 0 && n != UINT32_MAX)
         atomic_fetch_sub(counter, 1);
     return n != 0;
+}
+
+bool fake_cuda_take_op(void)
+{
+    return take_one(&ops_left);
 }
 
 uint32_t fake_cuda_held(void)

@@ -3,8 +3,7 @@
 
 #include "base/clock.h"
 
-void open_rig_by(chunk_rig *c, const char *selector, kvk_dtype dtype, kvc_client *client,
-                 const char *way)
+void chunk_rig_init(chunk_rig *c, const char *selector, kvk_dtype dtype, kvc_client *client)
 {
     support_random random = {91};
     rig_init(&c->r, selector, CHUNKS * S);
@@ -15,7 +14,6 @@ void open_rig_by(chunk_rig *c, const char *selector, kvk_dtype dtype, kvc_client
     c->r.opts.landmark_dim = DIM;
     c->r.opts.n_recent = S;
     c->r.opts.client = client;
-    c->r.opts.way = way;
     c->r.opts.exact = 0;
     for (size_t i = 0; i < (size_t)CHUNKS * DIM; i++) {
         (&c->marks[0][0])[i] = (float)support_below(&random, 2001) / 1000.0f - 1;
@@ -23,11 +21,23 @@ void open_rig_by(chunk_rig *c, const char *selector, kvk_dtype dtype, kvc_client
     }
     memcpy(c->marks[7], c->marks[5], sizeof(c->marks[5])); /* a tie */
     memcpy(c->queries[9], c->marks[5], sizeof(c->marks[5]));
+}
+
+void chunk_rig_ready(chunk_rig *c)
+{
     rig_open(&c->r);
     for (size_t t = S - 1; t < c->r.n_tokens; t += S) { /* the landmarks' rows */
         memset(c->r.k + t * rig_kv_width(&c->r), 0, rig_kv_width(&c->r) * sizeof(double));
         memset(c->r.v + t * rig_kv_width(&c->r), 0, rig_kv_width(&c->r) * sizeof(double));
     }
+}
+
+void open_rig_by(chunk_rig *c, const char *selector, kvk_dtype dtype, kvc_client *client,
+                 const char *way)
+{
+    chunk_rig_init(c, selector, dtype, client);
+    c->r.opts.way = way;
+    chunk_rig_ready(c);
 }
 
 void open_rig(chunk_rig *c, const char *selector, kvk_dtype dtype, kvc_client *client)

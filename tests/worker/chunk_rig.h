@@ -15,7 +15,10 @@ typedef struct chunk_rig {
     float marks[CHUNKS][DIM], queries[CHUNKS][DIM];
 } chunk_rig;
 
-/* The rig, its worker open; way: kvw_opts.way. */
+/* The rig with its options, which may then be changed; and its data and worker by them. */
+void chunk_rig_init(chunk_rig *c, const char *selector, kvk_dtype dtype, kvc_client *client);
+void chunk_rig_ready(chunk_rig *c);
+/* Both; way: kvw_opts.way. */
 void open_rig_by(chunk_rig *c, const char *selector, kvk_dtype dtype, kvc_client *client,
                  const char *way);
 void open_rig(chunk_rig *c, const char *selector, kvk_dtype dtype, kvc_client *client);

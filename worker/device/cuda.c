@@ -101,7 +101,7 @@ static kvc_status upload_all(const kvw_worker *w, kvwi_device *device)
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "memory of a worker");
 }
 
-static void cuda_close(kvwi_device *device)
+void kvwi_cuda_device_close(kvwi_device *device)
 {
     if (device == NULL) {
         return;
@@ -113,19 +113,15 @@ static void cuda_close(kvwi_device *device)
     free(device);
 }
 
-static kvc_status cuda_open(kvw_worker *worker, uint32_t number, kvwi_device **device_p)
+kvc_status kvwi_cuda_device_open(const kvw_worker *worker, uint32_t number, kvwi_device **device_p)
 {
     kvk_cuda_info info;
-    kvc_status st = check(worker);
     *device_p = NULL;
-    if (st != KVC_OK) {
-        return st;
-    }
     kvwi_device *device = calloc(1, sizeof(*device));
     if (device == NULL) {
         return kvwi_fail(KVC_NO_MEMORY, "out of memory");
     }
-    st = kvk_cuda_open(number, &device->cuda);
+    kvc_status st = kvk_cuda_open(number, &device->cuda);
     if (st != KVC_OK) {
         free(device);
         return kvwi_fail(st,
@@ -136,12 +132,26 @@ static kvc_status cuda_open(kvw_worker *worker, uint32_t number, kvwi_device **d
     device->number = number;
     kvk_cuda_describe(device->cuda, &info);
     (void)snprintf(device->isa, sizeof(device->isa), "sm_%u", info.sm);
-    st = check_shape(worker, device);
+    *device_p = device;
+    return KVC_OK;
+}
+
+static kvc_status cuda_open(kvw_worker *worker, uint32_t number, kvwi_device **device_p)
+{
+    kvwi_device *device = NULL;
+    kvc_status st = check(worker);
+    *device_p = NULL;
+    if (st == KVC_OK) {
+        st = kvwi_cuda_device_open(worker, number, &device);
+    }
+    if (st == KVC_OK) {
+        st = check_shape(worker, device);
+    }
     if (st == KVC_OK) {
         st = upload_all(worker, device);
     }
     if (st != KVC_OK) {
-        cuda_close(device);
+        kvwi_cuda_device_close(device);
         return st;
     }
     if (worker->opts.client != NULL) {
@@ -151,12 +161,12 @@ static kvc_status cuda_open(kvw_worker *worker, uint32_t number, kvwi_device **d
     return KVC_OK;
 }
 
-static const char *cuda_isa(const kvwi_device *device)
+const char *kvwi_cuda_isa(const kvwi_device *device)
 {
     return device->isa;
 }
 
-static kvc_status cuda_map(kvwi_device *device, void *base, size_t len_bytes)
+kvc_status kvwi_cuda_map(kvwi_device *device, void *base, size_t len_bytes)
 {
     void *at = NULL;
     kvc_status st = kvk_cuda_register(device->cuda, base, len_bytes, 0, &at);
@@ -167,12 +177,12 @@ static kvc_status cuda_map(kvwi_device *device, void *base, size_t len_bytes)
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "a block buffer cannot be pinned");
 }
 
-static void cuda_unmap(kvwi_device *device, void *base)
+void kvwi_cuda_unmap(kvwi_device *device, void *base)
 {
     kvk_cuda_unregister(device->cuda, base);
 }
 
-static kvc_status cuda_copy(kvw_seq *seq, void *to, const void *from, size_t len_bytes)
+kvc_status kvwi_cuda_copy(kvw_seq *seq, void *to, const void *from, size_t len_bytes)
 {
     kvwi_device_seq *d = seq->device;
     kvc_status st = kvk_cuda_copy(d->device->cuda, to, from, len_bytes, d->stream);
@@ -182,7 +192,7 @@ static kvc_status cuda_copy(kvw_seq *seq, void *to, const void *from, size_t len
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "a copy");
 }
 
-static uint64_t cuda_bytes(const kvw_seq *seq)
+uint64_t kvwi_cuda_bytes(const kvw_seq *seq)
 {
     return seq->device->device_bytes;
 }
@@ -190,10 +200,10 @@ static uint64_t cuda_bytes(const kvw_seq *seq)
 const kvwi_device_ops kvwi_device_cuda = {
     .name = "cuda",
     .open = cuda_open,
-    .close = cuda_close,
-    .isa = cuda_isa,
-    .map = cuda_map,
-    .unmap = cuda_unmap,
+    .close = kvwi_cuda_device_close,
+    .isa = kvwi_cuda_isa,
+    .map = kvwi_cuda_map,
+    .unmap = kvwi_cuda_unmap,
     .seq_open = kvwi_cuda_seq_open,
     .seq_close = kvwi_cuda_seq_close,
     .pass = kvwi_cuda_pass,
@@ -205,6 +215,6 @@ const kvwi_device_ops kvwi_device_cuda = {
     .step_finish = kvwi_cuda_step_finish,
     .step_abandon = kvwi_cuda_step_abandon,
     .picks = kvwi_cuda_picks,
-    .copy = cuda_copy,
-    .bytes = cuda_bytes,
+    .copy = kvwi_cuda_copy,
+    .bytes = kvwi_cuda_bytes,
 };

@@ -8,84 +8,70 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "carve.h"
 #include "state.h"
 
-#define ALIGN 256u
-
-/* A memory that is being cut into pieces. */
-typedef struct carver {
-    uint8_t *base; /* NULL: only the size is wanted */
-    size_t at;
-} carver;
-
-static void *piece(carver *c, size_t len_bytes)
-{
-    void *p = c->base == NULL ? NULL : c->base + c->at;
-    c->at += (len_bytes + ALIGN - 1u) / ALIGN * ALIGN;
-    return p;
-}
-
 /* What passes between the engine and the step: pinned, or where the engine's memory is. */
-static void carve_engine(carver *c, const kvw_worker *w, kvwi_device_layer *l)
+static void carve_engine(kvwi_carver *c, const kvw_worker *w, kvwi_device_layer *l)
 {
     size_t q_bytes = (size_t)w->opts.n_q_heads * w->opts.head_dim * w->elem_bytes;
-    l->q_in = piece(c, q_bytes);
-    l->q_select = piece(c, q_bytes);
-    l->out = piece(c, q_bytes);
-    l->lse = piece(c, w->opts.n_q_heads * sizeof(float));
+    l->q_in = kvwi_carve(c, q_bytes);
+    l->q_select = kvwi_carve(c, q_bytes);
+    l->out = kvwi_carve(c, q_bytes);
+    l->lse = kvwi_carve(c, w->opts.n_q_heads * sizeof(float));
 }
 
-static void carve_fixed(carver *c, const kvw_worker *w, const kvwi_device_seq *d,
+static void carve_fixed(kvwi_carver *c, const kvw_worker *w, const kvwi_device_seq *d,
                         kvwi_device_layer *l)
 {
     const kvw_opts *o = &w->opts;
     size_t q = (size_t)o->n_q_heads * o->head_dim * sizeof(float), word = sizeof(uint32_t);
     size_t heads = o->n_q_heads * sizeof(float), slots = kvwi_slots(w);
-    l->slots = piece(c, slots * w->row_bytes);
-    l->ring = piece(c, d->ring_rows * w->row_bytes);
-    l->res = piece(c, sizeof(*l->res));
-    l->ring_res = piece(c, sizeof(*l->ring_res));
-    l->cands = piece(c, sizeof(*l->cands));
-    l->source = piece(c, sizeof(*l->source));
-    l->picks = piece(c, o->k * word);
-    l->n_picks = piece(c, word);
-    l->list = piece(c, d->stride * word);
-    l->fetch = piece(c, d->stride * word);
-    l->n_list = piece(c, word);
-    l->near_list = piece(c, d->ring_rows * word);
-    l->n_near = piece(c, word);
-    l->pos_of = piece(c, slots * word);
-    l->used = piece(c, slots * word);
-    l->step = piece(c, word);
-    l->q_far = piece(c, q);
-    l->q_near = piece(c, q);
-    l->q_index = piece(c, w->level[0].dims * sizeof(float));
-    l->o_far = piece(c, q);
-    l->lse_far = piece(c, heads);
-    l->o_near = piece(c, q);
-    l->lse_near = piece(c, heads);
+    l->slots = kvwi_carve(c, slots * w->row_bytes);
+    l->ring = kvwi_carve(c, d->ring_rows * w->row_bytes);
+    l->res = kvwi_carve(c, sizeof(*l->res));
+    l->ring_res = kvwi_carve(c, sizeof(*l->ring_res));
+    l->cands = kvwi_carve(c, sizeof(*l->cands));
+    l->source = kvwi_carve(c, sizeof(*l->source));
+    l->picks = kvwi_carve(c, o->k * word);
+    l->n_picks = kvwi_carve(c, word);
+    l->list = kvwi_carve(c, d->stride * word);
+    l->fetch = kvwi_carve(c, d->stride * word);
+    l->n_list = kvwi_carve(c, word);
+    l->near_list = kvwi_carve(c, d->ring_rows * word);
+    l->n_near = kvwi_carve(c, word);
+    l->pos_of = kvwi_carve(c, slots * word);
+    l->used = kvwi_carve(c, slots * word);
+    l->step = kvwi_carve(c, word);
+    l->q_far = kvwi_carve(c, q);
+    l->q_near = kvwi_carve(c, q);
+    l->q_index = kvwi_carve(c, w->level[0].dims * sizeof(float));
+    l->o_far = kvwi_carve(c, q);
+    l->lse_far = kvwi_carve(c, heads);
+    l->o_near = kvwi_carve(c, q);
+    l->lse_near = kvwi_carve(c, heads);
     if (o->device_memory) {
         carve_engine(c, w, l);
     }
 }
 
-static void carve_pinned(carver *c, const kvw_worker *w, const kvwi_device_seq *d,
+static void carve_pinned(kvwi_carver *c, const kvw_worker *w, const kvwi_device_seq *d,
                          kvwi_device_layer *l)
 {
-    l->io = piece(c, sizeof(*l->io));
-    l->miss_pos = piece(c, d->stride * sizeof(uint32_t));
-    l->status = piece(c, d->stride);
+    l->io = kvwi_carve(c, sizeof(*l->io));
+    l->miss_pos = kvwi_carve(c, d->stride * sizeof(uint32_t));
+    l->status = kvwi_carve(c, d->stride);
     if (!w->opts.device_memory) {
         carve_engine(c, w, l);
     }
 }
 
-static void carve_grown(carver *c, const kvw_worker *w, const kvwi_device_seq *d,
+static void carve_grown(kvwi_carver *c, const kvw_worker *w, const kvwi_device_seq *d,
                         kvwi_device_layer *l)
 {
-    l->index = piece(c, (size_t)d->cap_tokens * w->level[0].row_bytes);
-    l->slot_of = piece(c, (size_t)d->cap_tokens * sizeof(int32_t));
-    l->blocks = piece(c, ((size_t)d->cap_blocks + d->n_staging) * sizeof(void *));
+    l->index = kvwi_carve(c, (size_t)d->cap_tokens * w->level[0].row_bytes);
+    l->slot_of = kvwi_carve(c, (size_t)d->cap_tokens * sizeof(int32_t));
+    l->blocks = kvwi_carve(c, ((size_t)d->cap_blocks + d->n_staging) * sizeof(void *));
 }
 
 /* The sinks' slots are at the head of every list; nothing else is resident. */
@@ -130,7 +116,7 @@ kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l)
 {
     const kvw_worker *w = seq->worker;
     kvwi_device_seq *d = seq->device;
-    carver fixed = {0}, pinned = {0};
+    kvwi_carver fixed = {0}, pinned = {0};
     carve_fixed(&fixed, w, d, l);
     carve_pinned(&pinned, w, d, l);
     kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_DEVICE, fixed.at, &l->slab);
@@ -142,8 +128,8 @@ kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l)
         return st;
     }
     memset(l->pinned, 0, pinned.at);
-    fixed = (carver){.base = l->slab};
-    pinned = (carver){.base = l->pinned};
+    fixed = (kvwi_carver){.base = l->slab};
+    pinned = (kvwi_carver){.base = l->pinned};
     carve_fixed(&fixed, w, d, l);
     carve_pinned(&pinned, w, d, l);
     st = fill_fixed(seq, l);
@@ -210,7 +196,7 @@ kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l)
     const kvw_worker *w = seq->worker;
     kvwi_device_seq *d = seq->device;
     kvwi_device_layer old = *l;
-    carver size = {0};
+    kvwi_carver size = {0};
     void *grown = NULL;
     if (l->cap_tokens == d->cap_tokens) { /* an earlier try came so far */
         return KVC_OK;
@@ -218,7 +204,7 @@ kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l)
     carve_grown(&size, w, d, l);
     kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_DEVICE, size.at, &grown);
     if (st == KVC_OK) {
-        carver c = {.base = grown};
+        kvwi_carver c = {.base = grown};
         carve_grown(&c, w, d, l);
         st = fill_grown(seq, l, &old);
     }

@@ -12,8 +12,7 @@
 #include "base/log.h"
 #include "state.h"
 
-#define DEFAULT_TOKENS 131072u
-#define RING_SLACK     64u
+#define RING_SLACK 64u
 
 kvc_status kvwi_cuda_fail(kvc_status st, const char *what)
 {
@@ -37,7 +36,7 @@ static kvc_status device_alloc(kvwi_device_seq *d, size_t len_bytes, void *memor
     return st;
 }
 
-static kvc_status open_streams(kvw_seq *seq, void *stream)
+kvc_status kvwi_cuda_streams(kvw_seq *seq, void *stream)
 {
     kvwi_device_seq *d = seq->device;
     kvc_status st = kvk_cuda_stream_create(d->device->cuda, &d->capture);
@@ -131,9 +130,10 @@ kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream)
     d->stride = o->n_sink + o->k;
     d->ring_rows = o->n_recent + RING_SLACK;
     d->n_staging = (o->k + o->block_tokens - 1u) / o->block_tokens;
-    set_capacity(seq, kvwi_max_u32(o->max_tokens == 0 ? DEFAULT_TOKENS : o->max_tokens, n_tokens));
+    set_capacity(seq,
+                 kvwi_max_u32(o->max_tokens == 0 ? KVWI_DEVICE_TOKENS : o->max_tokens, n_tokens));
     d->layers = calloc(o->n_layers, sizeof(*d->layers));
-    kvc_status st = d->layers == NULL ? KVC_NO_MEMORY : open_streams(seq, stream);
+    kvc_status st = d->layers == NULL ? KVC_NO_MEMORY : kvwi_cuda_streams(seq, stream);
     if (st == KVC_OK) {
         st = open_workspace(seq);
     }

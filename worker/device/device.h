@@ -1,5 +1,6 @@
 /*
- * device.h: what the worker asks of a device that its decode steps run on: one table for each kind.
+ * device.h: what the worker asks of a device that its decode steps run on, or that chunks are
+ * retrieved on: one table for each kind, and for selectors of chunks another.
  *
  * A worker with a device has a CPU backend beside it, which does what is not a decode step: passes
  * of several tokens, and steps that attend everything. So host memory has every row and index row
@@ -16,11 +17,13 @@
 #include "buf.h"
 #include "kvw/worker.h"
 
-typedef struct kvwi_device kvwi_device;         /* of a worker */
-typedef struct kvwi_device_seq kvwi_device_seq; /* of a sequence, seq->device */
+typedef struct kvwi_device kvwi_device;                     /* of a worker */
+typedef struct kvwi_device_seq kvwi_device_seq;             /* of a sequence, seq->device */
+typedef struct kvwi_device_retriever kvwi_device_retriever; /* retriever->device */
 
 typedef struct kvwi_device_ops {
     const char *name;
+    bool chunks; /* for selectors of whole chunks: retriever slots, and none of passes and steps */
     /* Device `number` for a worker whose options and levels are known. UNSUPPORTED: not in this
      * build, on this machine, or not with these options. */
     kvc_status (*open)(kvw_worker *worker, uint32_t number, kvwi_device **device_p);
@@ -53,11 +56,21 @@ typedef struct kvwi_device_ops {
     /* Any pair of addresses; done on return. */
     kvc_status (*copy)(kvw_seq *seq, void *to, const void *from, size_t len_bytes);
     uint64_t (*bytes)(const kvw_seq *seq); /* of device memory that the sequence holds */
+
+    /* All memory that a retriever needs, its slab made readable to the device. NO_MEMORY. */
+    kvc_status (*retriever_open)(kvw_retriever *r);
+    /* Waits for what the retriever enqueued; r->device may be NULL. */
+    void (*retriever_close)(kvw_retriever *r);
+    /* The k best of chunks 0 .. n - 1 into r's order_ids, order_scores, order_w and n. Afterwards
+     * nothing that the retriever enqueued before is under way. */
+    kvc_status (*retriever_choose)(kvw_retriever *r, const float *query, uint32_t n);
+    /* Over the chosen chunks, whose rows are in the slab; takes those of slots that are fresh. */
+    kvc_status (*retriever_attend)(kvw_retriever *r, const void *q, uint32_t n_q, void *out);
 } kvwi_device_ops;
 
 /* The kind that a backend's name asks for ("cuda", "cuda:1"), and the number; NULL: it names none.
- */
-const kvwi_device_ops *kvwi_device_find(const char *backend, uint32_t *number_p);
+ * chunks: what the selector chooses. */
+const kvwi_device_ops *kvwi_device_find(const char *backend, bool chunks, uint32_t *number_p);
 /* Whether a step is one for the device. */
 bool kvwi_device_takes(const kvw_step *step);
 /*
@@ -65,6 +78,6 @@ bool kvwi_device_takes(const kvw_step *step);
  */
 const void *kvwi_device_to_host(kvw_seq *seq, const void *p, size_t len_bytes, kvwi_buf *buf);
 
-extern const kvwi_device_ops kvwi_device_cuda;
+extern const kvwi_device_ops kvwi_device_cuda, kvwi_device_cuda_chunks;
 
 #endif

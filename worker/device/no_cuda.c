@@ -13,3 +13,4 @@ static kvc_status open_none(kvw_worker *worker, uint32_t number, kvwi_device **d
 }
 
 const kvwi_device_ops kvwi_device_cuda = {.name = "cuda", .open = open_none};
+const kvwi_device_ops kvwi_device_cuda_chunks = {.name = "cuda", .chunks = true, .open = open_none};

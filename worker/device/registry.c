@@ -7,14 +7,14 @@
 
 #include "internal.h"
 
-static const kvwi_device_ops *const registered[] = {&kvwi_device_cuda};
+static const kvwi_device_ops *const registered[] = {&kvwi_device_cuda, &kvwi_device_cuda_chunks};
 
-const kvwi_device_ops *kvwi_device_find(const char *backend, uint32_t *number_p)
+const kvwi_device_ops *kvwi_device_find(const char *backend, bool chunks, uint32_t *number_p)
 {
     for (size_t i = 0; i < sizeof(registered) / sizeof(registered[0]); i++) {
         size_t n = strlen(registered[i]->name);
         const char *rest = backend + n;
-        if (strncmp(backend, registered[i]->name, n) != 0) {
+        if (strncmp(backend, registered[i]->name, n) != 0 || registered[i]->chunks != chunks) {
             continue;
         }
         *number_p = 0;

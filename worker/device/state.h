@@ -11,6 +11,8 @@
 #include "internal.h"
 #include "kvk/cuda.h"
 
+#define KVWI_DEVICE_TOKENS 131072u /* max_tokens, where the options have none */
+
 struct kvwi_device {
     kvk_cuda *cuda;
     uint32_t number;
@@ -62,6 +64,12 @@ typedef struct kvwi_device_layer {
     kvwi_flight flight;
 } kvwi_device_layer;
 
+/* Landmarks of a layer, where chunks are retrieved. */
+typedef struct kvwi_device_marks {
+    float *rows;     /* device, [cap, landmark_dim] */
+    uint32_t n, cap; /* chunks that the device has, and has room for */
+} kvwi_device_marks;
+
 struct kvwi_device_seq {
     kvwi_device *device;
     kvk_stream *stream;  /* enqueued on */
@@ -83,6 +91,9 @@ struct kvwi_device_seq {
     uint32_t n_released, n_tabled; /* blocks whose addresses are in the tables: released; all */
     uint64_t device_bytes;
     bool unsettled; /* the device may still write rows that are the host's too */
+    /* of chunks; then nothing above is used but device, stream, capture, select_* and device_bytes
+     */
+    kvwi_device_marks *marks; /* [n_layers] */
 };
 
 /* NULL without a store. */
@@ -96,6 +107,29 @@ static inline uint32_t kvwi_slots(const kvw_worker *w)
     return w->opts.n_sink + w->opts.residency_slots;
 }
 
+/* cuda.c: what is the same whatever the device does for a worker. open: nothing in device memory
+ * yet; close frees that too. */
+kvc_status kvwi_cuda_device_open(const kvw_worker *worker, uint32_t number,
+                                 kvwi_device **device_p) KVC_MUST_CHECK;
+void kvwi_cuda_device_close(kvwi_device *device);
+const char *kvwi_cuda_isa(const kvwi_device *device);
+kvc_status kvwi_cuda_map(kvwi_device *device, void *base, size_t len_bytes) KVC_MUST_CHECK;
+void kvwi_cuda_unmap(kvwi_device *device, void *base);
+kvc_status kvwi_cuda_copy(kvw_seq *seq, void *to, const void *from,
+                          size_t len_bytes) KVC_MUST_CHECK;
+uint64_t kvwi_cuda_bytes(const kvw_seq *seq);
+
+/* cuda_chunks.c: room for the landmarks of n chunks of a layer, and those that the host has. */
+kvc_status kvwi_cuda_marks(kvw_seq *seq, uint32_t layer, uint32_t n) KVC_MUST_CHECK;
+
+/* cuda_retrieve.c: retriever slots of the table. */
+kvc_status kvwi_cuda_retriever_open(kvw_retriever *r) KVC_MUST_CHECK;
+void kvwi_cuda_retriever_close(kvw_retriever *r);
+kvc_status kvwi_cuda_retriever_choose(kvw_retriever *r, const float *query,
+                                      uint32_t n) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_retriever_attend(kvw_retriever *r, const void *q, uint32_t n_q,
+                                      void *out) KVC_MUST_CHECK;
+
 /* cuda_seq.c: what says that CUDA refused. */
 kvc_status kvwi_cuda_fail(kvc_status st, const char *what) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream) KVC_MUST_CHECK;
@@ -104,6 +138,8 @@ void kvwi_cuda_seq_close(kvw_seq *seq);
  * later call has taken the rest. */
 kvc_status kvwi_cuda_grow(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_sync(kvw_seq *seq) KVC_MUST_CHECK;
+/* The streams of a sequence; capture is made here. */
+kvc_status kvwi_cuda_streams(kvw_seq *seq, void *stream) KVC_MUST_CHECK;
 
 /* cuda_memory.c: a layer's memories. */
 kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l) KVC_MUST_CHECK;

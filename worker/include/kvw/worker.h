@@ -139,12 +139,18 @@ typedef struct kvw_opts {
      * (README), or tp_size or n_clients above 1. Rows in a server's memory on the same host are
      * read by the GPU where the client is on shm: contexts of the client are then mapped
      * (kvc_client_map_contexts), which it is not to be used for elsewhere. way is not looked at.
+     *
+     * Selectors "gca" and "hsa": retrievers score, choose and attend on that GPU, which holds the
+     * landmarks and each retriever's chunks; head_dim 32, 64 or 128, landmark_dim at most 4096,
+     * tp_size 1, any number of servers; n_threads and all else is the CPU's. Chunks come by a fetch
+     * a server into pinned memory.
      */
     uint32_t max_tokens; /* a sequence takes GPU memory for so many at open; one that grows beyond
                             gets more between two passes; 0: 131072 */
     /* 1: k, v, q, out and lse of every call are that GPU's memory (16-byte aligned), used in order
      * on kvw_seq_opts.stream; then keys and queries of decode steps are not checked for being
-     * finite. 0: host memory. */
+     * finite. Landmarks and the query of kvw_retrieve are host memory always, and
+     * kvw_retriever_attend does not wait for out. 0: host memory. */
     uint32_t device_memory;
 } kvw_opts;
 
