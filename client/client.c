@@ -154,6 +154,7 @@ kvc_status kvc_client_open(const kvc_client_opts *opts, kvc_client **client_p)
         opts->default_timeout_ns != 0 ? opts->default_timeout_ns : KVCI_DEFAULT_TIMEOUT_NS;
     client->n_channels = opts->n_channels != 0 ? opts->n_channels : 2;
     client->sums = opts->sums != 0;
+    client->region_bytes = opts->region_bytes;
     kvc_status status = parse_uris(client, opts->uris);
     if (status != KVC_OK)
         goto err_free;

@@ -3,8 +3,8 @@
  *
  * The picks of all groups are cut into messages within max_message_bytes, max_picks and max_groups;
  * the cut is walked twice, to count and to fill. As many are in flight as send.c's window holds;
- * each scatters its reply on the transport thread that brought it and writes the statuses of its
- * own picks.
+ * each scatters its reply on the transport thread that brought it, unless the transport has put the
+ * rows into their slots itself, and writes the statuses of its own picks.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -106,7 +106,9 @@ static kvc_status fetch_take(kvci_msg *msg, const kvc_reply *reply, const char *
 {
     kvci_call *call = msg->call;
     int8_t *status = call->u.fetch.status != NULL ? call->u.fetch.status + msg->first : NULL;
-    kvc_status taken = kvci_scatter(msg->segs, msg->n_segs, reply, status, why_p);
+    kvc_status taken = msg->xfer.placed
+                           ? kvci_take_placed(msg->segs, msg->n_segs, reply, status, why_p)
+                           : kvci_scatter(msg->segs, msg->n_segs, reply, status, why_p);
     if (taken != KVC_OK)
         return taken;
     kvc_client *client = call->client;
@@ -170,7 +172,24 @@ static const kvci_kind fetch_kind = {
     .finish = fetch_finish,
 };
 
-static void fill(kvci_call *call, cut c, uint8_t *base, kvci_seg *segs, kvc_row_group *rows)
+/* Where the transport may put the rows of a message itself. */
+static void name_rooms(kvci_msg *msg, kvt_room *rooms)
+{
+    for (uint32_t g = 0; g < msg->n_segs; g++) {
+        const kvci_seg *seg = &msg->segs[g];
+        rooms[g] = (kvt_room){.base = seg->base,
+                              .slots = seg->slots,
+                              .first_slot = seg->first_slot,
+                              .n = seg->n,
+                              .row_bytes = seg->row_bytes};
+    }
+    msg->xfer.rooms = rooms;
+    msg->xfer.n_rooms = msg->n_segs;
+}
+
+/* rooms: NULL: rows are to be copied. */
+static void fill(kvci_call *call, cut c, uint8_t *base, kvci_seg *segs, kvc_row_group *rows,
+                 kvt_room *rooms)
 {
     uint32_t first = 0;
     for (uint32_t i = 0; i < call->n_msgs; i++) {
@@ -189,6 +208,10 @@ static void fill(kvci_call *call, cut c, uint8_t *base, kvci_seg *segs, kvc_row_
         msg->req.method = streams ? KVC_FETCH_ROWS_STREAM : KVC_FETCH_ROWS;
         msg->req.u.fetch_rows.n_groups = msg->n_segs;
         msg->req.u.fetch_rows.groups = rows;
+        if (rooms != NULL) {
+            name_rooms(msg, rooms);
+            rooms += msg->n_segs;
+        }
         segs += msg->n_segs;
         rows += msg->n_segs;
         first += msg->n_items;
@@ -207,6 +230,9 @@ static kvc_status start(kvc_client *client, const kvci_kind *kind, cut c, const 
         n_segs += n;
     size_t extra_bytes = kvci_carve_bytes(n_segs, sizeof(kvci_seg)) +
                          kvci_carve_bytes(n_segs, sizeof(kvc_row_group));
+    bool placed = kind->message == NULL && dst->lent;
+    if (placed)
+        extra_bytes += kvci_carve_bytes(n_segs, sizeof(kvt_room));
     if (kind->message != NULL) /* the windows, each rounded up by itself */
         extra_bytes += ((size_t)n_segs + n_msgs) * sizeof(kvci_seg);
     kvci_call *call = kvci_call_new(client, kind, n_msgs, extra_bytes, deadline_ns);
@@ -219,7 +245,8 @@ static kvc_status start(kvc_client *client, const kvci_kind *kind, cut c, const 
     call->u.fetch.left = left;
     kvci_seg *segs = kvci_carve(call, n_segs, sizeof(*segs));
     kvc_row_group *rows = kvci_carve(call, n_segs, sizeof(*rows));
-    fill(call, c, dst->base, segs, rows);
+    fill(call, c, dst->base, segs, rows,
+         placed ? kvci_carve(call, n_segs, sizeof(kvt_room)) : NULL);
     return kvci_call_start(call, op);
 }
 

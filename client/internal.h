@@ -402,6 +402,10 @@ bool kvci_msg_waits(const kvci_msg *msg);
 kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
                         int8_t *status, const char **why_p);
 
+/* The same for rows that the transport has put into their slots. */
+kvc_status kvci_take_placed(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
+                            int8_t *status, const char **why_p);
+
 /* The checks on the missing rows alone; *bytes_p: what the others have by their row_bytes. */
 kvc_status kvci_check_missing(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
                               uint64_t *bytes_p, const char **why_p);
@@ -427,6 +431,7 @@ struct kvc_region {
     kvc_client *client;
     uint8_t *base;
     size_t len_bytes;
+    bool lent;     /* rows may be written there by the transport */
     uint32_t refs; /* calls that use it; under client->lock */
 };
 
@@ -457,7 +462,8 @@ struct kvc_client {
     kvc_limits limits_at_open; /* fixed */
     uint64_t connect_timeout_ns, default_timeout_ns, reopen_timeout_ns;
     uint32_t n_channels, n_uris;
-    bool sums;      /* over rdma */
+    bool sums; /* over rdma; likewise the next */
+    uint64_t region_bytes;
     char *uri_text; /* uris point into it */
     const char *uris[KVCI_MAX_URIS];
     int8_t uri_sums[KVCI_MAX_URIS]; /* what the URI itself asks for: 1 sums, -1 none, 0 nothing */

@@ -128,6 +128,7 @@ static kvc_status link_open(kvc_client *client, uint32_t which, uint64_t deadlin
         .n_channels = client->n_channels,
         .max_message_bytes = KVC_MAX_VALUE_BYTES,
         .sums = link->sums,
+        .region_bytes = client->region_bytes,
     };
     kvc_status status = link->ops->connect(&opts, &link->conn);
     if (status != KVC_OK) {

@@ -1,10 +1,14 @@
 /*
  * region.c: memory that rows land in and values leave from.
  *
- * Host memory only: a gRPC or inproc transfer needs no registration, so a region is its bounds and
- * a count of the calls that use it. Any thread; refs is guarded by the client's lock.
+ * Host memory only. A region is its bounds, a count of the calls that use it, and a word in the
+ * process's table of lent memory, so that a transport which writes rows there by itself (rdma)
+ * prepares it once it is used. Any thread; refs is guarded by the client's lock. Invariant: memory
+ * that a call names to a transport stays lent until the call is over.
  */
 #include <stdlib.h>
+
+#include "base/lent.h"
 
 #include "internal.h"
 
@@ -27,6 +31,8 @@ kvc_status kvc_region_register(kvc_client *client, const kvc_region_desc *desc,
     region->client = client;
     region->base = desc->base;
     region->len_bytes = desc->len_bytes;
+    /* Where it overlaps another region that is not the same, its rows are copied. */
+    region->lent = kvc_lent_add(desc->base, desc->len_bytes) == KVC_OK;
     *region_p = region;
     return KVC_OK;
 }
@@ -42,6 +48,8 @@ kvc_status kvc_region_deregister(kvc_client *client, kvc_region *region)
     kvc_mutex_unlock(&client->lock);
     if (refs > 0)
         return kvci_fail(KVC_AGAIN, "region: %u calls still use it", refs);
+    if (region->lent)
+        kvc_lent_remove(region->base);
     free(region);
     return KVC_OK;
 }

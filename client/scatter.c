@@ -101,6 +101,27 @@ static void copy_rows(const kvci_seg *seg, uint32_t i, uint32_t end, kvci_cursor
     }
 }
 
+static const char bad_length[] =
+    "the rows' length does not fit the request (is row_bytes the part's?)";
+
+kvc_status kvci_take_placed(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
+                            int8_t *status, const char **why_p)
+{
+    uint64_t bytes = 0;
+    uint32_t n_picks = 0;
+    kvc_status checked = kvci_check_missing(segs, n_segs, reply, &bytes, why_p);
+    if (checked != KVC_OK)
+        return checked;
+    *why_p = bad_length;
+    if (bytes != reply->data_bytes)
+        return KVC_PROTOCOL;
+    for (uint32_t s = 0; s < n_segs; s++)
+        n_picks += segs[s].n;
+    if (status != NULL)
+        kvci_put_statuses(reply, status, n_picks);
+    return KVC_OK;
+}
+
 kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
                         int8_t *status, const char **why_p)
 {
@@ -109,7 +130,7 @@ kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *
     if (checked != KVC_OK)
         return checked;
     if (bytes != reply->data_bytes || bytes != kvci_iov_bytes(reply->data, reply->n_data)) {
-        *why_p = "the rows' length does not fit the request (is row_bytes the part's?)";
+        *why_p = bad_length;
         return KVC_PROTOCOL;
     }
     kvci_cursor cur = {.iov = reply->data};

@@ -287,6 +287,7 @@ static void prepare(kvc_client *client, kvci_msg *msg)
     msg->stream_status = KVC_OK;
     xfer->arg = msg;
     xfer->status = KVC_OK;
+    xfer->placed = false;
     xfer->detail[0] = '\0';
     xfer->retry_after_ms = 0;
 }

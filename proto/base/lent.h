@@ -3,7 +3,8 @@
  *
  * Who maps a lot of memory and keeps it (the dram tier's segments, a client's regions) says so here
  * before its first byte is used and takes it back before it is unmapped. A transport that has to
- * prepare memory (register it with a device) watches the table. Ranges never overlap. Any thread.
+ * prepare memory (register it with a device) watches the table. Ranges never overlap; the same one
+ * may be added more than once, and goes with its last remove. Any thread.
  */
 #ifndef KVC_BASE_LENT_H
 #define KVC_BASE_LENT_H
@@ -22,11 +23,11 @@ struct kvc_lent_watch {
     kvc_lent_watch *next; /* the table's */
 };
 
-/* Adds [base, base + len_bytes). NO_MEMORY: it stays unknown, which costs a copy and nothing else.
- */
+/* Adds [base, base + len_bytes). NO_MEMORY; INVALID: it overlaps another. It stays unknown then,
+ * which costs a copy and nothing else. */
 kvc_status kvc_lent_add(void *base, size_t len_bytes);
-/* Takes it back, before it is unmapped: when this returns no watcher uses it any more. Nothing
- * where base was never added. */
+/* Takes it back, before it is unmapped: when this returns no watcher uses it any more, unless it
+ * was added once more. Nothing where base was never added. */
 void kvc_lent_remove(void *base);
 
 /* Tells watch of all there is and of what comes and goes. */

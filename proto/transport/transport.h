@@ -147,7 +147,15 @@ typedef struct kvt_connect_opts {
     /* rdma: both ends sum what they send with XXH3-64, and verify what they get; CORRUPT where it
      * differs. The others' media have sums of their own, or never leave the host. */
     bool sums;
+    uint64_t region_bytes; /* rdma: of lent memory registered at once, for rows; 0: 1 GiB */
 } kvt_connect_opts;
+
+/* Where the rows of a group shall lie in the end: row i at base + slot * row_bytes. */
+typedef struct kvt_room {
+    uint8_t *base;
+    const uint32_t *slots; /* [n]; NULL: first_slot, first_slot + 1 ... */
+    uint32_t first_slot, n, row_bytes;
+} kvt_room;
 
 /*
  * One request in flight at the client. The caller allocates it, fills the first block, and keeps it
@@ -159,6 +167,13 @@ struct kvt_xfer {
     const kvc_request *req; /* kept until done; its data iovecs too */
     uint64_t deadline_ns;
     uint32_t channel; /* stripe: taken modulo n_channels */
+    /* Of FetchRows, else NULL; rooms [n_rooms] and what they point at are kept until done: for the
+     * rows of the request in turn. A transport that can writes them there by itself, where the
+     * memory is lent (base/lent.h); then done waits until nobody can any more, also past a cancel
+     * or the deadline: for a second, or the connection is given up. What a transfer that failed
+     * has left there is undefined. */
+    const kvt_room *rooms;
+    uint32_t n_rooms;
     void (*done)(kvt_xfer *xfer);
     /* Of a reply that streams, else NULL: called for each message before done, on done's thread;
      * reply is valid until it returns, and the next message is asked for then. */
@@ -173,6 +188,9 @@ struct kvt_xfer {
     uint32_t retry_after_ms; /* hint that came with AGAIN; 0: none */
     kvc_arena arena;
     kvc_reply reply;
+    /* The rows lie in rooms, and reply has no data, only their data_bytes; those of missing rows
+     * were not touched. Else they are the reply's data. */
+    bool placed;
     /* shm: descriptors that came with the reply. They are closed after done, but for those that
      * done takes by putting -1 in their place. */
     int *fds;

@@ -379,6 +379,11 @@ static void destroy_qp(struct rdma_cm_id *base)
     *at = qp->next;
     base->qp = NULL;
     fake_now.qps--;
+    while (qp->stalled != NULL) { /* they are never done */
+        fake_wr *wr = qp->stalled;
+        qp->stalled = wr->next;
+        free(wr);
+    }
     pthread_mutex_unlock(&fake_mutex);
     free(qp);
 }

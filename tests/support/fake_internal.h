@@ -28,6 +28,13 @@ typedef struct fake_recv {
     struct ibv_sge sge;
 } fake_recv;
 
+/* A work request that is not done yet. */
+typedef struct fake_wr {
+    struct fake_wr *next;
+    struct ibv_send_wr wr;
+    struct ibv_sge sge[32];
+} fake_wr;
+
 typedef struct fake_qp fake_qp;
 struct fake_qp {
     struct ibv_qp qp; /* first */
@@ -40,6 +47,7 @@ struct fake_qp {
     struct ibv_send_wr late[FAKE_RECVS]; /* READs to be done once the queue is empty */
     struct ibv_sge late_sge[FAKE_RECVS];
     uint32_t n_late;
+    fake_wr *stalled; /* WRITEs that stall, and what was posted behind them */
 };
 
 extern pthread_mutex_t fake_mutex;

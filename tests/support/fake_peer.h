@@ -15,6 +15,8 @@
 #define PEER_ENV_BYTES  8u
 #define PEER_RECVS      32u
 #define PEER_NO_MORE    UINT32_MAX
+#define PEER_PLACED     0x0200u /* flag of a request whose data are runs: */
+#define PEER_RUN_BYTES  16u     /* u64 address, u32 rows, u32 bytes of a row */
 
 /* What it says in the handshake; the fields of the private data, and READs that it serves. */
 typedef struct fake_intro {

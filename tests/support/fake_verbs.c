@@ -34,12 +34,19 @@ static uint8_t *last_byte; /* that the last work request has written */
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
+static bool reg_stalls(const void *addr, size_t len_bytes, int access)
+{
+    bool open = (access & IBV_ACCESS_REMOTE_WRITE) != 0;
+    return (addr != NULL && fake_fault.reg_stalls == addr) ||
+           (len_bytes == fake_fault.reg_stalls_bytes && open == fake_fault.reg_stalls_open);
+}
+
 static struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t len_bytes, int access)
 {
     struct ibv_mr *mr = NULL;
     pthread_mutex_lock(&fake_mutex);
     stalled++;
-    while (fake_fault.reg_stalls == addr && addr != NULL) {
+    while (reg_stalls(addr, len_bytes, access)) {
         pthread_mutex_unlock(&fake_mutex);
         (void)usleep(1000);
         pthread_mutex_lock(&fake_mutex);
@@ -338,9 +345,35 @@ static void put_off(fake_qp *qp, const struct ibv_send_wr *wr)
         cq->armed = false;
 }
 
+/* With the mutex held: behind those that stall already; pieces are where they were until it is
+ * done. */
+static void stall(fake_qp *qp, const struct ibv_send_wr *wr)
+{
+    fake_wr **at = &qp->stalled, *own = calloc(1, sizeof(*own));
+    KVC_ASSERT(own != NULL && wr->num_sge <= 32);
+    own->wr = *wr;
+    memcpy(own->sge, wr->sg_list, (size_t)wr->num_sge * sizeof(*wr->sg_list));
+    while (*at != NULL)
+        at = &(*at)->next;
+    *at = own;
+}
+
+static void do_stalled(fake_qp *qp)
+{
+    while (qp->stalled != NULL) {
+        fake_wr *own = qp->stalled;
+        qp->stalled = own->next;
+        own->wr.sg_list = own->sge;
+        do_and_complete(qp, &own->wr);
+        free(own);
+    }
+}
+
 static void do_late(fake_cq *cq)
 {
     for (fake_qp *qp = fake_next_qp(NULL); qp != NULL; qp = fake_next_qp(qp)) {
+        if ((fake_cq *)qp->qp.send_cq == cq && !fake_fault.writes_stall)
+            do_stalled(qp);
         if ((fake_cq *)qp->qp.send_cq != cq || (fake_fault.reads_stall && !qp->error))
             continue;
         for (uint32_t i = 0; i < qp->n_late; i++) {
@@ -372,6 +405,9 @@ static int post_send(struct ibv_qp *base, struct ibv_send_wr *wr, struct ibv_sen
     if ((fake_dev.late_reads || fake_fault.reads_stall) && wr->opcode == IBV_WR_RDMA_READ &&
         qp->n_late < FAKE_RECVS)
         put_off(qp, wr);
+    else if (wr->opcode != IBV_WR_RDMA_READ &&
+             (qp->stalled != NULL || (fake_fault.writes_stall && wr->opcode == IBV_WR_RDMA_WRITE)))
+        stall(qp, wr);
     else
         do_and_complete(qp, wr);
     pthread_mutex_unlock(&fake_mutex);
@@ -449,12 +485,39 @@ void fake_verbs_use(const fake_device *device)
     pthread_mutex_unlock(&fake_mutex);
 }
 
+/* With the mutex held: whoever polls them does what has stalled. */
+static void rouse(void)
+{
+    uint64_t one = 1;
+    for (fake_qp *qp = fake_next_qp(NULL); qp != NULL; qp = fake_next_qp(qp)) {
+        fake_cq *cq = (fake_cq *)qp->qp.send_cq;
+        if (qp->stalled != NULL && cq->armed &&
+            write(cq->cq.channel->fd, &one, sizeof(one)) == sizeof(one))
+            cq->armed = false;
+    }
+}
+
 void fake_verbs_fault(const fake_faults *faults)
 {
     pthread_mutex_lock(&fake_mutex);
+    bool lifted = fake_fault.writes_stall && !faults->writes_stall;
     fake_fault = *faults;
     hits = 0;
+    if (lifted)
+        rouse();
     pthread_mutex_unlock(&fake_mutex);
+}
+
+uint32_t fake_verbs_waiting(void)
+{
+    uint32_t n = 0;
+    pthread_mutex_lock(&fake_mutex);
+    for (fake_qp *qp = fake_next_qp(NULL); qp != NULL; qp = fake_next_qp(qp)) {
+        for (const fake_wr *wr = qp->stalled; wr != NULL; wr = wr->next)
+            n++;
+    }
+    pthread_mutex_unlock(&fake_mutex);
+    return n;
 }
 
 uint32_t fake_verbs_stalled(void)
@@ -488,14 +551,19 @@ bool fake_verbs_all_gone(void)
            live.comp_channels == 0 && live.cqs == 0 && live.qps == 0;
 }
 
+uint32_t fake_verbs_n_registered(const void *addr)
+{
+    uint32_t n = 0;
+    pthread_mutex_lock(&fake_mutex);
+    for (uint32_t i = 1; i < MAX_MRS; i++)
+        n += mrs[i].used && mrs[i].mr.addr == addr;
+    pthread_mutex_unlock(&fake_mutex);
+    return n;
+}
+
 bool fake_verbs_registered(const void *addr)
 {
-    bool found = false;
-    pthread_mutex_lock(&fake_mutex);
-    for (uint32_t i = 1; i < MAX_MRS && !found; i++)
-        found = mrs[i].used && mrs[i].mr.addr == addr;
-    pthread_mutex_unlock(&fake_mutex);
-    return found;
+    return fake_verbs_n_registered(addr) > 0;
 }
 
 bool fake_verbs_open(const void *addr)

@@ -33,8 +33,13 @@ typedef struct fake_faults {
     uint32_t flip_after;       /* the n-th work request from now on ... */
     enum ibv_wr_opcode flip;   /* ... of this kind comes with its last byte changed; 0: none */
     bool qp_fails, cq_fails, pd_fails;
-    bool reads_stall;       /* READs are never done, until this is lifted */
-    const void *reg_stalls; /* to register memory that begins there takes until this is lifted */
+    bool reads_stall; /* READs are never done, until this is lifted */
+    /* WRITEs, and what is posted behind them, are not done until this is lifted, and then only on
+     * queue pairs that are still there. */
+    bool writes_stall;
+    const void *reg_stalls;  /* to register memory that begins there takes until this is lifted */
+    size_t reg_stalls_bytes; /* or so much, that is open to the peer or not: */
+    bool reg_stalls_open;
 } fake_faults;
 
 /* From now on; nothing may be in use. device NULL: 32 pieces, 256 bytes inline, 16 READs. */
@@ -49,7 +54,10 @@ extern const fake_faults fake_no_faults;
 fake_live fake_verbs_live(void);
 /* True if nothing is left. */
 bool fake_verbs_all_gone(void);
-/* True if memory that begins there is registered. */
+/* Work requests that a fault holds up. */
+uint32_t fake_verbs_waiting(void);
+/* How often memory that begins there is registered. */
+uint32_t fake_verbs_n_registered(const void *addr);
 bool fake_verbs_registered(const void *addr);
 /* True if a peer may read or write some of the memory that is registered from there. */
 bool fake_verbs_open(const void *addr);

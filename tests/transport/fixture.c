@@ -57,6 +57,7 @@ void fixture_connect(fixture *f, uint32_t n_channels)
         .n_channels = n_channels,
         .n_threads = n_channels, /* whatever the machine has */
         .sums = f->sums || getenv("KVASIR_TEST_SUMS") != NULL,
+        .region_bytes = f->region_bytes,
     };
     assert_ok(f->ops->connect(&opts, &f->conn));
 }

@@ -47,8 +47,9 @@ struct fixture {
     const kvt_ops *ops;
     kvt_listen_opts listen;
     kvt_listener *listener;
-    char uri[300]; /* as the listener gives it */
-    bool sums;     /* the client's option; or KVASIR_TEST_SUMS is set */
+    char uri[300];         /* as the listener gives it */
+    bool sums;             /* the client's option; or KVASIR_TEST_SUMS is set */
+    uint64_t region_bytes; /* likewise */
     kvt_conn *conn;
     handler_fn *handler;
     kvc_arena arena; /* of the test's thread */

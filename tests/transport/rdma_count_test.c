@@ -198,6 +198,78 @@ static void registering_is_off_the_path(void **state)
     rig_close_all(&f);
 }
 
+static void stall_buffers(bool open)
+{
+    fake_faults fault = fake_no_faults;
+    fault.reg_stalls_bytes = 327680; /* what a put of 300,000 bytes takes */
+    fault.reg_stalls_open = open;
+    fake_verbs_fault(&fault);
+}
+
+static void wait_one_stalled(void)
+{
+    uint64_t give_up_ns = kvc_deadline_ns(PATIENCE_NS);
+    while (fake_verbs_stalled() == 0 && !kvc_expired(give_up_ns))
+        usleep(1000);
+    assert_int_equal(fake_verbs_stalled(), 1);
+}
+
+/* While the pool registers a buffer, at either end, others submit, cancel and answer. */
+static void buffers_are_registered_unlocked(void **state)
+{
+    (void)state;
+    for (int at_client = 0; at_client < 2; at_client++) {
+        fixture f;
+        bulk put, held, given_up;
+        rig_open_on(&f, NULL);
+        fixture_handle(&f, hold_handler);
+        bulk_init(&held, &f, KVC_FETCH_ROWS, 0);
+        job_submit(&held.j);
+        wait_held(&f, 1);
+        fixture_handle(&f, rig_handler);
+        stall_buffers(at_client == 1);
+        bulk_init(&put, &f, KVC_PUT_BLOCKS, 300000);
+        job_submit(&put.j);
+        wait_one_stalled();
+        bulk_init(&given_up, &f, KVC_PUT_BLOCKS, 300000);
+        job_submit(&given_up.j);
+        f.ops->cancel(f.conn, &given_up.j.xfer);
+        assert_int_equal(answer_held(&f), 1);
+        assert_int_equal(fake_verbs_stalled(), 1);
+        fake_verbs_fault(&fake_no_faults);
+        wait_done(&f, 3);
+        assert_ok(put.j.status);
+        assert_status(held.j.status, KVC_NOT_FOUND);
+        assert_status(given_up.j.status, KVC_CANCELLED);
+        job_fini(&put.j);
+        job_fini(&held.j);
+        job_fini(&given_up.j);
+        rig_close_all(&f);
+    }
+}
+
+/* The same, where what waits for its buffer is given up. */
+static void given_up_while_registering(void **state)
+{
+    (void)state;
+    for (int at_client = 0; at_client < 2; at_client++) {
+        fixture f;
+        bulk put;
+        rig_open_on(&f, NULL);
+        stall_buffers(at_client == 1);
+        bulk_init(&put, &f, KVC_PUT_BLOCKS, 300000);
+        job_submit(&put.j);
+        wait_one_stalled();
+        f.ops->cancel(f.conn, &put.j.xfer);
+        fake_verbs_fault(&fake_no_faults);
+        wait_done(&f, 1);
+        assert_status(put.j.status, KVC_CANCELLED);
+        job_fini(&put.j);
+        assert_ok(run_bulk(&f, KVC_PUT_BLOCKS, 300000));
+        rig_close_all(&f);
+    }
+}
+
 /* One byte changed under way, of each kind of message: with sums it is told of and counted, and the
  * next request goes well; without, nobody sees it but the test. */
 static void sums_are_verified(void **state)
@@ -414,6 +486,8 @@ int main(void)
         cmocka_unit_test(ends_of_streams_are_summed),
         cmocka_unit_test(refusals_are_summed),
         cmocka_unit_test(registering_is_off_the_path),
+        cmocka_unit_test(buffers_are_registered_unlocked),
+        cmocka_unit_test(given_up_while_registering),
         cmocka_unit_test(buffers_are_given_back),
         cmocka_unit_test(lent_memory_is_shut),
     };

@@ -93,6 +93,12 @@ static void strangers_are_refused(void **state)
     close_raw(&f);
 }
 
+#define PLACED(k, m, n_bytes, f)                                                                   \
+    {                                                                                              \
+        .kind = (k), .method = (m), .call = (k) == KVC_FRAME_REQUEST ? 10 : 8,                     \
+        .data_bytes = (n_bytes), .flags = PEER_PLACED | (f)                                        \
+    }
+
 static void bad_frames_end_the_link(void **state)
 {
     (void)state;
@@ -110,6 +116,11 @@ static void bad_frames_end_the_link(void **state)
          .flags = KVC_FRAME_LAST,
          .head_bytes = 3},
         {.kind = KVC_FRAME_REQUEST, .method = KVC_STATS, .call = 9},
+        PLACED(KVC_FRAME_REQUEST, KVC_STATS, 16, 0),
+        PLACED(KVC_FRAME_REQUEST, KVC_FETCH_ROWS, 24, 0),
+        PLACED(KVC_FRAME_REQUEST, KVC_FETCH_ROWS, 257 * 16, 0),
+        PLACED(KVC_FRAME_REQUEST, KVC_FETCH_ROWS, 16, KVC_FRAME_ELSEWHERE),
+        PLACED(KVC_FRAME_MESSAGE, KVC_PUT_BLOCKS_STREAM, 16, 0),
     };
     fixture f;
     const void *head;

@@ -47,6 +47,8 @@ typedef struct kvc_client_opts {
     /* Over rdma:// both ends sum and verify all that crosses (XXH3-64), which costs each a look at
      * every byte; a difference is CORRUPT. Without it, the fabric's own CRCs are all there is. */
     uint64_t sums; /* not 0: so */
+    /* Over rdma://: bytes of regions that are registered at once, to be written to; 0: 1 GiB. */
+    uint64_t region_bytes;
 } kvc_client_opts;
 
 /*
@@ -101,8 +103,14 @@ typedef struct kvc_region_desc {
     int device; /* CUDA ordinal; 0 for host */
 } kvc_region_desc;
 
-/* Declares memory that rows may land in or values leave from. It stays the caller's and outlives
- * the region. UNSUPPORTED: this client cannot move bytes there directly; stage it yourself. */
+/*
+ * Declares memory that rows may land in or values leave from. It stays the caller's and outlives
+ * the region. UNSUPPORTED: this client cannot move bytes there directly; stage it yourself. Over
+ * rdma:// it is registered with the device, and so locked, after the first kvc_fetch into it, as
+ * far as opts.region_bytes and 64 regions go (then those used least recently make room), and the
+ * server of this client, nobody else, may write there; its rows come without a copy then. A region
+ * that cannot be registered, or overlaps another that is not the same, is copied to.
+ */
 kvc_status kvc_region_register(kvc_client *client, const kvc_region_desc *desc,
                                kvc_region **region_p) KVC_MUST_CHECK;
 /* AGAIN while an op still uses it. NULL is fine. */
@@ -207,7 +215,8 @@ typedef struct kvc_fetch_info {
  * up to 2 MiB for each channel in flight at once. Borrows groups (the array); keeps picks,
  * dst_slots, dst, status and info_p until completion. status [total picks] may be NULL; a missing
  * row leaves its bytes untouched and has status[i] = NOT_FOUND (or AGAIN, IO, CORRUPT); the op is
- * still OK. info_p may be NULL.
+ * still OK. Where the op fails, or a request was repeated, slots of rows that are not there are
+ * undefined. info_p may be NULL.
  */
 kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,
                      const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,

@@ -26,6 +26,7 @@ void kvtr_out_free(kvtr_out *out)
     }
     if (out->n_slices > 0)
         kvtr_lent_back(out->lender, out->n_slices);
+    free(out->places);
     free(out->slices);
     free(out->bytes);
     free(out);
@@ -91,21 +92,65 @@ static void send_of(kvtr_rcall *call, kvtr_out *out, kvc_frame_kind kind)
 
 /* ---- payloads -------------------------------------------------------------------------------- */
 
-/* With the mutex held: a buffer with a copy of the slices; NULL: there is none. */
-static kvtr_buf *copy_slices(kvtr_link *link, const kvt_slice *slices, uint32_t n_slices,
-                             uint32_t data_bytes)
+/* The slices of a message, and where they go. */
+typedef struct payload {
+    const kvt_slice *slices;
+    uint32_t n_slices;
+    kvtr_place *places; /* [n_places] NULL: nowhere but behind the frame; out's once it has them */
+    uint32_t n_places;
+    kvtr_buf *copy; /* of the slices, where they cannot be gathered; likewise */
+    bool kept;      /* out has the slices */
+} payload;
+
+/* The places of the client's that data_bytes go to: its landing, or rooms for rows. Mutex free. */
+static void find_places(const kvtr_rcall *call, const kvc_reply *reply, uint32_t data_bytes,
+                        payload *p)
 {
-    bool full;
-    kvtr_buf *buf = kvtr_buf_get(link->domain, data_bytes, &full);
-    if (buf == NULL)
-        return NULL;
-    uint8_t *at = buf->bytes;
-    for (uint32_t i = 0; i < n_slices; i++) {
-        if (slices[i].len_bytes > 0)
-            memcpy(at, slices[i].base, slices[i].len_bytes);
-        at += slices[i].len_bytes;
+    if (call->runs != NULL) {
+        p->places = kvtr_runs_cut(call->runs, call->n_runs, reply->u.fetch_rows.missing,
+                                  reply->u.fetch_rows.n_missing, data_bytes, &p->n_places);
+    } else if (data_bytes <= call->landing_bytes) {
+        p->places = calloc(1, sizeof(*p->places));
+        p->n_places = p->places == NULL ? 0 : 1;
+        if (p->places != NULL)
+            *p->places = (kvtr_place){call->landing_addr, data_bytes};
     }
-    return buf;
+}
+
+/* The most work requests of a chain. One to many places is as long as it is; others are copied
+ * rather than that they take all of the queue. */
+static uint32_t max_chain(const kvtr_link *link, const payload *p)
+{
+    bool long_one = p->n_places > 1 && link->sq_depth > 4 * KVTI_MAX_READS;
+    return long_one ? link->sq_depth - KVTI_MAX_READS - 1 : link->sq_depth / 2;
+}
+
+/* With the mutex held: slices can be written from where they are. */
+static bool can_gather(kvtr_link *link, const payload *p)
+{
+    uint32_t n = kvtr_chain_wrs(link, p->slices, p->n_slices, p->places, p->n_places);
+    return n > 0 && n <= max_chain(link, p);
+}
+
+/* Mutex free; others may break the link meanwhile. A payload that cannot be gathered is copied to
+ * one buffer, if there is one. */
+static void copy_payload(const kvtr_rcall *call, uint32_t whole_bytes, uint32_t data_bytes,
+                         payload *p)
+{
+    kvtr_loop *loop = &call->listener->loop;
+    bool full;
+    kvc_mutex_lock(&loop->mutex);
+    kvtr_link *link = call->link;
+    if (link != NULL && data_bytes > 0 && p->n_places > 0 && p->n_places <= max_chain(link, p) &&
+        !kvtr_fits_fragment(link, whole_bytes) && !can_gather(link, p))
+        p->copy = kvtr_buf_get(link->domain, data_bytes, &full);
+    kvc_mutex_unlock(&loop->mutex);
+    uint8_t *at = p->copy == NULL ? NULL : p->copy->bytes;
+    for (uint32_t i = 0; at != NULL && i < p->n_slices; i++) {
+        if (p->slices[i].len_bytes > 0)
+            memcpy(at, p->slices[i].base, p->slices[i].len_bytes);
+        at += p->slices[i].len_bytes;
+    }
 }
 
 /* With the mutex held: the slices are out's from now on. */
@@ -122,75 +167,77 @@ static bool keep_slices(kvtr_rcall *call, kvtr_out *out, const kvt_slice *slices
 }
 
 /* With the mutex held: the frame with its payload in one fragment. */
-static kvtr_out *create_small(const kvc_frame *frame, const void *head, const char *detail,
-                              const kvt_slice *slices, uint32_t n_slices)
+static kvtr_out *create_small(const kvc_frame *frame, const void *head, const kvt_slice *slices,
+                              uint32_t n_slices)
 {
     struct iovec data[KVT_MAX_SLICES];
     for (uint32_t i = 0; i < n_slices; i++)
         data[i] = (struct iovec){(void *)(uintptr_t)slices[i].base, slices[i].len_bytes};
-    return kvtr_out_create(frame, head, detail, data, n_slices);
+    return kvtr_out_create(frame, head, NULL, data, n_slices);
 }
 
 /* With the mutex held: the frame with its payload in fragments, which are copied from the slices as
- * they leave: so what waits for the client is the server's to bound. Takes slices if *kept_p. */
+ * they leave: so what waits for the client is the server's to bound. */
 static kvtr_out *create_whole(kvtr_rcall *call, const kvc_frame *frame, const void *head,
-                              const char *detail, const kvt_slice *slices, uint32_t n_slices,
-                              bool *kept_p)
+                              payload *p)
 {
-    kvtr_out *out = kvtr_out_create(frame, head, detail, NULL, 0);
-    if (out != NULL && out->tail_bytes > 0 && !keep_slices(call, out, slices, n_slices)) {
+    kvtr_out *out = kvtr_out_create(frame, head, NULL, NULL, 0);
+    if (out != NULL && out->tail_bytes > 0 && !keep_slices(call, out, p->slices, p->n_slices)) {
         kvtr_out_free(out);
         return NULL;
     }
-    *kept_p = out != NULL && out->tail_bytes > 0;
+    p->kept = out != NULL && out->tail_bytes > 0;
     return out;
 }
 
-/* With the mutex held: the frame and the WRITEs that go before it; takes slices if *kept_p. */
-static kvtr_out *create_chain(kvtr_rcall *call, kvc_frame *frame, const void *head,
-                              const char *detail, const kvt_slice *slices, uint32_t n_slices,
-                              bool *kept_p)
+/* With the mutex held: the frame and the WRITEs that go before it. */
+static kvtr_out *create_chain(kvtr_rcall *call, kvc_frame *frame, const void *head, payload *p)
 {
-    kvtr_link *link = call->link;
-    uint32_t n_wrs = kvtr_chain_wrs(link, slices, n_slices);
-    kvtr_buf *buf = NULL;
-    bool gather = n_wrs > 0 && n_wrs <= link->sq_depth / 2;
-    if (!gather)
-        buf = copy_slices(link, slices, n_slices, frame->data_bytes);
-    if (!gather && buf == NULL)
-        return create_whole(call, frame, head, detail, slices, n_slices, kept_p);
+    bool gather = p->copy == NULL && can_gather(call->link, p);
+    if (!gather && p->copy == NULL)
+        return create_whole(call, frame, head, p);
     frame->flags |= KVC_FRAME_ELSEWHERE;
-    frame->spare[0] = call->landing_addr;
-    kvtr_out *out = kvtr_out_create(frame, head, detail, NULL, 0);
-    if (out == NULL || (gather && !keep_slices(call, out, slices, n_slices))) {
-        kvtr_buf_put(buf);
-        free(out == NULL ? NULL : out->bytes);
-        free(out);
+    if (call->runs != NULL)
+        frame->flags |= KVTI_PLACED;
+    else
+        frame->spare[0] = call->landing_addr;
+    kvtr_out *out = kvtr_out_create(frame, head, NULL, NULL, 0);
+    if (out == NULL || (gather && !keep_slices(call, out, p->slices, p->n_slices))) {
+        if (out != NULL)
+            kvtr_out_free(out);
         return NULL;
     }
     out->chain = true;
     out->data_bytes = frame->data_bytes;
-    out->remote_addr = call->landing_addr;
+    out->places = p->places;
+    out->n_places = p->n_places;
     out->remote_key = call->landing_key;
-    out->buf = buf;
-    *kept_p = gather;
+    out->buf = p->copy;
+    p->places = NULL;
+    p->copy = NULL;
+    p->kept = gather;
     return out;
 }
 
 /* With the mutex held: sends a frame with its payload, or breaks the link for want of memory. */
-static void send_frame(kvtr_rcall *call, kvc_frame *frame, const void *head, const char *detail,
-                       const kvt_slice *slices, uint32_t n_slices, bool *kept_p)
+static void send_frame(kvtr_rcall *call, kvc_frame *frame, const void *head, payload *p)
 {
-    kvtr_link *link = call->link;
-    size_t whole_bytes = (size_t)frame->head_bytes + frame->detail_bytes + frame->data_bytes;
+    size_t whole_bytes = (size_t)frame->head_bytes + frame->data_bytes;
     kvtr_out *out;
-    if (kvtr_fits_fragment(link, whole_bytes))
-        out = create_small(frame, head, detail, slices, n_slices);
-    else if (frame->data_bytes == 0 || frame->data_bytes > call->landing_bytes)
-        out = create_whole(call, frame, head, detail, slices, n_slices, kept_p);
+    if (kvtr_fits_fragment(call->link, whole_bytes))
+        out = create_small(frame, head, p->slices, p->n_slices);
+    else if (frame->data_bytes == 0 || p->n_places == 0)
+        out = create_whole(call, frame, head, p);
     else
-        out = create_chain(call, frame, head, detail, slices, n_slices, kept_p);
+        out = create_chain(call, frame, head, p);
     send_of(call, out, frame->kind);
+}
+
+/* With the mutex held: what out did not take. */
+static void drop_payload(payload *p)
+{
+    kvtr_buf_put(p->copy);
+    free(p->places);
 }
 
 /* ---- the table's slots ----------------------------------------------------------------------- */
@@ -230,6 +277,15 @@ static kvc_status encode(const kvtr_rcall *call, const kvc_reply *reply, const k
     return KVC_OK;
 }
 
+/* Mutex free: where the payload of an encoded frame goes, and a copy of it where there has to be.
+ */
+static void prepare(kvtr_rcall *call, const kvc_reply *reply, const kvc_frame *frame, payload *p)
+{
+    static const kvc_reply empty;
+    find_places(call, reply == NULL ? &empty : reply, frame->data_bytes, p);
+    copy_payload(call, frame->head_bytes + frame->data_bytes, frame->data_bytes, p);
+}
+
 void kvtr_rdma_reply(kvt_call *base, kvc_status status, const char *detail, uint32_t retry_after_ms,
                      const kvc_reply *reply, const kvt_slice *slices, uint32_t n_slices)
 {
@@ -237,7 +293,7 @@ void kvtr_rdma_reply(kvt_call *base, kvc_status status, const char *detail, uint
     kvtr_loop *loop = &call->listener->loop;
     kvc_frame frame = {.kind = KVC_FRAME_END, .method = call->method, .call = call->id};
     const void *head = NULL;
-    bool kept = false;
+    payload p = {.slices = slices, .n_slices = n_slices};
     kvc_arena arena;
     KVC_ASSERT(n_slices <= KVT_MAX_SLICES && !call->sending);
     kvc_arena_init(&arena, KVTI_ARENA_BYTES);
@@ -247,19 +303,22 @@ void kvtr_rdma_reply(kvt_call *base, kvc_status status, const char *detail, uint
         status = KVC_IO;
         detail = "the server's answer is beyond the protocol's limits";
     }
+    if (whole)
+        prepare(call, reply, &frame, &p);
     kvc_mutex_lock(&loop->mutex);
     if (call->link != NULL && whole)
-        send_frame(call, &frame, head, NULL, slices, n_slices, &kept);
+        send_frame(call, &frame, head, &p);
     else if (call->link != NULL)
         send_of(call,
                 create_end(call->id, call->method, status, detail, retry_after_ms, call->summed),
                 KVC_FRAME_END);
+    drop_payload(&p);
     /* Slices that stay ours are released below, and the listener must not go before. */
-    call->listener->n_lent += kept ? 0 : n_slices;
+    call->listener->n_lent += p.kept ? 0 : n_slices;
     kvt_listener *listener = call->listener;
     kvtr_leave(call);
     kvc_mutex_unlock(&loop->mutex);
-    if (!kept && n_slices > 0) {
+    if (!p.kept && n_slices > 0) {
         release_all(slices, n_slices);
         kvtr_lent_back(listener, n_slices);
     }
@@ -274,24 +333,27 @@ kvc_status kvtr_rdma_send(kvt_call *base, const kvc_reply *reply, const kvt_slic
     kvtr_loop *loop = &call->listener->loop;
     kvc_frame frame = {.kind = KVC_FRAME_MESSAGE, .method = call->method, .call = call->id};
     const void *head;
-    bool kept = false;
+    payload p = {.slices = slices, .n_slices = n_slices};
     kvc_arena arena;
     KVC_ASSERT(n_slices <= KVT_MAX_SLICES && !call->sending && base->sent != NULL);
     kvc_arena_init(&arena, KVTI_ARENA_BYTES);
     kvc_status status = encode(call, reply, slices, n_slices, &arena, &head, &frame);
+    if (status == KVC_OK)
+        prepare(call, reply, &frame, &p);
     kvc_mutex_lock(&loop->mutex);
     kvt_listener *listener = call->listener;
     if (status == KVC_OK && !call->gone && call->link != NULL) {
         call->sending = true;
-        send_frame(call, &frame, head, NULL, slices, n_slices, &kept);
+        send_frame(call, &frame, head, &p);
     } else if (status == KVC_OK) {
         call->sent_due = true;
         call->sent_ok = false;
         kvtr_queue_call(call);
     }
-    listener->n_lent += kept ? 0 : n_slices;
+    drop_payload(&p);
+    listener->n_lent += p.kept ? 0 : n_slices;
     kvc_mutex_unlock(&loop->mutex);
-    if (!kept && n_slices > 0) {
+    if (!p.kept && n_slices > 0) {
         release_all(slices, n_slices);
         kvtr_lent_back(listener, n_slices);
     }

@@ -91,12 +91,22 @@ static bool begin_message(kvtr_link *link, const kvc_frame *frame)
     return true;
 }
 
+/* Rows have places in a request for rows alone, so many at most, and they come with it. */
+static bool runs_fit(const kvc_frame *frame)
+{
+    if ((frame->flags & KVTI_PLACED) == 0)
+        return true;
+    return frame->kind == KVC_FRAME_REQUEST && frame->method == KVC_FETCH_ROWS &&
+           (frame->flags & KVC_FRAME_ELSEWHERE) == 0 && frame->data_bytes % KVTI_RUN_BYTES == 0 &&
+           frame->data_bytes <= KVTI_MAX_RUNS * KVTI_RUN_BYTES;
+}
+
 bool kvtr_on_begin(kvtr_link *link, const kvc_frame *frame, bool *keep_p)
 {
     kvt_listener *listener = (kvt_listener *)link->loop;
     bool right = true;
-    if ((frame->flags & KVC_FRAME_OWN_FLAGS & ~KVTI_SUMMED) != 0 ||
-        ((frame->flags & KVTI_SUMMED) == 0 && frame->spare[2] != 0))
+    if ((frame->flags & KVC_FRAME_OWN_FLAGS & ~(KVTI_SUMMED | KVTI_PLACED)) != 0 ||
+        ((frame->flags & KVTI_SUMMED) == 0 && frame->spare[2] != 0) || !runs_fit(frame))
         return false;
     /* A payload that is elsewhere is read from there, unless the client serves no READs. */
     if ((frame->flags & KVC_FRAME_ELSEWHERE) != 0 && link->max_reads == 0)

@@ -69,6 +69,7 @@ void kvtr_rcall_free(kvtr_rcall *call)
     kvc_arena_reset(&call->base.arena);
     free(call->next_bytes);
     free(call->bytes);
+    free(call->runs);
     free(call);
 }
 
@@ -92,20 +93,42 @@ void kvtr_feed(kvtr_rcall *call)
 
 /* ---- a request arrives ----------------------------------------------------------------------- */
 
-/* With the mutex held: the call's payload is what the frame says, and charged_bytes are charged for
- * it; sees to the READ, if there is one to be. */
+/* With the mutex held: the client hears of an end that came while its payload was awaited. */
+static void end_held_back(kvtr_rcall *call)
+{
+    call->reading = false;
+    if (!call->gone || call->link == NULL)
+        return;
+    kvtr_send_end(call->link, call->id, call->method, call->early_status, call->early_why, 0,
+                  call->summed);
+    kvtr_forget(call);
+}
+
+/* With the mutex held: there is no buffer to read to, or nobody who wants it read. */
+static kvc_status lose_buf(kvtr_rcall *call, const char **why_p)
+{
+    bool gone = call->gone;
+    end_held_back(call);
+    *why_p = gone ? "the client has gone" : kvtr_too_many_bytes;
+    return gone ? KVC_CLOSED : KVC_AGAIN;
+}
+
+/* On the thread with the mutex held, which is free while memory is registered: the call's payload
+ * is what the frame says, and charged_bytes are charged for it; sees to the READ, if there is one
+ * to be. */
 static kvc_status take_bytes(kvtr_rcall *call, const kvc_frame *frame, const char **why_p)
 {
     bool full;
     call->data_bytes = frame->data_bytes;
     if ((frame->flags & KVC_FRAME_ELSEWHERE) == 0 || frame->data_bytes == 0)
         return KVC_OK;
-    *why_p = kvtr_too_many_bytes;
+    call->reading = true; /* nobody takes it back while the mutex is free */
     call->data = kvtr_buf_get(call->link->domain, frame->data_bytes, &full);
-    if (call->data == NULL)
-        return KVC_AGAIN;
+    if (call->data == NULL || call->gone)
+        return lose_buf(call, why_p);
     kvtr_read *read = calloc(1, sizeof(*read));
     if (read == NULL) {
+        call->reading = false;
         *why_p = "out of memory";
         return KVC_NO_MEMORY;
     }
@@ -114,7 +137,6 @@ static kvc_status take_bytes(kvtr_rcall *call, const kvc_frame *frame, const cha
                         .remote_addr = frame->spare[0],
                         .remote_key = (uint32_t)frame->spare[1],
                         .arg = call};
-    call->reading = true;
     kvtr_start_read(call->link, read);
     return KVC_OK;
 }
@@ -147,16 +169,32 @@ static kvc_status admit(kvtr_rcall *call, kvtr_link *link, const kvc_frame *fram
     return KVC_OK;
 }
 
+/* The runs that came with a request for rows. False: no memory. */
+static bool take_runs(kvtr_rcall *call, const kvc_frame *frame)
+{
+    uint32_t n = frame->data_bytes / KVTI_RUN_BYTES;
+    if ((frame->flags & KVTI_PLACED) == 0)
+        return true;
+    call->runs = calloc(n + 1u, sizeof(*call->runs));
+    if (call->runs == NULL)
+        return false;
+    kvtr_runs_decode(call->bytes + frame->head_bytes, n, call->runs);
+    call->n_runs = n;
+    call->landing_key = (uint32_t)frame->spare[1];
+    return true;
+}
+
 static kvtr_rcall *create_call(kvtr_link *link, const kvc_frame *frame, const uint8_t *body)
 {
     kvtr_rcall *call = calloc(1, sizeof(*call));
     uint8_t *bytes = kvtr_take_body(link, body);
-    if (call == NULL || bytes == NULL) {
+    if (call != NULL)
+        call->bytes = bytes;
+    if (call == NULL || bytes == NULL || !take_runs(call, frame)) {
         free(call);
         free(bytes);
         return NULL;
     }
-    call->bytes = bytes;
     call->len_bytes = kvc_frame_body_bytes(frame);
     call->listener = (kvt_listener *)link->loop;
     call->frame = *frame;
@@ -166,7 +204,7 @@ static kvtr_rcall *create_call(kvtr_link *link, const kvc_frame *frame, const ui
     call->base.ops = &kvt_rdma_ops;
     call->base.tenant = "default";
     call->base.deadline_ns = kvtr_deadline_of(call->listener, frame);
-    if ((frame->flags & KVC_FRAME_ELSEWHERE) == 0) {
+    if ((frame->flags & (KVC_FRAME_ELSEWHERE | KVTI_PLACED)) == 0) {
         call->landing_addr = frame->spare[0];
         call->landing_key = (uint32_t)frame->spare[1];
         call->landing_bytes = (uint32_t)(frame->spare[1] >> 32);
@@ -182,7 +220,8 @@ static kvc_status check_sum(const kvtr_rcall *call, const kvc_frame *frame, cons
     *why_p = "a message without the sum that its request has";
     if (call->summed && (frame->flags & KVTI_SUMMED) == 0)
         return KVC_CORRUPT;
-    return kvtr_check_sum(frame, head, data, why_p);
+    struct iovec piece = {(void *)(uintptr_t)data, frame->data_bytes};
+    return kvtr_check_sum(frame, head, &piece, 1, why_p);
 }
 
 static kvc_status decode(kvtr_rcall *call, const char **why_p)
@@ -193,6 +232,8 @@ static kvc_status decode(kvtr_rcall *call, const char **why_p)
         call->data != NULL ? call->data->bytes : call->bytes + call->frame.head_bytes;
     if (check_sum(call, &call->frame, call->bytes, data, why_p) != KVC_OK)
         return KVC_CORRUPT;
+    if (call->runs != NULL) /* the data are the transport's */
+        pieces[0].iov_len = call->frame.head_bytes;
     if (call->data != NULL)
         pieces[n_pieces++] = (struct iovec){call->data->bytes, call->data_bytes};
     kvc_status status = kvc_wire_decode_request(call->method, pieces, n_pieces, &call->base.arena,
@@ -392,14 +433,9 @@ void kvtr_on_read(kvtr_link *link, kvtr_read *read)
     kvtr_rcall *call = read->arg;
     free(read);
     kvc_mutex_lock(&link->loop->mutex);
-    call->reading = false;
-    if (call->gone && call->link != NULL) {
-        kvtr_send_end(link, call->id, call->method, call->early_status, call->early_why, 0,
-                      call->summed);
-        kvtr_forget(call);
-    } else if (call->dispatched && !call->gone) {
+    end_held_back(call);
+    if (call->dispatched && !call->gone)
         kvtr_send_plain(link, KVC_FRAME_CREDIT, call->id);
-    }
     bool first = !call->dispatched, gone = call->gone;
     if (!first)
         call->receiving = false;

@@ -77,7 +77,7 @@ static void on_established(kvtr_link *link, const struct rdma_conn_param *theirs
     kvc_mutex_lock(&link->loop->mutex);
     link->state = KVTI_LINK_UP;
     link->spoken = true;
-    kvtr_begin_ops(link->owner);
+    kvtr_begin_ops(link->owner, true);
     kvc_mutex_unlock(&link->loop->mutex);
 }
 
@@ -147,6 +147,7 @@ static kvt_conn *create_conn(const kvt_connect_opts *opts)
     conn->loop.owner = &owner;
     conn->loop.is_client = true;
     conn->loop.pool_max_bytes = POOL_BYTES;
+    conn->loop.region_max_bytes = opts->region_bytes == 0 ? KVTI_REGION_BYTES : opts->region_bytes;
     conn->loop.handshake_ns = HANDSHAKE_NS;
     conn->loop.keepalive_ns = KEEPALIVE_NS;
     return conn;
@@ -202,7 +203,8 @@ static kvc_status check_xfer(const kvt_xfer *xfer)
 {
     if (xfer->req == NULL || xfer->done == NULL || xfer->req->n_data > KVT_MAX_SLICES ||
         kvt_streams_reply(xfer->req->method) != (xfer->message != NULL) ||
-        kvt_streams_request(xfer->req->method) != (xfer->pushed != NULL))
+        kvt_streams_request(xfer->req->method) != (xfer->pushed != NULL) ||
+        (xfer->rooms != NULL && xfer->req->method != KVC_FETCH_ROWS))
         return KVC_INVALID;
     return KVC_OK;
 }
@@ -226,8 +228,7 @@ static kvc_status create_op(kvt_conn *conn, kvt_xfer *xfer, kvtr_rop **op_p)
     kvc_arena_init(&op->arena, KVTI_ARENA_BYTES);
     kvc_status status = kvc_wire_encode_request(xfer->req, &op->arena, &op->head, &head_bytes);
     if (status != KVC_OK) {
-        kvc_arena_reset(&op->arena);
-        free(op);
+        kvtr_op_free(op);
         return status;
     }
     op->conn = conn;
@@ -239,6 +240,8 @@ static kvc_status create_op(kvt_conn *conn, kvt_xfer *xfer, kvtr_rop **op_p)
                             .head_bytes = (uint32_t)head_bytes,
                             .data_bytes = (uint32_t)xfer->req->data_bytes};
     add_sum(conn, &op->frame, xfer->req);
+    if (xfer->rooms != NULL)
+        kvtr_plan_places(op, xfer);
     *op_p = op;
     return KVC_OK;
 }
@@ -266,7 +269,7 @@ static void enqueue(kvt_conn *conn, kvtr_rop *op)
     if (kvc_expired(deadline_ns))
         kvtr_end_op(op, KVC_TIMED_OUT, "the deadline passed");
     else if (channel->link != NULL && channel->link->state == KVTI_LINK_UP)
-        kvtr_begin_ops(channel);
+        kvtr_begin_ops(channel, false);
     else
         kvtr_loop_wake(&conn->loop);
 }
@@ -278,6 +281,7 @@ kvc_status kvtr_rdma_submit(kvt_conn *conn, kvt_xfer *xfer)
     xfer->status = KVC_OK;
     xfer->detail[0] = '\0';
     xfer->retry_after_ms = 0;
+    xfer->placed = false;
     xfer->priv = NULL;
     kvc_status status = check_xfer(xfer);
     if (status == KVC_OK)
@@ -292,10 +296,8 @@ kvc_status kvtr_rdma_submit(kvt_conn *conn, kvt_xfer *xfer)
     else
         enqueue(conn, op);
     kvc_mutex_unlock(&conn->loop.mutex);
-    if (status != KVC_OK) {
-        kvc_arena_reset(&op->arena);
-        free(op);
-    }
+    if (status != KVC_OK)
+        kvtr_op_free(op);
     return status;
 }
 
@@ -311,7 +313,9 @@ static kvc_status push_frame(kvtr_rop *op, kvc_frame *frame, const void *head,
     frame->call = op->id;
     if (req == NULL)
         frame->flags |= KVC_FRAME_LAST;
-    bool staged = req != NULL && kvtr_stage(op, op->link, frame, req);
+    bool staged = req != NULL && kvtr_stage(op, op->link, frame, req, true);
+    if (op->ended || op->link == NULL || op->link->broken)
+        return KVC_CLOSED;
     out = req == NULL || staged ? kvtr_out_create(frame, head, NULL, NULL, 0)
                                 : kvtr_out_create(frame, head, NULL, req->data,
                                                   req->data_bytes > 0 ? req->n_data : 0);

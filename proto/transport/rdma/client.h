@@ -1,5 +1,5 @@
 /*
- * client.h: what the files of the connecting end share: client.c, ops.c.
+ * client.h: what the files of the connecting end share: client.c, ops.c, ops_begin.c.
  *
  * Everything is guarded by the loop's mutex but what says otherwise.
  */
@@ -33,10 +33,15 @@ struct kvtr_rop {
     kvc_arena arena;      /* until it is under way */
     kvtr_buf *landing;    /* where replies are written to */
     kvtr_buf *staging;    /* what the server reads */
-    bool waiting;         /* at the channel */
-    bool listed;          /* to be told */
-    bool ended;           /* status is final; done is about to run */
-    bool pushing;         /* a message has not been taken by the server yet */
+    kvtr_run *runs;       /* [n_runs] where its rows shall be written to; NULL: to a landing */
+    uint32_t n_runs;
+    const void *placing; /* the range that they lie in, while the server may write there */
+    uint64_t let_go_ns;  /* it has ended, and the server has until then to say so; 0: no matter */
+    bool waiting;        /* at the channel */
+    bool beginning;      /* the thread registers memory for it */
+    bool listed;         /* to be told */
+    bool ended;          /* status is final; done is about to run */
+    bool pushing;        /* a message has not been taken by the server yet */
     bool pushed_due, pushed_ok;
     bool half_closed;
     kvc_status status;
@@ -63,24 +68,39 @@ struct kvt_conn {
     uint32_t n_landings;
     uint64_t next_id;
     uint64_t next_deadline_ns; /* no op's is earlier; 0: none */
+    bool begin_due;            /* something waits for the thread to register memory for it */
     bool closed;
 };
 
-/* ops.c */
+/* ops.c; with the mutex held. */
+/* It is in the link's table from here, and no more: the server is done with it, or the queue pair
+ * is gone. */
+void kvtr_op_keep(kvtr_rop *op, kvtr_link *link);
+void kvtr_op_forget(kvtr_rop *op);
+void kvtr_op_leave(kvtr_rop *op); /* its channel */
+void kvtr_op_drop_memory(kvtr_rop *op);
+
 bool kvtr_client_begin(kvtr_link *link, const kvc_frame *frame, bool *keep_p);
 bool kvtr_client_frame(kvtr_link *link, const kvc_frame *frame, uint8_t *body);
 void kvtr_client_down(kvtr_link *link, kvtr_read *reads);
 uint64_t kvtr_client_turn(kvtr_loop *loop);
-/* With the mutex held. Begins what waits at the channel and can begin. */
-void kvtr_begin_ops(kvtr_channel *channel);
+/* With the mutex held. Begins what waits at the channel and can begin. On the loop's thread, where
+ * memory may be registered, with the mutex free meanwhile; elsewhere not. */
+void kvtr_begin_ops(kvtr_channel *channel, bool on_thread);
 /* With the mutex held: everything that waits at the channel ends so. */
 void kvtr_fail_waiting(kvtr_channel *channel, kvc_status status, const char *why);
 /* With the mutex held: ends an op for its caller; done runs on the loop's thread. */
 void kvtr_end_op(kvtr_rop *op, kvc_status status, const char *detail);
 void kvtr_list_op(kvtr_rop *op);
-/* With the mutex held: copies a payload where the server can read it; false: not now, and full_p
- * says whether later. Sets frame. */
-bool kvtr_stage(kvtr_rop *op, kvtr_link *link, kvc_frame *frame, const kvc_request *req);
+/* With the mutex held, which is free while memory is registered where this is the loop's thread:
+ * copies a payload where the server can read it, and says so in frame; false: there is no such
+ * place, or (not on the thread) the thread is to begin it, and begin_due is set. */
+bool kvtr_stage(kvtr_rop *op, kvtr_link *link, kvc_frame *frame, const kvc_request *req,
+                bool on_thread);
+/* Before it is submitted: where the rows of the transfer shall be written to. */
+void kvtr_plan_places(kvtr_rop *op, const kvt_xfer *xfer);
+/* It is in no table and nobody's. */
+void kvtr_op_free(kvtr_rop *op);
 /* Mutex free: the thread, with a channel that has work and no link. */
 void kvtr_start_link(kvtr_channel *channel);
 

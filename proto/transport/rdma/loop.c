@@ -212,7 +212,7 @@ kvc_status kvtr_loop_init(kvtr_loop *loop, const char *thread_name)
         goto err_fds;
     if (loop->pool_keep_ns == 0)
         loop->pool_keep_ns = KVTI_KEEP_NS;
-    status = loop->is_client ? KVC_OK : kvtr_ranges_start(loop);
+    status = kvtr_ranges_start(loop, loop->is_client ? "kvc-rdma-reg" : "kvt-rdma-reg");
     if (status == KVC_OK)
         status = kvc_thread_start(&loop->thread, thread_name, run_loop, loop);
     if (status == KVC_OK)

@@ -78,22 +78,26 @@ static bool has_room(const kvtr_loop *loop, uint32_t size_bytes)
     return loop->pool_bytes + size_bytes <= loop->pool_max_bytes;
 }
 
-/* Frees what is kept of other sizes, and for other links, until there is room. */
-static bool make_room(kvtr_loop *loop, uint32_t size_bytes)
+/* Takes out what is kept of other sizes, and for other links, until there is room. */
+static kvtr_buf *make_room(kvtr_loop *loop, uint32_t size_bytes)
 {
+    kvtr_buf *taken = NULL;
     for (kvtr_domain *domain = loop->domains; domain != NULL; domain = domain->next) {
         for (uint32_t c = KVTI_BINS; c-- > 0;) {
             while (!has_room(loop, size_bytes) && domain->free[c] != NULL) {
                 kvtr_buf *buf = domain->free[c];
                 domain->free[c] = buf->next;
                 loop->pool_bytes -= buf->size_bytes;
-                buf_free(buf);
+                domain->n_lent++; /* which stays until it is freed */
+                buf->next = taken;
+                taken = buf;
             }
         }
     }
-    return has_room(loop, size_bytes);
+    return taken;
 }
 
+/* Mutex free; it counts already. */
 static kvtr_buf *buf_create(kvtr_domain *domain, uint32_t bin)
 {
     kvtr_buf *buf = calloc(1, sizeof(*buf));
@@ -109,7 +113,6 @@ static kvtr_buf *buf_create(kvtr_domain *domain, uint32_t bin)
     buf->mr = kvtr_register(domain->pd, buf->bytes, buf->size_bytes, domain->access);
     if (buf->mr == NULL)
         goto err_bytes;
-    domain->loop->pool_bytes += buf->size_bytes;
     return buf;
 
 err_bytes:
@@ -119,19 +122,60 @@ err_buf:
     return NULL;
 }
 
-kvtr_buf *kvtr_buf_get(kvtr_domain *domain, uint32_t len_bytes, bool *full_p)
+/* The mutex is free meanwhile. What counts for it keeps the domain. */
+static kvtr_buf *buf_add(kvtr_domain *domain, uint32_t bin, kvtr_buf *taken, bool has_space)
+{
+    kvtr_loop *loop = domain->loop;
+    kvtr_buf *freed = taken, *buf = NULL;
+    kvc_mutex_unlock(&loop->mutex);
+    for (; taken != NULL; taken = taken->next)
+        kvtr_deregister(taken->mr);
+    if (has_space)
+        buf = buf_create(domain, bin);
+    kvc_mutex_lock(&loop->mutex);
+    while (freed != NULL) {
+        kvtr_buf *next = freed->next;
+        freed->domain->n_lent--;
+        free(freed->bytes);
+        free(freed);
+        freed = next;
+    }
+    return buf;
+}
+
+kvtr_buf *kvtr_buf_find(kvtr_domain *domain, uint32_t len_bytes)
 {
     uint32_t bin = bin_of(len_bytes);
     kvtr_buf *buf = domain->free[bin];
+    if (buf == NULL)
+        return NULL;
+    domain->free[bin] = buf->next;
+    domain->n_lent++;
+    return buf;
+}
+
+kvtr_buf *kvtr_buf_get(kvtr_domain *domain, uint32_t len_bytes, bool *full_p)
+{
+    kvtr_loop *loop = domain->loop;
+    uint32_t bin = bin_of(len_bytes);
+    kvtr_buf *buf = kvtr_buf_find(domain, len_bytes);
     *full_p = false;
-    if (buf != NULL) {
-        domain->free[bin] = buf->next;
-    } else {
-        *full_p = !make_room(domain->loop, bin_bytes(bin));
-        buf = *full_p ? NULL : buf_create(domain, bin);
-    }
     if (buf != NULL)
+        return buf;
+    kvtr_buf *taken = make_room(loop, bin_bytes(bin));
+    bool has_space = has_room(loop, bin_bytes(bin));
+    *full_p = !has_space;
+    if (!has_space && taken == NULL)
+        return NULL;
+    if (has_space) {
+        loop->pool_bytes += bin_bytes(bin);
         domain->n_lent++;
+    }
+    buf = buf_add(domain, bin, taken, has_space);
+    if (has_space && buf == NULL) {
+        loop->pool_bytes -= bin_bytes(bin);
+        domain->n_lent--;
+    }
     return buf;
 }
 

@@ -11,6 +11,7 @@
 
 #include "base/assert.h"
 #include "base/clock.h"
+#include "base/metrics.h"
 #include "client.h"
 #include "wire/wire.h"
 
@@ -29,7 +30,7 @@ static kvtr_rop *find_op(kvtr_link *link, uint64_t id)
     return op;
 }
 
-static void put_memory(kvtr_rop *op)
+void kvtr_op_drop_memory(kvtr_rop *op)
 {
     if (op->landing != NULL)
         op->conn->n_landings--;
@@ -38,17 +39,26 @@ static void put_memory(kvtr_rop *op)
     op->landing = op->staging = NULL;
 }
 
-/* With the mutex held: the server is done with it. */
-static void forget(kvtr_rop *op)
+void kvtr_op_keep(kvtr_rop *op, kvtr_link *link)
+{
+    op->link = link;
+    op->same = *bucket_of(link, op->id);
+    *bucket_of(link, op->id) = op;
+}
+
+void kvtr_op_forget(kvtr_rop *op)
 {
     kvtr_rop **at = bucket_of(op->link, op->id);
     while (*at != op)
         at = &(*at)->same;
     *at = op->same;
+    if (op->placing != NULL)
+        kvtr_range_leave(op->link->domain, op->placing);
+    op->placing = NULL;
     op->link = NULL;
 }
 
-static void leave_channel(kvtr_rop *op)
+void kvtr_op_leave(kvtr_rop *op)
 {
     kvtr_channel *channel = op->channel;
     kvtr_rop **at = &channel->first;
@@ -85,10 +95,19 @@ void kvtr_end_op(kvtr_rop *op, kvc_status status, const char *detail)
         op->pushed_ok = false;
     }
     if (op->waiting)
-        leave_channel(op);
+        kvtr_op_leave(op);
     else if (op->link != NULL && op->link->state == KVTI_LINK_UP)
         kvtr_send_plain(op->link, KVC_FRAME_CANCEL, op->id);
-    kvtr_list_op(op);
+    if (op->link == NULL || op->placing == NULL) {
+        kvtr_list_op(op);
+        return;
+    }
+    /* The server may write to its caller's memory until it says that it is done. */
+    kvt_conn *conn = op->conn;
+    op->let_go_ns = kvc_deadline_ns(KVTI_LET_GO_NS);
+    if (conn->next_deadline_ns == 0 || op->let_go_ns < conn->next_deadline_ns)
+        conn->next_deadline_ns = op->let_go_ns;
+    kvtr_loop_wake(&conn->loop);
 }
 
 void kvtr_fail_waiting(kvtr_channel *channel, kvc_status status, const char *why)
@@ -97,98 +116,11 @@ void kvtr_fail_waiting(kvtr_channel *channel, kvc_status status, const char *why
         kvtr_end_op(channel->first, status, why);
 }
 
-/* ---- beginning ------------------------------------------------------------------------------- */
-
-static void copy_data(uint8_t *at, const kvc_request *req)
-{
-    for (uint32_t i = 0; i < req->n_data; i++) {
-        if (req->data[i].iov_len > 0)
-            memcpy(at, req->data[i].iov_base, req->data[i].iov_len);
-        at += req->data[i].iov_len;
-    }
-}
-
-bool kvtr_stage(kvtr_rop *op, kvtr_link *link, kvc_frame *frame, const kvc_request *req)
-{
-    bool full;
-    if (req->data_bytes == 0 || !link->peer_reads ||
-        kvtr_fits_fragment(link, frame->head_bytes + (size_t)req->data_bytes))
-        return false;
-    kvtr_buf_put(op->staging); /* of the message before, which the server has taken */
-    op->staging = kvtr_buf_get(link->domain, (uint32_t)req->data_bytes, &full);
-    if (op->staging == NULL)
-        return false;
-    copy_data(op->staging->bytes, req);
-    frame->flags |= KVC_FRAME_ELSEWHERE;
-    frame->spare[0] = (uintptr_t)op->staging->bytes;
-    frame->spare[1] = op->staging->mr->rkey;
-    return true;
-}
-
-/* With the mutex held. False: it has to wait for a buffer. */
-static bool take_landing(kvtr_rop *op, kvtr_link *link)
-{
-    bool full;
-    if (!(kvc_method_flags(op->frame.method) & KVC_METHOD_BULK_REPLY))
-        return true;
-    if (op->conn->n_landings >= KVTI_LANDINGS)
-        return false;
-    op->landing = kvtr_buf_get(link->domain, op->conn->max_message_bytes, &full);
-    if (op->landing == NULL)
-        return true; /* the reply comes in fragments */
-    op->conn->n_landings++;
-    op->frame.spare[0] = (uintptr_t)op->landing->bytes;
-    op->frame.spare[1] = op->landing->mr->rkey | (uint64_t)op->conn->max_message_bytes << 32;
-    return true;
-}
-
-/* With the mutex held: the request goes out, unless it has to wait. */
-static void begin_op(kvtr_rop *op, kvtr_link *link)
-{
-    kvc_frame *frame = &op->frame;
-    const kvc_request *req = op->xfer->req;
-    uint64_t now_ns = kvc_now_ns();
-    if (!take_landing(op, link))
-        return;
-    bool staged = kvtr_stage(op, link, frame, req);
-    frame->call = op->id;
-    if (op->deadline_ns != 0)
-        frame->deadline_ns = op->deadline_ns > now_ns ? op->deadline_ns - now_ns : 1;
-    if (frame->deadline_ns > KVC_FRAME_MAX_DEADLINE_NS)
-        frame->deadline_ns = 0;
-    kvtr_out *out = kvtr_out_create(frame, op->head, NULL, req->data,
-                                    staged || req->data_bytes == 0 ? 0 : req->n_data);
-    leave_channel(op);
-    kvc_arena_reset(&op->arena);
-    op->head = NULL;
-    if (out == NULL) {
-        put_memory(op);
-        kvtr_end_op(op, KVC_NO_MEMORY, "out of memory");
-        return;
-    }
-    op->link = link;
-    op->same = *bucket_of(link, op->id);
-    *bucket_of(link, op->id) = op;
-    kvtr_send(link, out);
-}
-
-void kvtr_begin_ops(kvtr_channel *channel)
-{
-    kvtr_link *link = channel->link;
-    if (link == NULL || link->state != KVTI_LINK_UP || link->broken)
-        return;
-    kvtr_rop *next;
-    for (kvtr_rop *op = channel->first; op != NULL; op = next) {
-        next = op->waits; /* one that waits for a landing does not stop those that need none */
-        begin_op(op, link);
-    }
-}
-
 /* With the mutex held: a buffer may have come back. */
 static void begin_all(kvt_conn *conn)
 {
     for (uint32_t i = 0; i < conn->n_channels; i++)
-        kvtr_begin_ops(&conn->channels[i]);
+        kvtr_begin_ops(&conn->channels[i], true);
 }
 
 /* ---- what comes ------------------------------------------------------------------------------ */
@@ -206,14 +138,67 @@ static kvc_status find_data(const kvtr_rop *op, const kvc_frame *frame, uint8_t 
     *why_p = "a reply without the sum that was asked for";
     if (op->conn->sums && !summed)
         return KVC_CORRUPT;
-    return kvtr_check_sum(frame, body, *data_p, why_p);
+    struct iovec piece = {*data_p, frame->data_bytes};
+    return kvtr_check_sum(frame, body, &piece, 1, why_p);
 }
 
-/* A message where it lies: header in body, payload behind it or in the landing. */
+/* The same for rows in their places [n]. */
+static kvc_status check_places(const kvtr_rop *op, const kvc_frame *frame, const uint8_t *body,
+                               const kvtr_place *places, uint32_t n, const char **why_p)
+{
+    *why_p = "a reply without the sum that was asked for";
+    if ((frame->flags & KVTI_SUMMED) == 0)
+        return op->conn->sums ? KVC_CORRUPT : KVC_OK;
+    *why_p = "out of memory";
+    struct iovec *pieces = calloc(n + 1u, sizeof(*pieces));
+    if (pieces == NULL)
+        return KVC_NO_MEMORY;
+    for (uint32_t i = 0; i < n; i++)
+        pieces[i] = (struct iovec){(void *)(uintptr_t)places[i].addr, places[i].len_bytes};
+    kvc_status status = kvtr_check_sum(frame, body, pieces, n, why_p);
+    free(pieces);
+    return status;
+}
+
+/* Rows that the server has written to their places: which are missing is in the header. */
+static kvc_status take_placed(const kvtr_rop *op, kvt_xfer *xfer, const kvc_frame *frame,
+                              uint8_t *body, const char **why_p)
+{
+    /* Stands for the payload where the header is decoded, which does not look at it. */
+    static const uint8_t nothing[KVC_FRAME_DATA_BYTES];
+    struct iovec pieces[2] = {{body, frame->head_bytes},
+                              {(void *)(uintptr_t)nothing, frame->data_bytes}};
+    *why_p = "rows that were written to no place of theirs";
+    if (op->runs == NULL || (frame->flags & KVC_FRAME_ELSEWHERE) == 0)
+        return KVC_PROTOCOL;
+    kvc_status status =
+        kvc_wire_decode_reply(xfer->req->method, pieces, 2, &xfer->arena, &xfer->reply, why_p);
+    if (status != KVC_OK && op->conn->sums)
+        KVC_COUNT(rdma_sums_wrong);
+    if (status != KVC_OK)
+        return op->conn->sums ? KVC_CORRUPT : KVC_PROTOCOL;
+    uint32_t n;
+    *why_p = "the rows' length does not fit their places (is row_bytes the part's?)";
+    kvtr_place *places = kvtr_runs_cut(op->runs, op->n_runs, xfer->reply.u.fetch_rows.missing,
+                                       xfer->reply.u.fetch_rows.n_missing, frame->data_bytes, &n);
+    if (places == NULL)
+        return KVC_PROTOCOL;
+    status = check_places(op, frame, body, places, n, why_p);
+    free(places);
+    xfer->reply.data = NULL;
+    xfer->reply.n_data = 0;
+    xfer->placed = status == KVC_OK;
+    KVC_COUNT_N(rdma_placed_bytes, frame->data_bytes);
+    return status;
+}
+
+/* A message where it lies: header in body, payload behind it, in the landing or in its places. */
 static kvc_status take_message(kvtr_rop *op, kvt_xfer *xfer, const kvc_frame *frame, uint8_t *body,
                                const char **why_p)
 {
     uint8_t *data;
+    if ((frame->flags & KVTI_PLACED) != 0)
+        return take_placed(op, xfer, frame, body, why_p);
     kvc_status status = find_data(op, frame, body, &data, why_p);
     if (status != KVC_OK)
         return status;
@@ -235,9 +220,10 @@ static void unlist_op(kvtr_rop *op)
     op->xfer->priv = NULL;
 }
 
-static void free_op(kvtr_rop *op)
+void kvtr_op_free(kvtr_rop *op)
 {
     kvc_arena_reset(&op->arena);
+    free(op->runs);
     free(op);
 }
 
@@ -256,13 +242,13 @@ static void deliver_end(kvtr_rop *op, kvt_xfer *xfer, kvc_status status, const c
     op->xfer = NULL;
     bool over = op->link == NULL;
     if (over)
-        put_memory(op);
+        kvtr_op_drop_memory(op);
     conn->n_ops--;
     begin_all(conn);
     kvc_cond_broadcast(&conn->loop.changed);
     kvc_mutex_unlock(&conn->loop.mutex);
     if (over)
-        free_op(op);
+        kvtr_op_free(op);
 }
 
 static bool on_end(kvtr_rop *op, const kvc_frame *frame, uint8_t *body)
@@ -274,11 +260,13 @@ static bool on_end(kvtr_rop *op, const kvc_frame *frame, uint8_t *body)
     uint8_t *unused;
     kvc_status status = frame->status;
     kvc_mutex_lock(&conn->loop.mutex);
-    forget(op);
+    kvtr_op_forget(op);
     bool late = op->ended; /* its caller hears, or has heard, something else */
     if (late && xfer == NULL) {
-        put_memory(op);
+        kvtr_op_drop_memory(op);
         begin_all(conn);
+    } else if (late) {
+        kvtr_list_op(op); /* where it was held back until now */
     }
     if (!late) {
         op->ended = true;
@@ -289,7 +277,7 @@ static bool on_end(kvtr_rop *op, const kvc_frame *frame, uint8_t *body)
     kvc_mutex_unlock(&conn->loop.mutex);
     if (late) {
         if (xfer == NULL)
-            free_op(op);
+            kvtr_op_free(op);
         return true;
     }
     memcpy(text, body + frame->head_bytes, frame->detail_bytes);
@@ -392,10 +380,11 @@ void kvtr_client_down(kvtr_link *link, kvtr_read *reads)
     const char *why = link->why == NULL ? "the connection was closed" : link->why;
     for (uint32_t b = 0; b < KVTI_CALL_BUCKETS; b++) {
         for (kvtr_rop *op; (op = link->calls[b]) != NULL;) {
+            kvtr_op_forget(op);
             kvtr_end_op(op, status, why);
-            forget(op);
+            kvtr_list_op(op); /* where it had ended, and was held back until now */
             if (op->xfer == NULL) {
-                put_memory(op);
+                kvtr_op_drop_memory(op);
                 op->told = over;
                 over = op;
             }
@@ -409,7 +398,7 @@ void kvtr_client_down(kvtr_link *link, kvtr_read *reads)
     while (over != NULL) {
         kvtr_rop *op = over;
         over = op->told;
-        free_op(op);
+        kvtr_op_free(op);
     }
 }
 
@@ -420,12 +409,13 @@ static void end_late(kvt_conn *conn)
     if (conn->next_deadline_ns == 0 || now_ns < conn->next_deadline_ns)
         return;
     for (kvtr_rop *op = conn->ops; op != NULL; op = op->next) {
-        if (op->ended || op->deadline_ns == 0)
-            continue;
-        if (op->deadline_ns <= now_ns)
+        if (!op->ended && op->deadline_ns != 0 && op->deadline_ns <= now_ns)
             kvtr_end_op(op, KVC_TIMED_OUT, "the deadline passed");
-        else if (first_ns == 0 || op->deadline_ns < first_ns)
-            first_ns = op->deadline_ns;
+        uint64_t due_ns = op->ended ? op->let_go_ns : op->deadline_ns;
+        if (op->ended && op->link != NULL && due_ns != 0 && due_ns <= now_ns)
+            kvtr_link_break(op->link, "the server did not let go of a caller's memory");
+        else if (due_ns > now_ns && (first_ns == 0 || due_ns < first_ns))
+            first_ns = due_ns;
     }
     conn->next_deadline_ns = first_ns;
 }
@@ -446,6 +436,10 @@ uint64_t kvtr_client_turn(kvtr_loop *loop)
     for (;;) {
         kvc_mutex_lock(&loop->mutex);
         end_late(conn);
+        if (conn->begin_due) {
+            conn->begin_due = false;
+            begin_all(conn);
+        }
         uint64_t next_ns = conn->next_deadline_ns;
         kvtr_channel *channel = without_link(conn);
         kvtr_rop *op = conn->told;

@@ -2,13 +2,18 @@
  * ranges.c: lent memory, registered after its first use by a thread of its own.
  *
  * To register a segment of 64 MiB takes milliseconds, for which nobody waits: until it is done,
- * what is sent of it is copied. Everything is guarded by the loop's mutex but the registering
- * itself, on the thread "kvt-rdma-reg", one range at a time: that range stays in the table, and its
- * domain stays, until it is done. Only servers send from lent memory.
+ * what goes there or comes from there is copied. Everything is guarded by the loop's mutex but the
+ * registering itself, on the thread "kvt-rdma-reg" or "kvc-rdma-reg", one range at a time: that
+ * range stays in the table, and its domain stays, until it is done. Servers send from lent memory,
+ * without a limit; clients have rows written to it, and keep so many ranges and bytes registered:
+ * beyond that the one that was used least recently goes, unless the server may still write there.
  */
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/assert.h"
+#include "base/clock.h"
+#include "base/metrics.h"
 #include "rdma_internal.h"
 
 /* The number of ranges that begin at or before base. */
@@ -55,7 +60,20 @@ static void on_added(kvc_lent_watch *watch, void *base, size_t len_bytes)
     kvc_mutex_unlock(&domain->loop->mutex);
 }
 
-/* Nothing of it is on its way any more: who lends memory keeps it while his slices are out. */
+/* With the mutex held: it is registered no more. Gives what is to be deregistered. */
+static struct ibv_mr *take_mr(kvtr_loop *loop, kvtr_range *range)
+{
+    struct ibv_mr *mr = range->mr;
+    range->mr = NULL;
+    if (mr != NULL && loop->is_client) {
+        loop->n_regions--;
+        loop->region_bytes -= range->len_bytes;
+    }
+    return mr;
+}
+
+/* Nothing of it is on its way any more: who lends memory keeps it while his slices are out, and
+ * until the transfers to it are done. */
 static void on_removed(kvc_lent_watch *watch, void *base, size_t len_bytes)
 {
     kvtr_domain *domain = (kvtr_domain *)((char *)watch - offsetof(kvtr_domain, watch));
@@ -67,7 +85,8 @@ static void on_removed(kvc_lent_watch *watch, void *base, size_t len_bytes)
         kvc_cond_wait(&loop->changed, &loop->mutex);
     kvtr_range *range = range_at(domain, base);
     if (range != NULL) {
-        mr = range->mr;
+        KVC_ASSERT(range->n_used == 0);
+        mr = take_mr(loop, range);
         uint32_t behind = domain->n_ranges - (uint32_t)(range - domain->ranges) - 1;
         memmove(range, range + 1, behind * sizeof(*range));
         domain->n_ranges--;
@@ -86,12 +105,18 @@ void kvtr_ranges_begin(kvtr_domain *domain)
 void kvtr_ranges_end(kvtr_domain *domain)
 {
     kvc_lent_watch_end(&domain->watch);
-    for (uint32_t i = 0; i < domain->n_ranges; i++)
-        kvtr_deregister(domain->ranges[i].mr);
+    for (uint32_t i = 0; i < domain->n_ranges; i++) {
+        kvc_mutex_lock(&domain->loop->mutex);
+        struct ibv_mr *mr = take_mr(domain->loop, &domain->ranges[i]);
+        kvc_mutex_unlock(&domain->loop->mutex);
+        kvtr_deregister(mr);
+    }
     free(domain->ranges);
 }
 
-struct ibv_mr *kvtr_range_find(kvtr_domain *domain, const void *base, size_t len_bytes)
+/* With the mutex held: the range that has all of it, which is asked for if it is not registered;
+ * NULL: none has. */
+static kvtr_range *find(kvtr_domain *domain, const void *base, size_t len_bytes)
 {
     uint32_t at = ranges_up_to(domain, base);
     if (at == 0)
@@ -105,7 +130,30 @@ struct ibv_mr *kvtr_range_find(kvtr_domain *domain, const void *base, size_t len
         domain->loop->ranges_wanted = true;
         kvc_cond_signal(&domain->loop->range_wanted);
     }
+    return range;
+}
+
+struct ibv_mr *kvtr_range_find(kvtr_domain *domain, const void *base, size_t len_bytes)
+{
+    const kvtr_range *range = find(domain, base, len_bytes);
+    return range == NULL ? NULL : range->mr;
+}
+
+struct ibv_mr *kvtr_range_use(kvtr_domain *domain, const void *base, size_t len_bytes,
+                              const void **base_p)
+{
+    kvtr_range *range = find(domain, base, len_bytes);
+    if (range == NULL || range->mr == NULL)
+        return NULL;
+    range->n_used++;
+    range->used_ns = kvc_now_ns();
+    *base_p = range->base;
     return range->mr;
+}
+
+void kvtr_range_leave(kvtr_domain *domain, const void *base)
+{
+    range_at(domain, base)->n_used--;
 }
 
 /* ---- the thread ------------------------------------------------------------------------------ */
@@ -124,21 +172,80 @@ static kvtr_range *next_wanted(kvtr_loop *loop, kvtr_domain **domain_p)
     return NULL;
 }
 
-/* With the mutex held, which is free while it registers. They are only ever sent from: whatever the
- * pool has to allow, no peer may touch them. */
+/* With the mutex held: the registered range that was used least recently, and is not in use. */
+static kvtr_range *oldest(kvtr_loop *loop, kvtr_domain **domain_p)
+{
+    kvtr_range *found = NULL;
+    for (kvtr_domain *domain = loop->domains; domain != NULL; domain = domain->next) {
+        for (uint32_t i = 0; i < domain->n_ranges; i++) {
+            kvtr_range *range = &domain->ranges[i];
+            if (range->mr == NULL || range->n_used > 0 ||
+                (found != NULL && found->used_ns <= range->used_ns))
+                continue;
+            found = range;
+            *domain_p = domain;
+        }
+    }
+    return found;
+}
+
+/* With the mutex held, which is free until end_work: base of the domain stays in the table. */
+static void begin_work(kvtr_loop *loop, kvtr_domain *domain, void *base)
+{
+    loop->registering = domain;
+    loop->registering_base = base;
+    kvc_mutex_unlock(&loop->mutex);
+}
+
+static void end_work(kvtr_loop *loop)
+{
+    kvc_mutex_lock(&loop->mutex);
+    loop->registering = NULL;
+    kvc_cond_broadcast(&loop->changed);
+}
+
+/* With the mutex held. False: all of them are in use. */
+static bool evict_one(kvtr_loop *loop)
+{
+    kvtr_domain *domain = NULL;
+    kvtr_range *range = oldest(loop, &domain);
+    if (range == NULL)
+        return false;
+    struct ibv_mr *mr = take_mr(loop, range);
+    range->wanted = range->tried = false; /* its next use asks for it again */
+    KVC_COUNT(rdma_regions_evicted);
+    begin_work(loop, domain, range->base);
+    kvtr_deregister(mr);
+    end_work(loop);
+    return true;
+}
+
+static bool has_room(const kvtr_loop *loop, size_t len_bytes)
+{
+    return !loop->is_client || (loop->n_regions < KVTI_REGIONS &&
+                                loop->region_bytes + len_bytes <= loop->region_max_bytes);
+}
+
+/* With the mutex held, which is free while it registers. What is sent from is open to no peer,
+ * whatever the pool has to allow; rows are written to a client's by the server of its domain. */
 static void register_one(kvtr_loop *loop, kvtr_domain *domain, kvtr_range *range)
 {
     uint8_t *base = range->base;
     size_t len_bytes = range->len_bytes;
-    loop->registering = domain;
-    loop->registering_base = base;
+    int access = IBV_ACCESS_LOCAL_WRITE | (loop->is_client ? IBV_ACCESS_REMOTE_WRITE : 0);
     range->tried = true;
-    kvc_mutex_unlock(&loop->mutex);
-    struct ibv_mr *mr = kvtr_register(domain->pd, base, len_bytes, IBV_ACCESS_LOCAL_WRITE);
-    kvc_mutex_lock(&loop->mutex);
-    range_at(domain, base)->mr = mr; /* others may have come and gone, but not this one */
-    loop->registering = NULL;
-    kvc_cond_broadcast(&loop->changed);
+    if (loop->is_client && len_bytes > loop->region_max_bytes)
+        return;
+    begin_work(loop, domain, base);
+    struct ibv_mr *mr = kvtr_register(domain->pd, base, len_bytes, access);
+    end_work(loop);
+    range = range_at(domain, base); /* others may have come and gone, but not this one */
+    range->mr = mr;
+    range->used_ns = kvc_now_ns();
+    if (mr != NULL && loop->is_client) {
+        loop->n_regions++;
+        loop->region_bytes += len_bytes;
+    }
 }
 
 static void run_registering(void *arg)
@@ -148,19 +255,21 @@ static void run_registering(void *arg)
     while (!loop->stopping) {
         kvtr_domain *domain;
         kvtr_range *range = loop->ranges_wanted ? next_wanted(loop, &domain) : NULL;
-        if (range != NULL) {
-            register_one(loop, domain, range);
-        } else {
+        if (range == NULL) {
             loop->ranges_wanted = false;
             kvc_cond_wait(&loop->range_wanted, &loop->mutex);
+        } else if (has_room(loop, range->len_bytes) || range->len_bytes > loop->region_max_bytes) {
+            register_one(loop, domain, range);
+        } else if (!evict_one(loop)) {
+            range->wanted = false; /* until its next use */
         }
     }
     kvc_mutex_unlock(&loop->mutex);
 }
 
-kvc_status kvtr_ranges_start(kvtr_loop *loop)
+kvc_status kvtr_ranges_start(kvtr_loop *loop, const char *thread_name)
 {
-    return kvc_thread_start(&loop->registrar, "kvt-rdma-reg", run_registering, loop);
+    return kvc_thread_start(&loop->registrar, thread_name, run_registering, loop);
 }
 
 void kvtr_ranges_stop(kvtr_loop *loop)

@@ -22,7 +22,7 @@
 #define KVTI_WIDE_LINKS    128u  /* of a listener; further ones get fewer: 48 KiB */
 #define KVTI_N_RECV_FEW    8u
 #define KVTI_N_SEND_FEW    4u
-#define KVTI_SQ_DEPTH      256u     /* work requests asked for */
+#define KVTI_SQ_DEPTH      320u     /* work requests asked for */
 #define KVTI_READ_WR       0x10000u /* in a work request's id: a READ, else a fragment */
 #define KVTI_MAX_READS     16u      /* outstanding READs of a link */
 #define KVTI_INLINE_BYTES  256u     /* asked for */
@@ -40,8 +40,20 @@
 #define KVTI_TICK_NS    ((uint64_t)200 * 1000000)  /* how late a silent link is noticed */
 #define KVTI_FLUSH_NS   ((uint64_t)2 * 1000000000) /* for answers on their way at a close */
 
+/* How long the server has to let go of a caller's memory once the caller has given up. */
+#define KVTI_LET_GO_NS ((uint64_t)1 * 1000000000)
+
+/* Regions of callers that a connection has registered at once. */
+#define KVTI_REGIONS      64u
+#define KVTI_REGION_BYTES ((uint64_t)1 << 30) /* unless its options say more or less */
+
 /* A frame's flag: spare[2] is the sum of it and of what goes with it, wherever that is. */
-#define KVTI_SUMMED 0x0100u
+#define KVTI_SUMMED    0x0100u
+/* Of a FetchRows REQUEST: its data are runs (places.c), for its rows to be written to by the key
+ * spare[1]. Of its END: there they are. */
+#define KVTI_PLACED    0x0200u
+#define KVTI_MAX_RUNS  256u
+#define KVTI_RUN_BYTES 16u
 
 typedef struct kvtr_loop kvtr_loop;
 typedef struct kvtr_link kvtr_link;
@@ -69,7 +81,9 @@ typedef struct kvtr_range {
     size_t len_bytes;
     struct ibv_mr *mr;
     bool wanted;
-    bool tried; /* it is being registered, or was, well or not */
+    bool tried;      /* it is being registered, or was, well or not */
+    uint32_t n_used; /* clients: transfers that the server may write to it for */
+    uint64_t used_ns;
 } kvtr_range;
 
 /* Guarded by its loop's mutex. */
@@ -93,8 +107,10 @@ kvc_status kvtr_domain_get(kvtr_loop *loop, struct ibv_context *context,
 void kvtr_domain_put(kvtr_domain *domain);
 /* The loop's thread: frees the domains that nobody uses; shared ones at the loop's end only. */
 void kvtr_domains_sweep(kvtr_loop *loop);
-/* With the mutex held. NULL: the pool's cap is reached, or it cannot be registered (*full_p false).
- */
+/* With the mutex held: one that is registered and free. NULL: there is none. */
+kvtr_buf *kvtr_buf_find(kvtr_domain *domain, uint32_t len_bytes);
+/* With the mutex held, which is free while one is registered: the domain stays meanwhile, and all
+ * else may change. NULL: the pool's cap is reached, or it cannot be registered (*full_p false). */
 kvtr_buf *kvtr_buf_get(kvtr_domain *domain, uint32_t len_bytes, bool *full_p);
 void kvtr_buf_put(kvtr_buf *buf);
 /* The loop's thread: gives back what was not used for a while. */
@@ -102,15 +118,42 @@ void kvtr_pool_trim(kvtr_loop *loop);
 /* Watches lent memory for a new domain, and ends that. */
 void kvtr_ranges_begin(kvtr_domain *domain);
 void kvtr_ranges_end(kvtr_domain *domain);
-/* The thread that registers; stop once stopping is set. Servers only. */
-kvc_status kvtr_ranges_start(kvtr_loop *loop) KVC_MUST_CHECK;
+/* The thread that registers; stop once stopping is set. */
+kvc_status kvtr_ranges_start(kvtr_loop *loop, const char *thread_name) KVC_MUST_CHECK;
 void kvtr_ranges_stop(kvtr_loop *loop);
 /* With the mutex held: the registration that covers all of it; NULL: there is none, or not yet. */
 struct ibv_mr *kvtr_range_find(kvtr_domain *domain, const void *base, size_t len_bytes);
+/* The same, and until kvtr_range_leave of its base it stays registered and lent. */
+struct ibv_mr *kvtr_range_use(kvtr_domain *domain, const void *base, size_t len_bytes,
+                              const void **base_p);
+void kvtr_range_leave(kvtr_domain *domain, const void *base);
 struct ibv_mr *kvtr_register(struct ibv_pd *pd, void *base, size_t len_bytes, int access);
 void kvtr_deregister(struct ibv_mr *mr);
 
-/* ---- link.c, send.c, recv.c ------------------------------------------------------------------ */
+/* ---- places.c; pure ---------------------------------------------------------------------------
+ */
+
+/* Neighbouring rows at the client. */
+typedef struct kvtr_run {
+    uint64_t addr;
+    uint32_t n_rows, row_bytes;
+} kvtr_run;
+
+/* Where the next bytes of a payload go. */
+typedef struct kvtr_place {
+    uint64_t addr, len_bytes;
+} kvtr_place;
+
+/* Writes runs_p [KVTI_MAX_RUNS]; their number, 0 where it would be more. */
+uint32_t kvtr_rooms_runs(const kvt_room *rooms, uint32_t n_rooms, kvtr_run *runs_p);
+void kvtr_runs_encode(const kvtr_run *runs, uint32_t n_runs, uint8_t *out_p);
+void kvtr_runs_decode(const uint8_t *in, uint32_t n_runs, kvtr_run *runs_p);
+/* The places of data_bytes of rows: those of the runs, but for missing rows. Given to the caller:
+ * free(). NULL: the bytes are not those of the rows that are there, or memory is out. */
+kvtr_place *kvtr_runs_cut(const kvtr_run *runs, uint32_t n_runs, const kvc_missing_row *missing,
+                          uint32_t n_missing, uint64_t data_bytes, uint32_t *n_p);
+
+/* ---- link.c, send.c, chain.c, recv.c --------------------------------------------------------- */
 
 /* Something to send: a chain of WRITEs or none, then a frame in one fragment or more. */
 typedef struct kvtr_out {
@@ -121,8 +164,9 @@ typedef struct kvtr_out {
     uint32_t n_slices;
     uint32_t slice_at; /* tail_bytes: the slices follow bytes; where the next fragment begins */
     size_t slice_off_bytes;
-    bool chain; /* slices, or buf, are to be written to remote first */
-    uint64_t remote_addr;
+    bool chain; /* slices, or buf, are to be written to places first */
+    uint32_t n_places;
+    kvtr_place *places; /* [n_places] */
     uint32_t remote_key;
     uint32_t data_bytes;
     kvtr_buf *buf; /* copied payload */
@@ -246,8 +290,10 @@ struct kvtr_loop {
     kvc_thread registrar;
     kvc_cond range_wanted;
     bool ranges_wanted;
-    kvtr_domain *registering; /* a range of it, at registering_base */
+    kvtr_domain *registering; /* a range of it, at registering_base; or deregistering */
     void *registering_base;
+    uint32_t n_regions; /* clients: ranges that are registered, their bytes, and the most of them */
+    uint64_t region_bytes, region_max_bytes;
     uint64_t keepalive_ns, handshake_ns, idle_ns; /* 0: none */
     kvtr_link *links;
     kvtr_domain *domains;
@@ -292,17 +338,24 @@ void kvtr_send(kvtr_link *link, kvtr_out *out);
 void kvtr_send_plain(kvtr_link *link, kvc_frame_kind kind, uint64_t call);
 void kvtr_start_read(kvtr_link *link, kvtr_read *read);
 void kvtr_pump(kvtr_link *link);
-/* Work requests that writing these takes; 0: not all of it is registered. */
-uint32_t kvtr_chain_wrs(kvtr_link *link, const kvt_slice *slices, uint32_t n_slices);
 void kvtr_out_free(kvtr_out *out);
+
+/* chain.c; with the mutex held. Work requests that writing slices to places takes; 0: not all of
+ * the slices is registered. */
+uint32_t kvtr_chain_wrs(kvtr_link *link, const kvt_slice *slices, uint32_t n_slices,
+                        const kvtr_place *places, uint32_t n_places);
+/* True once the chain of out has been posted, or there is none; false: the queue is full, or the
+ * link is broken now. */
+bool kvtr_post_chain(kvtr_link *link, kvtr_out *out);
+bool kvtr_post(kvtr_link *link, struct ibv_send_wr *wr);
 
 /* sum.c; pure. */
 /* Of a frame with KVTI_SUMMED; head: [head_bytes + detail_bytes], data_sum: kvc_pieces_sum of the
  * data. spare[2] does not matter. */
 uint64_t kvtr_frame_sum(const kvc_frame *frame, const void *head, uint64_t data_sum);
 /* OK: the sum is right, or there is none to be; else CORRUPT, counted. */
-kvc_status kvtr_check_sum(const kvc_frame *frame, const void *head, const void *data,
-                          const char **why_p) KVC_MUST_CHECK;
+kvc_status kvtr_check_sum(const kvc_frame *frame, const void *head, const struct iovec *data,
+                          uint32_t n_data, const char **why_p) KVC_MUST_CHECK;
 
 /* recv.c; the loop's thread, mutex free. A fragment has come; false: the link is broken. */
 bool kvtr_take_fragment(kvtr_link *link, uint8_t *bytes, uint32_t len_bytes);

@@ -1,5 +1,6 @@
 /*
- * send.c: what leaves a link: frames in fragments, chains of WRITEs before them, READs.
+ * send.c: what leaves a link: frames in fragments, behind the chain of WRITEs that they tell of,
+ * and READs.
  *
  * With the loop's mutex held, on any thread. Invariants: a fragment is posted only against a credit
  * of the peer, the last of which is kept for giving credits back; no more work requests are under
@@ -59,7 +60,7 @@ kvtr_out *kvtr_out_create(const kvc_frame *frame, const void *head, const char *
     return out;
 }
 
-static bool post(kvtr_link *link, struct ibv_send_wr *wr)
+bool kvtr_post(kvtr_link *link, struct ibv_send_wr *wr)
 {
     struct ibv_send_wr *bad;
     if (kvtr_verbs_now->post_send(link->id->qp, wr, &bad) == 0)
@@ -137,7 +138,7 @@ static bool post_fragment(kvtr_link *link, kvtr_out *out)
         .send_flags =
             IBV_SEND_SIGNALED | (sge.length <= link->max_inline_bytes ? IBV_SEND_INLINE : 0),
     };
-    if (!post(link, &wr))
+    if (!kvtr_post(link, &wr))
         return false;
     kvtr_posted *posted = &link->posted[link->send_at];
     *posted = (kvtr_posted){.busy = true, .n_wrs = 1 + link->sq_unsignalled};
@@ -166,93 +167,6 @@ static bool room_for_fragment(const kvtr_link *link, uint32_t credits)
            link->sq_used < link->sq_depth;
 }
 
-/* ---- chains ---------------------------------------------------------------------------------- */
-
-static uint32_t n_full(const kvt_slice *slices, uint32_t n_slices)
-{
-    uint32_t n = 0;
-    for (uint32_t i = 0; i < n_slices; i++)
-        n += slices[i].len_bytes > 0;
-    return n;
-}
-
-uint32_t kvtr_chain_wrs(kvtr_link *link, const kvt_slice *slices, uint32_t n_slices)
-{
-    for (uint32_t i = 0; i < n_slices; i++) {
-        if (slices[i].len_bytes > 0 &&
-            kvtr_range_find(link->domain, slices[i].base, slices[i].len_bytes) == NULL)
-            return 0;
-    }
-    return (n_full(slices, n_slices) + link->max_sge - 1) / link->max_sge;
-}
-
-static bool post_write(kvtr_link *link, kvtr_out *out, struct ibv_sge *sge, uint32_t n_sge,
-                       uint64_t off_bytes)
-{
-    struct ibv_send_wr wr = {
-        .sg_list = sge,
-        .num_sge = (int)n_sge,
-        .opcode = IBV_WR_RDMA_WRITE,
-        .wr.rdma = {.remote_addr = out->remote_addr + off_bytes, .rkey = out->remote_key},
-    };
-    if (!post(link, &wr))
-        return false;
-    link->sq_used++;
-    link->sq_unsignalled++;
-    KVC_COUNT(rdma_work_requests);
-    return true;
-}
-
-/* The WRITEs of a chain, each with as many pieces as the queue pair takes. */
-static bool post_slices(kvtr_link *link, kvtr_out *out)
-{
-    struct ibv_sge sge[KVTI_MAX_SGE];
-    uint32_t n_sge = 0, written = 0, held = 0;
-    for (uint32_t i = 0; i < out->n_slices; i++) {
-        const kvt_slice *slice = &out->slices[i];
-        if (slice->len_bytes == 0)
-            continue;
-        struct ibv_mr *mr = kvtr_range_find(link->domain, slice->base, slice->len_bytes);
-        if (mr == NULL) {
-            kvtr_link_break(link, "memory of an answer was taken back");
-            return false;
-        }
-        sge[n_sge++] =
-            (struct ibv_sge){(uintptr_t)slice->base, (uint32_t)slice->len_bytes, mr->lkey};
-        held += (uint32_t)slice->len_bytes;
-        if (n_sge < link->max_sge && written + held < out->data_bytes)
-            continue;
-        if (!post_write(link, out, sge, n_sge, written))
-            return false;
-        written += held;
-        held = n_sge = 0;
-    }
-    return true;
-}
-
-/* True once the chain of out has been posted, or there is none. */
-static bool post_chain(kvtr_link *link, kvtr_out *out)
-{
-    if (!out->chain)
-        return true;
-    uint32_t n_wrs = out->buf != NULL
-                         ? 1
-                         : (n_full(out->slices, out->n_slices) + link->max_sge - 1) / link->max_sge;
-    if (link->sq_used + n_wrs + 1 > link->sq_depth)
-        return false;
-    bool ok;
-    if (out->buf != NULL) {
-        struct ibv_sge sge = {(uintptr_t)out->buf->bytes, out->data_bytes, out->buf->mr->lkey};
-        ok = post_write(link, out, &sge, 1, 0);
-    } else {
-        ok = post_slices(link, out);
-    }
-    out->chain = false;
-    if (ok)
-        KVC_COUNT_N(rdma_written_bytes, out->data_bytes);
-    return ok;
-}
-
 /* ---- READs ----------------------------------------------------------------------------------- */
 
 static bool post_read(kvtr_link *link, kvtr_read *read)
@@ -269,7 +183,7 @@ static bool post_read(kvtr_link *link, kvtr_read *read)
         .send_flags = IBV_SEND_SIGNALED,
         .wr.rdma = {.remote_addr = read->remote_addr, .rkey = read->remote_key},
     };
-    if (!post(link, &wr))
+    if (!kvtr_post(link, &wr))
         return false;
     link->reading[slot] = read;
     link->n_reads++;
@@ -313,7 +227,7 @@ static bool pump_outs(kvtr_link *link)
 {
     while (link->out != NULL) {
         kvtr_out *out = link->out;
-        if (!post_chain(link, out))
+        if (!kvtr_post_chain(link, out))
             return !link->broken;
         while (left_bytes(out) > 0) {
             if (!room_for_fragment(link, is_full(link) ? 1 : 2)) {

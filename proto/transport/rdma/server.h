@@ -37,6 +37,8 @@ struct kvtr_rcall {
     uint64_t landing_addr; /* where the client wants the reply's payload; landing_bytes 0: no place
                             */
     uint32_t landing_key, landing_bytes;
+    kvtr_run *runs; /* [n_runs] where it wants the rows, by landing_key; NULL: nowhere */
+    uint32_t n_runs;
     uint8_t *bytes; /* [head_bytes and payload that came with it] */
     size_t len_bytes;
     kvtr_buf *data; /* payload that was read */

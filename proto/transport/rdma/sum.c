@@ -23,12 +23,11 @@ uint64_t kvtr_frame_sum(const kvc_frame *frame, const void *head, uint64_t data_
     return kvc_seeded_sum(bytes, sizeof(bytes), sum);
 }
 
-kvc_status kvtr_check_sum(const kvc_frame *frame, const void *head, const void *data,
-                          const char **why_p)
+kvc_status kvtr_check_sum(const kvc_frame *frame, const void *head, const struct iovec *data,
+                          uint32_t n_data, const char **why_p)
 {
-    struct iovec piece = {(void *)(uintptr_t)data, frame->data_bytes};
     if ((frame->flags & KVTI_SUMMED) == 0 ||
-        kvtr_frame_sum(frame, head, kvc_pieces_sum(&piece, 1)) == frame->spare[2])
+        kvtr_frame_sum(frame, head, kvc_pieces_sum(data, n_data)) == frame->spare[2])
         return KVC_OK;
     KVC_COUNT(rdma_sums_wrong);
     KVC_LOG_WARN(RDMA, "the bytes of a %s message are not those that were summed",

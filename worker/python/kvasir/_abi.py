@@ -123,6 +123,7 @@ class ClientOpts(C.Structure):
         ("default_timeout_ns", C.c_uint64),
         ("n_channels", C.c_uint32),
         ("sums", C.c_uint64),
+        ("region_bytes", C.c_uint64),
     ]
 
 

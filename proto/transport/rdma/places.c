@@ -1,0 +1,106 @@
+/*
+ * places.c: where the rows of an answer go at the client: runs of neighbouring rows.
+ *
+ * The client cuts its rooms into runs and sends them with the request; both ends cut the runs at
+ * the rows that are missing, which have a place and no bytes. Pure, any thread. What a run says is
+ * the client's word: an address that is not its own is refused by its device.
+ */
+#include <stdlib.h>
+
+#include "base/le.h"
+#include "rdma_internal.h"
+
+static uint32_t slot_of(const kvt_room *room, uint32_t i)
+{
+    return room->slots != NULL ? room->slots[i] : room->first_slot + i;
+}
+
+/* Appends n rows at addr to runs [n_runs]; the new number, 0 where there is no room. */
+static uint32_t append(kvtr_run *runs, uint32_t n_runs, uint64_t addr, uint32_t n,
+                       uint32_t row_bytes)
+{
+    kvtr_run *last = n_runs == 0 ? NULL : &runs[n_runs - 1];
+    if (last != NULL && last->row_bytes == row_bytes &&
+        last->addr + (uint64_t)last->n_rows * row_bytes == addr) {
+        last->n_rows += n;
+        return n_runs;
+    }
+    if (n_runs == KVTI_MAX_RUNS)
+        return 0;
+    runs[n_runs] = (kvtr_run){addr, n, row_bytes};
+    return n_runs + 1;
+}
+
+uint32_t kvtr_rooms_runs(const kvt_room *rooms, uint32_t n_rooms, kvtr_run *runs_p)
+{
+    uint32_t n_runs = 0;
+    for (uint32_t r = 0; r < n_rooms; r++) {
+        const kvt_room *room = &rooms[r];
+        uint32_t step;
+        for (uint32_t i = 0; i < room->n; i += step) {
+            uint64_t slot = slot_of(room, i);
+            step = room->slots == NULL ? room->n : 1;
+            n_runs = append(runs_p, n_runs, (uintptr_t)room->base + slot * room->row_bytes, step,
+                            room->row_bytes);
+            if (n_runs == 0)
+                return 0;
+        }
+    }
+    return n_runs;
+}
+
+void kvtr_runs_encode(const kvtr_run *runs, uint32_t n_runs, uint8_t *out_p)
+{
+    for (uint32_t i = 0; i < n_runs; i++, out_p += KVTI_RUN_BYTES) {
+        kvc_le_put(out_p, runs[i].addr, 8);
+        kvc_le_put(out_p + 8, runs[i].n_rows, 4);
+        kvc_le_put(out_p + 12, runs[i].row_bytes, 4);
+    }
+}
+
+void kvtr_runs_decode(const uint8_t *in, uint32_t n_runs, kvtr_run *runs_p)
+{
+    for (uint32_t i = 0; i < n_runs; i++, in += KVTI_RUN_BYTES)
+        runs_p[i] = (kvtr_run){kvc_le_get(in, 8), (uint32_t)kvc_le_get(in + 8, 4),
+                               (uint32_t)kvc_le_get(in + 12, 4)};
+}
+
+/* Appends rows begin .. end of a run. */
+static void add_place(kvtr_place *places, uint32_t *n_p, const kvtr_run *run, uint64_t begin,
+                      uint64_t end)
+{
+    if (begin < end && run->row_bytes > 0)
+        places[(*n_p)++] =
+            (kvtr_place){run->addr + begin * run->row_bytes, (end - begin) * run->row_bytes};
+}
+
+kvtr_place *kvtr_runs_cut(const kvtr_run *runs, uint32_t n_runs, const kvc_missing_row *missing,
+                          uint32_t n_missing, uint64_t data_bytes, uint32_t *n_p)
+{
+    uint64_t first = 0, bytes = 0;
+    uint32_t n = 0, m = 0;
+    kvtr_place *places = calloc((size_t)n_runs + n_missing + 1, sizeof(*places));
+    *n_p = 0;
+    if (places == NULL)
+        return NULL;
+    for (uint32_t r = 0; r < n_runs; r++) {
+        uint64_t begin = 0;
+        for (; m < n_missing && missing[m].index >= first &&
+               missing[m].index - first < runs[r].n_rows;
+             m++) {
+            uint64_t gone = missing[m].index - first;
+            add_place(places, &n, &runs[r], begin, gone);
+            begin = gone + 1;
+        }
+        add_place(places, &n, &runs[r], begin, runs[r].n_rows);
+        first += runs[r].n_rows;
+    }
+    for (uint32_t i = 0; i < n; i++)
+        bytes += places[i].len_bytes;
+    if (m == n_missing && bytes == data_bytes) {
+        *n_p = n;
+        return places;
+    }
+    free(places);
+    return NULL;
+}
