@@ -183,11 +183,10 @@ static void test_rows_without_a_copy(void **state)
     assert_int_equal(put(&r, 1), KVC_OK);
     open_context(&r, 1);
     erase(&r, 3); /* the third of four blocks */
-    uint64_t before = kvc_metric_get(KVC_M_rdma_placed_bytes);
     uint64_t give_up_ns = kvc_deadline_ns(20000000000ull);
     uint64_t placed = 0, want = (uint64_t)(N_PUT - 1) * VALUE_BYTES;
     while (placed != want && !kvc_expired(give_up_ns)) {
-        before = kvc_metric_get(KVC_M_rdma_placed_bytes);
+        uint64_t before = kvc_metric_get(KVC_M_rdma_placed_bytes);
         assert_int_equal(fetch_to(&r, true), KVC_OK);
         placed = kvc_metric_get(KVC_M_rdma_placed_bytes) - before;
         for (uint32_t i = 0; i < N_ROWS; i++) {
