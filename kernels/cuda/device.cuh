@@ -151,7 +151,13 @@ __device__ static inline void kvki_async_copy_part(void *shared, const void *glo
                  : "memory");
 }
 
-/* The same for 8 bytes. */
+/* The same for 4 bytes, and for 8. */
+__device__ static inline void kvki_async_copy_4(void *shared, const void *global)
+{
+    uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
+}
+
 __device__ static inline void kvki_async_copy_8(void *shared, const void *global)
 {
     uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);

@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(DIMS_MAX) digest_kernel(const kvk_cuda_digest_
 {
     extern __shared__ float x[];
     uint32_t width = a.n_heads_in * a.head_dim, dim_in = width / a.n_heads, d = threadIdx.x;
-    const __nv_bfloat16 *in = (const __nv_bfloat16 *)a.in + (size_t)blockIdx.x * width;
+    size_t stride = a.in_stride_bytes ? a.in_stride_bytes : width * sizeof(__nv_bfloat16);
+    const __nv_bfloat16 *in = (const __nv_bfloat16 *)((const char *)a.in + blockIdx.x * stride);
     uint8_t *row = (uint8_t *)a.out + (size_t)blockIdx.x * a.n_heads * (a.dims + 2u);
 
     for (uint32_t i = threadIdx.x; i < width; i += blockDim.x)
@@ -127,7 +128,9 @@ extern "C" kvc_status kvk_cuda_digest(kvk_cuda *cuda, const kvk_cuda_digest_args
     kvc_status st = KVC_OK;
 
     if (args->n_heads_in == 0 || args->head_dim == 0 || width > INPUTS_MAX || args->dims == 0 ||
-        args->dims > DIMS_MAX || (args->n_heads != 1 && args->n_heads != args->n_heads_in))
+        args->dims > DIMS_MAX || args->in_stride_bytes % sizeof(__nv_bfloat16) ||
+        (args->in_stride_bytes && args->in_stride_bytes < width * sizeof(__nv_bfloat16)) ||
+        (args->n_heads != 1 && args->n_heads != args->n_heads_in))
         return KVC_INVALID;
     if (args->n == 0)
         return KVC_OK;

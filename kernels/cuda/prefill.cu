@@ -8,7 +8,8 @@
  * share the keys, and combine_kernel adds what they found. What is rounded is known: no piece is
  * kept with `fast`, else products of the two lower pieces are left out.
  *
- * Keys are in list order, then the chunk in order, so a query sees a prefix of them. Places that
+ * Keys are in list order, then the chunk in order, so a query sees a prefix of them, also where the
+ * chunk is the end of the list. Places that
  * hold no row are zeros and masked.
  */
 #include "prefill.cuh"
@@ -347,13 +348,15 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(const struct prefil
     uint2 found;
 
     kvki_wait_for_previous();
-    uint32_t n_list = min(a->n_list[seq], a->stride), n_rows = prefill_queries_of(a, seq) * group;
+    uint32_t n_list = min(a->n_list[seq], a->stride), n_queries = prefill_queries_of(a, seq);
+    uint32_t n_rows = n_queries * group;
     if (block_first >= n_rows)
         return;
     uint32_t last = min(block_first + ROWS, n_rows) - 1;
-    uint32_t n_tiles = (n_list + last / group + 1 + PREFILL_KEYS - 1) / PREFILL_KEYS;
+    uint32_t any_sees = (uint32_t)prefill_seen(a, n_list, n_queries, last / group);
+    uint32_t all_see = (uint32_t)prefill_seen(a, n_list, n_queries, block_first / group);
+    uint32_t n_tiles = (any_sees + PREFILL_KEYS - 1) / PREFILL_KEYS;
     uint32_t tile = n_tiles * part / p.splits, end = n_tiles * (part + 1) / p.splits;
-    uint32_t all_see = n_list + block_first / group + 1; /* keys that every row of the block sees */
     if (tile < end)
         ask_tile<kDim, kPieces>(packed, piece_bytes, tile, stages + tile % STAGES * stage_bytes);
     found = look_for_holes(a, seq, tile * PREFILL_KEYS, n_list);
@@ -374,7 +377,7 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(const struct prefil
             int32_t seen[2];
 #pragma unroll
             for (uint32_t r = 0; r < 2; r++)
-                seen[r] = (int32_t)(n_list + (first + lane / 4u + r * 8u) / group + 1) -
+                seen[r] = prefill_seen(a, n_list, n_queries, (first + lane / 4u + r * 8u) / group) -
                           (int32_t)(tile * PREFILL_KEYS);
             mask_scores(seen, holes, x);
         }
@@ -448,7 +451,8 @@ static bool args_ok(const kvk_cuda_prefill_args *a)
     return shape_ok(a) && (a->dtype == KVK_BF16 || a->dtype == KVK_F16 || kvk_is_coded(a->dtype)) &&
            a->row_bytes % 16 == 0 && a->k_off_bytes % 16 == 0 && a->v_off_bytes % 16 == 0 &&
            a->k_off_bytes + slice <= a->row_bytes && a->v_off_bytes + slice <= a->row_bytes &&
-           a->q && a->list && a->n_list && a->res && a->chunk && a->o && a->lse &&
+           a->q && a->list && a->n_list && a->res && a->own <= KVK_CUDA_OWN_NONE &&
+           (a->own == KVK_CUDA_OWN_CHUNK) == (a->chunk != NULL) && a->o && a->lse &&
            a->scale == a->scale && a->softcap >= 0 && a->workspace && kvki_aligned(a->workspace) &&
            a->workspace_bytes >= kvk_cuda_prefill_workspace_bytes(a);
 }

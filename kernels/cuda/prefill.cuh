@@ -35,6 +35,22 @@ __device__ static inline uint32_t prefill_queries_of(const kvk_cuda_prefill_args
     return a->n_queries ? min(a->n_queries[seq], a->n_q) : a->n_q;
 }
 
+/* How many rows of its own a chunk has behind the list. */
+__device__ static inline uint32_t prefill_own_of(const kvk_cuda_prefill_args *a, uint32_t seq)
+{
+    return a->own == KVK_CUDA_OWN_CHUNK ? prefill_queries_of(a, seq) : 0;
+}
+
+/* How many keys query i of n_queries sees; they are a prefix of all. */
+__device__ static inline int32_t prefill_seen(const kvk_cuda_prefill_args *a, uint32_t n_list,
+                                              uint32_t n_queries, uint32_t i)
+{
+    int32_t own = a->own == KVK_CUDA_OWN_CHUNK    ? (int32_t)i + 1
+                  : a->own == KVK_CUDA_OWN_LISTED ? (int32_t)i + 1 - (int32_t)n_queries
+                                                  : 0;
+    return max((int32_t)n_list + own, 0);
+}
+
 /* Fills p.packed. */
 kvc_status kvki_prefill_pack(const struct prefill_params &p, kvk_stream *stream);
 

@@ -39,7 +39,7 @@ __device__ static inline void store_pieces(const struct prefill_params *p, float
 
 /* The row of key j, NULL where there is none, and its position. */
 __device__ static inline const char *key_row(const kvk_cuda_prefill_args *a, uint32_t seq,
-                                             uint32_t j, uint32_t n_list, uint32_t n_queries,
+                                             uint32_t j, uint32_t n_list, uint32_t n_own,
                                              int32_t *position_p)
 {
     uint32_t i = j - n_list;
@@ -50,7 +50,7 @@ __device__ static inline const char *key_row(const kvk_cuda_prefill_args *a, uin
         *position_p = a->inv_freq && a->k_positions ? a->k_positions[at] : 0;
         return slot < 0 ? NULL : (const char *)a->res[seq].slots + (size_t)slot * a->row_bytes;
     }
-    if (i >= n_queries)
+    if (i >= n_own)
         return NULL;
     *position_p =
         a->inv_freq && a->chunk_positions ? a->chunk_positions[(size_t)seq * a->n_q + i] : 0;
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(THREADS) pack_kernel(const struct prefill_para
     __shared__ float2 turn[64];
     const kvk_cuda_prefill_args *a = &p.a;
     uint32_t seq = blockIdx.y, j = blockIdx.x, d = a->head_dim, half = d / 2;
-    uint32_t n_list = min(a->n_list[seq], a->stride), n_queries = prefill_queries_of(a, seq);
-    uint32_t n = (n_list + n_queries + PREFILL_KEYS - 1) / PREFILL_KEYS * PREFILL_KEYS,
+    uint32_t n_list = min(a->n_list[seq], a->stride), n_own = prefill_own_of(a, seq);
+    uint32_t n = (n_list + n_own + PREFILL_KEYS - 1) / PREFILL_KEYS * PREFILL_KEYS,
              scales = a->n_kv_heads * d;
     bool coded = p.coded, rotated = false;
     int32_t position = 0;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(THREADS) pack_kernel(const struct prefill_para
 
     if (j >= n)
         return;
-    row = key_row(a, seq, j, n_list, n_queries, &position);
+    row = key_row(a, seq, j, n_list, n_own, &position);
     rotated = a->inv_freq && (j < n_list ? a->k_positions != NULL : a->chunk_positions != NULL);
     if (rotated && threadIdx.x < half)
         turn[threadIdx.x] = attend_turn(position, a->inv_freq[threadIdx.x]);

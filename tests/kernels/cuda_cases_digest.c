@@ -29,6 +29,25 @@ static void compare_projected(const float *got, const float *x, const float *pro
     }
 }
 
+/* Keys that lie in rows with something between them: the bytes of those that lie densely. */
+static void compare_strided(kvk_cuda_digest_args a, const uint16_t *in, size_t width)
+{
+    size_t stride = width * 2 + 48, bytes = a.n * kvk_index_row_bytes(a.n_heads, a.dims);
+    uint8_t *rows = host_bytes(a.n * stride);
+    const void *dense = fetched(a.out, bytes);
+
+    memset(rows, 0xee, a.n * stride);
+    for (uint32_t i = 0; i < a.n; i++)
+        memcpy(rows + i * stride, in + i * width, width * 2);
+    a.in = device_copy(rows, a.n * stride);
+    a.in_stride_bytes = stride;
+    a.out = device_bytes(bytes);
+    OK(kvk_cuda_digest(gpu(), &a, gpu_stream()));
+    REQUIRE(memcmp(fetched(a.out, bytes), dense, bytes) == 0, "%u tokens, strided", a.n);
+    a.in_stride_bytes = width * 2 - 2;
+    REQUIRE(kvk_cuda_digest(gpu(), &a, gpu_stream()) == KVC_INVALID, "a stride below a row");
+}
+
 static void run_digest(numbers *from, uint32_t n, uint32_t heads_in, uint32_t dim, uint32_t heads,
                        uint32_t dims)
 {
@@ -60,6 +79,7 @@ static void run_digest(numbers *from, uint32_t n, uint32_t heads_in, uint32_t di
     CPU(false, quantize, projected, n, heads, dims, want, row);
     REQUIRE(memcmp(fetched(a.out, n * row), want, n * row) == 0,
             "%u tokens, %u heads of %u: other bytes than quantize's", n, heads, dims);
+    compare_strided(a, in, width);
     release_all();
 }
 

@@ -17,6 +17,7 @@ typedef struct chunk_case {
     kvk_dtype dtype;
     bool rotated, fast;
     float softcap;
+    kvk_cuda_own own;
 } chunk_case;
 
 /* A batch of chunks over one context; slot i holds row i of it. */
@@ -30,14 +31,18 @@ typedef struct chunk_batch {
     kvk_cuda_prefill_args a;
 } chunk_batch;
 
-/* Lengths: all, none and some of the list; all, one and some of the queries. */
+/* Lengths: all, none (or, where they are listed, the queries alone) and some of the list; all, one
+ * and some of the queries. */
 static void fill_lists(numbers *from, chunk_batch *b)
 {
     const chunk_case *is = b->is;
 
     for (uint32_t s = 0; s < SEQS; s++) {
-        b->n_list[s] = s == 0 ? is->stride : s == 1 ? 0 : number_below(from, is->stride + 1);
         b->n_queries[s] = s == 0 ? is->n_q : s == 1 ? 1 : 1 + number_below(from, is->n_q);
+        uint32_t least = is->own == KVK_CUDA_OWN_LISTED ? b->n_queries[s] : 0;
+        b->n_list[s] = s == 0   ? is->stride
+                       : s == 1 ? least
+                                : least + number_below(from, is->stride + 1 - least);
     }
     for (size_t i = 0; i < (size_t)SEQS * is->stride; i++) {
         b->list[i] = number_below(from, 20) == 0 ? -1 : (int32_t)number_below(from, POSITIONS);
@@ -67,7 +72,8 @@ static void make_args(chunk_batch *b)
         .n_list = device_copy(b->n_list, sizeof(b->n_list)),
         .stride = is->stride,
         .res = device_copy(res, sizeof(res)),
-        .chunk = device_copy(b->chunk.rows, queries * row),
+        .own = is->own,
+        .chunk = is->own == KVK_CUDA_OWN_CHUNK ? device_copy(b->chunk.rows, queries * row) : NULL,
         .row_bytes = b->rows.row_bytes,
         .v_off_bytes = b->rows.v_off_bytes,
         .dtype = is->dtype,
@@ -99,6 +105,24 @@ static void make_batch(numbers *from, chunk_batch *b)
     make_args(b);
 }
 
+/* Rows of the chunk behind the list, of sequence s. */
+static uint32_t own_rows(const chunk_batch *b, uint32_t s)
+{
+    return b->is->own == KVK_CUDA_OWN_CHUNK ? b->n_queries[s] : 0;
+}
+
+/* How many of the n rows at hand query i sees: holes are not among them. */
+static uint32_t rows_seen(const chunk_batch *b, uint32_t s, uint32_t n, uint32_t i)
+{
+    uint32_t hidden = 0;
+
+    if (b->is->own != KVK_CUDA_OWN_LISTED)
+        return b->is->own == KVK_CUDA_OWN_CHUNK ? n + i + 1 : n;
+    for (uint32_t j = b->n_list[s] - (b->n_queries[s] - 1 - i); j < b->n_list[s]; j++)
+        hidden += b->list[(size_t)s * b->is->stride + j] >= 0;
+    return n - hidden;
+}
+
 /* The table's result for sequence s into o and lse; gives how many rows there are before the chunk.
  */
 static uint32_t table_result(const chunk_batch *b, uint32_t s, float *o, float *lse)
@@ -115,14 +139,15 @@ static uint32_t table_result(const chunk_batch *b, uint32_t s, float *o, float *
         positions[n] = b->k_positions[at];
         rows[n++] = b->rows.rows + (size_t)b->list[at] * b->rows.row_bytes;
     }
-    for (uint32_t i = 0; i < n_q; i++) {
+    for (uint32_t i = 0; i < n_q; i++)
+        visible[i] = rows_seen(b, s, n, i);
+    for (uint32_t i = 0; i < own_rows(b, s); i++) {
         size_t at = (size_t)s * is->n_q + i;
         positions[n + i] = b->chunk_positions[at];
         rows[n + i] = b->chunk.rows + at * b->chunk.row_bytes;
-        visible[i] = n + i + 1;
     }
     CPU(true, attend, b->q + (size_t)s * is->n_q * is->heads * is->dim, n_q, is->heads,
-        is->kv_heads, is->dim, rows, n + n_q, 0, b->rows.v_off_bytes, is->dtype,
+        is->kv_heads, is->dim, rows, n + own_rows(b, s), 0, b->rows.v_off_bytes, is->dtype,
         is->rotated ? positions : NULL, is->rotated ? b->inv_freq : NULL, visible, b->a.scale,
         is->softcap, o, lse);
     return n;
@@ -141,7 +166,7 @@ static void compare(const chunk_batch *b, const char *what)
     for (uint32_t s = 0; s < SEQS; s++) {
         size_t n = (size_t)b->n_queries[s] * width, at = (size_t)s * is->n_q * width;
         float *want = host_bytes(n * 4), *want_lse = host_bytes(n / is->dim * 4);
-        uint32_t n_kv = table_result(b, s, want, want_lse) + b->n_queries[s];
+        uint32_t n_kv = table_result(b, s, want, want_lse) + own_rows(b, s);
         double e = is->fast ? 0x1p-7 * s_max + 0x1p-8 : 0x1p-16 * s_max + 0x1p-16 + n_kv * 0x1p-25;
         double squares = 0;
         for (size_t i = 0; i < n; i++) {
@@ -153,7 +178,8 @@ static void compare(const chunk_batch *b, const char *what)
         REQUIRE(sqrt(squares / (double)n) <= (is->fast ? 0x1p-8 : 0x1p-17),
                 "%s: seq %u: off by %.3g on average", what, s, sqrt(squares / (double)n));
         for (size_t i = 0; i < n / is->dim; i++)
-            REQUIRE(fabs((double)lse[at / is->dim + i] - (double)want_lse[i]) <= 2 * e,
+            REQUIRE(lse[at / is->dim + i] == want_lse[i] || /* both -Inf: it sees nothing */
+                        fabs((double)lse[at / is->dim + i] - (double)want_lse[i]) <= 2 * e,
                     "%s: seq %u: lse[%zu] is %.9g, wanted %.9g", what, s, i,
                     (double)lse[at / is->dim + i], (double)want_lse[i]);
     }
@@ -181,12 +207,12 @@ static void run_case(numbers *from, const chunk_case *is)
 
 static void refuse_bad(numbers *from)
 {
-    static const chunk_case is = {4, 2, 64, 10, 5, KVK_BF16, false, false, 0};
+    static const chunk_case is = {4, 2, 64, 10, 5, KVK_BF16, false, false, 0, KVK_CUDA_OWN_CHUNK};
     chunk_batch b = {.is = &is};
-    kvk_cuda_prefill_args bad[8];
+    kvk_cuda_prefill_args bad[9];
 
     make_batch(from, &b);
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 9; i++)
         bad[i] = b.a;
     bad[0].n_q = KVK_CUDA_CHUNK_MAX + 1;
     bad[1].n_q_heads = 5;
@@ -196,7 +222,8 @@ static void refuse_bad(numbers *from)
     bad[5].chunk = NULL;
     bad[6].stride = 0;
     bad[7].scale = NAN;
-    for (int i = 0; i < 8; i++)
+    bad[8].own = KVK_CUDA_OWN_NONE; /* with a chunk */
+    for (int i = 0; i < 9; i++)
         REQUIRE(kvk_cuda_prefill(gpu(), &bad[i], gpu_stream()) == KVC_INVALID, "argument %d", i);
     b.a.head_dim = 32; /* narrower: it fits, and is not built */
     REQUIRE(kvk_cuda_prefill(gpu(), &b.a, gpu_stream()) == KVC_UNSUPPORTED, "dimension 32");
@@ -206,17 +233,24 @@ static void refuse_bad(numbers *from)
 void cuda_case_prefill(numbers *from)
 {
     static const chunk_case cases[] = {
-        {32, 8, 128, 2700, 512, KVK_BF16, true, false, 0},
-        {32, 8, 128, 2700, 512, KVK_BF16, true, true, 0},
-        {9, 3, 64, 333, 130, KVK_BF16, true, false, 0},
-        {9, 3, 64, 333, 130, KVK_BF16, false, true, 0},
-        {8, 8, 128, 17, 1, KVK_BF16, false, false, 0},
-        {16, 2, 64, 64, 64, KVK_F16, true, false, 20},
-        {28, 4, 128, 65, 33, KVK_E4M3_SCALED, true, false, 0},
-        {32, 8, 128, 300, 200, KVK_E4M3_SCALED, true, true, 0},
-        {5, 1, 64, 31, 129, KVK_I8_SCALED, true, false, 0},
-        {12, 2, 128, 1, 257, KVK_I8_SCALED, false, true, 30},
-        {4, 2, 64, 128, 2, KVK_F16, false, true, 0},
+        {32, 8, 128, 2700, 512, KVK_BF16, true, false, 0, KVK_CUDA_OWN_CHUNK},
+        {32, 8, 128, 2700, 512, KVK_BF16, true, true, 0, KVK_CUDA_OWN_CHUNK},
+        {9, 3, 64, 333, 130, KVK_BF16, true, false, 0, KVK_CUDA_OWN_CHUNK},
+        {9, 3, 64, 333, 130, KVK_BF16, false, true, 0, KVK_CUDA_OWN_CHUNK},
+        {8, 8, 128, 17, 1, KVK_BF16, false, false, 0, KVK_CUDA_OWN_CHUNK},
+        {16, 2, 64, 64, 64, KVK_F16, true, false, 20, KVK_CUDA_OWN_CHUNK},
+        {28, 4, 128, 65, 33, KVK_E4M3_SCALED, true, false, 0, KVK_CUDA_OWN_CHUNK},
+        {32, 8, 128, 300, 200, KVK_E4M3_SCALED, true, true, 0, KVK_CUDA_OWN_CHUNK},
+        {5, 1, 64, 31, 129, KVK_I8_SCALED, true, false, 0, KVK_CUDA_OWN_CHUNK},
+        {12, 2, 128, 1, 257, KVK_I8_SCALED, false, true, 30, KVK_CUDA_OWN_CHUNK},
+        {4, 2, 64, 128, 2, KVK_F16, false, true, 0, KVK_CUDA_OWN_CHUNK},
+        {32, 8, 128, 4608, 512, KVK_BF16, true, false, 0, KVK_CUDA_OWN_LISTED},
+        {32, 8, 128, 2176, 512, KVK_BF16, false, false, 0, KVK_CUDA_OWN_NONE},
+        {9, 3, 64, 333, 130, KVK_BF16, true, true, 0, KVK_CUDA_OWN_LISTED},
+        {9, 3, 64, 333, 130, KVK_E4M3_SCALED, true, false, 0, KVK_CUDA_OWN_NONE},
+        {9, 3, 64, 130, 130, KVK_BF16, true, false, 0, KVK_CUDA_OWN_LISTED},
+        {8, 4, 64, 112, 1, KVK_BF16, true, false, 0, KVK_CUDA_OWN_LISTED},
+        {8, 4, 64, 56, 1, KVK_BF16, true, false, 0, KVK_CUDA_OWN_NONE},
     };
 
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)

@@ -93,7 +93,8 @@ kvc_status kvk_cuda_graph_launch(kvk_cuda *cuda, kvk_cuda_graph *graph,
 void kvk_cuda_graph_destroy(kvk_cuda *cuda, kvk_cuda_graph *graph);
 
 /*
- * Index rows of n tokens: in [n, n_heads_in, head_dim] bf16 keys -> n dense rows as kvk_quantize
+ * Index rows of n tokens: in [n, n_heads_in, head_dim] bf16 keys, in_stride_bytes from one token to
+ * the next (0: dense; an even number) -> n dense rows as kvk_quantize
  * writes them, kvk_index_row_bytes(n_heads, dims) each, at out (no alignment needed). ESA (n_heads
  * 1): proj [n_heads_in * head_dim, dims] f32 maps the keys of all heads together. Per head (n_heads
  * = n_heads_in): proj [n_heads, head_dim, dims]. The projection is one chain of fused multiply-adds
@@ -107,6 +108,7 @@ typedef struct kvk_cuda_digest_args {
     const float *proj;
     float *projected;
     void *out;
+    size_t in_stride_bytes;
 } kvk_cuda_digest_args;
 kvc_status kvk_cuda_digest(kvk_cuda *cuda, const kvk_cuda_digest_args *args,
                            kvk_stream *stream) KVC_MUST_CHECK;
@@ -314,15 +316,22 @@ kvc_status kvk_cuda_attend_supports(const kvk_cuda *cuda,
 /*
  * Attention of a chunk of queries per sequence, a partial as in kvk_attend: query i sees the rows
  * of the list (sinks, picks, recent: bring them with kvk_cuda_gather first) and rows 0 .. i of the
- * chunk itself. n_queries may be NULL (n_q each); o and lse of queries beyond it are left as they
- * are. Rows as in kvk_cuda_attend, also those of the chunk. With inv_freq, K of the list is rotated
- * by k_positions and K of the chunk by chunk_positions, either of which may be NULL (not rotated).
+ * chunk itself; or, without `chunk`, the chunk is the end of the list, or none of this partial:
+ * see kvk_cuda_own. n_queries may be NULL (n_q each); o and lse of queries beyond it are left as
+ * they are. Rows as in kvk_cuda_attend, also those of the chunk. With inv_freq, K of the list is
+ * rotated by k_positions and K of the chunk by chunk_positions, either of which may be NULL (not
+ * rotated).
  *
  * Bound, with S as in kernels/README.md: e = 2^-16 scale S + 2^-16 + n_kv 2^-25, and with `fast`,
  * which rounds q, rotated keys and weights to bf16 as dense kernels do, 2^-7 scale S + 2^-8: lse
  * within 2 e, o within 2 e max|v|. Rows of the list and the chunk must be finite: what is not may
  * reach the queries that do not see it. head_dim 64 or 128, else UNSUPPORTED.
  */
+typedef enum kvk_cuda_own {
+    KVK_CUDA_OWN_CHUNK = 0, /* the chunk's rows are at `chunk`, which is NULL else */
+    KVK_CUDA_OWN_LISTED,    /* they are the last n_queries of the list, at least as long */
+    KVK_CUDA_OWN_NONE,      /* every query sees the whole list, and nothing else */
+} kvk_cuda_own;
 typedef struct kvk_cuda_prefill_args {
     uint32_t n_seqs, n_q, n_q_heads, n_kv_heads, head_dim;
     const float *q;                /* [n_seqs, n_q, n_q_heads, head_dim] */
@@ -331,7 +340,8 @@ typedef struct kvk_cuda_prefill_args {
     const uint32_t *n_list;        /* [n_seqs] */
     uint32_t stride;               /* the longest list possible */
     const kvk_cuda_residency *res; /* [n_seqs] */
-    const void *chunk;             /* [n_seqs, n_q, row_bytes] */
+    kvk_cuda_own own;
+    const void *chunk; /* [n_seqs, n_q, row_bytes] */
     uint32_t row_bytes, k_off_bytes, v_off_bytes;
     kvk_dtype dtype;
     const int32_t *k_positions;     /* [n_seqs, stride] or NULL */
