@@ -121,10 +121,11 @@ kvc_status kvwi_index_append(kvw_seq *seq, uint32_t layer, uint32_t first, const
     return KVC_OK;
 }
 
-static void write_rows(kvw_seq *seq, uint32_t layer, uint32_t first, const uint8_t *k,
-                       const uint8_t *v, uint32_t n)
+void kvwi_write_rows(kvw_seq *seq, uint32_t layer, uint32_t first, const void *keys,
+                     const void *values, uint32_t n)
 {
     const kvw_worker *w = seq->worker;
+    const uint8_t *k = keys, *v = values;
     uint32_t bt = w->opts.block_tokens;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t pos = first + i;
@@ -198,7 +199,7 @@ static kvc_status append_on_host(kvw_seq *seq, uint32_t layer, const void *k, co
     }
     st = kvwi_index_append(seq, layer, seq->pass.first, k, w->k_bytes, n_tokens);
     if (st == KVC_OK) {
-        write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
+        kvwi_write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
     }
     return st;
 }
@@ -214,8 +215,8 @@ static kvc_status append(kvw_seq *seq, uint32_t layer, const void *k, const void
     if (st == KVC_OK && landmarks != NULL) {
         st = bring_to_host(seq, layer, &k, &v, n_tokens);
     } else if (st == KVC_OK) {
-        st = seq->worker->device != NULL && n_tokens == 1
-                 ? seq->worker->device_ops->append(seq, layer, k, v)
+        st = kvwi_device_takes_pass(seq->worker, n_tokens)
+                 ? seq->worker->device_ops->append(seq, layer, k, v, n_tokens)
                  : append_on_host(seq, layer, k, v, n_tokens);
     }
     if (st != KVC_OK) {
@@ -223,7 +224,7 @@ static kvc_status append(kvw_seq *seq, uint32_t layer, const void *k, const void
     }
     if (landmarks != NULL) {
         write_landmarks(seq, layer, landmarks, n_tokens);
-        write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
+        kvwi_write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
     }
     seq->layers[layer].n_tokens = end;
     seq->stats.ns_append += kvc_now_ns() - t0;

@@ -282,6 +282,9 @@ void kvwi_names_taint(kvw_seq *seq);
 /* Index rows for n keys (stride apart, in the model's dtype) at positions first.. of a layer. */
 kvc_status kvwi_index_append(kvw_seq *seq, uint32_t layer, uint32_t first, const void *k,
                              size_t stride_bytes, uint32_t n) KVC_MUST_CHECK;
+/* K and V of n tokens into their blocks' buffers. */
+void kvwi_write_rows(kvw_seq *seq, uint32_t layer, uint32_t first, const void *keys,
+                     const void *values, uint32_t n);
 
 /* select.c --------------------------------------------------------------------------------------
  */

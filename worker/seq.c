@@ -280,8 +280,8 @@ kvc_status kvw_tokens(kvw_seq *seq, const uint32_t *tokens, uint32_t n_tokens)
     }
     if (st == KVC_OK) {
         kvwi_blocks_release(seq);
-        st = seq->device != NULL && n_tokens == 1
-                 ? seq->worker->device_ops->pass(seq, held + n_tokens)
+        st = kvwi_device_takes_pass(seq->worker, n_tokens)
+                 ? seq->worker->device_ops->pass(seq, held + n_tokens, n_tokens)
                  : KVC_OK;
     }
     if (st == KVC_OK) {

@@ -217,11 +217,14 @@ kvc_status kvw_step_begin(kvw_seq *seq, uint32_t layer, const void *q_select, ui
                           kvw_step **step_p)
 {
     kvc_status st = begin(seq, layer, q_select, n_q, false, step_p);
-    if (st != KVC_OK || (*step_p)->on_device) {
+    if (st != KVC_OK) {
         return st;
     }
     kvw_step *step = *step_p;
     KVC_ASSERT(step != NULL);
+    if (step->on_device && (step->n_q == 1 || step->full || seq->worker->opts.client == NULL)) {
+        return KVC_OK; /* the device compares a single query itself */
+    }
     q_select = host_query(step, q_select);
     if (q_select == NULL) {
         kvw_step_abandon(step);
@@ -274,11 +277,16 @@ static kvc_status attend_rest(kvw_step *step, const void *q)
     return st;
 }
 
+/* Whether another query selected; before out is written, which may be q. */
+static bool was_foretold_wrong(const kvw_step *step, const void *q)
+{
+    return step->foretold && !step->seq->worker->opts.reuse_any &&
+           query_sum(step, q) != step->select_sum;
+}
+
 static kvc_status finish_on_host(kvw_step *step, const void *q, void *out, float *lse)
 {
-    /* before out is written, which may be q */
-    bool foretold_wrong = step->foretold && !step->seq->worker->opts.reuse_any &&
-                          query_sum(step, q) != step->select_sum;
+    bool foretold_wrong = was_foretold_wrong(step, q);
     kvc_status st = step->attend_status;
     if (st != KVC_OK) {
         st = kvwi_fail(st, "layer %u: kvw_step_attend failed before", step->layer);
@@ -322,6 +330,20 @@ static kvc_status finish_across(kvw_step *step, const void *q, void *out, float 
     return st == KVC_OK && lse != NULL ? w->device_ops->copy(seq, lse, host_lse, lse_bytes) : st;
 }
 
+static kvc_status finish_on_device(kvw_step *step, const void *q, void *out, float *lse)
+{
+    const kvw_worker *w = step->seq->worker;
+    const void *host_q = step->foretold ? host_query(step, q) : q;
+    if (host_q == NULL) {
+        w->device_ops->step_abandon(step);
+        return KVC_DEVICE;
+    }
+    if (was_foretold_wrong(step, host_q)) {
+        kvwi_names_taint(step->seq);
+    }
+    return w->device_ops->step_finish(step, q, out, lse);
+}
+
 kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
 {
     if (step == NULL || q == NULL || out == NULL) {
@@ -336,7 +358,7 @@ kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
         st = kvwi_fail(step->attend_status, "layer %u: kvw_step_attend failed before", step->layer);
         w->device_ops->step_abandon(step);
     } else {
-        st = w->device_ops->step_finish(step, q, out, lse);
+        st = finish_on_device(step, q, out, lse);
     }
     give_step(step);
     return st;

@@ -6,11 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kvk/cuda.h"
-
 enum { MAX_OPS = 32, MAX_ARGS = 256 };
-
-typedef kvc_status fake_op(kvk_cuda *cuda, const void *args);
 
 struct kvk_cuda_graph {
     uint32_t n;
@@ -22,6 +18,7 @@ struct kvk_cuda_graph {
 
 struct kvk_stream {
     kvk_cuda_graph *captured; /* NULL: ops run at once */
+    uint64_t n_enqueued;
 };
 
 static atomic_bool absent;
@@ -73,6 +70,32 @@ void fake_cuda_before_launch(void (*fn)(void *arg), void *arg)
 {
     before_launch = fn;
     before_arg = arg;
+}
+
+void fake_cuda_count_row(void)
+{
+    atomic_fetch_add(&rows_read, 1);
+}
+
+void fake_cuda_announce(void)
+{
+    if (before_launch != NULL)
+        before_launch(before_arg);
+}
+
+kvk_stream *fake_cuda_stream(void)
+{
+    return calloc(1, sizeof(kvk_stream));
+}
+
+uint64_t fake_cuda_enqueued(const kvk_stream *stream)
+{
+    return stream->n_enqueued;
+}
+
+void fake_cuda_stream_free(kvk_stream *stream)
+{
+    free(stream);
 }
 
 uint64_t fake_cuda_rows_read(void)
@@ -215,10 +238,10 @@ kvc_status kvk_cuda_graph_end(kvk_cuda *cuda, kvk_stream *stream, kvk_cuda_graph
 
 kvc_status kvk_cuda_graph_launch(kvk_cuda *cuda, kvk_cuda_graph *graph, kvk_stream *stream)
 {
-    (void)stream;
     kvc_status st = KVC_OK;
-    if (before_launch != NULL)
-        before_launch(before_arg);
+    fake_cuda_announce();
+    if (stream != NULL)
+        stream->n_enqueued++;
     for (uint32_t i = 0; st == KVC_OK && i < graph->n; i++)
         st = graph->op[i].fn(cuda, graph->op[i].args);
     return st;
@@ -231,12 +254,14 @@ void kvk_cuda_graph_destroy(kvk_cuda *cuda, kvk_cuda_graph *graph)
 }
 
 /* Now, or when the graph that the stream is captured into runs. */
-static kvc_status enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, const void *args,
-                          size_t len_bytes)
+kvc_status fake_cuda_enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, const void *args,
+                             size_t len_bytes)
 {
     kvk_cuda_graph *graph = stream == NULL ? NULL : stream->captured;
     if (!take_one(&ops_left))
         return KVC_UNSUPPORTED;
+    if (stream != NULL && graph == NULL)
+        stream->n_enqueued++;
     if (graph == NULL)
         return fn(cuda, args);
     if (graph->n == MAX_OPS || len_bytes > MAX_ARGS)
@@ -246,20 +271,10 @@ static kvc_status enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, const
     return KVC_OK;
 }
 
-#define FAKE_OP(name)                                                                              \
-    static kvc_status run_##name(kvk_cuda *cuda, const void *args);                                \
-    kvc_status kvk_cuda_##name(kvk_cuda *cuda, const kvk_cuda_##name##_args *args,                 \
-                               kvk_stream *stream)                                                 \
-    {                                                                                              \
-        return enqueue(cuda, stream, run_##name, args, sizeof(*args));                             \
-    }                                                                                              \
-    static kvc_status run_##name(kvk_cuda *cuda, const void *args)
-
 /* ---- the ops that the worker uses, for one sequence ---- */
 
-/* x [inputs] f32 or bf16 through proj. */
-static kvc_status project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32_t inputs,
-                          const float *proj, uint32_t dims, float *out)
+kvc_status fake_cuda_project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32_t inputs,
+                             const float *proj, uint32_t dims, float *out)
 {
     const kvk_project_args args = {.in = {x, inputs * sizeof(float), dtype},
                                    .n = 1,
@@ -271,7 +286,7 @@ static kvc_status project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32
     return cuda->ops->project(cuda->be, &args, NULL);
 }
 
-FAKE_OP(token)
+FAKE_CUDA_OP(token)
 {
     const kvk_cuda_token_args *a = args;
     uint32_t inputs = a->n_heads * a->head_dim;
@@ -286,7 +301,7 @@ FAKE_OP(token)
                                         .dims = a->dims,
                                         .out = a->index_row,
                                         .out_stride_bytes = kvk_index_row_bytes(1, a->dims)};
-    kvc_status st = project(cuda, a->k, KVK_BF16, inputs, a->proj, a->dims, x);
+    kvc_status st = fake_cuda_project(cuda, a->k, KVK_BF16, inputs, a->proj, a->dims, x);
     return st == KVC_OK ? cuda->ops->quantize(cuda->be, &quantize, NULL) : st;
 }
 
@@ -295,7 +310,7 @@ size_t kvk_cuda_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max)
     return (size_t)n_seqs * rows_max * 2u * sizeof(float);
 }
 
-FAKE_OP(select)
+FAKE_CUDA_OP(select)
 {
     const kvk_cuda_select_args *a = args;
     const kvk_cuda_candidates *c = a->cands;
@@ -351,7 +366,7 @@ static void leave(const kvk_cuda_residency *r, uint32_t slot)
         r->slot_of[pos] = -1;
 }
 
-FAKE_OP(resolve)
+FAKE_CUDA_OP(resolve)
 {
     const kvk_cuda_resolve_args *a = args;
     const kvk_cuda_residency *r = a->res;
@@ -381,7 +396,7 @@ FAKE_OP(resolve)
     return KVC_OK;
 }
 
-static const uint8_t *source_row(const kvk_cuda_source *s, uint32_t pos, uint32_t row_bytes)
+const uint8_t *fake_cuda_source_row(const kvk_cuda_source *s, uint32_t pos, uint32_t row_bytes)
 {
     uint32_t block = pos / s->block_tokens;
     if (block >= s->n_blocks || s->blocks[block] == NULL)
@@ -404,7 +419,7 @@ kvc_status kvk_cuda_attend_supports(const kvk_cuda *cuda, const kvk_cuda_attend_
     return 16u * (args->row_bytes + 16u) <= 232448u ? KVC_OK : KVC_UNSUPPORTED;
 }
 
-FAKE_OP(attend)
+FAKE_CUDA_OP(attend)
 {
     const kvk_cuda_attend_args *a = args;
     const void **rows = a->workspace;
@@ -415,11 +430,11 @@ FAKE_OP(attend)
             continue;
         uint8_t *slot = (uint8_t *)a->res->slots + (size_t)a->list[i] * a->row_bytes;
         if (a->fetch != NULL && a->fetch[i] != KVK_CUDA_RESIDENT) {
-            const uint8_t *row = source_row(a->source, a->fetch[i], a->row_bytes);
+            const uint8_t *row = fake_cuda_source_row(a->source, a->fetch[i], a->row_bytes);
             if (row == NULL)
                 continue;
             memcpy(slot, row, a->row_bytes);
-            atomic_fetch_add(&rows_read, 1);
+            fake_cuda_count_row();
         }
         pos[n] = a->k_positions != NULL ? a->k_positions[i] : 0;
         rows[n++] = slot;
@@ -473,13 +488,13 @@ static kvc_status index_query(kvk_cuda *cuda, const kvk_cuda_frame_args *a)
     if (st == KVC_OK)
         st = cuda->ops->group_sum(cuda->be, &group, NULL);
     if (st == KVC_OK)
-        st = project(cuda, sum, KVK_F32, inputs, a->proj, a->dims, a->q_index);
+        st = fake_cuda_project(cuda, sum, KVK_F32, inputs, a->proj, a->dims, a->q_index);
     free(rotated);
     free(sum);
     return st;
 }
 
-FAKE_OP(frame)
+FAKE_CUDA_OP(frame)
 {
     const kvk_cuda_frame_args *a = args;
     uint32_t n = *a->n_tokens, near = n < a->n_recent + 1u ? n : a->n_recent + 1u;
@@ -502,7 +517,7 @@ FAKE_OP(frame)
     return st;
 }
 
-FAKE_OP(finish)
+FAKE_CUDA_OP(finish)
 {
     const kvk_cuda_finish_args *a = args;
     size_t width = (size_t)a->n * a->dim;
@@ -519,13 +534,14 @@ FAKE_OP(finish)
     return st;
 }
 
-FAKE_OP(misses)
+FAKE_CUDA_OP(misses)
 {
     const kvk_cuda_misses_args *a = args;
     (void)cuda;
     *a->n_far = 0;
     for (uint32_t i = 0; i < *a->n_list; i++) {
-        if (a->fetch[i] == KVK_CUDA_RESIDENT || source_row(a->source, a->fetch[i], 1) != NULL)
+        if (a->fetch[i] == KVK_CUDA_RESIDENT ||
+            fake_cuda_source_row(a->source, a->fetch[i], 1) != NULL)
             continue;
         a->miss_pos[*a->n_far] = a->fetch[i];
         a->fetch[i] = a->staged + (*a->n_far)++;
@@ -533,7 +549,7 @@ FAKE_OP(misses)
     return KVC_OK;
 }
 
-FAKE_OP(forget)
+FAKE_CUDA_OP(forget)
 {
     const kvk_cuda_forget_args *a = args;
     const kvk_cuda_residency *r = a->res;

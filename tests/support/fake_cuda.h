@@ -11,6 +11,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "kvk/compute.h"
+
 /* kvk_cuda_open answers UNSUPPORTED from now on, or no longer. */
 void fake_cuda_absent(bool absent);
 /* Allocations from now on: so many succeed, then NO_MEMORY; UINT32_MAX: all succeed. */
@@ -21,9 +23,13 @@ void fake_cuda_copies(uint32_t n);
 void fake_cuda_ops(uint32_t n);
 /* Memory that was taken and not given back; registrations likewise. */
 uint32_t fake_cuda_held(void);
-/* Called before each graph that is launched, once it is set; NULL: nothing. */
+/* Called before each graph that is launched, and each gather, once it is set; NULL: nothing. */
 void fake_cuda_before_launch(void (*fn)(void *arg), void *arg);
-/* Rows that attention has read from sources so far. */
+/* A stream as an engine has one; what was enqueued on it so far, copies apart. */
+kvk_stream *fake_cuda_stream(void);
+uint64_t fake_cuda_enqueued(const kvk_stream *stream);
+void fake_cuda_stream_free(kvk_stream *stream);
+/* Rows that were read from sources so far. */
 uint64_t fake_cuda_rows_read(void);
 
 #endif

@@ -16,4 +16,30 @@ struct kvk_cuda {
 /* Whether one more op is taken; counts it. */
 bool fake_cuda_take_op(void);
 
+/* FAKE_CUDA_OP(name) { ... } defines kvk_cuda_<name>, whose body runs at once, or with the graph
+ * that it was captured into. `args` points to its arguments. */
+typedef kvc_status fake_op(kvk_cuda *cuda, const void *args);
+
+kvc_status fake_cuda_enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, const void *args,
+                             size_t len_bytes);
+
+#define FAKE_CUDA_OP(name)                                                                         \
+    static kvc_status run_##name(kvk_cuda *cuda, const void *args);                                \
+    kvc_status kvk_cuda_##name(kvk_cuda *cuda, const kvk_cuda_##name##_args *args,                 \
+                               kvk_stream *stream)                                                 \
+    {                                                                                              \
+        return fake_cuda_enqueue(cuda, stream, run_##name, args, sizeof(*args));                   \
+    }                                                                                              \
+    static kvc_status run_##name(kvk_cuda *cuda, const void *args)
+
+/* x [inputs] f32 or bf16 through proj. */
+kvc_status fake_cuda_project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32_t inputs,
+                             const float *proj, uint32_t dims, float *out);
+/* NULL: the source does not have it. */
+const uint8_t *fake_cuda_source_row(const kvk_cuda_source *s, uint32_t pos, uint32_t row_bytes);
+/* Calls what fake_cuda_before_launch set. */
+void fake_cuda_announce(void);
+/* A row was read from a source. */
+void fake_cuda_count_row(void);
+
 #endif

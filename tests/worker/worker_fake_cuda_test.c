@@ -86,7 +86,7 @@ static void growth_may_end_anywhere(void **state)
         kvw_seq *seq = NULL;
         uint32_t reused = 0, dims = DIMS;
         fake_rig(&r, NULL);
-        r.opts.max_tokens = N_TOKENS / 4u;
+        r.opts.max_tokens = PREFILL - 1u; /* whole blocks: as many as the prefill has */
         rig_open(&r);
         assert_ok(kvw_seq_create(r.worker, r.tokens, 0, &seq, &reused));
         rig_prefill(&r, seq, 0, PREFILL, NULL, NULL);
@@ -139,9 +139,51 @@ static void ops_may_be_refused(void **state)
     assert_true(n_failed > 8);
 }
 
-/* ---- the engine's memory is the device's, and the CPU does the step ---- */
+/* ---- the engine's memory is the device's ---- */
 
-/* A copy of the query that fails leaves nothing in flight, and the step can be done again. */
+/* Outputs of passes of every kind, into record. */
+static void run_all(rig_record *record, uint32_t device_memory, void *stream)
+{
+    rig r;
+    uint32_t reused = 0;
+    kvw_seq *seq = NULL;
+    const kvw_seq_opts opts = {.size_bytes = sizeof(opts), .stream = stream};
+    fake_rig(&r, NULL);
+    r.opts.device_memory = device_memory;
+    rig_open(&r);
+    rig_record_init(record, &r);
+    assert_ok(kvw_seq_open(r.worker, &opts, &seq, &reused));
+    rig_decode(&r, seq, 0, 5, rig_record_step, record);
+    rig_prefill(&r, seq, 5, PREFILL, rig_record_step, record);
+    rig_decode(&r, seq, PREFILL, PREFILL + 10, rig_record_step, record);
+    rig_pass(&r, seq, PREFILL + 10, 14, rig_record_step, record);
+    kvw_stats stats = stats_of(seq);
+    assert_int_equal(stats.steps_device, stats.steps);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
+/* The bits do not depend on whose memory it is; and all is enqueued on the engine's stream. */
+static void memory_may_be_the_devices(void **state)
+{
+    (void)state;
+    rig r;
+    rig_record host, device;
+    kvk_stream *stream = fake_cuda_stream();
+    run_all(&host, 0, NULL);
+    assert_int_equal(fake_cuda_enqueued(stream), 0);
+    run_all(&device, 1, stream);
+    assert_true(fake_cuda_enqueued(stream) > 300);
+    fake_rig(&r, NULL);
+    rig_fill(&r);
+    rig_record_equal(&r, &host, &device, 0, N_TOKENS);
+    rig_close(&r);
+    rig_record_fini(&host);
+    rig_record_fini(&device);
+    fake_cuda_stream_free(stream);
+}
+
+/* A copy of the queries that fails leaves nothing behind, and the step can be done again. */
 static void a_query_may_not_come(void **state)
 {
     bench *b = *state;
@@ -161,26 +203,52 @@ static void a_query_may_not_come(void **state)
     void *k = rig_bytes(&r, r.k, rig_kv_width(&r), 0, PREFILL, 2);
     void *v = rig_bytes(&r, r.v, rig_kv_width(&r), 0, PREFILL, 2);
     void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, PREFILL, 2);
-    void *out = malloc(2 * rig_q_width(&r) * sizeof(float));
-    assert_non_null(out);
     assert_ok(kvw_append(seq, 0, k, v, 2));
     assert_ok(kvw_step_begin(seq, 0, q, 2, &step));
-    assert_true(step->legs[0].flight.in_flight);
     fake_cuda_copies(0);
-    assert_int_equal(kvw_step_finish(step, q, out, lse), KVC_DEVICE);
+    assert_int_equal(kvw_step_finish(step, q, q, lse), KVC_DEVICE);
     fake_cuda_copies(UINT32_MAX);
-    assert_false(seq->free_steps->legs[0].flight.in_flight);
     assert_ok(kvw_step_begin(seq, 0, q, 2, &step));
-    assert_ok(kvw_step_finish(step, q, out, lse));
-    const rig_step done = {
-        .seq = seq, .layer = 0, .first = PREFILL, .n = 2, .out = out, .lse = lse};
+    assert_ok(kvw_step_finish(step, q, q, lse)); /* out is q */
+    const rig_step done = {.seq = seq, .layer = 0, .first = PREFILL, .n = 2, .out = q, .lse = lse};
     oracle_check_step(&dims, &r, &done);
     free(k);
     free(v);
     free(q);
-    free(out);
     kvw_seq_destroy(seq);
     rig_close(&r);
+}
+
+/* Nobody else finds what follows a chunk that other queries selected for. */
+static void a_chunk_may_be_foretold(void **state)
+{
+    bench *b = *state;
+    for (int wrong = 0; wrong < 2; wrong++) {
+        rig r;
+        uint32_t reused = 0;
+        kvw_seq *seq = NULL;
+        kvw_step *step = NULL;
+        fake_rig(&r, b->client);
+        r.opts.revision = wrong == 0 ? "right" : "wrong";
+        rig_open(&r);
+        assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+        rig_prefill(&r, seq, 0, 512, NULL, NULL);
+        assert_ok(kvw_tokens(seq, r.tokens + 512, 64));
+        void *k = rig_bytes(&r, r.k, rig_kv_width(&r), 0, 512, 64);
+        void *v = rig_bytes(&r, r.v, rig_kv_width(&r), 0, 512, 64);
+        void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, 512, 64);
+        void *other = rig_bytes(&r, r.q, rig_q_width(&r), 0, 448, 64);
+        assert_ok(kvw_append(seq, 0, k, v, 64));
+        assert_ok(kvw_step_begin(seq, 0, wrong == 0 ? q : other, 64, &step));
+        assert_ok(kvw_step_finish(step, q, q, NULL));
+        assert_int_equal(seq->tainted, wrong);
+        free(k);
+        free(v);
+        free(q);
+        free(other);
+        kvw_seq_destroy(seq);
+        rig_close(&r);
+    }
 }
 
 /* ---- a server of its own ---- */
@@ -268,6 +336,27 @@ static void a_map_may_go_under_a_step(void **state)
     rig_close(&r);
 }
 
+/* The same in passes of several tokens. */
+static void a_map_may_go_under_a_chunk(void **state)
+{
+    served *s = *state;
+    rig r;
+    uint32_t dims = DIMS;
+    thief t = {.seq = open_prefilled(&r, s->client)};
+    uint64_t read = fake_cuda_rows_read();
+    kvw_stats before = {.size_bytes = sizeof(before)}, stats = before;
+    assert_ok(kvw_seq_stats(t.seq, &before));
+    fake_cuda_before_launch(take_map, &t);
+    for (uint32_t at = PREFILL; at < N_TOKENS; at += 4)
+        rig_pass(&r, t.seq, at, 4, oracle_check_step, &dims);
+    fake_cuda_before_launch(NULL, NULL);
+    assert_ok(kvw_seq_stats(t.seq, &stats));
+    assert_true(t.n_taken > 0);
+    assert_true(fake_cuda_rows_read() - read > stats.misses - before.misses);
+    kvw_seq_destroy(t.seq);
+    rig_close(&r);
+}
+
 /* The step of layer 0 reads rows under a map that goes; that of layer 1 has the tables made anew
  * before it ends. */
 static void another_layer_does_not_hide_that_a_map_went(void **state)
@@ -296,7 +385,7 @@ static void another_layer_does_not_hide_that_a_map_went(void **state)
     fake_cuda_before_launch(NULL, NULL);
     assert_int_equal(t.n_taken, 1);
     assert_ok(kvw_step_begin(t.seq, 1, q[1], 1, &step[1]));
-    uint64_t read = fake_cuda_rows_read();
+    uint64_t read = fake_cuda_rows_read(), misses = stats_of(t.seq).misses;
     for (uint32_t l = 0; l < 2; l++) {
         assert_ok(kvw_step_finish(step[l], q[l], out, lse));
         const rig_step done = {
@@ -304,8 +393,9 @@ static void another_layer_does_not_hide_that_a_map_went(void **state)
         oracle_check_step(&dims, &r, &done);
         free(q[l]);
     }
-    /* nothing is resident yet, so that is all picks of both layers, also those read before */
-    assert_int_equal(fake_cuda_rows_read() - read, 2 * r.opts.k);
+    /* all that was missing in both layers, also what was read before */
+    assert_int_equal(fake_cuda_rows_read() - read, stats_of(t.seq).misses - misses);
+    assert_true(stats_of(t.seq).misses > misses);
     free(out);
     kvw_seq_destroy(t.seq);
     rig_close(&r);
@@ -356,8 +446,11 @@ int main(void)
         cmocka_unit_test(memory_may_end_anywhere),
         cmocka_unit_test(growth_may_end_anywhere),
         cmocka_unit_test(ops_may_be_refused),
+        cmocka_unit_test(memory_may_be_the_devices),
         cmocka_unit_test_setup_teardown(a_query_may_not_come, bench_open, bench_close),
+        cmocka_unit_test_setup_teardown(a_chunk_may_be_foretold, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(a_map_may_go_under_a_step, open_served, close_served),
+        cmocka_unit_test_setup_teardown(a_map_may_go_under_a_chunk, open_served, close_served),
         cmocka_unit_test_setup_teardown(a_step_holds_its_map, open_served, close_served),
         cmocka_unit_test_setup_teardown(another_layer_does_not_hide_that_a_map_went, open_served,
                                         close_served),

@@ -42,6 +42,9 @@ static kvc_status check(const kvw_worker *w)
     if (o->n_sink * w->level[0].row_bytes % 16 != 0) {
         return no("n_sink", "times the bytes of an index row must be a multiple of 16");
     }
+    if (o->chunk_tokens > KVK_CUDA_CHUNK_MAX) {
+        return no("chunk_tokens", "must be at most 4096");
+    }
     if (kvwi_slots(w) > SLOTS_MAX) {
         return no("residency_slots", "must be at most 2^20 with n_sink");
     }
@@ -197,6 +200,11 @@ uint64_t kvwi_cuda_bytes(const kvw_seq *seq)
     return seq->device->device_bytes;
 }
 
+bool kvwi_cuda_takes_passes(const kvw_worker *worker)
+{
+    return worker->selector->positions == KVW_FAR_NEAR;
+}
+
 const kvwi_device_ops kvwi_device_cuda = {
     .name = "cuda",
     .open = cuda_open,
@@ -206,6 +214,7 @@ const kvwi_device_ops kvwi_device_cuda = {
     .unmap = kvwi_cuda_unmap,
     .seq_open = kvwi_cuda_seq_open,
     .seq_close = kvwi_cuda_seq_close,
+    .takes_passes = kvwi_cuda_takes_passes,
     .pass = kvwi_cuda_pass,
     .append = kvwi_cuda_append,
     .settle = kvwi_cuda_settle,

@@ -1,11 +1,11 @@
 /*
  * cuda_mirror.c: what host and device both have: index rows, and the rows of sinks and recent.
  *
- * Runs on the sequence's thread. Passes of several tokens are written by the host and brought to
- * the device when a pass of one token begins; that token's rows are made on the device and reach
- * the host's block buffer by the same stream. Invariants: the device's index has rows [0, n_index),
- * the host's pages [0, n_rows), and the longer of the two is all of the layer; the ring has the
- * rows of positions [near_from, near_to), position p in slot p % ring_rows.
+ * Runs on the sequence's thread. Whichever side a pass is for writes its rows and index rows; what
+ * the host wrote is brought to the device when a pass begins that is for the device, whose own rows
+ * reach the host's block buffer by the same stream. Invariants: the device's index has rows [0,
+ * n_index), the host's pages [0, n_rows), and the longer of the two is all of the layer; the ring
+ * has the rows of positions [near_from, near_to), position p in slot p % ring_rows.
  */
 #include <string.h>
 
@@ -75,29 +75,38 @@ static kvc_status push_rows(kvw_seq *seq, uint32_t layer, uint32_t from, uint32_
 
 static kvc_status push_sinks(kvw_seq *seq, uint32_t layer)
 {
+    const kvw_worker *w = seq->worker;
     kvwi_device_layer *l = &seq->device->layers[layer];
-    if (l->has_sinks || seq->layers[layer].n_tokens < seq->worker->opts.n_sink) {
+    uint32_t n = kvwi_min_u32(seq->layers[layer].n_tokens, w->opts.n_sink);
+    if (l->n_sinks >= n) {
         return KVC_OK;
     }
-    kvc_status st = push_rows(seq, layer, 0, seq->worker->opts.n_sink, l->slots);
-    l->has_sinks = st == KVC_OK;
+    kvc_status st = push_rows(seq, layer, l->n_sinks, n, l->slots + l->n_sinks * w->row_bytes);
+    l->n_sinks = st == KVC_OK ? n : l->n_sinks;
+    return st;
+}
+
+kvc_status kvwi_cuda_push_ring(kvw_seq *seq, uint32_t layer, uint32_t from, uint32_t to)
+{
+    kvwi_device_seq *d = seq->device;
+    kvc_status st = KVC_OK;
+    while (st == KVC_OK && from < to) {
+        uint32_t slot = from % d->ring_rows, run = kvwi_min_u32(d->ring_rows - slot, to - from);
+        st = push_rows(seq, layer, from, from + run,
+                       d->layers[layer].ring + slot * seq->worker->row_bytes);
+        from += run;
+    }
     return st;
 }
 
 /* Rows of the last `near` tokens. */
 static kvc_status push_recent(kvw_seq *seq, uint32_t layer, uint32_t near)
 {
-    const kvw_worker *w = seq->worker;
     kvwi_device_seq *d = seq->device;
     kvwi_device_layer *l = &d->layers[layer];
     uint32_t n = seq->layers[layer].n_tokens, from = n - kvwi_min_u32(n, near);
     bool keeps = l->near_from <= from && l->near_to >= from;
-    kvc_status st = KVC_OK;
-    for (uint32_t at = keeps ? l->near_to : from; st == KVC_OK && at < n;) {
-        uint32_t slot = at % d->ring_rows, run = kvwi_min_u32(d->ring_rows - slot, n - at);
-        st = push_rows(seq, layer, at, at + run, l->ring + slot * w->row_bytes);
-        at += run;
-    }
+    kvc_status st = kvwi_cuda_push_ring(seq, layer, keeps ? l->near_to : from, n);
     if (st == KVC_OK) {
         uint32_t oldest = n - kvwi_min_u32(n, d->ring_rows);
         l->near_from = keeps ? kvwi_max_u32(l->near_from, oldest) : from;
@@ -118,22 +127,34 @@ kvc_status kvwi_cuda_mirror(kvw_seq *seq, uint32_t layer, uint32_t near)
     return st == KVC_OK || st == KVC_NOT_FOUND ? st : kvwi_cuda_fail(st, "the device's copies");
 }
 
-kvc_status kvwi_cuda_pass(kvw_seq *seq, uint32_t n_tokens)
+kvc_status kvwi_cuda_pass(kvw_seq *seq, uint32_t n_tokens, uint32_t n)
 {
+    const kvw_worker *w = seq->worker;
+    bool chunk = n > 1 || kvwi_is_full(w, kvwi_near_begin(w, n_tokens, 1));
     kvc_status st = kvwi_cuda_grow(seq, n_tokens);
+    if (st == KVC_OK && chunk && kvwi_cuda_takes_passes(w)) {
+        st = kvwi_cuda_prefill_open(seq);
+    }
     if (st == KVC_OK) {
         st = kvwi_cuda_tables(seq, true);
     }
-    for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
-        st = kvwi_cuda_mirror(seq, i, seq->worker->opts.n_recent);
-        if (st == KVC_OK) {
+    for (uint32_t i = 0; st == KVC_OK && i < w->opts.n_layers; i++) {
+        st = kvwi_cuda_mirror(seq, i, w->opts.n_recent);
+        if (st == KVC_OK && !chunk) {
             st = kvwi_cuda_graphs(seq, i);
         }
     }
     return st;
 }
 
-kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v)
+void kvwi_cuda_near_grew(kvw_seq *seq, kvwi_device_layer *l, uint32_t end)
+{
+    uint32_t oldest = end - kvwi_min_u32(end, seq->device->ring_rows);
+    l->near_to = end;
+    l->near_from = kvwi_max_u32(l->near_from, oldest);
+}
+
+static kvc_status append_token(kvw_seq *seq, uint32_t layer, const void *k, const void *v)
 {
     const kvw_worker *w = seq->worker;
     kvwi_device_seq *d = seq->device;
@@ -165,10 +186,14 @@ kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const v
     }
     d->unsettled = true;
     l->n_index = pos + 1u;
-    l->near_to = pos + 1u;
-    l->near_from = kvwi_max_u32(l->near_from, l->near_to - kvwi_min_u32(l->near_to, d->ring_rows));
+    kvwi_cuda_near_grew(seq, l, pos + 1u);
     seq->layers[layer].n_tokens = pos + 1u;
     return KVC_OK;
+}
+
+kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n)
+{
+    return n == 1 ? append_token(seq, layer, k, v) : kvwi_cuda_append_pass(seq, layer, k, v, n);
 }
 
 kvc_status kvwi_cuda_settle(kvw_seq *seq)
@@ -210,7 +235,7 @@ kvc_status kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens)
         l->n_index = kvwi_min_u32(l->n_index, n_tokens);
         l->near_to = kvwi_min_u32(l->near_to, n_tokens);
         l->near_from = kvwi_min_u32(l->near_from, l->near_to);
-        l->has_sinks = l->has_sinks && n_tokens >= seq->worker->opts.n_sink;
+        l->n_sinks = kvwi_min_u32(l->n_sinks, n_tokens);
     }
     return KVC_OK;
 }

@@ -44,6 +44,35 @@ kvc_status kvwi_cuda_streams(kvw_seq *seq, void *stream)
     return st;
 }
 
+/* Device memory of n numbers 0, 1, ... wrap - 1, 0, 1, ... */
+static kvc_status open_count(kvwi_device_seq *d, uint32_t n, uint32_t wrap, int32_t **numbers_p)
+{
+    int32_t *numbers = malloc(n * sizeof(*numbers));
+    if (numbers == NULL) {
+        return KVC_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        numbers[i] = (int32_t)(i % wrap);
+    }
+    kvc_status st = device_alloc(d, n * sizeof(*numbers), numbers_p);
+    if (st == KVC_OK) {
+        st = kvk_cuda_copy(d->device->cuda, *numbers_p, numbers, n * sizeof(*numbers), d->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_stream_sync(d->device->cuda, d->stream);
+    }
+    free(numbers);
+    return st;
+}
+
+static kvc_status open_numbers(kvwi_device_seq *d)
+{
+    uint32_t most = d->stride + d->ring_rows + 1u;
+    kvc_status st = open_count(d, most, most, &d->near_pos);
+    d->counts = (const uint32_t *)d->near_pos;
+    return st == KVC_OK ? open_count(d, 2u * d->ring_rows, d->ring_rows, &d->ring_list) : st;
+}
+
 /* Both attentions use it, one after the other. */
 static kvc_status open_workspace(kvw_seq *seq)
 {
@@ -55,23 +84,7 @@ static kvc_status open_workspace(kvw_seq *seq)
     if (st != KVC_OK) {
         return st;
     }
-    int32_t *pos = malloc(d->ring_rows * sizeof(*pos));
-    if (pos == NULL) {
-        return KVC_NO_MEMORY;
-    }
-    for (uint32_t i = 0; i < d->ring_rows; i++) {
-        pos[i] = (int32_t)i;
-    }
-    st = device_alloc(d, d->ring_rows * sizeof(*pos), &d->near_pos);
-    if (st == KVC_OK) {
-        st = kvk_cuda_copy(d->device->cuda, d->near_pos, pos, d->ring_rows * sizeof(*pos),
-                           d->stream);
-    }
-    if (st == KVC_OK) {
-        st = kvk_cuda_stream_sync(d->device->cuda, d->stream);
-    }
-    free(pos);
-    return st;
+    return open_numbers(d);
 }
 
 static kvc_status open_staging(kvw_seq *seq)
@@ -128,7 +141,8 @@ kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream)
     seq->device = d;
     d->device = w->device;
     d->stride = o->n_sink + o->k;
-    d->ring_rows = o->n_recent + RING_SLACK;
+    /* what a pass of several tokens attends, in one piece */
+    d->ring_rows = o->n_recent + (kvwi_cuda_takes_passes(w) ? o->chunk_tokens : 0) + RING_SLACK;
     d->n_staging = (o->k + o->block_tokens - 1u) / o->block_tokens;
     set_capacity(seq,
                  kvwi_max_u32(o->max_tokens == 0 ? KVWI_DEVICE_TOKENS : o->max_tokens, n_tokens));
@@ -194,6 +208,8 @@ void kvwi_cuda_seq_close(kvw_seq *seq)
     }
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->select_space);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->near_pos);
+    kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->ring_list);
+    kvwi_cuda_prefill_close(seq);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->workspace);
     kvk_cuda_stream_destroy(cuda, d->capture);
     free(d->layers);

@@ -1,5 +1,5 @@
 /*
- * cuda_step.c: a step of one query on the device.
+ * cuda_step.c: a step on the device; what is different for chunks is in cuda_prefill.c.
  *
  * Runs on the sequence's thread. Where every block has an address that the device can read, nothing
  * comes back to the host before the result: the attention brings what is missing. Else the list of
@@ -52,9 +52,35 @@ static kvc_status take_query(kvw_step *step, void *to, const void *q)
 static kvc_status start_select(kvw_step *step)
 {
     kvwi_device_layer *l = layer_of(step);
-    kvc_status st = launch(step, l->select);
+    kvc_status st = l->prefill ? kvwi_cuda_prefill_select(step) : launch(step, l->select);
     l->selected = st == KVC_OK;
     return st;
+}
+
+/* What the steps of a layer are made from. */
+static kvc_status ready(kvw_step *step)
+{
+    kvw_seq *seq = step->seq;
+    kvc_status st = kvwi_cuda_grow(seq, step->n_tokens);
+    if (st == KVC_OK) {
+        st = kvwi_cuda_tables(seq, true);
+    }
+    if (st == KVC_OK) {
+        st = kvwi_cuda_mirror(seq, step->layer, seq->worker->opts.n_recent + step->n_q);
+    }
+    return st != KVC_OK              ? st
+           : layer_of(step)->prefill ? kvwi_cuda_prefill_open(seq)
+                                     : kvwi_cuda_graphs(seq, step->layer);
+}
+
+/* The queries that select; they stay the caller's. */
+static kvc_status take_select_query(kvw_step *step, const void *q)
+{
+    if (!layer_of(step)->prefill) {
+        return take_query(step, layer_of(step)->q_select, q);
+    }
+    kvc_status st = kvwi_cuda_prefill_query(step, q);
+    return st == KVC_OK && !step->seq->worker->opts.device_memory ? kvwi_cuda_sync(step->seq) : st;
 }
 
 kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole)
@@ -62,22 +88,15 @@ kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole
     kvw_seq *seq = step->seq;
     kvwi_device_layer *l = layer_of(step);
     uint64_t t0 = kvc_now_ns();
-    kvc_status st = kvwi_cuda_grow(seq, step->n_tokens);
-    if (st == KVC_OK) {
-        st = kvwi_cuda_tables(seq, true);
-    }
-    if (st == KVC_OK) {
-        st = kvwi_cuda_mirror(seq, step->layer, seq->worker->opts.n_recent + 1u);
-    }
-    if (st == KVC_OK) {
-        st = kvwi_cuda_graphs(seq, step->layer);
-    }
+    kvwi_cuda_prefill_begin(step);
+    l->prefill = step->full || step->n_q > 1;
+    kvc_status st = ready(step);
     l->io->n_tokens = step->n_tokens;
     l->io->differs = 0;
     l->one_query = whole;
     l->selected = l->attended = false;
     if (st == KVC_OK && !whole) {
-        st = take_query(step, l->q_select, q_select);
+        st = take_select_query(step, q_select);
     }
     if (st == KVC_OK && !whole) {
         st = start_select(step);
@@ -90,7 +109,7 @@ kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole
 kvc_status kvwi_cuda_step_attend(kvw_step *step, const void *q)
 {
     kvwi_device_layer *l = layer_of(step);
-    if (l->one_query || l->n_blank != 0 || !kvwi_cuda_tables_take(step->seq, l)) {
+    if (l->prefill || l->one_query || l->n_blank != 0 || !kvwi_cuda_tables_take(step->seq, l)) {
         return KVC_OK; /* finish does it all */
     }
     kvc_status st = take_query(step, l->q_in, q);
@@ -201,13 +220,25 @@ static kvc_status fetch_far(kvw_step *step)
 
 /* ---- the step ---- */
 
+/* Where the results of a chunk go. */
+typedef struct outputs {
+    void *out;
+    float *lse;
+} outputs;
+
+static kvc_status start_attend(kvw_step *step, const outputs *to)
+{
+    kvwi_device_layer *l = layer_of(step);
+    return l->prefill ? kvwi_cuda_prefill_attend(step, to->out, to->lse) : launch(step, l->attend);
+}
+
 /* One attempt; on return the device has done it. *far_p: rows that a fetch brought. */
-static kvc_status attempt(kvw_step *step, uint32_t *far_p)
+static kvc_status attempt(kvw_step *step, const outputs *to, uint32_t *far_p)
 {
     kvwi_device_layer *l = layer_of(step);
     kvc_status st = KVC_OK;
     *far_p = 0;
-    if (l->n_blank == 0 && l->one_query && !l->selected) {
+    if (l->n_blank == 0 && l->one_query && !l->selected && !l->prefill) {
         st = launch(step, l->whole);
         l->selected = st == KVC_OK;
     } else {
@@ -220,7 +251,7 @@ static kvc_status attempt(kvw_step *step, uint32_t *far_p)
             *far_p = st == KVC_OK ? l->io->n_far : 0;
         }
         if (st == KVC_OK && !l->attended) {
-            st = launch(step, l->attend);
+            st = start_attend(step, to);
         }
     }
     if (st == KVC_OK && (st = kvwi_cuda_sync(step->seq)) != KVC_OK) {
@@ -230,7 +261,7 @@ static kvc_status attempt(kvw_step *step, uint32_t *far_p)
 }
 
 /* Until the map held for as long as it was read. */
-static kvc_status run(kvw_step *step, uint32_t *far_p)
+static kvc_status run(kvw_step *step, const outputs *to, uint32_t *far_p)
 {
     kvw_seq *seq = step->seq;
     kvwi_device_layer *l = layer_of(step);
@@ -240,7 +271,7 @@ static kvc_status run(kvw_step *step, uint32_t *far_p)
             continue; /* gone in between; after TRIES there is none to go */
         }
         if (st == KVC_OK) {
-            st = attempt(step, far_p);
+            st = attempt(step, to, far_p);
         }
         if (st != KVC_OK || l->io->n_misses == *far_p || kvwi_cuda_tables_hold(seq, l->stamp)) {
             return st;
@@ -260,6 +291,9 @@ static kvc_status give_result(kvw_step *step, void *out, float *lse)
     const kvw_worker *w = seq->worker;
     kvwi_device_layer *l = layer_of(step);
     size_t lse_bytes = w->opts.n_q_heads * sizeof(float);
+    if (l->prefill) {
+        return kvwi_cuda_prefill_give(step, out, lse);
+    }
     if (!w->opts.device_memory) {
         memcpy(out, l->out, q_bytes(w));
         if (lse != NULL) {
@@ -279,17 +313,18 @@ static void count(kvw_step *step, uint32_t n_far)
 {
     kvw_seq *seq = step->seq;
     const kvwi_layer_io *io = layer_of(step)->io;
-    uint32_t k = seq->worker->opts.k;
+    uint32_t k = kvwi_cuda_prefill_picks(step);
     kvwi_picks *picks = &seq->layers[step->layer].picks;
-    picks->n = k; /* there are more candidates */
+    picks->n = step->full ? 0 : k; /* there are more candidates, or nothing was chosen */
     picks->cached = false;
-    picks->on_device = true;
+    picks->on_device = !step->full;
     seq->stats.steps++;
     seq->stats.steps_device++;
-    seq->stats.reselects++;
-    seq->stats.picks += k;
+    seq->stats.full_steps += step->full;
+    seq->stats.reselects += !step->full;
+    seq->stats.picks += picks->n;
     seq->stats.misses += io->n_misses;
-    seq->stats.hits += k - io->n_misses;
+    seq->stats.hits += step->full ? 0 : k - io->n_misses;
     seq->stats.rows_dram += io->n_misses - n_far;
     seq->stats.bytes_fetched += (uint64_t)(io->n_misses - n_far) * seq->worker->row_bytes;
     seq->n_fetched += io->n_misses - n_far;
@@ -303,14 +338,16 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float
     uint64_t t0 = kvc_now_ns();
     uint32_t n_far = 0;
     kvc_status st = KVC_OK;
-    if (!l->attended) {
+    if (l->prefill) {
+        st = kvwi_cuda_prefill_query(step, q);
+    } else if (!l->attended) {
         st = take_query(step, l->q_in, q);
     }
-    if (st == KVC_OK && l->one_query) { /* in case it comes to two graphs */
+    if (st == KVC_OK && l->one_query && !l->prefill) { /* in case it comes to two graphs */
         st = take_query(step, l->q_select, q);
     }
     if (st == KVC_OK) {
-        st = run(step, &n_far);
+        st = run(step, &(outputs){out, lse}, &n_far);
     }
     if (st != KVC_OK) {
         kvwi_cuda_step_abandon(step);
@@ -318,7 +355,8 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float
     }
     kvwi_cuda_tables_let_go(l);
     count(step, n_far);
-    if (l->io->differs != 0 && seq->worker->opts.client != NULL && !seq->worker->opts.reuse_any) {
+    if (!l->prefill && l->io->differs != 0 && seq->worker->opts.client != NULL &&
+        !seq->worker->opts.reuse_any) {
         kvwi_names_taint(seq); /* selected by a prediction that turned out otherwise */
     }
     l->selected = l->attended = false;

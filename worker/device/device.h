@@ -2,10 +2,10 @@
  * device.h: what the worker asks of a device that its decode steps run on, or that chunks are
  * retrieved on: one table for each kind, and for selectors of chunks another.
  *
- * A worker with a device has a CPU backend beside it, which does what is not a decode step: passes
- * of several tokens, and steps that attend everything. So host memory has every row and index row
- * as without a device, once `settle` has run; the device has copies of what its steps read. All
- * slots are called on the sequence's thread, map and unmap on any. Errors: kvwi_fail has the words.
+ * A worker with a device has a CPU backend beside it, which does what the device's kind cannot.
+ * Host memory has every row and index row as without a device, once `settle` has run; the device
+ * has copies of what its steps read. All slots are called on the sequence's thread, map and unmap
+ * on any. Errors: kvwi_fail has the words.
  */
 #ifndef KVWI_DEVICE_H
 #define KVWI_DEVICE_H
@@ -36,17 +36,21 @@ typedef struct kvwi_device_ops {
     /* All memory that steps need. NO_MEMORY. */
     kvc_status (*seq_open)(kvw_seq *seq, uint32_t n_tokens, void *stream);
     void (*seq_close)(kvw_seq *seq); /* seq->device may be NULL */
-    /* A pass of one token is about to begin, with which the sequence has n_tokens: room for it, and
-     * the device's copies. */
-    kvc_status (*pass)(kvw_seq *seq, uint32_t n_tokens);
-    /* The pass's token in one layer; host memory of its block is written behind the caller. */
-    kvc_status (*append)(kvw_seq *seq, uint32_t layer, const void *k, const void *v);
+    /* Whether passes of several tokens and steps that attend everything are for the device too;
+     * NULL: none is. */
+    bool (*takes_passes)(const kvw_worker *worker);
+    /* A pass that is for the device is about to begin, of n tokens, with which the sequence has
+     * n_tokens: room for it, and the device's copies. */
+    kvc_status (*pass)(kvw_seq *seq, uint32_t n_tokens, uint32_t n);
+    /* The pass's n tokens in one layer; host memory of their blocks is written behind the caller.
+     */
+    kvc_status (*append)(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n);
     /* Host memory has what the device wrote for it. Blocks. */
     kvc_status (*settle)(kvw_seq *seq);
     /* Tokens of the last pass (seq->pass) from n_tokens on go; a failure leaves all as it was. */
     kvc_status (*truncate)(kvw_seq *seq, uint32_t n_tokens);
-    /* A step of one query over more candidates than k. whole: begin and finish have one query, and
-     * nothing is done in between. */
+    /* A step that kvwi_device_takes. whole: begin and finish have the same queries, and nothing is
+     * done in between. */
     kvc_status (*step_begin)(kvw_step *step, const void *q_select, bool whole);
     kvc_status (*step_attend)(kvw_step *step, const void *q);
     kvc_status (*step_finish)(kvw_step *step, const void *q, void *out, float *lse);
@@ -71,8 +75,9 @@ typedef struct kvwi_device_ops {
 /* The kind that a backend's name asks for ("cuda", "cuda:1"), and the number; NULL: it names none.
  * chunks: what the selector chooses. */
 const kvwi_device_ops *kvwi_device_find(const char *backend, bool chunks, uint32_t *number_p);
-/* Whether a step is one for the device. */
+/* Whether a step is one for the device; a pass of n tokens likewise. */
 bool kvwi_device_takes(const kvw_step *step);
+bool kvwi_device_takes_pass(const kvw_worker *worker, uint32_t n);
 /*
  * Where device_memory says so, n bytes at p brought into buf, else p itself; NULL: it failed, said.
  */

@@ -9,7 +9,7 @@
 #define KVWI_DEVICE_STATE_H
 
 #include "internal.h"
-#include "kvk/cuda.h"
+#include "kvk/cuda_pass.h"
 
 #define KVWI_DEVICE_TOKENS 131072u /* max_tokens, where the options have none */
 
@@ -25,6 +25,7 @@ struct kvwi_device {
 typedef struct kvwi_layer_io {
     uint32_t n_tokens;                 /* host writes */
     uint32_t n_misses, n_far, differs; /* the device writes */
+    kvk_cuda_candidates cands;         /* of a chunk's step; host writes */
 } kvwi_layer_io;
 
 typedef struct kvwi_device_layer {
@@ -55,9 +56,10 @@ typedef struct kvwi_device_layer {
     uint32_t n_index;                /* index rows that the device has */
     size_t grown_bytes;
     uint32_t near_from, near_to; /* positions whose rows are in the ring */
-    bool has_sinks;
+    uint32_t n_sinks;            /* sinks in their slots */
     kvk_cuda_graph *select, *attend, *whole;
     /* of the open step, or the last one */
+    bool prefill; /* several queries, or attends everything: cuda_prefill.c */
     bool one_query, selected, attended;
     uint64_t stamp;     /* of the map that the attention reads; the tables may have left it since */
     kvc_map_hold *hold; /* on it, until the device has read; NULL: none */
@@ -70,6 +72,15 @@ typedef struct kvwi_device_marks {
     uint32_t n, cap; /* chunks that the device has, and has room for */
 } kvwi_device_marks;
 
+/* Working memory of passes of several tokens; NULL until the first one. */
+typedef struct kvwi_device_prefill {
+    void *memory, *select, *workspace;
+    size_t select_bytes, workspace_bytes;
+    void *q;   /* of the step that is being enqueued; out may be the same memory as the engine's */
+    void *out; /* where the engine's memory is the host's; lse likewise */
+    float *lse, *q_far, *q_near, *q_index, *o_far, *lse_far, *o_near, *lse_near;
+} kvwi_device_prefill;
+
 struct kvwi_device_seq {
     kvwi_device *device;
     kvk_stream *stream;  /* enqueued on */
@@ -78,8 +89,12 @@ struct kvwi_device_seq {
     bool growing;    /* NO_MEMORY halfway: not every layer has the capacity, and none has graphs */
     uint32_t staged; /* the first position of staging, behind all blocks */
     uint32_t n_staging; /* its blocks */
-    int32_t *near_pos;  /* device: 0, 1, ... */
-    void *workspace;    /* of attend */
+    /* device: 0, 1, ... up to what a step attends; each is also a count or a pick, in memory */
+    int32_t *near_pos;
+    const uint32_t *counts;
+    int32_t *ring_list; /* device: slots of the ring, more than once around */
+    kvwi_device_prefill prefill;
+    void *workspace; /* of attend */
     size_t workspace_bytes;
     void *select_space;
     size_t select_bytes;
@@ -130,6 +145,9 @@ kvc_status kvwi_cuda_retriever_choose(kvw_retriever *r, const float *query,
 kvc_status kvwi_cuda_retriever_attend(kvw_retriever *r, const void *q, uint32_t n_q,
                                       void *out) KVC_MUST_CHECK;
 
+/* cuda.c: whether passes of several tokens are for the device. */
+bool kvwi_cuda_takes_passes(const kvw_worker *worker);
+
 /* cuda_seq.c: what says that CUDA refused. */
 kvc_status kvwi_cuda_fail(kvc_status st, const char *what) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream) KVC_MUST_CHECK;
@@ -163,9 +181,14 @@ bool kvwi_cuda_tables_hold(const kvw_seq *seq, uint64_t stamp);
 
 /* cuda_mirror.c: a layer's copies are whole, with the rows of its last `near` tokens. */
 kvc_status kvwi_cuda_mirror(kvw_seq *seq, uint32_t layer, uint32_t near) KVC_MUST_CHECK;
-kvc_status kvwi_cuda_pass(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
-kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k,
-                            const void *v) KVC_MUST_CHECK;
+/* Rows of [from, to) out of block buffers into the ring. */
+kvc_status kvwi_cuda_push_ring(kvw_seq *seq, uint32_t layer, uint32_t from,
+                               uint32_t to) KVC_MUST_CHECK;
+/* The ring has the rows up to `end` now. */
+void kvwi_cuda_near_grew(kvw_seq *seq, kvwi_device_layer *l, uint32_t end);
+kvc_status kvwi_cuda_pass(kvw_seq *seq, uint32_t n_tokens, uint32_t n) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                            uint32_t n) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_settle(kvw_seq *seq) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
 
@@ -176,6 +199,21 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out,
                                  float *lse) KVC_MUST_CHECK;
 void kvwi_cuda_step_abandon(kvw_step *step);
 kvc_status kvwi_cuda_picks(const kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
+
+/* cuda_prefill.c: passes of several tokens. Their working memory, by the sequence's capacity. */
+kvc_status kvwi_cuda_prefill_open(kvw_seq *seq) KVC_MUST_CHECK;
+void kvwi_cuda_prefill_close(kvw_seq *seq);
+kvc_status kvwi_cuda_append_pass(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                                 uint32_t n) KVC_MUST_CHECK;
+/* The parts of such a step, in this order: its windows; its queries (until the next call of it);
+ * the selection; the attention, to out and lse where these are the device's; else give. */
+void kvwi_cuda_prefill_begin(kvw_step *step);
+kvc_status kvwi_cuda_prefill_query(kvw_step *step, const void *q) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_prefill_select(kvw_step *step) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_prefill_attend(kvw_step *step, void *out, float *lse) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_prefill_give(kvw_step *step, void *out, float *lse) KVC_MUST_CHECK;
+/* How many rows it picks. */
+uint32_t kvwi_cuda_prefill_picks(const kvw_step *step);
 
 /* segments.c: memory of servers that this process has mapped. */
 /* Contexts of the client are mapped from now on, where its connection can. */

@@ -1,0 +1,461 @@
+/*
+ * cuda_prefill.c: passes of several tokens, and steps that attend everything: rows and index rows
+ * of a chunk appended at once, one selection for all its queries (2502.14477 eq. 4), attention on
+ * tensor cores.
+ *
+ * Runs on the sequence's thread, which knows all lengths, so ops are enqueued one by one and no
+ * graph is made. Working memory is the sequence's, not the layers': whatever uses it is on the one
+ * stream, so a layer's ops are done with it before another layer's begin. It is taken before the
+ * first pass that needs it. A step has the two parts of a decode step: far, whose rows are in slots
+ * (sinks and picks), and near, whose rows are in the ring (recent and new). A step that attends
+ * everything is one whose picks are all candidates, and whose keys and queries keep their own
+ * positions.
+ */
+#include <string.h>
+
+#include "carve.h"
+#include "state.h"
+
+/* ---- memory ---- */
+
+static uint32_t near_max(const kvw_worker *w)
+{
+    return w->opts.n_recent + w->opts.chunk_tokens;
+}
+
+/* The attention of n_q queries over a list of at most stride rows. */
+static kvk_cuda_prefill_args shape(const kvw_worker *w, uint32_t n_q, uint32_t stride)
+{
+    return (kvk_cuda_prefill_args){
+        .n_seqs = 1,
+        .n_q = n_q,
+        .n_q_heads = w->opts.n_q_heads,
+        .n_kv_heads = w->opts.n_kv_heads,
+        .head_dim = w->opts.head_dim,
+        .stride = stride,
+        .row_bytes = (uint32_t)w->row_bytes,
+        .v_off_bytes = (uint32_t)w->k_bytes,
+        .dtype = w->opts.dtype,
+        .scale = w->scale,
+    };
+}
+
+/* Of any number of queries: few of them share out their keys and need memory for that. */
+static size_t attend_bytes(const kvw_worker *w, uint32_t stride)
+{
+    size_t most = 0;
+    for (uint32_t n = 1; n <= w->opts.chunk_tokens; n++) {
+        const kvk_cuda_prefill_args args = shape(w, n, stride);
+        size_t bytes = kvk_cuda_prefill_workspace_bytes(&args);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+static kvk_cuda_select_many_args select_shape(const kvw_seq *seq, uint32_t n_q)
+{
+    const kvw_worker *w = seq->worker;
+    return (kvk_cuda_select_many_args){.n_q = n_q,
+                                       .dims = w->level[0].dims,
+                                       .k = w->opts.k,
+                                       .eps = w->opts.eps,
+                                       .rows_max = seq->device->cap_tokens};
+}
+
+static kvc_status take(kvw_seq *seq, size_t len_bytes, void **memory_p)
+{
+    kvwi_device_seq *d = seq->device;
+    kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_DEVICE, len_bytes, memory_p);
+    d->device_bytes += st == KVC_OK ? len_bytes : 0;
+    return st;
+}
+
+/* By the sequence's capacity; cleared, as the op wants it. */
+static kvc_status open_select(kvw_seq *seq)
+{
+    kvwi_device_seq *d = seq->device;
+    kvwi_device_prefill *c = &d->prefill;
+    const kvk_cuda_select_many_args args = select_shape(seq, seq->worker->opts.chunk_tokens);
+    size_t bytes = kvk_cuda_select_many_workspace_bytes(&args);
+    if (bytes <= c->select_bytes) {
+        return KVC_OK;
+    }
+    kvk_cuda_free(d->device->cuda, KVK_CUDA_DEVICE, c->select);
+    d->device_bytes -= c->select_bytes;
+    c->select = NULL;
+    c->select_bytes = 0;
+    kvc_status st = take(seq, bytes, &c->select);
+    if (st == KVC_OK) {
+        c->select_bytes = bytes;
+        st = kvk_cuda_fill(d->device->cuda, c->select, 0, bytes, d->stream);
+    }
+    return st;
+}
+
+static kvc_status open_memory(kvw_seq *seq)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_device_seq *d = seq->device;
+    kvwi_device_prefill *c = &d->prefill;
+    size_t rows = (size_t)w->opts.chunk_tokens * w->opts.n_q_heads, f32 = sizeof(float);
+    size_t width = rows * w->opts.head_dim;
+    size_t far = attend_bytes(w, d->stride), near = attend_bytes(w, near_max(w));
+    kvwi_carver size = {0};
+    for (int i = 0; i < 2; i++) {
+        c->q = kvwi_carve(&size, width * w->elem_bytes);
+        c->out = kvwi_carve(&size, width * w->elem_bytes);
+        c->lse = kvwi_carve(&size, rows * f32);
+        c->q_far = kvwi_carve(&size, width * f32);
+        c->q_near = kvwi_carve(&size, width * f32);
+        c->q_index = kvwi_carve(&size, (size_t)w->opts.chunk_tokens * w->level[0].dims * f32);
+        c->o_far = kvwi_carve(&size, width * f32);
+        c->lse_far = kvwi_carve(&size, rows * f32);
+        c->o_near = kvwi_carve(&size, width * f32);
+        c->lse_near = kvwi_carve(&size, rows * f32);
+        c->workspace_bytes = far > near ? far : near;
+        c->workspace = kvwi_carve(&size, c->workspace_bytes);
+        if (i == 0) {
+            kvc_status st = take(seq, size.at, &c->memory);
+            if (st != KVC_OK) {
+                return st;
+            }
+            size = (kvwi_carver){.base = c->memory};
+        }
+    }
+    return KVC_OK;
+}
+
+kvc_status kvwi_cuda_prefill_open(kvw_seq *seq)
+{
+    kvc_status st = seq->device->prefill.memory != NULL ? KVC_OK : open_memory(seq);
+    if (st == KVC_OK) {
+        st = open_select(seq);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "memory of passes of several tokens");
+}
+
+void kvwi_cuda_prefill_close(kvw_seq *seq)
+{
+    kvk_cuda *cuda = seq->device->device->cuda;
+    kvk_cuda_free(cuda, KVK_CUDA_DEVICE, seq->device->prefill.memory);
+    kvk_cuda_free(cuda, KVK_CUDA_DEVICE, seq->device->prefill.select);
+}
+
+/* ---- append ---- */
+
+/* Rows of the pass, which are the device's, into the ring and the blocks' buffers. */
+static kvc_status place_rows(kvw_seq *seq, uint32_t layer, const uint8_t *k, const uint8_t *v,
+                             uint32_t n)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_device_seq *d = seq->device;
+    uint32_t bt = w->opts.block_tokens, first = seq->pass.first;
+    kvc_status st = KVC_OK;
+    for (uint32_t done = 0; st == KVC_OK && done < n;) {
+        uint32_t pos = first + done, run = kvwi_min_u32(bt - pos % bt, n - done);
+        const kvk_cuda_rows_args args = {
+            .k = k + done * w->k_bytes,
+            .v = v + done * w->k_bytes,
+            .n = run,
+            .slice_bytes = (uint32_t)w->k_bytes,
+            .ring = d->layers[layer].ring,
+            .first = pos,
+            .ring_rows = d->ring_rows,
+            .copy = kvwi_block_row(w, seq->blocks[pos / bt].buf, layer, pos % bt),
+        };
+        st = kvk_cuda_rows(d->device->cuda, &args, d->stream);
+        done += run;
+    }
+    return st;
+}
+
+/* Index rows of positions [first, first + n), whose rows are in the ring. */
+static kvc_status digest(kvw_seq *seq, uint32_t layer, uint32_t first, uint32_t n)
+{
+    const kvw_worker *w = seq->worker;
+    const kvwi_level *level = &w->level[0];
+    kvwi_device_seq *d = seq->device;
+    kvwi_device_layer *l = &d->layers[layer];
+    kvc_status st = KVC_OK;
+    for (uint32_t done = 0; st == KVC_OK && done < n;) {
+        uint32_t pos = first + done, slot = pos % d->ring_rows;
+        uint32_t run = kvwi_min_u32(d->ring_rows - slot, n - done);
+        const kvk_cuda_digest_args args = {
+            .in = l->ring + slot * w->row_bytes,
+            .n = run,
+            .n_heads_in = w->opts.n_kv_heads,
+            .head_dim = w->opts.head_dim,
+            .n_heads = 1,
+            .dims = level->dims,
+            .proj = d->device->key_proj + (size_t)layer * level->d_in * level->dims,
+            .out = l->index + (size_t)pos * level->row_bytes,
+            .in_stride_bytes = w->row_bytes,
+        };
+        st = kvk_cuda_digest(d->device->cuda, &args, d->stream);
+        done += run;
+    }
+    return st;
+}
+
+kvc_status kvwi_cuda_append_pass(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                                 uint32_t n)
+{
+    kvwi_device_seq *d = seq->device;
+    kvwi_device_layer *l = &d->layers[layer];
+    uint32_t first = seq->pass.first, end = first + n;
+    kvc_status st = KVC_OK;
+    if (seq->worker->opts.device_memory) {
+        st = place_rows(seq, layer, k, v, n);
+    } else {
+        kvwi_write_rows(seq, layer, first, k, v, n);
+        st = kvwi_cuda_push_ring(seq, layer, first, end);
+    }
+    d->unsettled = true; /* also where it failed halfway */
+    if (st == KVC_OK) {
+        st = digest(seq, layer, first, n);
+    }
+    if (st != KVC_OK) {
+        return kvwi_cuda_fail(st, "append");
+    }
+    l->n_index = end;
+    kvwi_cuda_near_grew(seq, l, end);
+    seq->layers[layer].n_tokens = end;
+    return KVC_OK;
+}
+
+/* ---- select ---- */
+
+/* Query i of the step in f32, at position first + i * by; raw: as it is. */
+static kvc_status rotate(kvw_step *step, const void *q, bool raw, uint32_t first, uint32_t by,
+                         float *out)
+{
+    const kvw_worker *w = step->seq->worker;
+    kvwi_device_seq *d = step->seq->device;
+    const kvk_cuda_rope_args args = {
+        .in = q,
+        .n = step->n_q,
+        .n_heads = w->opts.n_q_heads,
+        .head_dim = w->opts.head_dim,
+        .inv_freq = raw ? NULL : d->device->inv_freq,
+        .first = first,
+        .step = by,
+        .out = out,
+    };
+    return kvk_cuda_rope(d->device->cuda, &args, d->stream);
+}
+
+/* Queries as the index meets them; q_near is free until the attention. */
+static kvc_status index_queries(kvw_step *step)
+{
+    const kvw_worker *w = step->seq->worker;
+    const kvwi_level *level = &w->level[0];
+    kvwi_device_seq *d = step->seq->device;
+    kvwi_device_prefill *c = &d->prefill;
+    const kvk_cuda_query_args args = {
+        .q = c->q_near,
+        .n_seqs = step->n_q,
+        .n_q_heads = w->opts.n_q_heads,
+        .n_kv_heads = w->opts.n_kv_heads,
+        .head_dim = w->opts.head_dim,
+        .dims = level->dims,
+        .proj = d->device->query_proj + (size_t)step->layer * level->d_in * level->dims,
+        .out = c->q_index,
+    };
+    kvc_status st = rotate(step, c->q, w->projection->rope == KVWI_PROJECTION_RAW,
+                           w->opts.far_position, 0, c->q_near);
+    return st == KVC_OK ? kvk_cuda_query(d->device->cuda, &args, d->stream) : st;
+}
+
+static kvc_status select_picks(kvw_step *step)
+{
+    const kvw_worker *w = step->seq->worker;
+    kvwi_device_seq *d = step->seq->device;
+    kvwi_device_layer *l = &d->layers[step->layer];
+    kvk_cuda_select_many_args args = select_shape(step->seq, step->n_q);
+    args.q = d->prefill.q_index;
+    args.cands = l->cands;
+    args.picks = l->picks;
+    args.n_picks = l->n_picks;
+    args.workspace = d->prefill.select;
+    args.workspace_bytes = d->prefill.select_bytes;
+    l->io->cands = (kvk_cuda_candidates){
+        .index = l->index + w->opts.n_sink * w->level[0].row_bytes,
+        .n_rows = step->near_begin - w->opts.n_sink,
+        .base = w->opts.n_sink,
+    };
+    kvc_status st = index_queries(step);
+    if (st == KVC_OK) {
+        st = kvk_cuda_copy(d->device->cuda, l->cands, &l->io->cands, sizeof(l->io->cands),
+                           d->stream);
+    }
+    return st == KVC_OK ? kvk_cuda_select_many(d->device->cuda, &args, d->stream) : st;
+}
+
+uint32_t kvwi_cuda_prefill_picks(const kvw_step *step)
+{
+    const kvw_opts *o = &step->seq->worker->opts;
+    return !step->full ? o->k : step->near_begin <= o->n_sink ? 0 : step->near_begin - o->n_sink;
+}
+
+kvc_status kvwi_cuda_prefill_select(kvw_step *step)
+{
+    const kvw_worker *w = step->seq->worker;
+    kvwi_device_seq *d = step->seq->device;
+    kvwi_device_layer *l = &d->layers[step->layer];
+    kvc_status st = step->full ? KVC_OK : select_picks(step);
+    const kvk_cuda_resolve_args args = {
+        .n_seqs = 1,
+        .k = w->opts.k,
+        .n_slots = kvwi_slots(w),
+        .n_pinned = w->opts.n_sink,
+        /* all candidates: 0, 1, ... from the first one on, and their number */
+        .picks = step->full ? d->counts + w->opts.n_sink : l->picks,
+        .n_picks = step->full ? d->counts + kvwi_cuda_prefill_picks(step) : l->n_picks,
+        .res = l->res,
+        .list = l->list,
+        .fetch = l->fetch,
+        .stride = d->stride,
+        .off = w->opts.n_sink,
+        .n_list = l->n_list,
+        .n_misses = &l->io->n_misses,
+    };
+    if (st == KVC_OK) {
+        st = kvk_cuda_resolve(d->device->cuda, &args, d->stream);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a selection");
+}
+
+/* ---- attend ---- */
+
+static kvc_status bring_rows(kvw_step *step)
+{
+    kvwi_device_seq *d = step->seq->device;
+    kvwi_device_layer *l = &d->layers[step->layer];
+    const kvk_cuda_gather_args args = {
+        .n_seqs = 1,
+        .stride = d->stride,
+        .list = l->list,
+        .fetch = l->fetch,
+        .n_list = l->n_list,
+        .res = l->res,
+        .source = l->source,
+        .row_bytes = (uint32_t)step->seq->worker->row_bytes,
+    };
+    return kvk_cuda_gather(d->device->cuda, &args, d->stream);
+}
+
+static kvc_status attend_far(kvw_step *step)
+{
+    const kvw_worker *w = step->seq->worker;
+    kvwi_device_seq *d = step->seq->device;
+    kvwi_device_layer *l = &d->layers[step->layer];
+    kvwi_device_prefill *c = &d->prefill;
+    kvk_cuda_prefill_args args = shape(w, step->n_q, d->stride);
+    args.q = c->q_far;
+    args.list = l->list;
+    args.n_list = step->near_begin < w->opts.n_sink ? d->counts + step->near_begin : l->n_list;
+    args.res = l->res;
+    args.own = KVK_CUDA_OWN_NONE;
+    if (step->full) { /* sinks, then what follows them */
+        args.k_positions = d->near_pos;
+        args.inv_freq = d->device->inv_freq;
+    }
+    args.o = c->o_far;
+    args.lse = c->lse_far;
+    args.workspace = c->workspace;
+    args.workspace_bytes = c->workspace_bytes;
+    kvc_status st = step->full ? rotate(step, c->q, false, step->n_tokens - step->n_q, 1, c->q_far)
+                               : rotate(step, c->q, false, w->opts.far_position, 0, c->q_far);
+    return st == KVC_OK ? kvk_cuda_prefill(d->device->cuda, &args, d->stream) : st;
+}
+
+static kvc_status attend_near(kvw_step *step)
+{
+    const kvw_worker *w = step->seq->worker;
+    kvwi_device_seq *d = step->seq->device;
+    kvwi_device_layer *l = &d->layers[step->layer];
+    kvwi_device_prefill *c = &d->prefill;
+    uint32_t n_near = step->n_tokens - step->near_begin, first = step->full ? step->near_begin : 0;
+    kvk_cuda_prefill_args args = shape(w, step->n_q, near_max(w));
+    args.q = c->q_near;
+    args.list = d->ring_list + step->near_begin % d->ring_rows;
+    args.n_list = d->counts + n_near;
+    args.res = l->ring_res;
+    args.own = KVK_CUDA_OWN_LISTED;
+    args.k_positions = d->near_pos + first;
+    args.inv_freq = d->device->inv_freq;
+    args.o = c->o_near;
+    args.lse = c->lse_near;
+    args.workspace = c->workspace;
+    args.workspace_bytes = c->workspace_bytes;
+    kvc_status st = rotate(step, c->q, false, first + n_near - step->n_q, 1, c->q_near);
+    return st == KVC_OK ? kvk_cuda_prefill(d->device->cuda, &args, d->stream) : st;
+}
+
+kvc_status kvwi_cuda_prefill_attend(kvw_step *step, void *out, float *lse)
+{
+    const kvw_worker *w = step->seq->worker;
+    kvwi_device_seq *d = step->seq->device;
+    kvwi_device_prefill *c = &d->prefill;
+    bool theirs = w->opts.device_memory;
+    const kvk_cuda_finish_args finish = {
+        .o_a = c->o_far,
+        .lse_a = c->lse_far,
+        .o_b = c->o_near,
+        .lse_b = c->lse_near,
+        .n = step->n_q * w->opts.n_q_heads,
+        .dim = w->opts.head_dim,
+        .dtype = w->opts.dtype,
+        .out = theirs ? out : c->out,
+        .lse = theirs ? lse : c->lse,
+    };
+    kvc_status st = bring_rows(step);
+    if (st == KVC_OK) {
+        st = attend_near(step);
+    }
+    if (st == KVC_OK) {
+        st = attend_far(step);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_finish(d->device->cuda, &finish, d->stream);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "attention");
+}
+
+/* ---- the step ---- */
+
+void kvwi_cuda_prefill_begin(kvw_step *step)
+{
+    const kvw_worker *w = step->seq->worker;
+    step->near_begin = kvwi_near_begin(w, step->n_tokens, step->n_q);
+    step->full = kvwi_is_full(w, step->near_begin);
+}
+
+kvc_status kvwi_cuda_prefill_query(kvw_step *step, const void *q)
+{
+    const kvw_worker *w = step->seq->worker;
+    kvwi_device_seq *d = step->seq->device;
+    size_t width = (size_t)w->opts.n_q_heads * w->opts.head_dim;
+    kvc_status st = kvk_cuda_copy(d->device->cuda, d->prefill.q, q,
+                                  step->n_q * width * w->elem_bytes, d->stream);
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "queries");
+}
+
+kvc_status kvwi_cuda_prefill_give(kvw_step *step, void *out, float *lse)
+{
+    const kvw_worker *w = step->seq->worker;
+    kvwi_device_seq *d = step->seq->device;
+    size_t rows = (size_t)step->n_q * w->opts.n_q_heads;
+    if (w->opts.device_memory) {
+        return KVC_OK; /* it is there */
+    }
+    kvc_status st = kvk_cuda_copy(d->device->cuda, out, d->prefill.out,
+                                  rows * w->opts.head_dim * w->elem_bytes, d->stream);
+    if (st == KVC_OK && lse != NULL) {
+        st = kvk_cuda_copy(d->device->cuda, lse, d->prefill.lse, rows * sizeof(*lse), d->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvwi_cuda_sync(step->seq);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a result");
+}
