@@ -28,6 +28,7 @@
 #define SECOND     1000000000ull
 #define N_DURABLE  4u /* blocks 0 .. 3; then as many for memory, and more in each start */
 #define MAX_VALUES (STORE_PARTS * N_DURABLE)
+#define N_BLOCKS   112u /* that it may put at all */
 #define AGAIN_MAX  20
 #define ALL_BYTES  (N_DURABLE * STORE_BLOCK_TOKENS * (4096u + 512u + 128u))
 
@@ -282,6 +283,7 @@ static bool run(const sort *s, uint32_t nth, uint32_t *passes)
     alive = f;
     store_make(&f->store, "16MiB", NULL);
     f->ledger.store = &f->store;
+    f->ledger.n_blocks = N_BLOCKS;
     f->ledger.prints = 8;
     f->page = iofault_arm(f->store.folder, f->store.lmdb_path);
     f->bytes = malloc(ALL_BYTES);

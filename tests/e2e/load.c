@@ -53,7 +53,7 @@ static void begin_put(atomic_uchar *owed)
 /* The i-th of the blocks that this client may put. */
 static uint32_t own_block(const load_client *c, uint32_t i)
 {
-    uint32_t n_own = (STORE_MAX_BLOCKS - LOAD_SHARED) / LOAD_CLIENTS;
+    uint32_t n_own = (c->load->n_blocks - LOAD_SHARED) / LOAD_CLIENTS;
     return LOAD_SHARED + i % n_own * LOAD_CLIENTS + c->number;
 }
 
@@ -71,7 +71,7 @@ static void put_some(load_client *c)
     int8_t status[BATCH];
     kvc_op op;
     uint32_t n = 1 + (uint32_t)support_below(&c->random, BATCH);
-    uint32_t first = (uint32_t)support_below(&c->random, STORE_MAX_BLOCKS);
+    uint32_t first = (uint32_t)support_below(&c->random, c->load->n_blocks);
     uint32_t part = (uint32_t)support_below(&c->random, STORE_PARTS);
     bool shared = support_below(&c->random, 8) == 0;
     kvc_promise promise =
@@ -108,7 +108,7 @@ static void erase_some(load_client *c)
 {
     kvc_digest digests[BATCH];
     kvc_op op;
-    uint32_t first = (uint32_t)support_below(&c->random, STORE_MAX_BLOCKS);
+    uint32_t first = (uint32_t)support_below(&c->random, c->load->n_blocks);
     uint32_t n = 1 + (uint32_t)support_below(&c->random, BATCH / 2);
     kvc_op_init(&op, NULL, NULL);
     for (uint32_t i = 0; i < n; i++) {
@@ -152,7 +152,7 @@ static void read_some(load_client *c)
     int8_t status[PICKS];
     kvc_op op;
     for (uint32_t i = 0; i < PICKS; i++) {
-        picks[i] = (uint32_t)support_below(&c->random, STORE_MAX_BLOCKS * STORE_BLOCK_TOKENS);
+        picks[i] = (uint32_t)support_below(&c->random, c->load->n_blocks * STORE_BLOCK_TOKENS);
         owed[i] = is_owed(c, picks[i] / STORE_BLOCK_TOKENS, part);
     }
     kvc_pick_group group = {.context = c->context,
@@ -198,6 +198,7 @@ void load_open(load *l, store *s, uint64_t seed)
 {
     memset(l, 0, sizeof(*l));
     l->store = s;
+    l->n_blocks = STORE_MAX_BLOCKS;
     for (uint32_t i = 0; i < LOAD_CLIENTS; i++) {
         load_client *c = &l->clients[i];
         c->load = l;
@@ -255,7 +256,7 @@ static void verify_part(const load *l, uint32_t part, uint8_t *bytes, const kvc_
     int8_t status[VERIFY];
     kvc_op op;
     kvc_op_init(&op, NULL, NULL);
-    for (uint32_t first = 0; first < STORE_MAX_BLOCKS; first += VERIFY) {
+    for (uint32_t first = 0; first < l->n_blocks; first += VERIFY) {
         kvc_status result =
             kvc_fetch_blocks(l->store->client, &l->store->schema, l->store->digests + first, VERIFY,
                              &where, 1, region, status, NULL, kvc_now_ns() + VERIFY_NS, &op);

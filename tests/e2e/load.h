@@ -47,6 +47,7 @@ typedef struct load_client {
 
 struct load {
     store *store;
+    uint32_t n_blocks; /* the first of the store's: all, unless set to fewer before load_begin */
     atomic_uchar owed[STORE_MAX_BLOCKS][STORE_PARTS];
     load_counts counts;
     /* How many errors and broken promises are printed; none unless set. */

@@ -4,9 +4,12 @@
  * journal, so that what was not synced is gone. Mounted again, it must hold every acknowledged
  * DURABLE value, and no byte may be wrong. A server whose syncs do nothing fails this.
  *
- * Main thread and the threads of load.h. Skipped, out loud, where no loop device can be mounted.
- * KVASIR_CUT_ROUNDS sets how many cuts (4; fewer under sanitizers).
+ * Some lanes (lanes.h) at once, each with a disk, a daemon and a share of the cuts. The disk's
+ * image may lie in memory: what the image keeps is what the file system has sent to its disk.
+ * Skipped, out loud, where no loop device can be mounted. KVASIR_CUT_ROUNDS sets how many cuts
+ * (100; fewer under sanitizers).
  */
+#include "lanes.h"
 #include "load.h"
 
 #include <fcntl.h>
@@ -24,12 +27,19 @@
 #define EXT4_NO_FLUSH 2u
 #define PATIENCE_MS   60000u /* for whatever a slow or busy disk makes wait */
 
+#define ROUNDS_NAME "KVASIR_CUT_ROUNDS"
+#define N_BLOCKS    64u
+#define FREE_BYTES  (UINT64_C(4) << 30) /* of memory for images */
+
 #ifdef __SANITIZE_THREAD__
-#define ROUNDS 1
+#define LANES  1u
+#define ROUNDS 2u
 #elif defined(__SANITIZE_ADDRESS__)
-#define ROUNDS 2
+#define LANES  2u
+#define ROUNDS 4u
 #else
-#define ROUNDS 4
+#define LANES  4u
+#define ROUNDS 100u
 #endif
 
 typedef struct disk {
@@ -83,7 +93,8 @@ static bool unmount_disk(const disk *d)
     return run_patiently(argv, PATIENCE_MS);
 }
 
-static bool make_disk(disk *d)
+/* patience_ms: lanes may ask for the same loop device. */
+static bool make_disk(disk *d, uint32_t patience_ms)
 {
     char relative[256];
     support_make_folder(relative, sizeof(relative));
@@ -98,7 +109,7 @@ static bool make_disk(disk *d)
     int fd = open(d->image, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     assert_true(fd >= 0 && ftruncate(fd, IMAGE_BYTES) == 0 && close(fd) == 0);
     const char *argv[] = {"mkfs.ext4", "-q", "-F", d->image, NULL};
-    return run(argv) && mount_disk(d, 0);
+    return run(argv) && mount_disk(d, patience_ms);
 }
 
 static void remove_disk(const disk *d)
@@ -147,25 +158,25 @@ static int end_daemon(void **state)
 static void test_cuts(void **state)
 {
     const disk *d = *state;
-    const char *text = getenv("KVASIR_CUT_ROUNDS");
-    uint64_t rounds = text == NULL ? ROUNDS : strtoull(text, NULL, 0);
+    uint64_t n_rounds = lanes_rounds(ROUNDS_NAME, 0);
     support_random random = support_seed((uint64_t)time(NULL));
     static load l;
     store_open_at(&s, "16MiB", d->values);
     load_open(&l, &s, support_next(&random));
+    l.n_blocks = N_BLOCKS;
     l.prints = 8;
-    for (uint64_t i = 0; i < rounds; i++) {
+    for (uint64_t i = 0; i < n_rounds; i++) {
         load_begin(&l);
-        assert_true(wait_for_durable(&l, 1));
-        nap_ms(100 + support_below(&random, 400));
+        assert_true(wait_for_durable(&l, 1 + (uint32_t)support_below(&random, 12)));
+        nap_ms(support_below(&random, 20));
         cut_power(d);
-        nap_ms(support_below(&random, 100));
+        nap_ms(support_below(&random, 20));
         bring_back(d);
         load_end(&l);
         load_found found = load_verify(&l);
         assert_int_equal(found.lost + found.wrong + found.back, 0);
         assert_int_equal(l.counts.wrong + l.counts.lost, 0);
-        if (i + 1 == rounds || i % 100 == 99)
+        if (i + 1 == n_rounds || i % 100 == 99)
             print_message("%llu power cuts: %u values put, %u of them DURABLE, %u erased, %u "
                           "reads, %u there now\n",
                           (unsigned long long)i + 1, l.counts.puts, l.counts.durable,
@@ -215,21 +226,35 @@ static void test_without_syncs_it_fails(void **state)
     assert_true(n_lost > 0);
 }
 
+static void test_lanes(void **state)
+{
+    (void)state;
+    uint64_t n_rounds = lanes_rounds(ROUNDS_NAME, ROUNDS);
+    support_random random = support_seed((uint64_t)time(NULL));
+    assert_int_equal(lanes_run(LANES, ROUNDS_NAME, n_rounds, random.state), 0);
+}
+
 int main(void)
 {
     static disk d;
-    if (!make_disk(&d)) {
+    bool is_lane = lanes_is_lane(NULL);
+    lanes_use_memory(FREE_BYTES);
+    if (!make_disk(&d, is_lane ? PATIENCE_MS : 0)) {
         support_remove_folder(d.folder);
         print_message("SKIPPED: cannot mount an ext4 on a loop device here (needs root, mkfs.ext4 "
                       "and loop devices)\n");
         return SKIPPED;
     }
     kvc_log_set_level(KVC_LOG_LEVEL_ERROR);
-    const struct CMUnitTest tests[] = {
+    const struct CMUnitTest lane[] = {
         cmocka_unit_test_prestate_setup_teardown(test_cuts, NULL, end_daemon, &d),
+    };
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_lanes),
         cmocka_unit_test_prestate_setup_teardown(test_without_syncs_it_fails, NULL, end_daemon, &d),
     };
-    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    int failed = is_lane ? cmocka_run_group_tests_name("lane", lane, NULL, NULL)
+                         : cmocka_run_group_tests(tests, NULL, NULL);
     remove_disk(&d);
     return failed;
 }

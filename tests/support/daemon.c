@@ -17,13 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum {
-    LOWEST_PORT = 15000,
-    MAX_TRIES = 100,
-    MAX_ARGS = 64,
-    WAIT_STEPS = 12000,
-    STEP_NS = 10000000
-};
+enum { LOWEST_PORT = 15000, MAX_TRIES = 100, MAX_ARGS = 64, WAIT_STEPS = 60000, STEP_NS = 2000000 };
 
 static bool read_first_line(const char *path, char *text, size_t text_bytes)
 {
