@@ -161,9 +161,13 @@ kvc_status kvsi_check_env(int root_fd, const char *root, const char *name, const
     char path[4096 + 64], why[KVSI_CHECK_WHY_BYTES];
 
     int dir_fd = openat(root_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (dir_fd < 0)
-        return errno == ENOENT ? KVC_OK : KVC_IO;
     snprintf(path, sizeof(path), "%s/%s", root, name);
+    if (dir_fd < 0 && errno == ENOENT)
+        return KVC_OK;
+    if (dir_fd < 0) {
+        KVC_LOG_ERROR(TIER, "lmdb: cannot open %s: %s", path, strerror(errno));
+        return KVC_IO;
+    }
     kvc_status status = program != NULL ? ask_child(program, path) : KVC_UNSUPPORTED;
     /* The child looked at everything; without one, this process looks at what it safely can. */
     if (status == KVC_UNSUPPORTED) {
