@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "lmdb_tier.h"
 
@@ -195,6 +196,18 @@ static kvc_status recover_class(listing *list, uint32_t number)
     return status == KVC_OK && !is_lost ? walk_class(list, number) : status;
 }
 
+/* Classes that hold nothing wait from now on, as those that become empty later. Not before: what
+   the writer removes cannot be walked. */
+static void start_waits(kvs_tier *tier)
+{
+    kvc_mutex_lock(&tier->lock);
+    for (uint32_t i = 0; i < tier->n_classes; i++)
+        if (tier->classes[i].claim_pages > 0 && tier->classes[i].values == 0)
+            tier->classes[i].empty_ns = kvc_now_ns();
+    kvc_cond_signal(&tier->work);
+    kvc_mutex_unlock(&tier->lock);
+}
+
 kvc_status kvsi_recover(kvs_tier *tier, kvs_tier_found *found, void *arg)
 {
     listing list = {.tier = tier, .found = found, .arg = arg};
@@ -204,6 +217,7 @@ kvc_status kvsi_recover(kvs_tier *tier, kvs_tier_found *found, void *arg)
         if (tier->classes[i].claim_pages > 0)
             status = recover_class(&list, i);
     }
+    start_waits(tier);
     if (list.n_bad > 0)
         KVC_LOG_WARN(TIER, "lmdb: dropped %llu records that make no sense",
                      (unsigned long long)list.n_bad);

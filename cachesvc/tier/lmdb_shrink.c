@@ -322,6 +322,18 @@ static const kvsi_class *giver(const kvs_tier *tier, const kvsi_class *class, ui
     return last;
 }
 
+/* Small pieces may lie in the class of longer ones (kvsi_record_room), where nobody asks for values
+   of its size: whether a class of those that give is that one. The caller holds the lock. */
+static bool gives_small(const kvs_tier *tier, const kvsi_class *class)
+{
+    const kvsi_class *from = NULL;
+
+    for (uint32_t rank = 0; (from = giver(tier, class, rank)) != NULL; rank++)
+        if (from->record_pages == kvsi_record_room(1, KVS_PIECE_ROWS))
+            return true;
+    return false;
+}
+
 bool kvsi_donor(kvs_tier *tier, const kvs_tier_shape *shape, uint32_t rank, uint32_t *pages_p,
                 uint64_t *bytes_p)
 {
@@ -337,17 +349,20 @@ bool kvsi_donor(kvs_tier *tier, const kvs_tier_shape *shape, uint32_t rank, uint
     uint32_t n_before = 0; /* others that were asked */
     while (from == NULL && others && n_before < rank && giver(tier, class, n_before) != NULL)
         n_before++;
+    bool small = can && others && from == NULL && gives_small(tier, class);
+    bool first_small = small && rank == n_before;
+    n_before += small;
     /* Its own values come after all others, or first and alone; then the smaller ones that it may
        have taken in. */
     bool own = from == NULL && !is_new && rank == n_before;
     bool taken_in = from == NULL && !is_new && rank == n_before + 1 &&
                     pages == kvsi_record_room(1, KVS_PIECE_ROWS) && kvsi_class_of(tier, 1) == NULL;
-    *pages_p = from != NULL ? from->record_pages : taken_in ? 1 : pages;
+    *pages_p = from != NULL ? from->record_pages : first_small || taken_in ? 1 : pages;
     uint64_t want = claim < tier->step_pages ? claim : tier->step_pages;
     want = want < DONOR_PAGES_MAX ? want : DONOR_PAGES_MAX;
     if (is_new)
         want = kvsi_first_claim(pages);
-    *bytes_p = from != NULL ? (want + pages) * KVSI_PAGE_BYTES : 0;
+    *bytes_p = from != NULL || first_small ? (want + pages) * KVSI_PAGE_BYTES : 0;
     kvc_mutex_unlock(&tier->lock);
-    return can && (from != NULL || own || taken_in);
+    return can && (from != NULL || first_small || own || taken_in);
 }

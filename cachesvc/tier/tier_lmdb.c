@@ -288,23 +288,6 @@ kvc_status kvsi_check_and_open(kvs_tier *tier, kvsi_env *env, const char *name, 
     return status == KVC_CORRUPT ? try_open(tier, env, name, map_pages, claim_pages) : status;
 }
 
-/* Of a class that is of no use: it could not be looked at, or holds nothing and goes. */
-static kvc_status close_class(kvs_tier *tier, kvsi_class *class, kvc_status status,
-                              uint64_t claim_pages)
-{
-    char name[sizeof(class->env.name)];
-
-    memcpy(name, class->env.name, sizeof(name));
-    kvsi_env_close(&class->env);
-    if (status != KVC_OK)
-        return status;
-    if (kvsi_env_remove(tier->root_fd, name) == KVC_OK) {
-        KVC_LOG_INFO(TIER, "lmdb: %s/%s held no value any more: removed", tier->root, name);
-        tier->claimed_pages -= claim_pages + KVSI_ENV_SLACK_PAGES;
-    }
-    return KVC_OK;
-}
-
 static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_pages)
 {
     kvsi_class *class = &tier->classes[tier->n_classes];
@@ -322,8 +305,10 @@ static kvc_status open_class(kvs_tier *tier, const char *name, uint32_t record_p
     if (status != KVC_OK)
         return status;
     status = kvsi_env_count(&class->env, &pages);
-    if (status != KVC_OK || pages.entries == 0)
-        return close_class(tier, class, status, claim_pages);
+    if (status != KVC_OK) {
+        kvsi_env_close(&class->env);
+        return status;
+    }
     class->record_pages = record_pages;
     class->claim_pages = claim_pages;
     tier->n_classes++;

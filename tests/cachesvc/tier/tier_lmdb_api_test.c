@@ -506,6 +506,35 @@ static void test_close_finishes_writes(void **state)
     assert_int_equal(found, N);
 }
 
+/* A class that gives room to others and is full of small pieces is asked for those, too. */
+static void test_small_pieces_give_way(void **state)
+{
+    tier_under_test *t = *state;
+    const kvs_tier_shape asked = {4096, 8};
+    uint32_t pages;
+    uint64_t bytes;
+
+    t->opts.capacity_bytes = 12u << 20; /* a share is 192 pages */
+    assert_int_equal(tut_open(t), KVC_OK);
+    for (uint32_t i = 0; i < 8; i++) { /* so there is no class for small pieces */
+        kvs_value_key key = key_of(1, i, 0);
+        assert_int_equal(put_value(t, &key, 1, (shape){4096, i + 1}, true).status, KVC_OK);
+    }
+    for (uint32_t i = 0; i < 120; i++) {
+        kvs_value_key key = key_of(2, i, 0);
+        assert_int_equal(put_value(t, &key, 1, (shape){100, KVS_PIECE_ROWS}, false).status, KVC_OK);
+    }
+    assert_true(t->ops->donor(t->tier, &asked, 0, &pages, &bytes));
+    assert_int_equal(pages, 4);
+    assert_true(bytes > 0);
+    assert_true(t->ops->donor(t->tier, &asked, 1, &pages, &bytes));
+    assert_int_equal(pages, 1);
+    assert_true(bytes > 0);
+    assert_true(t->ops->donor(t->tier, &asked, 2, &pages, &bytes));
+    assert_int_equal(pages, 9);
+    assert_false(t->ops->donor(t->tier, &asked, 3, &pages, &bytes));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -521,6 +550,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_disk_full_when_growing, setup, tut_delete),
         cmocka_unit_test_setup_teardown(test_disk_full_in_a_commit, setup, tut_delete),
         cmocka_unit_test_setup_teardown(test_close_finishes_writes, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_small_pieces_give_way, setup, tut_delete),
     };
 
     kvc_log_set_sink(keep_log, NULL);

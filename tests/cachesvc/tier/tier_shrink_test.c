@@ -162,6 +162,18 @@ static void put_eight(tier_under_test *t, kvs_slot *slots)
     }
 }
 
+/* Puts a value of a size that is new; again until what was a file is counted as gone. */
+static put_result put_new_size(tier_under_test *t, const kvs_value_key *key, shape s)
+{
+    put_result r = {.status = KVC_NO_SPACE};
+
+    for (uint64_t until = kvc_deadline_ns(PATIENCE_NS); r.status != KVC_OK;) {
+        assert_true(kvc_now_ns() < until);
+        r = put_value(t, key, 1, s, true);
+    }
+    return r;
+}
+
 /* The last value goes, and with it the class: file, budget and place; a ninth size takes it. */
 static void test_empty_class_gives_its_place(void **state)
 {
@@ -175,11 +187,7 @@ static void test_empty_class_gives_its_place(void **state)
     assert_int_equal(put_value(t, &ninth, 1, (shape){4096, 9}, true).status, KVC_NO_SPACE);
     t->ops->release(t->tier, &gone, slots[3]);
     wait_until_gone(t, 5);
-    put_result r = {.status = KVC_NO_SPACE}; /* until what was a file is counted as gone */
-    for (uint64_t until = kvc_deadline_ns(PATIENCE_NS); r.status != KVC_OK;) {
-        assert_true(kvc_now_ns() < until);
-        r = put_value(t, &ninth, 1, (shape){4096, 9}, true);
-    }
+    put_result r = put_new_size(t, &ninth, (shape){4096, 9});
     assert_int_equal(put_value(t, &again, 1, (shape){4096, 4}, true).status, KVC_NO_SPACE);
     for (uint32_t i = 0; i < 8; i++) {
         kvs_value_key key = key_of(1, i, 0);
@@ -264,7 +272,8 @@ static void test_small_piece_without_a_place(void **state)
     open_and_read(t, n);
 }
 
-/* What became empty just before a stop is gone after the next start, with its room. */
+/* What became empty just before a stop waits after the next start as it does in a run, and is gone
+ * then, with its room. */
 static void test_empty_class_goes_at_a_start(void **state)
 {
     tier_under_test *t = *state;
@@ -278,11 +287,15 @@ static void test_empty_class_goes_at_a_start(void **state)
     }
     tut_close(t);
     open_and_read(t, 4);
+    kvs_value_key back = key_of(2, 9, 0); /* a value that comes meanwhile finds its class */
+    assert_int_equal(put_value(t, &back, 1, (shape){4096, 1}, true).status, KVC_OK);
+    for (uint32_t i = 2; i < 8; i += 2)
+        wait_until_gone(t, i + 2);
     for (uint32_t i = 0; i < 8; i++)
-        assert_int_equal(class_is_there(t, i + 2), i % 2);
-    for (uint32_t i = 0; i < 4; i++) {
+        assert_int_equal(class_is_there(t, i + 2), i == 0 || i % 2);
+    for (uint32_t i = 0; i < 3; i++) {
         kvs_value_key key = key_of(2, i, 0);
-        assert_int_equal(put_value(t, &key, 1, (shape){4096, 20 + i}, true).status, KVC_OK);
+        (void)put_new_size(t, &key, (shape){4096, 20 + i});
     }
     assert_int_equal(value_count(t), 8);
 }
