@@ -15,10 +15,9 @@
 #include "base/log.h"
 #include "base/metrics.h"
 
-#define MAX_TRIES        64u /* at room for one value; others may be faster to take what it freed */
-#define SEGMENT_RETRY_NS 50000000ull
-#define MAX_PROMOTING    64u
-#define ROOM_STEP        32u /* values that give way at once, where as many are wanted */
+#define MAX_TRIES     64u /* at room for one value; others may be faster to take what it freed */
+#define MAX_PROMOTING 64u
+#define ROOM_STEP     32u /* values that give way at once, where as many are wanted */
 
 static void count_lost(kvs_server *server, const kvs_victim *victim)
 {
@@ -27,7 +26,7 @@ static void count_lost(kvs_server *server, const kvs_victim *victim)
     atomic_fetch_add(&server->lost_bytes, victim->value_bytes);
 }
 
-static void release_dram(kvs_server *server, const kvs_victim *victims, uint32_t n)
+void kvs_cascade_release(kvs_server *server, const kvs_victim *victims, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++) {
         server->dram.ops->release(server->dram.tier, &victims[i].key, victims[i].slot);
@@ -44,45 +43,20 @@ static void release_lmdb(kvs_server *server, const kvs_victim *victim)
     kvs_evict_finish(server->index, victim);
 }
 
-/* Evicts all of one segment that another class has. False: there is none that can be emptied; it
-   is not looked for again for a while, since a look takes long. */
-static bool empty_segment(kvs_server *server, uint32_t cls)
-{
-    const kvs_store *dram = &server->dram;
-    kvs_victim victim;
-    uint32_t segment, cursor = 0;
-    if (kvc_now_ns() < atomic_load(&server->no_segment_until_ns))
-        return false;
-    uint32_t n = dram->ops->segments(dram->tier, NULL, 0);
-    uint32_t *used = calloc(n + 1, sizeof(*used));
-    uint32_t n_now = used ? dram->ops->segments(dram->tier, used, n) : 0;
-    bool found =
-        used && kvs_evict_find_segment(server->index, cls, used, n < n_now ? n : n_now, &segment);
-    free(used);
-    if (!found) {
-        atomic_store(&server->no_segment_until_ns, kvc_deadline_ns(SEGMENT_RETRY_NS));
-        return false;
-    }
-    dram->ops->close_segment(dram->tier, segment, true);
-    while (kvs_evict_from_segment(server->index, segment, &cursor, &victim))
-        release_dram(server, &victim, 1);
-    dram->ops->close_segment(dram->tier, segment, false);
-    return true;
-}
-
 /* For n values, or fewer. */
 static bool make_room(kvs_server *server, uint32_t cls, bool promotes, uint32_t n)
 {
     kvs_victim victims[ROOM_STEP];
-    if (!promotes && kvs_evict_starved(server->index, cls) && empty_segment(server, cls))
+    if (!promotes && kvs_evict_starved(server->index, cls) &&
+        kvs_cascade_empty_segment(server, cls))
         return true;
     n = promotes ? kvs_evict_dram_copy(server->index, cls, victims)
                  : kvs_evict_dram_each(server->index, cls, victims, n < ROOM_STEP ? n : ROOM_STEP);
     if (n > 0) {
-        release_dram(server, victims, n);
+        kvs_cascade_release(server, victims, n);
         return true;
     }
-    return !promotes && empty_segment(server, cls);
+    return !promotes && kvs_cascade_empty_segment(server, cls);
 }
 
 /* Its own class first, since that frees a slot of the right size; only a class that has nothing

@@ -30,5 +30,17 @@ kvc_status kvs_cascade_load(kvs_server *server, const kvs_schema *schema, uint32
                             uint32_t value, kvs_slot lmdb);
 /* A reader found the lmdb copy bad (CORRUPT) or gone (NOT_FOUND); the caller holds a reference. */
 void kvs_cascade_bad(kvs_server *server, uint32_t value, kvc_status status);
+/* Releases the dram slots of victims [n], which are finished then. */
+void kvs_cascade_release(kvs_server *server, const kvs_victim *victims, uint32_t n);
+
+/* ---- cascade_segment.c ---- */
+
+/*
+ * Empties one segment that another class than cls has, so that this one may have it: what is held
+ * there moves to other segments of its class, all else gives way. False: there is none that can be
+ * emptied; it is not looked for again for a while, since a look takes long. Copies a segment's
+ * bytes at most.
+ */
+bool kvs_cascade_empty_segment(kvs_server *server, uint32_t cls);
 
 #endif

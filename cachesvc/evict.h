@@ -62,15 +62,30 @@ bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p);
 /* ---- evict_segment.c: a whole segment of dram, for another class ---- */
 
 /*
- * The segment (of n; used: slots taken of each) in which every slot has a value that may give way:
- * of the class with most bytes if it has one, else of any but cls; the fewest and least read values
- * first. False: there is none. Looks at every value, some at a time: milliseconds a million.
+ * The segment (of n; used: slots taken of each) in which every slot has a value that may give way
+ * or, where `moves` says so, a held one that can go to its class's other segments: of the class
+ * with most bytes if it has one, else of any but cls; the fewest to move, then the fewest and least
+ * read first. False: there is none. Looks at every value, some at a time: milliseconds a million.
  */
 bool kvs_evict_find_segment(kvs_index *index, uint32_t cls, const uint32_t *used, uint32_t n,
-                            uint32_t *segment_p);
+                            bool moves, uint32_t *segment_p);
 /* The segment's next value that may give way; *cursor_p: 0 at first. False: no more. */
 bool kvs_evict_from_segment(kvs_index *index, uint32_t segment, uint32_t *cursor_p,
                             kvs_victim *victim_p);
+
+/* A held value on its way to another segment; referenced. */
+typedef struct kvs_move {
+    uint32_t value, part;
+    const kvs_schema *schema;
+    kvs_slot from;
+    kvs_value_key key;
+} kvs_move;
+
+/* The segment's next held value that nobody uses, as above. */
+bool kvs_evict_next_held(kvs_index *index, uint32_t segment, uint32_t *cursor_p, kvs_move *move_p);
+/* Its bytes are at `to` as well (NULL: they are not). True: it is there from now on, and `from` is
+   the caller's to release. False: somebody came meanwhile, and it stays. Drops the reference. */
+bool kvs_evict_moved(kvs_index *index, const kvs_move *move, const kvs_slot *to);
 
 /* ---- with the index lock held ---------------------------------------------------------------- */
 uint32_t kvs_evict_largest_locked(const kvs_index *index, uint64_t *total_p);

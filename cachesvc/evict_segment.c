@@ -1,6 +1,6 @@
 /*
  * evict_segment.c: a whole segment of dram gives way, since a class can only have room that another
- * class left altogether; see evict.h.
+ * class left altogether; held values of it move to others of their class. See evict.h.
  *
  * Any thread. Invariants: no value is taken from a segment in which another could not follow, as
  * far as one look can tell; the lock is left after every STEP values, so nobody waits long for it.
@@ -17,12 +17,18 @@
 /* What one walk found out about a segment. */
 typedef struct tally {
     uint32_t n, reads; /* values that may give way, and how often they were read */
+    uint32_t n_held;   /* that may move */
     uint32_t cls;
 } tally;
 
 static bool may_go(const kvs_value *value)
 {
     return value->flags & KVS_DRAM && !(value->flags & BUSY) && kvs_evict_may_locked(value, false);
+}
+
+static bool may_move(const kvs_value *value)
+{
+    return (value->flags & (KVS_DRAM | KVS_HELD | BUSY)) == (KVS_DRAM | KVS_HELD) && !value->refs;
 }
 
 static void count(kvs_index *index, tally *tallies, uint32_t n)
@@ -33,11 +39,13 @@ static void count(kvs_index *index, tally *tallies, uint32_t n)
         end = index->values.next - id < STEP ? index->values.next : id + STEP;
         for (; id < end; id++) {
             const kvs_value *value = kvs_value_at(index, id);
-            if (!may_go(value) || value->dram.a >= n)
+            bool goes = may_go(value);
+            if ((!goes && !may_move(value)) || value->dram.a >= n)
                 continue;
             tally *t = &tallies[value->dram.a];
-            t->n++;
-            t->reads += (value->flags & KVS_READS) / KVS_READ;
+            t->n += goes;
+            t->n_held += !goes;
+            t->reads += goes ? (value->flags & KVS_READS) / KVS_READ : 0;
             t->cls = kvs_value_part(index, value)->cls;
         }
         end = index->values.next;
@@ -45,8 +53,20 @@ static void count(kvs_index *index, tally *tallies, uint32_t n)
     } while (id < end);
 }
 
+/* Whether the other segments of its class have room, or could have, for what is held in one. */
+static bool has_elsewhere(const kvs_index *index, const tally *tallies, const uint32_t *used,
+                          uint32_t n, uint32_t segment)
+{
+    const tally *from = &tallies[segment];
+    uint64_t slots = kvs_class_slots(index, &index->classes[from->cls]), room = 0;
+    for (uint32_t i = 0; i < n; i++)
+        if (i != segment && tallies[i].cls == from->cls && tallies[i].n + tallies[i].n_held > 0)
+            room += tallies[i].n + (slots > used[i] ? slots - used[i] : 0);
+    return room >= from->n_held;
+}
+
 bool kvs_evict_find_segment(kvs_index *index, uint32_t cls, const uint32_t *used, uint32_t n,
-                            uint32_t *segment_p)
+                            bool moves, uint32_t *segment_p)
 {
     uint64_t total, best = UINT64_MAX;
     tally *tallies = calloc(n ? n : 1, sizeof(*tallies));
@@ -59,7 +79,10 @@ bool kvs_evict_find_segment(kvs_index *index, uint32_t cls, const uint32_t *used
     for (uint32_t i = 0; i < n; i++) {
         const tally *t = &tallies[i];
         uint64_t cost = (t->cls == largest ? 0 : 1ull << 40) + t->n + t->reads;
-        if (t->n == 0 || t->n != used[i] || t->cls == cls || cost >= best)
+        cost += (uint64_t)t->n_held << 44;
+        if (t->n + t->n_held == 0 || t->n + t->n_held != used[i] || t->cls == cls || cost >= best)
+            continue;
+        if (t->n_held && !(moves && has_elsewhere(index, tallies, used, n, i)))
             continue;
         best = cost;
         *segment_p = i;
@@ -87,4 +110,40 @@ bool kvs_evict_from_segment(kvs_index *index, uint32_t segment, uint32_t *cursor
     } while (!found && id < end);
     *cursor_p = id - 1;
     return found;
+}
+
+bool kvs_evict_next_held(kvs_index *index, uint32_t segment, uint32_t *cursor_p, kvs_move *move_p)
+{
+    bool found = false;
+    uint32_t id = *cursor_p + 1, end;
+    do {
+        kvc_mutex_lock(&index->lock);
+        end = index->values.next - id < STEP ? index->values.next : id + STEP;
+        for (; id < end && !found; id++) {
+            kvs_value *value = kvs_value_at(index, id);
+            found = may_move(value) && value->dram.a == segment;
+            if (!found)
+                continue;
+            value->refs++;
+            *move_p = (kvs_move){.value = id, .part = value->part, .from = value->dram};
+            move_p->schema = index->schemas[kvs_block_at(index, value->block)->schema];
+            kvs_key_locked(index, id, &move_p->key);
+        }
+        end = index->values.next;
+        kvc_mutex_unlock(&index->lock);
+    } while (!found && id < end);
+    *cursor_p = id - 1;
+    return found;
+}
+
+bool kvs_evict_moved(kvs_index *index, const kvs_move *move, const kvs_slot *to)
+{
+    kvc_mutex_lock(&index->lock);
+    kvs_value *value = kvs_value_at(index, move->value);
+    bool moved = to && value->refs == 1 && value->flags & KVS_DRAM && !(value->flags & BUSY);
+    if (moved)
+        value->dram = *to;
+    kvs_value_unref_locked(index, move->value);
+    kvc_mutex_unlock(&index->lock);
+    return moved;
 }

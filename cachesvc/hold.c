@@ -262,7 +262,7 @@ static void hold_new(kvs_server *server, kvt_call *call, const kvc_digest *tenan
     else if (status == KVC_NO_SPACE && info.ttl_ns == 0)
         kvs_fail(call, status,
                  "the tenant holds %llu bytes; with these it would pass max_hold_bytes, %llu, or "
-                 "all tenants theirs: release a hold",
+                 "all tenants theirs, or they need more segments of dram than that: release a hold",
                  (unsigned long long)info.tenant_bytes,
                  (unsigned long long)server->index->max_held);
     else

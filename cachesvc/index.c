@@ -349,6 +349,7 @@ void kvs_index_wrote(kvs_index *index, uint32_t id, bool ok, kvs_slot lmdb, bool
         value->lmdb = lmdb;
         value->flags |= synced ? KVS_LMDB | KVS_SYNCED : KVS_LMDB;
         kvs_evict_lmdb_add(index, id);
+        kvs_hold_release_segment_locked(index, id);
     }
     kvs_evict_dram_add(index, id);
     kvs_index_erased_locked(index, id);

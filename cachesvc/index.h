@@ -18,18 +18,19 @@
 #include "tier/tier.h"
 
 /* States of a value; a value without FILLING, DRAM, LMDB and readers does not exist. */
-#define KVS_FILLING 1u     /* claimed: one put or eviction owns it; invisible; others get AGAIN */
-#define KVS_DRAM    2u     /* rows readable at the dram slot */
-#define KVS_LMDB    4u     /* rows readable at the lmdb slot */
-#define KVS_SYNCED  8u     /* the lmdb copy survives power loss */
-#define KVS_WRITING 16u    /* a write to lmdb is wanted or under way: the dram copy must stay */
-#define KVS_LOADING 32u    /* a promotion to dram is under way */
-#define KVS_MAIN    64u    /* its dram queue is the main one, else the small one */
-#define KVS_DOOMED  128u   /* bad or erased: invisible, freed when the last reader leaves */
-#define KVS_READS   0x600u /* how often it was read in its queue, up to 3: two bits */
-#define KVS_READ    0x200u /* one of those */
-#define KVS_HELD    256u   /* counted in held_bytes: leaves no tier unless another has it */
-#define KVS_ERASED  0x800u /* FILLING or WRITING: invisible, DOOMED once that has ended */
+#define KVS_FILLING 1u      /* claimed: one put or eviction owns it; invisible; others get AGAIN */
+#define KVS_DRAM    2u      /* rows readable at the dram slot */
+#define KVS_LMDB    4u      /* rows readable at the lmdb slot */
+#define KVS_SYNCED  8u      /* the lmdb copy survives power loss */
+#define KVS_WRITING 16u     /* a write to lmdb is wanted or under way: the dram copy must stay */
+#define KVS_LOADING 32u     /* a promotion to dram is under way */
+#define KVS_MAIN    64u     /* its dram queue is the main one, else the small one */
+#define KVS_DOOMED  128u    /* bad or erased: invisible, freed when the last reader leaves */
+#define KVS_READS   0x600u  /* how often it was read in its queue, up to 3: two bits */
+#define KVS_READ    0x200u  /* one of those */
+#define KVS_HELD    256u    /* counted in held_bytes: leaves no tier unless another has it */
+#define KVS_ERASED  0x800u  /* FILLING or WRITING: invisible, DOOMED once that has ended */
+#define KVS_KEPT    0x1000u /* HELD with no copy in lmdb: counted in its class's n_kept */
 
 typedef struct kvs_value {
     kvs_slot dram, lmdb;           /* lmdb of a queued dirty value: its row sums, and their bytes */
@@ -70,6 +71,7 @@ typedef struct kvs_class {
     uint32_t lmdb_head, lmdb_tail;
     uint64_t n_dram, n_lmdb; /* in the queues; in the list */
     uint64_t dram_bytes;     /* of the values in the dram list */
+    uint64_t n_kept;         /* KEPT values: of dram they keep kvs_class_segments at least */
 } kvs_class;
 
 #define KVS_MAX_CLASSES     1024u       /* beyond it, values share class 0 */
@@ -97,6 +99,8 @@ typedef struct kvs_index {
     uint64_t held_bytes[KVS_MAX_SCHEMAS + 1]; /* of HELD values, by schema */
     uint32_t held_max_schema;                 /* no id above it has ever been held */
     uint64_t held_total, max_held, max_held_total; /* caps: of one tenant, of all of them */
+    uint64_t segment_bytes;                        /* of dram's; 0: they are not counted */
+    uint64_t max_kept, max_kept_total;             /* segments that KEPT values may need */
 } kvs_index;
 
 /* NULL when memory is out. schemas: by id, borrowed, as in kvs_schemas. */
@@ -213,7 +217,7 @@ bool kvs_index_block_is(kvs_index *index, uint32_t block, const kvc_digest *dige
 
 /*
  * Holds blocks [n] that a context has. *tenant_bytes_p: of all HELD values of the schema's tenant,
- * also on failure. NO_SPACE: a cap is reached; nothing was changed.
+ * also on failure. NO_SPACE: a cap is reached, of bytes or of segments; nothing was changed.
  */
 kvc_status kvs_index_hold(kvs_index *index, const kvs_schema *schema, const uint32_t *blocks,
                           uint32_t n, uint64_t *tenant_bytes_p) KVC_MUST_CHECK;
@@ -342,6 +346,19 @@ static inline bool kvs_value_visible(const kvs_value *value)
     return (value->flags & (KVS_DRAM | KVS_LMDB)) &&
            !(value->flags & (KVS_FILLING | KVS_DOOMED | KVS_ERASED));
 }
+/* Values of a class that a segment of dram has room for; one where their sizes are mixed. */
+static inline uint64_t kvs_class_slots(const kvs_index *index, const kvs_class *cls)
+{
+    return cls->value_bytes && cls->value_bytes < index->segment_bytes
+               ? index->segment_bytes / cls->value_bytes
+               : 1;
+}
+/* The segments that n of its values need where they lie together. */
+static inline uint64_t kvs_class_segments(const kvs_index *index, const kvs_class *cls, uint64_t n)
+{
+    uint64_t slots = kvs_class_slots(index, cls);
+    return (n + slots - 1) / slots;
+}
 /* The tier that a read would take it from; 0: none. */
 static inline uint8_t kvs_value_tier(const kvs_value *value)
 {
@@ -383,6 +400,8 @@ void kvs_index_erased_locked(kvs_index *index, uint32_t id);
 void kvs_value_unref_locked(kvs_index *index, uint32_t id);
 /* A value became visible: HELD where its block is and the caps allow. */
 void kvs_hold_admit_locked(kvs_index *index, uint32_t id);
+/* A HELD value came to lmdb: it keeps no segment of dram any more. */
+void kvs_hold_release_segment_locked(kvs_index *index, uint32_t id);
 /* A value is about to leave: HELD no more. */
 void kvs_hold_forget_locked(kvs_index *index, uint32_t id);
 const kvs_part *kvs_value_part(const kvs_index *index, const kvs_value *value);

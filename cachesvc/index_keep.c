@@ -2,9 +2,10 @@
  * index_keep.c: values that may not be dropped (holds) and values that must be (erase); index.h.
  *
  * Any thread; long lists are worked off in steps. Invariants: a HELD value is visible and counted
- * once in held_bytes and held_total; an erased value is invisible at once, whoever has it in hands;
- * once doomed it is in no eviction list, keeps the flags of the slots that are still to be
- * released, and is in the dead list as soon as nobody reads it.
+ * once in held_bytes and held_total, and in its class's n_kept as long as lmdb has no copy; an
+ * erased value is invisible at once, whoever has it in hands; once doomed it is in no eviction
+ * list, keeps the flags of the slots that are still to be released, and is in the dead list as soon
+ * as nobody reads it.
  */
 #include <stdlib.h>
 
@@ -30,6 +31,36 @@ static uint64_t tenant_held(const kvs_index *index, const kvc_digest *tenant)
     return bytes;
 }
 
+/* Segments that the KEPT values of a tenant (NULL: of all) need at least. */
+static uint64_t kept_segments(const kvs_index *index, const kvc_digest *tenant)
+{
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < index->n_classes; i++) {
+        const kvs_class *cls = &index->classes[i];
+        if (cls->n_kept && (!tenant || i == 0 || kvc_digest_equal(&cls->tenant, tenant)))
+            n += kvs_class_segments(index, cls, cls->n_kept);
+    }
+    return n;
+}
+
+/* Whether one KEPT value more is within the caps. Only the first of a segment is looked at. */
+static bool may_keep(const kvs_index *index, const kvs_class *cls)
+{
+    return !index->segment_bytes || cls->n_kept % kvs_class_slots(index, cls) != 0 ||
+           (kept_segments(index, &cls->tenant) < index->max_kept &&
+            kept_segments(index, NULL) < index->max_kept_total);
+}
+
+void kvs_hold_release_segment_locked(kvs_index *index, uint32_t id)
+{
+    kvs_value *value = kvs_value_at(index, id);
+    if (!(value->flags & KVS_KEPT))
+        return;
+    KVC_ASSERT(kvs_value_class(index, value)->n_kept > 0);
+    kvs_value_class(index, value)->n_kept--;
+    value->flags &= (uint16_t)~KVS_KEPT;
+}
+
 static bool hold_value(kvs_index *index, uint32_t id)
 {
     kvs_value *value = kvs_value_at(index, id);
@@ -40,11 +71,16 @@ static bool hold_value(kvs_index *index, uint32_t id)
     if (index->held_total + bytes > index->max_held_total ||
         tenant_held(index, &schema->tenant) + bytes > index->max_held)
         return false;
+    kvs_class *cls = kvs_value_class(index, value);
+    bool keeps = !(value->flags & KVS_LMDB);
+    if (keeps && !may_keep(index, cls))
+        return false;
     if (schema->id > index->held_max_schema)
         index->held_max_schema = schema->id;
     index->held_bytes[schema->id] += bytes;
     index->held_total += bytes;
-    value->flags |= KVS_HELD;
+    cls->n_kept += keeps;
+    value->flags |= keeps ? KVS_HELD | KVS_KEPT : KVS_HELD;
     return true;
 }
 
@@ -62,6 +98,7 @@ void kvs_hold_forget_locked(kvs_index *index, uint32_t id)
     const kvs_schema *schema = schema_of(index, value);
     uint64_t bytes = kvs_part_at(schema, value->part)->value_bytes;
     KVC_ASSERT(index->held_bytes[schema->id] >= bytes && index->held_total >= bytes);
+    kvs_hold_release_segment_locked(index, id);
     index->held_bytes[schema->id] -= bytes;
     index->held_total -= bytes;
     value->flags &= (uint16_t)~KVS_HELD;

@@ -29,6 +29,7 @@
 #include "saved.h"
 #include "schema_record.h"
 #include "tenants.h"
+#include "tier/tier_dram.h"
 #include "writer.h"
 
 #define PAGE_BYTES 4096u
@@ -36,6 +37,9 @@
 #define WINDOW_NS  60000000000ull /* of promotion by use */
 #define REPORT_NS  10000000000ull
 #define REST_TICKS 8u
+#define KEPT_SIZES                                                                                 \
+    3u /* of values that one tenant holds: each may leave a segment partly filled                  \
+        */
 
 /* ---- tiers ----------------------------------------------------------------------------------- */
 
@@ -206,6 +210,19 @@ static void stop_ticker(kvs_server *server)
 
 /* ---- start and stop -------------------------------------------------------------------------- */
 
+/* What holds may keep of dram's segments: a tenant those that max_hold_bytes fill, and the last of
+   a few sizes; all together nine tenths. */
+static void cap_kept(kvs_server *server)
+{
+    const kvs_settings *s = &server->settings;
+    kvs_index *index = server->index;
+    index->segment_bytes = kvs_dram_segment_bytes(s->dram_bytes, s->max_value_bytes);
+    uint64_t n = s->dram_bytes / index->segment_bytes;
+    index->max_kept =
+        (index->max_held + index->segment_bytes - 1) / index->segment_bytes + KEPT_SIZES;
+    index->max_kept_total = n < 10 ? n - (n > 1) : n / 10 * 9 + n % 10 * 9 / 10;
+}
+
 static kvc_status create_tables(kvs_server *server)
 {
     server->schemas = kvs_schemas_create();
@@ -240,6 +257,7 @@ static kvc_status create_tables(kvs_server *server)
     const kvs_settings *s = &server->settings;
     server->index->max_held = server->limits.max_hold_bytes;
     server->index->max_held_total = s->dram_bytes / 10 * 9;
+    cap_kept(server);
     server->saved = kvs_saved_create(server);
     server->maps = kvs_maps_create(server);
     server->tenants = kvs_tenants_create(server->settings.shm_tenants);

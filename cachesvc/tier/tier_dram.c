@@ -60,20 +60,20 @@ static uint64_t round_up(uint64_t x, uint64_t to)
  * As long as 64 MiB where the cap has room for 16 of those; else a 16th of the cap, but long
  * enough for the largest value; one segment when even that does not fit.
  */
-static uint64_t choose_segment_bytes(uint64_t capacity, uint64_t max_value)
+uint64_t kvs_dram_segment_bytes(uint64_t capacity_bytes, uint64_t max_value_bytes)
 {
-    uint64_t len = capacity / MIN_SEGMENTS;
+    uint64_t len = capacity_bytes / MIN_SEGMENTS;
 
     if (len > KVS_DRAM_SEGMENT_BYTES)
         len = KVS_DRAM_SEGMENT_BYTES;
     len = round_down(len, len >= 4 * SEGMENT_ROUND ? SEGMENT_ROUND : KVS_DRAM_PAGE_BYTES);
-    max_value = round_up(max_value, KVS_DRAM_PAGE_BYTES);
-    if (max_value > KVS_DRAM_SEGMENT_BYTES)
-        max_value = KVS_DRAM_SEGMENT_BYTES;
-    if (len < max_value)
-        len = max_value;
-    if (len > capacity)
-        len = round_down(capacity, KVS_DRAM_PAGE_BYTES);
+    uint64_t longest = round_up(max_value_bytes, KVS_DRAM_PAGE_BYTES);
+    if (longest > KVS_DRAM_SEGMENT_BYTES)
+        longest = KVS_DRAM_SEGMENT_BYTES;
+    if (len < longest)
+        len = longest;
+    if (len > capacity_bytes)
+        len = round_down(capacity_bytes, KVS_DRAM_PAGE_BYTES);
     return len;
 }
 
@@ -309,7 +309,7 @@ static kvc_status dram_open(const kvs_tier_opts *opts, kvs_tier **tier_p)
         return KVC_NO_MEMORY;
     kvc_mutex_init(&tier->lock, KVC_RANK_TIER);
     tier->capacity_bytes = opts->capacity_bytes;
-    tier->segment_bytes = choose_segment_bytes(opts->capacity_bytes, opts->max_value_bytes);
+    tier->segment_bytes = kvs_dram_segment_bytes(opts->capacity_bytes, opts->max_value_bytes);
     uint64_t n_max = opts->capacity_bytes / tier->segment_bytes;
     kvc_status status = KVC_INVALID;
     if (n_max < NO_OWNER / 4) {

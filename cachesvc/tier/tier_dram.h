@@ -15,6 +15,9 @@
 #define KVS_DRAM_SEGMENT_BYTES (64u << 20)
 #define KVS_DRAM_PAGE_BYTES    4096u
 
+/* The length of the segments that a tier of so many bytes has, for values up to so many. */
+uint64_t kvs_dram_segment_bytes(uint64_t capacity_bytes, uint64_t max_value_bytes);
+
 typedef struct kvs_dram_segment {
     uint32_t number;     /* stable; below the tier's segment count */
     uint32_t generation; /* another value: another fd or another layout */

@@ -13,7 +13,7 @@
 #include "bench.h"
 #include "lmdb_cases.h"
 
-#define MAX_THREADS 64u
+#define MAX_THREADS 256u
 #define CALL_ROWS   64u /* rows of one value that one read asks for */
 #define AHEAD       8u  /* more values than the tier has under way at once */
 

@@ -241,45 +241,6 @@ static void test_hold_ttl(void **state)
     assert_int_equal(hold(f->peer, 0, handle, 20, &same), KVC_NOT_FOUND);
 }
 
-static int setup_segments(void **state)
-{
-    return start(state, false, 8u << 20); /* 8 segments */
-}
-
-/* A put of another size: it gets a whole segment of the first or nothing, and then nothing of the
-   first goes. One held value keeps a segment. */
-static void test_room_for_another_size(void **state)
-{
-    fixture *f = *state;
-    uint32_t per_segment = (1u << 20) / VALUE, n = 8 * per_segment;
-    kvc_digest digests[8];
-    h_schema other;
-    uint64_t handle;
-    h_schema_init(&other, "other", 1, 2 * ROW, false);
-    assert_int_equal(h_register(f->peer, &other), KVC_OK);
-    put(f, 0, n, KVC_PROMISE_MEMORY);
-    assert_int_equal(present(f, 0, n, 0), n);
-    f->h.server->index->max_held = f->h.server->index->max_held_total = 8u << 20;
-    for (uint32_t i = 0; i < 8; i++)
-        digests[i] = h_digest((uint64_t)i * per_segment + i);
-    kvc_request req = {.method = KVC_OPEN_CONTEXT};
-    req.u.open_context.schema = f->schema.digest;
-    req.u.open_context.digests = digests;
-    req.u.open_context.n_digests = 8;
-    assert_int_equal(h_call(f->peer, &req), KVC_OK);
-    assert_int_equal(hold(f->peer, f->peer->xfer.reply.u.open_context.context, 0, 0, &handle),
-                     KVC_OK);
-    assert_int_equal(h_put1(f->peer, &other, 1000, 0, KVC_PROMISE_MEMORY), KVC_AGAIN);
-    assert_int_equal(h_put1(f->peer, &other, 1000, 0, KVC_PROMISE_MEMORY), KVC_AGAIN);
-    assert_int_equal(present(f, 0, n, 0), n);
-    assert_int_equal(atomic_load(&f->h.server->dram.evictions), 0);
-    assert_int_equal(release(f->peer, handle), KVC_OK);
-    usleep(100000); /* a look in vain is not repeated at once */
-    assert_int_equal(h_put1(f->peer, &other, 1000, 0, KVC_PROMISE_MEMORY), KVC_OK);
-    assert_int_equal(present(f, 0, n, 0), n - per_segment);
-    assert_int_equal(atomic_load(&f->h.server->dram.evictions), per_segment);
-}
-
 static void test_erase(void **state)
 {
     fixture *f = *state;
@@ -379,30 +340,6 @@ static void test_prefetch_without_lmdb(void **state)
 static int setup_lmdb(void **state)
 {
     return start(state, true, 32 * VALUE);
-}
-
-static int setup_segments_lmdb(void **state)
-{
-    return start(state, true, 8u << 20);
-}
-/* The worst that holds, counted by value, can do: with lmdb they keep no segment for their size. */
-static void test_held_in_every_segment(void **state)
-{
-    fixture *f = *state;
-    uint32_t per_segment = (1u << 20) / VALUE, n = 8 * per_segment;
-    uint64_t context, handle, until = kvc_deadline_ns(60000000000ull), next = 1000;
-    h_schema other;
-    h_schema_init(&other, "other", 1, 2 * ROW, false);
-    assert_int_equal(h_register(f->peer, &other), KVC_OK);
-    put(f, 0, n, KVC_PROMISE_MEMORY);
-    f->h.server->index->max_held = f->h.server->index->max_held_total = 8u << 20;
-    assert_int_equal(h_open(f->peer, &f->schema, 0, n, 0, &context), KVC_OK);
-    assert_int_equal(hold(f->peer, context, 0, 0, &handle), KVC_OK);
-    while (atomic_load(&f->h.server->dram.evictions) < per_segment) {
-        assert_true(kvc_now_ns() < until);
-        (void)h_put1(f->peer, &other, next++, 0, KVC_PROMISE_MEMORY);
-    }
-    assert_int_equal(present(f, 0, n, 0), n);
 }
 
 static void restart(fixture *f)
@@ -580,12 +517,10 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_hold, setup, teardown),
         cmocka_unit_test_setup_teardown(test_hold_caps, setup, teardown),
         cmocka_unit_test_setup_teardown(test_hold_ttl, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_room_for_another_size, setup_segments, teardown),
         cmocka_unit_test_setup_teardown(test_erase, setup, teardown),
         cmocka_unit_test_setup_teardown(test_erase_reader, setup, teardown),
         cmocka_unit_test_setup_teardown(test_prefetch_without_lmdb, setup, teardown),
 #ifdef KVASIR_LMDB
-        cmocka_unit_test_setup_teardown(test_held_in_every_segment, setup_segments_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_lmdb, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_that_fails, setup_lmdb, teardown),
         cmocka_unit_test_setup_teardown(test_erase_beside_failures, setup_lmdb, teardown),
