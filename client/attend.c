@@ -24,6 +24,14 @@ static size_t lse_bytes(const kvc_attend_group *group)
     return (size_t)group->n_q * group->n_q_heads * sizeof(float);
 }
 
+static uint64_t results_bytes(const kvc_attend_group *groups, uint32_t n_groups)
+{
+    uint64_t bytes = 0;
+    for (uint32_t g = 0; g < n_groups; g++)
+        bytes += numbers(&groups[g]) * elem_bytes(groups[g].o_dtype) + lse_bytes(&groups[g]);
+    return bytes;
+}
+
 typedef struct totals {
     uint64_t n_picks, q_bytes, out_bytes;
 } totals;
@@ -61,9 +69,8 @@ static kvc_status check(const kvc_client *client, const kvc_attend_group *groups
         sum_p->n_picks += groups[g].n_picks;
         sum_p->q_bytes +=
             groups[g].q != NULL ? numbers(&groups[g]) * elem_bytes(groups[g].q_dtype) : 0;
-        sum_p->out_bytes +=
-            numbers(&groups[g]) * elem_bytes(groups[g].o_dtype) + lse_bytes(&groups[g]);
     }
+    sum_p->out_bytes = results_bytes(groups, n_groups);
     if (sum_p->n_picks > limits->max_picks)
         return kvci_fail(KVC_INVALID, "attend: %llu picks, allowed are %u",
                          (unsigned long long)sum_p->n_picks, limits->max_picks);
@@ -77,10 +84,8 @@ static kvc_status attend_take(kvci_msg *msg, const kvc_reply *reply, const char 
 {
     kvci_call *call = msg->call;
     const kvc_attend_group *groups = call->u.attend.groups;
-    uint64_t rows_bytes, bytes = 0;
+    uint64_t rows_bytes, bytes = results_bytes(groups, msg->n_segs);
     kvc_status status = kvci_check_missing(msg->segs, msg->n_segs, reply, &rows_bytes, why_p);
-    for (uint32_t g = 0; g < msg->n_segs; g++)
-        bytes += numbers(&groups[g]) * elem_bytes(groups[g].o_dtype) + lse_bytes(&groups[g]);
     if (status == KVC_OK &&
         (bytes != reply->data_bytes || bytes != kvci_iov_bytes(reply->data, reply->n_data))) {
         *why_p = "the results' length does not fit the request (is dim the part's?)";
@@ -113,9 +118,11 @@ static void attend_fail(kvci_msg *msg, kvc_status status)
 static void attend_finish(kvci_call *call)
 {
     const kvci_msg *msg = &call->msgs[0];
+    const kvc_attend_group *groups = call->u.attend.groups;
     uint32_t n_rows = msg->n_items - call->u.attend.info.rows_missing;
     if (call->status == KVC_OK && msg->sends == 1)
-        kvci_way_learn(call->client, true, (uint64_t)n_rows * call->u.attend.groups[0].row_bytes,
+        kvci_way_learn(call->client, true, (uint64_t)n_rows * groups[0].row_bytes,
+                       msg->req.data_bytes + results_bytes(groups, msg->n_segs),
                        kvc_now_ns() - call->began_ns);
     call->u.attend.info.requests = call->msgs[0].sends;
     if (call->u.attend.info_p != NULL)

@@ -142,7 +142,7 @@ static void learn(kvci_call *call)
         }
     }
     if (call->status == KVC_OK && n_rows > 0)
-        kvci_way_learn(call->client, false, bytes / n_rows * (n_rows - n_missing),
+        kvci_way_learn(call->client, false, bytes / n_rows * (n_rows - n_missing), 0,
                        kvc_now_ns() - call->began_ns);
 }
 
@@ -250,6 +250,14 @@ static kvc_status start(kvc_client *client, const kvci_kind *kind, cut c, const 
     return kvci_call_start(call, op);
 }
 
+/* Rows that were all mapped are learnt too: nothing else says what that way costs. */
+static void learn_mapped(kvc_client *client, uint64_t bytes, uint64_t began_ns)
+{
+    kvc_mutex_lock(&client->lock);
+    kvci_way_learn(client, false, bytes, 0, kvc_now_ns() - began_ns);
+    kvc_mutex_unlock(&client->lock);
+}
+
 static uint64_t left_bytes(const kvci_left *left)
 {
     uint64_t bytes = 0;
@@ -270,7 +278,10 @@ static kvc_status fetch(kvc_client *client, const kvci_kind *kind, const kvc_pic
     if (checked != KVC_OK)
         return checked;
     kvc_fetch_info served = {0};
+    uint64_t began_ns = kvc_now_ns();
     kvci_left *left = kvci_serve(client, groups, n_groups, dst, status, &served);
+    if (left != NULL && left->n == 0 && bytes > 0)
+        learn_mapped(client, bytes, began_ns);
     if (left != NULL)
         bytes = left_bytes(left);
     cut c = {

@@ -6,6 +6,7 @@
  */
 #include <string.h>
 
+#include "base/clock.h"
 #include "internal.h"
 
 /* The value that a reply's i-th answers; PROTOCOL unless it is the next one asked for. */
@@ -20,6 +21,11 @@ static kvc_status check_value(const kvci_msg *msg, const kvc_block_value *value,
         return KVC_PROTOCOL;
     *why_p = "a value has another length than the part's";
     return value->status == KVC_OK && value->len_bytes != part->value_bytes ? KVC_PROTOCOL : KVC_OK;
+}
+
+static size_t slot_of(const kvc_block_part *part, uint32_t block)
+{
+    return part->dst_slots != NULL ? part->dst_slots[block] : block;
 }
 
 static kvc_status blocks_message(kvci_msg *msg, const kvc_reply *reply, const char **why_p)
@@ -42,7 +48,7 @@ static kvc_status blocks_message(kvci_msg *msg, const kvc_reply *reply, const ch
         if (values[i].status == KVC_OK)
             kvci_copy_out(&cur,
                           call->u.blocks.base + part->dst_off_bytes +
-                              (size_t)(v / n_parts) * part->stride_bytes,
+                              slot_of(part, v / n_parts) * part->stride_bytes,
                           part->value_bytes);
     }
     msg->n_taken += n;
@@ -61,6 +67,23 @@ static void blocks_fail(kvci_msg *msg, kvc_status status)
     memset(msg->call->u.blocks.status + msg->first, (int8_t)status, msg->n_items);
 }
 
+/* Whole values teach what rows of the connection cost; not those that took another attempt. */
+static void blocks_finish(kvci_call *call)
+{
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < call->n_msgs; i++) {
+        const kvci_msg *msg = &call->msgs[i];
+        if (msg->sends != 1)
+            return;
+        for (uint32_t v = msg->first; v < msg->first + msg->n_items; v++)
+            bytes += call->u.blocks.status[v] == KVC_OK
+                         ? call->u.blocks.parts[v % call->u.blocks.n_parts].value_bytes
+                         : 0;
+    }
+    if (call->status == KVC_OK && bytes > 0)
+        kvci_way_learn(call->client, false, bytes, 0, kvc_now_ns() - call->began_ns);
+}
+
 static const kvci_kind blocks_kind = {
     .name = "fetch blocks",
     .names_schema = true,
@@ -68,7 +91,17 @@ static const kvci_kind blocks_kind = {
     .message = blocks_message,
     .take = blocks_end,
     .fail = blocks_fail,
+    .finish = blocks_finish,
 };
+
+/* The highest slot of n blocks; 0 of none. */
+static uint32_t last_slot(const kvc_block_part *part, uint32_t n)
+{
+    uint32_t last = n > 0 && part->dst_slots == NULL ? n - 1 : 0;
+    for (uint32_t i = 0; part->dst_slots != NULL && i < n; i++)
+        last = part->dst_slots[i] > last ? part->dst_slots[i] : last;
+    return last;
+}
 
 /* Every value's place must lie inside the region; *value_bytes_p: of one block. */
 static kvc_status check_parts(const kvc_client *client, const kvc_block_part *parts,
@@ -85,8 +118,9 @@ static kvc_status check_parts(const kvc_client *client, const kvc_block_part *pa
         uint64_t len_bytes = dst->len_bytes, off_bytes = part->dst_off_bytes;
         bool fits = part->value_bytes > 0 && part->value_bytes <= len_bytes &&
                     off_bytes <= len_bytes - part->value_bytes;
-        if (fits && n > 1 && part->stride_bytes > 0)
-            fits = (len_bytes - part->value_bytes - off_bytes) / part->stride_bytes >= n - 1;
+        if (fits && part->stride_bytes > 0)
+            fits = (len_bytes - part->value_bytes - off_bytes) / part->stride_bytes >=
+                   last_slot(part, n);
         if (n > 0 && !fits)
             return kvci_fail(KVC_INVALID, "fetch blocks: part %u lies outside its region",
                              part->part);

@@ -265,8 +265,10 @@ typedef struct kvci_way_state {
 } kvci_way_state;
 
 void kvci_ways_init(kvc_client *client);
-/* Under the lock: a request about so many bytes of rows went well and took so long. */
-void kvci_way_learn(kvc_client *client, bool near, uint64_t bytes, uint64_t took_ns);
+/* Under the lock: a request about so many bytes of rows went well and took so long. near: the
+ * server attended, and so many bytes of queries and results crossed. */
+void kvci_way_learn(kvc_client *client, bool near, uint64_t bytes, uint64_t qo_bytes,
+                    uint64_t took_ns);
 
 /* fetch.c: the statuses of what the maps left go where they belong; under the lock. */
 void kvci_fetch_settle(kvci_call *call);

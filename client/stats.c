@@ -1,5 +1,5 @@
 /*
- * stats.c: what the server says of itself: Describe and Stats in one.
+ * stats.c: what the server says of itself: Describe and Stats in one; and what this process counts.
  *
  * Two blocking messages; the replies are copied on a transport thread into an arena that lives
  * behind the public struct and goes with it.
@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/metrics.h"
 #include "internal.h"
 
 #define STATS_ARENA_BYTES ((size_t)32 << 20)
@@ -96,6 +97,15 @@ kvc_status kvc_stats(kvc_client *client, uint64_t deadline_ns, kvc_server_stats 
     }
     *stats_p = &h->stats;
     return KVC_OK;
+}
+
+uint32_t kvc_process_counts(kvc_named_count *counts, uint32_t n)
+{
+    kvc_metric_value values[KVC_METRIC_COUNT];
+    kvc_metrics_snapshot(values);
+    for (uint32_t i = 0; i < n && i < KVC_METRIC_COUNT; i++)
+        counts[i] = (kvc_named_count){values[i].name, values[i].value};
+    return KVC_METRIC_COUNT;
 }
 
 void kvc_stats_free(kvc_server_stats *stats)

@@ -2,8 +2,9 @@
  * way.c: what each way to a row costs over the current connection, and which is the cheapest.
  *
  * A request costs fixed_ns + bytes * byte_ns, where bytes are those of the rows it is about,
- * whether they travel or are attended where they lie. Both numbers are moving averages, under the
- * client's lock: small requests teach the first, large ones the second. Until a way was used its
+ * whether they travel or are attended where they lie; queries and results cross like rows. Both
+ * numbers are moving averages, under the client's lock: small requests teach the first, large ones
+ * the second. Until a way was used its
  * numbers are guesses, and a choice in a while goes to another way than the cheapest, so that what
  * was dear once is looked at again.
  */
@@ -22,7 +23,7 @@
 typedef struct way_row {
     const char *name, *scheme;
     bool near;
-    kvc_metric metric;
+    kvc_metric metric, why; /* why: the first of its reasons' */
 } way_row;
 
 static const way_row rows[KVC_WAY_COUNT] = {
@@ -30,10 +31,20 @@ static const way_row rows[KVC_WAY_COUNT] = {
     [KVC_WAY_##upper] = {.name = #lower,                                                           \
                          .scheme = uri_scheme,                                                     \
                          .near = attends,                                                          \
-                         .metric = KVC_M_way_##lower##_requests},
+                         .metric = KVC_M_way_##lower##_requests,                                   \
+                         .why = KVC_M_way_##lower##_cheapest},
 #include "ways.def"
 #undef KVC_WAY
 };
+
+/* In the order of the metrics. */
+static const char *const whys[KVC_WHY_COUNT] = {
+    [KVC_WHY_CHEAPEST] = "cheapest", [KVC_WHY_ONLY] = "only",   [KVC_WHY_TRIED] = "tried",
+    [KVC_WHY_ASKED] = "asked",       [KVC_WHY_EXACT] = "exact", [KVC_WHY_BROKEN] = "broken",
+    [KVC_WHY_BUSY] = "busy",         [KVC_WHY_REST] = "rest",
+};
+_Static_assert((int)KVC_M_way_rows_rest - (int)KVC_M_way_rows_cheapest == (int)KVC_WHY_REST,
+               "metrics.def has the reasons in the order of kvc_way_why");
 
 /* Guesses for a way that was never used: a loopback's. */
 #define GUESS_FIXED_NS 100000.0
@@ -43,6 +54,11 @@ static const way_row rows[KVC_WAY_COUNT] = {
 const char *kvc_way_name(kvc_way way)
 {
     return (unsigned)way < KVC_WAY_COUNT ? rows[way].name : NULL;
+}
+
+const char *kvc_way_why_name(kvc_way_why why)
+{
+    return (unsigned)why < KVC_WHY_COUNT ? whys[why] : NULL;
 }
 
 static bool has_scheme(const char *uri, const char *scheme)
@@ -66,10 +82,12 @@ static void average(double *value_p, double sample, bool first)
     *value_p = first ? sample : *value_p + (sample - *value_p) / LEARN_PART;
 }
 
-void kvci_way_learn(kvc_client *client, bool near, uint64_t bytes, uint64_t took_ns)
+void kvci_way_learn(kvc_client *client, bool near, uint64_t bytes, uint64_t qo_bytes,
+                    uint64_t took_ns)
 {
-    kvci_way_state *way = &client->ways[near ? KVC_WAY_NEAR : rows_way(client)];
-    double ns = (double)took_ns;
+    kvc_way link = rows_way(client);
+    kvci_way_state *way = &client->ways[near ? KVC_WAY_NEAR : link];
+    double ns = (double)took_ns - (double)qo_bytes * client->ways[link].byte_ns;
     if (bytes >= LARGE_BYTES) {
         double rest = ns > way->fixed_ns ? ns - way->fixed_ns : 0;
         average(&way->byte_ns, rest / (double)bytes, way->n_large == 0);
@@ -102,7 +120,30 @@ static const char *why_not(const kvc_client *client, kvc_way way, const kvc_way_
         return "more queries than the server takes at once";
     if (ask->n_rows > limits->max_picks)
         return "more rows than one request names";
-    return ask->qo_bytes > limits->max_message_bytes ? "queries or results fill a message" : NULL;
+    return ask->q_bytes > limits->max_message_bytes || ask->o_bytes > limits->max_message_bytes
+               ? "queries or results fill a message"
+               : NULL;
+}
+
+static uint32_t n_possible(const kvc_client *client, const kvc_way_ask *ask)
+{
+    uint32_t n = 0;
+    for (int way = 0; way < KVC_WAY_COUNT; way++)
+        n += why_not(client, (kvc_way)way, ask) == NULL;
+    return n;
+}
+
+/* Why the cheapest is taken. Under the lock. */
+static kvc_way_why why_this(const kvc_client *client, const kvc_way_ask *ask)
+{
+    kvc_way_ask any = *ask;
+    any.refused = 0;
+    uint32_t n = n_possible(client, ask);
+    if (ask->because == KVC_WHY_EXACT && n_possible(client, &any) > n)
+        return KVC_WHY_EXACT;
+    if (ask->because != KVC_WHY_CHEAPEST && ask->because != KVC_WHY_EXACT)
+        return ask->because;
+    return n == 1 ? KVC_WHY_ONLY : KVC_WHY_CHEAPEST;
 }
 
 /* Under the lock. */
@@ -110,6 +151,7 @@ static kvc_way cheapest(const kvc_client *client, const kvc_way_ask *ask, kvc_wa
 {
     kvc_way best = KVC_WAY_COUNT;
     double bytes = (double)ask->n_rows * ask->row_bytes;
+    double qo_ns = (double)(ask->q_bytes + ask->o_bytes) * client->ways[rows_way(client)].byte_ns;
     for (int i = 0; i < KVC_WAY_COUNT; i++) {
         const kvci_way_state *way = &client->ways[i];
         double cost_ns = way->fixed_ns + bytes * way->byte_ns;
@@ -118,7 +160,7 @@ static kvc_way cheapest(const kvc_client *client, const kvc_way_ask *ask, kvc_wa
             .why_not = why_not(client, (kvc_way)i, ask),
             .fixed_ns = way->fixed_ns,
             .byte_ns = way->byte_ns,
-            .cost_ns = rows[i].near ? cost_ns : cost_ns / (1 + ask->reuse),
+            .cost_ns = rows[i].near ? cost_ns + qo_ns : cost_ns / (1 + ask->reuse),
             .samples = way->n_small + way->n_large,
         };
         if (costs[i].why_not == NULL &&
@@ -128,10 +170,13 @@ static kvc_way cheapest(const kvc_client *client, const kvc_way_ask *ask, kvc_wa
     return best;
 }
 
-kvc_way kvc_way_costs(kvc_client *client, const kvc_way_ask *ask, kvc_way_cost *costs)
+kvc_way kvc_way_costs(kvc_client *client, const kvc_way_ask *ask, kvc_way_cost *costs,
+                      kvc_way_why *why_p)
 {
     kvc_mutex_lock(&client->lock);
     kvc_way best = cheapest(client, ask, costs);
+    if (why_p != NULL)
+        *why_p = why_this(client, ask);
     kvc_mutex_unlock(&client->lock);
     return best;
 }
@@ -150,12 +195,15 @@ kvc_way kvc_way_choose(kvc_client *client, const kvc_way_ask *ask)
 {
     kvc_way_cost costs[KVC_WAY_COUNT];
     kvc_mutex_lock(&client->lock);
-    kvc_way way = cheapest(client, ask, costs);
-    if (way != KVC_WAY_COUNT && ++client->n_choices % TRY_EVERY == 0)
-        way = retry_dear(costs, way);
+    kvc_way best = cheapest(client, ask, costs), way = best;
+    kvc_way_why why = why_this(client, ask);
+    if (best != KVC_WAY_COUNT && ++client->n_choices % TRY_EVERY == 0)
+        way = retry_dear(costs, best);
     kvc_mutex_unlock(&client->lock);
-    if (way != KVC_WAY_COUNT)
-        kvc_metric_add(rows[way].metric, 1);
+    if (way == KVC_WAY_COUNT)
+        return way;
+    kvc_metric_add(rows[way].metric, 1);
+    kvc_metric_add((kvc_metric)((int)rows[way].why + (int)(way == best ? why : KVC_WHY_TRIED)), 1);
     return way;
 }
 

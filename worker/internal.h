@@ -169,7 +169,8 @@ typedef struct kvwi_leg {
     /* misses: those that go or went by rows; those of the near partials are no more among them */
     uint32_t n_misses;
     kvc_way way;
-    uint32_t tried; /* bits 1 << kvc_way: ways that failed in this step */
+    uint32_t tried;  /* bits 1 << kvc_way: ways that failed in this step */
+    kvc_way_why why; /* of having tried: BROKEN, BUSY or REST */
     kvwi_buf miss_row, miss_pos, miss_slot, miss_status;
     kvwi_buf miss_pick; /* with several servers; else picks are positions */
     bool lost;          /* its server is: nothing was asked */
@@ -324,6 +325,9 @@ void kvwi_fetch_abandon(kvw_step *step);
 /* ways.c ----------------------------------------------------------------------------------------
  */
 
+/* The way that was asked for where it is possible to the server, else the cheapest; counted.
+ * COUNT: none is possible. */
+kvc_way kvwi_way_choose(const kvw_worker *worker, uint32_t server, kvc_way_ask ask);
 /* Chooses how the misses are reached and sets off what needs no query. NO_SPACE. */
 kvc_status kvwi_misses_begin(kvw_step *step) KVC_MUST_CHECK;
 /* With the real query: asks those servers to attend where that is the way. */

@@ -202,7 +202,7 @@ static bool open_server_ways(const kvw_worker *w, kvc_client *client, const kvc_
 {
     const kvc_way_ask ask = {.n_rows = 1, .row_bytes = part->row_bytes, .n_q = 1};
     kvc_way_cost costs[KVC_WAY_COUNT];
-    (void)kvc_way_costs(client, &ask, costs);
+    (void)kvc_way_costs(client, &ask, costs, NULL);
     if (w->way != KVC_WAY_COUNT) {
         *why_p = costs[w->way].why_not;
         return *why_p == NULL;

@@ -103,6 +103,7 @@ static void reset_leg(kvwi_leg *leg)
     leg->n_misses = 0;
     leg->way = KVC_WAY_COUNT;
     leg->tried = 0;
+    leg->why = KVC_WHY_CHEAPEST;
     leg->lost = false;
     leg->flight.status = KVC_OK;
     leg->flight.in_flight = false;

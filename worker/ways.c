@@ -34,17 +34,21 @@ static kvc_way_ask ask_of(const kvwi_leg *leg)
     const kvwi_residency *r = &seq->layers[step->layer].residency;
     bool chunk = step->n_q >= w->opts.chunk_tokens;
     uint64_t n = (uint64_t)step->n_q * w->opts.n_q_heads;
-    /* a segment's far and near part have queries and results of their own */
+    size_t head_bytes = w->opts.head_dim * w->elem_bytes;
+    /* a segment's far and near part have results of their own */
     kvc_way_ask ask = {
         .n_rows = leg->n_misses,
         .row_bytes = (uint32_t)w->row_bytes,
         .n_q = step->n_q,
-        .qo_bytes = step->n_segments * n * (w->opts.head_dim * w->elem_bytes + sizeof(float)),
+        .q_bytes = n * head_bytes,
+        .o_bytes = step->n_segments * n * (head_bytes + sizeof(float)),
         .reuse = reuse_of(seq),
         .refused = leg->tried,
+        .because = leg->why,
     };
     if (w->opts.exact || chunk) {
         ask.refused |= 1u << KVC_WAY_NEAR;
+        ask.because = leg->why == KVC_WHY_CHEAPEST ? KVC_WHY_EXACT : leg->why;
     }
     if (step->n_misses > r->n_slots) {
         ask.refused |= ~(1u << KVC_WAY_NEAR);
@@ -52,19 +56,18 @@ static kvc_way_ask ask_of(const kvwi_leg *leg)
     return ask;
 }
 
-/* The way that was asked for where it is possible, else the cheapest. */
-static kvc_way choose(const kvwi_leg *leg)
+kvc_way kvwi_way_choose(const kvw_worker *worker, uint32_t server, kvc_way_ask ask)
 {
-    const kvw_worker *w = leg->step->seq->worker;
-    kvc_client *client = w->servers.all[leg->server].client;
-    kvc_way_ask ask = ask_of(leg), only = ask;
-    if (w->way != KVC_WAY_COUNT) {
-        only.refused |= ~(1u << w->way);
+    kvc_client *client = worker->servers.all[server].client;
+    kvc_way_ask only = ask;
+    if (worker->way != KVC_WAY_COUNT) {
+        only.refused |= ~(1u << worker->way);
+        only.because = KVC_WHY_ASKED;
         kvc_way way = kvc_way_choose(client, &only);
         if (way != KVC_WAY_COUNT) {
             return way;
         }
-        if (w->way != KVC_WAY_NEAR) { /* not surprised by partials */
+        if (worker->way != KVC_WAY_NEAR) { /* not surprised by partials */
             ask.refused |= 1u << KVC_WAY_NEAR;
         }
     }
@@ -74,7 +77,7 @@ static kvc_way choose(const kvwi_leg *leg)
 /* Sets off by the way that the leg now has; NO_SPACE where it has none. */
 static kvc_status set_off(kvwi_leg *leg)
 {
-    leg->way = choose(leg);
+    leg->way = kvwi_way_choose(leg->step->seq->worker, leg->server, ask_of(leg));
     if (leg->way == KVC_WAY_NEAR) {
         return KVC_OK; /* with the query */
     }
@@ -119,6 +122,7 @@ static kvc_status fall_back(kvwi_leg *leg, kvc_status why)
 {
     kvw_step *step = leg->step;
     leg->tried |= 1u << leg->way | 1u << KVC_WAY_NEAR;
+    leg->why = why == KVC_AGAIN ? KVC_WHY_BUSY : KVC_WHY_BROKEN;
     if (kvc_now_ns() >= step->deadline_ns) {
         return why;
     }
@@ -158,6 +162,7 @@ static kvc_status wait_near(kvwi_leg *leg)
     }
     kvwi_server_answered(leg->step->seq->worker, leg->server, KVC_OK, leg->step->asked_ns);
     leg->tried |= 1u << KVC_WAY_NEAR;
+    leg->why = KVC_WHY_REST;
     return leg->n_misses == 0 ? KVC_OK : set_off(leg);
 }
 

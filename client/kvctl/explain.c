@@ -16,7 +16,7 @@ static const char help[] =
     "\n"
     "SYNOPSIS\n"
     "    kvctl [--server URI] [--json] explain --schema SCHEMA --part N --q-heads N [--rows N]\n"
-    "          [--queries N] [--reuse N]\n"
+    "          [--queries N] [--reuse N] [--chunks N]\n"
     "\n"
     "DESCRIPTION\n"
     "    Measures the round trip of every way that this connection has, prints what each would\n"
@@ -24,7 +24,11 @@ static const char help[] =
     "    others cannot be taken. The ways are rows (fetched in messages), near (the server "
     "attends\n"
     "    and sends one result), shm and rdma. Costs per byte of rows are guesses here; a worker\n"
-    "    learns them as it goes, and its choices are counted in the metrics way_*_requests.\n"
+    "    learns them as it goes, and its choices are counted in its process's metrics\n"
+    "    way_WAY_requests and, by their reasons, way_WAY_REASON (kvc_process_counts): cheapest,\n"
+    "    only (possible one), tried (again, though dear), asked (for), exact (another rounds),\n"
+    "    broken (another did not work), busy (a server's attention), rest (of what it attended "
+    "to).\n"
     "    Where rdma can be taken it says whether rows that cross it are summed (kvctl --sums).\n"
     "\n"
     "OPTIONS\n"
@@ -40,6 +44,9 @@ static const char help[] =
     "        Queries of the step, 1 when decoding. Default: 1.\n"
     "    --reuse N\n"
     "        How often a fetched row is used again before it gives way. Default: 0.\n"
+    "    --chunks N\n"
+    "        Whole chunks of 64 tokens are missed instead of rows, and the server sends a result\n"
+    "        for each (selectors gca, hsa). --reuse: the calls after a retrieval, but the first.\n"
     "    -h, --help\n"
     "        Print this page.\n"
     "\n"
@@ -51,18 +58,23 @@ static const char help[] =
     "\n"
     "EXAMPLES\n"
     "    kvctl explain --schema $SCHEMA --part 0 --q-heads 32\n"
-    "    kvctl --json explain --schema $SCHEMA --part 0 --q-heads 32 --rows 40 --reuse 3\n";
+    "    kvctl --json explain --schema $SCHEMA --part 0 --q-heads 32 --rows 40 --reuse 3\n"
+    "    kvctl explain --schema $SCHEMA --part 0 --q-heads 32 --chunks 8 --reuse 63\n";
+
+#define CHUNK_TOKENS 64u
 
 typedef struct explain_args {
     kvctl_schema schema;
-    uint64_t part, q_heads, rows, queries, reuse;
+    uint64_t part, q_heads, rows, queries, reuse, chunks;
     bool has_schema, has_part;
 } explain_args;
 
-static void print_json(const kvc_way_cost *costs, kvc_way best, bool sums)
+static void print_json(const kvc_way_cost *costs, kvc_way best, kvc_way_why why, bool sums)
 {
     kvctl_json_open(NULL, '{');
     kvctl_json_text("way", best == KVC_WAY_COUNT ? "none" : costs[best].name);
+    if (best != KVC_WAY_COUNT)
+        kvctl_json_text("why", kvc_way_why_name(why));
     kvctl_json_open("ways", '[');
     for (int i = 0; i < KVC_WAY_COUNT; i++) {
         kvctl_json_open(NULL, '{');
@@ -81,7 +93,7 @@ static void print_json(const kvc_way_cost *costs, kvc_way best, bool sums)
     kvctl_json_close();
 }
 
-static void print_text(const kvc_way_cost *costs, kvc_way best, bool sums)
+static void print_text(const kvc_way_cost *costs, kvc_way best, kvc_way_why why, bool sums)
 {
     for (int i = 0; i < KVC_WAY_COUNT; i++) {
         const kvc_way_cost *cost = &costs[i];
@@ -101,7 +113,8 @@ static void print_text(const kvc_way_cost *costs, kvc_way best, bool sums)
     if (best == KVC_WAY_COUNT)
         (void)printf("no way is possible\n");
     else
-        (void)printf("%s: it costs least\n", costs[best].name);
+        (void)printf("%s: %s\n", costs[best].name,
+                     why == KVC_WHY_ONLY ? "no other way is possible" : "it costs least");
 }
 
 static const kvc_part *find_part(const kvc_schema *schema, uint64_t id)
@@ -117,20 +130,24 @@ static kvctl_exit explain(const kvctl_globals *globals, kvc_client *client,
                           const explain_args *args, const kvc_part *part)
 {
     kvc_way_cost costs[KVC_WAY_COUNT];
-    kvc_way_ask ask = {.n_rows = (uint32_t)args->rows,
+    kvc_way_why why;
+    uint64_t n_results = args->chunks != 0 ? args->chunks : 1, n = args->queries * args->q_heads;
+    kvc_way_ask ask = {.n_rows =
+                           (uint32_t)(args->chunks != 0 ? args->chunks * CHUNK_TOKENS : args->rows),
                        .row_bytes = part->row_bytes,
                        .n_q = (uint32_t)args->queries,
-                       .qo_bytes = args->queries * args->q_heads * (2ull * part->q_dim + 4),
+                       .q_bytes = n * 2 * part->q_dim,
+                       .o_bytes = n_results * n * (2ull * part->v_dim + sizeof(float)),
                        .reuse = (double)args->reuse};
     kvc_status status = kvc_way_probe(client, &args->schema.digest, part, (uint32_t)args->q_heads,
                                       kvctl_deadline_ns(globals));
     if (status != KVC_OK)
         return kvctl_failed(status);
-    kvc_way best = kvc_way_costs(client, &ask, costs);
+    kvc_way best = kvc_way_costs(client, &ask, costs, &why);
     if (globals->json)
-        print_json(costs, best, kvc_client_sums(client));
+        print_json(costs, best, why, kvc_client_sums(client));
     else
-        print_text(costs, best, kvc_client_sums(client));
+        print_text(costs, best, why, kvc_client_sums(client));
     return KVCTL_OK;
 }
 
@@ -171,6 +188,8 @@ static bool take(int option, explain_args *args)
         return kvctl_number_parse("--queries", optarg, 1, 1u << 16, &args->queries);
     case 'u':
         return kvctl_number_parse("--reuse", optarg, 0, 1000000, &args->reuse);
+    case 'k':
+        return kvctl_number_parse("--chunks", optarg, 1, 1u << 18, &args->chunks);
     default:
         return false;
     }
@@ -179,13 +198,10 @@ static bool take(int option, explain_args *args)
 static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
 {
     static const struct option options[] = {
-        {"schema", required_argument, NULL, 's'},
-        {"part", required_argument, NULL, 'p'},
-        {"q-heads", required_argument, NULL, 'q'},
-        {"rows", required_argument, NULL, 'n'},
-        {"queries", required_argument, NULL, 'c'},
-        {"reuse", required_argument, NULL, 'u'},
-        {0},
+        {"schema", required_argument, NULL, 's'},  {"part", required_argument, NULL, 'p'},
+        {"q-heads", required_argument, NULL, 'q'}, {"rows", required_argument, NULL, 'n'},
+        {"queries", required_argument, NULL, 'c'}, {"reuse", required_argument, NULL, 'u'},
+        {"chunks", required_argument, NULL, 'k'},  {0},
     };
     explain_args args = {.rows = 2048, .queries = 1};
     kvctl_exit result = KVCTL_OK;

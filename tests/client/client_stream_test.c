@@ -80,6 +80,10 @@ static kvc_status fetch_blocks(fixture *f, int8_t *status, uint8_t *tiers)
     kvc_block_part parts[2] = {
         {.part = 1, .value_bytes = len[0], .stride_bytes = stride},
         {.part = 6, .value_bytes = len[1], .dst_off_bytes = len[0], .stride_bytes = stride}};
+    uint32_t slots[BLOCKS]; /* of the second part: the last block first */
+    for (uint32_t i = 0; i < BLOCKS; i++)
+        slots[i] = BLOCKS - 1 - i;
+    parts[1].dst_slots = slots;
     assert_true(BLOCKS * stride <= sizeof(bytes));
     digests[7].bytes[0] = digests[8].bytes[0] = 0;
     memset(bytes, 0xee, sizeof(bytes));
@@ -91,7 +95,8 @@ static kvc_status fetch_blocks(fixture *f, int8_t *status, uint8_t *tiers)
     kvc_status result = kvc_op_wait(&op, 0);
     for (uint32_t v = 0; result == KVC_OK && v < 2 * BLOCKS; v++) {
         bool there = v / 2 != 7 && v / 2 != 8;
-        const uint8_t *value = bytes + v / 2 * stride + parts[v % 2].dst_off_bytes;
+        uint32_t slot = v % 2 == 0 ? v / 2 : slots[v / 2];
+        const uint8_t *value = bytes + slot * stride + parts[v % 2].dst_off_bytes;
         assert_int_equal(status[v], there ? KVC_OK : KVC_NOT_FOUND);
         assert_int_equal(tiers[v], there ? KVC_TIER_DRAM : 0);
         for (uint32_t b = 0; b < len[v % 2]; b++)
@@ -104,6 +109,10 @@ static kvc_status fetch_blocks(fixture *f, int8_t *status, uint8_t *tiers)
                                    tiers, 0, &op),
                   KVC_INVALID);
     assert_status(kvc_fetch_blocks(f->client, &f->schema, digests, BLOCKS, parts, 0, region, status,
+                                   tiers, 0, &op),
+                  KVC_INVALID);
+    slots[BLOCKS / 2] = BLOCKS; /* nor may a slot lie there */
+    assert_status(kvc_fetch_blocks(f->client, &f->schema, digests, BLOCKS, parts, 2, region, status,
                                    tiers, 0, &op),
                   KVC_INVALID);
     assert_ok(kvc_region_deregister(f->client, small));

@@ -310,9 +310,22 @@ static void test_explain(void **state)
            WORDS(ON, "--json", "explain", "--schema", schema_hex, "--part", "0", "--q-heads", "8",
                  "--queries", "65"),
            0,
-           WORDS("{\"way\":\"rows\",\"ways\":[", "more queries than the server takes",
-                 "\"rdma_sums\":false"),
+           WORDS("{\"way\":\"rows\",\"why\":\"only\",\"ways\":[",
+                 "more queries than the server takes", "\"rdma_sums\":false"),
            NULL);
+    /* a chunk is 64 rows; those that a million calls use are worth fetching */
+    expect(NULL,
+           WORDS(ON, "explain", "--schema", schema_hex, "--part", "0", "--q-heads", "8", "--chunks",
+                 "2048"),
+           0, WORDS("more rows than one request names", "rows: no other way is possible"), NULL);
+    expect(NULL,
+           WORDS(ON, "--json", "explain", "--schema", schema_hex, "--part", "0", "--q-heads", "8",
+                 "--chunks", "8", "--reuse", "1000000"),
+           0, WORDS("{\"way\":\"rows\",\"why\":\"cheapest\""), NULL);
+    expect(NULL,
+           WORDS(ON, "explain", "--schema", schema_hex, "--part", "0", "--q-heads", "8", "--chunks",
+                 "0"),
+           2, NULL, "--chunks");
     expect(NULL, WORDS("--sums", ON, "status"), 0, WORDS("version"), NULL);
     expect(NULL, WORDS("--server", "grpc://127.0.0.1:1?sums=1", "status"), 2, NULL, "rdma's alone");
     expect(NULL, WORDS(ON, "explain", "--schema", schema_hex, "--part", "999", "--q-heads", "8"), 1,

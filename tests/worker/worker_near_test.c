@@ -145,11 +145,13 @@ static void holes_are_dropped_alike(void **state)
     near_bench *b = *state;
     rig r, s;
     rig_record rows, near;
+    uint64_t rest = kvc_metric_get(KVC_M_way_rows_rest);
     kvw_stats by_rows = run_with_a_hole(b, "rows", &r, &rows);
     kvw_stats by_near = run_with_a_hole(b, "near", &s, &near);
     assert_true(by_rows.rows_dropped > 40);
     assert_int_equal(by_near.rows_dropped, by_rows.rows_dropped);
     assert_true(by_near.rows_near > 500);
+    assert_true(kvc_metric_get(KVC_M_way_rows_rest) > rest); /* the server said what it lacked */
     double diff = rig_record_diff(&r, &rows, &near, 660, 700);
     if (!(diff <= near_bound(&r)))
         fail_msg("%g apart", diff);
@@ -248,23 +250,109 @@ static void the_choice_is_learnt(void **state)
     uint64_t n = kvc_metric_get(KVC_M_way_rows_requests) + kvc_metric_get(KVC_M_way_near_requests);
     assert_true(n - before > 20 && n - before <= stats.steps);
     assert_true(rig_record_diff(&r, &rows, &any, 0, 700) <= near_bound(&r));
-    kvc_way best = kvc_way_costs(b->client, &ask, costs);
+    kvc_way_why why;
+    kvc_way best = kvc_way_costs(b->client, &ask, costs, &why);
+    assert_int_equal(why, KVC_WHY_CHEAPEST);
     assert_true(best == KVC_WAY_ROWS || best == KVC_WAY_NEAR);
     assert_true(costs[KVC_WAY_ROWS].samples > 3 && costs[KVC_WAY_NEAR].samples >= 3);
     assert_non_null(costs[KVC_WAY_SHM].why_not);
     /* What a fetched row is used for later makes it worth more. */
     double alone = costs[KVC_WAY_ROWS].cost_ns;
     ask.reuse = 9;
-    (void)kvc_way_costs(b->client, &ask, costs);
+    (void)kvc_way_costs(b->client, &ask, costs, NULL);
     assert_true(fabs(costs[KVC_WAY_ROWS].cost_ns - alone / 10) < alone / 1000);
     ask.refused = 1u << KVC_WAY_ROWS;
-    assert_int_equal(kvc_way_costs(b->client, &ask, costs), KVC_WAY_NEAR);
+    assert_int_equal(kvc_way_costs(b->client, &ask, costs, &why), KVC_WAY_NEAR);
+    assert_int_equal(why, KVC_WHY_ONLY);
     ask.n_q = KVC_MAX_ATTEND_QUERIES + 1;
-    assert_int_equal(kvc_way_costs(b->client, &ask, costs), KVC_WAY_COUNT);
+    assert_int_equal(kvc_way_costs(b->client, &ask, costs, NULL), KVC_WAY_COUNT);
     rig_record_fini(&rows);
     rig_record_fini(&any);
     rig_close(&r);
     rig_close(&s);
+}
+
+/* Choices by way and reason since the call before, and their sums by way beside way_*_requests. */
+static void count_choices(uint64_t n[KVC_WAY_COUNT][KVC_WHY_COUNT])
+{
+    static uint64_t last[KVC_WAY_COUNT][KVC_WHY_COUNT + 1];
+    kvc_named_count counts[KVC_METRIC_COUNT];
+    assert_int_equal(kvc_process_counts(NULL, 0), KVC_METRIC_COUNT);
+    assert_int_equal(kvc_process_counts(counts, KVC_METRIC_COUNT), KVC_METRIC_COUNT);
+    for (int way = 0; way < KVC_WAY_COUNT; way++) {
+        uint64_t sum = 0, requests = 0;
+        for (int why = 0; why <= KVC_WHY_COUNT; why++) {
+            char name[64];
+            uint32_t at = 0;
+            (void)snprintf(name, sizeof(name), "way_%s_%s", kvc_way_name((kvc_way)way),
+                           why < KVC_WHY_COUNT ? kvc_way_why_name((kvc_way_why)why) : "requests");
+            while (at < KVC_METRIC_COUNT && strcmp(counts[at].name, name) != 0)
+                at++;
+            assert_true(at < KVC_METRIC_COUNT);
+            uint64_t since = counts[at].value - last[way][why];
+            last[way][why] = counts[at].value;
+            if (why < KVC_WHY_COUNT)
+                sum += n[way][why] = since;
+            else
+                requests = since;
+        }
+        assert_int_equal(sum, requests);
+    }
+}
+
+/* One run of a worker; what it chose, which must have been for these reasons alone. */
+static void check_reasons(near_bench *b, const char *way, uint32_t exact, uint32_t rows_whys,
+                          uint32_t near_whys)
+{
+    uint64_t n[KVC_WAY_COUNT][KVC_WHY_COUNT];
+    rig r;
+    rig_record record;
+    uint32_t reused = 0;
+    kvw_stats stats;
+    near_rig(&r, b, "esa", KVK_F32, way);
+    r.opts.exact = exact;
+    r.opts.revision = "reasons";
+    count_choices(n);
+    rig_open(&r);
+    run(&r, &record, 0, &reused, &stats);
+    count_choices(n);
+    for (uint32_t why = 0; why < KVC_WHY_COUNT; why++) {
+        if ((n[KVC_WAY_ROWS][why] != 0) != ((rows_whys >> why & 1) != 0) ||
+            (n[KVC_WAY_NEAR][why] != 0) != ((near_whys >> why & 1) != 0))
+            fail_msg("way %s, exact %u: %s %u rows, %u near", way, exact,
+                     kvc_way_why_name((kvc_way_why)why), (unsigned)n[KVC_WAY_ROWS][why],
+                     (unsigned)n[KVC_WAY_NEAR][why]);
+    }
+    rig_record_fini(&record);
+    rig_close(&r);
+}
+
+static void choices_are_counted_with_their_reasons(void **state)
+{
+    near_bench *b = *state;
+    kvs_attender *attender = b->h.server->attender;
+    const uint32_t asked = 1u << KVC_WHY_ASKED, exact = 1u << KVC_WHY_EXACT;
+    check_reasons(b, "rows", 0, asked, 0);
+    check_reasons(b, "rows", 1, asked, 0);
+    check_reasons(b, "near", 1, exact, 0);
+    check_reasons(b, NULL, 1, exact, 0);
+    /* passes of chunk_tokens go by rows, whose blocks others reuse */
+    check_reasons(b, "near", 0, exact, asked);
+    atomic_fetch_add(&attender->n_calls, attender->max_calls);
+    check_reasons(b, "near", 0, exact | 1u << KVC_WHY_BUSY, asked);
+    atomic_fetch_sub(&attender->n_calls, attender->max_calls);
+    uint64_t n[KVC_WAY_COUNT][KVC_WHY_COUNT];
+    kvc_way_ask ask = {.n_rows = 1, .row_bytes = 64, .n_q = 1, .refused = 1u << KVC_WAY_NEAR};
+    count_choices(n);
+    assert_int_equal(kvc_way_choose(b->client, &ask), KVC_WAY_ROWS);
+    ask.because = KVC_WHY_REST;
+    assert_int_equal(kvc_way_choose(b->client, &ask), KVC_WAY_ROWS);
+    ask.refused = ~0u;
+    assert_int_equal(kvc_way_choose(b->client, &ask), KVC_WAY_COUNT); /* none: not counted */
+    count_choices(n);
+    assert_int_equal(n[KVC_WAY_ROWS][KVC_WHY_ONLY], 1);
+    assert_int_equal(n[KVC_WAY_ROWS][KVC_WHY_REST], 1);
+    assert_null(kvc_way_why_name(KVC_WHY_COUNT));
 }
 
 static void the_dear_way_is_looked_at_again(void **state)
@@ -272,11 +360,17 @@ static void the_dear_way_is_looked_at_again(void **state)
     near_bench *b = *state;
     kvc_way_ask ask = {.n_rows = 1000, .row_bytes = 4096, .n_q = 1};
     uint32_t n[KVC_WAY_COUNT + 1] = {0};
+    uint64_t whys[KVC_WAY_COUNT][KVC_WHY_COUNT];
+    count_choices(whys);
     for (uint32_t i = 0; i < 640; i++)
         n[kvc_way_choose(b->client, &ask)]++;
     uint32_t less = n[KVC_WAY_ROWS] < n[KVC_WAY_NEAR] ? n[KVC_WAY_ROWS] : n[KVC_WAY_NEAR];
     assert_int_equal(less, 10);
     assert_int_equal(n[KVC_WAY_ROWS] + n[KVC_WAY_NEAR], 640);
+    count_choices(whys);
+    assert_int_equal(whys[KVC_WAY_ROWS][KVC_WHY_TRIED] + whys[KVC_WAY_NEAR][KVC_WHY_TRIED], 10);
+    assert_int_equal(whys[KVC_WAY_ROWS][KVC_WHY_CHEAPEST] + whys[KVC_WAY_NEAR][KVC_WHY_CHEAPEST],
+                     630);
 }
 
 static kvc_status attend(kvc_client *client, const kvc_attend_group *groups, uint32_t n,
@@ -379,6 +473,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_hole_fails_a_step, open_near, close_near),
         cmocka_unit_test_setup_teardown(abandoned_steps_leave_nothing, open_near, close_near),
         cmocka_unit_test_setup_teardown(the_choice_is_learnt, open_near, close_near),
+        cmocka_unit_test_setup_teardown(choices_are_counted_with_their_reasons, open_near,
+                                        close_near),
         cmocka_unit_test_setup_teardown(the_dear_way_is_looked_at_again, open_near, close_near),
         cmocka_unit_test_setup_teardown(the_call_reopens_and_refuses, open_near, close_near),
         cmocka_unit_test_setup_teardown(bad_ways, open_near, close_near),

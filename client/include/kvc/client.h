@@ -272,32 +272,48 @@ typedef enum kvc_way {
     KVC_WAY_COUNT,
 } kvc_way;
 
+/* Why it is this one; each a metric way_<way>_<why>. */
+typedef enum kvc_way_why {
+    KVC_WHY_CHEAPEST = 0, /* it costs least of several that are possible */
+    KVC_WHY_ONLY,         /* none other is possible */
+    KVC_WHY_TRIED,        /* it looks dear, and is measured again */
+    KVC_WHY_ASKED,        /* the user asked for it */
+    KVC_WHY_EXACT,        /* another one is possible, but it rounds, which the user refused */
+    KVC_WHY_BROKEN,       /* another one failed */
+    KVC_WHY_BUSY,         /* the server attends too much already */
+    KVC_WHY_REST,         /* what a server that attended has left over */
+    KVC_WHY_COUNT,
+} kvc_way_why;
+
 /* What a request would move; 0 for what is not known. */
 typedef struct kvc_way_ask {
     uint32_t n_rows, row_bytes, n_q;
-    uint64_t qo_bytes; /* of queries and of results, whichever is more */
-    double reuse;      /* how often a fetched row will be used again without being fetched */
-    uint32_t refused;  /* bits 1 << kvc_way of ways that the caller cannot go or has tried */
+    uint64_t q_bytes, o_bytes; /* of the queries, of the results, where the server attends */
+    double reuse;        /* how often a fetched row will be used again without being fetched */
+    uint32_t refused;    /* bits 1 << kvc_way of ways that the caller cannot go or has tried */
+    kvc_way_why because; /* of ASKED on: why it refuses them; CHEAPEST: for no such reason */
 } kvc_way_ask;
 
 typedef struct kvc_way_cost {
     const char *name;         /* "rows", "near", "shm", "rdma" */
     const char *why_not;      /* static; NULL: possible */
     double fixed_ns, byte_ns; /* of a request; of a byte of rows */
-    double cost_ns;           /* of what was asked, rows counted at 1 / (1 + reuse) */
-    uint64_t samples;         /* requests that it was learnt from; 0: a guess */
+    double cost_ns; /* of what was asked, rows counted at 1 / (1 + reuse), q and o as they cross */
+    uint64_t samples; /* requests that it was learnt from; 0: a guess */
 } kvc_way_cost;
 
-/* "rows" and so on; NULL past the last. */
-const char *kvc_way_name(kvc_way way);
+const char *kvc_way_name(kvc_way way); /* "rows" and so on; NULL past the last */
+const char *kvc_way_why_name(kvc_way_why why);
 /*
  * What each way of this client's connection would cost: costs [KVC_WAY_COUNT]. Learnt from every
- * kvc_fetch and kvc_attend that went well, newer ones counting more. Returns the cheapest that is
- * possible, or KVC_WAY_COUNT where none is. Does not block.
+ * kvc_fetch, kvc_fetch_blocks and kvc_attend that went well, newer ones counting more. Returns the
+ * cheapest that is possible, or KVC_WAY_COUNT where none is. *why_p (may be NULL): the reason. Does
+ * not block.
  */
-kvc_way kvc_way_costs(kvc_client *client, const kvc_way_ask *ask, kvc_way_cost *costs);
+kvc_way kvc_way_costs(kvc_client *client, const kvc_way_ask *ask, kvc_way_cost *costs,
+                      kvc_way_why *why_p);
 /* The same, as a request is about to be made: now and then a way that looks dear is tried, so that
- * what was dear once is measured again, and the choice is counted. */
+ * what was dear once is measured again, and the choice is counted with its reason. */
 kvc_way kvc_way_choose(kvc_client *client, const kvc_way_ask *ask);
 /*
  * Measures the round trips of the ways that this connection has, by a few requests over part `part`
@@ -307,18 +323,20 @@ kvc_way kvc_way_choose(kvc_client *client, const kvc_way_ask *ask);
 kvc_status kvc_way_probe(kvc_client *client, const kvc_digest *schema, const kvc_part *part,
                          uint32_t n_q_heads, uint64_t deadline_ns) KVC_MUST_CHECK;
 
-/* Where the values of one part go: that of block i to dst_off_bytes + i * stride_bytes. */
+/* Where the values of one part go: that of block i to dst_off_bytes + slot(i) * stride_bytes, where
+ * slot(i) = dst_slots[i], or i where dst_slots is NULL. */
 typedef struct kvc_block_part {
     uint32_t part, value_bytes; /* block_tokens * row_bytes of the part */
     size_t dst_off_bytes, stride_bytes;
+    const uint32_t *dst_slots;
 } kvc_block_part;
 
 /*
  * Fetches whole values: of each of digests [n], each of parts [n_parts], for prefix reuse and for
- * chunks. Borrows digests and parts; keeps dst, status and tiers until completion. status
- * [n * n_parts], in the order of the digests and then of the parts: OK, NOT_FOUND (its bytes are
- * untouched), AGAIN, IO, CORRUPT; the op is still OK. tiers [n * n_parts] (may be NULL): kvc_tier
- * of each value found, else 0. INVALID: no parts, or a place outside dst.
+ * chunks. Borrows digests and parts; keeps dst_slots, dst, status and tiers until completion.
+ * status [n * n_parts], in the order of the digests and then of the parts: OK, NOT_FOUND (its bytes
+ * are untouched), AGAIN, IO, CORRUPT; the op is still OK. tiers [n * n_parts] (may be NULL):
+ * kvc_tier of each value found, else 0. INVALID: no parts, or a place outside dst.
  */
 kvc_status kvc_fetch_blocks(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
                             uint32_t n, const kvc_block_part *parts, uint32_t n_parts,
@@ -574,6 +592,10 @@ typedef struct kvc_server_stats {
     const kvc_digest *schemas;
     const uint8_t *opaque; /* [n_schemas] 1 for an opaque one, else 0; NULL: the server is older */
 } kvc_server_stats;
+
+/* The counters of this process, as way_<way>_<why>: counts [n] gets the first n of them, whose
+ * names live for ever. Returns how many there are. Any thread; does not block. */
+uint32_t kvc_process_counts(kvc_named_count *counts, uint32_t n);
 
 /* Describe and Stats in one. Blocks. *stats_p is given to the caller: kvc_stats_free. */
 kvc_status kvc_stats(kvc_client *client, uint64_t deadline_ns,

@@ -82,6 +82,12 @@ class Selection(unittest.TestCase):
     def test_esa_with_window(self):
         self.run_case("esa", 3)
 
+    def test_the_process_has_counters(self):
+        counts = kvasir.Client.process_counts()
+        for why in ("cheapest", "only", "tried", "asked", "exact", "broken", "busy", "rest"):
+            self.assertEqual(counts[f"way_near_{why}"], 0)
+        self.assertGreater(len(counts), 80)
+
     def test_a_step_in_parts_equals_forward(self):
         rng = np.random.default_rng(3)
         steps = [(rows(rng, 64, 6), rows(rng, 64, 2), rows(rng, 64, 2)) for _ in range(4)]

@@ -81,6 +81,7 @@ class WorkerOpts(C.Structure):
         ("n_clients", C.c_uint64),
         ("max_tokens", C.c_uint32),
         ("device_memory", C.c_uint32),
+        ("retrieval_queries", C.c_uint64),
     ]
 
 
@@ -215,6 +216,7 @@ CALLS = {
     "kvc_client_limits": (C.POINTER(Limits), [_vp]),
     "kvc_last_error": (C.c_char_p, []),
     "kvc_stats": (_int, [_vp, _u64, C.POINTER(C.POINTER(ServerStats))]),
+    "kvc_process_counts": (C.c_uint32, [C.POINTER(NamedCount), C.c_uint32]),
     "kvc_stats_free": (None, [C.POINTER(ServerStats)]),
     "kvw_open": (_int, [C.POINTER(WorkerOpts), _vpp]),
     "kvw_close": (None, [_vp]),
