@@ -12,8 +12,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include "base/metrics.h"
@@ -49,23 +47,6 @@ static atomic_uint n_arrived; /* requests of break_method */
 /* ---- what breaks ------------------------------------------------------------------------------
  */
 
-/* The server's ends of the connections to a unix socket, and the socket's file. */
-static void break_shm(const char *path)
-{
-    assert_int_equal(unlink(path), 0);
-    for (int fd = 0; fd < 4096; fd++) {
-        struct sockaddr_un name = {0};
-        socklen_t len = sizeof(name), listening_len = sizeof(int);
-        int listening = 1;
-        if (getsockname(fd, (struct sockaddr *)&name, &len) != 0 || name.sun_family != AF_UNIX ||
-            strncmp(name.sun_path, path, sizeof(name.sun_path)) != 0)
-            continue;
-        if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &listening_len) == 0 &&
-            !listening)
-            (void)shutdown(fd, SHUT_RDWR);
-    }
-}
-
 static void break_way(const rig *r)
 {
 #ifdef KVS_TEST_RDMA
@@ -78,7 +59,8 @@ static void break_way(const rig *r)
         return;
     }
 #endif
-    break_shm(r->path);
+    assert_int_equal(unlink(r->path), 0);
+    h_break_shm(r->path);
 }
 
 static void reached(const kvt_call *call, int where)

@@ -12,7 +12,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -90,6 +92,24 @@ bool h_row_is(uint64_t b, uint32_t part, uint32_t row, uint32_t row_bytes, const
     assert_true(row_bytes <= sizeof(want));
     fill_row(b, part, row, row_bytes, want);
     return memcmp(want, bytes, row_bytes) == 0;
+}
+
+/* ---- what breaks ------------------------------------------------------------------------------
+ */
+
+void h_break_shm(const char *path)
+{
+    for (int fd = 0; fd < 4096; fd++) {
+        struct sockaddr_un name = {0};
+        socklen_t len = sizeof(name), listening_len = sizeof(int);
+        int listening = 1;
+        if (getsockname(fd, (struct sockaddr *)&name, &len) != 0 || name.sun_family != AF_UNIX ||
+            strncmp(name.sun_path, path, sizeof(name.sun_path)) != 0)
+            continue;
+        if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &listening_len) == 0 &&
+            !listening)
+            (void)shutdown(fd, SHUT_RDWR);
+    }
 }
 
 /* ---- server ---------------------------------------------------------------------------------- */

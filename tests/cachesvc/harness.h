@@ -56,6 +56,9 @@ uint64_t h_disk_bytes(const char *path);
 /* Asserts that both stay within the settings of a server, the only one in this process. */
 void h_check_caps(const h_server *h);
 
+/* Breaks the connections to a unix socket at the server's ends; the socket goes on listening. */
+void h_break_shm(const char *path);
+
 /* A connection and the last reply. */
 typedef struct h_peer h_peer;
 struct h_peer {
