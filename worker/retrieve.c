@@ -1,6 +1,6 @@
 /*
  * retrieve.c: retrieval of whole chunks (GCA, HSA), with memory of its own for the chosen ones, and
- * attention over them.
+ * attention over them. How they come is retrieve_ways.c's.
  *
  * A retriever belongs to its sequence's thread. Its slab has room for k chunks, so a fetch writes
  * where nobody else's rows lie, chunks that are chosen again stay, and attention reads the slab
@@ -41,8 +41,10 @@ static kvc_status open_slab(kvw_retriever *r)
 static kvc_status open_lists(kvw_retriever *r)
 {
     size_t k = r->seq->worker->opts.k, rows = k * KVW_CHUNK_TOKENS;
-    uint32_t *p = calloc(6u * k + 2u * rows + (rows + 3u) / 4u, sizeof(*p));
-    if (p == NULL) {
+    uint32_t *p = calloc(7u * k + 2u * rows + (rows + k + 3u) / 4u, sizeof(*p));
+    r->whole_name = calloc(k, sizeof(*r->whole_name));
+    if (p == NULL || r->whole_name == NULL) {
+        free(p);
         return kvwi_fail(KVC_NO_MEMORY, "out of memory");
     }
     r->ids = p;
@@ -51,9 +53,11 @@ static kvc_status open_lists(kvw_retriever *r)
     r->order_ids = p + 3u * k;
     r->wanted = p + 4u * k;
     r->fresh = p + 5u * k;
-    r->miss_pos = p + 6u * k;
+    r->whole_slot = p + 6u * k;
+    r->miss_pos = p + 7u * k;
     r->miss_slot = r->miss_pos + rows;
     r->miss_status = (int8_t *)(r->miss_slot + rows);
+    r->whole_tier = (uint8_t *)(r->miss_status + rows);
     r->scores = calloc(4u * k, sizeof(float));
     if (r->scores == NULL) {
         return kvwi_fail(KVC_NO_MEMORY, "out of memory");
@@ -70,10 +74,12 @@ static kvc_status open_lists(kvw_retriever *r)
 static void stop_fetch(kvw_retriever *r)
 {
     for (uint32_t s = 0; s < r->seq->worker->servers.n; s++) {
-        kvwi_flight_cancel(&r->flights[s]);
-    }
-    for (uint32_t i = 0; i < r->n_misses; i++) {
-        r->held[r->miss_slot[i] / KVW_CHUNK_TOKENS] = KVWI_NO_CHUNK;
+        kvwi_flight *flight = &r->flights[s];
+        kvwi_flight_cancel(flight);
+        for (uint32_t i = 0; i < flight->n; i++) {
+            r->held[r->miss_slot[flight->first + i] / KVW_CHUNK_TOKENS] = KVWI_NO_CHUNK;
+        }
+        flight->n = 0;
     }
     r->n_misses = 0;
     r->ready = false;
@@ -96,6 +102,7 @@ static void free_retriever(kvw_retriever *r)
         kvwi_buf_fini(bufs[i]);
     }
     free(r->ids);
+    free(r->whole_name);
     free(r->scores);
     free(r);
 }
@@ -285,6 +292,8 @@ static void place(kvw_retriever *r)
         if (s == k) {
             s = slot_with(r, KVWI_NO_CHUNK); /* there is one: no more are chosen than slots */
             bring(r, i, s);
+        } else {
+            r->n_stayed++;
         }
         r->slot[i] = s;
     }
@@ -295,35 +304,24 @@ static void place(kvw_retriever *r)
     stats->hits += rows - r->n_misses;
 }
 
-/* The slots of wanted chunks hold them, or will; or they stay empty. */
-static void hold_wanted(kvw_retriever *r, bool held)
+/* The slots of wanted chunks hold them, or will; those of chunks that stay afar are empty. */
+static void hold_wanted(kvw_retriever *r)
 {
     for (uint32_t j = 0; j < r->n_wanted; j++) {
-        uint32_t i = r->wanted[j];
-        r->held[r->slot[i]] = held ? r->ids[i] : KVWI_NO_CHUNK;
+        uint32_t i = r->wanted[j], server = kvwi_server_of(r->seq, r->ids[i] * KVW_CHUNK_TOKENS);
+        r->held[r->slot[i]] = r->flights[server].near ? KVWI_NO_CHUNK : r->ids[i];
     }
 }
 
-static void submit(kvw_retriever *r)
+/* What was asked of the retrieval before says what will be of this one. */
+static void count_uses(kvw_retriever *r)
 {
-    const kvw_worker *w = r->seq->worker;
-    if (r->n_misses == 0) {
-        return;
+    if (r->n_calls != 0) {
+        r->last_calls = r->n_calls;
+        r->last_queries = r->n_queries;
     }
-    r->deadline_ns = kvc_deadline_ns(w->opts.fetch_timeout_ns);
-    for (uint32_t s = 0; s < w->servers.n; s++) {
-        kvwi_flight *flight = &r->flights[s];
-        const kvc_pick_group group = {.part = w->kv_parts[r->layer],
-                                      .row_bytes = (uint32_t)w->row_bytes,
-                                      .n_picks = flight->n,
-                                      .picks = r->miss_pos + flight->first,
-                                      .dst_slots = r->miss_slot + flight->first};
-        flight->status = KVC_OK;
-        if (flight->n != 0) {
-            kvwi_flight_send(r->seq, s, flight, group, &r->regions, r->miss_status + flight->first,
-                             r->deadline_ns);
-        }
-    }
+    r->n_calls = 0;
+    r->n_queries = 0;
 }
 
 kvc_status kvw_retrieve(kvw_retriever *r, const float *query, uint64_t n_chunks)
@@ -345,12 +343,11 @@ kvc_status kvw_retrieve(kvw_retriever *r, const float *query, uint64_t n_chunks)
         r->n = 0;
         return st;
     }
+    count_uses(r);
     place(r);
-    r->near = r->n_misses != 0 && kvwi_retriever_near_wanted(r);
-    hold_wanted(r, !r->near);
-    if (!r->near) {
-        submit(r);
-    }
+    kvwi_retriever_decide(r, KVC_WHY_CHEAPEST);
+    hold_wanted(r);
+    kvwi_retriever_send(r, kvc_deadline_ns(o->fetch_timeout_ns));
     r->ready = true;
     return KVC_OK;
 }
@@ -370,16 +367,19 @@ kvc_status kvw_retrieved(const kvw_retriever *r, const uint32_t **chunks_p, cons
 
 /* ---- attend ---- */
 
+static bool is_coming(const kvw_retriever *r, uint32_t server)
+{
+    return r->flights[server].n != 0 && !r->flights[server].near;
+}
+
 /* The first failure among the rows asked of a server; their chunks are not held. */
 static kvc_status settle(kvw_retriever *r, uint32_t server)
 {
     const kvw_worker *w = r->seq->worker;
-    const kvwi_flight *flight = &r->flights[server];
+    kvwi_flight *flight = &r->flights[server];
     kvc_status first = KVC_OK;
-    uint32_t lost = 0, end = flight->first + flight->n;
-    if (flight->n == 0) {
-        return KVC_OK;
-    }
+    uint32_t lost = 0, n = flight->n, end = flight->first + n;
+    flight->n = 0;
     for (uint32_t i = flight->first; i < end; i++) {
         kvc_status st = (kvc_status)r->miss_status[i];
         if (st != KVC_OK) {
@@ -387,37 +387,32 @@ static kvc_status settle(kvw_retriever *r, uint32_t server)
             r->held[r->miss_slot[i] / KVW_CHUNK_TOKENS] = KVWI_NO_CHUNK;
         }
     }
-    kvwi_flight_count(r->seq, server, &flight->info, flight->n - lost, w->row_bytes);
+    kvwi_flight_count(r->seq, server, &flight->info, n - lost, w->row_bytes);
     r->seq->servers[server].rows_missing += lost;
     char text[KVWI_SERVER_TEXT];
     return lost == 0
                ? KVC_OK
-               : kvwi_fail(first, "layer %u: %u of %u rows did not arrive: %s%s", r->layer, lost,
-                           flight->n, kvc_status_name(first), kvwi_server_text(w, server, text));
+               : kvwi_fail(first, "layer %u: %u of %u rows did not arrive: %s%s", r->layer, lost, n,
+                           kvc_status_name(first), kvwi_server_text(w, server, text));
 }
 
-/* The chosen chunks are in the slab. */
+/* The chosen chunks that do not stay afar are in the slab. */
 static kvc_status arrive(kvw_retriever *r)
 {
-    if (!r->ready) {
-        return kvwi_fail(KVC_INVALID, "nothing was retrieved, or it did not arrive");
-    }
-    if (r->n_misses == 0) {
-        return KVC_OK;
-    }
     uint64_t t0 = kvc_now_ns();
     uint32_t n_servers = r->seq->worker->servers.n;
     for (uint32_t s = 0; s < n_servers; s++) {
-        (void)kvwi_flight_land(&r->flights[s], r->deadline_ns);
+        if (is_coming(r, s)) {
+            kvwi_retriever_land(r, s);
+        }
     }
     r->seq->stats.ns_fetch_wait += kvc_now_ns() - t0;
     kvc_status st = KVC_OK;
     for (uint32_t s = 0; s < n_servers; s++) {
-        kvc_status settled = settle(r, s);
+        kvc_status settled = is_coming(r, s) ? settle(r, s) : KVC_OK;
         st = st == KVC_OK ? settled : st;
     }
-    r->n_misses = 0;
-    r->ready = st == KVC_OK;
+    r->ready = r->ready && st == KVC_OK;
     return st;
 }
 
@@ -456,41 +451,42 @@ static bool is_afar(const kvw_retriever *r, uint32_t i)
 /* What servers attend over, after what is here; fetched after all where they do not. */
 static kvc_status attend_afar(kvw_retriever *r, uint32_t n_q, uint32_t heads, float *o, float *lse)
 {
-    size_t rows = (size_t)n_q * heads, len = rows * r->seq->worker->opts.head_dim;
+    const kvw_opts *opts = &r->seq->worker->opts;
+    size_t rows = (size_t)n_q * heads, len = rows * opts->head_dim;
+    uint64_t near = kvwi_retriever_near_servers(r);
     kvc_status st = kvwi_retriever_near_land(r, n_q, o, lse);
     if (st == KVC_OK) {
         return st;
     }
     KVC_COUNT(way_fallbacks);
     r->seq->stats.way_fallbacks++;
-    r->near = false;
-    hold_wanted(r, true);
-    memset(r->miss_status, KVC_NOT_FOUND, r->n_misses);
-    submit(r);
+    kvwi_retriever_decide(r, st == KVC_AGAIN ? KVC_WHY_BUSY : KVC_WHY_BROKEN);
+    hold_wanted(r);
+    uint64_t rest_ns = opts->fetch_timeout_ns - opts->fetch_timeout_ns / KVWI_NEAR_SHARE;
+    kvwi_retriever_send(r, r->near_deadline_ns + rest_ns);
     st = arrive(r);
     for (uint32_t j = 0; st == KVC_OK && j < r->n_wanted; j++) {
-        uint32_t i = r->wanted[j];
-        st = attend_chunk(r, i, n_q, heads, o + i * len, lse + i * rows);
+        uint32_t i = r->wanted[j], server = kvwi_server_of(r->seq, r->ids[i] * KVW_CHUNK_TOKENS);
+        if ((near >> server & 1u) != 0) {
+            st = attend_chunk(r, i, n_q, heads, o + i * len, lse + i * rows);
+        }
     }
     return st;
 }
 
 /* Every chunk's partial, then their weighted sum in r->out. */
-static kvc_status attend_chosen(kvw_retriever *r, const void *q, uint32_t n_q, uint32_t heads)
+static kvc_status attend_chosen(kvw_retriever *r, uint32_t n_q, uint32_t heads)
 {
     const kvw_worker *w = r->seq->worker;
     size_t rows = (size_t)n_q * heads, len = rows * w->opts.head_dim;
     float *o = r->part.p, *lse = o + r->n * len;
     kvc_status st = KVC_OK;
-    if (r->near) {
-        kvwi_retriever_near_send(r, q, n_q);
-    }
     for (uint32_t i = 0; st == KVC_OK && i < r->n; i++) {
         if (!is_afar(r, i)) {
             st = attend_chunk(r, i, n_q, heads, o + i * len, lse + i * rows);
         }
     }
-    if (r->near) {
+    if (kvwi_retriever_near_servers(r) != 0) {
         kvc_status landed = attend_afar(r, n_q, heads, o, lse);
         st = st == KVC_OK ? landed : st;
     }
@@ -519,10 +515,23 @@ static kvc_status attend_on_host(kvw_retriever *r, const void *q, uint32_t n_q, 
         .in = {q, width * w->elem_bytes, w->opts.dtype}, .n = n_q, .width = width, .out = r->q.p};
     kvc_status st = w->ops->convert(w->be, &convert, NULL);
     if (st == KVC_OK) {
-        st = attend_chosen(r, q, n_q, heads);
+        st = attend_chosen(r, n_q, heads);
     }
     if (st == KVC_OK) {
         kvk_from_f32(r->out.p, len, w->opts.dtype, out);
+    }
+    return st;
+}
+
+/* What is afar has been asked for before this waits for what comes. */
+static kvc_status bring_all(kvw_retriever *r, const void *q, uint32_t n_q)
+{
+    if (kvwi_retriever_near_servers(r) != 0) {
+        kvwi_retriever_near_send(r, q, n_q);
+    }
+    kvc_status st = arrive(r);
+    if (st != KVC_OK) {
+        stop_fetch(r);
     }
     return st;
 }
@@ -532,8 +541,13 @@ kvc_status kvw_retriever_attend(kvw_retriever *r, const void *q, uint32_t n_q, v
     if (r == NULL || q == NULL || out == NULL || n_q == 0) {
         return kvwi_fail(KVC_INVALID, "retriever, q and out must not be NULL, n_q not 0");
     }
+    if (!r->ready) {
+        return kvwi_fail(KVC_INVALID, "nothing was retrieved, or it did not arrive");
+    }
     const kvw_worker *w = r->seq->worker;
-    kvc_status st = r->near && r->ready ? KVC_OK : arrive(r);
+    r->n_calls++;
+    r->n_queries += n_q;
+    kvc_status st = bring_all(r, q, n_q);
     if (st != KVC_OK) {
         return st;
     }
@@ -541,6 +555,9 @@ kvc_status kvw_retriever_attend(kvw_retriever *r, const void *q, uint32_t n_q, v
     st = w->device != NULL ? w->device_ops->retriever_attend(r, q, n_q, out)
                            : attend_on_host(r, q, n_q, out);
     if (st != KVC_OK) {
+        if (kvwi_retriever_near_servers(r) != 0) { /* their partials may still be on their way */
+            stop_fetch(r);
+        }
         return kvwi_fail(st, "attention failed: %s", kvc_status_name(st));
     }
     r->seq->stats.ns_attend += kvc_now_ns() - t0;

@@ -41,6 +41,7 @@ typedef struct kvwi_regions {
 /* One server's share of a list of rows, on its way. */
 typedef struct kvwi_flight {
     uint32_t first, n; /* of the list */
+    bool near, whole;  /* a retriever's: the server attends over them; they come as blocks */
     kvc_status status;
     bool in_flight;
     kvc_op op;

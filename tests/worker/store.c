@@ -260,6 +260,51 @@ static void answer_fetch(store *s, kvt_call *call)
     kvt_call_reply(call, KVC_OK, NULL, 0, &reply, &slice, len == 0 ? 0 : 1);
 }
 
+/* The end of the stream. */
+static void blocks_sent(kvt_call *call, bool ok)
+{
+    if (ok)
+        reply_ok(call, &(kvc_reply){.method = KVC_FETCH_BLOCKS});
+    else
+        reply_error(call, KVC_CANCELLED, "nobody listens");
+}
+
+/* All values in one message; of kv parts none where rows are to be lost. */
+static void answer_blocks(store *s, kvt_call *call)
+{
+    const kvc_request *req = &call->req;
+    uint32_t n_parts = req->u.fetch_blocks.n_parts, n = req->u.fetch_blocks.n_digests * n_parts;
+    kvc_block_value *values = kvc_arena_calloc(&call->arena, n, sizeof(*values));
+    uint8_t *data = malloc((size_t)n * 65536u + 1u);
+    kvc_reply reply = {.method = KVC_FETCH_BLOCKS};
+    size_t len = 0;
+    KVC_ASSERT(values != NULL && data != NULL);
+    kvc_mutex_lock(&s->lock);
+    s->n_fetches++;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t part = req->u.fetch_blocks.parts[i % n_parts];
+        const store_value *v = find(s, &req->u.fetch_blocks.digests[i / n_parts], part);
+        bool lost = s->faults.lose_every != 0 && part % 2000 < 1000;
+        values[i] = (kvc_block_value){.block = i / n_parts, .part = part, .status = KVC_NOT_FOUND};
+        if (v == NULL || lost)
+            continue;
+        values[i].status = KVC_OK;
+        values[i].tier = KVC_TIER_DRAM;
+        values[i].len_bytes = v->row_bytes * s->schema->block_tokens;
+        memcpy(data + len, v->bytes, values[i].len_bytes);
+        len += values[i].len_bytes;
+        s->n_rows += s->schema->block_tokens;
+    }
+    kvc_mutex_unlock(&s->lock);
+    reply.u.fetch_blocks.values = values;
+    reply.u.fetch_blocks.n_values = n;
+    call->sent = blocks_sent;
+    const kvt_slice slice = {.base = data, .len_bytes = len, .release = free, .arg = data};
+    if (len == 0)
+        free(data);
+    KVC_ASSERT(kvt_call_send(call, &reply, &slice, len == 0 ? 0 : 1) == KVC_OK);
+}
+
 /* What may come late. */
 static void answer_late(store *s, kvt_call *call)
 {
@@ -267,6 +312,8 @@ static void answer_late(store *s, kvt_call *call)
         answer_open(s, call);
     else if (call->req.method == KVC_EXTEND_CONTEXT)
         answer_extend(s, call);
+    else if (call->req.method == KVC_FETCH_BLOCKS)
+        answer_blocks(s, call);
     else
         answer_fetch(s, call);
 }
@@ -330,8 +377,9 @@ static void on_call(void *arg, kvt_call *call)
         grow_context(s, call);
         return;
     case KVC_FETCH_ROWS:
+    case KVC_FETCH_BLOCKS:
         if (!put_off_fetch(s, call))
-            answer_fetch(s, call);
+            answer_late(s, call);
         return;
     case KVC_GET_SCHEMA: /* it keeps none; the client asks before it maps */
         reply_error(call, KVC_NOT_FOUND, "no schema is kept here");

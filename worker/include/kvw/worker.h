@@ -116,8 +116,8 @@ typedef struct kvw_opts {
      * them, and another is taken only where it cannot serve a step. "near": the server attends and
      * sends a partial; its o is rounded to dtype, so a step differs from one by rows by at most
      * 2^-8 (bf16) or 2^-11 (f16) of the largest |v|, beside the last bits of f32. Never with exact,
-     * nor in passes of chunk_tokens, whose blocks others reuse. A retriever of whole chunks goes
-     * by "near" only where that is asked for: see kvw_retriever_attend.
+     * nor in passes of chunk_tokens, whose blocks others reuse. Of whole chunks the way is chosen
+     * by what a retrieval costs, not a call: see kvw_retriever_attend.
      */
     const char *way;
     /* "gca", "hsa": elements of a landmark, a multiple of 16; else 0 */
@@ -152,6 +152,9 @@ typedef struct kvw_opts {
      * finite. Landmarks and the query of kvw_retrieve are host memory always, and
      * kvw_retriever_attend does not wait for out. 0: host memory. */
     uint32_t device_memory;
+    /* "gca", "hsa": queries that attend to what one retrieval chose, of all calls together, as far
+     * as that is known; 0: as many as to the one before, at first 64. */
+    uint64_t retrieval_queries;
 } kvw_opts;
 
 #define KVW_MAX_SERVERS 64u
@@ -339,8 +342,11 @@ KVW_API kvc_status kvw_retrieved(const kvw_retriever *retriever, const uint32_t 
  * UNAVAILABLE, after which only another kvw_retrieve helps. The same bits whatever had to be
  * fetched.
  *
- * With way "near" (not with exact, not for a single kv head) kvw_retrieve fetches nothing: every
- * call sends q to the servers of what is not here, up to 64 queries, and gets one partial a chunk,
+ * Chunks that are not here come in one request per server, as whole blocks where a chunk is one
+ * (block_tokens 64) and rows cost more; or they stay. With way "near" (not with exact, not for a
+ * single kv head), and with "auto" where that costs less, server by server, for as many calls as
+ * are to be expected (retrieval_queries), kvw_retrieve fetches nothing: every call sends q to the
+ * servers of what is not here, up to 64 queries, and gets one partial a chunk,
  * rounded to dtype, so out differs from that of fetched chunks by at most 2^-8 (bf16) or 2^-11
  * (f16) of the largest |v|, beside the last bits of f32. That moves less where few queries follow a
  * retrieval: a query and its partials are (1 + chunks) * query heads * head_dim elements, chunks
