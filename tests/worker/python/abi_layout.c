@@ -47,7 +47,7 @@
     X(t, rows_near) X(t, rows_missing) X(t, lost)
 #define CLIENT_OPTS(X, t) \
     X(t, size_bytes) X(t, uris) X(t, connect_timeout_ns) X(t, default_timeout_ns) \
-    X(t, n_channels) X(t, sums)
+    X(t, n_channels) X(t, sums) X(t, region_bytes)
 #define LIMITS(X, t) \
     X(t, max_value_bytes) X(t, max_message_bytes) X(t, max_batch_values) X(t, max_digests) \
     X(t, max_context_blocks) X(t, max_picks) X(t, max_groups) X(t, max_contexts) \
