@@ -6,6 +6,8 @@
 #ifndef TESTS_TRANSPORT_CONFORMANCE_H
 #define TESTS_TRANSPORT_CONFORMANCE_H
 
+#include <stdint.h>
+
 /* conformance_calls.c: requests and answers */
 void every_method(void **state);
 void payload_sizes(void **state);
@@ -18,6 +20,16 @@ void dropped_data(void **state);
 void close_waits_for_slices(void **state);
 void thousand_at_once(void **state);
 void submit_refuses(void **state);
+
+/* conformance_rows.c */
+void rows_one_to_all(void **state);
+void credits_exhausted(void **state);
+void stale_handles(void **state);
+void wrong_lengths(void **state);
+void registrations_fail(void **state);
+/* Lets so many more registrations of memory go well, UINT32_MAX: all; NULL: there are none, or they
+ * cannot be refused. */
+extern void (*conformance_deny_memory)(uint32_t after);
 
 /* conformance_headers.c: what does not fit a small message */
 void large_headers(void **state);

@@ -24,53 +24,44 @@ static const struct {
 static int run_suite(const char *name, const char *uri)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_method),
-        cmocka_unit_test(payload_sizes),
-        cmocka_unit_test(large_headers),
-        cmocka_unit_test(many_slices),
-        cmocka_unit_test(every_error),
-        cmocka_unit_test(limits_of_messages),
-        cmocka_unit_test(limits_of_calls),
-        cmocka_unit_test(limits_that_are_shared),
-        cmocka_unit_test(dropped_data),
-        cmocka_unit_test(thousand_at_once),
-        cmocka_unit_test(submit_refuses),
-        cmocka_unit_test(deadline_passes),
-        cmocka_unit_test(deadline_is_told),
-        cmocka_unit_test(cancel_in_flight),
-        cmocka_unit_test(cancel_early),
-        cmocka_unit_test(close_in_flight),
-        cmocka_unit_test(nobody_there),
-        cmocka_unit_test(server_dies),
-        cmocka_unit_test(drain_waits),
-        cmocka_unit_test(drain_gives_up),
-        cmocka_unit_test(bad_uris),
-        cmocka_unit_test(name_is_taken),
-        cmocka_unit_test(listener_deadline),
-        cmocka_unit_test(connections_beyond),
-        cmocka_unit_test(close_waits_for_slices),
-        cmocka_unit_test(stream_in_order),
-        cmocka_unit_test(stream_waits_for_reader),
-        cmocka_unit_test(stream_ends_badly),
-        cmocka_unit_test(stream_cancelled),
-        cmocka_unit_test(stream_deadline),
-        cmocka_unit_test(stream_outlives_drain),
-        cmocka_unit_test(stream_ends_go_away),
-        cmocka_unit_test(stream_submit_refuses),
-        cmocka_unit_test(streams_side_by_side),
-        cmocka_unit_test(push_in_order),
-        cmocka_unit_test(push_waits_for_server),
-        cmocka_unit_test(push_cancelled),
-        cmocka_unit_test(push_deadline),
-        cmocka_unit_test(push_given_up),
-        cmocka_unit_test(push_too_much),
-        cmocka_unit_test(push_ends_go_away),
+        cmocka_unit_test(every_method),          cmocka_unit_test(payload_sizes),
+        cmocka_unit_test(large_headers),         cmocka_unit_test(many_slices),
+        cmocka_unit_test(every_error),           cmocka_unit_test(limits_of_messages),
+        cmocka_unit_test(limits_of_calls),       cmocka_unit_test(limits_that_are_shared),
+        cmocka_unit_test(dropped_data),          cmocka_unit_test(thousand_at_once),
+        cmocka_unit_test(rows_one_to_all),       cmocka_unit_test(credits_exhausted),
+        cmocka_unit_test(stale_handles),         cmocka_unit_test(wrong_lengths),
+        cmocka_unit_test(registrations_fail),    cmocka_unit_test(submit_refuses),
+        cmocka_unit_test(deadline_passes),       cmocka_unit_test(deadline_is_told),
+        cmocka_unit_test(cancel_in_flight),      cmocka_unit_test(cancel_early),
+        cmocka_unit_test(close_in_flight),       cmocka_unit_test(nobody_there),
+        cmocka_unit_test(server_dies),           cmocka_unit_test(drain_waits),
+        cmocka_unit_test(drain_gives_up),        cmocka_unit_test(bad_uris),
+        cmocka_unit_test(name_is_taken),         cmocka_unit_test(listener_deadline),
+        cmocka_unit_test(connections_beyond),    cmocka_unit_test(close_waits_for_slices),
+        cmocka_unit_test(stream_in_order),       cmocka_unit_test(stream_waits_for_reader),
+        cmocka_unit_test(stream_ends_badly),     cmocka_unit_test(stream_cancelled),
+        cmocka_unit_test(stream_deadline),       cmocka_unit_test(stream_outlives_drain),
+        cmocka_unit_test(stream_ends_go_away),   cmocka_unit_test(stream_submit_refuses),
+        cmocka_unit_test(streams_side_by_side),  cmocka_unit_test(push_in_order),
+        cmocka_unit_test(push_waits_for_server), cmocka_unit_test(push_cancelled),
+        cmocka_unit_test(push_deadline),         cmocka_unit_test(push_given_up),
+        cmocka_unit_test(push_too_much),         cmocka_unit_test(push_ends_go_away),
         cmocka_unit_test(push_refuses),
     };
     suite_uri = uri;
     print_message("suite %s on %s\n", name, uri);
     return cmocka_run_group_tests_name(name, tests, NULL, NULL);
 }
+
+#ifdef KVASIR_RDMA
+static void deny_memory(uint32_t after)
+{
+    fake_faults faults = fake_no_faults;
+    faults.reg_fails_after = after;
+    fake_verbs_fault(&faults);
+}
+#endif
 
 /* On the device whose address KVASIR_RDMA_ADDRESS names, or on verbs without a device: then
  * nothing may be left of them. */
@@ -84,7 +75,9 @@ static int run_rdma(const char *fake_uri)
         return run_suite("rdma", uri);
     }
     fake_verbs_use(NULL);
+    conformance_deny_memory = deny_memory;
     int n_failed = run_suite("rdma", fake_uri);
+    conformance_deny_memory = NULL;
     if (!fake_verbs_all_gone())
         print_error("something of the device's was left behind\n");
     return n_failed + !fake_verbs_all_gone();
