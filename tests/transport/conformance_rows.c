@@ -34,7 +34,9 @@ static void make_rows(void)
     rows = malloc((size_t)KVC_MAX_PICKS * ROW_BYTES);
     area = malloc(AREA);
     picks = malloc(KVC_MAX_PICKS * sizeof(*picks));
-    assert_true(rows != NULL && area != NULL && picks != NULL);
+    assert_non_null(rows);
+    assert_non_null(area);
+    assert_non_null(picks);
     atomic_store(&n_wrong_picks, 0);
     for (uint32_t i = 0; i < KVC_MAX_PICKS; i++) {
         picks[i] = i * STEP;

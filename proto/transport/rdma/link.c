@@ -363,8 +363,11 @@ void kvtr_link_destroy(kvtr_link *link)
     loop->owner->on_down(link, reads);
     if (link->cq != NULL)
         (void)kvtr_verbs_now->destroy_cq(link->cq);
-    if (link->channel != NULL)
+    if (link->channel != NULL) {
+        /* By hand: closed alone, it would stay in the set while a forked process has it too. */
+        (void)epoll_ctl(loop->epoll_fd, EPOLL_CTL_DEL, link->channel->fd, NULL);
         (void)kvtr_verbs_now->destroy_comp_channel(link->channel);
+    }
     kvtr_deregister(link->ring_mr);
     kvtr_domain_put(link->domain);
     (void)kvtr_verbs_now->destroy_id(link->id);

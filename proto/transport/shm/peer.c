@@ -449,7 +449,10 @@ void kvti_peer_gone(kvti_peer *peer, const char *why)
     for (kvti_node *node = peer->calls.all; node != NULL; node = node->next)
         kvti_call_gone((kvti_shmcall *)((uint8_t *)node - offsetof(kvti_shmcall, node)), &over);
     kvti_pipe_drop_all(&peer->pipe, &over);
-    kvti_pipe_close(&peer->pipe); /* and with it, the epoll set forgets it */
+    /* By hand: closed alone, it would stay in the epoll set while a forked process has it too. */
+    if (peer->pipe.fd >= 0)
+        (void)epoll_ctl(peer->loop->epoll_fd, EPOLL_CTL_DEL, peer->pipe.fd, NULL);
+    kvti_pipe_close(&peer->pipe);
     kvc_mutex_unlock(&peer->lock);
     kvti_shm_over(over);
 }
