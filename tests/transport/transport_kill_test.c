@@ -47,6 +47,12 @@ static void make_pattern(void)
         pattern[i] = (uint8_t)(i * 131 + (i >> 8));
 }
 
+static _Noreturn void wait_for_the_end(void)
+{
+    for (;;)
+        (void)pause();
+}
+
 static void report(char what)
 {
     if (report_fd >= 0 && write(report_fd, &what, 1) != 1)
@@ -129,8 +135,7 @@ static int serve(const char *uri)
         return 4;
     f.ops->set_serving(f.listener, true);
     report(UP);
-    for (;;)
-        (void)pause();
+    wait_for_the_end();
 }
 
 /* ---- the client's end -------------------------------------------------------------------------
@@ -198,8 +203,8 @@ static int ask_on(const char *uri, state s)
     for (uint32_t n = f.n_done;; n += side_by_side(s)) {
         for (uint32_t i = 0; s != IDLE && i < side_by_side(s); i++)
             ask(&all[i], &f, s);
-        while (s != BODY && s != ANSWER)
-            (void)pause();
+        if (s != BODY && s != ANSWER)
+            wait_for_the_end();
         wait_done(&f, n + side_by_side(s));
         for (uint32_t i = 0; i < side_by_side(s); i++)
             job_fini(&all[i].j);
@@ -343,8 +348,8 @@ static void assert_let_go(fixture *f, const kvt_budget *budget)
 static pid_t fork_idle(void)
 {
     pid_t pid = fork();
-    while (pid == 0)
-        (void)pause();
+    if (pid == 0)
+        wait_for_the_end();
     assert_true(pid > 0);
     return pid;
 }
