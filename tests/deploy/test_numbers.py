@@ -86,6 +86,8 @@ class Arguments(unittest.TestCase):
         self.assertIn("unknown index 'best'", self.refused("--index", "best"))
         self.assertIn("--seed 'x' is not a number", self.refused("--seed", "x"))
         self.assertIn("unknown argument '--fast'", self.refused("--fast"))
+        self.assertIn("--backend needs --gca", self.refused("--backend", "cuda"))
+        self.assertIn("'gpu' is not cpu or cuda", self.refused("--gca", "--backend", "gpu"))
         self.assertIn("'1x' is not a size", self.refused("--dram", "1x"))
         self.assertIn("'1024' is under 4096", self.refused("--gca", "--tokens", "1k"))
         self.assertIn("over 64m", self.refused("--gca", "--tokens", "65m"))

@@ -14,7 +14,7 @@
 #include "kvc/client.h"
 
 typedef struct options {
-    const char *weights, *tokens, *out, *server;
+    const char *weights, *tokens, *out, *server, *backend;
     uint32_t n_tail;
 } options;
 
@@ -31,12 +31,14 @@ typedef struct program {
 
 static const char usage[] =
     "Usage: gca_answer --weights FILE --tokens FILE --tail N --out FILE [--server URI]\n"
+    "                  [--backend NAME]\n"
     "Runs the GCA decoder of worker/python/kvasir/gca over a context.\n"
     "  --weights FILE  model.safetensors, as the trainer writes it\n"
     "  --tokens FILE   u32 little-endian ids, whole chunks of 64, the landmark token last in each\n"
     "  --tail N        chunks at the end that run through the whole model\n"
     "  --out FILE      their logits, f32 little-endian [N, 64, vocab]\n"
-    "  --server URI    cachesvc that keeps the chunks (default: they stay in memory)\n";
+    "  --server URI    cachesvc that keeps the chunks (default: they stay in memory)\n"
+    "  --backend NAME  cpu, cuda or cuda:N (default cpu)\n";
 
 static int fail(const char *what, kvc_status status, const char *detail)
 {
@@ -67,7 +69,7 @@ static int read_tokens(program *p, const options *o)
 
 static int open_all(program *p, const options *o)
 {
-    kvc_status st = gca_model_open(o->weights, &p->model);
+    kvc_status st = gca_model_open(o->weights, o->backend, &p->model);
     if (st != KVC_OK)
         return fail(o->weights, st, "");
     if (o->server) {
@@ -89,14 +91,14 @@ static int open_all(program *p, const options *o)
 static int run(program *p, const options *o)
 {
     const gca_sizes *s = gca_model_sizes(p->model);
-    uint32_t n_body = p->n_chunks - o->n_tail, at = 0;
+    uint32_t n_body = p->n_chunks - o->n_tail, at = 0, pass = gca_model_pass_chunks(p->model);
     size_t per_chunk = (size_t)s->chunk * s->vocab;
     kvc_status st = KVC_OK;
     p->logits = malloc(o->n_tail * per_chunk * sizeof(float));
     if (!p->logits)
         return fail("logits", KVC_NO_MEMORY, "");
     while (st == KVC_OK && at < n_body) {
-        uint32_t n = n_body - at < GCA_PASS_CHUNKS ? n_body - at : GCA_PASS_CHUNKS;
+        uint32_t n = n_body - at < pass ? n_body - at : pass;
         st = gca_context_body(p->context, p->tokens + (size_t)at * s->chunk, n);
         at += n;
     }
@@ -143,13 +145,11 @@ static void close_all(program *p)
 
 static bool read_options(int argc, char **argv, options *o)
 {
-    static const struct option names[] = {{"weights", required_argument, NULL, 'w'},
-                                          {"tokens", required_argument, NULL, 't'},
-                                          {"tail", required_argument, NULL, 'n'},
-                                          {"out", required_argument, NULL, 'o'},
-                                          {"server", required_argument, NULL, 's'},
-                                          {"help", no_argument, NULL, 'h'},
-                                          {0}};
+    static const struct option names[] = {
+        {"weights", required_argument, NULL, 'w'}, {"tokens", required_argument, NULL, 't'},
+        {"tail", required_argument, NULL, 'n'},    {"out", required_argument, NULL, 'o'},
+        {"server", required_argument, NULL, 's'},  {"backend", required_argument, NULL, 'b'},
+        {"help", no_argument, NULL, 'h'},          {0}};
     for (int c = 0; (c = getopt_long(argc, argv, "h", names, NULL)) != -1;) {
         switch (c) {
         case 'w':
@@ -167,6 +167,9 @@ static bool read_options(int argc, char **argv, options *o)
         case 's':
             o->server = optarg;
             break;
+        case 'b':
+            o->backend = optarg;
+            break;
         case 'h':
             fputs(usage, stdout);
             exit(0);
@@ -179,7 +182,7 @@ static bool read_options(int argc, char **argv, options *o)
 
 int main(int argc, char **argv)
 {
-    options o = {0};
+    options o = {.backend = "cpu"};
     program p = {0};
     if (!read_options(argc, argv, &o)) {
         fputs(usage, stderr);

@@ -11,21 +11,30 @@
 
 #include "gca_internal.h"
 
-/* Where each part of the context's one allocation begins; returns its floats. */
+/* Where each part of the context's one memory begins; returns its floats. */
 static size_t share_out(gca_context *c, float *p)
 {
-    const gca_sizes *s = &c->m->s;
-    size_t h = s->hidden, pass = (size_t)GCA_PASS_CHUNKS * s->chunk, rows = s->window + pass;
-    size_t keys = (size_t)s->window + s->chunk, at = 0;
-    for (uint32_t i = 0; i < s->lower + s->upper; i++, at += 2 * rows * h) {
+    const gca_model *m = c->m;
+    const gca_sizes *s = &m->s;
+    size_t h = s->hidden, pass = (size_t)m->math->pass_chunks * s->chunk, at = 0;
+    size_t room = m->math->window_floats(m, pass);
+    for (uint32_t i = 0; i < s->lower + s->upper; i++, at += room) {
         window *w = i < s->lower ? &c->lower[i] : &c->upper[i - s->lower];
-        *w = (window){p ? p + at : NULL, p ? p + at + rows * h : NULL, 0};
+        *w = (window){p ? p + at : NULL, p ? p + at + room / 2 : NULL, 0};
     }
-    float **const parts[] = {&c->x,   &c->e,   &c->norm,    &c->mix, &c->k,  &c->v,
-                             &c->qkv, &c->mlp, &c->chunk_x, &c->kt,  &c->vh, &c->scores};
-    const size_t sizes[] = {pass * h,     pass * h, pass * h,     pass * h,
-                            pass * h,     pass * h, pass * 3 * h, pass * s->mlp,
-                            s->chunk * h, keys * h, keys * h,     s->chunk * s->heads * keys};
+    float **const parts[] = {&c->x,   &c->e,   &c->norm, &c->mix,     &c->k,     &c->v,
+                             &c->qkv, &c->mlp, &c->sum,  &c->chunk_x, &c->logits};
+    const size_t sizes[] = {pass * h,
+                            pass * h,
+                            pass * h,
+                            pass * h,
+                            pass * h,
+                            pass * h,
+                            pass * 3 * h,
+                            pass * s->mlp,
+                            pass * h,
+                            s->chunk * h,
+                            (size_t)s->chunk * s->vocab};
     for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); at += sizes[i++])
         *parts[i] = p ? p + at : NULL;
     return at;
@@ -40,8 +49,7 @@ kvc_status gca_context_open(const gca_model *m, kvw_seq *seq, gca_context **cont
     c->m = m;
     c->seq = seq;
     c->tokens = calloc(m->s.chunk, sizeof(*c->tokens));
-    c->memory = calloc(share_out(c, NULL), sizeof(float));
-    kvc_status st = c->tokens && c->memory ? KVC_OK : KVC_NO_MEMORY;
+    kvc_status st = c->tokens ? m->math->context_open(c, share_out(c, NULL)) : KVC_NO_MEMORY;
     for (uint32_t g = 0; st == KVC_OK && g < m->s.groups; g++)
         st = kvw_retriever_open(seq, 0, KVW_ALL_HEADS, &c->group[g]);
     if (st != KVC_OK) {
@@ -59,8 +67,8 @@ void gca_context_close(gca_context *c)
         return;
     for (uint32_t g = 0; g < GCA_MAX_GROUPS; g++)
         kvw_retriever_close(c->group[g]);
+    c->m->math->context_close(c);
     free(c->tokens);
-    free(c->memory);
     free(c);
 }
 
@@ -77,109 +85,138 @@ static void remember(gca_context *c, const uint32_t *tokens, uint32_t n)
 static kvc_status lower_half(gca_context *c, const uint32_t *tokens, uint32_t n)
 {
     const gca_model *m = c->m;
-    size_t h = m->s.hidden, taps = m->s.taps;
-    for (size_t i = 0; i < n; i++) {
-        float *x = c->x + i * h;
+    for (uint32_t i = 0; i < n; i++) {
         if (tokens[i] >= m->s.vocab)
             return KVC_INVALID;
-        memcpy(x, m->embed + tokens[i] * h, h * sizeof(float));
-        for (size_t j = 0; j < taps; j++) {
-            bool here = i >= j + 1, before = !here && j + 1 - i <= c->n_last;
-            if (!here && !before)
-                continue;
-            uint32_t token = here ? tokens[i - j - 1] : c->last[taps - (j + 1 - i)];
-            gca_add_scaled(x, m->taps + j * h, m->embed + token * h, h);
-        }
     }
+    kvc_status st = m->math->embed(c, tokens, n);
     remember(c, tokens, n);
-    kvc_status st = KVC_OK;
     for (uint32_t i = 0; st == KVC_OK && i < m->s.lower; i++) {
-        st = gca_window_layer(c, c->x, n, &m->lower[i], &c->lower[i]);
+        st = gca_window_layer(c, n, &m->lower[i], &c->lower[i]);
         if (st == KVC_OK)
             st = gca_mlp(c, c->x, n, &m->lower[i].mlp);
     }
     return st;
 }
 
-/* x [n, h] of whole chunks -> K, V and landmarks (c->mix) of them: a row has the V of the next
- * token, a landmark's row is zero. */
-static kvc_status encode(gca_context *c, const float *x, size_t n)
+/* x [n, h] of whole chunks -> K, V and landmarks of them. */
+static kvc_status encode(gca_context *c, const float *x, size_t n, gca_encoded *out_p)
 {
     const gca_model *m = c->m;
-    size_t h = m->s.hidden, s = m->s.chunk, bytes = h * sizeof(float);
-    memcpy(c->e, x, n * bytes);
-    kvc_status st = KVC_OK;
+    size_t h = m->s.hidden;
+    kvc_status st = m->math->copy(c, c->e, x, n * h);
     for (uint32_t i = 0; st == KVC_OK && i < m->s.encoder; i++)
         st = gca_encoder_layer(c, n, &m->encoder[i]);
-    if (st != KVC_OK)
-        return st;
-    gca_rms_norm(c->e, m->encoder_norm, n, h, c->norm);
-    st = gca_product(c, c->norm, n, h, m->key, h, c->k);
     if (st == KVC_OK)
-        st = gca_product(c, c->norm, n, h, m->value, h, c->v);
-    for (size_t i = 0; i < n; i += s) {
-        memcpy(c->mix + i / s * h, c->norm + (i + s - 1) * h, bytes);
-        memmove(c->v + i * h, c->v + (i + 1) * h, (s - 1) * bytes);
-        memset(c->v + (i + s - 1) * h, 0, bytes);
-        memset(c->k + (i + s - 1) * h, 0, bytes);
-    }
-    return st;
+        st = m->math->norm(c, c->e, m->encoder_norm, n, c->norm);
+    if (st == KVC_OK)
+        st = m->math->product(c, c->norm, n, h, m->key, h, GCA_STORE, c->k);
+    if (st == KVC_OK)
+        st = m->math->product(c, c->norm, n, h, m->value, h, GCA_STORE, c->v);
+    return st == KVC_OK ? m->math->encoded(c, n, out_p) : st;
 }
 
-/* Encodes whole chunks and hands them to the worker. */
+/* Encodes whole chunks and hands them to the worker, a pass of the worker at a time. */
 static kvc_status append(gca_context *c, const float *x, const uint32_t *tokens, uint32_t n_chunks)
 {
-    uint32_t n = n_chunks * c->m->s.chunk;
-    kvc_status st = encode(c, x, n);
-    if (st == KVC_OK)
-        st = kvw_tokens(c->seq, tokens, n);
-    if (st == KVC_OK)
-        st = kvw_append_chunks(c->seq, 0, c->k, c->v, c->mix, n);
-    if (st == KVC_OK)
-        c->n_chunks += n_chunks;
+    size_t h = c->m->s.hidden, s = c->m->s.chunk;
+    gca_encoded e;
+    kvc_status st = encode(c, x, n_chunks * s, &e);
+    for (size_t at = 0; st == KVC_OK && at < n_chunks; at += GCA_WORKER_CHUNKS) {
+        size_t left = n_chunks - at, n = left < GCA_WORKER_CHUNKS ? left : GCA_WORKER_CHUNKS;
+        st = kvw_tokens(c->seq, tokens + at * s, (uint32_t)(n * s));
+        if (st == KVC_OK)
+            st = kvw_append_chunks(c->seq, 0, e.k + at * s * h, e.v + at * s * h, e.marks + at * h,
+                                   (uint32_t)(n * s));
+        c->n_chunks += st == KVC_OK ? n : 0;
+    }
     return st;
 }
 
 kvc_status gca_context_body(gca_context *c, const uint32_t *tokens, uint32_t n_chunks)
 {
-    if (n_chunks == 0 || n_chunks > GCA_PASS_CHUNKS || c->n_tail != 0 || c->n_rows != 0)
+    if (n_chunks == 0 || n_chunks > c->m->math->pass_chunks || c->n_tail != 0 || c->n_rows != 0)
         return KVC_INVALID;
     kvc_status st = lower_half(c, tokens, n_chunks * c->m->s.chunk);
     return st == KVC_OK ? append(c, c->x, tokens, n_chunks) : st;
+}
+
+/* c->mix: queries of n rows, then what they found in memory. */
+static kvc_status look_up(gca_context *c, size_t n, kvw_retriever *group)
+{
+    const gca_math *math = c->m->math;
+    size_t h = c->m->s.hidden;
+    float *host = NULL;
+    kvc_status st = math->host(c, c->mix, n * h, &host);
+    if (st == KVC_OK)
+        st = kvw_retriever_attend(group, host, (uint32_t)n, host);
+    return st == KVC_OK ? math->back(c, c->mix, n * h) : st;
 }
 
 /* One upper layer over n rows in c->x; the tail's first chunk has no memory. */
 static kvc_status upper_layer(gca_context *c, size_t n, const layer_weights *w, window *past,
                               kvw_retriever *group)
 {
+    const gca_math *math = c->m->math;
     size_t h = c->m->s.hidden;
-    kvc_status st = gca_window_layer(c, c->x, n, w, past);
+    kvc_status st = gca_window_layer(c, n, w, past);
     if (st == KVC_OK && c->n_tail != 0) {
-        gca_rms_norm(c->x, w->cross_norm, n, h, c->norm);
-        st = gca_product(c, c->norm, n, h, w->cross_query, h, c->mix);
+        st = math->norm(c, c->x, w->cross_norm, n, c->norm);
         if (st == KVC_OK)
-            st = kvw_retriever_attend(group, c->mix, (uint32_t)n, c->mix);
+            st = math->product(c, c->norm, n, h, w->cross_query, h, GCA_STORE, c->mix);
         if (st == KVC_OK)
-            st = gca_add_product(c, c->x, n, w->cross_out);
+            st = look_up(c, n, group);
+        if (st == KVC_OK)
+            st = math->product(c, c->mix, n, h, w->cross_out, h, GCA_ADD, c->x);
     }
     return st == KVC_OK ? gca_mlp(c, c->x, n, &w->mlp) : st;
+}
+
+/* The query of a group, of the last of n rows in c->x. */
+static kvc_status query_of(gca_context *c, size_t n, size_t group, float *query)
+{
+    const gca_math *math = c->m->math;
+    size_t h = c->m->s.hidden;
+    float *host = NULL;
+    kvc_status st = math->norm(c, c->x + (n - 1) * h, c->m->query_norm[group], 1, c->norm);
+    if (st == KVC_OK)
+        st = math->host(c, c->norm, h, &host);
+    if (st == KVC_OK)
+        memcpy(query, host, h * sizeof(float));
+    return st;
 }
 
 /* The upper half over n rows in c->x; each group retrieves at a chunk's last row. */
 static kvc_status upper_half(gca_context *c, size_t n, bool last_row)
 {
     const gca_model *m = c->m;
-    size_t h = m->s.hidden, size = m->s.upper / m->s.groups;
+    size_t size = m->s.upper / m->s.groups;
     float query[1024];
     kvc_status st = KVC_OK;
     for (size_t g = 0; st == KVC_OK && g < m->s.groups; g++) {
         /* before the group's layers; asked with when they are done with what they have */
-        gca_rms_norm(c->x + (n - 1) * h, m->query_norm[g], 1, h, query);
+        st = last_row ? query_of(c, n, g, query) : KVC_OK;
         for (size_t i = g * size; st == KVC_OK && i < (g + 1) * size; i++)
             st = upper_layer(c, n, &m->upper[i], &c->upper[i], c->group[g]);
         if (st == KVC_OK && last_row)
             st = kvw_retrieve(c->group[g], query, c->n_chunks - 1);
     }
+    return st;
+}
+
+/* Of n rows in c->x. */
+static kvc_status give_logits(gca_context *c, size_t n, float *logits)
+{
+    const gca_model *m = c->m;
+    float *host = NULL;
+    kvc_status st = m->math->norm(c, c->x, m->out_norm, n, c->norm);
+    if (st == KVC_OK)
+        st =
+            m->math->product(c, c->norm, n, m->s.hidden, m->head, m->s.vocab, GCA_STORE, c->logits);
+    if (st == KVC_OK)
+        st = m->math->host(c, c->logits, n * m->s.vocab, &host);
+    if (st == KVC_OK)
+        memcpy(logits, host, n * m->s.vocab * sizeof(float));
     return st;
 }
 
@@ -194,8 +231,8 @@ kvc_status gca_context_rows(gca_context *c, const uint32_t *tokens, uint32_t n, 
     if (st != KVC_OK)
         return st;
     memcpy(c->tokens + c->n_rows, tokens, n * sizeof(*tokens));
-    memcpy(c->chunk_x + c->n_rows * h, c->x, n * h * sizeof(float));
-    if (last_row)
+    st = m->math->copy(c, c->chunk_x + c->n_rows * h, c->x, n * h);
+    if (st == KVC_OK && last_row)
         st = append(c, c->chunk_x, c->tokens, 1);
     if (st == KVC_OK)
         st = upper_half(c, n, last_row);
@@ -203,6 +240,5 @@ kvc_status gca_context_rows(gca_context *c, const uint32_t *tokens, uint32_t n, 
         return st;
     c->n_rows = last_row ? 0 : c->n_rows + n;
     c->n_tail += last_row ? 1 : 0;
-    gca_rms_norm(c->x, m->out_norm, n, h, c->norm);
-    return gca_product(c, c->norm, n, h, m->head, m->s.vocab, logits);
+    return give_logits(c, n, logits);
 }

@@ -101,3 +101,8 @@ void gca_add_scaled(float *restrict x, const float *restrict a, const float *res
     for (size_t i = 0; i < n; i++)
         x[i] += a[i] * y[i];
 }
+
+float gca_slope(uint32_t head, uint32_t heads)
+{
+    return exp2f(-8.0f * (float)(head + 1) / (float)heads);
+}

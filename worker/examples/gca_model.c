@@ -1,32 +1,51 @@
 /*
- * gca_model.c: the decoder's weights, found by name and turned so that the product op takes them;
- * see gca_model.h. Immutable after opening.
+ * gca_model.c: the decoder's weights, found by name, turned so that products take them, and kept
+ * where its math reads them; see gca_model.h. Immutable after opening.
  */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "gca_internal.h"
 
 /* ---- weights ---- */
 
-static const float *vector(gca_model *m, const char *prefix, const char *name, size_t n)
+/* Notes the first thing that is not there. */
+static void fail(gca_model *m, const float *x, kvc_status why)
+{
+    m->failed = m->failed == KVC_OK && !x ? why : m->failed;
+}
+
+static const float *in_file(gca_model *m, const char *prefix, const char *name, size_t n)
 {
     char full[80];
     (void)snprintf(full, sizeof(full), "%s%s", prefix, name);
     const float *x = gca_weights_get(m->file, full, n);
-    m->failed = m->failed || !x;
+    fail(m, x, KVC_INVALID);
     return x;
+}
+
+static const float *keep(gca_model *m, const float *x, size_t n)
+{
+    const float *kept = x ? m->math->keep(m, x, n) : NULL;
+    fail(m, kept, KVC_NO_MEMORY);
+    return kept;
+}
+
+static const float *vector(gca_model *m, const char *prefix, const char *name, size_t n)
+{
+    return keep(m, in_file(m, prefix, name, n), n);
 }
 
 /* [out, in] of the file as [in, out]. */
 static const float *matrix(gca_model *m, const char *prefix, const char *name, size_t n_in,
                            size_t n_out)
 {
-    const float *x = vector(m, prefix, name, n_in * n_out);
+    const float *x = in_file(m, prefix, name, n_in * n_out);
     float *t = malloc(n_in * n_out * sizeof(float));
     if (!x || !t || m->n_owned == GCA_MAX_MATRICES) {
-        m->failed = true;
+        fail(m, NULL, KVC_NO_MEMORY);
         free(t);
         return NULL;
     }
@@ -35,7 +54,7 @@ static const float *matrix(gca_model *m, const char *prefix, const char *name, s
             t[j * n_out + i] = x[i * n_in + j];
     }
     m->owned[m->n_owned++] = t;
-    return t;
+    return keep(m, t, n_in * n_out);
 }
 
 static mlp_weights find_mlp(gca_model *m, const char *prefix)
@@ -87,41 +106,71 @@ static void find_weights(gca_model *m)
     }
 }
 
-static kvc_status find_angles(gca_model *m)
+static void find_angles(gca_model *m)
 {
-    size_t half = m->s.hidden / m->s.heads / 2;
-    m->cos = malloc(2 * half * m->s.chunk * sizeof(float));
-    if (!m->cos)
-        return KVC_NO_MEMORY;
-    m->sin = m->cos + half * m->s.chunk;
+    size_t half = m->s.hidden / m->s.heads / 2, n = half * m->s.chunk;
+    float *angles = malloc(2 * n * sizeof(float));
+    if (!angles || m->n_owned == GCA_MAX_MATRICES) {
+        fail(m, NULL, KVC_NO_MEMORY);
+        free(angles);
+        return;
+    }
+    m->owned[m->n_owned++] = angles;
     for (size_t row = 0; row < m->s.chunk; row++) {
         for (size_t i = 0; i < half; i++) {
             double angle = (double)row * pow(10000.0, -(double)i / (double)half);
-            m->cos[row * half + i] = (float)cos(angle);
-            m->sin[row * half + i] = (float)sin(angle);
+            angles[row * half + i] = (float)cos(angle);
+            angles[n + row * half + i] = (float)sin(angle);
         }
     }
-    return KVC_OK;
+    m->cos = keep(m, angles, n);
+    m->sin = keep(m, angles + n, n);
 }
 
-kvc_status gca_model_open(const char *path, gca_model **model_p)
+/* The math that a backend's name asks for, and the device's number; NULL: it names none. */
+static const gca_math *find_math(const char *backend, uint32_t *number_p)
 {
-    gca_model *m = calloc(1, sizeof(*m));
-    *model_p = NULL;
-    if (!m)
-        return KVC_NO_MEMORY;
+    static const gca_math *const all[] = {&gca_math_cpu, &gca_math_cuda};
+    for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) {
+        size_t n = strlen(all[i]->name);
+        char *end = NULL;
+        if (strncmp(backend, all[i]->name, n) != 0 ||
+            strlen(backend) >= sizeof(((gca_model *)0)->backend))
+            continue;
+        *number_p = backend[n] == ':' ? (uint32_t)strtoul(backend + n + 1, &end, 10) : 0;
+        if (backend[n] == 0 || (end && end != backend + n + 1 && *end == 0))
+            return all[i];
+    }
+    return NULL;
+}
+
+static kvc_status open_all(gca_model *m, const char *path, uint32_t number)
+{
     kvc_status st = gca_weights_load(path, &m->file, &m->s);
+    if (st == KVC_OK)
+        st = m->math->open(m, number);
     if (st == KVC_OK) {
         find_weights(m);
-        st = m->failed ? KVC_INVALID : find_angles(m);
+        find_angles(m);
     }
-    if (st == KVC_OK)
-        st = kvk_backend_open("cpu", NULL, &m->be);
+    return st == KVC_OK ? m->failed : st;
+}
+
+kvc_status gca_model_open(const char *path, const char *backend, gca_model **model_p)
+{
+    uint32_t number = 0;
+    const gca_math *math = find_math(backend, &number);
+    gca_model *m = math ? calloc(1, sizeof(*m)) : NULL;
+    *model_p = NULL;
+    if (!m)
+        return math ? KVC_NO_MEMORY : KVC_INVALID;
+    m->math = math;
+    memcpy(m->backend, backend, strlen(backend) + 1);
+    kvc_status st = open_all(m, path, number);
     if (st != KVC_OK) {
         gca_model_close(m);
         return st;
     }
-    m->ops = kvk_backend_ops(m->be);
     *model_p = m;
     return KVC_OK;
 }
@@ -132,8 +181,7 @@ void gca_model_close(gca_model *m)
         return;
     for (size_t i = 0; i < m->n_owned; i++)
         free(m->owned[i]);
-    free(m->cos);
-    kvk_backend_close(m->be);
+    m->math->close(m);
     gca_weights_free(m->file);
     free(m);
 }
@@ -141,6 +189,11 @@ void gca_model_close(gca_model *m)
 const gca_sizes *gca_model_sizes(const gca_model *m)
 {
     return &m->s;
+}
+
+uint32_t gca_model_pass_chunks(const gca_model *m)
+{
+    return m->math->pass_chunks;
 }
 
 void gca_model_opts(const gca_model *m, kvw_opts *o)
@@ -153,8 +206,9 @@ void gca_model_opts(const gca_model *m, kvw_opts *o)
     o->selector = "gca";
     o->k = m->s.topk;
     o->landmark_dim = m->s.hidden;
-    o->chunk_tokens = GCA_PASS_CHUNKS * m->s.chunk;
+    o->backend = m->backend;
+    o->chunk_tokens = GCA_WORKER_CHUNKS * m->s.chunk;
     o->block_tokens = m->s.chunk;
     o->n_sink = o->n_recent = m->s.chunk;
-    o->put_window = 8 * GCA_PASS_CHUNKS;
+    o->put_window = 8 * GCA_WORKER_CHUNKS;
 }

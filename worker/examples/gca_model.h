@@ -1,6 +1,7 @@
 /*
  * gca_model.h: forward pass of the tiny GCA decoder that worker/python/kvasir/gca trains: plain C
- * over the compute layer's products, with all its memory of a context in a worker's sequence.
+ * over the compute layer's ops, on the CPU or on a GPU, with all its memory of a context in a
+ * worker's sequence.
  *
  * A model is immutable and may be shared; a context belongs to one thread, as its sequence does.
  */
@@ -18,7 +19,7 @@ typedef struct gca_sizes {
     uint32_t vocab, hidden, heads, mlp, lower, encoder, upper, groups, chunk, window, topk, taps;
 } gca_sizes;
 
-enum { GCA_PASS_CHUNKS = 8, GCA_MAX_LAYERS = 16, GCA_MAX_GROUPS = 4 };
+enum { GCA_MAX_LAYERS = 16, GCA_MAX_GROUPS = 4 };
 
 /* gca_weights.c: a safetensors file, whole in memory. */
 typedef struct gca_weights gca_weights;
@@ -32,10 +33,15 @@ const char *gca_weights_fingerprint(const gca_weights *weights);
 const float *gca_weights_get(const gca_weights *weights, const char *name, size_t n);
 
 typedef struct gca_model gca_model;
-kvc_status gca_model_open(const char *path, gca_model **model_p) KVC_MUST_CHECK;
+/* backend: "cpu", "cuda", or "cuda:N" for another GPU than the first. UNSUPPORTED: there is none of
+ * it here, or not for these sizes. */
+kvc_status gca_model_open(const char *path, const char *backend,
+                          gca_model **model_p) KVC_MUST_CHECK;
 void gca_model_close(gca_model *model);
 const gca_sizes *gca_model_sizes(const gca_model *model);
-/* What a worker for its memory has to be opened with, besides model and client; revision lives as
+/* Chunks that gca_context_body takes at once. */
+uint32_t gca_model_pass_chunks(const gca_model *model);
+/* What a worker for its memory has to be opened with, besides model and client; strings live as
  * long as the model. */
 void gca_model_opts(const gca_model *model, kvw_opts *opts_p);
 
@@ -44,8 +50,8 @@ typedef struct gca_context gca_context;
 kvc_status gca_context_open(const gca_model *model, kvw_seq *seq,
                             gca_context **context_p) KVC_MUST_CHECK;
 void gca_context_close(gca_context *context);
-/* Appends n_chunks (1 .. GCA_PASS_CHUNKS) chunks of tokens: lower half and encoder only. Before the
- * first chunk of the tail. */
+/* Appends n_chunks (1 .. gca_model_pass_chunks) chunks of tokens: lower half and encoder only.
+ * Before the first chunk of the tail. */
 kvc_status gca_context_body(gca_context *context, const uint32_t *tokens,
                             uint32_t n_chunks) KVC_MUST_CHECK;
 /* The next n rows of the tail, which do not go beyond a chunk's end; logits [n, vocab]. With a

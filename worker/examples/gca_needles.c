@@ -20,10 +20,10 @@
 #include "kvc/client.h"
 #include "kvctl_progress.h"
 
-enum { MAX_TOKENS = 1 << 26, MAX_VOCAB = 4096, MAX_SERVERS = 8 };
+enum { MAX_TOKENS = 1 << 26, MAX_VOCAB = 4096, MAX_SERVERS = 8, TAIL_TOKENS = 1 << 16 };
 
 typedef struct demo {
-    const char *weights, *servers[MAX_SERVERS];
+    const char *weights, *backend, *servers[MAX_SERVERS];
     uint64_t n_tokens, seed, server_pids[MAX_SERVERS], n_keys, n_links, n_decoded;
     uint32_t n_servers, n_pids;
     gca_model *model;
@@ -43,10 +43,12 @@ typedef struct demo {
 } demo;
 
 static const char usage[] =
-    "Usage: gca_needles --weights FILE [--server URI] [--tokens N] [--seed N] [--keys N]\n"
-    "                   [--links N] [--decode N] [--server-pid PID]\n"
+    "Usage: gca_needles --weights FILE [--backend NAME] [--server URI] [--tokens N] [--seed N]\n"
+    "                   [--keys N] [--links N] [--decode N] [--server-pid PID]\n"
     "Hides passkeys in random tokens and has a trained GCA decoder answer questions about them.\n"
     "  --weights FILE    safetensors of the decoder, f32 or bf16\n"
+    "  --backend NAME    cpu, cuda or cuda:N: where the decoder and the retrieval run (default "
+    "cpu)\n"
     "  --server URI      cachesvc that keeps the chunks (default: they stay in memory); given up "
     "to\n"
     "                    8 times, the chunks are spread over the servers\n"
@@ -65,9 +67,9 @@ static int fail(const char *what, kvc_status status, const char *detail)
 
 static int open_all(demo *d)
 {
-    kvc_status st = gca_model_open(d->weights, &d->model);
+    kvc_status st = gca_model_open(d->weights, d->backend, &d->model);
     if (st != KVC_OK)
-        return fail(d->weights, st, "");
+        return fail(st == KVC_UNSUPPORTED ? d->backend : d->weights, st, "");
     const gca_sizes *s = gca_model_sizes(d->model);
     if (s->vocab != 256 || s->chunk != GCA_CHUNK)
         return fail(d->weights, KVC_INVALID, "is of another task");
@@ -82,6 +84,7 @@ static int open_all(demo *d)
                      .n_clients = d->n_servers};
     gca_model_opts(d->model, &opts);
     opts.fetch_timeout_ns = 60000000000u;
+    opts.max_tokens = (uint32_t)d->n_tokens + TAIL_TOKENS;
     uint32_t reused = 0;
     if ((st = kvw_open(&opts, &d->worker)) != KVC_OK ||
         (st = kvw_seq_create(d->worker, NULL, 0, &d->seq, &reused)) != KVC_OK)
@@ -94,18 +97,20 @@ static int open_all(demo *d)
 
 static kvc_status fill(demo *d)
 {
-    uint32_t tokens[GCA_PASS_CHUNKS * GCA_CHUNK];
+    uint32_t pass = gca_model_pass_chunks(d->model);
+    uint32_t *tokens = malloc(sizeof(*tokens) * pass * GCA_CHUNK);
     uint64_t start_ns = kvc_now_ns(), at = 0;
     kvctl_progress *bar = kvctl_progress_start("reading", d->n_tokens, "tokens");
-    kvc_status st = KVC_OK;
+    kvc_status st = tokens ? KVC_OK : KVC_NO_MEMORY;
     while (st == KVC_OK && at < d->task.n_body) {
         uint64_t left = d->task.n_body - at;
-        uint32_t n = left < GCA_PASS_CHUNKS ? (uint32_t)left : GCA_PASS_CHUNKS;
+        uint32_t n = left < pass ? (uint32_t)left : pass;
         for (uint32_t i = 0; i < n; i++)
             gca_task_chunk(&d->task, at + i, tokens + i * GCA_CHUNK);
         st = gca_context_body(d->context, tokens, n);
         kvctl_progress_set(bar, (at += n) * GCA_CHUNK);
     }
+    free(tokens);
     d->fill_s = (double)(kvc_now_ns() - start_ns) / 1e9;
     if (st == KVC_OK && d->n_servers != 0)
         st = kvw_flush(d->seq, 0);
@@ -238,6 +243,8 @@ static void report_memory(const demo *d)
         kib += status_kib(d->server_pids[i], "RssAnon") + status_kib(d->server_pids[i], "RssShmem");
     if (d->n_pids != 0)
         printf("; cachesvc %.1f MB", (double)kib * 1024 / 1e6);
+    if (d->decoded.bytes_device != 0)
+        printf("; GPU %.1f MB of them", (double)d->decoded.bytes_device / 1e6);
     printf("; the context's chunks are %.1f MB\n", chunks / 1e6);
 }
 
@@ -329,12 +336,17 @@ static int bad_usage(void)
 
 static int parse(int argc, char **argv, demo *d)
 {
-    static const struct option names[] = {
-        {"weights", required_argument, NULL, 'w'}, {"server", required_argument, NULL, 's'},
-        {"tokens", required_argument, NULL, 't'},  {"seed", required_argument, NULL, 'r'},
-        {"keys", required_argument, NULL, 'k'},    {"links", required_argument, NULL, 'l'},
-        {"decode", required_argument, NULL, 'd'},  {"server-pid", required_argument, NULL, 'p'},
-        {"help", no_argument, NULL, 'h'},          {0}};
+    static const struct option names[] = {{"weights", required_argument, NULL, 'w'},
+                                          {"server", required_argument, NULL, 's'},
+                                          {"backend", required_argument, NULL, 'b'},
+                                          {"tokens", required_argument, NULL, 't'},
+                                          {"seed", required_argument, NULL, 'r'},
+                                          {"keys", required_argument, NULL, 'k'},
+                                          {"links", required_argument, NULL, 'l'},
+                                          {"decode", required_argument, NULL, 'd'},
+                                          {"server-pid", required_argument, NULL, 'p'},
+                                          {"help", no_argument, NULL, 'h'},
+                                          {0}};
     for (int c = 0; (c = getopt_long(argc, argv, "h", names, NULL)) != -1;) {
         if (c == 'p' && d->n_pids == MAX_SERVERS)
             return bad_usage();
@@ -351,6 +363,8 @@ static int parse(int argc, char **argv, demo *d)
         d->n_pids += c == 'p';
         if (c == 'w')
             d->weights = optarg;
+        else if (c == 'b')
+            d->backend = optarg;
         else if (c == 's' && d->n_servers < MAX_SERVERS)
             d->servers[d->n_servers++] = optarg;
         else if (c == 'h')
@@ -363,7 +377,12 @@ static int parse(int argc, char **argv, demo *d)
 
 int main(int argc, char **argv)
 {
-    demo d = {.n_tokens = 1 << 20, .seed = 1, .n_keys = 32, .n_links = 16, .n_decoded = 512};
+    demo d = {.backend = "cpu",
+              .n_tokens = 1 << 20,
+              .seed = 1,
+              .n_keys = 32,
+              .n_links = 16,
+              .n_decoded = 512};
     int result = parse(argc, argv, &d);
     if (result >= 0)
         return result;
