@@ -318,8 +318,10 @@ static int accept_id(struct rdma_cm_id *base, struct rdma_conn_param *param)
         ((fake_qp *)peer->id.qp)->peer = (fake_qp *)base->qp;
         id->connected = peer->connected = true;
         (void)queue_event(id, RDMA_CM_EVENT_ESTABLISHED, NULL, 0);
-        (void)queue_event(peer, RDMA_CM_EVENT_ESTABLISHED, param->private_data,
-                          param->private_data_len);
+        uint8_t says = param->private_data_len;
+        if (fake_fault.accept_says != 0 && says > fake_fault.accept_says)
+            says = fake_fault.accept_says;
+        (void)queue_event(peer, RDMA_CM_EVENT_ESTABLISHED, param->private_data, says);
     }
     pthread_mutex_unlock(&fake_mutex);
     errno = EINVAL;

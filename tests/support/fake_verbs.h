@@ -33,7 +33,8 @@ typedef struct fake_faults {
     uint32_t flip_after;       /* the n-th work request from now on ... */
     enum ibv_wr_opcode flip;   /* ... of this kind comes with its last byte changed; 0: none */
     bool qp_fails, cq_fails, pd_fails;
-    bool reads_stall; /* READs are never done, until this is lifted */
+    uint8_t accept_says; /* bytes of private data that a client gets at most; 0: all */
+    bool reads_stall;    /* READs are never done, until this is lifted */
     /* WRITEs, and what is posted behind them, are not done until this is lifted, and then only on
      * queue pairs that are still there. */
     bool writes_stall;

@@ -133,6 +133,23 @@ static void lengths_that_differ(void **state)
     rooms_close(&f);
 }
 
+/* A server of an older version does not say that it writes to places, and is not asked to. */
+static void older_servers(void **state)
+{
+    (void)state;
+    fixture f;
+    rooms_open(&f, NULL, 0, false);
+    fake_faults fault = fake_no_faults;
+    fault.accept_says = 24;
+    fake_verbs_fault(&fault);
+    for (int i = 0; i < 20; i++) {
+        assert_false(run_rooms(&f, 0, 16, 0, 1));
+        usleep(1000);
+    }
+    assert_false(fake_verbs_registered(area[0]));
+    rooms_close(&f);
+}
+
 /* ---- late ------------------------------------------------------------------------------------ */
 
 static void stall_writes(void)
@@ -430,11 +447,17 @@ static void sums_cover_places(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(rows_land_in_place), cmocka_unit_test(rooms_of_a_request),
-        cmocka_unit_test(too_many_places),    cmocka_unit_test(lengths_that_differ),
-        cmocka_unit_test(late_writes),        cmocka_unit_test(late_completion),
-        cmocka_unit_test(cancel_is_answered), cmocka_unit_test(answers_of_an_earlier_life),
-        cmocka_unit_test(faults_under_way),   cmocka_unit_test(places_of_others),
+        cmocka_unit_test(rows_land_in_place),
+        cmocka_unit_test(rooms_of_a_request),
+        cmocka_unit_test(too_many_places),
+        cmocka_unit_test(lengths_that_differ),
+        cmocka_unit_test(older_servers),
+        cmocka_unit_test(late_writes),
+        cmocka_unit_test(late_completion),
+        cmocka_unit_test(cancel_is_answered),
+        cmocka_unit_test(answers_of_an_earlier_life),
+        cmocka_unit_test(faults_under_way),
+        cmocka_unit_test(places_of_others),
         cmocka_unit_test(sums_cover_places),
     };
     kvc_log_set_level(getenv("KVASIR_TEST_LOG") != NULL ? KVC_LOG_LEVEL_TRACE : KVC_LOG_LEVEL_OFF);

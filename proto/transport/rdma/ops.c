@@ -169,7 +169,7 @@ static kvc_status take_placed(const kvtr_rop *op, kvt_xfer *xfer, const kvc_fram
     struct iovec pieces[2] = {{body, frame->head_bytes},
                               {(void *)(uintptr_t)nothing, frame->data_bytes}};
     *why_p = "rows that were written to no place of theirs";
-    if (op->runs == NULL || (frame->flags & KVC_FRAME_ELSEWHERE) == 0)
+    if ((op->frame.flags & KVTI_PLACED) == 0 || (frame->flags & KVC_FRAME_ELSEWHERE) == 0)
         return KVC_PROTOCOL;
     kvc_status status =
         kvc_wire_decode_reply(xfer->req->method, pieces, 2, &xfer->arena, &xfer->reply, why_p);

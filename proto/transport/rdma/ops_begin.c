@@ -95,7 +95,7 @@ static bool take_landing(kvtr_rop *op, kvtr_link *link, bool on_thread)
 }
 
 /* With the mutex held: the server is to write the rows where they belong; what it is told is in
- * table_p. False: that memory is not registered. */
+ * table_p. False: that memory is not registered, or the server cannot. */
 static bool take_places(kvtr_rop *op, kvtr_link *link, uint8_t *table_p)
 {
     uint64_t begin = UINT64_MAX, end = 0;
@@ -105,7 +105,7 @@ static bool take_places(kvtr_rop *op, kvtr_link *link, uint8_t *table_p)
         begin = run->addr < begin ? run->addr : begin;
         end = run_end > end ? run_end : end;
     }
-    if (op->n_runs == 0)
+    if (op->n_runs == 0 || !link->peer_places)
         return false;
     struct ibv_mr *mr = kvtr_range_use(link->domain, (const void *)(uintptr_t)begin,
                                        (size_t)(end - begin), &op->placing);

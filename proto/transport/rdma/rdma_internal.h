@@ -233,7 +233,8 @@ struct kvtr_link {
     uint32_t max_sge, max_inline_bytes, sq_depth, sq_used, sq_unsignalled;
     uint32_t max_reads, n_reads;
     uint32_t peer_frag_bytes, peer_max_message_bytes;
-    bool peer_reads; /* it can READ from us */
+    bool peer_reads;  /* it can READ from us */
+    bool peer_places; /* it writes rows to where they belong */
     uint32_t credits, owed;
     uint32_t granted; /* fragments that the peer may still send */
     uint32_t n_outs;  /* queued, and not all of it posted yet */
@@ -322,7 +323,7 @@ void kvtr_link_poll(kvtr_link *link);
 /* With the mutex held: it is to be taken down; why is static. */
 void kvtr_link_break(kvtr_link *link, const char *why);
 /* What the ends tell each other in the private data of the handshake. */
-#define KVTI_INTRO_BYTES 24u
+#define KVTI_INTRO_BYTES 28u
 void kvtr_intro_write(const kvtr_link *link, uint8_t out_p[KVTI_INTRO_BYTES]);
 bool kvtr_intro_read(kvtr_link *link, const void *data, size_t len_bytes);
 void kvtr_conn_param(kvtr_link *link, uint8_t *intro, struct rdma_conn_param *param_p);
