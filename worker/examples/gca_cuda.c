@@ -256,19 +256,20 @@ static kvc_status attend(gca_context *c, const float *rows, size_t n_keys, size_
     const cuda_model *form = c->m->form;
     const cuda_context *own = c->form;
     size_t h = s->hidden;
+    uint32_t dim = s->hidden / s->heads;
     const kvk_cuda_local_attend_args args = {.q = rows + (n_keys - n) * 3 * h,
                                              .k = rows + h,
                                              .v = rows + 2 * h,
                                              .n = (uint32_t)n,
                                              .n_keys = (uint32_t)n_keys,
                                              .n_heads = s->heads,
-                                             .head_dim = s->hidden / s->heads,
+                                             .head_dim = dim,
                                              .q_stride = 3 * s->hidden,
                                              .kv_stride = 3 * s->hidden,
                                              .window = back,
                                              .chunk = s->chunk,
                                              .slopes = form->slopes,
-                                             .scale = 1 / sqrtf((float)(s->hidden / s->heads)),
+                                             .scale = 1 / sqrtf((float)dim),
                                              .out = c->mix};
     return kvk_cuda_local_attend(form->cuda, &args, own->stream);
 }

@@ -207,6 +207,7 @@ void gca_model_opts(const gca_model *m, kvw_opts *o)
     o->k = m->s.topk;
     o->landmark_dim = m->s.hidden;
     o->backend = m->backend;
+    o->way = "rows"; /* partials made elsewhere would have other bits */
     o->chunk_tokens = GCA_WORKER_CHUNKS * m->s.chunk;
     o->block_tokens = m->s.chunk;
     o->n_sink = o->n_recent = m->s.chunk;
