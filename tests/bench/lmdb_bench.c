@@ -1,7 +1,9 @@
 /*
  * lmdb_bench.c: the lmdb tier beside bare LMDB and the bare disk, in one run.
  *
- *   lmdb_bench [--quick] [--mib N] [--runs N] [--dir FOLDER] [--only writes|rows]
+ *   lmdb_bench [--quick] [--mib N] [--runs N] [--ms N] [--dir FOLDER] [--only writes|rows]
+ *
+ * --ms: how long each kind of read is measured (2,000).
  *
  * Values of 1 MiB (256 rows of 4 KiB). Writes: a plain preallocated file with an fdatasync each
  * 16 MiB, LMDB alone with full sync and 16 or 64 MiB a transaction, the tier with durable and with
@@ -179,6 +181,8 @@ static void parse(int argc, char **argv)
             lmdb_case.n_values = (uint32_t)strtoul(argv[++i], NULL, 10);
         } else if (strcmp(argv[i], "--runs") == 0 && value != NULL) {
             lmdb_case.runs = (uint32_t)strtoul(argv[++i], NULL, 10);
+        } else if (strcmp(argv[i], "--ms") == 0 && value != NULL) {
+            lmdb_case.read_ns = strtoull(argv[++i], NULL, 10) * 1000000;
         } else if (strcmp(argv[i], "--only") == 0 && value != NULL) {
             lmdb_case.no_writes = strcmp(value, "rows") == 0;
             lmdb_case.no_rows = !lmdb_case.no_writes;
@@ -187,13 +191,14 @@ static void parse(int argc, char **argv)
             base = argv[++i];
         } else {
             fprintf(stderr,
-                    "usage: %s [--quick] [--mib N] [--runs N] [--dir FOLDER] "
+                    "usage: %s [--quick] [--mib N] [--runs N] [--ms N] [--dir FOLDER] "
                     "[--only writes|rows]\n",
                     argv[0]);
             exit(2);
         }
     }
-    if (lmdb_case.n_values == 0 || lmdb_case.runs == 0 || lmdb_case.runs > BENCH_MAX_RUNS)
+    if (lmdb_case.n_values == 0 || lmdb_case.runs == 0 || lmdb_case.read_ns == 0 ||
+        lmdb_case.runs > BENCH_MAX_RUNS)
         exit(2);
     snprintf(lmdb_case.dir, sizeof(lmdb_case.dir), "%s/lmdb-bench-XXXXXX",
              base != NULL ? base : "/var/tmp");
