@@ -33,11 +33,12 @@
 #define STEP  1u
 #endif
 
-#define STEP_NAME "KVASIR_FAULT_STEP"
-#define FOLDER    "KVASIR_FAULT_FOLDER" /* of a lane, once it runs with its file calls replaced */
-#define N_VALUES  6u
-#define MAX_CALLS 4000u
-#define META      "life"
+#define STEP_NAME  "KVASIR_FAULT_STEP"
+#define FOLDER     "KVASIR_FAULT_FOLDER" /* of a lane, once it runs with its file calls replaced */
+#define FREE_BYTES (UINT64_C(256) << 20) /* of memory for files */
+#define N_VALUES   6u
+#define MAX_CALLS  4000u
+#define META       "life"
 
 /* What a life tells of itself; shared with its child. */
 typedef struct told {
@@ -274,29 +275,50 @@ static bool run(const char *folder, const sort *s, uint32_t nth)
     return hit;
 }
 
+/* As long as tier_support.h has room for, with what comes behind it. */
+typedef struct short_path {
+    char text[48];
+} short_path;
+
+static short_path make_folder(void)
+{
+    const char *base = getenv("TMPDIR");
+    short_path path;
+    int n =
+        snprintf(path.text, sizeof(path.text), "%s/kvs-fault-XXXXXX", base != NULL ? base : "/tmp");
+    assert_true(n > 0 && (size_t)n < sizeof(path.text));
+    assert_non_null(mkdtemp(path.text));
+    return path;
+}
+
+/* Only reads want a disk, where they can be cold; for the rest its syncs are time and nothing else.
+ */
 static void test_each_call(void **state)
 {
     (void)state;
-    const char *folder = getenv(FOLDER), *only = getenv("KVASIR_IO_FAULT");
+    const char *disk = getenv(FOLDER), *only = getenv("KVASIR_IO_FAULT");
     uint32_t lane = 0, step = (uint32_t)lanes_rounds(STEP_NAME, STEP), n_lives = 0;
-    char under[300];
     (void)lanes_is_lane(&lane);
-    (void)snprintf(under, sizeof(under), "%s/values", folder);
-    page = iofault_arm(folder, under);
+    lanes_use_memory(FREE_BYTES);
+    short_path memory = make_folder();
+    page = iofault_arm(disk, disk);
     life_told =
         mmap(NULL, sizeof(*life_told), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     assert_true(page != NULL && life_told != MAP_FAILED);
     for (uint32_t k = 0; k < sizeof(sorts) / sizeof(sorts[0]); k++) {
+        const char *folder = sorts[k].kind == IOFAULT_READ ? disk : memory.text;
         uint32_t nth = 1 + (lane + k) % LANES * step;
         bool hit = true;
         if (only != NULL && strcmp(only, sorts[k].name) != 0)
             continue;
+        (void)snprintf(page->under, sizeof(page->under), "%s/values", folder);
         for (; hit && nth < MAX_CALLS; nth += LANES * step, n_lives++)
             hit = run(folder, &sorts[k], nth);
         assert_false(hit); /* it went past the last call */
     }
     print_message("lane %u: %u lives\n", lane, n_lives);
-    support_remove_folder(folder);
+    support_remove_folder(memory.text);
+    support_remove_folder(disk);
 }
 
 static void test_lanes(void **state)
@@ -310,13 +332,9 @@ static void test_lanes(void **state)
 /* A lane begins anew with its file calls replaced. */
 static void begin_lane(char **argv)
 {
-    const char *base = getenv("TMPDIR");
-    char folder[48]; /* with what comes behind it, as long as tier_support.h has room for */
-    int n = snprintf(folder, sizeof(folder), "%s/kvs-fault-XXXXXX", base != NULL ? base : "/tmp");
-    assert_true(n > 0 && (size_t)n < sizeof(folder));
-    assert_non_null(mkdtemp(folder));
-    assert_non_null(iofault_arm(folder, folder));
-    assert_int_equal(setenv(FOLDER, folder, 1), 0);
+    short_path folder = make_folder();
+    assert_non_null(iofault_arm(folder.text, folder.text));
+    assert_int_equal(setenv(FOLDER, folder.text, 1), 0);
     (void)execv("/proc/self/exe", argv);
 }
 
