@@ -74,6 +74,7 @@ extern "C" kvc_status kvk_cuda_open(uint32_t device, kvk_cuda **cuda_p)
     cuda->info.n_multiprocessors = (uint32_t)prop.multiProcessorCount;
     cuda->info.memory_bytes = prop.totalGlobalMem;
     cuda->info.l2_bytes = (size_t)prop.l2CacheSize;
+    memcpy(cuda->info.uuid, prop.uuid.bytes, sizeof(cuda->info.uuid));
     *cuda_p = cuda;
     return KVC_OK;
 }
@@ -158,6 +159,72 @@ extern "C" kvc_status kvk_cuda_fill(kvk_cuda *cuda, void *to, uint8_t byte, size
     if (st != KVC_OK || len_bytes == 0)
         return st;
     return kvki_cuda_status(cudaMemsetAsync(to, byte, len_bytes, kvki_cuda_stream(stream)));
+}
+
+extern "C" kvc_status kvk_cuda_memory_info(kvk_cuda *cuda, size_t *free_bytes_p,
+                                           size_t *total_bytes_p)
+{
+    kvc_status st = kvki_cuda_use(cuda);
+
+    *free_bytes_p = *total_bytes_p = 0;
+    return st != KVC_OK ? st : kvki_cuda_status(cudaMemGetInfo(free_bytes_p, total_bytes_p));
+}
+
+/* CUDA says so for what it cannot share or open: another driver, a container, no peer access. */
+static kvc_status share_status(cudaError_t error)
+{
+    switch (error) {
+    case cudaErrorMapBufferObjectFailed:
+    case cudaErrorPeerAccessUnsupported:
+    case cudaErrorTooManyPeers:
+    case cudaErrorDeviceUninitialized:
+        (void)cudaGetLastError();
+        return KVC_UNSUPPORTED;
+    case cudaErrorInvalidResourceHandle:
+    case cudaErrorInvalidValue:
+        (void)cudaGetLastError();
+        return KVC_INVALID;
+    default:
+        return kvki_cuda_status(error);
+    }
+}
+
+extern "C" kvc_status kvk_cuda_share(kvk_cuda *cuda, void *memory, kvk_cuda_shared *shared_p)
+{
+    static_assert(sizeof(cudaIpcMemHandle_t) == KVK_CUDA_SHARE_BYTES, "as kvk/cuda.h says");
+    cudaIpcMemHandle_t handle;
+
+    if (!cuda || !memory || !shared_p)
+        return KVC_INVALID;
+    kvc_status st = kvki_cuda_use(cuda);
+    if (st == KVC_OK)
+        st = share_status(cudaIpcGetMemHandle(&handle, memory));
+    if (st == KVC_OK)
+        memcpy(shared_p->bytes, &handle, sizeof(handle));
+    return st;
+}
+
+extern "C" kvc_status kvk_cuda_share_open(kvk_cuda *cuda, const kvk_cuda_shared *shared,
+                                          void **memory_p)
+{
+    cudaIpcMemHandle_t handle;
+
+    if (!cuda || !shared || !memory_p)
+        return KVC_INVALID;
+    *memory_p = NULL;
+    memcpy(&handle, shared->bytes, sizeof(handle));
+    kvc_status st = kvki_cuda_use(cuda);
+    if (st == KVC_OK)
+        st = share_status(cudaIpcOpenMemHandle(memory_p, handle, cudaIpcMemLazyEnablePeerAccess));
+    if (st != KVC_OK)
+        *memory_p = NULL;
+    return st;
+}
+
+extern "C" void kvk_cuda_share_close(kvk_cuda *cuda, void *memory)
+{
+    if (memory && kvki_cuda_use(cuda) == KVC_OK)
+        (void)kvki_cuda_status(cudaIpcCloseMemHandle(memory));
 }
 
 extern "C" kvc_status kvk_cuda_stream_create(kvk_cuda *cuda, kvk_stream **stream_p)

@@ -22,7 +22,7 @@ struct kvk_stream {
 };
 
 static atomic_bool absent;
-static atomic_uint held, left = UINT32_MAX, ops_left = UINT32_MAX, copies_left = UINT32_MAX;
+static atomic_uint ops_left = UINT32_MAX, copies_left = UINT32_MAX;
 static atomic_ullong rows_read;
 static void (*before_launch)(void *arg);
 static void *before_arg;
@@ -30,11 +30,6 @@ static void *before_arg;
 void fake_cuda_absent(bool is_absent)
 {
     atomic_store(&absent, is_absent);
-}
-
-void fake_cuda_allocations(uint32_t n)
-{
-    atomic_store(&left, n);
 }
 
 void fake_cuda_ops(uint32_t n)
@@ -47,8 +42,7 @@ void fake_cuda_copies(uint32_t n)
     atomic_store(&copies_left, n);
 }
 
-/* Takes one of what is left; false: nothing is. */
-static bool take_one(atomic_uint *counter)
+bool fake_cuda_take(atomic_uint *counter)
 {
     uint32_t n = atomic_load(counter);
     if (n != 0 && n != UINT32_MAX)
@@ -58,12 +52,7 @@ static bool take_one(atomic_uint *counter)
 
 bool fake_cuda_take_op(void)
 {
-    return take_one(&ops_left);
-}
-
-uint32_t fake_cuda_held(void)
-{
-    return atomic_load(&held);
+    return fake_cuda_take(&ops_left);
 }
 
 void fake_cuda_before_launch(void (*fn)(void *arg), void *arg)
@@ -134,50 +123,7 @@ void kvk_cuda_close(kvk_cuda *cuda)
 void kvk_cuda_describe(const kvk_cuda *cuda, kvk_cuda_info *info_p)
 {
     (void)cuda;
-    *info_p = (kvk_cuda_info){.name = "fake", .sm = 0, .n_multiprocessors = 1};
-}
-
-kvc_status kvk_cuda_alloc(kvk_cuda *cuda, kvk_cuda_memory kind, size_t len_bytes, void **memory_p)
-{
-    (void)cuda;
-    (void)kind;
-    *memory_p = NULL;
-    if (!take_one(&left))
-        return KVC_NO_MEMORY;
-    void *p = NULL;
-    if (posix_memalign(&p, 256, len_bytes) != 0)
-        return KVC_NO_MEMORY;
-    memset(p, 0xee, len_bytes);
-    atomic_fetch_add(&held, 1);
-    *memory_p = p;
-    return KVC_OK;
-}
-
-void kvk_cuda_free(kvk_cuda *cuda, kvk_cuda_memory kind, void *memory)
-{
-    (void)cuda;
-    (void)kind;
-    if (memory != NULL)
-        atomic_fetch_sub(&held, 1);
-    free(memory);
-}
-
-kvc_status kvk_cuda_register(kvk_cuda *cuda, void *host, size_t len_bytes, int read_only,
-                             void **device_p)
-{
-    (void)cuda;
-    (void)len_bytes;
-    (void)read_only;
-    atomic_fetch_add(&held, 1);
-    *device_p = host;
-    return KVC_OK;
-}
-
-void kvk_cuda_unregister(kvk_cuda *cuda, void *host)
-{
-    (void)cuda;
-    (void)host;
-    atomic_fetch_sub(&held, 1);
+    *info_p = (kvk_cuda_info){.name = "fake", .sm = 0, .n_multiprocessors = 1, .uuid = "fake"};
 }
 
 kvc_status kvk_cuda_copy(kvk_cuda *cuda, void *to, const void *from, size_t len_bytes,
@@ -185,7 +131,7 @@ kvc_status kvk_cuda_copy(kvk_cuda *cuda, void *to, const void *from, size_t len_
 {
     (void)cuda;
     (void)stream;
-    if (!take_one(&copies_left))
+    if (!fake_cuda_take(&copies_left))
         return KVC_DEVICE;
     if (len_bytes != 0)
         memcpy(to, from, len_bytes);
@@ -258,7 +204,7 @@ kvc_status fake_cuda_enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, co
                              size_t len_bytes)
 {
     kvk_cuda_graph *graph = stream == NULL ? NULL : stream->captured;
-    if (!take_one(&ops_left))
+    if (!fake_cuda_take(&ops_left))
         return KVC_UNSUPPORTED;
     if (stream != NULL && graph == NULL)
         stream->n_enqueued++;

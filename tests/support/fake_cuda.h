@@ -3,7 +3,9 @@
  *
  * Device memory is host memory, an op runs when it is enqueued, on the compute layer's CPU backend,
  * and a graph keeps what was enqueued and runs it again. So the results are those of a device, the
- * sanitizers see every access, and nothing can be told of timing. Links in place of kvk_cuda.
+ * sanitizers see every access, and nothing can be told of timing. Device memory of whole
+ * KVK_CUDA_SHARE_UNITs can be opened by other processes, and by the same. Links in place of
+ * kvk_cuda.
  */
 #ifndef KVASIR_TEST_FAKE_CUDA_H
 #define KVASIR_TEST_FAKE_CUDA_H
@@ -19,6 +21,12 @@ void fake_cuda_absent(bool absent);
 void fake_cuda_allocations(uint32_t n);
 /* Copies from now on: so many succeed, then DEVICE; UINT32_MAX: all succeed. */
 void fake_cuda_copies(uint32_t n);
+/* kvk_cuda_share_open answers UNSUPPORTED from now on, or no longer. */
+void fake_cuda_no_sharing(bool none);
+/* Device memory that was taken and not given back. */
+uint64_t fake_cuda_device_bytes(void);
+/* Changes every 64th byte of it. */
+void fake_cuda_damage(void);
 /* Ops from now on: so many are taken, then UNSUPPORTED; UINT32_MAX: all are taken. */
 void fake_cuda_ops(uint32_t n);
 /* Memory that was taken and not given back; registrations likewise. */

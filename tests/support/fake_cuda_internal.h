@@ -5,6 +5,8 @@
 #ifndef KVASIR_TEST_FAKE_CUDA_INTERNAL_H
 #define KVASIR_TEST_FAKE_CUDA_INTERNAL_H
 
+#include <stdatomic.h>
+
 #include "fake_cuda.h"
 #include "kvk/cuda.h"
 
@@ -15,6 +17,8 @@ struct kvk_cuda {
 
 /* Whether one more op is taken; counts it. */
 bool fake_cuda_take_op(void);
+/* Takes one of what is left (UINT32_MAX: without end); false: nothing is. */
+bool fake_cuda_take(atomic_uint *counter);
 
 /* FAKE_CUDA_OP(name) { ... } defines kvk_cuda_<name>, whose body runs at once, or with the graph
  * that it was captured into. `args` points to its arguments. */

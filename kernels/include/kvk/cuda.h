@@ -43,6 +43,7 @@ typedef struct kvk_cuda_info {
     uint32_t sm; /* 90: compute capability 9.0 */
     uint32_t n_multiprocessors;
     size_t memory_bytes, l2_bytes;
+    uint8_t uuid[16]; /* the same in every process */
 } kvk_cuda_info;
 
 /*
@@ -70,6 +71,27 @@ kvc_status kvk_cuda_copy(kvk_cuda *cuda, void *to, const void *from, size_t len_
                          kvk_stream *stream) KVC_MUST_CHECK;
 kvc_status kvk_cuda_fill(kvk_cuda *cuda, void *to, uint8_t byte, size_t len_bytes,
                          kvk_stream *stream) KVC_MUST_CHECK;
+/* Of the device, whoever uses it. */
+kvc_status kvk_cuda_memory_info(kvk_cuda *cuda, size_t *free_bytes_p,
+                                size_t *total_bytes_p) KVC_MUST_CHECK;
+
+/*
+ * Device memory that another process on this host reads and writes in place. share names an
+ * allocation of a whole number of KVK_CUDA_SHARE_UNIT bytes (kvk_cuda_alloc, from its first byte;
+ * shorter ones may lie beside others, which would be shared too). Its owner keeps it until every
+ * process has closed it; who opened it may die at any time. share_open: in another process, and
+ * once at a time; the device may be another one, where the two can reach each other. UNSUPPORTED:
+ * device, system or container cannot; INVALID; DEVICE.
+ */
+#define KVK_CUDA_SHARE_BYTES 64u
+#define KVK_CUDA_SHARE_UNIT  (2u << 20)
+typedef struct kvk_cuda_shared {
+    uint8_t bytes[KVK_CUDA_SHARE_BYTES];
+} kvk_cuda_shared;
+kvc_status kvk_cuda_share(kvk_cuda *cuda, void *memory, kvk_cuda_shared *shared_p) KVC_MUST_CHECK;
+kvc_status kvk_cuda_share_open(kvk_cuda *cuda, const kvk_cuda_shared *shared,
+                               void **memory_p) KVC_MUST_CHECK;
+void kvk_cuda_share_close(kvk_cuda *cuda, void *memory); /* NULL is fine */
 
 /* Streams, events and graphs. sync blocks; elapsed needs both events completed; stream_wait lets
  * what is enqueued on the stream from now on wait for the event's last record. begin/end capture
