@@ -6,10 +6,10 @@
  * visible before commit. A tier never evicts by itself: it answers AGAIN and the server releases
  * something. Its byte cap is never exceeded.
  *
- * Caps: ADDRESSABLE tiers give a pointer to a committed slot's rows (dram, gpu mappings), so reads
- * need no call. BLOCKING tiers may wait for a medium: their read and sync are called only from the
- * server's disk threads, and commits complete later through done. PERSISTENT tiers find their
- * values again after a restart (recover).
+ * Caps: ADDRESSABLE tiers give a pointer to a committed slot's rows (dram), so reads need no call.
+ * BLOCKING tiers may wait for a medium: their read and sync are called only from the server's disk
+ * threads, and commits complete later through done. PERSISTENT tiers find their values again after
+ * a restart (recover).
  *
  * Conformance: tests/cachesvc/tier/tier_conformance.c runs over every registered tier, wrapped in
  * the fault tier too.
@@ -56,6 +56,7 @@ typedef struct kvs_tier_opts {
        environment after an unclean stop, before it is mapped. NULL: checked in this process. */
     const char *checker;
     const char *fault; /* fault tier: "inner[:op=rate,...]" */
+    uint32_t device;   /* gpu: its number */
 } kvs_tier_opts;
 
 /*
@@ -92,6 +93,13 @@ typedef struct kvs_tier_usage {
     uint64_t bytes_read, bytes_written;
     bool failed; /* of its medium, some failed: what belongs there is refused until a restart */
 } kvs_tier_usage;
+
+/* Where a value lies, for a process of this host that reads it in place. */
+typedef struct kvs_tier_place {
+    uint32_t segment; /* as kvs_slot.a */
+    uint64_t len_bytes, off_bytes;
+    kvc_gpu_handle handle;
+} kvs_tier_place;
 
 /* A write in flight; the caller allocates and keeps it until done has run. */
 typedef struct kvs_tier_write {
@@ -188,6 +196,14 @@ typedef struct kvs_tier_ops {
        nobody is left. Without it, or where it says so: values of the same shape. Any thread. */
     bool (*donor)(kvs_tier *tier, const kvs_tier_shape *shape, uint32_t rank, uint32_t *pages_p,
                   uint64_t *bytes_p);
+
+    /* BLOCKING: OPT, both or none. Where a held slot lies, for clients of this host (gpu); its
+       segment's place and memory stay as they are while a slot is held there or a client has it.
+       INVALID: it is not held; UNSUPPORTED: nobody else can open it. Any thread, does not block. */
+    kvc_status (*locate)(kvs_tier *tier, kvs_slot slot, kvs_tier_place *place_p);
+    /* One client more (or less) has the segment open: while any has, it goes to no other tenant.
+       To be counted in while a slot of it is held. Gives how many have, and how long it is. */
+    uint32_t (*count_mapping)(kvs_tier *tier, uint32_t segment, bool more, uint64_t *len_bytes_p);
 
     /* PERSISTENT: REQ. Finds every value; before any other use of an opened tier but meta_each. */
     kvc_status (*recover)(kvs_tier *tier, kvs_tier_found *found, void *arg);

@@ -329,6 +329,17 @@ static bool fault_donor(kvs_tier *tier, const kvs_tier_shape *shape, uint32_t ra
     return tier->ops->donor(tier->inner, shape, rank, pages_p, bytes_p);
 }
 
+static kvc_status fault_locate(kvs_tier *tier, kvs_slot slot, kvs_tier_place *place_p)
+{
+    return tier->ops->locate(tier->inner, slot, place_p);
+}
+
+static uint32_t fault_count_mapping(kvs_tier *tier, uint32_t segment, bool more,
+                                    uint64_t *len_bytes_p)
+{
+    return tier->ops->count_mapping(tier->inner, segment, more, len_bytes_p);
+}
+
 static kvc_status fault_recover(kvs_tier *tier, kvs_tier_found *found, void *arg)
 {
     kvc_status status = inject(tier, OP_RECOVER);
@@ -382,6 +393,8 @@ void kvsi_fault_ops(const char *name, const kvs_tier_ops *inner, kvs_tier_ops *o
         .sync = blocking ? fault_sync : NULL,
         .sync_releases = blocking ? fault_sync_releases : NULL,
         .donor = inner->donor != NULL ? fault_donor : NULL,
+        .locate = inner->locate != NULL ? fault_locate : NULL,
+        .count_mapping = inner->count_mapping != NULL ? fault_count_mapping : NULL,
         .recover = persistent ? fault_recover : NULL,
         .meta_put = persistent ? fault_meta_put : NULL,
         .meta_get = persistent ? fault_meta_get : NULL,

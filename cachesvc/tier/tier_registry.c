@@ -21,6 +21,9 @@ static const kvs_tier_ops *const tiers[] = {
 #ifdef KVS_WITH_LMDB
     &kvsi_lmdb_ops,
 #endif
+#ifdef KVS_WITH_GPU
+    &kvsi_gpu_ops,
+#endif
 };
 #define N_TIERS (sizeof(tiers) / sizeof(tiers[0]))
 
@@ -43,6 +46,8 @@ static void check_table(const kvs_tier_ops *ops)
     KVC_ASSERT(addressable || !(ops->segments || ops->close_segment));
     KVC_ASSERT(blocking == (ops->write && ops->read && ops->sync && ops->sync_releases));
     KVC_ASSERT(blocking || !(ops->write || ops->read || ops->sync || ops->sync_releases));
+    KVC_ASSERT((ops->locate != NULL) == (ops->count_mapping != NULL));
+    KVC_ASSERT(blocking || !ops->locate);
     KVC_ASSERT(persistent == (ops->recover && ops->meta_put && ops->meta_get && ops->meta_each));
     KVC_ASSERT(persistent || !(ops->recover || ops->meta_put || ops->meta_get || ops->meta_each));
 }

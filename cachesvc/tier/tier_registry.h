@@ -9,6 +9,7 @@
 
 extern const kvs_tier_ops kvsi_dram_ops;
 extern const kvs_tier_ops kvsi_lmdb_ops;
+extern const kvs_tier_ops kvsi_gpu_ops;
 
 /*
  * Fills ops_p with the fault tier's table for one inner tier: the same caps and slots, each slot

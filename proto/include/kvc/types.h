@@ -57,6 +57,15 @@ typedef enum kvc_tier {
     KVC_TIER_LMDB = 3,
 } kvc_tier;
 
+/* How another process of the same host opens a piece of a GPU's memory: what kvk_cuda_share says,
+   and which GPU it is (kvk_cuda_info). */
+#define KVC_GPU_SHARE_BYTES  64u
+#define KVC_GPU_DEVICE_BYTES 16u
+typedef struct kvc_gpu_handle {
+    uint8_t share[KVC_GPU_SHARE_BYTES];
+    uint8_t device[KVC_GPU_DEVICE_BYTES];
+} kvc_gpu_handle;
+
 typedef enum kvc_part_kind {
     KVC_PART_KV = 1,       /* K then V of all heads of the slice */
     KVC_PART_LATENT = 2,   /* MLA latent */
