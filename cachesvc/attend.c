@@ -256,25 +256,6 @@ static void give_up(kvs_attend *attend, kvc_status status, const char *why)
     kvs_fail(call, status, "%s", why);
 }
 
-static void count_rows(kvs_attend *attend)
-{
-    kvs_fetch *fetch = &attend->fetch;
-    kvs_server *server = fetch->server;
-    for (uint32_t r = 0; r < fetch->n_reads; r++) {
-        if (fetch->extra[r].status != KVC_OK)
-            continue;
-        bool dram = fetch->reads[r].where == KVS_IN_DRAM;
-        uint32_t n_rows = fetch->reads[r].n_rows;
-        uint64_t bytes = (uint64_t)n_rows * kvs_fetch_row_bytes(fetch, r);
-        *(dram ? &fetch->rows_dram : &fetch->rows_lmdb) += n_rows;
-        kvs_store *store = dram ? &server->dram : &server->lmdb;
-        atomic_fetch_add(&store->rows_read, n_rows);
-        atomic_fetch_add(&store->bytes_read, bytes);
-    }
-    KVC_COUNT_N(rows_attended, fetch->rows_dram + fetch->rows_lmdb);
-    KVC_COUNT_N(rows_missing, fetch->n_picks - fetch->rows_dram - fetch->rows_lmdb);
-}
-
 static void answer(kvs_attend *attend, kvs_buffer *out)
 {
     kvs_fetch *fetch = &attend->fetch;
@@ -284,7 +265,9 @@ static void answer(kvs_attend *attend, kvs_buffer *out)
                        .len_bytes = attend->out_bytes,
                        .release = kvs_buffer_release,
                        .arg = out};
-    count_rows(attend);
+    kvs_fetch_count(fetch);
+    KVC_COUNT_N(rows_attended, fetch->n_picks - fetch->rows_missing);
+    reply.u.fetch_rows.rows_gpu = fetch->rows_gpu;
     reply.u.fetch_rows.rows_dram = fetch->rows_dram;
     reply.u.fetch_rows.rows_lmdb = fetch->rows_lmdb;
     if (!kvs_gather_missing(fetch, &reply.u.fetch_rows.missing, &reply.u.fetch_rows.n_missing)) {

@@ -14,6 +14,7 @@
 #include "base/fault.h"
 #include "base/log.h"
 #include "base/metrics.h"
+#include "gpu.h"
 
 #define MAX_TRIES     64u /* at room for one value; others may be faster to take what it freed */
 #define MAX_PROMOTING 64u
@@ -129,6 +130,7 @@ void kvs_cascade_reap(kvs_server *server)
         store->ops->release(store->tier, &victim.key, victim.slot);
         kvs_evict_finish(server->index, &victim);
     }
+    kvs_gpu_reap(server);
 }
 
 void kvs_cascade_bad(kvs_server *server, uint32_t value, kvc_status status)
@@ -155,8 +157,9 @@ typedef struct promotion {
     kvs_slot lmdb;
 } promotion;
 
-kvc_status kvs_cascade_load(kvs_server *server, const kvs_schema *schema, uint32_t part,
-                            uint32_t value, kvs_slot lmdb)
+/* Room, the rows, and the end of LOADING. */
+static kvc_status load_from(kvs_server *server, const kvs_store *store, const kvs_schema *schema,
+                            uint32_t part, uint32_t value, kvs_slot from)
 {
     const kvs_part *info = kvs_part_at(schema, part);
     kvs_value_key key;
@@ -169,17 +172,30 @@ kvc_status kvs_cascade_load(kvs_server *server, const kvs_schema *schema, uint32
         return status;
     }
     kvs_row_range range = {.first = 0, .n = info->n_rows, .dst = addr};
-    status = server->lmdb.ops->read(server->lmdb.tier, &key, lmdb, info->row_bytes, info->n_rows,
-                                    &range, 1);
+    status = store->ops->read(store->tier, &key, from, info->row_bytes, info->n_rows, &range, 1);
     if (status == KVC_OK)
         server->dram.ops->commit(server->dram.tier, &slot, 1);
-    else if (status == KVC_CORRUPT || status == KVC_NOT_FOUND)
+    else if (store == &server->lmdb && (status == KVC_CORRUPT || status == KVC_NOT_FOUND))
         kvs_cascade_bad(server, value, status);
     if (kvs_index_loaded(server->index, value, status == KVC_OK ? &slot : NULL))
         KVC_COUNT(promoted_values);
     else
         server->dram.ops->release(server->dram.tier, &key, slot);
     return status;
+}
+
+kvc_status kvs_cascade_load(kvs_server *server, const kvs_schema *schema, uint32_t part,
+                            uint32_t value, kvs_slot lmdb)
+{
+    return load_from(server, &server->lmdb, schema, part, value, lmdb);
+}
+
+void kvs_cascade_demote(kvs_server *server, uint32_t value, kvs_slot gpu)
+{
+    uint32_t part;
+    const kvs_schema *schema = kvs_index_schema(server->index, value, &part);
+    if (load_from(server, &server->gpu, schema, part, value, gpu) == KVC_OK)
+        KVC_COUNT(gpu_demoted_values);
 }
 
 static void promote_run(kvs_job *job)

@@ -28,6 +28,9 @@ void kvs_cascade_promote(kvs_server *server, const kvs_schema *schema, uint32_t 
 /* Does so on the calling disk thread. AGAIN: no room that loses nothing; CORRUPT, NOT_FOUND, IO. */
 kvc_status kvs_cascade_load(kvs_server *server, const kvs_schema *schema, uint32_t part,
                             uint32_t value, kvs_slot lmdb);
+/* Loads a value that kvs_gpu_evict marked LOADING from its copy in the gpu, if there is room that
+   loses nothing; takes its extra reference. The gpu thread's. */
+void kvs_cascade_demote(kvs_server *server, uint32_t value, kvs_slot gpu);
 /* A reader found the lmdb copy bad (CORRUPT) or gone (NOT_FOUND); the caller holds a reference. */
 void kvs_cascade_bad(kvs_server *server, uint32_t value, kvc_status status);
 /* Releases the dram slots of victims [n], which are finished then. */

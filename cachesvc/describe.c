@@ -15,6 +15,8 @@
 #include "request.h"
 #include "schema_record.h"
 
+#define KVS_TIERS 3u
+
 static uint32_t store_stats(kvs_store *store, kvc_tier_stats *stats)
 {
     kvs_tier_usage usage;
@@ -34,16 +36,17 @@ static uint32_t store_stats(kvs_store *store, kvc_tier_stats *stats)
     return 1;
 }
 
-/* Sizes of the tiers; how many there are (at most 2). */
+/* Sizes of the tiers, the fastest first; how many there are (at most KVS_TIERS). */
 static uint32_t tier_stats(kvs_server *server, kvc_tier_stats *stats)
 {
-    uint32_t n = store_stats(&server->dram, stats);
+    uint32_t n = store_stats(&server->gpu, stats);
+    n += store_stats(&server->dram, stats + n);
     return n + store_stats(&server->lmdb, stats + n);
 }
 
 void kvs_on_describe(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
 {
-    kvc_tier_stats tiers[2];
+    kvc_tier_stats tiers[KVS_TIERS];
     uint32_t max = kvs_schemas_count(server->schemas);
     kvc_reply reply = {.method = KVC_DESCRIBE};
     if (max > server->limits.max_digests)
@@ -68,7 +71,7 @@ void kvs_on_describe(kvs_server *server, kvt_call *call, const kvc_digest *tenan
 void kvs_on_stats(kvs_server *server, kvt_call *call, const kvc_digest *tenant)
 {
     (void)tenant;
-    kvc_tier_stats tiers[2];
+    kvc_tier_stats tiers[KVS_TIERS];
     kvc_metric_value values[KVC_METRIC_COUNT];
     kvc_counter counters[KVC_METRIC_COUNT];
     kvc_metrics_snapshot(values);

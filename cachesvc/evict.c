@@ -128,6 +128,7 @@ static void victim_leave(kvs_index *index, kvs_value *value, uint16_t tier_flags
     victim_p->gone = !(value->flags & (KVS_DRAM | KVS_LMDB));
     victim_p->from_lmdb = tier_flags & KVS_LMDB;
     if (victim_p->gone) {
+        kvs_gpu_forget_locked(index, victim_p->value);
         value->flags = KVS_FILLING;
         index->n_visible--;
     }

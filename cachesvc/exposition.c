@@ -103,14 +103,15 @@ static void tier_values(kvs_store *store, uint64_t values[N_TIER_FAMILIES])
 
 static void put_tiers(kvc_strbuf *out, kvs_server *server)
 {
-    kvs_store *const stores[] = {&server->dram, &server->lmdb};
-    uint64_t values[2][N_TIER_FAMILIES] = {{0}};
-    for (uint32_t t = 0; t < 2; t++)
+    enum { N = 3 };
+    kvs_store *const stores[N] = {&server->dram, &server->lmdb, &server->gpu};
+    uint64_t values[N][N_TIER_FAMILIES] = {{0}};
+    for (uint32_t t = 0; t < N; t++)
         if (stores[t]->ops)
             tier_values(stores[t], values[t]);
     for (uint32_t f = 0; f < N_TIER_FAMILIES; f++) {
         put_head(out, tier_families[f].name, tier_families[f].type, tier_families[f].help);
-        for (uint32_t t = 0; t < 2; t++)
+        for (uint32_t t = 0; t < N; t++)
             if (stores[t]->ops)
                 kvc_strbuf_putf(out, "%s{tier=\"%s\"} %llu\n", tier_families[f].name,
                                 stores[t]->ops->name, (ull)values[t][f]);

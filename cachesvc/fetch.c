@@ -60,36 +60,38 @@ static void give_up(kvs_fetch *fetch, kvc_status status, const char *why)
     fetch->state = KVS_FETCH_DONE;
 }
 
-static void count_rows(kvs_fetch *fetch)
+void kvs_fetch_count(kvs_fetch *fetch)
 {
     kvs_server *server = fetch->server;
-    uint64_t dram_bytes = 0;
+    uint64_t bytes[2] = {0};
     for (uint32_t r = 0; r < fetch->n_reads; r++) {
+        const kvs_read *read = &fetch->reads[r];
+        bool dram = read->where == KVS_IN_DRAM;
         if (fetch->extra[r].status != KVC_OK)
             continue;
-        if (fetch->reads[r].where == KVS_IN_DRAM) {
-            fetch->rows_dram += fetch->reads[r].n_rows;
-            dram_bytes += (uint64_t)fetch->reads[r].n_rows * kvs_fetch_row_bytes(fetch, r);
-        } else {
-            fetch->rows_lmdb += fetch->reads[r].n_rows;
-        }
+        *(dram        ? &fetch->rows_dram
+          : read->gpu ? &fetch->rows_gpu
+                      : &fetch->rows_lmdb) += read->n_rows;
+        if (dram || !read->gpu) /* the gpu's are counted as they are read */
+            bytes[dram] += (uint64_t)read->n_rows * kvs_fetch_row_bytes(fetch, r);
     }
-    fetch->rows_missing = fetch->n_picks - fetch->rows_dram - fetch->rows_lmdb;
+    fetch->rows_missing = fetch->n_picks - fetch->rows_gpu - fetch->rows_dram - fetch->rows_lmdb;
     atomic_fetch_add(&server->dram.rows_read, fetch->rows_dram);
-    atomic_fetch_add(&server->dram.bytes_read, dram_bytes);
+    atomic_fetch_add(&server->dram.bytes_read, bytes[true]);
     atomic_fetch_add(&server->lmdb.rows_read, fetch->rows_lmdb);
-    atomic_fetch_add(&server->lmdb.bytes_read, fetch->data_bytes - dram_bytes);
-    KVC_COUNT_N(rows_dram, fetch->rows_dram);
-    KVC_COUNT_N(rows_lmdb, fetch->rows_lmdb);
+    atomic_fetch_add(&server->lmdb.bytes_read, bytes[false]);
     KVC_COUNT_N(rows_missing, fetch->rows_missing);
-    KVC_COUNT_N(row_bytes_sent, fetch->data_bytes);
 }
 
 static bool fill_reply(kvs_fetch *fetch, kvc_reply *reply_p)
 {
     memset(reply_p, 0, sizeof(*reply_p));
     reply_p->method = KVC_FETCH_ROWS;
-    count_rows(fetch);
+    kvs_fetch_count(fetch);
+    KVC_COUNT_N(rows_dram, fetch->rows_dram);
+    KVC_COUNT_N(rows_lmdb, fetch->rows_lmdb);
+    KVC_COUNT_N(row_bytes_sent, fetch->data_bytes);
+    reply_p->u.fetch_rows.rows_gpu = fetch->rows_gpu;
     reply_p->u.fetch_rows.rows_dram = fetch->rows_dram;
     reply_p->u.fetch_rows.rows_lmdb = fetch->rows_lmdb;
     return kvs_gather_missing(fetch, &reply_p->u.fetch_rows.missing,

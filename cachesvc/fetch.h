@@ -61,7 +61,7 @@ typedef struct kvs_fetch {
     uint16_t *pick_row;     /* [n_picks] row inside its value */
     kvs_context **contexts; /* [n_groups] referenced while planning */
     kvs_buffer *buffer;
-    uint32_t rows_dram, rows_lmdb, rows_missing;
+    uint32_t rows_gpu, rows_dram, rows_lmdb, rows_missing;
     atomic_uint next_lmdb, n_working, n_slices_out;
     uint32_t n_workers;
     kvs_fetch_worker workers[KVS_FETCH_WORKERS];
@@ -84,6 +84,8 @@ static inline uint32_t kvs_fetch_row_bytes(const kvs_fetch *fetch, uint32_t read
     return extra->schema->parts[extra->part].row_bytes;
 }
 
+/* Where the rows came from, once they are there: the fetch's counts, and the tiers'. */
+void kvs_fetch_count(kvs_fetch *fetch);
 /* The group and pick limits of the request; INVALID: the call has been failed. */
 kvc_status kvs_fetch_check_limits(kvs_server *server, kvt_call *call,
                                   uint32_t *n_picks_p) KVC_MUST_CHECK;

@@ -14,6 +14,7 @@
 #include "base/clock.h"
 #include "base/metrics.h"
 #include "cascade.h"
+#include "gpu.h"
 #include "stream.h"
 
 #define PIECE_VALUES 256u /* of one message, each a slice of its own */
@@ -118,7 +119,7 @@ static void count(blocks_piece *piece, const kvc_block_value *values)
     KVC_COUNT_N(rows_dram, rows[KVC_TIER_DRAM]);
     KVC_COUNT_N(rows_lmdb, rows[KVC_TIER_LMDB]);
     KVC_COUNT_N(rows_missing, rows[0]);
-    KVC_COUNT_N(row_bytes_sent, bytes[KVC_TIER_DRAM] + bytes[KVC_TIER_LMDB]);
+    KVC_COUNT_N(row_bytes_sent, bytes[KVC_TIER_GPU] + bytes[KVC_TIER_DRAM] + bytes[KVC_TIER_LMDB]);
 }
 
 /*
@@ -193,8 +194,9 @@ static uint32_t describe(blocks_piece *piece, kvc_block_value *values, kvt_slice
             describe_piece(piece, i, base, &values[i]);
         if (values[i].status != KVC_OK)
             continue;
-        bool dram = piece->reads[i].where == KVS_IN_DRAM;
-        values[i].tier = dram ? KVC_TIER_DRAM : KVC_TIER_LMDB;
+        values[i].tier = piece->reads[i].where == KVS_IN_DRAM ? KVC_TIER_DRAM
+                         : piece->reads[i].gpu                ? KVC_TIER_GPU
+                                                              : KVC_TIER_LMDB;
         if (values[i].len_bytes)
             slices[n++] = (kvt_slice){base, values[i].len_bytes, slice_released, piece};
     }
@@ -234,10 +236,17 @@ static void read_value(blocks_piece *piece, uint32_t i)
                part_of(piece, i)->value_bytes);
         return;
     }
+    const kvs_part *part = part_of(piece, i);
+    piece->reads[i].gpu =
+        piece->reads[i].gpu &&
+        kvs_gpu_read(server, &piece->reads[i], part->row_bytes, part->n_rows, &range, 1) == KVC_OK;
+    if (piece->reads[i].gpu) {
+        piece->status[i] = KVC_OK;
+        return;
+    }
     kvs_index_key(server->index, piece->reads[i].value, &key);
-    kvc_status status =
-        server->lmdb.ops->read(server->lmdb.tier, &key, piece->reads[i].slot,
-                               part_of(piece, i)->row_bytes, part_of(piece, i)->n_rows, &range, 1);
+    kvc_status status = server->lmdb.ops->read(server->lmdb.tier, &key, piece->reads[i].slot,
+                                               part->row_bytes, part->n_rows, &range, 1);
     if (status == KVC_CORRUPT || status == KVC_NOT_FOUND)
         kvs_cascade_bad(server, piece->reads[i].value, status);
     else if (status != KVC_OK)

@@ -12,6 +12,7 @@
 #include "base/metrics.h"
 #include "cascade.h"
 #include "fetch.h"
+#include "gpu.h"
 
 #define MIN_SLICE_BYTES 4096u /* below it, copying a row is cheaper than sending a slice */
 
@@ -127,6 +128,17 @@ static void read_done(void *arg, const kvs_tier_read *tier_read)
     fetch->extra[read].status = status;
 }
 
+/* Where a gpu has a copy, it is read at once; false: it has none, or lmdb is to be asked. */
+static bool from_gpu(kvs_fetch *fetch, uint32_t read, const kvs_tier_read *tier_read)
+{
+    kvs_read *r = &fetch->reads[read];
+    r->gpu = r->gpu && kvs_gpu_read(fetch->server, r, tier_read->row_bytes, tier_read->n_rows,
+                                    tier_read->ranges, tier_read->n_ranges) == KVC_OK;
+    if (r->gpu)
+        fetch->extra[read].status = KVC_OK;
+    return r->gpu;
+}
+
 static bool next_read(void *arg, kvs_tier_read *tier_read)
 {
     kvs_fetch *fetch = arg;
@@ -147,7 +159,8 @@ static bool next_read(void *arg, kvs_tier_read *tier_read)
         tier_read->ranges = extra->ranges;
         tier_read->n_ranges = fill_ranges(fetch, extra);
         tier_read->arg = extra;
-        return true;
+        if (!from_gpu(fetch, read, tier_read))
+            return true;
     }
 }
 

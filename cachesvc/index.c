@@ -35,6 +35,7 @@ kvs_index *kvs_index_create(kvs_schema *const *schemas)
     index->schemas = schemas;
     index->n_classes = 1;
     kvs_slab_init(&index->values, sizeof(kvs_value));
+    kvs_slab_init(&index->gpu, sizeof(kvs_gpu_entry));
     kvc_mutex_init(&index->lock, KVC_RANK_INDEX);
     return index;
 }
@@ -50,6 +51,7 @@ void kvs_index_destroy(kvs_index *index)
     kvs_blocks_fini(index);
     kvs_ghosts_fini(&index->ghosts);
     kvs_slab_fini(&index->values);
+    kvs_slab_fini(&index->gpu);
     kvc_mutex_fini(&index->lock);
     free(index);
 }
@@ -113,6 +115,7 @@ void kvs_value_free_locked(kvs_index *index, uint32_t id)
     kvs_value *value = kvs_value_at(index, id);
     uint32_t block_id = value->block;
     KVC_ASSERT(value->refs == 0 && kvs_value_find(index, block_id, value->part) == id);
+    KVC_ASSERT(!(value->flags & KVS_GPU));
     kvs_block_remove_value(kvs_block_at(index, block_id), value->part);
     kvs_slab_free(&index->values, id);
     kvs_block_settle(index, block_id);

@@ -31,13 +31,15 @@
 #define KVS_HELD    256u    /* counted in held_bytes: leaves no tier unless another has it */
 #define KVS_ERASED  0x800u  /* FILLING or WRITING: invisible, DOOMED once that has ended */
 #define KVS_KEPT    0x1000u /* HELD with no copy in lmdb: counted in its class's n_kept */
+#define KVS_GPU     0x4000u /* a gpu has a copy too: chain names its entry */
+#define KVS_RAISING 0x2000u /* a copy to the gpu is under way: the dram copy must stay */
 
 typedef struct kvs_value {
     kvs_slot dram, lmdb;           /* lmdb of a queued dirty value: its row sums, and their bytes */
     uint32_t dram_prev, dram_next; /* queue of its class (clean values), or of dirty values */
     uint32_t lmdb_prev, lmdb_next; /* age list of its class */
     uint32_t block;
-    uint32_t chain; /* next in the list of dead values */
+    uint32_t chain; /* next in the list of dead values; before that, with GPU, its entry there */
     uint16_t part;  /* place in the schema's table, or of a piece (opaque.h) */
     uint16_t refs;  /* readers */
     uint16_t flags;
@@ -72,7 +74,18 @@ typedef struct kvs_class {
     uint64_t n_dram, n_lmdb; /* in the queues; in the list */
     uint64_t dram_bytes;     /* of the values in the dram list */
     uint64_t n_kept;         /* KEPT values: of dram they keep kvs_class_segments at least */
+    kvs_queue gpu;           /* entries of its copies in a gpu */
 } kvs_class;
+
+/* A value's copy in a gpu. */
+typedef struct kvs_gpu_entry {
+    kvs_slot slot;
+    uint32_t value;      /* KVS_NIL: an orphan */
+    uint32_t prev, next; /* in its class's queue, or next orphan */
+    uint16_t cls;
+    uint8_t uses; /* reads since it was spared, a few at most */
+    bool bad;     /* nobody is told of it any more */
+} kvs_gpu_entry;
 
 #define KVS_MAX_CLASSES     1024u       /* beyond it, values share class 0 */
 #define KVS_DIRTY_SUMS      (16u << 20) /* bytes of row sums kept for dirty values */
@@ -95,6 +108,9 @@ typedef struct kvs_index {
     uint64_t n_dirty, sums_bytes;             /* of the dirty values' row sums */
     bool write_used;                          /* see kvs_index_write_used */
     uint32_t dead_head;                       /* doomed values without readers */
+    bool gpu_on;                              /* there is a gpu tier, and it has not failed */
+    kvs_slab gpu;                             /* kvs_gpu_entry */
+    uint32_t gpu_orphans;                     /* entries whose slots are to be released */
     uint64_t n_visible;                       /* values that a read can find */
     uint64_t held_bytes[KVS_MAX_SCHEMAS + 1]; /* of HELD values, by schema */
     uint32_t held_max_schema;                 /* no id above it has ever been held */
@@ -244,7 +260,11 @@ typedef struct kvs_read {
     uint32_t value;         /* referenced if where is DRAM or LMDB */
     uint8_t where;
     bool promote; /* LOADING was set and one more reference taken: load it to dram, then loaded */
-    kvs_slot slot;
+    /* By the caller: it sees to copies for the gpu. Then: RAISING was set and one more reference
+       taken: copy it there, then kvs_gpu_raised. */
+    bool raise;
+    bool gpu; /* a gpu has it too, at gpu_slot */
+    kvs_slot slot, gpu_slot;
 } kvs_read;
 
 /*
@@ -266,6 +286,37 @@ bool kvs_index_doom(kvs_index *index, uint32_t id);
 bool kvs_index_any_doomed(kvs_index *index, const uint32_t *values, uint32_t n);
 /* A promotion ended (slot NULL: in vain); drops its reference. False: the slot was not taken. */
 bool kvs_index_loaded(kvs_index *index, uint32_t id, const kvs_slot *slot);
+
+/* ---- index_gpu.c: copies in a gpu, of values that dram or lmdb have ---- */
+
+/* Whether reads are told of copies, and values become worth one by use. */
+void kvs_gpu_on(kvs_index *index, bool yes);
+/* Marks a referenced value RAISING, with one more reference, where dram has it and the gpu has not
+   and nobody else is at it; then kvs_gpu_raised. */
+bool kvs_gpu_want(kvs_index *index, uint32_t id, kvs_slot *dram_p);
+/* The copy ended (slot NULL: in vain); drops its reference. False: the slot was not taken. */
+bool kvs_gpu_raised(kvs_index *index, uint32_t id, const kvs_slot *slot);
+/* The slot of a copy whose value is no more, to be released. False: there is none. */
+bool kvs_gpu_orphan(kvs_index *index, kvs_slot *slot_p);
+/* A copy that has left the index: its slot is to be released. demote: dram has not got the value:
+   LOADING was set and a reference taken, so load it there first, then kvs_index_loaded. */
+typedef struct kvs_gpu_victim {
+    uint32_t value;
+    bool demote;
+    kvs_slot slot;
+} kvs_gpu_victim;
+/* The gpu thread's: the oldest copy of the class that was not read lately and is not in use. */
+bool kvs_gpu_evict(kvs_index *index, uint32_t cls, kvs_gpu_victim *victim_p);
+/* As kvs_evict_starved. */
+bool kvs_gpu_starved(kvs_index *index, uint32_t cls);
+/* The gpu thread's: a segment of other classes' of which no copy is in use, the least read, and the
+   next copy there (*cursor_p: 0 at first). False: there is none. */
+bool kvs_gpu_find_segment(kvs_index *index, uint32_t cls, uint32_t *segment_p);
+bool kvs_gpu_evict_from(kvs_index *index, uint32_t segment, uint32_t *cursor_p,
+                        kvs_gpu_victim *victim_p);
+uint64_t kvs_gpu_count(kvs_index *index); /* copies */
+/* A reader, who has a reference, found the copy corrupt. False: it was known, or there is none. */
+bool kvs_gpu_bad(kvs_index *index, uint32_t id);
 
 /* ---- index_opaque.c: values of opaque schemas, which are there once all their pieces are ---- */
 
@@ -359,11 +410,20 @@ static inline uint64_t kvs_class_segments(const kvs_index *index, const kvs_clas
     uint64_t slots = kvs_class_slots(index, cls);
     return (n + slots - 1) / slots;
 }
-/* The tier that a read would take it from; 0: none. */
-static inline uint8_t kvs_value_tier(const kvs_value *value)
+/* The fastest tier that has it; 0: none. */
+static inline uint8_t kvs_value_tier(const kvs_index *index, const kvs_value *value)
 {
-    return !kvs_value_visible(value) ? 0 : value->flags & KVS_DRAM ? KVC_TIER_DRAM : KVC_TIER_LMDB;
+    return !kvs_value_visible(value)                 ? 0
+           : value->flags & KVS_GPU && index->gpu_on ? KVC_TIER_GPU
+           : value->flags & KVS_DRAM                 ? KVC_TIER_DRAM
+                                                     : KVC_TIER_LMDB;
 }
+/* The value's copy in the gpu, if it has one, is an orphan. */
+void kvs_gpu_forget_locked(kvs_index *index, uint32_t id);
+/* Whether it has one that can be read, which counts as a use. */
+bool kvs_gpu_used_locked(kvs_index *index, const kvs_value *value, kvs_slot *slot_p);
+/* As kvs_gpu_want, for a value that was read often. */
+bool kvs_gpu_hot_locked(const kvs_index *index, kvs_value *value);
 bool kvs_blocks_init(kvs_index *index); /* false: no memory */
 void kvs_blocks_fini(kvs_index *index);
 /* KVS_NIL: not there. */

@@ -180,7 +180,8 @@ static void doom(kvs_index *index, uint32_t id)
         kvs_evict_dram_remove(index, id);
     if (value->flags & KVS_LMDB)
         kvs_evict_lmdb_remove(index, id);
-    value->flags = (uint16_t)((value->flags & (KVS_DRAM | KVS_LMDB | KVS_LOADING)) | KVS_DOOMED);
+    uint32_t kept = KVS_DRAM | KVS_LMDB | KVS_LOADING | KVS_GPU | KVS_RAISING;
+    value->flags = (uint16_t)((value->flags & kept) | KVS_DOOMED);
     if (value->refs == 0) { /* as a reader who leaves at once: the last hands it to the dead */
         value->refs = 1;
         kvs_value_unref_locked(index, id);

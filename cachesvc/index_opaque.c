@@ -27,7 +27,7 @@ static uint8_t whole_tier(const kvs_index *index, const kvs_block *block)
     if (kvs_opaque_piece(places[n - 1]) != n - 1 || !kvs_opaque_is_last(places[n - 1]))
         return 0;
     for (uint32_t i = 0; i < n; i++) {
-        uint8_t tier = kvs_value_tier(kvs_value_at(index, block->values[i]));
+        uint8_t tier = kvs_value_tier(index, kvs_value_at(index, block->values[i]));
         if (!tier)
             return 0;
         slowest = tier > slowest ? tier : slowest;

@@ -19,6 +19,7 @@ void kvs_value_unref_locked(kvs_index *index, uint32_t id)
     kvs_value *value = kvs_value_at(index, id);
     KVC_ASSERT(value->refs > 0);
     if (--value->refs == 0 && value->flags & KVS_DOOMED) {
+        kvs_gpu_forget_locked(index, id);
         value->chain = index->dead_head;
         index->dead_head = id;
     }
@@ -48,8 +49,9 @@ static void want_write(kvs_index *index, uint32_t id)
 static void read_ref(kvs_index *index, uint32_t part, uint32_t promote_rows, uint32_t window,
                      kvs_read *read)
 {
+    bool raises = read->raise;
     read->where = KVS_NOWHERE;
-    read->promote = false;
+    read->promote = read->raise = read->gpu = false;
     read->value = kvs_value_find(index, read->block, part);
     if (read->value == KVS_NIL)
         return;
@@ -61,6 +63,7 @@ static void read_ref(kvs_index *index, uint32_t part, uint32_t promote_rows, uin
         return;
     }
     value->refs++;
+    read->gpu = kvs_gpu_used_locked(index, value, &read->gpu_slot);
     if (value->flags & KVS_DRAM) {
         if ((value->flags & KVS_READS) != KVS_READS)
             value->flags += KVS_READ;
@@ -68,6 +71,7 @@ static void read_ref(kvs_index *index, uint32_t part, uint32_t promote_rows, uin
             want_write(index, read->value);
         read->where = KVS_IN_DRAM;
         read->slot = value->dram;
+        read->raise = raises && kvs_gpu_hot_locked(index, value);
         return;
     }
     read->where = KVS_IN_LMDB;
@@ -139,7 +143,8 @@ bool kvs_index_doom(kvs_index *index, uint32_t id)
     if (doomed) {
         kvs_evict_lmdb_remove(index, id);
         kvs_hold_forget_locked(index, id);
-        value->flags = (uint16_t)((value->flags & KVS_LOADING) | KVS_LMDB | KVS_DOOMED);
+        uint32_t kept = KVS_LOADING | KVS_GPU | KVS_RAISING;
+        value->flags = (uint16_t)((value->flags & kept) | KVS_LMDB | KVS_DOOMED);
         index->n_visible--;
     }
     kvc_mutex_unlock(&index->lock);
@@ -165,11 +170,11 @@ bool kvs_index_loaded(kvs_index *index, uint32_t id, const kvs_slot *slot)
 
 /* ---- match ---------------------------------------------------------------------- */
 
-/* The tier that a read would take it from; 0: it is not there. */
+/* The fastest tier that has it; 0: it is not there. */
 static uint8_t value_tier(kvs_index *index, uint32_t block, uint32_t part)
 {
     uint32_t id = block == KVS_NIL ? KVS_NIL : kvs_value_find(index, block, part);
-    return id == KVS_NIL ? 0 : kvs_value_tier(kvs_value_at(index, id));
+    return id == KVS_NIL ? 0 : kvs_value_tier(index, kvs_value_at(index, id));
 }
 
 /* A prefix match under way. run [n_parts]: the lengths of the present runs that end here. */
@@ -187,7 +192,7 @@ typedef struct match {
 static bool match_block(kvs_index *index, match *m, uint32_t block, uint32_t i, bool *good_p)
 {
     *good_p = true;
-    m->tier = KVC_TIER_DRAM;
+    m->tier = 0;
     for (uint32_t p = 0; p < m->n_parts; p++) {
         uint32_t need = m->windowed ? m->schema->parts[m->parts[p]].window_blocks : 0;
         uint8_t tier = value_tier(index, block, m->parts[p]);
@@ -198,6 +203,8 @@ static bool match_block(kvs_index *index, match *m, uint32_t block, uint32_t i, 
         if (need && m->run[p] < (need < i + 1 ? need : i + 1))
             *good_p = false;
     }
+    if (m->tier == 0) /* nothing of it is needed any more */
+        m->tier = KVC_TIER_DRAM;
     return true;
 }
 

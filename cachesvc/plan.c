@@ -10,6 +10,7 @@
 #include "base/assert.h"
 #include "cascade.h"
 #include "fetch.h"
+#include "gpu.h"
 
 /* From a block's place in the context to its read, within one group; all zero is empty. */
 typedef struct block_slot {
@@ -139,7 +140,7 @@ static uint32_t add_read(kvs_fetch *fetch, const kvs_context *context, uint32_t 
                          uint32_t place)
 {
     uint32_t read = fetch->n_reads++;
-    fetch->reads[read] = (kvs_read){.block = kvs_context_block(context, place)};
+    fetch->reads[read] = (kvs_read){.block = kvs_context_block(context, place), .raise = true};
     fetch->extra[read] = (kvs_fetch_read){.schema = context->schema,
                                           .part = part,
                                           .first_pick = KVS_NO_READ,
@@ -208,6 +209,8 @@ static void ref_group(kvs_fetch *fetch, const kvs_schema *schema, uint32_t part,
             fetch->lmdb_reads[fetch->n_lmdb++] = r;
         if (read->promote)
             kvs_cascade_promote(server, schema, part, read->value, read->slot);
+        if (read->raise)
+            kvs_gpu_raise(server, schema, part, read);
     }
 }
 

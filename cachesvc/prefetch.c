@@ -1,25 +1,29 @@
 /*
  * prefetch.c: Prefetch.
  *
- * Runs on one disk thread at a time and gives it back after every few loads, so that fetches come
- * in between. It only uses room that loses nothing: free, or of values that lmdb has too; once a
- * part found none, its other values stay where they are. Invariant: the context is referenced until
- * the answer, so its block ids stay valid.
+ * Runs on one disk thread at a time, or on the gpu's, and gives it back after every few loads, so
+ * that others come in between. It only uses room that loses nothing: free, or of values that lmdb
+ * has too; once a part found none, its other values stay where they are. Invariant: the context is
+ * referenced until the answer, so its block ids stay valid.
  */
 #include <stdlib.h>
 
 #include "base/clock.h"
 #include "base/metrics.h"
 #include "cascade.h"
+#include "gpu.h"
 #include "request.h"
 
 #define TURN_LOADS 8u    /* values loaded before the thread is given back */
 #define TURN_LOOKS 1024u /* values looked at */
-#define DRAM_PART  2u    /* of dram: the most that one call loads */
+#define DRAM_PART  2u    /* of dram: the most that one call loads there */
 
 typedef struct prefetch {
     kvs_job job; /* first */
     kvs_server *server;
+    kvs_disk *pool; /* whose thread it runs on: the disk's, or the gpu's; NULL: the caller's */
+    bool to_gpu;
+    uint64_t max_bytes; /* of what it loads */
     kvt_call *call;
     kvs_context *context;     /* NULL: blocks by name */
     const kvs_schema *schema; /* kept by the context or the call */
@@ -56,7 +60,7 @@ static void finish(prefetch *p, kvc_status status, const char *why)
     reply.u.prefetch.moved_bytes = p->moved_bytes;
     KVC_COUNT_N(prefetched_values, p->moved);
     let_go(p);
-    if (p->server->disk)
+    if (p->pool)
         atomic_fetch_sub(&p->server->n_slow_jobs, 1);
     if (status == KVC_OK)
         kvs_answer(p->call, &reply, NULL, 0);
@@ -65,11 +69,28 @@ static void finish(prefetch *p, kvc_status status, const char *why)
     free(p);
 }
 
-/* Loads a value that the lookup marked for it, or counts it as left. */
+/* Copies a value to the gpu, by way of dram where only lmdb has it. EXISTS: somebody else does. */
+static kvc_status to_gpu(prefetch *p, const kvs_read *read)
+{
+    kvs_server *server = p->server;
+    uint32_t part = p->parts[p->part];
+    kvs_slot dram;
+    kvc_status status = KVC_OK;
+    if (read->promote)
+        status = kvs_cascade_load(server, p->schema, part, read->value, read->slot);
+    if (status != KVC_OK)
+        return status;
+    if (!kvs_gpu_want(server->index, read->value, &dram))
+        return KVC_EXISTS;
+    return kvs_gpu_load(server, p->schema, part, read->value, dram);
+}
+
+/* Loads a value that is wanted, or counts it as left. */
 static void load(prefetch *p, const kvs_part *info, const kvs_read *read)
 {
-    kvc_status status =
-        kvs_cascade_load(p->server, p->schema, p->parts[p->part], read->value, read->slot);
+    kvc_status status = p->to_gpu ? to_gpu(p, read)
+                                  : kvs_cascade_load(p->server, p->schema, p->parts[p->part],
+                                                     read->value, read->slot);
     if (status == KVC_OK) {
         p->moved++;
         p->moved_bytes += info->value_bytes;
@@ -77,7 +98,7 @@ static void load(prefetch *p, const kvs_part *info, const kvs_read *read)
         p->missing++;
     } else {
         p->left++;
-        *full_of(p) = true;
+        *full_of(p) = *full_of(p) || status != KVC_EXISTS;
     }
 }
 
@@ -87,22 +108,28 @@ static bool visit(prefetch *p)
     kvs_server *server = p->server;
     const kvs_schema *schema = p->schema;
     const kvs_part *info = kvs_part_at(schema, p->parts[p->part]);
-    bool may = !*full_of(p) &&
-               p->moved_bytes + info->value_bytes <= server->settings.dram_bytes / DRAM_PART;
+    bool may = !*full_of(p) && p->moved_bytes + info->value_bytes <= p->max_bytes;
     kvs_read read = {
         .block = p->context ? kvs_context_block(p->context, p->block) : p->named[p->block],
         .n_rows = 1,
     };
     kvs_index_ref(server->index, schema, p->parts[p->part], may ? 1 : 0,
                   atomic_load(&server->window), &read, 1);
+    /* lmdb's with a copy in the gpu may still be worth loading to dram: not by this call. */
+    if (p->to_gpu && read.gpu && read.promote) {
+        kvs_index_loaded(server->index, read.value, NULL);
+        read.promote = false;
+    }
+    bool there = p->to_gpu ? read.gpu : read.where == KVS_IN_DRAM;
+    bool wanted = read.promote || (p->to_gpu && may && !there && read.where == KVS_IN_DRAM);
     p->missing += read.where == KVS_NOWHERE;
-    p->there += read.where == KVS_IN_DRAM;
-    p->left += read.where == KVS_BUSY || (read.where == KVS_IN_LMDB && !read.promote);
-    if (read.promote)
+    p->there += there;
+    p->left += read.where != KVS_NOWHERE && !there && !wanted;
+    if (wanted)
         load(p, info, &read);
     if (read.where == KVS_IN_DRAM || read.where == KVS_IN_LMDB)
         kvs_index_unref(server->index, &read.value, 1);
-    return read.promote;
+    return wanted;
 }
 
 /* The pieces that an opaque value has now. None: it is missing. */
@@ -144,7 +171,7 @@ static void prefetch_run(kvs_job *job)
     kvc_status status;
     do {
         status = turn(p);
-    } while (status == KVC_AGAIN && kvs_disk_submit(p->server->disk, &p->job) != KVC_OK);
+    } while (status == KVC_AGAIN && kvs_disk_submit(p->pool, &p->job) != KVC_OK);
     if (status != KVC_AGAIN)
         finish(p, status, "nobody waited any more");
 }
@@ -155,16 +182,16 @@ static void start(prefetch *p)
     kvs_server *server = p->server;
     kvc_status status = KVC_AGAIN;
     p->job.run = prefetch_run;
-    if (!server->disk) {
+    if (!p->pool) {
         while (status == KVC_AGAIN)
             status = turn(p);
         finish(p, status, "nobody waited any more");
         return;
     }
     if (kvs_slow_job_begin(server)) {
-        if (kvs_disk_submit(server->disk, &p->job) == KVC_OK)
+        if (kvs_disk_submit(p->pool, &p->job) == KVC_OK)
             return;
-        finish(p, status, "the disk threads have too much to do");
+        finish(p, status, "the threads for it have too much to do");
         return;
     }
     let_go(p);
@@ -199,10 +226,14 @@ static bool choose_range(prefetch *p, uint32_t have)
 {
     kvt_call *call = p->call;
     p->block = call->req.u.prefetch.first_block;
-    if (call->req.u.prefetch.tier != KVC_TIER_DRAM) {
-        kvs_fail(call, KVC_UNSUPPORTED, "this server prefetches to DRAM only");
+    p->to_gpu = call->req.u.prefetch.tier == KVC_TIER_GPU;
+    if (call->req.u.prefetch.tier != KVC_TIER_DRAM && !(p->to_gpu && kvs_gpu_works(p->server))) {
+        kvs_fail(call, KVC_UNSUPPORTED, "this server has no GPU: it prefetches to DRAM only");
         return false;
     }
+    p->pool = p->to_gpu ? p->server->gpu_jobs : p->server->disk;
+    p->max_bytes =
+        p->to_gpu ? p->server->settings.gpu_bytes : p->server->settings.dram_bytes / DRAM_PART;
     if (p->block > have || call->req.u.prefetch.n_blocks > have - p->block) {
         kvs_fail(call, KVC_INVALID, "blocks %u and %u more; there are %u", p->block,
                  call->req.u.prefetch.n_blocks, have);

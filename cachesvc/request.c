@@ -141,7 +141,7 @@ const kvs_schema *kvs_want_rows(kvs_server *server, kvt_call *call, const kvc_di
 
 bool kvs_slow_job_begin(kvs_server *server)
 {
-    uint32_t most = (kvs_disk_threads(server->disk) + 1) / 2;
+    uint32_t most = server->disk ? (kvs_disk_threads(server->disk) + 1) / 2 : 1;
     if (atomic_fetch_add(&server->n_slow_jobs, 1) < most)
         return true;
     atomic_fetch_sub(&server->n_slow_jobs, 1);

@@ -21,6 +21,7 @@
 #include "base/text.h"
 #include "cascade.h"
 #include "files.h"
+#include "gpu.h"
 #include "heap.h"
 #include "limits.h"
 #include "maps.h"
@@ -295,6 +296,8 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
     if (status == KVC_OK)
         status = open_lmdb(server);
     if (status == KVC_OK)
+        status = kvs_gpu_open(server);
+    if (status == KVC_OK)
         status = kvs_attend_open(server);
     if (status == KVC_OK)
         kvs_limits_finish(server);
@@ -418,6 +421,7 @@ void kvs_server_close(kvs_server *server, bool flush)
                      (unsigned long long)kvs_index_dirty_count(server->index));
     kvs_attend_close(server);
     kvs_disk_destroy(server->disk);
+    kvs_gpu_stop(server);
     kvs_writer_destroy(server->writer, flush);
     kvs_contexts_destroy(server->contexts);
     kvs_holds_destroy(server->holds);
@@ -428,6 +432,8 @@ void kvs_server_close(kvs_server *server, bool flush)
     if (server->index)
         kvs_cascade_reap(server);
     kvs_admission_save(server, true);
+    if (server->gpu.ops)
+        server->gpu.ops->close(server->gpu.tier);
     if (server->lmdb.ops)
         server->lmdb.ops->close(server->lmdb.tier);
     if (server->dram.ops)

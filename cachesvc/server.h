@@ -52,6 +52,10 @@ typedef struct kvs_server {
     struct kvs_tenants *tenants;  /* of clients of this host */
     atomic_ullong streamed_bytes; /* of buffers for bodies that PutBlocksStream waits for */
     kvs_store dram, lmdb;
+    kvs_store gpu;                 /* copies of what the others have; see gpu.h */
+    kvs_disk *gpu_jobs;            /* its one thread; NULL without */
+    atomic_bool gpu_works;         /* it has not failed */
+    atomic_uint n_raising;         /* values to be copied there */
     struct kvs_attender *attender; /* NULL: AttendRows is not served */
     kvs_disk *disk;                /* NULL without lmdb */
     kvs_writer *writer;            /* NULL without lmdb */

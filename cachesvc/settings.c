@@ -37,6 +37,12 @@ static const kvc_setting table[] = {
     {"dram_bytes", KVC_CONFIG_BYTES, FIELD(dram_bytes), "1GiB", 64 * KIB, 64 * TIB, NULL,
      "Host memory for values, never exceeded. When it is full, values that are safe in lmdb or may "
      "be dropped give way."},
+    {"gpu_bytes", KVC_CONFIG_BYTES, FIELD(gpu_bytes), "0", 0, 64 * TIB, NULL,
+     "Spare memory of a GPU for copies of values that are read often, never exceeded. dram or lmdb "
+     "have all of them too, so nothing is lost with the GPU. Workers of this host read them there "
+     "(shm://, CUDA IPC). 0, or where there is no such GPU: no gpu tier."},
+    {"gpu_device", KVC_CONFIG_UINT, FIELD(gpu_device), "0", 0, 255, NULL,
+     "The number of that GPU, as CUDA counts those that the process may see."},
     {"lmdb_path", KVC_CONFIG_STRING, FIELD(lmdb_path), "", 0, 3000, NULL,
      "The folder of the lmdb tier, created if it is missing. Empty: no lmdb tier, so DURABLE puts "
      "are refused and nothing survives a restart."},

@@ -16,6 +16,7 @@ typedef struct kvs_settings {
     const char *listen;       /* URIs, separated by commas */
     const char *admin_listen; /* HOST:PORT; "": none */
     uint64_t dram_bytes, lmdb_bytes;
+    uint64_t gpu_bytes, gpu_device; /* gpu_bytes 0: none */
     const char *lmdb_path;
     uint64_t max_value_bytes, max_inflight_bytes, max_calls, max_connections;
     uint64_t context_ttl_ns, max_contexts, max_open_blocks;
@@ -42,7 +43,7 @@ typedef struct kvs_settings {
     const char *ready_file; /* "": none */
     bool print_config;
     /* Not an operator's: specs of the fault tier around a tier, for tests; NULL: none. */
-    const char *dram_fault, *lmdb_fault;
+    const char *dram_fault, *lmdb_fault, *gpu_fault;
     /* The program that checks lmdb's files after an unclean stop: main's own. NULL: none. */
     const char *lmdb_checker;
 } kvs_settings;
