@@ -12,6 +12,7 @@
 
 #include "base/le.h"
 #include "base/metrics.h"
+#include "gpu.h"
 #include "maps.h"
 #include "request.h"
 #include "tier/tier_dram.h"
@@ -94,11 +95,18 @@ static bool choose(mapping *m, const kvc_digest *tenant)
 static void reference(mapping *m)
 {
     const kvs_schema *schema = m->context->schema;
+    bool gpu = m->call->req.u.map_context.gpu && kvs_gpu_works(m->server);
     for (uint32_t p = 0; p < m->n_parts; p++) {
         kvs_read *reads = m->reads + (size_t)p * m->n_blocks;
         for (uint32_t b = 0; b < m->n_blocks; b++)
-            reads[b].block = kvs_context_block(m->context, m->first + b);
+            reads[b] =
+                (kvs_read){.block = kvs_context_block(m->context, m->first + b), .raise = gpu};
         kvs_index_ref(m->server->index, schema, m->parts[p], 0, 0, reads, m->n_blocks);
+        for (uint32_t b = 0; b < m->n_blocks; b++) {
+            if (reads[b].raise)
+                kvs_gpu_raise(m->server, schema, m->parts[p], &reads[b]);
+            reads[b].gpu = reads[b].gpu && gpu;
+        }
         m->reserved_bytes += (uint64_t)m->n_blocks * schema->parts[m->parts[p]].value_bytes;
     }
     m->reserved_bytes = kvs_map_reserve(m->server->maps, &schema->tenant, m->reserved_bytes);
@@ -112,26 +120,75 @@ static void drop(mapping *m, uint32_t value)
 }
 
 /* The reply can name no further segment. The lease took a descriptor of a connection's first. */
-static bool is_full(const mapping *m)
+static bool is_full(const mapping *m, bool gpu)
 {
-    return m->n_fds == KVT_MAX_FDS || m->reply.u.map_context.n_segments == KVC_MAX_MAP_SEGMENTS;
+    return (m->n_fds == KVT_MAX_FDS && !gpu) ||
+           m->reply.u.map_context.n_segments == KVC_MAX_MAP_SEGMENTS;
+}
+
+/* Where a value lies. */
+typedef struct lying {
+    kvs_map_segment segment;
+    uint64_t len_bytes, off_bytes; /* of the segment, in it */
+    kvc_gpu_handle handle;
+} lying;
+
+/* False: the tier cannot tell others. */
+static bool locate(const mapping *m, const kvs_read *read, bool gpu, lying *l)
+{
+    const kvs_store *store = &m->server->gpu;
+    kvs_dram_segment segment;
+    kvs_tier_place place;
+    if (gpu) {
+        if (!store->ops->locate ||
+            store->ops->locate(store->tier, read->gpu_slot, &place) != KVC_OK)
+            return false;
+        *l = (lying){{.gpu = true, .number = place.segment, .fd = -1},
+                     place.len_bytes,
+                     place.off_bytes,
+                     place.handle};
+        return true;
+    }
+    if (kvs_dram_locate(m->server->dram.tier, read->slot, &segment, &l->off_bytes) != KVC_OK)
+        return false;
+    l->segment = (kvs_map_segment){.number = segment.number, .fd = segment.fd};
+    l->len_bytes = segment.len_bytes;
+    return true;
+}
+
+/* Finds the value's place in one of its tiers. */
+static kvs_map_place look_up(mapping *m, const kvs_read *read, bool gpu, bool fits, lying *l)
+{
+    kvs_map_place at = {.fd = -1, .capped = gpu};
+    if (locate(m, read, gpu, l))
+        kvs_map_place_value(m->server->maps, m->call->peer->id, m->reply.u.map_context.map,
+                            read->value, &l->segment, is_full(m, gpu), fits, &at);
+    return at;
+}
+
+/* The segment is new to the connection: it goes with the reply. */
+static void bring(mapping *m, const kvs_map_place *at, const lying *l)
+{
+    kvc_map_segment *segment = &m->segments[m->reply.u.map_context.n_segments++];
+    *segment = (kvc_map_segment){
+        .id = at->id, .gpu = l->segment.gpu, .len_bytes = l->len_bytes, .handle = l->handle};
+    if (at->fd >= 0)
+        m->fds[m->n_fds++] = at->fd;
 }
 
 /* One value's entry. False: its segment cannot be passed in this reply. */
 static bool place(mapping *m, const kvs_read *read, uint32_t value_bytes, uint8_t *entry)
 {
-    kvs_dram_segment segment;
-    uint64_t off_bytes;
-    if (read->where != KVS_IN_DRAM) {
+    lying l = {0};
+    if (read->where != KVS_IN_DRAM && !read->gpu) {
         if (read->where == KVS_IN_LMDB)
             drop(m, read->value);
         return true;
     }
     bool fits = m->used_bytes + value_bytes <= m->reserved_bytes;
-    kvs_map_place at = {.fd = -1};
-    if (kvs_dram_locate(m->server->dram.tier, read->slot, &segment, &off_bytes) == KVC_OK)
-        kvs_map_place_value(m->server->maps, m->call->peer->id, m->reply.u.map_context.map,
-                            read->value, &segment, is_full(m), fits, &at);
+    kvs_map_place at = look_up(m, read, read->gpu, fits, &l);
+    if (read->gpu && at.id == 0 && at.capped && read->where == KVS_IN_DRAM)
+        at = look_up(m, read, false, fits, &l);
     if (!fits && !at.again) { /* what the map has already needs no room */
         m->reply.u.map_context.unpinned++;
         drop(m, read->value);
@@ -139,14 +196,11 @@ static bool place(mapping *m, const kvs_read *read, uint32_t value_bytes, uint8_
     }
     if (at.id == 0 && !at.capped)
         return false;
-    if (at.fd >= 0) {
-        uint32_t i = m->reply.u.map_context.n_segments++;
-        m->segments[i] = (kvc_map_segment){at.id, segment.len_bytes};
-        m->fds[m->n_fds++] = at.fd;
-    }
+    if (at.fresh)
+        bring(m, &at, &l);
     if (at.id > 0) {
         kvc_le_put(entry, at.id, 4);
-        kvc_le_put(entry + 4, (uint32_t)(off_bytes / KVS_DRAM_PAGE_BYTES), 4);
+        kvc_le_put(entry + 4, (uint32_t)(l.off_bytes / KVS_DRAM_PAGE_BYTES), 4);
     }
     m->reply.u.map_context.unpinned += at.capped;
     if (at.capped || at.again) {

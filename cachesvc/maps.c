@@ -38,8 +38,10 @@ kvs_maps *kvs_maps_create(kvs_server *server)
         return NULL;
     maps->server = server;
     maps->max_bytes = server->limits.max_map_pin_bytes;
-    maps->max_mapped_bytes = server->limits.max_mapped_bytes;
-    maps->max_total = s->dram_bytes / 10 * 9;
+    maps->max_mapped_bytes[KVSI_DRAM] = server->limits.max_mapped_bytes;
+    maps->max_mapped_bytes[KVSI_GPU] = s->gpu_bytes / 4 * 3;
+    maps->max_total = maps->max_total_mapped[KVSI_DRAM] = s->dram_bytes / 10 * 9;
+    maps->max_total_mapped[KVSI_GPU] = s->gpu_bytes / 10 * 9;
     maps->next_number = server->boot_id << 32;
     kvc_mutex_init(&maps->lock, KVC_RANK_CONTEXT);
     return maps;

@@ -1,5 +1,6 @@
 /*
- * maps.h: what clients of this host have mapped of dram, and the pins that keep it in its place.
+ * maps.h: what clients of this host have mapped of dram and gpu, and the pins that keep it in its
+ * place.
  *
  * A map belongs to one connection and dies with it; it references values of the index as a reader
  * does, so none of them moves, gives way or is written over. The client reads them without asking.
@@ -7,6 +8,10 @@
  * lease: a word per map, which holds the map's number while it is good. The server clears the word
  * before it lets the values go; a reader copies first, then looks at the word, and drops what it
  * copied if the word is another. Pinned bytes are counted once for each map.
+ *
+ * A value with a copy in the gpu tier may be mapped there instead, by a client that asked for it
+ * and opens the segment by its handle (CUDA IPC); everything said here holds for those segments
+ * too.
  *
  * Segments are passed once to a connection and are its until it says that it maps them no more, or
  * goes. Meanwhile no other tenant can have them, empty or not, so they are capped as pins are.
@@ -51,17 +56,25 @@ uint64_t kvs_map_reserve(kvs_maps *maps, const kvc_digest *tenant, uint64_t want
 kvc_status kvs_map_add(kvs_maps *maps, uint64_t id, uint64_t number, uint32_t *values,
                        uint32_t *n_p, uint64_t used_bytes, uint64_t reserved_bytes) KVC_MUST_CHECK;
 
+/* A segment of which a slot is held. */
+typedef struct kvs_map_segment {
+    bool gpu;        /* of the gpu tier, else of dram */
+    uint32_t number; /* in its tier */
+    int fd;          /* of dram's, borrowed */
+} kvs_map_segment;
+
 typedef struct kvs_map_place {
     uint32_t id; /* what the connection calls the segment; 0: it has not been passed */
     int fd;      /* of its own, to be passed, as the segment is new to it; else -1 */
+    bool fresh;  /* the segment is new to it: of dram with fd, of the gpu without */
     bool capped; /* id 0: no more can be mapped now, whatever the reply has room for */
     bool again;  /* the map pins the value already */
 } kvs_map_place;
-/* Finds the segment (a kvs_dram_segment) of a held slot among those of the connection, or passes
- * it, unless no_fds: the reply has no room. fits: a value more may be pinned; else only what the
- * map pins already is found. */
+/* Finds the segment among those of the connection, or passes it, unless the reply is full. fits: a
+ * value more may be pinned; else only what the map pins already is found. */
 void kvs_map_place_value(kvs_maps *maps, uint64_t id, uint64_t number, uint32_t value,
-                         const void *dram_segment, bool no_fds, bool fits, kvs_map_place *place_p);
+                         const kvs_map_segment *segment, bool full, bool fits,
+                         kvs_map_place *place_p);
 /* These segments, by the connection's ids [n], are mapped by it no more, or were not passed after
  * all, and so is the lease. Ids that mean nothing are passed over. */
 void kvs_map_unpass(kvs_maps *maps, uint64_t id, const uint32_t *ids, uint32_t n, bool lease);

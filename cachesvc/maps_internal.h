@@ -13,6 +13,9 @@
 
 #define KVSI_MAP_TENANTS 64u
 
+/* Whose segments. */
+enum { KVSI_DRAM = 0, KVSI_GPU = 1, KVSI_KINDS };
+
 typedef struct kvsi_map {
     struct kvsi_map *next;
     uint64_t number, bytes;
@@ -32,26 +35,30 @@ typedef struct kvsi_map_peer {
     bool lease_passed;
     /* A segment is passed once, however often it is laid out anew: while somebody maps it, it stays
      * the same memory. */
-    uint32_t *ids; /* [n_ids] by the segment's number: what the connection calls it; 0: nothing */
-    uint32_t *numbers; /* [n_numbers] by id - 1; KVSI_NO_SEGMENT: the id is free */
-    uint32_t n_ids, n_numbers, n_passed;
+    struct {
+        uint32_t *ids; /* [n] by the segment's number: what the connection calls it; 0: nothing */
+        uint32_t n;
+    } of[KVSI_KINDS];
+    uint32_t *names; /* [n_names] by id - 1: number and kind; KVSI_NO_SEGMENT: the id is free */
+    uint32_t n_names, n_passed;
 } kvsi_map_peer;
 
 #define KVSI_NO_SEGMENT UINT32_MAX
 
 typedef struct kvsi_map_tenant {
     kvc_digest tenant;
-    uint64_t bytes;        /* pinned or reserved */
-    uint64_t mapped_bytes; /* of segments that at least one connection has been passed */
+    uint64_t bytes;                    /* pinned or reserved */
+    uint64_t mapped_bytes[KVSI_KINDS]; /* of segments that at least one connection has been passed
+                                        */
 } kvsi_map_tenant;
 
 struct kvs_maps {
     kvs_server *server;
-    uint64_t max_bytes, max_mapped_bytes; /* of a tenant */
-    uint64_t max_total;                   /* of either, of all tenants */
+    uint64_t max_bytes, max_mapped_bytes[KVSI_KINDS]; /* of a tenant */
+    uint64_t max_total, max_total_mapped[KVSI_KINDS]; /* of all tenants */
     kvc_mutex lock; /* rank CONTEXT; guards all below; never held with a context's */
     kvsi_map_peer *peers;
-    uint64_t next_number, total_bytes, total_mapped_bytes;
+    uint64_t next_number, total_bytes, total_mapped_bytes[KVSI_KINDS];
     kvsi_map_tenant tenants[KVSI_MAP_TENANTS]; /* beyond them, tenants share the last */
     uint32_t n_tenants;
 };

@@ -59,12 +59,25 @@ static bool grow(kvci_epoch *epoch, uint32_t id)
     return true;
 }
 
+/* A record for a segment with this free id. NULL: no memory, or the id is not free. */
+static kvci_segment *new_segment(kvci_epoch *epoch, uint32_t id, size_t len_bytes)
+{
+    if (id >= KVCI_MAX_SEGMENTS || (id >= epoch->n_segments && !grow(epoch, id)) ||
+        epoch->segments[id] != NULL)
+        return NULL;
+    kvci_segment *segment = calloc(1, sizeof(*segment));
+    if (segment != NULL) {
+        segment->id = id;
+        segment->len_bytes = len_bytes;
+    }
+    return segment;
+}
+
 kvc_status kvci_epoch_add(kvci_epoch *epoch, uint32_t id, int fd, size_t len_bytes)
 {
-    kvci_segment *segment = calloc(1, sizeof(*segment));
+    kvci_segment *segment = new_segment(epoch, id, len_bytes);
     void *base = MAP_FAILED;
-    if (segment != NULL && id < KVCI_MAX_SEGMENTS && (id < epoch->n_segments || grow(epoch, id)) &&
-        epoch->segments[id] == NULL)
+    if (segment != NULL)
         base = map_sealed(fd, len_bytes, epoch->opts.populate ? MAP_POPULATE : 0);
     else
         (void)close(fd);
@@ -73,11 +86,28 @@ kvc_status kvci_epoch_add(kvci_epoch *epoch, uint32_t id, int fd, size_t len_byt
         return KVC_NO_MEMORY;
     }
     segment->base = base;
-    segment->len_bytes = len_bytes;
-    segment->id = id;
     epoch->segments[id] = segment;
     if (epoch->opts.on_segment != NULL)
         epoch->opts.on_segment(epoch->opts.arg, base, len_bytes, true);
+    return KVC_OK;
+}
+
+kvc_status kvci_epoch_add_gpu(kvci_epoch *epoch, const kvc_map_opts *opts,
+                              const kvc_map_segment *passed)
+{
+    kvci_segment *segment = new_segment(epoch, passed->id, (size_t)passed->len_bytes);
+    void *base = NULL;
+    kvc_status status = KVC_NO_MEMORY;
+    if (segment != NULL && opts->gpu_open != NULL)
+        status = opts->gpu_open(opts->arg, &passed->handle, (size_t)passed->len_bytes, &base);
+    if (status != KVC_OK) {
+        free(segment);
+        return status;
+    }
+    segment->base = base;
+    segment->gpu_close = opts->gpu_close;
+    segment->gpu_arg = opts->arg;
+    epoch->segments[passed->id] = segment;
     return KVC_OK;
 }
 
@@ -85,6 +115,11 @@ static void unmap(kvci_epoch *epoch, uint32_t id)
 {
     kvci_segment *segment = epoch->segments[id];
     epoch->segments[id] = NULL;
+    if (segment->gpu_close != NULL) {
+        segment->gpu_close(segment->gpu_arg, (void *)(uintptr_t)segment->base);
+        free(segment);
+        return;
+    }
     if (epoch->opts.on_segment != NULL)
         epoch->opts.on_segment(epoch->opts.arg, segment->base, segment->len_bytes, false);
     (void)munmap((void *)(uintptr_t)segment->base, segment->len_bytes);
@@ -148,7 +183,7 @@ static bool use_all(kvci_map *map, const kvci_map *old)
 }
 
 kvci_map *kvci_map_create(kvci_epoch *epoch, const kvci_map *old, uint32_t n_old, uint32_t n_blocks,
-                          uint32_t n_parts)
+                          uint32_t n_parts, bool gpu)
 {
     kvci_map *map = calloc(1, sizeof(*map));
     if (map == NULL)
@@ -158,9 +193,14 @@ kvci_map *kvci_map_create(kvci_epoch *epoch, const kvci_map *old, uint32_t n_old
     map->n_parts = n_parts;
     map->parts = calloc(2 * (size_t)n_parts, sizeof(*map->parts));
     map->values = calloc((size_t)n_blocks * n_parts + 1, sizeof(*map->values));
-    if (map->parts == NULL || map->values == NULL || (old != NULL && !use_all(map, old))) {
+    gpu = gpu || (old != NULL && old->gpu != NULL);
+    if (gpu)
+        map->gpu = calloc((size_t)n_blocks * n_parts + 1, sizeof(*map->gpu));
+    if (map->parts == NULL || map->values == NULL || (gpu && map->gpu == NULL) ||
+        (old != NULL && !use_all(map, old))) {
         free(map->parts);
         free(map->values);
+        free(map->gpu);
         free(map);
         return NULL;
     }
@@ -175,6 +215,8 @@ kvci_map *kvci_map_create(kvci_epoch *epoch, const kvci_map *old, uint32_t n_old
         map->info = old->info;
         memcpy(map->parts, old->parts, 2 * (size_t)n_parts * sizeof(*map->parts));
         memcpy(map->values, old->values, (size_t)n_old * n_parts * sizeof(*map->values));
+        if (old->gpu != NULL)
+            memcpy(map->gpu, old->gpu, (size_t)n_old * n_parts * sizeof(*map->gpu));
     }
     return map;
 }
@@ -194,6 +236,7 @@ void kvci_map_unref(kvci_map *map)
     free(map->used);
     free(map->parts);
     free(map->values);
+    free(map->gpu);
     free(map);
 }
 

@@ -15,7 +15,9 @@ typedef struct kvci_segment {
     const uint8_t *base;
     size_t len_bytes;
     uint32_t id;
-    atomic_uint users; /* maps that have a value in it */
+    atomic_uint users;                        /* maps that have a value in it */
+    void (*gpu_close)(void *arg, void *base); /* of a GPU, which the host cannot read; else NULL */
+    void *gpu_arg;
 } kvci_segment;
 
 typedef struct kvci_epoch {
@@ -37,6 +39,8 @@ typedef struct kvci_map {
     atomic_bool was_cut;         /* it has; the server's map is longer, so another is to be begun */
     uint32_t *parts, *row_bytes; /* [n_parts] */
     const uint8_t **values;      /* [blocks * n_parts]; NULL: by request */
+    const uint8_t **gpu;         /* [the same] where they are in a GPU, then values has NULL; or
+                                    NULL: none is */
     kvci_segment **used;         /* [n_used] that values lie in */
     uint32_t n_used, room_used;
     uint64_t n_values; /* that are not NULL */
@@ -48,15 +52,19 @@ typedef struct kvci_map {
 kvci_epoch *kvci_epoch_create(const kvc_map_opts *opts, int lease_fd, size_t lease_bytes);
 /* Maps a segment read-only; takes fd. */
 kvc_status kvci_epoch_add(kvci_epoch *epoch, uint32_t id, int fd, size_t len_bytes) KVC_MUST_CHECK;
+/* The same of a GPU, opened as opts says. */
+kvc_status kvci_epoch_add_gpu(kvci_epoch *epoch, const kvc_map_opts *opts,
+                              const kvc_map_segment *segment) KVC_MUST_CHECK;
 /* Unmaps segments that no map has a value in, at most max; ids [max] gets theirs. Who maps alone.
  */
 uint32_t kvci_epoch_sweep(kvci_epoch *epoch, uint32_t *ids, uint32_t max);
 void kvci_epoch_unref(kvci_epoch *epoch); /* NULL is fine */
 /* A value of the map lies in the segment. False: no memory. */
 bool kvci_map_uses(kvci_map *map, kvci_segment *segment);
-/* A map of the first n_old blocks of old (NULL: none) with room for n_blocks; references epoch. */
+/* A map of the first n_old blocks of old (NULL: none) with room for n_blocks; references epoch.
+   gpu: values may lie in a GPU. */
 kvci_map *kvci_map_create(kvci_epoch *epoch, const kvci_map *old, uint32_t n_old, uint32_t n_blocks,
-                          uint32_t n_parts);
+                          uint32_t n_parts, bool gpu);
 void kvci_map_unref(kvci_map *map); /* not under client->lock; NULL is fine */
 /* The context's map, referenced, or NULL. Takes client->lock. */
 kvci_map *kvci_map_of(kvc_context *context);

@@ -148,16 +148,19 @@ static kvc_status map_take(kvci_msg *msg, const kvc_reply *reply, const char **w
     kvci_cursor cur = {.iov = reply->data};
     kvci_copy_out(&cur, a->table, reply->data_bytes);
     *why_p = "a map without its descriptors";
-    uint32_t want = reply->u.map_context.n_segments + (reply->u.map_context.lease_bytes > 0);
+    uint32_t want = reply->u.map_context.lease_bytes > 0;
+    for (uint32_t i = 0; i < reply->u.map_context.n_segments; i++)
+        want += !a->segments[i].gpu;
     return a->n_fds == want ? KVC_OK : KVC_PROTOCOL;
 }
 
 /* Segments that came and cannot be mapped: the server is told before the turn ends. */
-static void give_up(kvc_client *client, const uint32_t *ids, uint32_t n)
+static void give_up(kvc_client *client, const uint32_t *ids, uint32_t n, bool pause)
 {
     telling *t = calloc(1, sizeof(*t));
     kvc_mutex_lock(&client->lock);
-    client->maps_pause_ns = kvc_now_ns() + PAUSE_NS;
+    if (pause)
+        client->maps_pause_ns = kvc_now_ns() + PAUSE_NS;
     client->n_mapping += t != NULL;
     kvci_map_left(client);
     kvc_mutex_unlock(&client->lock);
@@ -191,6 +194,7 @@ static bool brings(const kvci_map_answer *a)
 static kvc_status take_segments(kvc_client *client, kvci_map_answer *a)
 {
     uint32_t at = 0, n_lost = 0, lost[KVC_MAX_MAP_SEGMENTS];
+    bool no_gpu = false, short_of_memory = false;
     if (a->reply.u.map_context.lease_bytes > 0) {
         kvci_epoch_unref(client->epoch);
         client->epoch =
@@ -202,18 +206,30 @@ static kvc_status take_segments(kvc_client *client, kvci_map_answer *a)
         lose(client, "the lease cannot be mapped");
         return kvci_fail(KVC_NO_MEMORY, "map: the server's lease cannot be mapped");
     }
-    for (uint32_t i = 0; i < a->reply.u.map_context.n_segments; i++, at++) {
-        kvc_status status = kvci_epoch_add(client->epoch, a->segments[i].id, a->fds[at],
-                                           (size_t)a->segments[i].len_bytes);
-        a->fds[at] = -1;
+    for (uint32_t i = 0; i < a->reply.u.map_context.n_segments; i++) {
+        const kvc_map_segment *segment = &a->segments[i];
+        kvc_status status;
+        if (segment->gpu) {
+            status = kvci_epoch_add_gpu(client->epoch, &client->map_opts, segment);
+            no_gpu = no_gpu || status != KVC_OK;
+        } else {
+            status =
+                kvci_epoch_add(client->epoch, segment->id, a->fds[at], (size_t)segment->len_bytes);
+            a->fds[at++] = -1;
+            short_of_memory = short_of_memory || status != KVC_OK;
+        }
         if (status != KVC_OK)
-            lost[n_lost++] = a->segments[i].id;
+            lost[n_lost++] = segment->id;
     }
-    if (n_lost > 0) {
-        give_up(client, lost, n_lost);
+    if (no_gpu)
+        client->map_opts.gpu_open = NULL; /* whoever asks again gets places that it can open */
+    if (n_lost > 0)
+        give_up(client, lost, n_lost, short_of_memory);
+    if (short_of_memory)
         return kvci_fail(KVC_NO_MEMORY, "map: %u of the server's segments cannot be mapped",
                          n_lost);
-    }
+    if (no_gpu)
+        return kvci_fail(KVC_NOT_FOUND, "map: the memory of the server's GPU cannot be opened");
     uint64_t words = client->epoch->lease_bytes / sizeof(uint64_t);
     return a->reply.u.map_context.lease_slot < words
                ? KVC_OK

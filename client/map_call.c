@@ -16,16 +16,19 @@
 #define PAGE_BYTES  4096u
 #define ATTEMPTS    3
 
-/* An entry as an address; NULL: by request, also where the segment is not known here. */
-static const uint8_t *place_of(kvci_map *map, const uint8_t *entry, uint64_t value_bytes)
+/* An entry as an address, *gpu_p: of a GPU's; NULL: by request, also where the segment is not known
+ * here. */
+static const uint8_t *place_of(kvci_map *map, const uint8_t *entry, uint64_t value_bytes,
+                               bool *gpu_p)
 {
     const kvci_epoch *epoch = map->epoch;
     uint32_t id = (uint32_t)kvc_le_get(entry, 4);
     uint64_t off_bytes = (uint64_t)(uint32_t)kvc_le_get(entry + 4, 4) * PAGE_BYTES;
     kvci_segment *segment = id == 0 || id >= epoch->n_segments ? NULL : epoch->segments[id];
     if (segment == NULL || off_bytes + value_bytes > segment->len_bytes ||
-        !kvci_map_uses(map, segment))
+        (segment->gpu_close != NULL && map->gpu == NULL) || !kvci_map_uses(map, segment))
         return NULL;
+    *gpu_p = segment->gpu_close != NULL;
     return segment->base + off_bytes;
 }
 
@@ -37,8 +40,9 @@ static bool add_table(kvci_map *map, const kvci_map_answer *a, uint32_t room)
         return false;
     for (size_t i = 0; i < (size_t)n * map->n_parts; i++) {
         uint64_t bytes = (uint64_t)map->row_bytes[i % map->n_parts] * map->block_tokens;
-        const uint8_t *at = place_of(map, a->table + i * ENTRY_BYTES, bytes);
-        map->values[(size_t)first * map->n_parts + i] = at;
+        bool gpu = false;
+        const uint8_t *at = place_of(map, a->table + i * ENTRY_BYTES, bytes, &gpu);
+        (gpu ? map->gpu : map->values)[(size_t)first * map->n_parts + i] = at;
         map->info.values += at != NULL;
         map->info.by_request += at == NULL;
     }
@@ -78,9 +82,11 @@ static kvc_status extend(const plan *p, const kvci_map *old, kvci_map **map_p)
         req.u.map_context.parts = p->parts;
         req.u.map_context.first_block = first;
         req.u.map_context.n_blocks = p->n_blocks - first;
+        req.u.map_context.gpu = client->map_opts.gpu_open != NULL;
         status = kvci_map_ask(p->context, &req, p->deadline_ns, &a, &number);
         if (status == KVC_OK && map == NULL) {
-            map = kvci_map_create(client->epoch, old, first, p->n_blocks, p->n_parts);
+            map = kvci_map_create(client->epoch, old, first, p->n_blocks, p->n_parts,
+                                  client->map_opts.gpu_open != NULL);
             status = map != NULL ? KVC_OK : kvci_fail(KVC_NO_MEMORY, "map: no memory");
         }
         if (map != NULL)
@@ -304,6 +310,8 @@ kvc_status kvc_client_map_contexts(kvc_client *client, const kvc_map_opts *opts)
     kvc_map_opts taken;
     if (!kvci_take_sized(&taken, opts, offsetof(kvc_map_opts, keep_ns), sizeof(taken)))
         return kvci_fail(KVC_INVALID, "map: size_bytes is not that of kvc_map_opts");
+    if ((taken.gpu_open != NULL) != (taken.gpu_close != NULL))
+        return kvci_fail(KVC_INVALID, "map: gpu_open and gpu_close go together");
     kvc_status status = kvci_mapping_begin(client, kvci_deadline(client, 0));
     if (status != KVC_OK)
         return status;
@@ -322,11 +330,13 @@ kvc_status kvc_context_locate(kvc_context *context, uint32_t part, uint32_t bloc
     int i = map == NULL ? -1 : kvci_map_part(map, part);
     *value_p = (kvc_mapped_value){0};
     if (i >= 0 && block < atomic_load(&map->n_blocks)) {
-        value_p->rows = map->values[(size_t)block * map->n_parts + (uint32_t)i];
+        size_t at = (size_t)block * map->n_parts + (uint32_t)i;
+        value_p->rows = map->values[at];
+        value_p->device_rows = map->gpu != NULL ? map->gpu[at] : NULL;
         value_p->row_bytes = map->row_bytes[i];
         value_p->stamp = map->number;
     }
-    bool found = value_p->rows != NULL && kvci_map_holds(map);
+    bool found = (value_p->rows != NULL || value_p->device_rows != NULL) && kvci_map_holds(map);
     kvci_map_unref(map);
     return found ? KVC_OK
                  : kvci_fail(KVC_NOT_FOUND, "map: part %u of block %u is not mapped", part, block);

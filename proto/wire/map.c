@@ -3,9 +3,11 @@
  *
  * Pure, any thread; see wire_internal.h for what the functions of a method promise.
  */
+#include <string.h>
+
 #include "wire_internal.h"
 
-static const char bad_segment[] = "a segment without an id or a length";
+static const char bad_segment[] = "a segment without an id or a length, or with half a handle";
 
 kvc_status kvci_put_map_context_request(const kvc_request *req, const kvci_out *out)
 {
@@ -20,6 +22,7 @@ kvc_status kvci_put_map_context_request(const kvc_request *req, const kvci_out *
     msg.first_block = req->u.map_context.first_block;
     msg.n_blocks = req->u.map_context.n_blocks;
     msg.release = req->u.map_context.release;
+    msg.gpu = req->u.map_context.gpu;
     msg.n_unmapped = req->u.map_context.n_unmapped;
     msg.unmapped = (uint32_t *)(uintptr_t)req->u.map_context.unmapped;
     return kvci_put(out, &msg.base, 0);
@@ -39,9 +42,32 @@ kvc_status kvci_get_map_context_request(kvci_job *job, kvc_request *req)
     req->u.map_context.first_block = msg->first_block;
     req->u.map_context.n_blocks = msg->n_blocks;
     req->u.map_context.release = msg->release;
+    req->u.map_context.gpu = msg->gpu;
     req->u.map_context.n_unmapped = (uint32_t)msg->n_unmapped;
     req->u.map_context.unmapped = msg->unmapped;
     return KVC_OK;
+}
+
+static void put_handle(const kvc_gpu_handle *handle, Kvasir__V1__MapSegment *msg)
+{
+    msg->gpu_share.data = (uint8_t *)(uintptr_t)handle->share;
+    msg->gpu_share.len = sizeof(handle->share);
+    msg->gpu_device.data = (uint8_t *)(uintptr_t)handle->device;
+    msg->gpu_device.len = sizeof(handle->device);
+}
+
+/* False: it is neither a handle nor none. */
+static bool get_handle(const Kvasir__V1__MapSegment *msg, kvc_map_segment *segment)
+{
+    segment->gpu = msg->gpu_share.len > 0 || msg->gpu_device.len > 0;
+    if (!segment->gpu)
+        return true;
+    if (msg->gpu_share.len != sizeof(segment->handle.share) ||
+        msg->gpu_device.len != sizeof(segment->handle.device))
+        return false;
+    memcpy(segment->handle.share, msg->gpu_share.data, msg->gpu_share.len);
+    memcpy(segment->handle.device, msg->gpu_device.data, msg->gpu_device.len);
+    return true;
 }
 
 static kvc_status put_segments(const kvc_reply *reply, kvc_arena *arena,
@@ -58,6 +84,8 @@ static kvc_status put_segments(const kvc_reply *reply, kvc_arena *arena,
         msgs[i] = (Kvasir__V1__MapSegment)KVASIR__V1__MAP_SEGMENT__INIT;
         msgs[i].id = reply->u.map_context.segments[i].id;
         msgs[i].len_bytes = reply->u.map_context.segments[i].len_bytes;
+        if (reply->u.map_context.segments[i].gpu)
+            put_handle(&reply->u.map_context.segments[i].handle, &msgs[i]);
         list[i] = &msgs[i];
     }
     *list_p = list;
@@ -91,8 +119,10 @@ kvc_status kvci_get_map_context_reply(kvci_job *job, kvc_reply *reply)
     if (segments == NULL)
         return kvci_no_memory(job);
     for (size_t i = 0; i < msg->n_segments; i++) {
-        segments[i] = (kvc_map_segment){msg->segments[i]->id, msg->segments[i]->len_bytes};
-        if (segments[i].id == 0 || segments[i].len_bytes == 0)
+        segments[i].id = msg->segments[i]->id;
+        segments[i].len_bytes = msg->segments[i]->len_bytes;
+        if (segments[i].id == 0 || segments[i].len_bytes == 0 ||
+            !get_handle(msg->segments[i], &segments[i]))
             return kvci_refuse(job, bad_segment);
     }
     reply->u.map_context.map = msg->map;

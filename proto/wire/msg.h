@@ -86,7 +86,9 @@ typedef struct kvc_attend_query {
 /* Of the memory that a MapContext reply brings: what its table calls id, from now on. */
 typedef struct kvc_map_segment {
     uint32_t id; /* never 0 */
+    bool gpu;    /* of a GPU: by its handle, without a descriptor */
     uint64_t len_bytes;
+    kvc_gpu_handle handle;
 } kvc_map_segment;
 
 typedef struct kvc_missing_row {
@@ -215,7 +217,7 @@ typedef struct kvc_request {
             uint64_t context, map;
             uint32_t n_parts, first_block, n_blocks, n_unmapped;
             const uint32_t *parts, *unmapped;
-            bool release;
+            bool release, gpu;
         } map_context;
     } u;
     const struct iovec *data; /* payload; on decode, into the received bytes */

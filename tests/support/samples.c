@@ -204,6 +204,7 @@ static void fill_keep_request(kvc_request *req, kvc_arena *arena)
         req->u.map_context.first_block = 189;
         req->u.map_context.n_blocks = 190;
         req->u.map_context.release = true;
+        req->u.map_context.gpu = true;
         req->u.map_context.n_unmapped = 2;
         req->u.map_context.unmapped = sample_parts;
         break;
@@ -391,7 +392,10 @@ static void fill_fetch_reply(kvc_reply *reply, size_t data_bytes, kvc_arena *are
 
 static void fill_map_reply(kvc_reply *reply)
 {
-    static const kvc_map_segment segments[] = {{1, 1ull << 26}, {UINT32_MAX, 1ull << 40}, {7, 1}};
+    static const kvc_map_segment segments[] = {
+        {.id = 1, .len_bytes = 1ull << 26},
+        {.id = UINT32_MAX, .len_bytes = 1ull << 40, .gpu = true, .handle = {"share", "device"}},
+        {.id = 7, .len_bytes = 1}};
     reply->u.map_context.map = (1ull << 63) + 5;
     reply->u.map_context.lease_bytes = 65536;
     reply->u.map_context.lease_slot = 8191;

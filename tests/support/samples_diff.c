@@ -267,6 +267,7 @@ static const char *map_request_diff(const kvc_request *a, const kvc_request *b)
     SAME(u.map_context.first_block);
     SAME(u.map_context.n_blocks);
     SAME(u.map_context.release);
+    SAME(u.map_context.gpu);
     SAME(u.map_context.n_unmapped);
     SAME_BYTES(u.map_context.unmapped, a->u.map_context.n_unmapped * sizeof(uint32_t));
     return NULL;
@@ -414,6 +415,9 @@ static const char *map_diff(const kvc_reply *a, const kvc_reply *b)
     for (uint32_t i = 0; i < a->u.map_context.n_segments; i++) {
         SAME(u.map_context.segments[i].id);
         SAME(u.map_context.segments[i].len_bytes);
+        SAME(u.map_context.segments[i].gpu);
+        SAME_BYTES(u.map_context.segments[i].handle.share, KVC_GPU_SHARE_BYTES);
+        SAME_BYTES(u.map_context.segments[i].handle.device, KVC_GPU_DEVICE_BYTES);
     }
     return NULL;
 }

@@ -158,7 +158,7 @@ static kvc_status cuda_open(kvw_worker *worker, uint32_t number, kvwi_device **d
         return st;
     }
     if (worker->opts.client != NULL) {
-        kvwi_segments_watch(worker->opts.client);
+        kvwi_segments_watch(worker->opts.client, number);
     }
     *device_p = device;
     return KVC_OK;

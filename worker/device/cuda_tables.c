@@ -1,7 +1,7 @@
 /*
  * cuda_tables.c: where the rows of every block are, as the device sees them: a block's buffer as
- * long as there is one, then the server's memory where the context is mapped, else nowhere (such
- * rows come by a fetch).
+ * long as there is one, then the server's memory, host's or GPU's, where the context is mapped,
+ * else nowhere (such rows come by a fetch).
  *
  * Runs on the sequence's thread. Other layers' steps may be under way: what they enqueued before
  * reads the table as it was, and they keep the stamp that it had. Addresses in a server's memory
@@ -29,6 +29,10 @@ static const void *locate(kvw_seq *seq, uint32_t layer, uint32_t block)
     }
     d->mixed = d->mixed || (d->stamp != 0 && d->stamp != value.stamp);
     d->stamp = value.stamp;
+    if (value.device_rows != NULL) {
+        return kvwi_segments_on_device(d->device->number, value.device_rows) ? value.device_rows
+                                                                             : NULL;
+    }
     return kvwi_segments_find(d->device->number, value.rows);
 }
 

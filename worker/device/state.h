@@ -216,9 +216,12 @@ kvc_status kvwi_cuda_prefill_give(kvw_step *step, void *out, float *lse) KVC_MUS
 uint32_t kvwi_cuda_prefill_picks(const kvw_step *step);
 
 /* segments.c: memory of servers that this process has mapped. */
-/* Contexts of the client are mapped from now on, where its connection can. */
-void kvwi_segments_watch(kvc_client *client);
+/* Contexts of the client are mapped from now on, where its connection can; what the server has in
+ * a GPU is opened on device `number`. */
+void kvwi_segments_watch(kvc_client *client, uint32_t number);
 /* Where device `number` sees the mapped byte at host; NULL: it cannot. */
 const void *kvwi_segments_find(uint32_t number, const void *host);
+/* Whether the device address is in memory of a server's GPU that was opened on that device. */
+bool kvwi_segments_on_device(uint32_t number, const void *address);
 
 #endif

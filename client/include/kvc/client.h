@@ -303,6 +303,13 @@ typedef struct kvc_map_opts {
     /* A segment that no context has had a value in for so long is unmapped, so that the server can
      * give it to others. 0: 10 s. */
     uint64_t keep_ns;
+    /* Both or none: values may lie in a GPU of the server too, where it has a copy. gpu_open opens
+     * that memory (kvk_cuda_share_open) and gives where the caller's device sees it; should it
+     * fail, none is asked for until the next kvc_client_map_contexts. gpu_close gives it back. On
+     * the threads of on_segment, with arg; must not call back. */
+    kvc_status (*gpu_open)(void *arg, const kvc_gpu_handle *handle, size_t len_bytes,
+                           void **base_p);
+    void (*gpu_close)(void *arg, void *base);
 } kvc_map_opts;
 
 typedef struct kvc_map_info {
@@ -326,6 +333,7 @@ typedef struct kvc_mapped_value {
     const void *rows; /* [block_tokens, row_bytes], read-only, in a segment */
     uint32_t row_bytes;
     uint64_t stamp;
+    const void *device_rows; /* rows is NULL: in memory that gpu_open has opened, only to be read */
 } kvc_mapped_value;
 
 /*
