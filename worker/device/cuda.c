@@ -134,7 +134,8 @@ kvc_status kvwi_cuda_device_open(const kvw_worker *worker, uint32_t number, kvwi
     }
     device->number = number;
     kvk_cuda_describe(device->cuda, &info);
-    (void)snprintf(device->isa, sizeof(device->isa), "sm_%u", info.sm);
+    /* .2: since passes of several tokens are the device's, whose bits are others */
+    (void)snprintf(device->isa, sizeof(device->isa), "sm_%u.2", info.sm);
     *device_p = device;
     return KVC_OK;
 }

@@ -179,6 +179,16 @@ class Refusals(unittest.TestCase):
         with self.assertRaisesRegex(TypeError, "numpy array or a torch tensor"):
             self.seq.append(0, [[0.0]] * 4, self.kv)
 
+    def test_place(self):
+        """What a worker with the GPU's memory takes is a tensor there."""
+        address = kvasir.tensors.address
+        with self.assertRaisesRegex(TypeError, "k must be a torch tensor on cuda:1, not ndarray"):
+            address("k", self.kv, "float32", (4, 2, 16), device="cuda:1")
+        self.assertEqual(address("k", self.kv, "float32", (4, 2, 16)), self.kv.ctypes.data)
+        for backend, place in (("cuda", "cuda:0"), ("cuda:3", "cuda:3")):
+            self.assertEqual(kvasir.worker.device_of(backend, 1), place)
+            self.assertEqual(kvasir.worker.device_of(backend, 0), "cpu")
+
     def test_read_only(self):
         q, fixed = rows(self.rng, 4, 6), np.frombuffer(bytes(4 * 6 * 16 * 4), np.float32)
         fixed = fixed.reshape(4, 6, 16)

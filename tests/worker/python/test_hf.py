@@ -325,6 +325,20 @@ class Models(unittest.TestCase):
             kvasir.attach(model, **SMALL)
         self.assertEqual(model.config._attn_implementation, "sdpa")
 
+    def test_a_gpu_needs_its_backend(self):
+        for backend in (None, "cpu", "cuda:1"):
+            with self.assertRaisesRegex(hf_model.UnsupportedModel, 'backend="cuda:0"'):
+                hf_model.on_device("cuda:0", {"backend": backend, "k": 5})
+        for backend in ("cuda", "cuda:0"):
+            options = hf_model.on_device("cuda:0", {"backend": backend, "k": 5})
+            self.assertEqual(options, {"backend": backend, "k": 5, "device_memory": 1})
+        self.assertEqual(hf_model.on_device("cpu", {"backend": "cuda"}), {"backend": "cuda"})
+
+    def test_a_model_in_two_places(self):
+        model = make()
+        model.model.layers[1].to("meta")
+        self.refuse("several devices", model)
+
     def test_rope_types(self):
         self.refuse(
             "rope type 'linear'", make(rope=dict(rope_type="linear", rope_theta=1e4, factor=2.0))

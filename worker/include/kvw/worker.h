@@ -132,13 +132,13 @@ typedef struct kvw_opts {
     const char *const *server_names; /* [n_clients] */
     uint64_t n_clients;              /* at most KVW_MAX_SERVERS */
     /*
-     * backend "cuda" or "cuda:N" (a GPU's number): decode steps (one query over more candidates
-     * than k) run on that GPU, all else on the CPU beside it. UNSUPPORTED where the build or the
-     * machine has none, or where selector is not "esa" with a COMPRESSED index, dtype not bf16,
-     * head_dim not 64 or 128, k above 4096, rows longer than the GPU's shared memory takes
-     * (README), or tp_size or n_clients above 1. Rows in a server's memory on the same host are
-     * read by the GPU where the client is on shm: contexts of the client are then mapped
-     * (kvc_client_map_contexts), which it is not to be used for elsewhere. way is not looked at.
+     * backend "cuda" or "cuda:N" (a GPU's number): passes and steps run on that GPU.
+     * UNSUPPORTED where the build or the machine has none, or where selector is not "esa" with a
+     * COMPRESSED index, dtype not bf16, head_dim not 64 or 128, k or chunk_tokens above 4096, rows
+     * longer than the GPU's shared memory takes (README), or tp_size or n_clients above 1. Rows in
+     * a server's memory on the same host are read by the GPU where the client is on shm: contexts
+     * of the client are then mapped (kvc_client_map_contexts), which it is not to be used for
+     * elsewhere. way is not looked at.
      *
      * Selectors "gca" and "hsa": retrievers score, choose and attend on that GPU, which holds the
      * landmarks and each retriever's chunks; head_dim 32, 64 or 128, landmark_dim at most 4096,

@@ -63,7 +63,7 @@ def collect(model, ids, window=4096, q_stride=16, k_stride=4, progress=None):
     progress(n_done, n_total). The model must not be attached.
     """
     geometry, base = hf_model.geometry_of(model)
-    ids = torch.as_tensor(ids).view(1, -1)
+    ids = torch.as_tensor(ids).view(1, -1).to(hf_model.device_of(base))
     state = _State(geometry, q_stride, k_stride)
     implementation, rotary = model.config._attn_implementation, base.rotary_emb
     base.rotary_emb = RawRotary(rotary)
@@ -81,7 +81,7 @@ def collect(model, ids, window=4096, q_stride=16, k_stride=4, progress=None):
         model.set_attn_implementation(implementation)
     return Activations(
         geometry,
-        torch.stack([torch.cat(x) for x in state.q]),
-        torch.stack([torch.cat(x) for x in state.k]),
+        torch.stack([torch.cat(x) for x in state.q]).cpu(),
+        torch.stack([torch.cat(x) for x in state.k]).cpu(),
         ids.shape[1],
     )

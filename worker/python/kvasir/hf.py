@@ -127,7 +127,7 @@ class Attachment:
         logits. progress(n_done, n_total) is called after each pass. generate() wants at least one
         token that was not run.
         """
-        ids = torch.as_tensor(tokens).view(1, -1)
+        ids = torch.as_tensor(tokens).view(1, -1).to(hf_model.device_of(self._base))
         end = ids.shape[1]
         with torch.inference_mode():
             while cache.n_tokens < end:
@@ -293,11 +293,13 @@ def attach(model, client=None, selector="tokenselect", model_id=None, revision=N
     closed with the attachment), a list of either (a store of several servers), or None (no store,
     every row stays resident). model_id and revision
     name the weights in the store; by default the config's name and a fingerprint of the weights.
-    Other keywords are Worker's. UnsupportedModel says why a model cannot be done.
+    Other keywords are Worker's; a model on a GPU needs backend="cuda" (or "cuda:N"), and selector
+    "esa" with index "compressed". UnsupportedModel says why a model cannot be done.
     """
     if _attached(hf_model.base_of(model)) is not None:
         raise RuntimeError("kvasir: this model is attached already; detach it first")
     geometry, base = hf_model.geometry_of(model)
+    options = hf_model.on_device(hf_model.device_of(base), options)
     client, own = _clients(client)
     try:
         worker = Worker(

@@ -79,7 +79,8 @@ def inv_freq(rope, head_dim):
 
 def rotate(x, positions, freq):
     """x [..., T, head_dim] rotated by positions [T] (or one number), pairs (i, i + d/2)."""
-    angle = torch.as_tensor(positions, dtype=torch.float64)[..., None] * freq
+    angle = torch.as_tensor(positions, dtype=torch.float64).to(x.device)[..., None]
+    angle = angle * freq.to(x.device)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -104,8 +105,9 @@ def check_rotation(base, rope, head_dim):
     rounded = base.rotary_emb.inv_freq.dtype != torch.float32
     positions = torch.tensor([[0, 1, 2, 7] if rounded else [0, 1, 7, 1000]])
     tolerance = 5e-2 if rounded else 2e-3
-    x = torch.zeros(1, 4, head_dim)
-    cos, sin = base.rotary_emb(x, positions)
+    device = base.rotary_emb.inv_freq.device
+    x = torch.zeros(1, 4, head_dim, device=device)
+    cos, sin = (y.cpu() for y in base.rotary_emb(x, positions.to(device)))
     angle = positions[0, :, None].double() * inv_freq(rope, head_dim)
     want = torch.cat((angle, angle), -1)
     if (
@@ -132,8 +134,8 @@ def geometry_of(model):
     base, config = base_of(model), model.config.get_text_config(decoder=True)
     _check_config(config)
     weight = next(base.layers.parameters())
-    if weight.device.type != "cpu":
-        raise UnsupportedModel(f"the model lies on {weight.device}; this build attends on the CPU")
+    if len({str(x.device) for x in base.parameters()}) != 1:
+        raise UnsupportedModel("its weights lie on several devices")
     if weight.dtype not in _DTYPES:
         raise UnsupportedModel(f"dtype {weight.dtype}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -152,6 +154,21 @@ def geometry_of(model):
         ),
         base,
     )
+
+
+def device_of(base):
+    """Where a decoder's weights lie: "cpu" or "cuda:N"."""
+    return str(next(base.layers.parameters()).device)
+
+
+def on_device(device, options):
+    """Worker's options for a model on device: on a GPU its tensors go to C as they are."""
+    if device == "cpu":
+        return options
+    backend = options.get("backend") or "cpu"
+    if backend != device and f"{backend}:0" != device:
+        raise UnsupportedModel(f'the model lies on {device}: give backend="{device}", or move it')
+    return {**options, "device_memory": 1}
 
 
 def model_id(model):

@@ -59,9 +59,9 @@ class Retriever:
         out = tensors.empty_like(q, tuple(q.shape)) if out is None else out
         self._call(
             "kvw_retriever_attend",
-            tensors.address("q", q, worker.dtype, shape),
+            self.sequence.address("q", q, worker.dtype, shape),
             n,
-            tensors.address("out", out, worker.dtype, shape, writable=True),
+            self.sequence.address("out", out, worker.dtype, shape, writable=True),
         )
         return out
 

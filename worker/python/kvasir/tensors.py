@@ -1,10 +1,11 @@
-"""Addresses of numpy arrays and torch CPU tensors, checked and never copied.
+"""Addresses of numpy arrays and torch tensors, on the CPU or a GPU, checked and never copied.
 
 torch is not imported here: a tensor is recognised by what it can do, so that the binding works
 with numpy alone. numpy has no bfloat16; there, arrays of uint16 hold its bits.
 """
 
 import ctypes
+import sys
 
 import numpy as np
 
@@ -28,13 +29,16 @@ def dtype_name(dtype):
     return name
 
 
-def address(what, x, dtype, shape, writable=False):
+def address(what, x, dtype, shape, writable=False, device="cpu"):
     """
     The address of x; raises TypeError or ValueError naming `what` where x does not fit. writable:
     C will write there, so x must not be read-only (of a buffer or a mapping: a write would crash).
+    device: where it must lie, "cpu" or "cuda:N".
     """
     if is_torch(x):
-        return _torch_address(what, x, dtype, shape)
+        return _torch_address(what, x, dtype, shape, device)
+    if device != "cpu":
+        raise TypeError(f"{what} must be a torch tensor on {device}, not {type(x).__name__}")
     if not isinstance(x, np.ndarray):
         raise TypeError(f"{what} must be a numpy array or a torch tensor, not {type(x).__name__}")
     if x.dtype.name not in _NUMPY[dtype]:
@@ -45,9 +49,9 @@ def address(what, x, dtype, shape, writable=False):
     return x.ctypes.data
 
 
-def _torch_address(what, x, dtype, shape):
-    if x.device.type != "cpu":
-        raise TypeError(f"{what} lies on {x.device}; this build attends on the CPU")
+def _torch_address(what, x, dtype, shape, device):
+    if str(x.device) != device:
+        raise TypeError(f"{what} lies on {x.device}; this worker takes tensors on {device}")
     if str(x.dtype) != f"torch.{dtype}":
         raise TypeError(f"{what} has dtype {x.dtype}, the worker's is {dtype}")
     if x.requires_grad:
@@ -61,6 +65,11 @@ def _check_shape(what, have, want, contiguous):
         raise ValueError(f"{what} has shape {list(have)}, expected {list(want)}")
     if not contiguous:
         raise ValueError(f"{what} is not contiguous")
+
+
+def current_stream(device):
+    """The address of torch's current stream on a GPU; 0: the default one."""
+    return sys.modules["torch"].cuda.current_stream(device).cuda_stream
 
 
 def empty_like(x, shape):

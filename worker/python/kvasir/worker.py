@@ -1,7 +1,8 @@
 """Worker and Sequence: kvw/worker.h with arrays in and out.
 
-Arrays are numpy arrays or torch CPU tensors of the worker's dtype, contiguous; nothing is copied
-on this side. A Sequence is used by one thread at a time; different ones may run in parallel.
+Arrays are numpy arrays or torch tensors of the worker's dtype, contiguous, on the CPU or with
+device_memory on the GPU; nothing is copied on this side. A Sequence is used by one thread at a
+time; different ones may run in parallel.
 """
 
 import contextlib
@@ -73,6 +74,14 @@ def _choice(what, table, value):
     return table[value]
 
 
+def device_of(backend, device_memory):
+    """Where arrays lie: "cpu" or "cuda:N"."""
+    if not device_memory:
+        return "cpu"
+    kind, _, number = (backend or "cpu").partition(":")
+    return f"{kind}:{number or 0}"
+
+
 def _bytes(text):
     return None if text is None else str(text).encode()
 
@@ -83,7 +92,7 @@ _u32 = ctypes.c_uint32
 _COUNTS = (
     "tp_size tp_rank block_tokens n_threads n_sink n_recent k eps chunk_tokens far_position "
     "residency_slots exact index_dims rerank_dims rerank_factor put_window reuse_any "
-    "landmark_dim max_tokens"
+    "landmark_dim max_tokens device_memory"
 ).split()
 
 
@@ -95,8 +104,10 @@ class Worker:
     all that share the store. Other keywords are those of kvw_opts: revision,
     index ("exact", "compressed", "reranked"), projection (path), policy ("fail", "drop"), promise
     ("memory", "durable"), fetch_timeout_s, put_timeout_s, reselect_cos (theta of TokenSelect's
-    Selection Cache; 0: off; the paper uses 0.9), backend ("cpu"; "cuda", "cuda:1": decode steps
-    on a GPU), way (how rows that are not resident are
+    Selection Cache; 0: off; the paper uses 0.9), backend ("cpu"; "cuda", "cuda:1": passes and steps
+    on a GPU), device_memory (1: k, v, q, out and lse are torch tensors on that GPU, used in order on
+    what was torch's current stream when the sequence was opened, which must be current in its
+    calls), way (how rows that are not resident are
     reached: "auto", "rows", "near", "shm", "rdma"), and the counts (n_sink, n_recent, k, eps,
     chunk_tokens, block_tokens, ...). Blocks; raises KvasirError.
 
@@ -135,6 +146,7 @@ class Worker:
         self.client = client
         self.dtype = tensors.dtype_name(g.dtype)
         self.landmark_dim = counts.get("landmark_dim", 0)
+        self.device = device_of(backend, counts.get("device_memory", 0))
         self.chunk_tokens = counts["chunk_tokens"] = counts.get("chunk_tokens") or CHUNK_TOKENS
         opts = _abi.WorkerOpts(
             size_bytes=ctypes.sizeof(_abi.WorkerOpts),
@@ -233,12 +245,14 @@ class Sequence:
         self._dropped = []  # steps that nobody holds any more
         self.worker = worker
         lib, ids, ptr, reused = _lib.load(), tensors.token_ids(tokens), ctypes.c_void_p(), _u32()
+        self._stream = None if worker.device == "cpu" else tensors.current_stream(worker.device)
         opts = _abi.SeqOpts(
             ctypes.sizeof(_abi.SeqOpts),
             tensors.u32_pointer(ids),
             ids.size,
             _bytes(adapter),
             _bytes(salt),
+            self._stream,
         )
         with worker.handle as owner, worker.causes():
             code = lib.kvw_seq_open(
@@ -281,13 +295,20 @@ class Sequence:
         """Takes back tokens of the last pass; n_tokens remain."""
         self._call("kvw_truncate", n_tokens)
 
+    def address(self, what, x, dtype, shape, writable=False):
+        """That of an array which the sequence's calls read or write, in order on its stream."""
+        device = self.worker.device
+        if self._stream is not None and tensors.current_stream(device) != self._stream:
+            raise ValueError(f"{what}: torch's stream is another than when the sequence was opened")
+        return tensors.address(what, x, dtype, shape, writable, device)
+
     def _kv(self, what, x, n):
         g = self.worker.geometry
-        return tensors.address(what, x, self.worker.dtype, (n, g.n_kv_heads, g.head_dim))
+        return self.address(what, x, self.worker.dtype, (n, g.n_kv_heads, g.head_dim))
 
     def _q(self, what, x, n, writable=False):
         shape = (n, self.worker.geometry.n_q_heads, self.worker.geometry.head_dim)
-        return tensors.address(what, x, self.worker.dtype, shape, writable)
+        return self.address(what, x, self.worker.dtype, shape, writable)
 
     def append(self, layer, k, v):
         """The pass's K (before RoPE) and V in one layer: [n, n_kv_heads, head_dim]."""
@@ -327,7 +348,7 @@ class Sequence:
         if lse is None:
             return None
         shape = (n, self.worker.geometry.n_q_heads)
-        return tensors.address("lse", lse, "float32", shape, writable=True)
+        return self.address("lse", lse, "float32", shape, writable=True)
 
     def flush(self, timeout_s=None):
         """Waits until every full block has been acknowledged."""
