@@ -263,7 +263,8 @@ static void wait_counter(rig *r, const char *name, uint64_t want)
 }
 
 /* What the device holds for the server: a connection for each channel of the one client that is
- * left, the memory of each, and what is lent; buffers of the pool are given back after 10 s. */
+ * left, the memory of each, and what is lent, once or (iWARP) for each of them; buffers of the pool
+ * are given back after 10 s. */
 static void wait_device(rig *r, uint64_t n_lent)
 {
     uint64_t deadline_ns = kvc_deadline_ns(60000 * MS), n_links, n_regs;
@@ -271,11 +272,11 @@ static void wait_device(rig *r, uint64_t n_lent)
         usleep(100000);
         n_links = counter(r, "rdma_connections");
         n_regs = counter(r, "rdma_registrations");
-    } while ((n_links > CHANNELS || n_regs != n_links + n_lent) && !kvc_expired(deadline_ns));
+    } while ((n_links > CHANNELS || n_regs > n_links * (1 + n_lent)) && !kvc_expired(deadline_ns));
     print_message("rdma: %llu connections, %llu registrations are left\n",
                   (unsigned long long)n_links, (unsigned long long)n_regs);
     assert_true(n_links > 0 && n_links <= CHANNELS);
-    assert_int_equal(n_regs, n_links + n_lent);
+    assert_true(n_regs >= n_links && n_regs <= n_links * (1 + n_lent));
 }
 
 /* Every slot of dram that is taken has a value in it: none is lost with a put that was torn. */

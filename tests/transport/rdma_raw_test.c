@@ -508,6 +508,11 @@ static kvc_frame random_frame(uint64_t *seed)
     frame.spare[1] = next_random(seed) % 2 ? 0 : UINT64_MAX << 20;
     if (frame.data_bytes > 0 && next_random(seed) % 16 == 0)
         frame.flags = KVC_FRAME_ELSEWHERE;
+    if (frame.kind == KVC_FRAME_REQUEST && next_random(seed) % 8 == 0) {
+        frame.flags |= PEER_PLACED;
+        frame.method = KVC_FETCH_ROWS;
+        frame.data_bytes = (uint32_t)(next_random(seed) % 20) * PEER_RUN_BYTES;
+    }
     if (frame.kind == KVC_FRAME_MESSAGE && next_random(seed) % 3 == 0)
         frame = (kvc_frame){.kind = KVC_FRAME_MESSAGE,
                             .flags = KVC_FRAME_LAST,
