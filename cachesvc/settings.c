@@ -97,9 +97,10 @@ static const kvc_setting table[] = {
      "Blocks in all open contexts together. Each takes 4 bytes, and some 70 more where no value of "
      "the block is here."},
     {"max_hold_bytes", KVC_CONFIG_BYTES, FIELD(max_hold_bytes), "0", 0, 64 * TIB, NULL,
-     "Bytes of values that one tenant's holds may keep from eviction; beyond it Hold is refused. "
-     "0: "
-     "half of dram_bytes. All tenants together may hold nine tenths of dram_bytes."},
+     "Bytes of values that one tenant's holds may keep from eviction; beyond it Hold is refused, "
+     "and "
+     "where values that only dram has would keep more of its segments than so many bytes fill, and "
+     "three. 0: half of dram_bytes. All tenants together may hold nine tenths of dram_bytes."},
     {"max_map_pin_bytes", KVC_CONFIG_BYTES, FIELD(max_map_pin_bytes), "0", 0, 64 * TIB, NULL,
      "Bytes of values that the maps of one tenant's clients (shm://) may keep where they are in "
      "dram; what is beyond it they fetch by request. 0: half of dram_bytes. All tenants together "
