@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "base/metrics.h"
+#include "cascade.h"
 #include "request.h"
 
 #define ROW         512u
@@ -190,6 +191,35 @@ static void test_readers_keep_values_in_place(void **state)
     assert_true(held_is_right(f->peer, context));
 }
 
+/* A value that somebody meets while it is copied stays where it is, and so does one that is erased.
+ */
+static void test_met_on_its_way(void **state)
+{
+    fixture *f = *state;
+    kvs_index *index = f->h.server->index;
+    const kvs_slot to = {77, 77};
+    const uint16_t part = 0;
+    uint64_t context;
+    uint32_t cursor = 0;
+    kvs_move move;
+    kvs_erased erased = {0};
+    kvs_read read = {0};
+    (void)hold_one_of_each(f, &context);
+    assert_true(kvs_evict_next_held(index, 0, &cursor, &move));
+    const kvc_digest *name = &move.key.block;
+    kvs_index_ref_named(index, move.schema, &name, &part, &read, 1);
+    assert_int_equal(read.value, move.value);
+    assert_false(kvs_evict_moved(index, &move, &to));
+    kvs_index_unref(index, &read.value, 1);
+    cursor = 0;
+    assert_true(kvs_evict_next_held(index, 0, &cursor, &move));
+    kvs_index_erase(index, move.schema, name, NULL, 0, &erased);
+    assert_int_equal(erased.values, 1);
+    assert_false(kvs_evict_moved(index, &move, &to));
+    kvs_cascade_reap(f->h.server);
+    assert_int_equal(present(f, &f->schema, 0, N_ALL), N_ALL - 1);
+}
+
 /* All of a segment is held, in all segments but one: there is room for what is held elsewhere only
    as far as that one goes, and nothing more is taken from anybody. */
 static void test_no_room_to_move(void **state)
@@ -331,6 +361,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_held_values_move, setup, teardown),
         cmocka_unit_test_setup_teardown(test_readers_keep_values_in_place, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_met_on_its_way, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_room_to_move, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sizes_are_counted, setup, teardown),
         cmocka_unit_test_setup_teardown(test_moves_beside_readers, setup, teardown),
