@@ -147,7 +147,9 @@ typedef struct kvt_connect_opts {
     /* rdma: both ends sum what they send with XXH3-64, and verify what they get; CORRUPT where it
      * differs. The others' media have sums of their own, or never leave the host. */
     bool sums;
-    uint64_t region_bytes; /* rdma: of lent memory registered at once, for rows; 0: 1 GiB */
+    /* rdma: of lent memory registered at once, for rows; 0: 1 GiB, and at most a quarter of the
+     * limit on locked memory. */
+    uint64_t region_bytes;
 } kvt_connect_opts;
 
 /* Where the rows of a group shall lie in the end: row i at base + slot * row_bytes. */

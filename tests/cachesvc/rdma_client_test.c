@@ -51,7 +51,8 @@ static void open_rig(rig *r, int sums)
                             .connect_timeout_ns = 60000000000ull,
                             .uris = uri,
                             .n_channels = 1,
-                            .sums = sums != SUMS_BY_URI}; /* an address that says has its way */
+                            .sums = sums != SUMS_BY_URI, /* an address that says has its way */
+                            .region_bytes = 64u << 20};
     kvc_region_desc desc = {.size_bytes = sizeof(desc),
                             .base = r->bytes,
                             .len_bytes = N_PUT * VALUE_BYTES,

@@ -18,6 +18,8 @@
 #define HANDLE    77u
 #define STEP      7919u
 
+void (*conformance_deny_memory)(uint32_t after);
+
 static uint8_t *rows; /* [KVC_MAX_PICKS][ROW_BYTES] as the server has them, in the order of picks */
 static uint8_t *area; /* [AREA] where they shall go */
 static uint32_t *picks;
@@ -175,7 +177,8 @@ void credits_exhausted(void **state)
         assert_false(a[i].wrong);
         job_fini(&a[i].j);
     }
-    if (strncmp(suite_uri, "rdma", 4) == 0)
+    /* A device may hold more back for want of places to send from than for want of credit. */
+    if (conformance_deny_memory != NULL)
         assert_true(kvc_metric_get(KVC_M_rdma_credit_waits) > waits);
     fixture_close(&f);
     drop_rows();
@@ -229,8 +232,6 @@ void wrong_lengths(void **state)
     fixture_close(&f);
     drop_rows();
 }
-
-void (*conformance_deny_memory)(uint32_t after);
 
 /* Where a transport registers memory: every one of its registrations fails, then all but the first
  * few; whatever can be carried in another way is. */

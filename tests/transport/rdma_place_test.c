@@ -33,7 +33,7 @@ static void rows_land_in_place(void **state)
     };
     for (size_t c = 0; c < sizeof(cases) / sizeof(cases[0]); c++) {
         fixture f;
-        rooms_open(&f, &cases[c].device, 0, false);
+        rooms_open(&f, &cases[c].device, ROOMS_ALL, false);
         warm(&f, 0);
         rig_wait_registered();
         for (uint32_t m = 0; m < cases[c].n_missing; m++)
@@ -59,7 +59,7 @@ static void rooms_of_a_request(void **state)
     (void)state;
     fixture f;
     fetch t;
-    rooms_open(&f, NULL, 0, false);
+    rooms_open(&f, NULL, ROOMS_ALL, false);
     warm(&f, 0);
     rooms_init(&t, &f, 0, 8, 0, 1, PATIENCE_NS);
     kvt_room rooms[2] = {t.room, t.room};
@@ -95,7 +95,7 @@ static void too_many_places(void **state)
     (void)state;
     fixture f;
     fetch t;
-    rooms_open(&f, NULL, 0, false);
+    rooms_open(&f, NULL, ROOMS_ALL, false);
     warm(&f, 0);
     rooms_init(&t, &f, 0, 2, 0, 1, PATIENCE_NS);
     kvt_room rooms[300];
@@ -121,7 +121,7 @@ static void lengths_that_differ(void **state)
     (void)state;
     fixture f;
     fetch t;
-    rooms_open(&f, NULL, 0, false);
+    rooms_open(&f, NULL, ROOMS_ALL, false);
     warm(&f, 0);
     rooms_init(&t, &f, 0, 4, 0, 1, PATIENCE_NS);
     t.room.row_bytes = 2048;
@@ -138,7 +138,7 @@ static void older_servers(void **state)
 {
     (void)state;
     fixture f;
-    rooms_open(&f, NULL, 0, false);
+    rooms_open(&f, NULL, ROOMS_ALL, false);
     fake_faults fault = fake_no_faults;
     fault.accept_says = 24;
     fake_verbs_fault(&fault);
@@ -197,7 +197,7 @@ static void late_writes(void **state)
     for (int how = 0; how < N; how++) {
         fixture f;
         fetch t;
-        rooms_open(&f, NULL, 0, false);
+        rooms_open(&f, NULL, ROOMS_ALL, false);
         warm(&f, 0);
         rig_wait_registered();
         uint32_t n_done = submit_stalled(&t, &f, how == DEADLINE ? SECOND : PATIENCE_NS);
@@ -229,7 +229,7 @@ static void late_completion(void **state)
     (void)state;
     fixture f;
     fetch t;
-    rooms_open(&f, NULL, 0, false);
+    rooms_open(&f, NULL, ROOMS_ALL, false);
     warm(&f, 0);
     rig_wait_registered();
     stall_writes();
@@ -274,7 +274,7 @@ static void cancel_is_answered(void **state)
     (void)state;
     fixture f;
     bool stays = false;
-    rooms_open(&f, NULL, 0, false);
+    rooms_open(&f, NULL, ROOMS_ALL, false);
     for (int i = 0; i < 20 && !stays; i++)
         stays = cancel_held(&f);
     assert_true(stays);
@@ -299,7 +299,7 @@ static void answers_of_an_earlier_life(void **state)
     (void)state;
     fixture f;
     fetch old, now;
-    rooms_open(&f, NULL, 0, false);
+    rooms_open(&f, NULL, ROOMS_ALL, false);
     warm(&f, 0);
     warm(&f, 1);
     fixture_handle(&f, hold_handler);
@@ -341,7 +341,7 @@ static void faults_under_way(void **state)
     for (uint32_t after = 1; after <= 9; after++) {
         fixture f;
         fetch t;
-        rooms_open(&f, NULL, 0, false);
+        rooms_open(&f, NULL, ROOMS_ALL, false);
         warm(&f, 0);
         rig_wait_registered();
         fake_faults fault = fake_no_faults;
@@ -382,7 +382,7 @@ static void places_of_others(void **state)
         {0x1000, 1, ROW_BYTES, 3, false}, /* the missing rows are beyond it */
     };
     fixture f;
-    rooms_open(&f, NULL, 0, false);
+    rooms_open(&f, NULL, ROOMS_ALL, false);
     warm(&f, 0);
     rig_wait_registered();
     for (size_t c = 0; c < sizeof(cases) / sizeof(cases[0]); c++) {
@@ -434,7 +434,7 @@ static void sums_cover_places(void **state)
     (void)state;
     fixture f;
     fetch t;
-    rooms_open(&f, NULL, 0, true);
+    rooms_open(&f, NULL, ROOMS_ALL, true);
     warm(&f, 0);
     rig_wait_registered();
     missing[0] = (kvc_missing_row){3, KVC_IO};

@@ -6,6 +6,7 @@
  */
 #include "rdma_rooms.h"
 
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "base/lent.h"
@@ -18,7 +19,7 @@ static void registration_fails(void **state)
 {
     (void)state;
     fixture f;
-    rooms_open(&f, NULL, 0, false);
+    rooms_open(&f, NULL, ROOMS_ALL, false);
     warm(&f, 0);
     rig_wait_registered();
     fake_faults fault = fake_no_faults;
@@ -41,7 +42,7 @@ static void registering_is_off_the_path(void **state)
 {
     (void)state;
     fixture f;
-    rooms_open(&f, NULL, 0, false);
+    rooms_open(&f, NULL, ROOMS_ALL, false);
     warm(&f, 0);
     fake_faults fault = fake_no_faults;
     fault.reg_stalls = area[1];
@@ -107,12 +108,36 @@ static void least_recently_used_goes(void **state)
     rooms_close(&f);
 }
 
+/* What may be locked is not all for regions. */
+static void locked_memory_is_limited(void **state)
+{
+    (void)state;
+    struct rlimit before;
+    assert_int_equal(getrlimit(RLIMIT_MEMLOCK, &before), 0);
+    for (rlim_t areas = 3; areas <= 4; areas++) {
+        struct rlimit now = {areas * AREA, before.rlim_max};
+        fixture f;
+        if (before.rlim_max != RLIM_INFINITY && before.rlim_max < now.rlim_cur)
+            skip();
+        assert_int_equal(setrlimit(RLIMIT_MEMLOCK, &now), 0);
+        rooms_open(&f, NULL, 0, false);
+        assert_int_equal(setrlimit(RLIMIT_MEMLOCK, &before), 0);
+        for (int i = 0; i < 20 && areas == 3; i++) {
+            assert_false(run_rooms(&f, 0, 16, 0, 1));
+            usleep(1000);
+        }
+        if (areas == 4)
+            warm(&f, 0);
+        rooms_close(&f);
+    }
+}
+
 /* Each connection registers for itself: a key opens nothing to another connection's server. */
 static void keys_are_of_a_connection(void **state)
 {
     (void)state;
     fixture f;
-    rooms_open(&f, NULL, 0, false);
+    rooms_open(&f, NULL, ROOMS_ALL, false);
     warm(&f, 0);
     assert_int_equal(fake_verbs_n_registered(area[0]), 1);
     kvt_conn *first = f.conn;
@@ -131,10 +156,9 @@ static void keys_are_of_a_connection(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(registration_fails),
-        cmocka_unit_test(registering_is_off_the_path),
-        cmocka_unit_test(least_recently_used_goes),
-        cmocka_unit_test(keys_are_of_a_connection),
+        cmocka_unit_test(registration_fails),       cmocka_unit_test(registering_is_off_the_path),
+        cmocka_unit_test(least_recently_used_goes), cmocka_unit_test(keys_are_of_a_connection),
+        cmocka_unit_test(locked_memory_is_limited),
     };
     kvc_log_set_level(getenv("KVASIR_TEST_LOG") != NULL ? KVC_LOG_LEVEL_TRACE : KVC_LOG_LEVEL_OFF);
     suite_uri = "rdma://127.0.0.1:0";

@@ -14,6 +14,7 @@
 #define SLOTS     512u
 #define AREA      (SLOTS * ROW_BYTES)
 #define AREAS     3u
+#define ROOMS_ALL ((uint64_t)1 << 30)
 
 extern uint8_t *area[AREAS]; /* [SLOTS][ROW_BYTES] */
 extern kvc_missing_row missing[MAX_ROWS];

@@ -48,7 +48,8 @@ typedef struct kvc_client_opts {
     /* Over rdma:// both ends sum and verify all that crosses (XXH3-64), which costs each a look at
      * every byte; a difference is CORRUPT. Without it, the fabric's own CRCs are all there is. */
     uint64_t sums; /* not 0: so */
-    /* Over rdma://: bytes of regions that are registered at once, to be written to; 0: 1 GiB. */
+    /* Over rdma://: bytes of regions that are registered at once, to be written to; 0: 1 GiB, and
+     * at most a quarter of the limit on locked memory. */
     uint64_t region_bytes;
 } kvc_client_opts;
 

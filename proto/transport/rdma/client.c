@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #include "base/clock.h"
 #include "base/log.h"
@@ -121,6 +122,17 @@ static const kvtr_owner owner = {
 
 /* ---- the connection -------------------------------------------------------------------------- */
 
+/* Locked memory that regions may take: what is left is for links and buffers, without which nothing
+ * goes at all. */
+static uint64_t region_limit(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_MEMLOCK, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY ||
+        limit.rlim_cur / 4 > KVTI_REGION_BYTES)
+        return KVTI_REGION_BYTES;
+    return limit.rlim_cur / 4;
+}
+
 static kvt_conn *create_conn(const kvt_connect_opts *opts)
 {
     kvt_conn *conn = calloc(1, sizeof(*conn));
@@ -147,7 +159,7 @@ static kvt_conn *create_conn(const kvt_connect_opts *opts)
     conn->loop.owner = &owner;
     conn->loop.is_client = true;
     conn->loop.pool_max_bytes = POOL_BYTES;
-    conn->loop.region_max_bytes = opts->region_bytes == 0 ? KVTI_REGION_BYTES : opts->region_bytes;
+    conn->loop.region_max_bytes = opts->region_bytes == 0 ? region_limit() : opts->region_bytes;
     conn->loop.handshake_ns = HANDSHAKE_NS;
     conn->loop.keepalive_ns = KEEPALIVE_NS;
     return conn;
