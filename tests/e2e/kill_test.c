@@ -100,7 +100,9 @@ static void test_lanes(void **state)
     uint64_t n_rounds = lanes_rounds(ROUNDS_NAME, ROUNDS);
     support_random random = support_seed((uint64_t)time(NULL));
     lanes_use_memory(FREE_BYTES);
-    assert_int_equal(lanes_run(LANES, ROUNDS_NAME, n_rounds, random.state), 0);
+    uint32_t n_skipped;
+    assert_int_equal(lanes_run(LANES, ROUNDS_NAME, n_rounds, random.state, &n_skipped), 0);
+    assert_int_equal(n_skipped, 0);
 }
 
 int main(void)

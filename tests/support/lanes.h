@@ -17,9 +17,11 @@ bool lanes_is_lane(uint32_t *number_p);
 /*
  * Starts n_lanes lanes and waits for them: each is to do a share of `rounds`, told by the
  * environment variable rounds_name, and has a seed of its own, made from the one given. Gives how
- * many of them failed.
+ * many of them failed, and how many others ended with LANES_SKIPPED, since they lacked something.
  */
-uint32_t lanes_run(uint32_t n_lanes, const char *rounds_name, uint64_t rounds, uint64_t seed);
+#define LANES_SKIPPED 77
+uint32_t lanes_run(uint32_t n_lanes, const char *rounds_name, uint64_t rounds, uint64_t seed,
+                   uint32_t *n_skipped_p);
 /* What the environment variable says: how much is to be done. */
 uint64_t lanes_rounds(const char *rounds_name, uint64_t otherwise);
 /* Makes /dev/shm the place of temporary folders where it has free_bytes for them and nothing else
