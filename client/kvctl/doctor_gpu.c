@@ -1,5 +1,5 @@
 /*
- * doctor_gpu.c: the GPU that a worker's decode steps may run on: its name and its driver, or why
+ * doctor_gpu.c: the GPU that a worker's steps may run on: its name and its driver, or why
  * there is none.
  *
  * kvctl links nothing of CUDA: the driver's library is opened here where there is one, and asked

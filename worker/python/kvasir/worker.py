@@ -105,8 +105,8 @@ class Worker:
     index ("exact", "compressed", "reranked"), projection (path), policy ("fail", "drop"), promise
     ("memory", "durable"), fetch_timeout_s, put_timeout_s, reselect_cos (theta of TokenSelect's
     Selection Cache; 0: off; the paper uses 0.9), backend ("cpu"; "cuda", "cuda:1": passes and steps
-    on a GPU), device_memory (1: k, v, q, out and lse are torch tensors on that GPU, used in order on
-    what was torch's current stream when the sequence was opened, which must be current in its
+    on a GPU), device_memory (1: k, v, q, out and lse are torch tensors on that GPU, used in order
+    on what was torch's current stream when the sequence was opened, which must be current in its
     calls), way (how rows that are not resident are
     reached: "auto", "rows", "near", "shm", "rdma"), and the counts (n_sink, n_recent, k, eps,
     chunk_tokens, block_tokens, ...). Blocks; raises KvasirError.
