@@ -300,8 +300,8 @@ static int prepare(ways_rig *rig, bool quick, bool brief)
     const char *address = getenv("KVASIR_RDMA_ADDRESS"), *base = getenv("TMPDIR");
     rig->dram_bytes = "1GiB";
     rig->random = 1;
-    rig->repeats = quick ? 1 : brief ? 2 : WAYS_REPEATS;
-    rounds = quick ? 1 : brief ? 5 : rounds;
+    rig->repeats = quick || brief ? 1 : WAYS_REPEATS;
+    rounds = quick ? 1 : brief ? 3 : rounds;
     for (uint32_t i = 0; i < SHAPES && (quick || brief); i++)
         shapes[i].n_blocks = shapes[i].chunks ? 64 : 24;
     (void)snprintf(rig->folder, sizeof(rig->folder), "%s/kvasir-ways-bench-XXXXXX",

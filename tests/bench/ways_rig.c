@@ -311,8 +311,9 @@ static kvc_status ask_near(ways_way *way, const uint32_t *picks, uint32_t n, kvc
     kvc_op_init(&op, NULL, NULL);
     kvc_status st = kvc_attend(way->client, groups, n_groups, NULL, info, 0, &op);
     st = st == KVC_OK ? kvc_op_wait(&op, 0) : st;
-    for (uint32_t g = 0; g < n_groups && st == KVC_OK; g++) /* of zeros: each row counts alike */
-        st = fabsf(lse[g][0] - logf((float)(n / n_groups))) < 1e-3F ? KVC_OK : KVC_CORRUPT;
+    float want = logf((float)groups[0].n_picks); /* of zeros: each row counts alike */
+    for (uint32_t g = 0; g < n_groups && st == KVC_OK; g++)
+        st = fabsf(lse[g][0] - want) < 1e-3F ? KVC_OK : KVC_CORRUPT;
     return st;
 }
 

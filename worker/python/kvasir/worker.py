@@ -92,7 +92,7 @@ _u32 = ctypes.c_uint32
 _COUNTS = (
     "tp_size tp_rank block_tokens n_threads n_sink n_recent k eps chunk_tokens far_position "
     "residency_slots exact index_dims rerank_dims rerank_factor put_window reuse_any "
-    "landmark_dim max_tokens device_memory"
+    "landmark_dim max_tokens device_memory retrieval_queries"
 ).split()
 
 
