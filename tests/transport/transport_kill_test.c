@@ -222,7 +222,7 @@ typedef struct child {
 static child spawn(const char *role, const char *uri, state s)
 {
     int fds[2];
-    char which[8], fd[16];
+    char which[16], fd[16];
     assert_int_equal(pipe(fds), 0);
     (void)snprintf(which, sizeof(which), "%d", (int)s);
     (void)snprintf(fd, sizeof(fd), "%d", fds[1]);
