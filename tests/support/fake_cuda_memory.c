@@ -16,6 +16,9 @@
 
 #include "kvk/cuda.h"
 
+/* Of an allocation, so that large ones that are hardly used cost no memory. */
+enum { MAX_DIRT = 16 << 20 };
+
 typedef struct memory {
     struct memory *next;
     void *base;
@@ -106,7 +109,7 @@ kvc_status kvk_cuda_alloc(kvk_cuda *cuda, kvk_cuda_memory kind, size_t len_bytes
     void *p = units ? alloc_units(len_bytes) : alloc_some(len_bytes, kind == KVK_CUDA_DEVICE);
     if (p == NULL)
         return KVC_NO_MEMORY;
-    memset(p, 0xee, len_bytes);
+    memset(p, 0xee, len_bytes < MAX_DIRT ? len_bytes : MAX_DIRT);
     atomic_fetch_add(&held, 1);
     atomic_fetch_add(&device_bytes, kind == KVK_CUDA_DEVICE ? len_bytes : 0);
     *memory_p = p;
