@@ -267,12 +267,16 @@ static void wait_counter(rig *r, const char *name, uint64_t want)
  * are given back after 10 s. */
 static void wait_device(rig *r, uint64_t n_lent)
 {
-    uint64_t deadline_ns = kvc_deadline_ns(60000 * MS), n_links, n_regs;
+    uint64_t deadline_ns = kvc_deadline_ns(60000 * MS), least_ns = kvc_deadline_ns(15000 * MS);
+    uint64_t n_links, n_regs;
+    bool few, right;
     do {
         usleep(100000);
         n_links = counter(r, "rdma_connections");
         n_regs = counter(r, "rdma_registrations");
-    } while ((n_links > CHANNELS || n_regs > n_links * (1 + n_lent)) && !kvc_expired(deadline_ns));
+        few = n_links <= CHANNELS && n_regs <= n_links + n_lent;
+        right = n_links <= CHANNELS && n_regs <= n_links * (1 + n_lent);
+    } while (!few && !(right && kvc_expired(least_ns)) && !kvc_expired(deadline_ns));
     print_message("rdma: %llu connections, %llu registrations are left\n",
                   (unsigned long long)n_links, (unsigned long long)n_regs);
     assert_true(n_links > 0 && n_links <= CHANNELS);

@@ -80,7 +80,7 @@ static void take_event(fake_peer *p, const struct rdma_cm_event *event, const fa
         break;
     case RDMA_CM_EVENT_ROUTE_RESOLVED:
         make_queue_pair(p);
-        connect_with(p, intro);
+        connect_with(p, intro == NULL ? &fake_good_intro : intro);
         break;
     case RDMA_CM_EVENT_ESTABLISHED:
         p->up = true;
@@ -113,7 +113,7 @@ bool peer_connect(fake_peer *p, const char *uri, const fake_intro *intro)
     assert_int_equal(kvtr_verbs_now->resolve_addr(p->id, (struct sockaddr *)&address, 1000), 0);
     while (!p->up && !p->down) {
         assert_false(kvc_expired(give_up_ns));
-        take_events(p, intro == NULL ? &fake_good_intro : intro);
+        take_events(p, intro);
         usleep(200);
     }
     return p->up;
