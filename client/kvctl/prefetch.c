@@ -1,6 +1,8 @@
 /*
- * prefetch.c: kvctl prefetch: loads a context's values to dram ahead of their use.
+ * prefetch.c: kvctl prefetch: loads a context's values to dram, or copies them to the server's GPU,
+ * ahead of their use.
  */
+#include <getopt.h>
 #include <stdio.h>
 
 #include "base/text.h"
@@ -8,13 +10,13 @@
 
 static const char help[] =
     "NAME\n"
-    "    kvctl prefetch - load what blocks hold to the dram tier\n"
+    "    kvctl prefetch - load what blocks hold to the dram tier, or to the server's GPU\n"
     "\n"
     "SYNOPSIS\n"
-    "    kvctl [--server URI] [--json] prefetch --schema SCHEMA [--parts PARTS] DIGEST...\n"
-    "    kvctl [--server URI] [--json] prefetch --schema SCHEMA [--parts PARTS]\n"
+    "    kvctl [--server URI] [--json] prefetch [--gpu] --schema SCHEMA [--parts PARTS] DIGEST...\n"
+    "    kvctl [--server URI] [--json] prefetch [--gpu] --schema SCHEMA [--parts PARTS]\n"
     "          [--block-tokens N] --digests FILE | --tokens FILE\n"
-    "    kvctl [--server URI] [--json] prefetch --schema SCHEMA --key KEY...\n"
+    "    kvctl [--server URI] [--json] prefetch [--gpu] --schema SCHEMA --key KEY...\n"
     "\n"
     "DESCRIPTION\n"
     "    Loads values that are only in a slower tier, as far as there is room that loses nothing,\n"
@@ -25,6 +27,10 @@ static const char help[] =
     "\n"
     "OPTIONS\n" KVCTL_BLOCKS_HELP KVCTL_KEYS_HELP "    --parts N[,N]... or FIRST-LAST\n"
     "        The parts to load. Default: all of the schema but index parts.\n"
+    "    --gpu\n"
+    "        Copy to the GPU of a server that has a gpu tier (gpu_bytes), as much as it holds: "
+    "workers\n"
+    "        of its host read the values there.\n"
     "    -h, --help\n"
     "        Print this page.\n"
     "\n"
@@ -56,7 +62,7 @@ static void print_info(const kvctl_globals *globals, const kvc_prefetch_info *in
                  (unsigned long long)info->left);
 }
 
-static kvctl_exit ask(const kvctl_globals *globals, const kvctl_blocks *blocks)
+static kvctl_exit ask(const kvctl_globals *globals, const kvctl_blocks *blocks, kvc_tier tier)
 {
     kvc_client *client = NULL;
     kvc_context *context = NULL;
@@ -71,12 +77,12 @@ static kvctl_exit ask(const kvctl_globals *globals, const kvctl_blocks *blocks)
         status = kvc_context_open(client, &blocks->schema.digest, blocks->digests,
                                   blocks->n_digests, 0, kvctl_deadline_ns(globals), &context);
     if (status == KVC_OK && context != NULL)
-        status = kvc_prefetch(context, blocks->parts, blocks->n_parts, 0, 0, KVC_TIER_DRAM, &info,
+        status = kvc_prefetch(context, blocks->parts, blocks->n_parts, 0, 0, tier, &info,
                               kvctl_deadline_ns(globals), &op);
     else if (status == KVC_OK)
         status = kvc_prefetch_blocks(client, &blocks->schema.digest, blocks->digests,
-                                     blocks->n_digests, blocks->parts, blocks->n_parts,
-                                     KVC_TIER_DRAM, &info, kvctl_deadline_ns(globals), &op);
+                                     blocks->n_digests, blocks->parts, blocks->n_parts, tier, &info,
+                                     kvctl_deadline_ns(globals), &op);
     if (status == KVC_OK)
         status = kvctl_wait(&op, "loading");
     if (status == KVC_OK)
@@ -90,12 +96,32 @@ static kvctl_exit ask(const kvctl_globals *globals, const kvctl_blocks *blocks)
 
 static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
 {
-    return kvctl_blocks_run("prefetch", globals, argc, argv, ask);
+    static const struct option options[] = {
+        KVCTL_BLOCKS_OPTIONS,
+        {"gpu", no_argument, NULL, 'G'},
+        {0},
+    };
+    kvctl_blocks blocks = {0};
+    kvc_tier tier = KVC_TIER_DRAM;
+    kvctl_exit result = KVCTL_OK;
+    int option;
+    while (result == KVCTL_OK && (option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+        if (option == 'G')
+            tier = KVC_TIER_GPU;
+        else if (!kvctl_blocks_option(option, &blocks))
+            result = kvctl_usage("prefetch", "an option is wrong");
+    }
+    if (result == KVCTL_OK)
+        result = kvctl_blocks_read("prefetch", argc, argv, &blocks);
+    if (result == KVCTL_OK)
+        result = ask(globals, &blocks, tier);
+    kvctl_blocks_free(&blocks);
+    return result;
 }
 
 const kvctl_command kvctl_prefetch = {
     .name = "prefetch",
-    .brief = "load what blocks hold to the dram tier",
+    .brief = "load what blocks hold to dram or the server's GPU",
     .help = help,
     .run = run,
 };

@@ -363,6 +363,8 @@ static void test_keep(void **state)
            WORDS("0 values loaded", "4 were there", "0 are missing"), NULL);
     expect(text, WORDS(ON, "--json", "prefetch", "--schema", schema_hex, "--parts", "0-2"), 0,
            WORDS("{\"there\":6,\"moved\":0,\"missing\":0,\"left\":0,\"moved_bytes\":0}"), NULL);
+    expect(text, WORDS(ON, "prefetch", "--gpu", "--schema", schema_hex), 1, NULL,
+           "this server has no GPU");
     output o = run(text, WORDS(ON, "--json", "hold", "--schema", schema_hex, "--ttl", "90s"));
     assert_int_equal(o.status, 0);
     expect_text(o.out, "\"ttl_ms\":90000,\"blocks\":2");

@@ -453,9 +453,10 @@ typedef struct kvc_prefetch_info {
 
 /*
  * Loads parts [n_parts] (0: all but index parts) of blocks first_block .. first_block + n_blocks -
- * 1 (n_blocks 0: to the end) to tier (KVC_TIER_DRAM), as far as there is room that loses nothing.
- * Completes when it is done; kvc_op_cancel stops it, and what was loaded stays. Borrows parts;
- * keeps info_p until completion; context must stay open until then.
+ * 1 (n_blocks 0: to the end) to tier (KVC_TIER_DRAM; KVC_TIER_GPU: UNSUPPORTED where the server
+ * has none that works), as far as there is room that loses nothing. Completes when it is done;
+ * kvc_op_cancel stops it, and what was loaded stays. Borrows parts; keeps info_p until completion;
+ * context must stay open until then.
  */
 kvc_status kvc_prefetch(kvc_context *context, const uint32_t *parts, uint32_t n_parts,
                         uint32_t first_block, uint32_t n_blocks, kvc_tier tier,
