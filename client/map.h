@@ -54,7 +54,7 @@ kvci_epoch *kvci_epoch_create(const kvc_map_opts *opts, int lease_fd, size_t lea
 kvc_status kvci_epoch_add(kvci_epoch *epoch, uint32_t id, int fd, size_t len_bytes) KVC_MUST_CHECK;
 /* The same of a GPU, opened as opts says. */
 kvc_status kvci_epoch_add_gpu(kvci_epoch *epoch, const kvc_map_opts *opts,
-                              const kvc_map_segment *segment) KVC_MUST_CHECK;
+                              const kvc_map_segment *passed) KVC_MUST_CHECK;
 /* Unmaps segments that no map has a value in, at most max; ids [max] gets theirs. Who maps alone.
  */
 uint32_t kvci_epoch_sweep(kvci_epoch *epoch, uint32_t *ids, uint32_t max);

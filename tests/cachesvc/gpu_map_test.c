@@ -39,7 +39,6 @@
 #define SECOND      1000000000ull
 #define WAIT_MS     60000
 
-extern char **environ;
 static const char *program;
 
 typedef struct rig {
@@ -145,7 +144,7 @@ static int setup(void **state)
     h_temp_dir(r->dir);
     snprintf(r->h.listen, sizeof(r->h.listen), "shm://%s/socket", r->dir);
     r->h.settings.gpu_bytes = GPU_BYTES;
-    r->h.settings.dram_bytes = 4ull * N_BLOCKS * VALUE_BYTES + (64u << 20);
+    r->h.settings.dram_bytes = 4ull * N_BLOCKS * VALUE_BYTES + (128u << 20);
     h_schema_init(&r->schema, "gpu map", 1, ROW_BYTES, false);
     h_server_start(&r->h);
     r->peer = h_connect(r->h.listen, NULL);
@@ -500,19 +499,21 @@ static void test_no_sharing(void **state)
 static void test_mapped_copies_stay(void **state)
 {
     rig *r = *state;
-    enum { MORE = 1100 }; /* as many fill the tier */
+    enum { MORE = 800 }; /* three times as many turn the whole queue over */
     reader rd;
-    uint64_t context;
     prefetch(r);
     reader_open(&rd, r->h.listen, &r->schema.digest);
     (void)reader_map(&rd);
-    for (uint64_t b = 0; b < MORE; b++)
-        assert_int_equal(h_put1(r->peer, &r->schema, 1000 + b, PART, KVC_PROMISE_MEMORY), KVC_OK);
-    assert_int_equal(h_open(r->peer, &r->schema, 1000, MORE, 0, &context), KVC_OK);
-    kvc_request req = {.method = KVC_PREFETCH};
-    req.u.prefetch.context = context;
-    req.u.prefetch.tier = KVC_TIER_GPU;
-    assert_int_equal(h_call(r->peer, &req), KVC_OK);
+    for (uint64_t first = 1000; first < 1000 + 3 * MORE; first += MORE) {
+        kvc_request req = {.method = KVC_PREFETCH};
+        for (uint64_t b = first; b < first + MORE; b++)
+            assert_int_equal(h_put1(r->peer, &r->schema, b, PART, KVC_PROMISE_MEMORY), KVC_OK);
+        assert_int_equal(h_open(r->peer, &r->schema, first, MORE, 0, &req.u.prefetch.context),
+                         KVC_OK);
+        req.u.prefetch.tier = KVC_TIER_GPU;
+        assert_int_equal(h_call(r->peer, &req), KVC_OK);
+        assert_int_equal(r->peer->xfer.reply.u.prefetch.moved, MORE);
+    }
     assert_int_equal(gpu_values(r), GPU_BYTES / VALUE_BYTES);
     assert_int_equal(reader_check_all(&rd), N_BLOCKS);
     reader_close(&rd);

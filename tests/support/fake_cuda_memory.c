@@ -19,16 +19,16 @@
 /* Of an allocation, so that large ones that are hardly used cost no memory. */
 enum { MAX_DIRT = 16 << 20 };
 
-typedef struct memory {
-    struct memory *next;
+typedef struct given {
+    struct given *next;
     void *base;
     size_t len_bytes;
     int fd; /* -1: malloc'd, or opened here and another's */
     bool opened, device;
-} memory;
+} given;
 
 static pthread_mutex_t memory_lock = PTHREAD_MUTEX_INITIALIZER;
-static memory *memories; /* guarded by memory_lock */
+static given *memories; /* guarded by memory_lock */
 static atomic_bool no_sharing;
 static atomic_ullong device_bytes;
 static atomic_uint held, left = UINT32_MAX;
@@ -46,10 +46,10 @@ uint32_t fake_cuda_held(void)
 /* Remembers memory; false: it cannot. */
 static bool remember(void *base, size_t len_bytes, int fd, bool opened, bool device)
 {
-    memory *m = calloc(1, sizeof(*m));
+    given *m = calloc(1, sizeof(*m));
     if (m == NULL)
         return false;
-    *m = (memory){.base = base, .len_bytes = len_bytes, .fd = fd, .opened = opened};
+    *m = (given){.base = base, .len_bytes = len_bytes, .fd = fd, .opened = opened};
     m->device = device;
     pthread_mutex_lock(&memory_lock);
     m->next = memories;
@@ -59,13 +59,13 @@ static bool remember(void *base, size_t len_bytes, int fd, bool opened, bool dev
 }
 
 /* Takes what begins there out of the list; NULL: nothing does. */
-static memory *forget_memory(const void *base)
+static given *forget_memory(const void *base)
 {
     pthread_mutex_lock(&memory_lock);
-    memory **link = &memories;
+    given **link = &memories;
     while (*link != NULL && (*link)->base != base)
         link = &(*link)->next;
-    memory *m = *link;
+    given *m = *link;
     if (m != NULL)
         *link = m->next;
     pthread_mutex_unlock(&memory_lock);
@@ -116,9 +116,9 @@ kvc_status kvk_cuda_alloc(kvk_cuda *cuda, kvk_cuda_memory kind, size_t len_bytes
     return KVC_OK;
 }
 
-void kvk_cuda_free(kvk_cuda *cuda, kvk_cuda_memory kind, void *memory_p)
+void kvk_cuda_free(kvk_cuda *cuda, kvk_cuda_memory kind, void *memory)
 {
-    memory *m = memory_p == NULL ? NULL : forget_memory(memory_p);
+    given *m = memory == NULL ? NULL : forget_memory(memory);
     (void)cuda;
     if (m == NULL)
         return;
@@ -141,7 +141,7 @@ uint64_t fake_cuda_device_bytes(void)
 void fake_cuda_damage(void)
 {
     pthread_mutex_lock(&memory_lock);
-    for (const memory *m = memories; m != NULL; m = m->next)
+    for (const given *m = memories; m != NULL; m = m->next)
         for (size_t i = 0; m->device && i < m->len_bytes; i += 64)
             ((uint8_t *)m->base)[i] ^= 1;
     pthread_mutex_unlock(&memory_lock);
@@ -167,13 +167,13 @@ typedef struct fake_share {
     uint64_t len_bytes;
 } fake_share;
 
-kvc_status kvk_cuda_share(kvk_cuda *cuda, void *base, kvk_cuda_shared *shared_p)
+kvc_status kvk_cuda_share(kvk_cuda *cuda, void *memory, kvk_cuda_shared *shared_p)
 {
     fake_share share = {.pid = getpid(), .fd = -1};
     (void)cuda;
     pthread_mutex_lock(&memory_lock);
-    for (const memory *m = memories; m != NULL; m = m->next) {
-        if (m->base == base && m->fd >= 0 && !m->opened) {
+    for (const given *m = memories; m != NULL; m = m->next) {
+        if (m->base == memory && m->fd >= 0 && !m->opened) {
             share.fd = m->fd;
             share.len_bytes = m->len_bytes;
         }
@@ -210,9 +210,9 @@ kvc_status kvk_cuda_share_open(kvk_cuda *cuda, const kvk_cuda_shared *shared, vo
     return KVC_OK;
 }
 
-void kvk_cuda_share_close(kvk_cuda *cuda, void *base)
+void kvk_cuda_share_close(kvk_cuda *cuda, void *memory)
 {
-    memory *m = base == NULL ? NULL : forget_memory(base);
+    given *m = memory == NULL ? NULL : forget_memory(memory);
     (void)cuda;
     if (m == NULL)
         return;

@@ -220,7 +220,7 @@ static void test_a_write_that_fails_leaves_nothing(void **state)
 static void test_a_device_without_memory(void **state)
 {
     tier_under_test *t = *state;
-    kvs_slot slots[256];
+    kvs_slot slots[256] = {0};
 
     fake_cuda_allocations(2);
     uint32_t n = fill(t, 1, large, slots, 256);
