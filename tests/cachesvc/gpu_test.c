@@ -50,15 +50,6 @@ static void start(rig *r)
     assert_int_equal(h_register(r->peer, &r->schema), KVC_OK);
 }
 
-/* Tiers that a few values fill. */
-static void start_small(rig *r)
-{
-    r->h.settings.max_value_bytes = 64u << 10;
-    r->h.settings.dram_bytes = N_DRAM * VALUE_BYTES;
-    r->h.settings.gpu_bytes = N_GPU * VALUE_BYTES;
-    start(r);
-}
-
 static int teardown(void **state)
 {
     rig *r = *state;
@@ -260,11 +251,15 @@ static void test_a_gpu_that_fails(void **state)
 
 #ifdef KVASIR_LMDB
 
+/* Tiers that a few values fill. */
 static void start_with_lmdb(rig *r)
 {
     r->h.settings.lmdb_path = r->dir;
     r->h.settings.lmdb_bytes = 64u << 20;
-    start_small(r);
+    r->h.settings.max_value_bytes = 64u << 10;
+    r->h.settings.dram_bytes = N_DRAM * VALUE_BYTES;
+    r->h.settings.gpu_bytes = N_GPU * VALUE_BYTES;
+    start(r);
 }
 
 /* Blocks that only gpu and lmdb have: others push them out of dram. Gives their context. */
