@@ -56,7 +56,8 @@ static void test_structs_grow_at_their_ends(void **state)
     assert_int_equal(offsetof(kvc_client_opts, sums), 5 * word);
     assert_int_equal(sizeof(kvc_client_opts), 7 * word);
     assert_int_equal(offsetof(kvc_map_opts, keep_ns), 4 * word);
-    assert_int_equal(sizeof(kvc_map_opts), 5 * word);
+    assert_int_equal(offsetof(kvc_map_opts, gpu_open), 5 * word);
+    assert_int_equal(sizeof(kvc_map_opts), 7 * word);
     assert_int_equal(offsetof(kvc_server_stats, size_bytes), 0);
 }
 
