@@ -121,22 +121,50 @@ kvc_status kvwi_index_append(kvw_seq *seq, uint32_t layer, uint32_t first, const
     return KVC_OK;
 }
 
-void kvwi_write_rows(kvw_seq *seq, uint32_t layer, uint32_t first, const void *keys,
-                     const void *values, uint32_t n)
+/* Slices (K or V) of n tokens coded to rows of one block. */
+static kvc_status encode_slices(const kvw_worker *w, const uint8_t *in, uint32_t n, uint8_t *out)
+{
+    const kvk_encode_args args = {
+        .in = {in, w->in_bytes, w->opts.dtype},
+        .n = n,
+        .n_heads = w->opts.n_kv_heads,
+        .dims = w->opts.head_dim,
+        .dtype = w->row_dtype,
+        .out = out,
+        .out_stride_bytes = w->row_bytes,
+    };
+    kvc_status st = w->ops->encode(w->be, &args, NULL);
+    return st == KVC_INVALID ? kvwi_fail(st, "a value is not finite") : st;
+}
+
+kvc_status kvwi_write_rows(kvw_seq *seq, uint32_t layer, uint32_t first, const void *keys,
+                           const void *values, uint32_t n)
 {
     const kvw_worker *w = seq->worker;
     const uint8_t *k = keys, *v = values;
-    uint32_t bt = w->opts.block_tokens;
-    for (uint32_t i = 0; i < n; i++) {
+    uint32_t bt = w->opts.block_tokens, run = 0;
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < n; i += run) {
         uint32_t pos = first + i;
         uint8_t *row = kvwi_block_row(w, seq->blocks[pos / bt].buf, layer, pos % bt);
-        memcpy(row, k + i * w->k_bytes, w->k_bytes);
-        memcpy(row + w->k_bytes, v + i * w->k_bytes, w->k_bytes);
+        if (kvk_is_coded(w->row_dtype)) {
+            run = kvwi_min_u32(bt - pos % bt, n - i);
+            st = encode_slices(w, k + i * w->in_bytes, run, row);
+            if (st == KVC_OK) {
+                st = encode_slices(w, v + i * w->in_bytes, run, row + w->k_bytes);
+            }
+        } else {
+            run = 1;
+            memcpy(row, k + i * w->in_bytes, w->in_bytes);
+            memcpy(row + w->k_bytes, v + i * w->in_bytes, w->in_bytes);
+        }
     }
+    return st;
 }
 
 /* What can fail on one rank alone comes before the group sums keys. */
-static kvc_status prepare_append(kvw_seq *seq, uint32_t layer, const void *k, uint32_t n_tokens)
+static kvc_status prepare_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                                 uint32_t n_tokens)
 {
     kvwi_layer *l = &seq->layers[layer];
     if (n_tokens == 0 || n_tokens != seq->pass.n || l->n_tokens != seq->pass.first) {
@@ -150,6 +178,10 @@ static kvc_status prepare_append(kvw_seq *seq, uint32_t layer, const void *k, ui
     if (!o->device_memory &&
         !kvwi_all_finite(k, (size_t)n_tokens * o->n_kv_heads * o->head_dim, o->dtype)) {
         return kvwi_fail(KVC_INVALID, "layer %u: a key is not finite", layer);
+    }
+    if (!o->device_memory && kvk_is_coded(seq->worker->row_dtype) &&
+        !kvwi_all_finite(v, (size_t)n_tokens * o->n_kv_heads * o->head_dim, o->dtype)) {
+        return kvwi_fail(KVC_INVALID, "layer %u: a value is not finite", layer);
     }
     uint32_t end = seq->pass.first + n_tokens;
     kvc_status st = kvwi_blocks_reserve(seq, end);
@@ -172,7 +204,7 @@ static kvc_status bring_to_host(kvw_seq *seq, uint32_t layer, const void **k, co
                                 uint32_t n_tokens)
 {
     const kvw_opts *o = &seq->worker->opts;
-    size_t len_bytes = n_tokens * seq->worker->k_bytes;
+    size_t len_bytes = n_tokens * seq->worker->in_bytes;
     *k = kvwi_device_to_host(seq, *k, len_bytes, &seq->host[0]);
     *v = kvwi_device_to_host(seq, *v, len_bytes, &seq->host[1]);
     if (*k == NULL || *v == NULL) {
@@ -197,26 +229,27 @@ static kvc_status append_on_host(kvw_seq *seq, uint32_t layer, const void *k, co
     if (st != KVC_OK) {
         return st;
     }
-    st = kvwi_index_append(seq, layer, seq->pass.first, k, w->k_bytes, n_tokens);
-    if (st == KVC_OK) {
-        kvwi_write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
-    }
-    return st;
+    st = kvwi_write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
+    return st == KVC_OK ? kvwi_index_append(seq, layer, seq->pass.first, k, w->in_bytes, n_tokens)
+                        : st;
 }
 
-/* landmarks: of selectors of chunks, else NULL. */
+/* landmarks: of selectors of chunks, else NULL. whole: see kvwi_append. */
 static kvc_status append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
-                         const float *landmarks, uint32_t n_tokens)
+                         const float *landmarks, uint32_t n_tokens, bool whole)
 {
     uint64_t t0 = kvc_now_ns();
     uint32_t end = seq->pass.first + n_tokens;
-    kvc_status st = prepare_append(seq, layer, k, n_tokens);
+    kvc_status st = prepare_append(seq, layer, k, v, n_tokens);
     st = kvwi_group_agree(seq->worker, st);
     if (st == KVC_OK && landmarks != NULL) {
         st = bring_to_host(seq, layer, &k, &v, n_tokens);
+        if (st == KVC_OK) {
+            st = kvwi_write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
+        }
     } else if (st == KVC_OK) {
         st = kvwi_device_takes_pass(seq->worker, n_tokens)
-                 ? seq->worker->device_ops->append(seq, layer, k, v, n_tokens)
+                 ? seq->worker->device_ops->append(seq, layer, k, v, n_tokens, whole)
                  : append_on_host(seq, layer, k, v, n_tokens);
     }
     if (st != KVC_OK) {
@@ -224,14 +257,14 @@ static kvc_status append(kvw_seq *seq, uint32_t layer, const void *k, const void
     }
     if (landmarks != NULL) {
         write_landmarks(seq, layer, landmarks, n_tokens);
-        kvwi_write_rows(seq, layer, seq->pass.first, k, v, n_tokens);
     }
     seq->layers[layer].n_tokens = end;
     seq->stats.ns_append += kvc_now_ns() - t0;
     return KVC_OK;
 }
 
-kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n_tokens)
+kvc_status kvwi_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                       uint32_t n_tokens, bool whole)
 {
     if (seq == NULL || k == NULL || v == NULL || layer >= seq->worker->opts.n_layers) {
         return kvwi_fail(KVC_INVALID, "seq, k and v must not be NULL, layer must exist");
@@ -240,7 +273,12 @@ kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v
         return kvwi_fail(KVC_INVALID, "selector: %s needs landmarks: kvw_append_chunks",
                          seq->worker->opts.selector);
     }
-    return append(seq, layer, k, v, NULL, n_tokens);
+    return append(seq, layer, k, v, NULL, n_tokens, whole);
+}
+
+kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n_tokens)
+{
+    return kvwi_append(seq, layer, k, v, n_tokens, false);
 }
 
 kvc_status kvw_append_chunks(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
@@ -258,5 +296,5 @@ kvc_status kvw_append_chunks(kvw_seq *seq, uint32_t layer, const void *k, const 
     if (n_tokens % KVW_CHUNK_TOKENS != 0 || !kvwi_all_finite(landmarks, n, KVK_F32)) {
         return kvwi_fail(KVC_INVALID, "layer %u: chunks must be whole, landmarks finite", layer);
     }
-    return append(seq, layer, k, v, landmarks, n_tokens);
+    return append(seq, layer, k, v, landmarks, n_tokens, false);
 }

@@ -137,7 +137,7 @@ static kvc_status attend_rows(kvw_step *step, const kvwi_segment *seg, const sub
         .rows = s->rows,
         .n_kv = s->n,
         .v_off_bytes = w->k_bytes,
-        .dtype = w->opts.dtype,
+        .dtype = w->row_dtype,
         .k_positions = seg->near ? s->pos : NULL,
         .inv_freq = seg->near ? w->inv_freq : NULL,
         .visible = s->visible,

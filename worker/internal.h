@@ -59,8 +59,10 @@ struct kvw_worker {
     kvwi_device *device; /* decode steps run on it; NULL: on be, as all the rest */
     double *inv_freq;    /* [head_dim/2]; NULL: no rotary embedding */
     float scale;
-    kvc_way way;                           /* asked for; KVC_WAY_COUNT: auto */
-    size_t elem_bytes, k_bytes, row_bytes; /* of one element, of K of one token, of one kv row */
+    kvc_way way;                 /* asked for; KVC_WAY_COUNT: auto */
+    kvk_dtype row_dtype;         /* of kv rows: the model's, or coded */
+    size_t elem_bytes, in_bytes; /* of one element, and of K of one token, as the engine has them */
+    size_t k_bytes, row_bytes;   /* of K in one kv row, of the row */
     uint32_t n_levels;
     kvwi_level level[KVWI_MAX_LEVELS];
     size_t index_row_bytes; /* stored index row, all levels; 0: rebuilt from kv rows */
@@ -280,12 +282,25 @@ void kvwi_names_taint(kvw_seq *seq);
 /* append.c --------------------------------------------------------------------------------------
  */
 
+/* kvw_append; whole: a step of the same query follows at once, or a device is told to settle. */
+kvc_status kvwi_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                       uint32_t n_tokens, bool whole) KVC_MUST_CHECK;
 /* Index rows for n keys (stride apart, in the model's dtype) at positions first.. of a layer. */
 kvc_status kvwi_index_append(kvw_seq *seq, uint32_t layer, uint32_t first, const void *k,
                              size_t stride_bytes, uint32_t n) KVC_MUST_CHECK;
-/* K and V of n tokens into their blocks' buffers. */
-void kvwi_write_rows(kvw_seq *seq, uint32_t layer, uint32_t first, const void *keys,
-                     const void *values, uint32_t n);
+/* K and V of n tokens into their blocks' buffers, in dtype or coded: then a value that is not
+ * finite is INVALID. */
+kvc_status kvwi_write_rows(kvw_seq *seq, uint32_t layer, uint32_t first, const void *keys,
+                           const void *values, uint32_t n) KVC_MUST_CHECK;
+
+/* step.c ----------------------------------------------------------------------------------------
+ */
+
+/* A step that finish follows at once with the same query, where kvwi_append was told so. */
+kvc_status kvwi_begin_whole(kvw_seq *seq, uint32_t layer, const void *q, uint32_t n_q,
+                            kvw_step **step_p) KVC_MUST_CHECK;
+/* A finished step goes back to its sequence. */
+void kvwi_step_give(kvw_step *step);
 
 /* select.c --------------------------------------------------------------------------------------
  */

@@ -93,6 +93,9 @@ static kvc_status check_model(const kvw_opts *o)
     if (o->dtype != KVK_F32 && o->dtype != KVK_F16 && o->dtype != KVK_BF16) {
         return bad("dtype", "must be f32, f16 or bf16");
     }
+    if (o->row_dtype != 0 && o->row_dtype != KVK_I8_SCALED && o->row_dtype != KVK_E4M3_SCALED) {
+        return bad("row_dtype", "must be 0, KVK_I8_SCALED or KVK_E4M3_SCALED");
+    }
     if (!isfinite(o->attention_scale) || o->attention_scale < 0) {
         return bad("attention_scale", "must be finite and not negative");
     }
@@ -260,7 +263,9 @@ static kvc_status derive(kvw_worker *w)
 {
     const kvw_opts *o = &w->opts;
     w->elem_bytes = kvk_dtype_bytes(o->dtype);
-    w->k_bytes = (size_t)o->n_kv_heads * o->head_dim * w->elem_bytes;
+    w->in_bytes = (size_t)o->n_kv_heads * o->head_dim * w->elem_bytes;
+    w->row_dtype = o->row_dtype == 0 ? o->dtype : (kvk_dtype)o->row_dtype;
+    w->k_bytes = kvk_slice_bytes(w->row_dtype, o->n_kv_heads, o->head_dim);
     w->row_bytes = 2u * w->k_bytes;
     w->scale =
         o->attention_scale != 0 ? o->attention_scale : (float)(1.0 / sqrt((double)o->head_dim));
@@ -301,6 +306,10 @@ kvc_status kvwi_options_fill(kvw_worker *worker, const kvw_opts *opts)
         return st;
     }
     st = check_index(o, worker->selector->default_index);
+    if (st == KVC_OK && o->row_dtype != 0 &&
+        (o->index == KVW_INDEX_EXACT || worker->selector->fusion != 0)) {
+        st = bad("row_dtype", "needs a compressed index, and no selector of chunks");
+    }
     return st == KVC_OK ? check_chunks(o, worker->selector) : st;
 }
 

@@ -390,14 +390,15 @@ static kvc_status bring_all(kvw_seq *seq, uint32_t n, uint32_t n_indexed)
 
 /*
  * What the whole group has. A shared index is not rebuilt by a group: its keys would be summed over
- * the ranks row by row, while each of them may lose rows of its own. Landmarks cannot be: they are
- * not made of keys.
+ * the ranks row by row, while each of them may lose rows of its own. Landmarks cannot be, which are
+ * not made of keys, nor can what was made of keys that are coded now.
  */
 static kvc_status agree_prefix(const kvw_worker *w, kvc_status st, uint32_t *n, uint32_t *n_indexed)
 {
     st = kvwi_group_least(w, st, n, n_indexed);
     bool shared = w->opts.all_reduce != NULL && w->selector->form == KVWI_SHARED;
-    if ((shared || w->selector->fusion != 0) && w->index_row_bytes != 0) {
+    bool lost = w->selector->fusion != 0 || kvk_is_coded(w->row_dtype);
+    if ((shared || lost) && w->index_row_bytes != 0) {
         *n = cut(w, *n_indexed / w->opts.block_tokens, *n_indexed + 1u);
     }
     *n_indexed = kvwi_min_u32(*n_indexed, *n);

@@ -94,7 +94,9 @@ static kvc_part kv_part(const kvw_worker *w, uint32_t rank, uint32_t layer)
     return (kvc_part){
         .part = rank * KVWI_PART_RANK_STRIDE + layer,
         .kind = KVC_PART_KV,
-        .dtype = kvwi_wire_dtype(o->dtype),
+        .dtype = w->row_dtype == KVK_I8_SCALED     ? KVC_DTYPE_I8
+                 : w->row_dtype == KVK_E4M3_SCALED ? KVC_DTYPE_E4M3
+                                                   : kvwi_wire_dtype(o->dtype),
         .layer = layer,
         .kv_head_first = rank * o->n_kv_heads,
         .kv_head_count = o->n_kv_heads,
@@ -106,6 +108,7 @@ static kvc_part kv_part(const kvw_worker *w, uint32_t rank, uint32_t layer)
         .v_dim = o->head_dim,
         .rope = part_rope(w),
         .attention_scale = (double)w->scale,
+        .codec = kvk_is_coded(w->row_dtype) ? KVC_CODEC_HEAD_SCALES : NULL,
     };
 }
 

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/assert.h"
+#include "base/log.h"
 #include "base/sum.h"
 #include "convert.h"
 #include "internal.h"
@@ -68,7 +69,7 @@ static kvw_step *take_step(kvw_seq *seq)
     return step;
 }
 
-static void give_step(kvw_step *step)
+void kvwi_step_give(kvw_step *step)
 {
     kvw_seq *seq = step->seq;
     seq->layers[step->layer].step = NULL;
@@ -139,7 +140,7 @@ static kvc_status open_step(kvw_seq *seq, uint32_t layer, const void *q_select, 
         reset_leg(&step->legs[i]);
     }
     if (st != KVC_OK) {
-        give_step(step);
+        kvwi_step_give(step);
         return st;
     }
     seq->layers[layer].step = step;
@@ -361,7 +362,7 @@ kvc_status kvw_step_finish(kvw_step *step, const void *q, void *out, float *lse)
     } else {
         st = finish_on_device(step, q, out, lse);
     }
-    give_step(step);
+    kvwi_step_give(step);
     return st;
 }
 
@@ -375,16 +376,27 @@ void kvw_step_abandon(kvw_step *step)
     } else {
         kvwi_fetch_abandon(step);
     }
-    give_step(step);
+    kvwi_step_give(step);
+}
+
+kvc_status kvwi_begin_whole(kvw_seq *seq, uint32_t layer, const void *q, uint32_t n_q,
+                            kvw_step **step_p)
+{
+    kvc_status st = begin(seq, layer, q, n_q, true, step_p);
+    if (st != KVC_OK && seq->worker->device != NULL &&
+        seq->worker->device_ops->settle(seq) != KVC_OK) {
+        KVC_LOG_WARN(WORKER, "layer %u: a token may not have come to the device", layer);
+    }
+    return st;
 }
 
 kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, const void *k, const void *v,
                        uint32_t n_tokens, void *out, float *lse)
 {
     kvw_step *step = NULL;
-    kvc_status st = kvw_append(seq, layer, k, v, n_tokens);
+    kvc_status st = kvwi_append(seq, layer, k, v, n_tokens, true);
     if (st == KVC_OK) {
-        st = begin(seq, layer, q, n_tokens, true, &step);
+        st = kvwi_begin_whole(seq, layer, q, n_tokens, &step);
     }
     return st != KVC_OK ? st : kvw_step_finish(step, q, out, lse);
 }

@@ -189,7 +189,54 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct att
                                   rotation, weights + head * kGroup * ATTEND_TILE);
 }
 
-/* The tiles of one query head, in list order, by eight warps whose sums are added in order. */
+/* The tiles that a sequence has, in order: the list's, then near's. */
+struct tile_order {
+    uint32_t n_list, n, skip; /* skip: tiles between the two */
+};
+
+__device__ static inline struct tile_order order_of(const struct attend_params *p, uint32_t seq)
+{
+    uint32_t rows = min(p->a.n_list[seq], p->a.stride), near = 0;
+    struct tile_order t = {(rows + ATTEND_TILE - 1) / ATTEND_TILE, 0, 0};
+
+    if (p->a.near.n_max)
+        near = (min(p->a.near.n[seq], p->a.near.n_max) + ATTEND_TILE - 1) / ATTEND_TILE;
+    t.n = t.n_list + near;
+    t.skip = p->n_far - t.n_list;
+    return t;
+}
+
+__device__ static inline uint32_t tile_at(const struct tile_order *t, uint32_t i)
+{
+    return i < t->n_list ? i : i + t->skip;
+}
+
+/* An element of the result. */
+__device__ static inline void store_result(const kvk_cuda_attend_args *a, size_t at, float x)
+{
+    if (!a->result.out)
+        a->o[at] = x;
+    else if (a->result.dtype == KVK_BF16)
+        ((__nv_bfloat16 *)a->result.out)[at] = __float2bfloat16_rn(x);
+    else
+        ((__half *)a->result.out)[at] = __float2half_rn(x);
+}
+
+/* The last block of the grid tells the host, behind the results of all. All threads call. */
+__device__ static inline void tell_host(const kvk_cuda_result *r)
+{
+    __syncthreads();
+    if (!r->counts || threadIdx.x != 0)
+        return;
+    __threadfence_system();
+    if (atomicAdd(r->counts, 1u) != gridDim.x * gridDim.y - 1)
+        return;
+    __threadfence_system();
+    r->counts[0] = 0;
+    *(volatile uint32_t *)r->done = ++r->counts[1];
+}
+
+/* The tiles of one query head, in order, by eight warps whose sums are added in order. */
 template <int kDim>
 __global__ void __launch_bounds__(COMBINE_WARPS * 32) combine_kernel(const struct attend_params p)
 {
@@ -198,30 +245,29 @@ __global__ void __launch_bounds__(COMBINE_WARPS * 32) combine_kernel(const struc
              warp = threadIdx.x / 32u;
     size_t row = (size_t)seq * p.a.n_q_heads + head;
     const float *mosts = p.most + row * p.n_tiles, *all = p.total + row * p.n_tiles;
+    const float *parts =
+        p.o + ((size_t)seq * p.n_tiles * p.a.n_q_heads + head) * kDim + lane * (kDim / 32);
     float most = -INFINITY, total = 0, o[kDim / 32] = {0};
-    uint32_t n = 0, each = 0, end = 0;
+    uint32_t each = 0, end = 0;
 
     kvki_wait_for_previous();
-    n = (min(p.a.n_list[seq], p.a.stride) + ATTEND_TILE - 1) / ATTEND_TILE;
-    each = (n + COMBINE_WARPS - 1) / COMBINE_WARPS;
-    end = min((warp + 1) * each, n);
-    for (uint32_t t = lane; t < n; t += 32)
-        most = fmaxf(most, mosts[t]);
+    const struct tile_order t = order_of(&p, seq);
+    each = (t.n + COMBINE_WARPS - 1) / COMBINE_WARPS;
+    end = min((warp + 1) * each, t.n);
+    for (uint32_t i = lane; i < t.n; i += 32)
+        most = fmaxf(most, mosts[tile_at(&t, i)]);
     for (uint32_t from = warp * each; from < end; from += AT_ONCE) {
-        uint32_t mine = from + lane;
-        const float *parts = p.o +
-                             (((size_t)seq * p.n_tiles + from) * p.a.n_q_heads + head) * kDim +
-                             lane * (kDim / 32);
-        float peak = mine < end ? mosts[mine] : -INFINITY, share = 0;
-        float part = mine < end ? all[mine] : 0.0f, x[AT_ONCE][kDim / 32];
+        uint32_t mine = from + lane, mine_at = tile_at(&t, mine);
+        float peak = mine < end ? mosts[mine_at] : -INFINITY, share = 0;
+        float part = mine < end ? all[mine_at] : 0.0f, x[AT_ONCE][kDim / 32];
 #pragma unroll
-        for (uint32_t t = 0; t < AT_ONCE; t++) {
+        for (uint32_t i = 0; i < AT_ONCE; i++) {
+            const float *at = parts + (size_t)tile_at(&t, from + i) * p.a.n_q_heads * kDim;
 #pragma unroll
-            for (int i = 0; i < kDim / 32; i += 2) {
-                const float *at = parts + (size_t)t * p.a.n_q_heads * kDim + i;
-                float2 two = from + t < end ? *(const float2 *)at : make_float2(0, 0);
-                x[t][i] = two.x;
-                x[t][i + 1] = two.y;
+            for (int j = 0; j < kDim / 32; j += 2) {
+                float2 two = from + i < end ? *(const float2 *)(at + j) : make_float2(0, 0);
+                x[i][j] = two.x;
+                x[i][j + 1] = two.y;
             }
         }
         if (from == warp * each) { /* the maximum of all tiles, while the first ones arrive */
@@ -230,15 +276,15 @@ __global__ void __launch_bounds__(COMBINE_WARPS * 32) combine_kernel(const struc
         }
         share = peak == most ? 1.0f : expf(peak - most);
 #pragma unroll
-        for (uint32_t t = 0; t < AT_ONCE; t++) {
-            float weight = __shfl_sync(KVKI_FULL_WARP, share, (int)t);
-            float more = __shfl_sync(KVKI_FULL_WARP, part, (int)t);
-            if (from + t >= end)
+        for (uint32_t i = 0; i < AT_ONCE; i++) {
+            float weight = __shfl_sync(KVKI_FULL_WARP, share, (int)i);
+            float more = __shfl_sync(KVKI_FULL_WARP, part, (int)i);
+            if (from + i >= end)
                 break;
             total = fmaf(more, weight, total);
 #pragma unroll
-            for (int i = 0; i < kDim / 32; i++)
-                o[i] = fmaf(x[t][i], weight, o[i]);
+            for (int j = 0; j < kDim / 32; j++)
+                o[j] = fmaf(x[i][j], weight, o[j]);
         }
     }
 #pragma unroll
@@ -254,10 +300,12 @@ __global__ void __launch_bounds__(COMBINE_WARPS * 32) combine_kernel(const struc
         float sum = 0;
         for (uint32_t w = 0; w < COMBINE_WARPS; w++)
             sum += sums[w][d];
-        p.a.o[row * kDim + d] = total == 0.0f ? 0.0f : sum / total;
+        store_result(&p.a, row * kDim + d, total == 0.0f ? 0.0f : sum / total);
     }
-    if (threadIdx.x == 0) /* the first warp has a tile, if there is one, and so the maximum */
-        p.a.lse[row] = total == 0.0f ? -INFINITY : most + logf(total);
+    float *lse = p.a.result.out ? p.a.result.lse : p.a.lse;
+    if (threadIdx.x == 0 && lse) /* the first warp has a tile, if there is one: the maximum */
+        lse[row] = total == 0.0f ? -INFINITY : most + logf(total);
+    tell_host(&p.a.result);
 }
 
 static uint32_t tiles_of(uint32_t stride)
@@ -265,10 +313,15 @@ static uint32_t tiles_of(uint32_t stride)
     return (stride + ATTEND_TILE - 1) / ATTEND_TILE;
 }
 
+static size_t workspace_of(uint32_t n_seqs, uint32_t n_q_heads, uint32_t head_dim, uint32_t n_tiles)
+{
+    return (size_t)n_seqs * n_tiles * n_q_heads * (head_dim + 2u) * sizeof(float);
+}
+
 extern "C" size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride,
                                                   uint32_t n_q_heads, uint32_t head_dim)
 {
-    return (size_t)n_seqs * tiles_of(stride) * n_q_heads * (head_dim + 2u) * sizeof(float);
+    return workspace_of(n_seqs, n_q_heads, head_dim, tiles_of(stride));
 }
 
 template <int kDim> static attend_fn kernel_of_group(uint32_t group)
@@ -288,10 +341,12 @@ static attend_fn kernel_of(const kvk_cuda_attend_args *a)
 
     if (group > ATTEND_GROUP_MAX)
         return NULL;
-    if (a->dtype == KVK_F16)
+    if (a->dtype == KVK_F16 && !a->near.n_max)
         return a->head_dim == 64    ? kernel_of_group<64>(group)
                : a->head_dim == 128 ? kernel_of_group<128>(group)
                                     : NULL;
+    if (a->near.n_max)
+        return rotated ? NULL : kvki_attend_near(a->dtype, a->head_dim, a->near.inv_freq != NULL);
     return a->dtype == KVK_BF16 && !rotated ? kvki_attend_mma(a->head_dim)
                                             : kvki_attend_split(a->dtype, a->head_dim, rotated);
 }
@@ -304,10 +359,20 @@ static bool args_ok(const kvk_cuda_attend_args *a)
            a->n_q_heads % a->n_kv_heads == 0 && a->stride && a->row_bytes % 16 == 0 &&
            a->k_off_bytes % 16 == 0 && a->v_off_bytes % 16 == 0 &&
            a->k_off_bytes + width <= a->row_bytes && a->v_off_bytes + width <= a->row_bytes &&
-           a->q && a->list && a->n_list && a->res && (!a->fetch || a->source) && a->o && a->lse &&
+           a->q && a->list && a->n_list && a->res && (!a->fetch || a->source) &&
            a->scale == a->scale && a->softcap >= 0 && a->workspace && kvki_aligned(a->workspace) &&
-           a->workspace_bytes >=
-               kvk_cuda_attend_workspace_bytes(a->n_seqs, a->stride, a->n_q_heads, a->head_dim);
+           a->workspace_bytes >= workspace_of(a->n_seqs, a->n_q_heads, a->head_dim,
+                                              tiles_of(a->stride) + tiles_of(a->near.n_max));
+}
+
+static bool near_ok(const kvk_cuda_attend_args *a)
+{
+    const kvk_cuda_near *n = &a->near;
+    const kvk_cuda_result *r = &a->result;
+
+    return (!n->n_max || (n->q && n->ring && n->first && n->n && n->ring_rows >= n->n_max)) &&
+           (r->out ? r->dtype == KVK_BF16 || r->dtype == KVK_F16 : a->o && a->lse) &&
+           !r->counts == !r->done;
 }
 
 extern "C" kvc_status kvk_cuda_attend_supports(const kvk_cuda *cuda,
@@ -321,14 +386,15 @@ extern "C" kvc_status kvk_cuda_attend_supports(const kvk_cuda *cuda,
 extern "C" kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args *args,
                                       kvk_stream *stream)
 {
-    struct attend_params p = {*args, (float *)args->workspace, NULL, NULL, tiles_of(args->stride)};
-    size_t smem = 0, heads = (size_t)args->n_seqs * p.n_tiles * args->n_q_heads;
+    uint32_t n_far = tiles_of(args->stride), n_tiles = n_far + tiles_of(args->near.n_max);
+    struct attend_params p = {*args, (float *)args->workspace, NULL, NULL, n_tiles, n_far};
+    size_t smem = 0, heads = (size_t)args->n_seqs * n_tiles * args->n_q_heads;
     attend_fn kernel = NULL;
     kvc_status st = KVC_OK;
 
     if (args->n_seqs == 0)
         return KVC_OK;
-    if (!args_ok(args))
+    if (!args_ok(args) || !near_ok(args))
         return KVC_INVALID;
     kernel = kernel_of(args);
     smem = attend_layout_of(args).bytes;

@@ -21,6 +21,7 @@ struct attend_params {
     float *most;  /* [n_seqs, n_q_heads, n_tiles] */
     float *total; /* [n_seqs, n_q_heads, n_tiles] */
     uint32_t n_tiles;
+    uint32_t n_far; /* of them the list's; then those of near */
 };
 
 static inline __host__ __device__ bool attend_is_rotated(const kvk_cuda_attend_args *a)
@@ -42,8 +43,9 @@ attend_layout_of(const kvk_cuda_attend_args *a)
 
     l.row_stride = (a->row_bytes + 127u) / 128u * 128u + ATTEND_PAD;
     l.rotation = (size_t)ATTEND_TILE * l.row_stride;
-    l.q =
-        l.rotation + (attend_is_rotated(a) ? (size_t)ATTEND_TILE * a->head_dim * sizeof(float) : 0);
+    l.q = l.rotation + (attend_is_rotated(a) || (a->near.n_max && a->near.inv_freq)
+                            ? (size_t)ATTEND_TILE * a->head_dim * sizeof(float)
+                            : 0);
     l.weights = l.q + (size_t)a->n_q_heads * a->head_dim * sizeof(float);
     l.bytes =
         a->dtype != KVK_F16 ? l.q : l.weights + (size_t)a->n_q_heads * ATTEND_TILE * sizeof(float);
@@ -172,5 +174,6 @@ __device__ static inline float attend_weight(float x, float most)
 typedef void (*attend_fn)(const struct attend_params p);
 attend_fn kvki_attend_mma(uint32_t head_dim);
 attend_fn kvki_attend_split(kvk_dtype dtype, uint32_t head_dim, bool rotated);
+attend_fn kvki_attend_near(kvk_dtype dtype, uint32_t head_dim, bool near_rotated);
 
 #endif

@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(THREADS) resolve_kernel(const kvk_cuda_resolve
     uint32_t step = 0, n = 0, each = 0, from = 0, missing = 0, position[PER_SLOT];
     int32_t slot[PER_SLOT];
 
+    kvki_let_next_start(); /* what needs no list, attend's near rows, goes on beside this */
     kvki_wait_for_previous();
-    kvki_let_next_start();
     step = *r.step + 1;
     n = min(a.n_picks[seq], a.k);
     each = (n + THREADS - 1) / THREADS;

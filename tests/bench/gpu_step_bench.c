@@ -7,13 +7,16 @@
  * index of 128 B/token, k = 2,048, 4,096 slots. Keys, values and queries are random. Resident
  * share: the same query again (100 %), a query that moves a little (about 95 %), a new one each
  * step (none but by chance). us: kvw_forward of one layer, the token's append included, with the
- * host waiting at its end, and tokens: kvw_tokens, both over STEPS tokens; then the same in parts,
+ * host waiting at its end, and tokens: kvw_tokens, both over 200 tokens; then the same in parts,
  * append, and step: begin to finish, over a quarter of them. Medians; us with its 10th and 90th
  * percentiles; all but tokens divided by the layers.
  *
- * Arguments: --quick (a smoke test), --layers N, --recent N, numbers of tokens. Without arguments:
- * 128K and 1M tokens, one layer, 4,096 and 128 recent. Exits with 77 where there is no GPU.
- * Single-threaded.
+ * With a batch, us is kvw_batch_forward of a token of each sequence, of which the first was put and
+ * the others found its prefix; there are no parts then.
+ *
+ * Arguments: --quick (a smoke test), --layers N, --recent N, --batch N, --steps N, --rows bf16, i8
+ * or e4m3, numbers of tokens. Without arguments: 128K and 1M tokens, one layer, 4,096 and 128
+ * recent. Exits with 77 where there is no GPU. Single-threaded.
  */
 #include <signal.h>
 #include <stdbool.h>
@@ -28,19 +31,28 @@
 #include "kvw/worker.h"
 #include "projection.h"
 
-enum { HEADS = 32, KV_HEADS = 8, DIM = 128, DIMS = 126, K = 2048, STEPS = 200, CHUNK = 512 };
+enum { HEADS = 32, KV_HEADS = 8, DIM = 128, DIMS = 126, K = 2048, CHUNK = 512 };
+enum { STEPS_MAX = 1000, BATCH_MAX = 64 };          /* BATCH_MAX <= CHUNK */
 enum { ROW = 2 * KV_HEADS * DIM, Q = HEADS * DIM }; /* elements */
+
+typedef struct gpu_shape {
+    uint32_t n_tokens, n_layers, n_recent, n_seqs, n_steps;
+    kvk_dtype rows; /* 0: bf16 */
+    bool quick;
+} gpu_shape;
 
 typedef struct gpu_bench {
     char folder[200], projection[256], shm[256];
-    uint32_t n_tokens, n_layers, n_recent;
+    uint32_t n_tokens, n_layers, n_recent, n_seqs, row_bytes;
+    kvk_dtype row_dtype;
     support_daemon daemon;
     kvc_client *client;
     kvw_worker *worker;
-    kvw_seq *seq;
-    uint16_t *q, *base, *rows, *out; /* rows: K of a chunk, then V */
+    kvw_seq *seq, *seqs[BATCH_MAX];  /* seq is the first */
+    kvw_batch *batch;                /* NULL: one sequence */
+    uint16_t *q, *base, *rows, *out; /* of all sequences; rows: K of a chunk, or of them, then V */
     uint64_t random;
-    float times[3][STEPS]; /* us: tokens, append, step; of all layers */
+    float times[3][STEPS_MAX]; /* us: tokens, append, step; of all layers */
 } gpu_bench;
 
 static void check(kvc_status st, const char *what)
@@ -87,8 +99,8 @@ static uint16_t bf16_of(float x)
 /* The base query moved by a share of a new random one. */
 static void move_query(gpu_bench *b, float share)
 {
-    fill(b, b->q, Q);
-    for (uint32_t i = 0; share < 1.0f && i < Q; i++)
+    fill(b, b->q, (size_t)b->n_seqs * Q);
+    for (uint32_t i = 0; share < 1.0f && i < b->n_seqs * Q; i++)
         b->q[i] = bf16_of(of_bf16(b->base[i]) + share * of_bf16(b->q[i]));
 }
 
@@ -115,7 +127,7 @@ static void write_projection(gpu_bench *b)
 static void start_server(gpu_bench *b)
 {
     char dram[32];
-    uint64_t bytes = (uint64_t)b->n_tokens * b->n_layers * (ROW * 2u + DIMS + 2u);
+    uint64_t bytes = (uint64_t)b->n_tokens * b->n_layers * (b->row_bytes + DIMS + 2u);
     (void)snprintf(b->folder, sizeof(b->folder), "/tmp/kvasir-gpu-bench-XXXXXX");
     if (mkdtemp(b->folder) == NULL)
         check(KVC_IO, "a folder in /tmp");
@@ -132,7 +144,9 @@ static void start_server(gpu_bench *b)
 
 static void end(gpu_bench *b)
 {
-    kvw_seq_destroy(b->seq);
+    kvw_batch_close(b->batch);
+    for (uint32_t i = 0; i < b->n_seqs; i++)
+        kvw_seq_destroy(b->seqs[i]);
     kvw_close(b->worker);
     kvc_client_close(b->client);
     (void)support_daemon_stop(&b->daemon, SIGTERM);
@@ -160,7 +174,8 @@ static void open_worker(gpu_bench *b)
                            .n_recent = b->n_recent,
                            .k = K,
                            .put_window = 16,
-                           .max_tokens = b->n_tokens + 4096u};
+                           .max_tokens = b->n_tokens + 4096u,
+                           .row_dtype = (uint64_t)b->row_dtype};
     kvc_status st = kvw_open(&opts, &b->worker);
     if (st == KVC_UNSUPPORTED) {
         printf("SKIPPED: %s\n", kvw_last_error());
@@ -170,27 +185,41 @@ static void open_worker(gpu_bench *b)
     check(st, "kvw_open");
     uint32_t reused = 0;
     check(kvw_seq_create(b->worker, NULL, 0, &b->seq, &reused), "kvw_seq_create");
-}
-
-static void append(gpu_bench *b, uint32_t n)
-{
-    for (uint32_t layer = 0; layer < b->n_layers; layer++) {
-        fill(b, b->rows, (size_t)n * ROW);
-        check(kvw_append(b->seq, layer, b->rows, b->rows + (size_t)n * ROW / 2, n), "append");
-    }
+    b->seqs[0] = b->seq;
 }
 
 /* Nothing attends here: the rows are random anyway. */
-static void prefill(gpu_bench *b)
+static void prefill(gpu_bench *b, kvw_seq *seq, uint32_t from)
 {
     uint32_t tokens[CHUNK];
-    for (uint32_t at = 0; at < b->n_tokens; at += CHUNK) {
+    for (uint32_t at = from; at < b->n_tokens; at += CHUNK) {
         for (uint32_t i = 0; i < CHUNK; i++)
             tokens[i] = at + i;
-        check(kvw_tokens(b->seq, tokens, CHUNK), "kvw_tokens");
-        append(b, CHUNK);
+        check(kvw_tokens(seq, tokens, CHUNK), "kvw_tokens");
+        for (uint32_t layer = 0; layer < b->n_layers; layer++) {
+            fill(b, b->rows, (size_t)CHUNK * ROW);
+            check(kvw_append(seq, layer, b->rows, b->rows + (size_t)CHUNK * ROW / 2, CHUNK),
+                  "append");
+        }
     }
-    check(kvw_flush(b->seq, kvc_deadline_ns(120000000000ull)), "kvw_flush");
+    check(kvw_flush(seq, kvc_deadline_ns(120000000000ull)), "kvw_flush");
+}
+
+/* The other sequences find what the first one put. */
+static void open_others(gpu_bench *b)
+{
+    uint32_t reused = 0, *tokens = malloc(b->n_tokens * sizeof(*tokens));
+    for (uint32_t i = 0; tokens != NULL && i < b->n_tokens; i++)
+        tokens[i] = i;
+    for (uint32_t i = 1; i < b->n_seqs; i++) {
+        check(tokens == NULL ? KVC_NO_MEMORY
+                             : kvw_seq_create(b->worker, tokens, b->n_tokens, &b->seqs[i], &reused),
+              "kvw_seq_create");
+        prefill(b, b->seqs[i], reused);
+    }
+    free(tokens);
+    if (b->n_seqs > 1)
+        check(kvw_batch_open(b->worker, b->n_seqs, NULL, &b->batch), "kvw_batch_open");
 }
 
 static float us_since(uint64_t *t)
@@ -200,31 +229,41 @@ static float us_since(uint64_t *t)
     return (float)(now - before) * 1e-3f;
 }
 
-/* One token through every layer: in one call a layer, or in parts. */
+static void step_parts(gpu_bench *b, uint32_t layer, uint32_t i, const uint16_t *v)
+{
+    kvw_step *open = NULL;
+    uint64_t t = kvc_now_ns();
+    check(kvw_append(b->seq, layer, b->rows, v, 1), "append");
+    b->times[1][i] += us_since(&t);
+    check(kvw_step_begin(b->seq, layer, b->q, 1, &open), "begin");
+    check(kvw_step_attend(open, b->q), "attend");
+    check(kvw_step_finish(open, b->q, b->out, NULL), "finish");
+    b->times[2][i] += us_since(&t);
+}
+
+/* One token of each sequence through every layer: in one call a layer, or in parts. */
 static void step(gpu_bench *b, uint32_t i, float share, bool parts)
 {
     uint32_t token = i;
     uint64_t t = kvc_now_ns();
-    check(kvw_tokens(b->seq, &token, 1), "kvw_tokens");
+    for (uint32_t s = 0; s < b->n_seqs; s++)
+        check(kvw_tokens(b->seqs[s], &token, 1), "kvw_tokens");
     b->times[0][i] = us_since(&t);
     b->times[1][i] = b->times[2][i] = 0;
     for (uint32_t layer = 0; layer < b->n_layers; layer++) {
-        kvw_step *open = NULL;
         if (share > 0)
             move_query(b, share);
-        fill(b, b->rows, ROW);
-        const uint16_t *v = b->rows + ROW / 2;
-        t = kvc_now_ns();
-        if (!parts) {
-            check(kvw_forward(b->seq, layer, b->q, b->rows, v, 1, b->out, NULL), "kvw_forward");
-            b->times[2][i] += us_since(&t);
+        fill(b, b->rows, (size_t)b->n_seqs * ROW);
+        const uint16_t *v = b->rows + (size_t)b->n_seqs * ROW / 2;
+        if (parts && b->batch == NULL) {
+            step_parts(b, layer, i, v);
             continue;
         }
-        check(kvw_append(b->seq, layer, b->rows, v, 1), "append");
-        b->times[1][i] += us_since(&t);
-        check(kvw_step_begin(b->seq, layer, b->q, 1, &open), "begin");
-        check(kvw_step_attend(open, b->q), "attend");
-        check(kvw_step_finish(open, b->q, b->out, NULL), "finish");
+        t = kvc_now_ns();
+        check(b->batch != NULL ? kvw_batch_forward(b->batch, b->seqs, b->n_seqs, layer, b->q,
+                                                   b->rows, v, b->out, NULL)
+                               : kvw_forward(b->seq, layer, b->q, b->rows, v, 1, b->out, NULL),
+              "a step");
         b->times[2][i] += us_since(&t);
     }
 }
@@ -282,73 +321,119 @@ static void report(gpu_bench *b, uint32_t n, float share)
     double hits = steps(b, n, share, false);
     kvw_stats after = stats_of(b);
     float forward_us = middle(b->times[2], n);
-    printf("%8u %6u %6u %6.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %6.2f\n", b->n_tokens,
-           b->n_layers, b->n_recent, 100 * hits, (double)(forward_us / layers),
+    printf("%8u %6u %6u %6u %6.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %6.2f\n", b->n_tokens,
+           b->n_seqs, b->n_layers, b->n_recent, 100 * hits, (double)(forward_us / layers),
            (double)(b->times[2][n / 10] / layers), (double)(b->times[2][n * 9 / 10] / layers),
            (double)(append_us / layers), (double)(parts_us / layers),
            (double)middle(b->times[0], n),
            (double)(after.host_syncs - before.host_syncs) /
                (double)(after.steps_device - before.steps_device));
+    double per_step = 1e-3 / (double)(after.steps_device - before.steps_device);
+    printf("# of us, means: append %.1f, begin %.1f, finish %.1f\n",
+           per_step * (double)(after.ns_append - before.ns_append),
+           per_step * (double)(after.ns_select - before.ns_select),
+           per_step * (double)(after.ns_attend - before.ns_attend));
     (void)fflush(stdout);
 }
 
-static void run(uint32_t n_tokens, uint32_t n_layers, uint32_t n_recent, bool quick)
+static void run(const gpu_shape *shape)
 {
-    gpu_bench b = {.n_tokens = n_tokens,
-                   .n_layers = n_layers,
-                   .n_recent = n_recent,
+    gpu_bench b = {.n_tokens = shape->n_tokens,
+                   .n_layers = shape->n_layers,
+                   .n_recent = shape->n_recent,
+                   .n_seqs = shape->n_seqs,
+                   .row_dtype = shape->rows,
+                   .row_bytes = shape->rows == 0 ? ROW * 2u : 2u * KV_HEADS * (DIM + 2u),
                    .random = 88172645463325252ull};
-    uint32_t n = quick ? 10 : STEPS;
-    b.q = malloc(Q * 2u);
-    b.base = malloc(Q * 2u);
-    b.out = malloc(Q * 2u);
+    size_t q_bytes = (size_t)b.n_seqs * Q * 2u;
+    b.q = malloc(q_bytes);
+    b.base = malloc(q_bytes);
+    b.out = malloc(q_bytes);
     b.rows = malloc((size_t)CHUNK * ROW * 2u);
-    fill(&b, b.base, Q);
-    memcpy(b.q, b.base, Q * 2u);
+    fill(&b, b.base, (size_t)b.n_seqs * Q);
+    memcpy(b.q, b.base, q_bytes);
     start_server(&b);
     write_projection(&b);
     open_worker(&b);
     uint64_t t = kvc_now_ns();
-    prefill(&b);
+    prefill(&b, b.seq, 0);
     float prefill_s = us_since(&t) * 1e-6f;
+    open_others(&b);
+    float others_s = us_since(&t) * 1e-6f;
     step(&b, 0, 0, false);
-    printf("# %u tokens, %u layers put in %.1f s; the first decode step took %.1f ms\n", n_tokens,
-           n_layers, (double)prefill_s, (double)us_since(&t) * 1e-3);
-    report(&b, n, 0);
-    report(&b, n, quick ? 0.1f : find_share(&b));
-    report(&b, n, 1.0f);
+    printf("# %u tokens, %u layers put in %.1f s, the others opened in %.1f s; the first decode "
+           "step took %.1f ms\n",
+           b.n_tokens, b.n_layers, (double)prefill_s, (double)others_s,
+           (double)us_since(&t) * 1e-3);
+    report(&b, shape->n_steps, 0);
+    report(&b, shape->n_steps, shape->quick ? 0.1f : find_share(&b));
+    report(&b, shape->n_steps, 1.0f);
     kvw_stats s = stats_of(&b);
-    printf("# GPU memory of the sequence: %.2f GB; dense attention would hold %.2f GB; full or "
+    printf("# GPU memory of a sequence: %.2f GB; dense attention would hold %.2f GB; full or "
            "host steps %llu\n",
-           (double)s.bytes_device * 1e-9, (double)n_tokens * n_layers * ROW * 2e-9,
+           (double)s.bytes_device * 1e-9, (double)b.n_tokens * b.n_layers * ROW * 2e-9,
            (unsigned long long)(s.steps - s.steps_device));
     end(&b);
 }
 
+/* With both windows where none is asked for. */
+static void run_windows(gpu_shape shape)
+{
+    bool both = shape.n_recent == 0;
+    shape.n_recent = both ? 4096 : shape.n_recent;
+    run(&shape);
+    shape.n_recent = 128;
+    if (both)
+        run(&shape);
+}
+
+static uint32_t clamp(const char *text, uint32_t least, uint32_t most)
+{
+    unsigned long x = strtoul(text, NULL, 10);
+    return x < least ? least : x > most ? most : (uint32_t)x;
+}
+
 int main(int argc, char **argv)
 {
-    uint32_t n_layers = 1, n_recent = 0, n_runs = 0;
-    bool quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
-    printf("%8s %6s %6s %6s %9s %9s %9s %9s %9s %9s %6s\n", "tokens", "layers", "recent", "hit%",
-           "us", "10th", "90th", "append", "step", "tokens", "syncs");
-    if (quick) {
-        run(16384, 1, 512, true);
+    gpu_shape shape = {.n_layers = 1, .n_seqs = 1, .n_steps = 200};
+    uint32_t n_runs = 0;
+    printf("%8s %6s %6s %6s %6s %9s %9s %9s %9s %9s %9s %6s\n", "tokens", "seqs", "layers",
+           "recent", "hit%", "us", "10th", "90th", "append", "step", "tokens", "syncs");
+    if (argc > 1 && strcmp(argv[1], "--quick") == 0) {
+        shape = (gpu_shape){.n_tokens = 16384,
+                            .n_layers = 1,
+                            .n_recent = 512,
+                            .n_seqs = 1,
+                            .n_steps = 10,
+                            .quick = true};
+        run(&shape);
+        shape.n_seqs = 3;
+        run(&shape);
         return 0;
     }
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--layers") == 0 && i + 1 < argc) {
-            n_layers = (uint32_t)strtoul(argv[++i], NULL, 10);
+            shape.n_layers = clamp(argv[++i], 1, 1000);
         } else if (strcmp(argv[i], "--recent") == 0 && i + 1 < argc) {
-            n_recent = (uint32_t)strtoul(argv[++i], NULL, 10);
+            shape.n_recent = clamp(argv[++i], 1, 1u << 20);
+        } else if (strcmp(argv[i], "--batch") == 0 && i + 1 < argc) {
+            shape.n_seqs = clamp(argv[++i], 1, BATCH_MAX);
+        } else if (strcmp(argv[i], "--steps") == 0 && i + 1 < argc) {
+            shape.n_steps = clamp(argv[++i], 8, STEPS_MAX);
+        } else if (strcmp(argv[i], "--rows") == 0 && i + 1 < argc) {
+            i++;
+            shape.rows = strcmp(argv[i], "i8") == 0     ? KVK_I8_SCALED
+                         : strcmp(argv[i], "e4m3") == 0 ? KVK_E4M3_SCALED
+                                                        : (kvk_dtype)0;
         } else {
-            run((uint32_t)strtoul(argv[i], NULL, 10), n_layers, n_recent ? n_recent : 4096, false);
+            shape.n_tokens = clamp(argv[i], CHUNK, 1u << 24) / CHUNK * CHUNK;
+            run_windows(shape);
             n_runs++;
         }
     }
     for (uint32_t n = 1u << 17; n_runs == 0 && n <= 1u << 20; n *= 8) {
-        run(n, n_layers, n_recent ? n_recent : 4096, false);
-        if (n_recent == 0)
-            run(n, n_layers, 128, false);
+        shape.n_tokens = n;
+        run_windows(shape);
     }
     return 0;
 }

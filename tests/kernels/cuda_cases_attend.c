@@ -186,6 +186,133 @@ void cuda_case_attend_exact(numbers *from)
     REQUIRE(memcmp(o + 32 * 128, first + 32 * 128, o_bytes - 32 * 128 * 4) == 0, "other sequences");
 }
 
+/* ---- near ---- */
+
+enum { RING = 70, NEAR_MAX = 64 };
+
+typedef struct near_side {
+    uint32_t first[4], n[4];
+    float *q;
+    uint8_t *ring; /* [RING] rows, the same for all sequences */
+    uint16_t *out; /* device */
+    uint32_t *done;
+    float *o, *lse; /* wanted, of one sequence */
+} near_side;
+
+/* The newest rows of each sequence: any rows of the context, in a ring that wraps. */
+static void add_near(numbers *from, setting *s, near_side *n, bool rotated)
+{
+    size_t width = (size_t)s->heads * s->dim, row = s->c.row_bytes;
+    size_t bytes =
+        kvk_cuda_attend_workspace_bytes(s->n_seqs, s->stride + NEAR_MAX + 16, s->heads, s->dim);
+    kvk_cuda_residency *res = host_bytes(s->n_seqs * sizeof(*res));
+    uint32_t *counts = device_bytes(8);
+
+    n->q = normals(from, s->n_seqs * width);
+    n->ring = host_bytes(RING * row);
+    memcpy(n->ring, s->c.rows + 100 * row, RING * row);
+    n->out = device_bytes(s->n_seqs * width * 2);
+    n->done = pinned_bytes(4);
+    n->o = host_bytes(width * 4);
+    n->lse = host_bytes(s->heads * 4);
+    for (uint32_t i = 0; i < s->n_seqs; i++) {
+        n->first[i] = 1000 + number_below(from, 1000);
+        n->n[i] = i == 2 ? 0 : NEAR_MAX - (i ? number_below(from, NEAR_MAX) : 0);
+        res[i].slots = device_copy(n->ring, RING * row);
+    }
+    OK(kvk_cuda_fill(gpu(), counts, 0, 8, gpu_stream()));
+    if (!s->a.inv_freq)
+        s->a.inv_freq = device_copy(s->inv_freq, s->dim / 2 * sizeof(double));
+    s->a.near = (kvk_cuda_near){.q = device_copy(n->q, s->n_seqs * width * 4),
+                                .ring = device_copy(res, s->n_seqs * sizeof(*res)),
+                                .first = device_copy(n->first, s->n_seqs * 4),
+                                .n = device_copy(n->n, s->n_seqs * 4),
+                                .ring_rows = RING,
+                                .n_max = NEAR_MAX,
+                                .inv_freq = rotated ? s->a.inv_freq : NULL,
+                                .early = 1};
+    s->a.inv_freq = NULL;
+    s->a.workspace = device_bytes(bytes);
+    s->a.workspace_bytes = bytes;
+    s->a.result = (kvk_cuda_result){
+        .out = n->out, .dtype = KVK_BF16, .lse = s->a.lse, .counts = counts, .done = n->done};
+}
+
+/* Both sides by the reference, merged. */
+static void want_near(const setting *s, near_side *n, uint32_t seq)
+{
+    size_t width = (size_t)s->heads * s->dim, row = s->c.row_bytes;
+    const void **rows = host_bytes((s->stride + NEAR_MAX) * sizeof(*rows));
+    int32_t positions[NEAR_MAX];
+    float *o = host_bytes(width * 4), *lse = host_bytes(s->heads * 4);
+
+    for (uint32_t j = 0; j < s->n_list[seq]; j++)
+        rows[j] = s->c.rows + (size_t)s->positions[(size_t)seq * s->stride + j] * row;
+    CPU(false, attend, s->q + seq * width, 1, s->heads, s->kv_heads, s->dim, rows, s->n_list[seq],
+        0, s->a.v_off_bytes, s->dtype, NULL, NULL, NULL, s->a.scale, s->softcap, n->o, n->lse);
+    for (uint32_t j = 0; j < n->n[seq]; j++) {
+        rows[j] = n->ring + (size_t)((n->first[seq] + j) % RING) * row;
+        positions[j] = (int32_t)j;
+    }
+    CPU(false, attend, n->q + seq * width, 1, s->heads, s->kv_heads, s->dim, rows, n->n[seq], 0,
+        s->a.v_off_bytes, s->dtype, s->a.near.inv_freq ? positions : NULL,
+        s->a.near.inv_freq ? s->inv_freq : NULL, NULL, s->a.scale, s->softcap, o, lse);
+    CPU(false, merge, n->o, n->lse, o, lse, s->heads, s->dim);
+}
+
+static void compare_near(const setting *s, near_side *n)
+{
+    size_t width = (size_t)s->heads * s->dim;
+    const uint16_t *out = fetched(n->out, s->n_seqs * width * 2);
+    const float *lse = fetched(s->a.lse, (size_t)s->n_seqs * s->heads * 4);
+    double e = (s->dim + 12.0) * 0x1p-24 * (double)s->a.scale * 1.2 * s->dim + 0x1p-20 * 12;
+
+    for (uint32_t i = 0; i < s->n_seqs; i++) {
+        want_near(s, n, i);
+        for (size_t d = 0; d < width; d++) {
+            double want = (double)n->o[d], got = (double)of_bf16(out[i * width + d]);
+            REQUIRE(fabs(got - want) <= 8 * e + fabs(want) * 0x1p-8, "seq %u: o[%zu] %g not %g", i,
+                    d, got, want);
+        }
+        for (uint32_t h = 0; h < s->heads; h++) {
+            float got = lse[i * s->heads + h];
+            REQUIRE(got == n->lse[h] || fabs((double)got - (double)n->lse[h]) <= 2 * e,
+                    "seq %u: lse[%u] %g not %g", i, h, (double)got, (double)n->lse[h]);
+        }
+    }
+}
+
+/* A list and the newest rows in one launch, of every kind of row, told to the host. */
+void cuda_case_attend_near(numbers *from)
+{
+    static const uint32_t shapes[][4] = {
+        {32, 8, 128, 300}, {9, 3, 64, 333}, {28, 4, 128, 65}, {16, 16, 64, 1}};
+    static const kvk_dtype dtypes[] = {KVK_BF16, KVK_E4M3_SCALED, KVK_I8_SCALED};
+
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
+        for (int kind = 0; kind < 6; kind++) {
+            setting s = {.n_seqs = 4,
+                         .heads = shapes[i][0],
+                         .kv_heads = shapes[i][1],
+                         .dim = shapes[i][2],
+                         .stride = shapes[i][3],
+                         .dtype = dtypes[kind % 3],
+                         .softcap = kind == 1 ? 20.0f : 0};
+            near_side n;
+            set_up(from, &s);
+            place(from, &s, 3);
+            add_near(from, &s, &n, kind >= 3);
+            for (uint32_t pass = 1; pass <= 3; pass++) {
+                s.a.near.early = pass != 2;
+                OK(kvk_cuda_attend(gpu(), &s.a, gpu_stream()));
+                compare_near(&s, &n);
+                REQUIRE(*n.done == pass, "done is %u after %u", *n.done, pass);
+            }
+            release_all();
+        }
+    }
+}
+
 void cuda_case_merge(numbers *from)
 {
     enum { N = 70, DIM = 128 };

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_OPS = 32, MAX_ARGS = 256 };
+enum { MAX_OPS = 32, MAX_ARGS = 512 };
 
 struct kvk_cuda_graph {
     uint32_t n;
@@ -217,7 +217,7 @@ kvc_status fake_cuda_enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, co
     return KVC_OK;
 }
 
-/* ---- the ops that the worker uses, for one sequence ---- */
+/* ---- the ops that the worker uses ---- */
 
 kvc_status fake_cuda_project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32_t inputs,
                              const float *proj, uint32_t dims, float *out)
@@ -232,37 +232,19 @@ kvc_status fake_cuda_project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uin
     return cuda->ops->project(cuda->be, &args, NULL);
 }
 
-FAKE_CUDA_OP(token)
-{
-    const kvk_cuda_token_args *a = args;
-    uint32_t inputs = a->n_heads * a->head_dim;
-    float x[256];
-    memcpy(a->row, a->k, inputs * 2u);
-    memcpy((uint8_t *)a->row + inputs * 2u, a->v, inputs * 2u);
-    if (a->copy != NULL)
-        memcpy(a->copy, a->row, inputs * 4u);
-    const kvk_quantize_args quantize = {.in = x,
-                                        .n = 1,
-                                        .n_heads = 1,
-                                        .dims = a->dims,
-                                        .out = a->index_row,
-                                        .out_stride_bytes = kvk_index_row_bytes(1, a->dims)};
-    kvc_status st = fake_cuda_project(cuda, a->k, KVK_BF16, inputs, a->proj, a->dims, x);
-    return st == KVC_OK ? cuda->ops->quantize(cuda->be, &quantize, NULL) : st;
-}
-
 size_t kvk_cuda_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max)
 {
-    return (size_t)n_seqs * rows_max * 2u * sizeof(float);
+    return (size_t)n_seqs * rows_max * 2u * sizeof(float) + FAKE_CUDA_TAG_BYTES;
 }
 
-FAKE_CUDA_OP(select)
+static kvc_status select_one(kvk_cuda *cuda, const kvk_cuda_select_args *a, uint32_t seq)
 {
-    const kvk_cuda_select_args *a = args;
-    const kvk_cuda_candidates *c = a->cands;
+    const kvk_cuda_candidates *c = a->cands + seq;
     uint32_t n = c->n_rows < a->rows_max ? c->n_rows : a->rows_max;
-    float *scores = a->workspace, *wide = scores + a->rows_max;
-    const kvk_score_index_args score = {.q = a->q,
+    float *scores = a->workspace, *wide = NULL;
+    scores += FAKE_CUDA_TAG_BYTES / sizeof(*scores);
+    wide = scores + a->rows_max;
+    const kvk_score_index_args score = {.q = a->q + (size_t)seq * a->dims,
                                         .m = 1,
                                         .n_q_heads = 1,
                                         .n_kv_heads = 1,
@@ -277,8 +259,8 @@ FAKE_CUDA_OP(select)
                          .n = n,
                          .k = a->k,
                          .base = c->base,
-                         .ids = a->picks,
-                         .n_out_p = a->n_picks};
+                         .ids = a->picks + (size_t)seq * a->k,
+                         .n_out_p = a->n_picks + seq};
     kvc_status st = cuda->ops->score_index(cuda->be, &score, NULL);
     if (st == KVC_OK && a->eps != 0)
         st = cuda->ops->window_max(cuda->be, &window, NULL);
@@ -287,6 +269,15 @@ FAKE_CUDA_OP(select)
     if (st == KVC_OK)
         st = cuda->ops->topk(cuda->be, &top, NULL);
     free(top.workspace);
+    return st;
+}
+
+FAKE_CUDA_OP(select)
+{
+    const kvk_cuda_select_args *a = args;
+    kvc_status st = fake_cuda_is_clean(a->workspace, a->n_seqs) ? KVC_OK : KVC_INVALID;
+    for (uint32_t s = 0; st == KVC_OK && s < a->n_seqs; s++)
+        st = select_one(cuda, a, s);
     return st;
 }
 
@@ -312,33 +303,42 @@ static void leave(const kvk_cuda_residency *r, uint32_t slot)
         r->slot_of[pos] = -1;
 }
 
-FAKE_CUDA_OP(resolve)
+static void resolve_one(const kvk_cuda_resolve_args *a, uint32_t seq)
 {
-    const kvk_cuda_resolve_args *a = args;
-    const kvk_cuda_residency *r = a->res;
-    uint32_t step = ++*r->step, n = *a->n_picks;
-    (void)cuda;
-    *a->n_misses = 0;
+    const kvk_cuda_residency *r = a->res + seq;
+    const uint32_t *picks = a->picks + (size_t)seq * a->k;
+    int32_t *list = a->list + (size_t)seq * a->stride + a->off;
+    uint32_t *fetch = a->fetch + (size_t)seq * a->stride + a->off;
+    uint32_t step = ++*r->step, n = a->n_picks[seq];
+    a->n_misses[seq] = 0;
     for (uint32_t i = 0; i < n; i++) {
-        int32_t slot = r->slot_of[a->picks[i]];
+        int32_t slot = r->slot_of[picks[i]];
         if (slot >= 0)
             r->used[slot] = step;
     }
     for (uint32_t i = 0; i < n; i++) {
-        uint32_t pos = a->picks[i], slot = (uint32_t)r->slot_of[pos];
-        a->fetch[a->off + i] = KVK_CUDA_RESIDENT;
+        uint32_t pos = picks[i], slot = (uint32_t)r->slot_of[pos];
+        fetch[i] = KVK_CUDA_RESIDENT;
         if (r->slot_of[pos] < 0) {
             slot = victim(r, a->n_pinned, a->n_slots, step);
             leave(r, slot);
             r->pos_of[slot] = pos;
             r->slot_of[pos] = (int32_t)slot;
             r->used[slot] = step;
-            a->fetch[a->off + i] = pos;
-            ++*a->n_misses;
+            fetch[i] = pos;
+            ++a->n_misses[seq];
         }
-        a->list[a->off + i] = (int32_t)slot;
+        list[i] = (int32_t)slot;
     }
-    *a->n_list = a->off + n;
+    a->n_list[seq] = a->off + n;
+}
+
+FAKE_CUDA_OP(resolve)
+{
+    const kvk_cuda_resolve_args *a = args;
+    (void)cuda;
+    for (uint32_t s = 0; s < a->n_seqs; s++)
+        resolve_one(a, s);
     return KVC_OK;
 }
 
@@ -365,18 +365,18 @@ kvc_status kvk_cuda_attend_supports(const kvk_cuda *cuda, const kvk_cuda_attend_
     return 16u * (args->row_bytes + 16u) <= 232448u ? KVC_OK : KVC_UNSUPPORTED;
 }
 
-FAKE_CUDA_OP(attend)
+/* The listed rows of a sequence that are there; their number. */
+static uint32_t list_rows(const kvk_cuda_attend_args *a, uint32_t seq, const void **rows,
+                          int32_t *pos)
 {
-    const kvk_cuda_attend_args *a = args;
-    const void **rows = a->workspace;
-    int32_t *pos = (int32_t *)(void *)(rows + a->stride);
+    size_t first = (size_t)seq * a->stride;
     uint32_t n = 0;
-    for (uint32_t i = 0; i < *a->n_list; i++) {
+    for (size_t i = first; i < first + a->n_list[seq]; i++) {
         if (a->list[i] < 0)
             continue;
-        uint8_t *slot = (uint8_t *)a->res->slots + (size_t)a->list[i] * a->row_bytes;
+        uint8_t *slot = (uint8_t *)a->res[seq].slots + (size_t)a->list[i] * a->row_bytes;
         if (a->fetch != NULL && a->fetch[i] != KVK_CUDA_RESIDENT) {
-            const uint8_t *row = fake_cuda_source_row(a->source, a->fetch[i], a->row_bytes);
+            const uint8_t *row = fake_cuda_source_row(a->source + seq, a->fetch[i], a->row_bytes);
             if (row == NULL)
                 continue;
             memcpy(slot, row, a->row_bytes);
@@ -385,8 +385,27 @@ FAKE_CUDA_OP(attend)
         pos[n] = a->k_positions != NULL ? a->k_positions[i] : 0;
         rows[n++] = slot;
     }
-    bool rotates = a->k_positions != NULL && a->inv_freq != NULL;
-    const kvk_attend_args attend = {.q = a->q,
+    return n;
+}
+
+static uint32_t near_rows(const kvk_cuda_attend_args *a, uint32_t seq, const void **rows,
+                          int32_t *pos)
+{
+    const kvk_cuda_near *near = &a->near;
+    uint32_t n = near->n_max == 0 ? 0 : near->n[seq];
+    for (uint32_t i = 0; i < n; i++) {
+        pos[i] = (int32_t)i;
+        rows[i] = (const uint8_t *)near->ring[seq].slots +
+                  (size_t)((near->first[seq] + i) % near->ring_rows) * a->row_bytes;
+    }
+    return n;
+}
+
+static kvc_status attend_rows(kvk_cuda *cuda, const kvk_cuda_attend_args *a, const float *q,
+                              const void **rows, const int32_t *pos, const double *inv_freq,
+                              uint32_t n, float *o, float *lse)
+{
+    const kvk_attend_args attend = {.q = q,
                                     .n_q = 1,
                                     .n_q_heads = a->n_q_heads,
                                     .n_kv_heads = a->n_kv_heads,
@@ -396,70 +415,58 @@ FAKE_CUDA_OP(attend)
                                     .k_off_bytes = a->k_off_bytes,
                                     .v_off_bytes = a->v_off_bytes,
                                     .dtype = a->dtype,
-                                    .k_positions = rotates ? pos : NULL,
-                                    .inv_freq = rotates ? a->inv_freq : NULL,
+                                    .k_positions = inv_freq == NULL ? NULL : pos,
+                                    .inv_freq = inv_freq,
                                     .scale = a->scale,
                                     .softcap = a->softcap,
-                                    .o = a->o,
-                                    .lse = a->lse};
+                                    .o = o,
+                                    .lse = lse};
     return cuda->ops->attend(cuda->be, &attend, NULL);
 }
 
-static kvc_status rotate(kvk_cuda *cuda, const kvk_cuda_frame_args *a, uint32_t position,
-                         float *out)
+static kvc_status attend_one(kvk_cuda *cuda, const kvk_cuda_attend_args *a, uint32_t seq)
 {
-    const kvk_rope_args rope = {.in = {a->q, a->n_q_heads * a->head_dim * 2u, a->dtype},
-                                .n = 1,
-                                .n_heads = a->n_q_heads,
-                                .head_dim = a->head_dim,
-                                .inv_freq = position == UINT32_MAX ? NULL : a->inv_freq,
-                                .const_position = (int32_t)position,
-                                .out = out};
-    return out == NULL ? KVC_OK : cuda->ops->rope(cuda->be, &rope, NULL);
-}
-
-static kvc_status index_query(kvk_cuda *cuda, const kvk_cuda_frame_args *a)
-{
-    uint32_t inputs = a->n_kv_heads * a->head_dim;
-    float *rotated = malloc(a->n_q_heads * a->head_dim * sizeof(float));
-    float *sum = malloc(inputs * sizeof(float));
-    const kvk_group_sum_args group = {
-        .in = {rotated, a->n_q_heads * a->head_dim * sizeof(float), KVK_F32},
-        .n = 1,
-        .n_q_heads = a->n_q_heads,
-        .n_kv_heads = a->n_kv_heads,
-        .head_dim = a->head_dim,
-        .out = sum};
-    kvc_status st = rotate(cuda, a, a->score_raw ? UINT32_MAX : a->far_position, rotated);
-    if (st == KVC_OK)
-        st = cuda->ops->group_sum(cuda->be, &group, NULL);
-    if (st == KVC_OK)
-        st = fake_cuda_project(cuda, sum, KVK_F32, inputs, a->proj, a->dims, a->q_index);
-    free(rotated);
-    free(sum);
+    uint32_t heads = a->n_q_heads, n = 0;
+    size_t width = (size_t)heads * a->head_dim;
+    const void **rows = a->workspace;
+    int32_t *pos = (int32_t *)(void *)(rows + a->stride + a->near.n_max);
+    float *o = malloc(2u * (width + heads) * sizeof(float)), *lse = o + width;
+    float *o_near = lse + heads, *lse_near = o_near + width;
+    n = list_rows(a, seq, rows, pos);
+    kvc_status st = attend_rows(cuda, a, a->q + seq * width, rows, pos,
+                                a->k_positions == NULL ? NULL : a->inv_freq, n, o, lse);
+    if (st == KVC_OK && a->near.n_max != 0) {
+        n = near_rows(a, seq, rows, pos);
+        st = attend_rows(cuda, a, a->near.q + seq * width, rows, pos, a->near.inv_freq, n, o_near,
+                         lse_near);
+        const kvk_merge_args merge = {.o_a = o,
+                                      .lse_a = lse,
+                                      .o_b = o_near,
+                                      .lse_b = lse_near,
+                                      .n = heads,
+                                      .dim = a->head_dim};
+        if (st == KVC_OK)
+            st = cuda->ops->merge(cuda->be, &merge, NULL);
+    }
+    float *to_lse = a->result.out != NULL ? a->result.lse : a->lse;
+    if (a->result.out != NULL)
+        kvk_from_f32(o, width, a->result.dtype, (uint8_t *)a->result.out + seq * width * 2u);
+    else
+        memcpy(a->o + seq * width, o, width * sizeof(float));
+    if (to_lse != NULL)
+        memcpy(to_lse + (size_t)seq * heads, lse, heads * sizeof(float));
+    free(o);
     return st;
 }
 
-FAKE_CUDA_OP(frame)
+FAKE_CUDA_OP(attend)
 {
-    const kvk_cuda_frame_args *a = args;
-    uint32_t n = *a->n_tokens, near = n < a->n_recent + 1u ? n : a->n_recent + 1u;
-    kvc_status st = a->q_index == NULL ? KVC_OK : index_query(cuda, a);
-    if (st == KVC_OK)
-        st = rotate(cuda, a, a->far_position, a->q_far);
-    if (st == KVC_OK)
-        st = rotate(cuda, a, near - 1u, a->q_near);
-    for (uint32_t i = 0; a->near_list != NULL && i < near; i++)
-        a->near_list[i] = (int32_t)((n - near + i) % a->ring_rows);
-    if (a->n_near != NULL)
-        *a->n_near = near;
-    if (a->cands != NULL)
-        *a->cands = (kvk_cuda_candidates){.index = (const uint8_t *)a->index +
-                                                   (size_t)a->n_sink * a->index_row_bytes,
-                                          .n_rows = n - near > a->n_sink ? n - near - a->n_sink : 0,
-                                          .base = a->n_sink};
-    if (a->expected != NULL && memcmp(a->q, a->expected, a->n_q_heads * a->head_dim * 2u) != 0)
-        *a->differs_p = 1;
+    const kvk_cuda_attend_args *a = args;
+    kvc_status st = KVC_OK;
+    for (uint32_t s = 0; st == KVC_OK && s < a->n_seqs; s++)
+        st = attend_one(cuda, a, s);
+    if (st == KVC_OK && a->result.counts != NULL)
+        *a->result.done = ++a->result.counts[1];
     return st;
 }
 

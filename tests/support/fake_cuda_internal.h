@@ -43,6 +43,9 @@ kvc_status fake_cuda_project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uin
 const uint8_t *fake_cuda_source_row(const kvk_cuda_source *s, uint32_t pos, uint32_t row_bytes);
 /* Calls what fake_cuda_before_launch set. */
 void fake_cuda_announce(void);
+/* Whether a workspace was cleared, or used for as many sequences since; its first bytes say. */
+#define FAKE_CUDA_TAG_BYTES 16u
+bool fake_cuda_is_clean(void *workspace, uint32_t n_seqs);
 /* A row was read from a source. */
 void fake_cuda_count_row(void);
 

@@ -11,7 +11,7 @@
 #include "state.h"
 
 #define SLOTS_MAX  (1u << 20) /* of kvk_cuda_resolve */
-#define INPUTS_MAX 8192u      /* of kvk_cuda_frame and kvk_cuda_token */
+#define INPUTS_MAX 8192u      /* of kvk_cuda_frame */
 
 static kvc_status no(const char *option, const char *rule)
 {
@@ -35,6 +35,9 @@ static kvc_status check(const kvw_worker *w)
     }
     if (o->n_q_heads / o->n_kv_heads > 8) {
         return no("n_q_heads", "must be at most 8 a kv head");
+    }
+    if (w->k_bytes % 16 != 0) {
+        return no("n_kv_heads", "must be a multiple of 8 with row_dtype");
     }
     if (o->k > KVK_CUDA_K_MAX) {
         return no("k", "must be at most 4096");
@@ -60,21 +63,16 @@ static kvc_status check(const kvw_worker *w)
 /* What depends on the GPU. */
 static kvc_status check_shape(const kvw_worker *w, const kvwi_device *device)
 {
-    static const int32_t first = 0; /* of the two arrays only whether there are any counts */
-    kvk_cuda_attend_args args = {
+    const kvk_cuda_attend_args args = {
         .n_q_heads = w->opts.n_q_heads,
         .n_kv_heads = w->opts.n_kv_heads,
         .head_dim = w->opts.head_dim,
         .row_bytes = (uint32_t)w->row_bytes,
         .v_off_bytes = (uint32_t)w->k_bytes,
-        .dtype = w->opts.dtype,
+        .dtype = w->row_dtype,
+        .near = {.n_max = w->opts.n_recent + 1u, .inv_freq = w->inv_freq},
     };
-    kvc_status st = kvk_cuda_attend_supports(device->cuda, &args); /* far */
-    if (st == KVC_OK) {
-        args.k_positions = &first;
-        args.inv_freq = w->inv_freq;
-        st = kvk_cuda_attend_supports(device->cuda, &args); /* near */
-    }
+    kvc_status st = kvk_cuda_attend_supports(device->cuda, &args);
     return st == KVC_OK ? st
                         : no("n_kv_heads", "times head_dim: 16 rows must fit in shared memory");
 }
@@ -203,7 +201,7 @@ uint64_t kvwi_cuda_bytes(const kvw_seq *seq)
 
 bool kvwi_cuda_takes_passes(const kvw_worker *worker)
 {
-    return worker->selector->positions == KVW_FAR_NEAR;
+    return worker->selector->positions == KVW_FAR_NEAR && !kvk_is_coded(worker->row_dtype);
 }
 
 const kvwi_device_ops kvwi_device_cuda = {
@@ -227,4 +225,7 @@ const kvwi_device_ops kvwi_device_cuda = {
     .picks = kvwi_cuda_picks,
     .copy = kvwi_cuda_copy,
     .bytes = kvwi_cuda_bytes,
+    .batch_open = kvwi_cuda_batch_open,
+    .batch_close = kvwi_cuda_batch_close,
+    .batch_finish = kvwi_cuda_batch_finish,
 };

@@ -12,58 +12,75 @@
 #include "state.h"
 
 /* What passes between the engine and the step: pinned, or where the engine's memory is. */
-static void carve_engine(kvwi_carver *c, const kvw_worker *w, kvwi_device_layer *l)
+static void carve_engine(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs, kvwi_lane *lane)
 {
-    size_t q_bytes = (size_t)w->opts.n_q_heads * w->opts.head_dim * w->elem_bytes;
-    l->q_in = kvwi_carve(c, q_bytes);
-    l->q_select = kvwi_carve(c, q_bytes);
-    l->out = kvwi_carve(c, q_bytes);
-    l->lse = kvwi_carve(c, w->opts.n_q_heads * sizeof(float));
+    size_t heads = (size_t)n_seqs * w->opts.n_q_heads;
+    size_t q_bytes = heads * w->opts.head_dim * w->elem_bytes;
+    lane->q_in = kvwi_carve(c, q_bytes);
+    lane->q_select = kvwi_carve(c, q_bytes);
+    lane->out = kvwi_carve(c, q_bytes);
+    lane->lse = kvwi_carve(c, heads * sizeof(float));
 }
 
-static void carve_fixed(kvwi_carver *c, const kvw_worker *w, const kvwi_device_seq *d,
-                        kvwi_device_layer *l)
+void kvwi_carve_lane(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs, kvwi_lane *lane)
 {
-    const kvw_opts *o = &w->opts;
-    size_t q = (size_t)o->n_q_heads * o->head_dim * sizeof(float), word = sizeof(uint32_t);
-    size_t heads = o->n_q_heads * sizeof(float), slots = kvwi_slots(w);
+    size_t n = n_seqs, word = sizeof(uint32_t);
+    size_t q = n * w->opts.n_q_heads * w->opts.head_dim * sizeof(float);
+    lane->n_seqs = n_seqs;
+    lane->res = kvwi_carve(c, n * sizeof(*lane->res));
+    lane->ring_res = kvwi_carve(c, n * sizeof(*lane->ring_res));
+    lane->cands = kvwi_carve(c, n * sizeof(*lane->cands));
+    lane->source = kvwi_carve(c, n * sizeof(*lane->source));
+    lane->picks = kvwi_carve(c, n * w->opts.k * word);
+    lane->n_picks = kvwi_carve(c, n * word);
+    lane->list = kvwi_carve(c, n * kvwi_stride(w) * word);
+    lane->fetch = kvwi_carve(c, n * kvwi_stride(w) * word);
+    lane->n_list = kvwi_carve(c, n * word);
+    lane->n_near = kvwi_carve(c, n * word);
+    lane->near_first = kvwi_carve(c, n * word);
+    lane->counts = kvwi_carve(c, 2u * word);
+    lane->q_far = kvwi_carve(c, q);
+    lane->q_near = kvwi_carve(c, q);
+    lane->q_index = kvwi_carve(c, n * w->level[0].dims * sizeof(float));
+    if (w->opts.device_memory) {
+        carve_engine(c, w, n_seqs, lane);
+    }
+}
+
+void kvwi_carve_lane_pinned(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs, kvwi_lane *lane)
+{
+    size_t words = n_seqs * sizeof(uint32_t);
+    lane->n_tokens = kvwi_carve(c, words);
+    lane->n_misses = kvwi_carve(c, words);
+    lane->differs = kvwi_carve(c, words);
+    lane->done = kvwi_carve(c, sizeof(*lane->done));
+    lane->tokens = kvwi_carve(c, n_seqs * sizeof(*lane->tokens));
+    if (!w->opts.device_memory) {
+        carve_engine(c, w, n_seqs, lane);
+    }
+}
+
+static void carve_fixed(kvwi_carver *c, const kvw_worker *w, kvwi_device_layer *l)
+{
+    size_t slots = kvwi_slots(w), word = sizeof(uint32_t);
     l->slots = kvwi_carve(c, slots * w->row_bytes);
-    l->ring = kvwi_carve(c, d->ring_rows * w->row_bytes);
-    l->res = kvwi_carve(c, sizeof(*l->res));
-    l->ring_res = kvwi_carve(c, sizeof(*l->ring_res));
-    l->cands = kvwi_carve(c, sizeof(*l->cands));
-    l->source = kvwi_carve(c, sizeof(*l->source));
-    l->picks = kvwi_carve(c, o->k * word);
-    l->n_picks = kvwi_carve(c, word);
-    l->list = kvwi_carve(c, d->stride * word);
-    l->fetch = kvwi_carve(c, d->stride * word);
-    l->n_list = kvwi_carve(c, word);
-    l->near_list = kvwi_carve(c, d->ring_rows * word);
-    l->n_near = kvwi_carve(c, word);
+    l->ring = kvwi_carve(c, kvwi_ring_rows(w) * w->row_bytes);
     l->pos_of = kvwi_carve(c, slots * word);
     l->used = kvwi_carve(c, slots * word);
     l->step = kvwi_carve(c, word);
-    l->q_far = kvwi_carve(c, q);
-    l->q_near = kvwi_carve(c, q);
-    l->q_index = kvwi_carve(c, w->level[0].dims * sizeof(float));
-    l->o_far = kvwi_carve(c, q);
-    l->lse_far = kvwi_carve(c, heads);
-    l->o_near = kvwi_carve(c, q);
-    l->lse_near = kvwi_carve(c, heads);
-    if (o->device_memory) {
-        carve_engine(c, w, l);
-    }
+    kvwi_carve_lane(c, w, 1, &l->lane);
 }
 
-static void carve_pinned(kvwi_carver *c, const kvw_worker *w, const kvwi_device_seq *d,
-                         kvwi_device_layer *l)
+static void carve_pinned(kvwi_carver *c, const kvw_worker *w, kvwi_device_layer *l)
 {
-    l->io = kvwi_carve(c, sizeof(*l->io));
-    l->miss_pos = kvwi_carve(c, d->stride * sizeof(uint32_t));
-    l->status = kvwi_carve(c, d->stride);
-    if (!w->opts.device_memory) {
-        carve_engine(c, w, l);
+    l->n_far = kvwi_carve(c, sizeof(*l->n_far));
+    l->chunk_cands = kvwi_carve(c, sizeof(*l->chunk_cands));
+    l->miss_pos = kvwi_carve(c, kvwi_stride(w) * sizeof(uint32_t));
+    l->status = kvwi_carve(c, kvwi_stride(w));
+    if (kvk_is_coded(w->row_dtype) && !w->opts.device_memory) {
+        l->kv_in = kvwi_carve(c, 2u * w->in_bytes);
     }
+    kvwi_carve_lane_pinned(c, w, 1, &l->lane);
 }
 
 static void carve_grown(kvwi_carver *c, const kvw_worker *w, const kvwi_device_seq *d,
@@ -74,7 +91,25 @@ static void carve_grown(kvwi_carver *c, const kvw_worker *w, const kvwi_device_s
     l->blocks = kvwi_carve(c, ((size_t)d->cap_blocks + d->n_staging) * sizeof(void *));
 }
 
-/* The sinks' slots are at the head of every list; nothing else is resident. */
+/* The sinks' slots are at the head of every list. */
+kvc_status kvwi_cuda_lane_clear(const kvw_worker *w, kvwi_lane *lane, const int32_t *sinks,
+                                kvk_stream *stream)
+{
+    kvk_cuda *cuda = w->device->cuda;
+    uint32_t stride = kvwi_stride(w);
+    kvc_status st = kvk_cuda_fill(cuda, lane->counts, 0, 2u * sizeof(*lane->counts), stream);
+    if (st == KVC_OK) {
+        st = kvk_cuda_fill(cuda, lane->fetch, 0xff,
+                           (size_t)lane->n_seqs * stride * sizeof(uint32_t), stream);
+    }
+    for (uint32_t i = 0; st == KVC_OK && i < lane->n_seqs; i++) {
+        st = kvk_cuda_copy(cuda, lane->list + (size_t)i * stride, sinks,
+                           w->opts.n_sink * sizeof(*sinks), stream);
+    }
+    return st;
+}
+
+/* Nothing is resident yet. */
 static kvc_status fill_fixed(kvw_seq *seq, kvwi_device_layer *l)
 {
     const kvw_worker *w = seq->worker;
@@ -89,10 +124,7 @@ static kvc_status fill_fixed(kvw_seq *seq, kvwi_device_layer *l)
         sinks[i] = (int32_t)i;
     }
     const kvk_cuda_residency ring = {.slots = l->ring};
-    st = kvk_cuda_copy(cuda, l->list, sinks, w->opts.n_sink * sizeof(*sinks), d->stream);
-    if (st == KVC_OK) {
-        st = kvk_cuda_fill(cuda, l->fetch, 0xff, d->stride * sizeof(uint32_t), d->stream);
-    }
+    st = kvwi_cuda_lane_clear(w, &l->lane, sinks, d->stream);
     if (st == KVC_OK) {
         st = kvk_cuda_fill(cuda, l->pos_of, 0xff, kvwi_slots(w) * sizeof(uint32_t), d->stream);
     }
@@ -103,7 +135,7 @@ static kvc_status fill_fixed(kvw_seq *seq, kvwi_device_layer *l)
         st = kvk_cuda_fill(cuda, l->step, 0, sizeof(uint32_t), d->stream);
     }
     if (st == KVC_OK) {
-        st = kvk_cuda_copy(cuda, l->ring_res, &ring, sizeof(ring), d->stream);
+        st = kvk_cuda_copy(cuda, l->lane.ring_res, &ring, sizeof(ring), d->stream);
     }
     if (st == KVC_OK) {
         st = kvk_cuda_stream_sync(cuda, d->stream); /* the copies are from here */
@@ -117,8 +149,8 @@ kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l)
     const kvw_worker *w = seq->worker;
     kvwi_device_seq *d = seq->device;
     kvwi_carver fixed = {0}, pinned = {0};
-    carve_fixed(&fixed, w, d, l);
-    carve_pinned(&pinned, w, d, l);
+    carve_fixed(&fixed, w, l);
+    carve_pinned(&pinned, w, l);
     kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_DEVICE, fixed.at, &l->slab);
     if (st == KVC_OK) {
         d->device_bytes += fixed.at;
@@ -130,8 +162,12 @@ kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l)
     memset(l->pinned, 0, pinned.at);
     fixed = (kvwi_carver){.base = l->slab};
     pinned = (kvwi_carver){.base = l->pinned};
-    carve_fixed(&fixed, w, d, l);
-    carve_pinned(&pinned, w, d, l);
+    carve_fixed(&fixed, w, l);
+    carve_pinned(&pinned, w, l);
+    l->lane.frame_space = d->frame_space;
+    l->lane.frame_bytes = d->frame_bytes;
+    l->lane.attend_space = d->attend_space;
+    l->lane.attend_bytes = d->attend_bytes;
     st = fill_fixed(seq, l);
     return st == KVC_OK ? kvwi_cuda_layer_grow(seq, l) : st;
 }
@@ -155,20 +191,36 @@ static kvc_status fill_blocks(kvw_seq *seq, kvwi_device_layer *l, uint32_t old_b
                          n * sizeof(*shadow), d->stream);
 }
 
+kvk_cuda_residency kvwi_residency_of(const kvwi_device_layer *l)
+{
+    return (kvk_cuda_residency){.slots = l->slots,
+                                .slot_of = l->slot_of,
+                                .pos_of = l->pos_of,
+                                .used = l->used,
+                                .step = l->step,
+                                .n_positions = l->cap_tokens};
+}
+
+kvk_cuda_source kvwi_source_of(const kvw_seq *seq, const kvwi_device_layer *l)
+{
+    return (kvk_cuda_source){.blocks = l->blocks,
+                             .n_blocks = l->cap_blocks + seq->device->n_staging,
+                             .block_tokens = seq->worker->opts.block_tokens};
+}
+
+kvk_cuda_candidates kvwi_candidates_of(const kvw_worker *w, const kvwi_device_layer *l)
+{
+    return (kvk_cuda_candidates){.index = l->index + w->opts.n_sink * w->level[0].row_bytes};
+}
+
 static kvc_status fill_grown(kvw_seq *seq, kvwi_device_layer *l, const kvwi_device_layer *old)
 {
     const kvw_worker *w = seq->worker;
     const kvwi_device_seq *d = seq->device;
     kvk_cuda *cuda = d->device->cuda;
-    const kvk_cuda_residency res = {.slots = l->slots,
-                                    .slot_of = l->slot_of,
-                                    .pos_of = l->pos_of,
-                                    .used = l->used,
-                                    .step = l->step,
-                                    .n_positions = d->cap_tokens};
-    const kvk_cuda_source source = {.blocks = l->blocks,
-                                    .n_blocks = d->cap_blocks + d->n_staging,
-                                    .block_tokens = w->opts.block_tokens};
+    const kvk_cuda_residency res = kvwi_residency_of(l);
+    const kvk_cuda_source source = kvwi_source_of(seq, l);
+    const kvk_cuda_candidates cands = kvwi_candidates_of(w, l);
     kvc_status st =
         kvk_cuda_fill(cuda, l->slot_of, 0xff, d->cap_tokens * sizeof(int32_t), d->stream);
     if (st == KVC_OK && old->cap_tokens != 0) {
@@ -180,10 +232,13 @@ static kvc_status fill_grown(kvw_seq *seq, kvwi_device_layer *l, const kvwi_devi
                            d->stream);
     }
     if (st == KVC_OK) {
-        st = kvk_cuda_copy(cuda, l->res, &res, sizeof(res), d->stream);
+        st = kvk_cuda_copy(cuda, l->lane.res, &res, sizeof(res), d->stream);
     }
     if (st == KVC_OK) {
-        st = kvk_cuda_copy(cuda, l->source, &source, sizeof(source), d->stream);
+        st = kvk_cuda_copy(cuda, l->lane.source, &source, sizeof(source), d->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_copy(cuda, l->lane.cands, &cands, sizeof(cands), d->stream);
     }
     if (st == KVC_OK) {
         st = fill_blocks(seq, l, old->cap_blocks);
@@ -206,6 +261,8 @@ kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l)
     if (st == KVC_OK) {
         kvwi_carver c = {.base = grown};
         carve_grown(&c, w, d, l);
+        l->cap_tokens = d->cap_tokens;
+        l->cap_blocks = d->cap_blocks;
         st = fill_grown(seq, l, &old);
     }
     if (st != KVC_OK) {
@@ -214,8 +271,6 @@ kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l)
         kvk_cuda_free(d->device->cuda, KVK_CUDA_DEVICE, grown);
         return st;
     }
-    l->cap_tokens = d->cap_tokens;
-    l->cap_blocks = d->cap_blocks;
     l->grown = grown;
     l->grown_bytes = size.at;
     d->device_bytes += size.at - old.grown_bytes;

@@ -91,7 +91,8 @@ kvc_status kvwi_cuda_push_ring(kvw_seq *seq, uint32_t layer, uint32_t from, uint
     kvwi_device_seq *d = seq->device;
     kvc_status st = KVC_OK;
     while (st == KVC_OK && from < to) {
-        uint32_t slot = from % d->ring_rows, run = kvwi_min_u32(d->ring_rows - slot, to - from);
+        uint32_t slot = from % kvwi_ring_rows(seq->worker),
+                 run = kvwi_min_u32(kvwi_ring_rows(seq->worker) - slot, to - from);
         st = push_rows(seq, layer, from, from + run,
                        d->layers[layer].ring + slot * seq->worker->row_bytes);
         from += run;
@@ -108,7 +109,7 @@ static kvc_status push_recent(kvw_seq *seq, uint32_t layer, uint32_t near)
     bool keeps = l->near_from <= from && l->near_to >= from;
     kvc_status st = kvwi_cuda_push_ring(seq, layer, keeps ? l->near_to : from, n);
     if (st == KVC_OK) {
-        uint32_t oldest = n - kvwi_min_u32(n, d->ring_rows);
+        uint32_t oldest = n - kvwi_min_u32(n, kvwi_ring_rows(seq->worker));
         l->near_from = keeps ? kvwi_max_u32(l->near_from, oldest) : from;
         l->near_to = n;
     }
@@ -149,40 +150,88 @@ kvc_status kvwi_cuda_pass(kvw_seq *seq, uint32_t n_tokens, uint32_t n)
 
 void kvwi_cuda_near_grew(kvw_seq *seq, kvwi_device_layer *l, uint32_t end)
 {
-    uint32_t oldest = end - kvwi_min_u32(end, seq->device->ring_rows);
+    uint32_t oldest = end - kvwi_min_u32(end, kvwi_ring_rows(seq->worker));
     l->near_to = end;
     l->near_from = kvwi_max_u32(l->near_from, oldest);
 }
 
-static kvc_status append_token(kvw_seq *seq, uint32_t layer, const void *k, const void *v)
+kvc_status kvwi_cuda_flush(kvw_seq *seq, uint32_t layer)
+{
+    const kvw_worker *w = seq->worker;
+    kvwi_device_seq *d = seq->device;
+    kvwi_lane *lane = &d->layers[layer].lane;
+    const kvwi_level *level = &w->level[0];
+    if (!d->layers[layer].pending) {
+        return KVC_OK;
+    }
+    const kvk_cuda_frame_args args = {
+        .n_seqs = 1,
+        .n_q_heads = w->opts.n_q_heads,
+        .n_kv_heads = w->opts.n_kv_heads,
+        .head_dim = w->opts.head_dim,
+        .dims = level->dims,
+        .dtype = w->opts.dtype,
+        .token = lane->tokens[0],
+        .row_dtype = w->row_dtype,
+        .key_proj = d->device->key_proj + (size_t)layer * level->d_in * level->dims,
+        .workspace = lane->frame_space,
+        .workspace_bytes = lane->frame_bytes,
+    };
+    d->layers[layer].pending = false;
+    d->layers[layer].reads_kv = true;
+    kvc_status st = kvk_cuda_frame(d->device->cuda, &args, d->stream);
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "append");
+}
+
+/* K and V to where the device codes them from, once it has read what was there before. */
+static kvc_status stage_token(kvw_seq *seq, kvwi_device_layer *l, const void *k, const void *v,
+                              kvk_cuda_token *token)
+{
+    size_t bytes = seq->worker->in_bytes;
+    kvc_status st = l->reads_kv ? kvwi_cuda_sync(seq) : KVC_OK;
+    if (st != KVC_OK) {
+        return kvwi_cuda_fail(st, "append");
+    }
+    l->reads_kv = false;
+    memcpy(l->kv_in, k, bytes);
+    memcpy(l->kv_in + bytes, v, bytes);
+    token->k = l->kv_in;
+    token->v = l->kv_in + bytes;
+    return KVC_OK;
+}
+
+static kvc_status append_token(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                               bool whole)
 {
     const kvw_worker *w = seq->worker;
     kvwi_device_seq *d = seq->device;
     kvwi_device_layer *l = &d->layers[layer];
     uint32_t pos = seq->layers[layer].n_tokens, bt = w->opts.block_tokens;
     uint8_t *host = kvwi_block_row(w, seq->blocks[pos / bt].buf, layer, pos % bt);
-    const kvwi_level *level = &w->level[0];
-    kvk_cuda_token_args args = {
+    kvk_cuda_token token = {
         .k = k,
         .v = v,
-        .n_heads = w->opts.n_kv_heads,
-        .head_dim = w->opts.head_dim,
-        .dims = level->dims,
-        .proj = d->device->key_proj + (size_t)layer * level->d_in * level->dims,
-        .row = l->ring + (pos % d->ring_rows) * w->row_bytes,
+        .row = l->ring + (pos % kvwi_ring_rows(w)) * w->row_bytes,
         .copy = host,
-        .index_row = l->index + (size_t)pos * level->row_bytes,
+        .index_row = l->index + (size_t)pos * w->level[0].row_bytes,
     };
-    if (!w->opts.device_memory) {
+    kvc_status st = KVC_OK;
+    if (kvk_is_coded(w->row_dtype) && !w->opts.device_memory) {
+        st = stage_token(seq, l, k, v, &token);
+    } else if (!w->opts.device_memory) {
         memcpy(host, k, w->k_bytes);
         memcpy(host + w->k_bytes, v, w->k_bytes);
-        args.k = host;
-        args.v = host + w->k_bytes;
-        args.copy = NULL;
+        token.k = host;
+        token.v = host + w->k_bytes;
+        token.copy = NULL;
     }
-    kvc_status st = kvk_cuda_token(d->device->cuda, &args, d->stream);
+    if (st == KVC_OK) {
+        l->lane.tokens[0] = token;
+        l->pending = true;
+        st = whole ? KVC_OK : kvwi_cuda_flush(seq, layer);
+    }
     if (st != KVC_OK) {
-        return kvwi_cuda_fail(st, "append");
+        return st;
     }
     d->unsettled = true;
     l->n_index = pos + 1u;
@@ -191,16 +240,21 @@ static kvc_status append_token(kvw_seq *seq, uint32_t layer, const void *k, cons
     return KVC_OK;
 }
 
-kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n)
+kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n,
+                            bool whole)
 {
-    return n == 1 ? append_token(seq, layer, k, v) : kvwi_cuda_append_pass(seq, layer, k, v, n);
+    return n == 1 ? append_token(seq, layer, k, v, whole)
+                  : kvwi_cuda_append_pass(seq, layer, k, v, n);
 }
 
 kvc_status kvwi_cuda_settle(kvw_seq *seq)
 {
     kvc_status st = KVC_OK;
     for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
-        st = pull_index(seq, i);
+        st = kvwi_cuda_flush(seq, i);
+        if (st == KVC_OK) {
+            st = pull_index(seq, i);
+        }
     }
     if (st == KVC_OK && seq->device->unsettled) {
         st = kvwi_cuda_sync(seq);

@@ -99,7 +99,7 @@ static kvc_status open_memory(kvw_seq *seq)
     kvwi_device_prefill *c = &d->prefill;
     size_t rows = (size_t)w->opts.chunk_tokens * w->opts.n_q_heads, f32 = sizeof(float);
     size_t width = rows * w->opts.head_dim;
-    size_t far = attend_bytes(w, d->stride), near = attend_bytes(w, near_max(w));
+    size_t far = attend_bytes(w, kvwi_stride(w)), near = attend_bytes(w, near_max(w));
     kvwi_carver size = {0};
     for (int i = 0; i < 2; i++) {
         c->q = kvwi_carve(&size, width * w->elem_bytes);
@@ -160,7 +160,7 @@ static kvc_status place_rows(kvw_seq *seq, uint32_t layer, const uint8_t *k, con
             .slice_bytes = (uint32_t)w->k_bytes,
             .ring = d->layers[layer].ring,
             .first = pos,
-            .ring_rows = d->ring_rows,
+            .ring_rows = kvwi_ring_rows(w),
             .copy = kvwi_block_row(w, seq->blocks[pos / bt].buf, layer, pos % bt),
         };
         st = kvk_cuda_rows(d->device->cuda, &args, d->stream);
@@ -178,8 +178,8 @@ static kvc_status digest(kvw_seq *seq, uint32_t layer, uint32_t first, uint32_t 
     kvwi_device_layer *l = &d->layers[layer];
     kvc_status st = KVC_OK;
     for (uint32_t done = 0; st == KVC_OK && done < n;) {
-        uint32_t pos = first + done, slot = pos % d->ring_rows;
-        uint32_t run = kvwi_min_u32(d->ring_rows - slot, n - done);
+        uint32_t pos = first + done, slot = pos % kvwi_ring_rows(w);
+        uint32_t run = kvwi_min_u32(kvwi_ring_rows(w) - slot, n - done);
         const kvk_cuda_digest_args args = {
             .in = l->ring + slot * w->row_bytes,
             .n = run,
@@ -207,8 +207,8 @@ kvc_status kvwi_cuda_append_pass(kvw_seq *seq, uint32_t layer, const void *k, co
     if (seq->worker->opts.device_memory) {
         st = place_rows(seq, layer, k, v, n);
     } else {
-        kvwi_write_rows(seq, layer, first, k, v, n);
-        st = kvwi_cuda_push_ring(seq, layer, first, end);
+        st = kvwi_write_rows(seq, layer, first, k, v, n);
+        st = st == KVC_OK ? kvwi_cuda_push_ring(seq, layer, first, end) : st;
     }
     d->unsettled = true; /* also where it failed halfway */
     if (st == KVC_OK) {
@@ -273,19 +273,19 @@ static kvc_status select_picks(kvw_step *step)
     kvwi_device_layer *l = &d->layers[step->layer];
     kvk_cuda_select_many_args args = select_shape(step->seq, step->n_q);
     args.q = d->prefill.q_index;
-    args.cands = l->cands;
-    args.picks = l->picks;
-    args.n_picks = l->n_picks;
+    args.cands = l->lane.cands;
+    args.picks = l->lane.picks;
+    args.n_picks = l->lane.n_picks;
     args.workspace = d->prefill.select;
     args.workspace_bytes = d->prefill.select_bytes;
-    l->io->cands = (kvk_cuda_candidates){
+    *l->chunk_cands = (kvk_cuda_candidates){
         .index = l->index + w->opts.n_sink * w->level[0].row_bytes,
         .n_rows = step->near_begin - w->opts.n_sink,
         .base = w->opts.n_sink,
     };
     kvc_status st = index_queries(step);
     if (st == KVC_OK) {
-        st = kvk_cuda_copy(d->device->cuda, l->cands, &l->io->cands, sizeof(l->io->cands),
+        st = kvk_cuda_copy(d->device->cuda, l->lane.cands, l->chunk_cands, sizeof(*l->chunk_cands),
                            d->stream);
     }
     return st == KVC_OK ? kvk_cuda_select_many(d->device->cuda, &args, d->stream) : st;
@@ -309,15 +309,15 @@ kvc_status kvwi_cuda_prefill_select(kvw_step *step)
         .n_slots = kvwi_slots(w),
         .n_pinned = w->opts.n_sink,
         /* all candidates: 0, 1, ... from the first one on, and their number */
-        .picks = step->full ? d->counts + w->opts.n_sink : l->picks,
-        .n_picks = step->full ? d->counts + kvwi_cuda_prefill_picks(step) : l->n_picks,
-        .res = l->res,
-        .list = l->list,
-        .fetch = l->fetch,
-        .stride = d->stride,
+        .picks = step->full ? d->counts + w->opts.n_sink : l->lane.picks,
+        .n_picks = step->full ? d->counts + kvwi_cuda_prefill_picks(step) : l->lane.n_picks,
+        .res = l->lane.res,
+        .list = l->lane.list,
+        .fetch = l->lane.fetch,
+        .stride = kvwi_stride(w),
         .off = w->opts.n_sink,
-        .n_list = l->n_list,
-        .n_misses = &l->io->n_misses,
+        .n_list = l->lane.n_list,
+        .n_misses = l->lane.n_misses,
     };
     if (st == KVC_OK) {
         st = kvk_cuda_resolve(d->device->cuda, &args, d->stream);
@@ -333,12 +333,12 @@ static kvc_status bring_rows(kvw_step *step)
     kvwi_device_layer *l = &d->layers[step->layer];
     const kvk_cuda_gather_args args = {
         .n_seqs = 1,
-        .stride = d->stride,
-        .list = l->list,
-        .fetch = l->fetch,
-        .n_list = l->n_list,
-        .res = l->res,
-        .source = l->source,
+        .stride = kvwi_stride(step->seq->worker),
+        .list = l->lane.list,
+        .fetch = l->lane.fetch,
+        .n_list = l->lane.n_list,
+        .res = l->lane.res,
+        .source = l->lane.source,
         .row_bytes = (uint32_t)step->seq->worker->row_bytes,
     };
     return kvk_cuda_gather(d->device->cuda, &args, d->stream);
@@ -350,11 +350,11 @@ static kvc_status attend_far(kvw_step *step)
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = &d->layers[step->layer];
     kvwi_device_prefill *c = &d->prefill;
-    kvk_cuda_prefill_args args = shape(w, step->n_q, d->stride);
+    kvk_cuda_prefill_args args = shape(w, step->n_q, kvwi_stride(w));
     args.q = c->q_far;
-    args.list = l->list;
-    args.n_list = step->near_begin < w->opts.n_sink ? d->counts + step->near_begin : l->n_list;
-    args.res = l->res;
+    args.list = l->lane.list;
+    args.n_list = step->near_begin < w->opts.n_sink ? d->counts + step->near_begin : l->lane.n_list;
+    args.res = l->lane.res;
     args.own = KVK_CUDA_OWN_NONE;
     if (step->full) { /* sinks, then what follows them */
         args.k_positions = d->near_pos;
@@ -378,9 +378,9 @@ static kvc_status attend_near(kvw_step *step)
     uint32_t n_near = step->n_tokens - step->near_begin, first = step->full ? step->near_begin : 0;
     kvk_cuda_prefill_args args = shape(w, step->n_q, near_max(w));
     args.q = c->q_near;
-    args.list = d->ring_list + step->near_begin % d->ring_rows;
+    args.list = d->ring_list + step->near_begin % kvwi_ring_rows(w);
     args.n_list = d->counts + n_near;
-    args.res = l->ring_res;
+    args.res = l->lane.ring_res;
     args.own = KVK_CUDA_OWN_LISTED;
     args.k_positions = d->near_pos + first;
     args.inv_freq = d->device->inv_freq;

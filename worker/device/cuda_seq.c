@@ -12,8 +12,6 @@
 #include "base/log.h"
 #include "state.h"
 
-#define RING_SLACK 64u
-
 kvc_status kvwi_cuda_fail(kvc_status st, const char *what)
 {
     return kvwi_fail(st, "device: %s: %s", what, kvc_status_name(st));
@@ -40,7 +38,8 @@ kvc_status kvwi_cuda_streams(kvw_seq *seq, void *stream)
 {
     kvwi_device_seq *d = seq->device;
     kvc_status st = kvk_cuda_stream_create(d->device->cuda, &d->capture);
-    d->stream = seq->worker->opts.device_memory ? (kvk_stream *)stream : d->capture;
+    d->own = seq->worker->opts.device_memory ? (kvk_stream *)stream : d->capture;
+    d->stream = d->own;
     return st;
 }
 
@@ -65,26 +64,32 @@ static kvc_status open_count(kvwi_device_seq *d, uint32_t n, uint32_t wrap, int3
     return st;
 }
 
-static kvc_status open_numbers(kvwi_device_seq *d)
+static kvc_status open_numbers(kvw_seq *seq)
 {
-    uint32_t most = d->stride + d->ring_rows + 1u;
+    kvwi_device_seq *d = seq->device;
+    uint32_t ring = kvwi_ring_rows(seq->worker), most = kvwi_stride(seq->worker) + ring + 1u;
     kvc_status st = open_count(d, most, most, &d->near_pos);
     d->counts = (const uint32_t *)d->near_pos;
-    return st == KVC_OK ? open_count(d, 2u * d->ring_rows, d->ring_rows, &d->ring_list) : st;
+    return st == KVC_OK ? open_count(d, 2u * ring, ring, &d->ring_list) : st;
 }
 
-/* Both attentions use it, one after the other. */
-static kvc_status open_workspace(kvw_seq *seq)
+/* Of all layers, whose steps run one after the other. */
+static kvc_status open_spaces(kvw_seq *seq)
 {
     const kvw_opts *o = &seq->worker->opts;
     kvwi_device_seq *d = seq->device;
-    uint32_t stride = kvwi_max_u32(d->stride, o->n_recent + 1u);
-    d->workspace_bytes = kvk_cuda_attend_workspace_bytes(1, stride, o->n_q_heads, o->head_dim);
-    kvc_status st = device_alloc(d, d->workspace_bytes, &d->workspace);
-    if (st != KVC_OK) {
-        return st;
+    uint32_t rows = kvwi_stride(seq->worker) + o->n_recent + 1u + 16u;
+    d->attend_bytes = kvk_cuda_attend_workspace_bytes(1, rows, o->n_q_heads, o->head_dim);
+    d->frame_bytes =
+        kvk_cuda_frame_workspace_bytes(1, o->n_kv_heads * o->head_dim, seq->worker->level[0].dims);
+    kvc_status st = device_alloc(d, d->attend_bytes, &d->attend_space);
+    if (st == KVC_OK) {
+        st = device_alloc(d, d->frame_bytes, &d->frame_space);
     }
-    return open_numbers(d);
+    if (st == KVC_OK) {
+        st = kvk_cuda_fill(d->device->cuda, d->frame_space, 0, d->frame_bytes, d->stream);
+    }
+    return st == KVC_OK ? open_numbers(seq) : st;
 }
 
 static kvc_status open_staging(kvw_seq *seq)
@@ -140,16 +145,13 @@ kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream)
     }
     seq->device = d;
     d->device = w->device;
-    d->stride = o->n_sink + o->k;
-    /* what a pass of several tokens attends, in one piece */
-    d->ring_rows = o->n_recent + (kvwi_cuda_takes_passes(w) ? o->chunk_tokens : 0) + RING_SLACK;
     d->n_staging = (o->k + o->block_tokens - 1u) / o->block_tokens;
     set_capacity(seq,
                  kvwi_max_u32(o->max_tokens == 0 ? KVWI_DEVICE_TOKENS : o->max_tokens, n_tokens));
     d->layers = calloc(o->n_layers, sizeof(*d->layers));
     kvc_status st = d->layers == NULL ? KVC_NO_MEMORY : kvwi_cuda_streams(seq, stream);
     if (st == KVC_OK) {
-        st = open_workspace(seq);
+        st = open_spaces(seq);
     }
     if (st == KVC_OK) {
         st = open_staging(seq);
@@ -181,6 +183,7 @@ kvc_status kvwi_cuda_grow(kvw_seq *seq, uint32_t n_tokens)
         set_capacity(seq, kvwi_min_u32(n_tokens + n_tokens / 2u, KVWI_MAX_TOKENS));
     }
     d->growing = true;
+    d->generation++;
     st = open_select(seq);
     for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
         st = kvwi_cuda_layer_grow(seq, &d->layers[i]);
@@ -197,6 +200,9 @@ void kvwi_cuda_seq_close(kvw_seq *seq)
         return;
     }
     kvk_cuda *cuda = d->device->cuda;
+    if (d->batch != NULL) {
+        kvwi_cuda_batch_part(d->batch);
+    }
     if (kvk_cuda_stream_sync(cuda, d->stream) != KVC_OK) {
         KVC_LOG_WARN(WORKER, "a sequence ends and the device does not answer");
     }
@@ -210,7 +216,8 @@ void kvwi_cuda_seq_close(kvw_seq *seq)
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->near_pos);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->ring_list);
     kvwi_cuda_prefill_close(seq);
-    kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->workspace);
+    kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->frame_space);
+    kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->attend_space);
     kvk_cuda_stream_destroy(cuda, d->capture);
     free(d->layers);
     free(d);

@@ -9,6 +9,7 @@
  * are forgotten and the step is done again. Invariant: between steps every row that the tables call
  * resident is in its slot.
  */
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,7 +18,10 @@
 #include "state.h"
 
 /* How often a step is done again because the map went away under it, before all is fetched. */
-#define TRIES 4
+#define TRIES   4
+/* How long the host looks at a step's last word before it lets CUDA wait, which also hears of
+ * failures. */
+#define SPIN_NS 2000000u
 
 static kvwi_device_layer *layer_of(const kvw_step *step)
 {
@@ -32,7 +36,53 @@ static size_t q_bytes(const kvw_worker *w)
 static kvc_status launch(kvw_step *step, kvk_cuda_graph *graph)
 {
     kvwi_device_seq *d = step->seq->device;
-    kvc_status st = kvk_cuda_graph_launch(d->device->cuda, graph, d->stream);
+    kvwi_device_layer *l = layer_of(step);
+    kvc_status st = KVC_OK;
+    if (graph != l->whole) { /* which takes the new token along */
+        st = kvwi_cuda_flush(step->seq, step->layer);
+    } else if (!l->pending) {
+        l->lane.tokens[0].row = NULL;
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_graph_launch(d->device->cuda, graph, d->stream);
+    }
+    if (st != KVC_OK) {
+        return kvwi_cuda_fail(st, "a step");
+    }
+    l->pending = false;
+    l->lane.n_done += graph != l->select;
+    return KVC_OK;
+}
+
+static inline void relax(void)
+{
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+}
+
+kvc_status kvwi_cuda_await(kvwi_lane *lane, kvk_cuda *cuda, kvk_stream *stream)
+{
+    const _Atomic uint32_t *done = (const _Atomic uint32_t *)lane->done;
+    uint64_t end_ns = kvc_now_ns() + SPIN_NS;
+    do {
+        for (int i = 0; i < 64; i++) {
+            if (atomic_load_explicit(done, memory_order_acquire) == lane->n_done) {
+                return KVC_OK;
+            }
+            relax();
+        }
+    } while (kvc_now_ns() < end_ns);
+    return kvk_cuda_stream_sync(cuda, stream);
+}
+
+/* Everything that was enqueued; the last thing was an attention. */
+static kvc_status await(kvw_step *step)
+{
+    kvwi_device_seq *d = step->seq->device;
+    kvc_status st = kvwi_cuda_await(&layer_of(step)->lane, d->device->cuda, d->stream);
+    step->seq->stats.host_syncs++;
+    d->unsettled = d->unsettled && st != KVC_OK;
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "a step");
 }
 
@@ -62,6 +112,9 @@ static kvc_status ready(kvw_step *step)
 {
     kvw_seq *seq = step->seq;
     kvc_status st = kvwi_cuda_grow(seq, step->n_tokens);
+    if (st == KVC_OK && layer_of(step)->prefill) { /* the token's row may be a sink's, say */
+        st = kvwi_cuda_flush(seq, step->layer);
+    }
     if (st == KVC_OK) {
         st = kvwi_cuda_tables(seq, true);
     }
@@ -77,7 +130,7 @@ static kvc_status ready(kvw_step *step)
 static kvc_status take_select_query(kvw_step *step, const void *q)
 {
     if (!layer_of(step)->prefill) {
-        return take_query(step, layer_of(step)->q_select, q);
+        return take_query(step, layer_of(step)->lane.q_select, q);
     }
     kvc_status st = kvwi_cuda_prefill_query(step, q);
     return st == KVC_OK && !step->seq->worker->opts.device_memory ? kvwi_cuda_sync(step->seq) : st;
@@ -91,8 +144,8 @@ kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole
     kvwi_cuda_prefill_begin(step);
     l->prefill = step->full || step->n_q > 1;
     kvc_status st = ready(step);
-    l->io->n_tokens = step->n_tokens;
-    l->io->differs = 0;
+    *l->lane.n_tokens = step->n_tokens;
+    *l->lane.differs = 0;
     l->one_query = whole;
     l->selected = l->attended = false;
     if (st == KVC_OK && !whole) {
@@ -112,7 +165,7 @@ kvc_status kvwi_cuda_step_attend(kvw_step *step, const void *q)
     if (l->prefill || l->one_query || l->n_blank != 0 || !kvwi_cuda_tables_take(step->seq, l)) {
         return KVC_OK; /* finish does it all */
     }
-    kvc_status st = take_query(step, l->q_in, q);
+    kvc_status st = take_query(step, l->lane.q_in, q);
     if (st == KVC_OK) {
         st = launch(step, l->attend);
     }
@@ -120,24 +173,29 @@ kvc_status kvwi_cuda_step_attend(kvw_step *step, const void *q)
     return st;
 }
 
-static kvc_status forget(kvw_step *step, const int8_t *status)
+kvc_status kvwi_cuda_forget(kvw_seq *seq, const kvwi_lane *lane, uint32_t at, const int8_t *status)
 {
-    kvwi_device_seq *d = step->seq->device;
-    kvwi_device_layer *l = layer_of(step);
+    kvwi_device_seq *d = seq->device;
+    uint32_t stride = kvwi_stride(seq->worker);
     const kvk_cuda_forget_args args = {
-        .list = l->list,
-        .fetch = l->fetch,
-        .n_list = l->n_list,
-        .stride = d->stride,
+        .list = lane->list + (size_t)at * stride,
+        .fetch = lane->fetch + (size_t)at * stride,
+        .n_list = lane->n_list + at,
+        .stride = stride,
         .staged = d->staged,
         .status = status,
-        .res = l->res,
+        .res = lane->res + at,
     };
     kvc_status st = kvk_cuda_forget(d->device->cuda, &args, d->stream);
     if (st == KVC_OK) {
-        st = kvwi_cuda_sync(step->seq); /* the status is the next step's too */
+        st = kvwi_cuda_sync(seq); /* the status is the next step's too */
     }
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "rows that did not arrive");
+}
+
+static kvc_status forget(kvw_step *step, const int8_t *status)
+{
+    return kvwi_cuda_forget(step->seq, &layer_of(step)->lane, 0, status);
 }
 
 /* ---- rows that the device cannot reach ---- */
@@ -147,13 +205,13 @@ static kvc_status list_far(kvw_step *step)
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = layer_of(step);
     const kvk_cuda_misses_args args = {
-        .fetch = l->fetch,
-        .n_list = l->n_list,
-        .stride = d->stride,
+        .fetch = l->lane.fetch,
+        .n_list = l->lane.n_list,
+        .stride = kvwi_stride(step->seq->worker),
         .staged = d->staged,
-        .source = l->source,
+        .source = l->lane.source,
         .miss_pos = l->miss_pos,
-        .n_far = &l->io->n_far,
+        .n_far = l->n_far,
     };
     kvc_status st = kvk_cuda_misses(d->device->cuda, &args, d->stream);
     if (st == KVC_OK) {
@@ -169,12 +227,12 @@ static kvc_status settle_fetch(kvw_step *step)
     kvwi_device_layer *l = layer_of(step);
     kvc_status first = KVC_OK;
     uint32_t lost = 0;
-    for (uint32_t i = 0; i < l->io->n_far; i++) {
+    for (uint32_t i = 0; i < *l->n_far; i++) {
         if (l->status[i] != KVC_OK) {
             first = lost++ == 0 ? (kvc_status)l->status[i] : first;
         }
     }
-    uint32_t came = l->io->n_far - lost;
+    uint32_t came = *l->n_far - lost;
     kvwi_flight_count(seq, 0, &l->flight.info, came, seq->worker->row_bytes);
     seq->n_fetched += came;
     if (lost == 0) {
@@ -188,7 +246,7 @@ static kvc_status settle_fetch(kvw_step *step)
     }
     if (!drop) {
         return kvwi_fail(first, "layer %u: %u of %u rows did not arrive: %s", step->layer, lost,
-                         l->io->n_far, kvc_status_name(first));
+                         *l->n_far, kvc_status_name(first));
     }
     seq->stats.rows_dropped += lost;
     kvwi_names_taint(seq);
@@ -201,14 +259,14 @@ static kvc_status fetch_far(kvw_step *step)
     const kvw_worker *w = seq->worker;
     kvwi_device_layer *l = layer_of(step);
     uint64_t t0 = kvc_now_ns();
-    if (l->io->n_far == 0) {
+    if (*l->n_far == 0) {
         return KVC_OK;
     }
-    memset(l->status, KVC_NOT_FOUND, l->io->n_far);
+    memset(l->status, KVC_NOT_FOUND, *l->n_far);
     const kvc_pick_group group = {
         .part = w->kv_parts[step->layer],
         .row_bytes = (uint32_t)w->row_bytes,
-        .n_picks = l->io->n_far,
+        .n_picks = *l->n_far,
         .picks = l->miss_pos,
     };
     kvwi_flight_send(seq, 0, &l->flight, group, &seq->device->staging_regions, l->status,
@@ -248,16 +306,16 @@ static kvc_status attempt(kvw_step *step, const outputs *to, uint32_t *far_p)
             if (st == KVC_OK) {
                 st = fetch_far(step);
             }
-            *far_p = st == KVC_OK ? l->io->n_far : 0;
+            *far_p = st == KVC_OK ? *l->n_far : 0;
         }
         if (st == KVC_OK && !l->attended) {
             st = start_attend(step, to);
         }
     }
-    if (st == KVC_OK && (st = kvwi_cuda_sync(step->seq)) != KVC_OK) {
+    if (st == KVC_OK && l->prefill && (st = kvwi_cuda_sync(step->seq)) != KVC_OK) {
         st = kvwi_cuda_fail(st, "a step");
     }
-    return st;
+    return st == KVC_OK && !l->prefill ? await(step) : st;
 }
 
 /* Until the map held for as long as it was read. */
@@ -273,7 +331,7 @@ static kvc_status run(kvw_step *step, const outputs *to, uint32_t *far_p)
         if (st == KVC_OK) {
             st = attempt(step, to, far_p);
         }
-        if (st != KVC_OK || l->io->n_misses == *far_p || kvwi_cuda_tables_hold(seq, l->stamp)) {
+        if (st != KVC_OK || *l->lane.n_misses == *far_p || kvwi_cuda_tables_hold(seq, l->stamp)) {
             return st;
         }
         KVC_LOG_DEBUG(WORKER, "layer %u: mapped rows went away, again", step->layer);
@@ -295,26 +353,28 @@ static kvc_status give_result(kvw_step *step, void *out, float *lse)
         return kvwi_cuda_prefill_give(step, out, lse);
     }
     if (!w->opts.device_memory) {
-        memcpy(out, l->out, q_bytes(w));
+        memcpy(out, l->lane.out, q_bytes(w));
         if (lse != NULL) {
-            memcpy(lse, l->lse, lse_bytes);
+            memcpy(lse, l->lane.lse, lse_bytes);
         }
         return KVC_OK;
     }
     kvk_cuda *cuda = seq->device->device->cuda;
-    kvc_status st = kvk_cuda_copy(cuda, out, l->out, q_bytes(w), seq->device->stream);
+    kvc_status st = kvk_cuda_copy(cuda, out, l->lane.out, q_bytes(w), seq->device->stream);
     if (st == KVC_OK && lse != NULL) {
-        st = kvk_cuda_copy(cuda, lse, l->lse, lse_bytes, seq->device->stream);
+        st = kvk_cuda_copy(cuda, lse, l->lane.lse, lse_bytes, seq->device->stream);
     }
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "a result");
 }
 
-static void count(kvw_step *step, uint32_t n_far)
+void kvwi_cuda_step_done(kvw_step *step, uint32_t n_misses, uint32_t n_far)
 {
     kvw_seq *seq = step->seq;
-    const kvwi_layer_io *io = layer_of(step)->io;
+    kvwi_device_layer *l = layer_of(step);
     uint32_t k = kvwi_cuda_prefill_picks(step);
     kvwi_picks *picks = &seq->layers[step->layer].picks;
+    kvwi_cuda_tables_let_go(l);
+    l->selected = l->attended = false;
     picks->n = step->full ? 0 : k; /* there are more candidates, or nothing was chosen */
     picks->cached = false;
     picks->on_device = !step->full;
@@ -323,12 +383,12 @@ static void count(kvw_step *step, uint32_t n_far)
     seq->stats.full_steps += step->full;
     seq->stats.reselects += !step->full;
     seq->stats.picks += picks->n;
-    seq->stats.misses += io->n_misses;
-    seq->stats.hits += step->full ? 0 : k - io->n_misses;
-    seq->stats.rows_dram += io->n_misses - n_far;
-    seq->stats.bytes_fetched += (uint64_t)(io->n_misses - n_far) * seq->worker->row_bytes;
-    seq->n_fetched += io->n_misses - n_far;
-    seq->n_reused_rows += k - io->n_misses;
+    seq->stats.misses += n_misses;
+    seq->stats.hits += step->full ? 0 : k - n_misses;
+    seq->stats.rows_dram += n_misses - n_far;
+    seq->stats.bytes_fetched += (uint64_t)(n_misses - n_far) * seq->worker->row_bytes;
+    seq->n_fetched += n_misses - n_far;
+    seq->n_reused_rows += k - n_misses;
 }
 
 kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float *lse)
@@ -341,10 +401,10 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float
     if (l->prefill) {
         st = kvwi_cuda_prefill_query(step, q);
     } else if (!l->attended) {
-        st = take_query(step, l->q_in, q);
+        st = take_query(step, l->lane.q_in, q);
     }
     if (st == KVC_OK && l->one_query && !l->prefill) { /* in case it comes to two graphs */
-        st = take_query(step, l->q_select, q);
+        st = take_query(step, l->lane.q_select, q);
     }
     if (st == KVC_OK) {
         st = run(step, &(outputs){out, lse}, &n_far);
@@ -353,13 +413,12 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float
         kvwi_cuda_step_abandon(step);
         return st;
     }
-    kvwi_cuda_tables_let_go(l);
-    count(step, n_far);
-    if (!l->prefill && l->io->differs != 0 && seq->worker->opts.client != NULL &&
+    kvwi_cuda_step_done(step, *l->lane.n_misses, n_far);
+    l->picks_at = l->lane.picks;
+    if (!l->prefill && *l->lane.differs != 0 && seq->worker->opts.client != NULL &&
         !seq->worker->opts.reuse_any) {
         kvwi_names_taint(seq); /* selected by a prediction that turned out otherwise */
     }
-    l->selected = l->attended = false;
     st = give_result(step, out, lse);
     seq->stats.ns_attend += kvc_now_ns() - t0;
     return st;
@@ -369,7 +428,8 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float
 void kvwi_cuda_step_abandon(kvw_step *step)
 {
     kvwi_device_layer *l = layer_of(step);
-    if (l->selected && forget(step, NULL) != KVC_OK) {
+    if (kvwi_cuda_flush(step->seq, step->layer) != KVC_OK ||
+        (l->selected && forget(step, NULL) != KVC_OK)) {
         KVC_LOG_WARN(WORKER, "a step is abandoned and the device does not answer");
     }
     kvwi_cuda_tables_let_go(l);
@@ -387,7 +447,7 @@ kvc_status kvwi_cuda_picks(const kvw_seq *seq, uint32_t layer)
     kvwi_device_seq *d = seq->device;
     kvwi_device_layer *l = &d->layers[layer];
     kvwi_picks *picks = &seq->layers[layer].picks;
-    kvc_status st = kvk_cuda_copy(d->device->cuda, picks->pos, l->picks,
+    kvc_status st = kvk_cuda_copy(d->device->cuda, picks->pos, l->picks_at,
                                   picks->n * sizeof(*picks->pos), d->stream);
     if (st == KVC_OK) {
         st = kvk_cuda_stream_sync(d->device->cuda, d->stream);

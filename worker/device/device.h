@@ -20,6 +20,7 @@
 typedef struct kvwi_device kvwi_device;                     /* of a worker */
 typedef struct kvwi_device_seq kvwi_device_seq;             /* of a sequence, seq->device */
 typedef struct kvwi_device_retriever kvwi_device_retriever; /* retriever->device */
+typedef struct kvwi_device_batch kvwi_device_batch;         /* of a kvw_batch */
 
 typedef struct kvwi_device_ops {
     const char *name;
@@ -43,8 +44,10 @@ typedef struct kvwi_device_ops {
      * n_tokens: room for it, and the device's copies. */
     kvc_status (*pass)(kvw_seq *seq, uint32_t n_tokens, uint32_t n);
     /* The pass's n tokens in one layer; host memory of their blocks is written behind the caller.
-     */
-    kvc_status (*append)(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n);
+     * whole: a step follows at once (step_begin's whole), which may take a token along; if none
+     * does, settle. */
+    kvc_status (*append)(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n,
+                         bool whole);
     /* Host memory has what the device wrote for it. Blocks. */
     kvc_status (*settle)(kvw_seq *seq);
     /* Tokens of the last pass (seq->pass) from n_tokens on go; a failure leaves all as it was. */
@@ -60,6 +63,14 @@ typedef struct kvwi_device_ops {
     /* Any pair of addresses; done on return. */
     kvc_status (*copy)(kvw_seq *seq, void *to, const void *from, size_t len_bytes);
     uint64_t (*bytes)(const kvw_seq *seq); /* of device memory that the sequence holds */
+    /* For steps of up to n_max sequences. NO_MEMORY. */
+    kvc_status (*batch_open)(kvw_worker *worker, uint32_t n_max, void *stream,
+                             kvwi_device_batch **batch_p);
+    void (*batch_close)(kvwi_device_batch *batch);
+    /* step_finish of n steps of one layer that were begun as whole ones, of different sequences; q,
+     * out and lse of all, one after the other. A failure leaves every step to be abandoned. */
+    kvc_status (*batch_finish)(kvwi_device_batch *batch, kvw_step *const *steps, uint32_t n,
+                               const void *q, void *out, float *lse);
 
     /* All memory that a retriever needs, its slab made readable to the device. NO_MEMORY. */
     kvc_status (*retriever_open)(kvw_retriever *r);

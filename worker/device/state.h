@@ -8,7 +8,9 @@
 #ifndef KVWI_DEVICE_STATE_H
 #define KVWI_DEVICE_STATE_H
 
+#include "carve.h"
 #include "internal.h"
+#include "kvk/cuda_frame.h"
 #include "kvk/cuda_pass.h"
 
 #define KVWI_DEVICE_TOKENS 131072u /* max_tokens, where the options have none */
@@ -21,34 +23,51 @@ struct kvwi_device {
     double *inv_freq;             /* device; NULL: no rotary embedding */
 };
 
-/* What host and device tell each other in a step, of one layer; pinned. */
-typedef struct kvwi_layer_io {
-    uint32_t n_tokens;                 /* host writes */
-    uint32_t n_misses, n_far, differs; /* the device writes */
-    kvk_cuda_candidates cands;         /* of a chunk's step; host writes */
-} kvwi_layer_io;
-
-typedef struct kvwi_device_layer {
-    void *slab, *grown, *pinned; /* the three memories that all below lie in */
-    /* device, of fixed size */
-    uint8_t *slots, *ring; /* [n_sink + residency_slots] and [ring_rows] rows */
+/*
+ * What the graphs of a step read and write, for one layer of n_seqs sequences: arrays of an entry a
+ * sequence. A sequence has a lane of its own in each layer, a batch one of all its sequences.
+ */
+typedef struct kvwi_lane {
+    uint32_t n_seqs, rows_max; /* rows_max: candidates of a sequence, at most */
+    /* device */
     kvk_cuda_residency *res, *ring_res;
     kvk_cuda_candidates *cands;
     kvk_cuda_source *source;
-    uint32_t *picks, *n_picks, *fetch, *n_list, *n_near;
+    uint32_t *picks, *n_picks, *fetch, *n_list, *n_near, *near_first;
+    uint32_t *counts; /* [2], of attend's result */
+    int32_t *list;
+    float *q_far, *q_near, *q_index;
+    void *frame_space, *attend_space,
+        *select_space; /* other lanes of the same stream use them too */
+    size_t frame_bytes, attend_bytes, select_bytes;
+    /* pinned: the host writes n_tokens and tokens, the device the others */
+    uint32_t *n_tokens, *n_misses, *differs;
+    uint32_t *done; /* one */
+    kvk_cuda_token *tokens;
+    /* pinned; device memory where the engine's is */
+    void *q_in, *q_select, *out;
+    float *lse;
+    uint32_t n_done; /* what done will be when all that was launched has been done */
+} kvwi_lane;
+
+typedef struct kvwi_device_layer {
+    void *slab, *grown, *pinned; /* the three memories that all below lie in */
+    kvwi_lane lane;
+    /* device, of fixed size */
+    uint8_t *slots, *ring; /* [n_sink + residency_slots] and [ring_rows] rows */
     uint32_t *pos_of, *used, *step;
-    int32_t *list, *near_list;
-    float *q_far, *q_near, *q_index, *o_far, *lse_far, *o_near, *lse_near;
+    const uint32_t *picks_at; /* of the last selection: the lane's, or a batch's */
     /* device, by capacity */
     uint8_t *index;
     int32_t *slot_of;
     const void **blocks;
-    /* pinned; in, select, out and lse are device memory where the engine's is */
-    kvwi_layer_io *io;
+    /* pinned */
+    uint32_t *n_far;
+    kvk_cuda_candidates *chunk_cands; /* of a chunk's step; host writes */
     uint32_t *miss_pos;
     int8_t *status;
-    void *q_in, *q_select, *out;
-    float *lse;
+    uint8_t *kv_in; /* K and V of a new token, where rows are coded and the engine's memory is the
+                       host's */
     /* host */
     uint32_t cap_tokens, cap_blocks; /* what it has memory for; the sequence's, unless growing */
     const void **shadow;             /* [cap_blocks], as blocks on the device */
@@ -57,6 +76,9 @@ typedef struct kvwi_device_layer {
     size_t grown_bytes;
     uint32_t near_from, near_to; /* positions whose rows are in the ring */
     uint32_t n_sinks;            /* sinks in their slots */
+    bool reads_kv;               /* the device may still read kv_in: a token went without a step */
+    bool pending; /* the lane's token is not on its way yet: the step that follows at once takes it
+                   */
     kvk_cuda_graph *select, *attend, *whole;
     /* of the open step, or the last one */
     bool prefill; /* several queries, or attends everything: cuda_prefill.c */
@@ -83,9 +105,12 @@ typedef struct kvwi_device_prefill {
 
 struct kvwi_device_seq {
     kvwi_device *device;
-    kvk_stream *stream;  /* enqueued on */
-    kvk_stream *capture; /* graphs are made on; the stream too where the engine gave none */
-    uint32_t cap_tokens, cap_blocks, ring_rows, stride; /* stride: n_sink + k */
+    kvk_stream *stream;       /* enqueued on: its own, or that of the batch that it is in */
+    kvk_stream *own;          /* the engine's, or capture */
+    kvk_stream *capture;      /* graphs are made on; the stream too where the engine gave none */
+    kvwi_device_batch *batch; /* NULL: none */
+    uint32_t generation;      /* of the layers' memories that grow */
+    uint32_t cap_tokens, cap_blocks;
     bool growing;    /* NO_MEMORY halfway: not every layer has the capacity, and none has graphs */
     uint32_t staged; /* the first position of staging, behind all blocks */
     uint32_t n_staging; /* its blocks */
@@ -94,10 +119,8 @@ struct kvwi_device_seq {
     const uint32_t *counts;
     int32_t *ring_list; /* device: slots of the ring, more than once around */
     kvwi_device_prefill prefill;
-    void *workspace; /* of attend */
-    size_t workspace_bytes;
-    void *select_space;
-    size_t select_bytes;
+    void *frame_space, *attend_space, *select_space; /* of all lanes */
+    size_t frame_bytes, attend_bytes, select_bytes;
     uint8_t *staging; /* pinned, [k] rows: those that a fetch brings */
     kvwi_regions staging_regions;
     kvwi_device_layer *layers;
@@ -110,6 +133,18 @@ struct kvwi_device_seq {
      */
     kvwi_device_marks *marks; /* [n_layers] */
 };
+
+/* Entries of a lane's lists, and rows of a ring of recent ones. */
+static inline uint32_t kvwi_stride(const kvw_worker *w)
+{
+    return w->opts.n_sink + w->opts.k;
+}
+
+static inline uint32_t kvwi_ring_rows(const kvw_worker *w)
+{
+    /* what a pass of several tokens attends lies in one piece */
+    return w->opts.n_recent + w->opts.chunk_tokens + 64u;
+}
 
 /* NULL without a store. */
 static inline kvc_context *kvwi_cuda_context(const kvw_seq *seq)
@@ -159,13 +194,32 @@ kvc_status kvwi_cuda_sync(kvw_seq *seq) KVC_MUST_CHECK;
 /* The streams of a sequence; capture is made here. */
 kvc_status kvwi_cuda_streams(kvw_seq *seq, void *stream) KVC_MUST_CHECK;
 
-/* cuda_memory.c: a layer's memories. */
+/* What the ops are told of a layer's memories. */
+kvk_cuda_residency kvwi_residency_of(const kvwi_device_layer *l);
+kvk_cuda_source kvwi_source_of(const kvw_seq *seq, const kvwi_device_layer *l);
+kvk_cuda_candidates kvwi_candidates_of(const kvw_worker *w, const kvwi_device_layer *l);
+
+/* cuda_memory.c.
+ * The parts of a lane of n_seqs sequences that are device memory, and those that are pinned. */
+void kvwi_carve_lane(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs, kvwi_lane *lane);
+void kvwi_carve_lane_pinned(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs, kvwi_lane *lane);
+/* What such a lane is before its first step: only sinks are listed. Enqueued; from `sinks`, which
+ * is [n_sink] and stays until then. */
+kvc_status kvwi_cuda_lane_clear(const kvw_worker *w, kvwi_lane *lane, const int32_t *sinks,
+                                kvk_stream *stream) KVC_MUST_CHECK;
+/* A layer's memories. */
 kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l) KVC_MUST_CHECK;
 /* To the sequence's capacity; a failure leaves it as it was. */
 kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l) KVC_MUST_CHECK;
 void kvwi_cuda_layer_close(kvw_seq *seq, kvwi_device_layer *l);
 
-/* cuda_graph.c: a layer's graphs, if it has none. */
+/* cuda_graph.c: what a graph does: select and resolve; attend; or all of a step, new tokens too. */
+typedef enum kvwi_graph_part { KVWI_SELECT, KVWI_ATTEND, KVWI_WHOLE } kvwi_graph_part;
+/* Captures it on a stream that does nothing else meanwhile. */
+kvc_status kvwi_cuda_capture(const kvw_worker *w, uint32_t layer, const kvwi_lane *lane,
+                             kvwi_graph_part part, kvk_stream *stream,
+                             kvk_cuda_graph **graph_p) KVC_MUST_CHECK;
+/* A layer's graphs, if it has none. */
 kvc_status kvwi_cuda_graphs(kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
 void kvwi_cuda_graphs_drop(kvw_seq *seq, kvwi_device_layer *l);
 
@@ -187,12 +241,21 @@ kvc_status kvwi_cuda_push_ring(kvw_seq *seq, uint32_t layer, uint32_t from,
 /* The ring has the rows up to `end` now. */
 void kvwi_cuda_near_grew(kvw_seq *seq, kvwi_device_layer *l, uint32_t end);
 kvc_status kvwi_cuda_pass(kvw_seq *seq, uint32_t n_tokens, uint32_t n) KVC_MUST_CHECK;
-kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
-                            uint32_t n) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v, uint32_t n,
+                            bool whole) KVC_MUST_CHECK;
+/* A token that waits for a step sets off without it. */
+kvc_status kvwi_cuda_flush(kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_settle(kvw_seq *seq) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
 
-/* cuda_step.c */
+/* cuda_step.c: what was launched last on the lane has been done. */
+kvc_status kvwi_cuda_await(kvwi_lane *lane, kvk_cuda *cuda, kvk_stream *stream) KVC_MUST_CHECK;
+/* A step has been done: what it counts for, and the end of its claims. */
+void kvwi_cuda_step_done(kvw_step *step, uint32_t n_misses, uint32_t n_far);
+/* Rows of sequence `at` of a lane that resolve gave slots to and that did not come: those whose
+ * status says so, or without one all. Waits. */
+kvc_status kvwi_cuda_forget(kvw_seq *seq, const kvwi_lane *lane, uint32_t at,
+                            const int8_t *status) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_step_attend(kvw_step *step, const void *q) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out,
@@ -214,6 +277,14 @@ kvc_status kvwi_cuda_prefill_attend(kvw_step *step, void *out, float *lse) KVC_M
 kvc_status kvwi_cuda_prefill_give(kvw_step *step, void *out, float *lse) KVC_MUST_CHECK;
 /* How many rows it picks. */
 uint32_t kvwi_cuda_prefill_picks(const kvw_step *step);
+/* cuda_batch.c: several sequences' steps as one. */
+kvc_status kvwi_cuda_batch_open(kvw_worker *worker, uint32_t n_max, void *stream,
+                                kvwi_device_batch **batch_p) KVC_MUST_CHECK;
+void kvwi_cuda_batch_close(kvwi_device_batch *batch);
+kvc_status kvwi_cuda_batch_finish(kvwi_device_batch *batch, kvw_step *const *steps, uint32_t n,
+                                  const void *q, void *out, float *lse) KVC_MUST_CHECK;
+/* Its sequences are on their own again; waits for the device. */
+void kvwi_cuda_batch_part(kvwi_device_batch *batch);
 
 /* segments.c: memory of servers that this process has mapped. */
 /* Contexts of the client are mapped from now on, where its connection can; what the server has in

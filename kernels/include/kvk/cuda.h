@@ -163,8 +163,9 @@ typedef struct kvk_cuda_candidates {
  * n_q_heads = n_kv_heads = 1 and, with eps > 0, kvk_window_max (ESA). n_rows above rows_max is cut
  * to it. Unused entries of picks and scores are left as they are. A non-finite query gives
  * arbitrary picks, in range. workspace: kvk_cuda_select_workspace_bytes, cleared once with
- * kvk_cuda_fill 0 before its first use; an op leaves it ready for the next. Fast at dims 126 and 62
- * (128 and 64 bytes a row); dims <= 256, k <= KVK_CUDA_K_MAX.
+ * kvk_cuda_fill 0 before its first use; an op leaves it ready for the next of as many sequences,
+ * and to be cleared again for another number. Fast at dims 126 and 62 (128 and 64 bytes a row);
+ * dims <= 256, k <= KVK_CUDA_K_MAX.
  */
 typedef struct kvk_cuda_select_args {
     uint32_t n_seqs, dims, k, eps, rows_max;
@@ -297,6 +298,30 @@ kvc_status kvk_cuda_gather(kvk_cuda *cuda, const kvk_cuda_gather_args *args,
                            kvk_stream *stream) KVC_MUST_CHECK;
 
 /*
+ * What a sequence attends besides its list, with a query of its own: n[s] tokens from first[s] on,
+ * whose rows are in a ring, token p in slot p % ring_rows of ring[s]; their keys are rotated by 0,
+ * 1, ... (without inv_freq not at all). early: all of this was there before the op before this one
+ * (kvk_cuda_resolve, say) began, and may be read while that one runs.
+ */
+typedef struct kvk_cuda_near {
+    const float *q;                 /* [n_seqs, n_q_heads, head_dim] */
+    const kvk_cuda_residency *ring; /* [n_seqs], slots alone */
+    const uint32_t *first, *n;      /* [n_seqs] */
+    uint32_t ring_rows, n_max;      /* n_max 0: there is nothing */
+    const double *inv_freq;         /* [head_dim / 2] or NULL */
+    uint32_t early;                 /* 0 or 1 */
+} kvk_cuda_near;
+
+/* Where a result goes as the engine wants it, and what then tells the host: the i-th op that has
+ * these counts, which were cleared once, writes i to *done, which is pinned, behind its results. */
+typedef struct kvk_cuda_result {
+    void *out; /* [n_seqs, n_q_heads, head_dim] in dtype, device or pinned; NULL: none of this */
+    kvk_dtype dtype;         /* BF16 or F16 */
+    float *lse;              /* [n_seqs, n_q_heads] or NULL */
+    uint32_t *counts, *done; /* [2], device; or both NULL */
+} kvk_cuda_result;
+
+/*
  * Attention of one query per sequence over its list, a partial as in kvk_attend: o normalised over
  * the listed rows, lse natural log; nothing listed gives o = 0, lse = -INFINITY. With fetch and
  * source, a row that fetch names is read from its source, written into its slot and attended in the
@@ -305,7 +330,9 @@ kvc_status kvk_cuda_gather(kvk_cuda *cuda, const kvk_cuda_gather_args *args,
  * dtype (BF16, F16 or a coded one), both offsets and row_bytes multiples of 16. With inv_freq, K of
  * entry j is rotated by k_positions[s * stride + j] (angles in double). Bound: as kvk_attend's.
  * head_dim 64 or 128, n_q_heads / n_kv_heads 1 to 8, a tile of 16 rows must fit in shared memory;
- * else UNSUPPORTED.
+ * else UNSUPPORTED, as is near with F16 or with keys of the list rotated. near is added behind the
+ * list, and the workspace is then that of a stride of stride + near.n_max + 16. With result.out o
+ * and lse are not written and may be NULL.
  */
 typedef struct kvk_cuda_attend_args {
     uint32_t n_seqs, n_q_heads, n_kv_heads, head_dim;
@@ -325,6 +352,8 @@ typedef struct kvk_cuda_attend_args {
     float *lse; /* [n_seqs, n_q_heads] */
     void *workspace;
     size_t workspace_bytes; /* no need to clear it */
+    kvk_cuda_near near;
+    kvk_cuda_result result;
 } kvk_cuda_attend_args;
 size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_t n_q_heads,
                                        uint32_t head_dim);
@@ -402,6 +431,20 @@ kvc_status kvk_cuda_merge(kvk_cuda *cuda, const kvk_merge_args *args,
                           kvk_stream *stream) KVC_MUST_CHECK;
 
 /*
+ * Partials a and b (o [n, dim], lse [n]) merged as by kvk_merge, o rounded to dtype (BF16,
+ * F16) at out [n, dim], lse [n] f32 (may be NULL). a and b stay as they are.
+ */
+typedef struct kvk_cuda_finish_args {
+    const float *o_a, *lse_a, *o_b, *lse_b;
+    uint32_t n, dim;
+    kvk_dtype dtype;
+    void *out;
+    float *lse;
+} kvk_cuda_finish_args;
+kvc_status kvk_cuda_finish(kvk_cuda *cuda, const kvk_cuda_finish_args *args,
+                           kvk_stream *stream) KVC_MUST_CHECK;
+
+/*
  * Retrieval of whole chunks (GCA 2410.01651, HSA 2504.16795) is select, weights, resolve and gather
  * with a chunk for a row, attend and fuse; a list of a batch is a (sequence, group) and its
  * chunks, positions are chunks, and slots hold whole chunks. Prefetch: all but the last two on
@@ -475,70 +518,6 @@ typedef struct kvk_cuda_chunk_fuse_args {
 } kvk_cuda_chunk_fuse_args;
 kvc_status kvk_cuda_chunk_fuse(kvk_cuda *cuda, const kvk_cuda_chunk_fuse_args *args,
                                kvk_stream *stream) KVC_MUST_CHECK;
-
-/*
- * What frames a decode step of one sequence, for a graph that is replayed while the sequence grows:
- * the lists and queries that the ops above read are made here, from a length in memory.
- */
-
-/*
- * Begins one step of ESA over n = *n_tokens tokens: queries in f32 from q [n_q_heads, head_dim] in
- * dtype, and where candidates and the near window are.
- *   q_index [dims]: as kvk_cuda_query's, of q rotated by far_position, or with score_raw as it is
- *   q_far   rotated by far_position;  q_near  rotated by n_near - 1
- *   near_list[i] = the slot (near_begin + i) % ring_rows;  *n_near = n - near_begin
- *   *cands = {index + n_sink rows, near_begin - n_sink, n_sink}
- * where near_begin = n - min(n, n_recent + 1), n_recent < ring_rows, which the list has room for.
- * Rotation: as kvk_rope; without inv_freq none. q_index, q_far, q_near, near_list and cands may be
- * NULL. dims <= 256, n_kv_heads * head_dim <= 8192. expected (may be NULL): *differs_p is set to 1
- * where q is not those bytes.
- */
-typedef struct kvk_cuda_frame_args {
-    const void *q;
-    kvk_dtype dtype; /* BF16 or F16 */
-    uint32_t n_q_heads, n_kv_heads, head_dim;
-    const double *inv_freq;
-    const float *proj; /* [n_kv_heads * head_dim, dims] */
-    uint32_t dims, score_raw;
-    float *q_index, *q_far, *q_near;
-    const uint32_t *n_tokens;
-    uint32_t n_sink, n_recent, far_position, ring_rows;
-    int32_t *near_list;
-    uint32_t *n_near;
-    const void *index;
-    uint32_t index_row_bytes;
-    kvk_cuda_candidates *cands;
-    const void *expected;
-    uint32_t *differs_p;
-} kvk_cuda_frame_args;
-kvc_status kvk_cuda_frame(kvk_cuda *cuda, const kvk_cuda_frame_args *args,
-                          kvk_stream *stream) KVC_MUST_CHECK;
-
-/*
- * Ends it: partials a and b (o [n, dim], lse [n]) merged as by kvk_merge, o rounded to dtype (BF16,
- * F16) at out [n, dim], lse [n] f32 (may be NULL). a and b stay as they are.
- */
-typedef struct kvk_cuda_finish_args {
-    const float *o_a, *lse_a, *o_b, *lse_b;
-    uint32_t n, dim;
-    kvk_dtype dtype;
-    void *out;
-    float *lse;
-} kvk_cuda_finish_args;
-kvc_status kvk_cuda_finish(kvk_cuda *cuda, const kvk_cuda_finish_args *args,
-                           kvk_stream *stream) KVC_MUST_CHECK;
-
-/* One token of ESA: k and v [n_heads, head_dim] bf16 one after the other to row and to copy (NULL:
- * not), and its index row as kvk_cuda_digest makes it, but that the projection is a sum of up to 8
- * chains. Bounds as there; dims <= 256, n_heads * head_dim <= 8192 and a multiple of 8. */
-typedef struct kvk_cuda_token_args {
-    const void *k, *v;
-    uint32_t n_heads, head_dim, dims;
-    const float *proj; /* [n_heads * head_dim, dims] */
-    void *row, *copy, *index_row;
-} kvk_cuda_token_args;
-kvc_status kvk_cuda_token(kvk_cuda *cuda, const kvk_cuda_token_args *args,
-                          kvk_stream *stream) KVC_MUST_CHECK;
 
 /*
  * One sequence, after resolve: the rows named by fetch that its source does not have, in list

@@ -31,7 +31,7 @@
     X(t, residency_slots) X(t, exact) X(t, index_dims) X(t, rerank_dims) X(t, rerank_factor) \
     X(t, put_window) X(t, put_timeout_ns) X(t, reuse_any) X(t, way) X(t, landmark_dim) \
     X(t, clients) X(t, server_names) X(t, n_clients) X(t, max_tokens) X(t, device_memory) \
-    X(t, retrieval_queries)
+    X(t, retrieval_queries) X(t, row_dtype)
 #define SEQ_OPTS(X, t) \
     X(t, size_bytes) X(t, tokens) X(t, n_tokens) X(t, adapter) X(t, salt) X(t, stream)
 #define STATS(X, t) \

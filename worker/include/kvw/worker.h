@@ -35,6 +35,7 @@ extern "C" {
 typedef struct kvw_worker kvw_worker;
 typedef struct kvw_seq kvw_seq;
 typedef struct kvw_step kvw_step;
+typedef struct kvw_batch kvw_batch;
 typedef struct kvw_retriever kvw_retriever;
 
 /* What to do about rows that are late or missing. */
@@ -72,7 +73,7 @@ typedef struct kvw_opts {
     /* the model */
     const char *model, *revision; /* enter the schema */
     uint32_t n_layers, n_q_heads, n_kv_heads, head_dim;
-    kvk_dtype dtype; /* of K, V, q and of the rows */
+    kvk_dtype dtype; /* of K, V, q and out; of the rows too unless row_dtype says otherwise */
     kvk_rope_params rope;
     float attention_scale;     /* 0: 1/sqrt(head_dim) */
     uint32_t tp_size, tp_rank; /* 0: 1 and 0 */
@@ -155,6 +156,14 @@ typedef struct kvw_opts {
     /* "gca", "hsa": queries that attend to what one retrieval chose, of all calls together, as far
      * as that is known; 0: as many as to the one before, at first 64. */
     uint64_t retrieval_queries;
+    /*
+     * A kvk_dtype: KVK_I8_SCALED or KVK_E4M3_SCALED: rows are kept, stored and moved coded, a byte
+     * an element and a bf16 scale a head (kvk_encode has the error), half or a quarter of the
+     * bytes; 0: in dtype. Enters the schema. The index is made of the keys as they come, so it
+     * cannot be made anew of rows: prefixes are reused as far as their index is stored. Not with
+     * index EXACT, nor for selectors of chunks.
+     */
+    uint64_t row_dtype;
 } kvw_opts;
 
 #define KVW_MAX_SERVERS 64u
@@ -239,8 +248,8 @@ KVW_API kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens) KVC_MUST_CHECK;
 /*
  * The pass's new tokens in one layer: k, v [n_tokens, n_kv_heads, head_dim] dense, before RoPE,
  * borrowed. Layers in any order. Does not wait for the store. INVALID: another n_tokens than the
- * pass has, twice in one pass, or a key that is not finite; CANCELLED: on another worker of the
- * group (the layer is as it was).
+ * pass has, twice in one pass, or a key (with row_dtype a value too) that is not finite; CANCELLED:
+ * on another worker of the group (the layer is as it was).
  */
 KVW_API kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
                               uint32_t n_tokens) KVC_MUST_CHECK;
@@ -277,6 +286,30 @@ KVW_API void kvw_step_abandon(kvw_step *step);
 KVW_API kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, const void *k,
                                const void *v, uint32_t n_tokens, void *out,
                                float *lse) KVC_MUST_CHECK;
+
+/*
+ * Decode steps of several sequences of one worker at a time, of any lengths: on a GPU in one launch
+ * a layer and one wait. Their thread is that of the batch while they are in it, and they belong to
+ * it until others take their place or it is closed; a sequence may be destroyed before. n_max at
+ * most KVW_MAX_BATCH; stream: of device_memory, as a sequence's, which is not used meanwhile. Holds
+ * GPU memory for n_max sequences. INVALID; UNSUPPORTED: selectors of chunks, tp_size above 1;
+ * NO_MEMORY.
+ */
+#define KVW_MAX_BATCH 512u
+KVW_API kvc_status kvw_batch_open(kvw_worker *worker, uint32_t n_max, void *stream,
+                                  kvw_batch **batch_p) KVC_MUST_CHECK;
+/* Before the worker is. NULL is fine. */
+KVW_API void kvw_batch_close(kvw_batch *batch);
+/*
+ * kvw_forward of one token of each of n different sequences, each after its kvw_tokens: q, out [n,
+ * n_q_heads, head_dim], k, v [n, n_kv_heads, head_dim], lse [n, n_q_heads] or NULL, sequence after
+ * sequence. The results are those of kvw_forward. The status is that of a sequence that failed; out
+ * is undefined then, no step is open, and of each sequence holds what kvw_forward says: where its
+ * layer has the token (kvw_step_begin is not INVALID), its step may be done again alone.
+ */
+KVW_API kvc_status kvw_batch_forward(kvw_batch *batch, kvw_seq *const *seqs, uint32_t n,
+                                     uint32_t layer, const void *q, const void *k, const void *v,
+                                     void *out, float *lse) KVC_MUST_CHECK;
 
 /*
  * Accepts the last pass, puts what it filled, and waits until every full block has been

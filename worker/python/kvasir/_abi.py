@@ -82,6 +82,7 @@ class WorkerOpts(C.Structure):
         ("max_tokens", C.c_uint32),
         ("device_memory", C.c_uint32),
         ("retrieval_queries", C.c_uint64),
+        ("row_dtype", C.c_uint64),
     ]
 
 

@@ -1,0 +1,89 @@
+/*
+ * attend_near.cu: attention over a list and, in the same launch, over the newest tokens with a
+ * query of their own.
+ *
+ * The tiles of near come first and need nothing of the ops that make the list, so they run while
+ * those still rank and resolve: kernels before this one let it start early, and only the list's
+ * tiles wait, where the caller says that what near reads was there before.
+ */
+#include "attend_mma.cuh"
+#include "attend_split.cuh"
+
+/* Where the rows of a tile of near are; gives how many. All threads call. */
+__device__ static uint32_t find_near(const kvk_cuda_attend_args *a, uint32_t seq, uint32_t first,
+                                     struct attend_rows *rows)
+{
+    uint32_t r = threadIdx.x, n = min(a->near.n[seq], a->near.n_max);
+
+    if (r < ATTEND_TILE) {
+        uint32_t slot = (a->near.first[seq] + first + r) % a->near.ring_rows;
+        rows->from[r] = first + r < n
+                            ? (const char *)a->near.ring[seq].slots + (size_t)slot * a->row_bytes
+                            : NULL;
+        rows->keep[r] = NULL;
+    }
+    __syncthreads();
+    return first < n ? min(n - first, ATTEND_TILE) : 0;
+}
+
+/* kRotated: near's keys. */
+template <typename Row, int kDim, bool kRotated>
+__global__ void __launch_bounds__(ATTEND_THREADS, 2)
+    attend_near_kernel(const struct attend_params p)
+{
+    extern __shared__ __align__(16) char tile[];
+    __shared__ struct attend_rows rows;
+    const kvk_cuda_attend_args *a = &p.a;
+    const struct attend_layout l = attend_layout_of(a);
+    uint32_t seq = blockIdx.y, n_near = p.n_tiles - p.n_far, at = blockIdx.x, there = 0;
+    size_t q_at = (size_t)seq * a->n_q_heads * kDim;
+    float2 *rotation = (float2 *)(tile + l.rotation);
+
+    kvki_let_next_start();
+    if (at < n_near) {
+        if (!a->near.early)
+            kvki_wait_for_previous();
+        uint32_t first = at * ATTEND_TILE, n = find_near(a, seq, first, &rows);
+        if (n == 0)
+            return;
+        there = attend_load_tile(a, &l, &rows, tile);
+        for (uint32_t i = threadIdx.x; kRotated && i < n * (kDim / 2); i += ATTEND_THREADS)
+            rotation[i] =
+                attend_turn((int32_t)(first + i / (kDim / 2)), a->near.inv_freq[i % (kDim / 2)]);
+        attend_split<Row, kDim, kRotated>(&p, &l, seq, p.n_far + at, a->near.q + q_at, there, tile,
+                                          rotation);
+        return;
+    }
+    at -= n_near;
+    kvki_wait_for_previous();
+    if (at * ATTEND_TILE >= attend_find_rows(a, seq, at * ATTEND_TILE, &rows))
+        return;
+    there = attend_load_tile(a, &l, &rows, tile);
+    if constexpr (Row::coded)
+        attend_split<Row, kDim, false>(&p, &l, seq, at, a->q + q_at, there, tile, rotation);
+    else
+        attend_bf16<kDim>(&p, &l, seq, at, there, tile);
+}
+
+template <typename Row> static attend_fn kernel_of(uint32_t head_dim, bool rotated)
+{
+    if (head_dim == 128)
+        return rotated ? attend_near_kernel<Row, 128, true> : attend_near_kernel<Row, 128, false>;
+    if (head_dim == 64)
+        return rotated ? attend_near_kernel<Row, 64, true> : attend_near_kernel<Row, 64, false>;
+    return NULL;
+}
+
+attend_fn kvki_attend_near(kvk_dtype dtype, uint32_t head_dim, bool near_rotated)
+{
+    switch (dtype) {
+    case KVK_BF16:
+        return kernel_of<bf16_row>(head_dim, near_rotated);
+    case KVK_E4M3_SCALED:
+        return kernel_of<e4m3_row>(head_dim, near_rotated);
+    case KVK_I8_SCALED:
+        return kernel_of<i8_row>(head_dim, near_rotated);
+    default:
+        return NULL;
+    }
+}

@@ -1,0 +1,66 @@
+/*
+ * cuda_frame.h: how a decode step begins on a CUDA device, for a graph that is replayed while the
+ * sequences grow: the queries and windows that the ops of cuda.h read are made here, from lengths
+ * in memory. Rules: those of cuda.h.
+ */
+#ifndef KVK_CUDA_FRAME_H
+#define KVK_CUDA_FRAME_H
+
+#include "kvk/cuda.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+/* A new token: k and v [n_kv_heads, head_dim] bf16 go one after the other to row and to copy (NULL:
+ * not), as they are or coded as kvk_cuda_encode does, and its index row is written, as
+ * kvk_cuda_digest makes it. row NULL: there is none. */
+typedef struct kvk_cuda_token {
+    const void *k, *v;
+    void *row, *copy, *index_row;
+} kvk_cuda_token;
+
+/*
+ * Begins a step of ESA of each sequence over n = n_tokens[s] tokens: queries in f32 from q in
+ * dtype, and where candidates and the near window are.
+ *   q_index [dims]: as kvk_cuda_query's, of q rotated by far_position, or with score_raw as it is
+ *   q_far   rotated by far_position;  q_near  rotated by n_near - 1
+ *   n_near = min(n, n_recent + 1);  near_first = n - n_near
+ *   cands: n_rows = near_first - n_sink, base = n_sink; index is the caller's, and stays
+ * Rotation: as kvk_rope; without inv_freq none. q_index, q_far, q_near, n_near and cands may be
+ * NULL. dims <= 256, n_kv_heads * head_dim <= 8192. expected (may be NULL): differs[s] is set to 1
+ * where q is not those bytes. q NULL: only tokens. tokens, or else token for one sequence: what is
+ * new; n_kv_heads * head_dim a multiple of 8 then. Projections are sums of chains of 32 inputs. The
+ * workspace is cleared as kvk_cuda_select's.
+ */
+typedef struct kvk_cuda_frame_args {
+    uint32_t n_seqs, n_q_heads, n_kv_heads, head_dim, dims;
+    const void *q;   /* [n_seqs, n_q_heads, head_dim] */
+    kvk_dtype dtype; /* of q: BF16 or F16 */
+    uint32_t score_raw;
+    const double *inv_freq;
+    const float *proj; /* [n_kv_heads * head_dim, dims] */
+    float *q_index, *q_far, *q_near;
+    const uint32_t *n_tokens; /* [n_seqs] */
+    uint32_t n_sink, n_recent, far_position;
+    uint32_t *n_near, *near_first; /* [n_seqs], both or none */
+    kvk_cuda_candidates *cands;    /* [n_seqs] */
+    const void *expected;          /* [n_seqs, n_q_heads, head_dim] */
+    uint32_t *differs;             /* [n_seqs] */
+    const kvk_cuda_token *tokens;  /* [n_seqs], device or pinned; or NULL */
+    kvk_cuda_token token;
+    kvk_dtype row_dtype;   /* of the tokens' rows: 0 or BF16, or coded (head_dim <= 256) */
+    const float *key_proj; /* [n_kv_heads * head_dim, dims] */
+    void *workspace;
+    size_t workspace_bytes;
+} kvk_cuda_frame_args;
+size_t kvk_cuda_frame_workspace_bytes(uint32_t n_seqs, uint32_t inputs, uint32_t dims);
+kvc_status kvk_cuda_frame(kvk_cuda *cuda, const kvk_cuda_frame_args *args,
+                          kvk_stream *stream) KVC_MUST_CHECK;
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
+#endif

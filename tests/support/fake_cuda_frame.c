@@ -1,0 +1,134 @@
+/*
+ * fake_cuda_frame.c: the fake's op that begins a step. See fake_cuda.h. Ops run on the caller's
+ * thread.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "fake_cuda_internal.h"
+#include "kvk/cuda_frame.h"
+
+/* A workspace that was cleared, or used for as many sequences since. */
+bool fake_cuda_is_clean(void *workspace, uint32_t n_seqs)
+{
+    uint32_t *tag = workspace;
+    bool clean = *tag == 0 || *tag == n_seqs;
+    *tag = n_seqs;
+    return clean;
+}
+
+/* The row of a new token, its copy and its index row. */
+static kvc_status take_token(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const kvk_cuda_token *t)
+{
+    uint32_t inputs = a->n_kv_heads * a->head_dim;
+    float x[256];
+    size_t slice = kvk_slice_bytes(a->row_dtype, a->n_kv_heads, a->head_dim);
+    if (kvk_is_coded(a->row_dtype)) {
+        kvk_encode_args code = {.in = {t->k, inputs * 2u, KVK_BF16},
+                                .n = 1,
+                                .n_heads = a->n_kv_heads,
+                                .dims = a->head_dim,
+                                .dtype = a->row_dtype,
+                                .out = t->row,
+                                .out_stride_bytes = slice};
+        kvc_status coded = cuda->ops->encode(cuda->be, &code, NULL);
+        code.in.data = t->v;
+        code.out = (uint8_t *)t->row + slice;
+        if (coded != KVC_OK || (coded = cuda->ops->encode(cuda->be, &code, NULL)) != KVC_OK)
+            return coded;
+    } else {
+        slice = inputs * 2u;
+        memcpy(t->row, t->k, slice);
+        memcpy((uint8_t *)t->row + slice, t->v, slice);
+    }
+    if (t->copy != NULL)
+        memcpy(t->copy, t->row, 2u * slice);
+    const kvk_quantize_args quantize = {.in = x,
+                                        .n = 1,
+                                        .n_heads = 1,
+                                        .dims = a->dims,
+                                        .out = t->index_row,
+                                        .out_stride_bytes = kvk_index_row_bytes(1, a->dims)};
+    kvc_status st = fake_cuda_project(cuda, t->k, KVK_BF16, inputs, a->key_proj, a->dims, x);
+    return st == KVC_OK ? cuda->ops->quantize(cuda->be, &quantize, NULL) : st;
+}
+
+static kvc_status rotate(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const void *q,
+                         uint32_t position, float *out)
+{
+    const kvk_rope_args rope = {.in = {q, a->n_q_heads * a->head_dim * 2u, a->dtype},
+                                .n = 1,
+                                .n_heads = a->n_q_heads,
+                                .head_dim = a->head_dim,
+                                .inv_freq = position == UINT32_MAX ? NULL : a->inv_freq,
+                                .const_position = (int32_t)position,
+                                .out = out};
+    return cuda->ops->rope(cuda->be, &rope, NULL);
+}
+
+static kvc_status index_query(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const void *q,
+                              float *out)
+{
+    uint32_t inputs = a->n_kv_heads * a->head_dim;
+    float *rotated = malloc(a->n_q_heads * a->head_dim * sizeof(float));
+    float *sum = malloc(inputs * sizeof(float));
+    const kvk_group_sum_args group = {
+        .in = {rotated, a->n_q_heads * a->head_dim * sizeof(float), KVK_F32},
+        .n = 1,
+        .n_q_heads = a->n_q_heads,
+        .n_kv_heads = a->n_kv_heads,
+        .head_dim = a->head_dim,
+        .out = sum};
+    kvc_status st = rotate(cuda, a, q, a->score_raw ? UINT32_MAX : a->far_position, rotated);
+    if (st == KVC_OK)
+        st = cuda->ops->group_sum(cuda->be, &group, NULL);
+    if (st == KVC_OK)
+        st = fake_cuda_project(cuda, sum, KVK_F32, inputs, a->proj, a->dims, out);
+    free(rotated);
+    free(sum);
+    return st;
+}
+
+static kvc_status frame_one(kvk_cuda *cuda, const kvk_cuda_frame_args *a, uint32_t seq)
+{
+    size_t width = (size_t)a->n_q_heads * a->head_dim;
+    uint32_t n = a->n_tokens[seq], near = n < a->n_recent + 1u ? n : a->n_recent + 1u;
+    const uint8_t *q = (const uint8_t *)a->q + seq * width * 2u;
+    kvc_status st = KVC_OK;
+    if (a->q_index != NULL)
+        st = index_query(cuda, a, q, a->q_index + (size_t)seq * a->dims);
+    if (st == KVC_OK && a->q_far != NULL)
+        st = rotate(cuda, a, q, a->far_position, a->q_far + seq * width);
+    if (st == KVC_OK && a->q_near != NULL)
+        st = rotate(cuda, a, q, near - 1u, a->q_near + seq * width);
+    if (a->n_near != NULL) {
+        a->n_near[seq] = near;
+        a->near_first[seq] = n - near;
+    }
+    if (a->cands != NULL) {
+        a->cands[seq].n_rows = n - near > a->n_sink ? n - near - a->n_sink : 0;
+        a->cands[seq].base = a->n_sink;
+    }
+    if (a->expected != NULL &&
+        memcmp(q, (const uint8_t *)a->expected + seq * width * 2u, width * 2u) != 0)
+        a->differs[seq] = 1;
+    return st;
+}
+
+size_t kvk_cuda_frame_workspace_bytes(uint32_t n_seqs, uint32_t inputs, uint32_t dims)
+{
+    return (size_t)n_seqs * inputs * dims + FAKE_CUDA_TAG_BYTES;
+}
+
+FAKE_CUDA_OP(frame)
+{
+    const kvk_cuda_frame_args *a = args;
+    kvc_status st = fake_cuda_is_clean(a->workspace, a->n_seqs) ? KVC_OK : KVC_INVALID;
+    for (uint32_t s = 0; st == KVC_OK && s < a->n_seqs; s++) {
+        const kvk_cuda_token *token = a->tokens != NULL ? a->tokens + s : &a->token;
+        st = token->row == NULL ? KVC_OK : take_token(cuda, a, token);
+        if (st == KVC_OK && a->q != NULL)
+            st = frame_one(cuda, a, s);
+    }
+    return st;
+}

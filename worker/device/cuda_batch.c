@@ -1,0 +1,486 @@
+/*
+ * cuda_batch.c: the steps of several sequences as one: one graph for each layer and number of
+ * sequences, over lists of what the sequences have on the device.
+ *
+ * Runs on the thread that uses the batch, whose sequences are this thread's too. Sequences of a
+ * batch enqueue on its stream until they part, which is when others are stepped, or one or the
+ * batch is closed. Where one of them has rows without an address, or a map went away, such
+ * sequences are finished one by one. Invariant: a member's entries in the lanes are those of its
+ * memories' generation.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "state.h"
+
+typedef struct batch_layer {
+    kvwi_lane lane;
+    kvk_cuda_graph **graphs; /* [n_max + 1], by number of sequences */
+} batch_layer;
+
+struct kvwi_device_batch {
+    kvw_worker *worker;
+    kvk_stream *stream, *capture; /* as a sequence's */
+    uint32_t n_max;
+    void *slab, *pinned;
+    void *frame_space, *attend_space, *select_space;
+    size_t frame_bytes, attend_bytes, select_bytes;
+    uint32_t rows_max;
+    uint32_t n_cut; /* sequences that the spaces are cut for: other numbers find them dirty */
+    batch_layer *layers;
+    kvw_seq **members; /* [n_members] */
+    uint32_t *generations;
+    uint32_t n_members;
+    void *entries; /* host, of one list */
+};
+
+static kvk_cuda *cuda_of(const kvwi_device_batch *b)
+{
+    return b->worker->device->cuda;
+}
+
+/* ---- memory ---- */
+
+static void drop_graphs(kvwi_device_batch *b)
+{
+    for (uint32_t i = 0; b->layers != NULL && i < b->worker->opts.n_layers; i++) {
+        for (uint32_t n = 0; b->layers[i].graphs != NULL && n <= b->n_max; n++) {
+            kvk_cuda_graph_destroy(cuda_of(b), b->layers[i].graphs[n]);
+            b->layers[i].graphs[n] = NULL;
+        }
+    }
+}
+
+static void carve(kvwi_device_batch *b, kvwi_carver *fixed, kvwi_carver *pinned)
+{
+    for (uint32_t i = 0; i < b->worker->opts.n_layers; i++) {
+        kvwi_carve_lane(fixed, b->worker, b->n_max, &b->layers[i].lane);
+        kvwi_carve_lane_pinned(pinned, b->worker, b->n_max, &b->layers[i].lane);
+    }
+    b->frame_space = kvwi_carve(fixed, b->frame_bytes);
+    b->attend_space = kvwi_carve(fixed, b->attend_bytes);
+}
+
+static kvc_status open_memory(kvwi_device_batch *b)
+{
+    const kvw_opts *o = &b->worker->opts;
+    uint32_t rows = kvwi_stride(b->worker) + o->n_recent + 1u + 16u;
+    kvwi_carver fixed = {0}, pinned = {0};
+    b->attend_bytes = kvk_cuda_attend_workspace_bytes(b->n_max, rows, o->n_q_heads, o->head_dim);
+    b->frame_bytes = kvk_cuda_frame_workspace_bytes(b->n_max, o->n_kv_heads * o->head_dim,
+                                                    b->worker->level[0].dims);
+    carve(b, &fixed, &pinned);
+    kvc_status st = kvk_cuda_alloc(cuda_of(b), KVK_CUDA_DEVICE, fixed.at, &b->slab);
+    if (st == KVC_OK) {
+        st = kvk_cuda_alloc(cuda_of(b), KVK_CUDA_PINNED, pinned.at, &b->pinned);
+    }
+    if (st != KVC_OK) {
+        return st;
+    }
+    memset(b->pinned, 0, pinned.at);
+    fixed = (kvwi_carver){.base = b->slab};
+    pinned = (kvwi_carver){.base = b->pinned};
+    carve(b, &fixed, &pinned);
+    return KVC_OK;
+}
+
+static kvc_status open_layers(kvwi_device_batch *b)
+{
+    const kvw_opts *o = &b->worker->opts;
+    int32_t *sinks = malloc((o->n_sink + 1u) * sizeof(*sinks));
+    kvc_status st = sinks == NULL ? KVC_NO_MEMORY : KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < o->n_sink; i++) {
+        sinks[i] = (int32_t)i;
+    }
+    for (uint32_t i = 0; st == KVC_OK && i < o->n_layers; i++) {
+        batch_layer *l = &b->layers[i];
+        l->lane.frame_space = b->frame_space;
+        l->lane.frame_bytes = b->frame_bytes;
+        l->lane.attend_space = b->attend_space;
+        l->lane.attend_bytes = b->attend_bytes;
+        l->graphs = (kvk_cuda_graph **)calloc(b->n_max + 1u, sizeof(kvk_cuda_graph *));
+        st = l->graphs == NULL ? KVC_NO_MEMORY
+                               : kvwi_cuda_lane_clear(b->worker, &l->lane, sinks, b->stream);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_stream_sync(cuda_of(b), b->stream);
+    }
+    free(sinks);
+    return st;
+}
+
+kvc_status kvwi_cuda_batch_open(kvw_worker *worker, uint32_t n_max, void *stream,
+                                kvwi_device_batch **batch_p)
+{
+    kvwi_device_batch *b = calloc(1, sizeof(*b));
+    *batch_p = NULL;
+    if (b == NULL) {
+        return KVC_NO_MEMORY;
+    }
+    b->worker = worker;
+    b->n_max = n_max;
+    b->layers = calloc(worker->opts.n_layers, sizeof(*b->layers));
+    b->members = (kvw_seq **)calloc(n_max, sizeof(kvw_seq *));
+    b->generations = calloc(n_max, sizeof(*b->generations));
+    b->entries = calloc(n_max, sizeof(kvk_cuda_residency) + sizeof(kvk_cuda_source));
+    bool there =
+        b->layers != NULL && b->members != NULL && b->generations != NULL && b->entries != NULL;
+    kvc_status st = there ? kvk_cuda_stream_create(cuda_of(b), &b->capture) : KVC_NO_MEMORY;
+    b->stream = worker->opts.device_memory ? (kvk_stream *)stream : b->capture;
+    if (st == KVC_OK) {
+        st = open_memory(b);
+    }
+    if (st == KVC_OK) {
+        st = open_layers(b);
+    }
+    if (st != KVC_OK) {
+        kvwi_cuda_batch_close(b);
+        return kvwi_cuda_fail(st, "memory of a batch");
+    }
+    *batch_p = b;
+    return KVC_OK;
+}
+
+void kvwi_cuda_batch_close(kvwi_device_batch *b)
+{
+    if (b == NULL) {
+        return;
+    }
+    kvwi_cuda_batch_part(b);
+    drop_graphs(b);
+    for (uint32_t i = 0; b->layers != NULL && i < b->worker->opts.n_layers; i++) {
+        free((void *)b->layers[i].graphs);
+    }
+    kvk_cuda_free(cuda_of(b), KVK_CUDA_DEVICE, b->select_space);
+    kvk_cuda_free(cuda_of(b), KVK_CUDA_DEVICE, b->slab);
+    kvk_cuda_free(cuda_of(b), KVK_CUDA_PINNED, b->pinned);
+    if (b->capture != NULL) {
+        kvk_cuda_stream_destroy(cuda_of(b), b->capture);
+    }
+    free(b->layers);
+    free((void *)b->members);
+    free(b->generations);
+    free(b->entries);
+    free(b);
+}
+
+/* Scores of the longest sequence, times n_max. */
+static kvc_status grow_select(kvwi_device_batch *b, uint32_t rows_max)
+{
+    void *space = NULL;
+    size_t bytes = kvk_cuda_select_workspace_bytes(b->n_max, rows_max);
+    if (rows_max <= b->rows_max) {
+        return KVC_OK;
+    }
+    drop_graphs(b);
+    kvc_status st = kvk_cuda_alloc(cuda_of(b), KVK_CUDA_DEVICE, bytes, &space);
+    if (st == KVC_OK) { /* nothing uses the old one any more */
+        st = kvk_cuda_stream_sync(cuda_of(b), b->stream);
+    }
+    if (st != KVC_OK) {
+        kvk_cuda_free(cuda_of(b), KVK_CUDA_DEVICE, space);
+        return st;
+    }
+    kvk_cuda_free(cuda_of(b), KVK_CUDA_DEVICE, b->select_space);
+    b->select_space = space;
+    b->select_bytes = bytes;
+    b->n_cut = 0;
+    b->rows_max = rows_max;
+    return KVC_OK;
+}
+
+static kvc_status clear_spaces(kvwi_device_batch *b, uint32_t n)
+{
+    if (n == b->n_cut) {
+        return KVC_OK;
+    }
+    kvc_status st = kvk_cuda_fill(cuda_of(b), b->frame_space, 0, b->frame_bytes, b->stream);
+    if (st == KVC_OK) {
+        st = kvk_cuda_fill(cuda_of(b), b->select_space, 0, b->select_bytes, b->stream);
+    }
+    b->n_cut = st == KVC_OK ? n : 0;
+    return st;
+}
+
+/* ---- members ---- */
+
+/* A member's last picks to where it has them itself. */
+static kvc_status save_picks(kvwi_device_batch *b, uint32_t at)
+{
+    uint32_t k = b->worker->opts.k;
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < b->worker->opts.n_layers; i++) {
+        kvwi_device_layer *l = &b->members[at]->device->layers[i];
+        const uint32_t *here = b->layers[i].lane.picks + (size_t)at * k;
+        if (l->picks_at == here) {
+            st = kvk_cuda_copy(cuda_of(b), l->lane.picks, here, k * sizeof(*here), b->stream);
+            l->picks_at = l->lane.picks;
+        }
+    }
+    return st;
+}
+
+void kvwi_cuda_batch_part(kvwi_device_batch *b)
+{
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; i < b->n_members; i++) {
+        kvc_status saved = save_picks(b, i);
+        st = st == KVC_OK ? saved : st;
+    }
+    if (b->n_members != 0) {
+        kvc_status synced = kvk_cuda_stream_sync(cuda_of(b), b->stream);
+        st = st == KVC_OK ? synced : st;
+    }
+    if (st != KVC_OK) {
+        KVC_LOG_WARN(WORKER, "a batch parts and the device does not answer");
+    }
+    for (uint32_t i = 0; i < b->n_members; i++) {
+        kvwi_device_seq *d = b->members[i]->device;
+        d->batch = NULL;
+        d->stream = d->own;
+    }
+    b->n_members = 0;
+}
+
+static kvc_status put_list(kvwi_device_batch *b, void *list, size_t entry_bytes)
+{
+    return kvk_cuda_copy(cuda_of(b), list, b->entries, b->n_members * entry_bytes, b->stream);
+}
+
+/* The lane's lists of what the members have in a layer. */
+static kvc_status list_layer(kvwi_device_batch *b, uint32_t layer)
+{
+    kvwi_lane *lane = &b->layers[layer].lane;
+    kvk_cuda_residency *res = b->entries;
+    kvk_cuda_source *source = b->entries;
+    kvk_cuda_candidates *cands = b->entries;
+    for (uint32_t i = 0; i < b->n_members; i++) {
+        res[i] = kvwi_residency_of(&b->members[i]->device->layers[layer]);
+    }
+    kvc_status st = put_list(b, lane->res, sizeof(*res));
+    for (uint32_t i = 0; i < b->n_members; i++) {
+        res[i] = (kvk_cuda_residency){.slots = b->members[i]->device->layers[layer].ring};
+    }
+    st = st == KVC_OK ? put_list(b, lane->ring_res, sizeof(*res)) : st;
+    for (uint32_t i = 0; i < b->n_members; i++) {
+        source[i] = kvwi_source_of(b->members[i], &b->members[i]->device->layers[layer]);
+    }
+    st = st == KVC_OK ? put_list(b, lane->source, sizeof(*source)) : st;
+    for (uint32_t i = 0; i < b->n_members; i++) {
+        cands[i] = kvwi_candidates_of(b->worker, &b->members[i]->device->layers[layer]);
+    }
+    return st == KVC_OK ? put_list(b, lane->cands, sizeof(*cands)) : st;
+}
+
+static bool are_members(const kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
+{
+    bool same = n == b->n_members;
+    for (uint32_t i = 0; same && i < n; i++) {
+        same = steps[i]->seq == b->members[i] &&
+               steps[i]->seq->device->generation == b->generations[i];
+    }
+    return same;
+}
+
+static void take_members(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        kvwi_device_seq *d = steps[i]->seq->device;
+        b->members[i] = steps[i]->seq;
+        b->generations[i] = d->generation;
+        d->batch = b;
+        d->stream = b->stream;
+    }
+    b->n_members = n;
+}
+
+/* The steps' sequences become the batch's. */
+static kvc_status join(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
+{
+    kvc_status st = KVC_OK;
+    uint32_t rows_max = 0;
+    if (are_members(b, steps, n)) {
+        return KVC_OK;
+    }
+    kvwi_cuda_batch_part(b);
+    for (uint32_t i = 0; st == KVC_OK && i < n; i++) {
+        kvwi_device_seq *d = steps[i]->seq->device;
+        if (d->batch != NULL) {
+            kvwi_cuda_batch_part(d->batch);
+        }
+        st = kvk_cuda_stream_sync(cuda_of(b), d->stream); /* what comes next is on another one */
+        rows_max = kvwi_max_u32(rows_max, d->cap_tokens);
+    }
+    if (st == KVC_OK) {
+        st = grow_select(b, rows_max);
+    }
+    if (st != KVC_OK) {
+        return st;
+    }
+    take_members(b, steps, n);
+    for (uint32_t i = 0; st == KVC_OK && i < b->worker->opts.n_layers; i++) {
+        st = list_layer(b, i);
+    }
+    if (st != KVC_OK) {
+        kvwi_cuda_batch_part(b);
+    }
+    return st;
+}
+
+/* ---- a step ---- */
+
+static kvc_status graph_of(kvwi_device_batch *b, uint32_t layer, uint32_t n,
+                           kvk_cuda_graph **graph_p)
+{
+    batch_layer *l = &b->layers[layer];
+    kvc_status st = KVC_OK;
+    if (l->graphs[n] == NULL) {
+        l->lane.n_seqs = n;
+        l->lane.rows_max = b->rows_max;
+        l->lane.select_space = b->select_space;
+        l->lane.select_bytes = b->select_bytes;
+        st = kvwi_cuda_capture(b->worker, layer, &l->lane, KVWI_WHOLE, b->capture, &l->graphs[n]);
+    }
+    *graph_p = l->graphs[n];
+    return st;
+}
+
+static size_t q_bytes(const kvw_worker *w)
+{
+    return (size_t)w->opts.n_q_heads * w->opts.head_dim * w->elem_bytes;
+}
+
+/* What the graph reads of this step. */
+static kvc_status write_lane(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n,
+                             const void *q)
+{
+    kvwi_lane *lane = &b->layers[steps[0]->layer].lane;
+    for (uint32_t i = 0; i < n; i++) {
+        kvwi_device_layer *l = &steps[i]->seq->device->layers[steps[i]->layer];
+        lane->n_tokens[i] = steps[i]->n_tokens;
+        lane->tokens[i] = l->pending ? l->lane.tokens[0] : (kvk_cuda_token){0};
+    }
+    if (b->worker->opts.device_memory) {
+        return kvk_cuda_copy(cuda_of(b), lane->q_in, q, n * q_bytes(b->worker), b->stream);
+    }
+    memcpy(lane->q_in, q, n * q_bytes(b->worker));
+    return KVC_OK;
+}
+
+static kvc_status launch(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n, const void *q)
+{
+    kvwi_lane *lane = &b->layers[steps[0]->layer].lane;
+    kvk_cuda_graph *graph = NULL;
+    kvc_status st = graph_of(b, steps[0]->layer, n, &graph);
+    if (st == KVC_OK) {
+        st = write_lane(b, steps, n, q);
+    }
+    if (st == KVC_OK) {
+        st = clear_spaces(b, n);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_graph_launch(cuda_of(b), graph, b->stream);
+    }
+    if (st != KVC_OK) {
+        return st;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        steps[i]->seq->device->layers[steps[i]->layer].pending = false;
+    }
+    lane->n_done++;
+    st = kvwi_cuda_await(lane, cuda_of(b), b->stream);
+    steps[0]->seq->stats.host_syncs++;
+    return st;
+}
+
+static kvc_status give_result(kvwi_device_batch *b, uint32_t layer, uint32_t n, void *out,
+                              float *lse)
+{
+    const kvwi_lane *lane = &b->layers[layer].lane;
+    size_t out_bytes = n * q_bytes(b->worker);
+    size_t lse_bytes = (size_t)n * b->worker->opts.n_q_heads * sizeof(float);
+    if (!b->worker->opts.device_memory) {
+        memcpy(out, lane->out, out_bytes);
+        if (lse != NULL) {
+            memcpy(lse, lane->lse, lse_bytes);
+        }
+        return KVC_OK;
+    }
+    kvc_status st = kvk_cuda_copy(cuda_of(b), out, lane->out, out_bytes, b->stream);
+    return st == KVC_OK && lse != NULL
+               ? kvk_cuda_copy(cuda_of(b), lse, lane->lse, lse_bytes, b->stream)
+               : st;
+}
+
+static kvc_status finish_alone(kvw_step *step, uint32_t at, const void *q, void *out, float *lse)
+{
+    const kvw_worker *w = step->seq->worker;
+    size_t offset = at * q_bytes(w);
+    return kvwi_cuda_step_finish(step, (const uint8_t *)q + offset, (uint8_t *)out + offset,
+                                 lse == NULL ? NULL : lse + (size_t)at * w->opts.n_q_heads);
+}
+
+/* Whether all rows have addresses that stay for the step. */
+static bool all_mapped(kvw_step *const *steps, uint32_t n)
+{
+    bool mapped = true;
+    for (uint32_t i = 0; mapped && i < n; i++) {
+        kvwi_device_layer *l = &steps[i]->seq->device->layers[steps[i]->layer];
+        mapped = !l->prefill && l->n_blank == 0 && kvwi_cuda_tables_take(steps[i]->seq, l);
+    }
+    return mapped;
+}
+
+/* Sequence `at` has been stepped: it counts, or is stepped again where its map went away. */
+static kvc_status settle(kvwi_device_batch *b, kvw_step *step, uint32_t at, const void *q,
+                         void *out, float *lse)
+{
+    kvw_seq *seq = step->seq;
+    kvwi_device_layer *l = &seq->device->layers[step->layer];
+    kvwi_lane *lane = &b->layers[step->layer].lane;
+    seq->device->unsettled = false;
+    if (lane->n_misses[at] == 0 || kvwi_cuda_tables_hold(seq, l->stamp)) {
+        kvwi_cuda_step_done(step, lane->n_misses[at], 0);
+        l->picks_at = lane->picks + (size_t)at * seq->worker->opts.k;
+        return KVC_OK;
+    }
+    kvc_status st = kvwi_cuda_forget(seq, lane, at, NULL);
+    return st == KVC_OK ? finish_alone(step, at, q, out, lse) : st;
+}
+
+static kvc_status finish_together(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n,
+                                  const void *q, void *out, float *lse)
+{
+    kvc_status st = launch(b, steps, n, q);
+    if (st == KVC_OK) {
+        st = give_result(b, steps[0]->layer, n, out, lse);
+    }
+    if (st != KVC_OK) {
+        return kvwi_cuda_fail(st, "a step of a batch");
+    }
+    for (uint32_t i = 0; st == KVC_OK && i < n; i++) {
+        st = settle(b, steps[i], i, q, out, lse);
+    }
+    return st;
+}
+
+kvc_status kvwi_cuda_batch_finish(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n,
+                                  const void *q, void *out, float *lse)
+{
+    uint64_t t0 = kvc_now_ns();
+    kvc_status st = join(b, steps, n);
+    if (st != KVC_OK) {
+        return kvwi_cuda_fail(st, "a batch");
+    }
+    if (all_mapped(steps, n)) {
+        st = finish_together(b, steps, n, q, out, lse);
+    } else {
+        for (uint32_t i = 0; st == KVC_OK && i < n; i++) {
+            st = finish_alone(steps[i], i, q, out, lse);
+        }
+    }
+    steps[0]->seq->stats.ns_attend += kvc_now_ns() - t0;
+    return st;
+}
