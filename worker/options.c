@@ -29,6 +29,7 @@
 #define MAX_HEADS         1024u
 #define MAX_HEAD_DIM      1024u
 #define MAX_PUT_WINDOW    4096u
+#define MAX_QUERIES       (1ull << 32) /* of one retrieval */
 
 static kvc_status bad(const char *option, const char *rule)
 {
@@ -208,6 +209,9 @@ static kvc_status check_chunks(const kvw_opts *o, const kvw_selector_ops *select
     }
     if (o->rope.theta != 0 || o->eps != 0) {
         return bad("rope, eps", "have no meaning where chunks are retrieved");
+    }
+    if (o->retrieval_queries > MAX_QUERIES) {
+        return bad("retrieval_queries", "must be at most 2^32");
     }
     if (o->policy != KVW_FAIL) {
         return bad("policy", "must be FAIL where chunks are retrieved");

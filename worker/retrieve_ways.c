@@ -55,7 +55,8 @@ static kvc_way choose(const kvw_retriever *r, uint32_t server, kvc_way_why becau
     return kvwi_way_choose(w, server, ask);
 }
 
-/* Whether the chunks of a flight, which are blocks, shall come as such. */
+/* Whether the chunks of a flight, which are blocks, shall come as such. Rows that only a device
+ * maps are not for the host to read: they come by request. */
 static bool is_whole(const kvw_retriever *r, uint32_t server, kvc_way way)
 {
     const kvw_worker *w = r->seq->worker;
@@ -66,7 +67,8 @@ static bool is_whole(const kvw_retriever *r, uint32_t server, kvc_way way)
     uint32_t local = r->miss_pos[r->flights[server].first] / KVW_CHUNK_TOKENS;
     return way == KVC_WAY_ROWS ||
            kvc_context_locate(r->seq->servers[server].context, w->kv_parts[r->layer], local,
-                              &value) != KVC_OK;
+                              &value) != KVC_OK ||
+           value.rows == NULL;
 }
 
 void kvwi_retriever_decide(kvw_retriever *r, kvc_way_why because)

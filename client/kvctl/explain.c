@@ -62,10 +62,11 @@ static const char help[] =
     "    kvctl explain --schema $SCHEMA --part 0 --q-heads 32 --chunks 8 --reuse 63\n";
 
 #define CHUNK_TOKENS 64u
+#define DEFAULT_ROWS 2048u
 
 typedef struct explain_args {
     kvctl_schema schema;
-    uint64_t part, q_heads, rows, queries, reuse, chunks;
+    uint64_t part, q_heads, rows, queries, reuse, chunks; /* rows, chunks: 0 if not given */
     bool has_schema, has_part;
 } explain_args;
 
@@ -203,7 +204,7 @@ static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
         {"queries", required_argument, NULL, 'c'}, {"reuse", required_argument, NULL, 'u'},
         {"chunks", required_argument, NULL, 'k'},  {0},
     };
-    explain_args args = {.rows = 2048, .queries = 1};
+    explain_args args = {.queries = 1};
     kvctl_exit result = KVCTL_OK;
     int option;
     while (result == KVCTL_OK && (option = getopt_long(argc, argv, "", options, NULL)) != -1)
@@ -213,6 +214,10 @@ static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
         result = kvctl_usage("explain", "unexpected word '%s'", argv[optind]);
     if (result == KVCTL_OK && (!args.has_schema || !args.has_part || args.q_heads == 0))
         result = kvctl_usage("explain", "--schema, --part and --q-heads are needed");
+    if (result == KVCTL_OK && args.rows != 0 && args.chunks != 0)
+        result = kvctl_usage("explain", "--rows and --chunks exclude each other");
+    if (args.rows == 0)
+        args.rows = DEFAULT_ROWS;
     if (result == KVCTL_OK)
         result = ask(globals, &args);
     free(args.schema.text);

@@ -1,6 +1,7 @@
 """Checks that need a compiler or the clang tools."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -77,7 +78,7 @@ def tidy_key(entry, config, root):
     """Names the result of one file: its preprocessed text, its command and the rules.
 
     The tree's own place is left out of it, so that every checkout knows what was clean in another.
-    Comments are part of the text: NOLINT is one.
+    Comments are part of the text, for NOLINT is one, and so are definitions of macros.
     """
     words = entry["command"].split()
     while words and os.path.basename(words[0]) in ("ccache",):
@@ -87,7 +88,7 @@ def tidy_key(entry, config, root):
         words = words[:at] + words[at + 2 :]
     words = [w for w in words if w not in ("-c", "-MD")]
     done = subprocess.run(
-        words + ["-E", "-C"], cwd=entry["directory"], capture_output=True, check=False
+        words + ["-E", "-C", "-dD"], cwd=entry["directory"], capture_output=True, check=False
     )
     text = b"\0".join([" ".join(words).encode(), config, done.stdout])
     return hashlib.sha256(text.replace(root.encode(), b"")).hexdigest()
@@ -99,8 +100,9 @@ def clean_folder():
     folder = os.path.join(home, "kvasir-lint")
     os.makedirs(folder, exist_ok=True)
     for stamp in os.scandir(folder):
-        if stamp.stat().st_mtime < time.time() - 30 * 86400:
-            os.unlink(stamp.path)
+        with contextlib.suppress(FileNotFoundError):  # another checkout was faster
+            if stamp.stat().st_mtime < time.time() - 30 * 86400:
+                os.unlink(stamp.path)
     return folder
 
 
@@ -112,7 +114,8 @@ def tidy_one(tidy, entry, config, root, database, clean):
     extra = ["--checks=-clang-analyzer-*"] if tests else []
     stamp = os.path.join(clean, tidy_key(entry, config, root))
     if os.path.exists(stamp):
-        os.utime(stamp)
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(stamp)
         return None
     done = subprocess.run(
         [tidy, "-p", database, "--quiet", *extra, "--warnings-as-errors=*",

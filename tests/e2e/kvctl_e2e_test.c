@@ -331,6 +331,10 @@ static void test_explain(void **state)
     expect(NULL, WORDS(ON, "explain", "--schema", schema_hex, "--part", "999", "--q-heads", "8"), 1,
            NULL, "no part 999");
     expect(NULL, WORDS(ON, "explain", "--schema", schema_hex, "--part", "0"), 2, NULL, "--q-heads");
+    expect(NULL,
+           WORDS(ON, "explain", "--schema", schema_hex, "--part", "0", "--q-heads", "8", "--rows",
+                 "9", "--chunks", "2"),
+           2, NULL, "exclude");
 }
 
 /* Owners are the published ones (tests/base/place_vectors.txt), and nobody is asked. */

@@ -377,7 +377,8 @@ static void options_are_checked(void **state)
     float mark[16] = {0};
     (void)state;
     open_rig(&c, "hsa", KVK_F32, NULL);
-    kvw_opts bad[] = {c.r.opts, c.r.opts, c.r.opts, c.r.opts, c.r.opts, c.r.opts, c.r.opts};
+    kvw_opts bad[] = {c.r.opts, c.r.opts, c.r.opts, c.r.opts,
+                      c.r.opts, c.r.opts, c.r.opts, c.r.opts};
     bad[0].landmark_dim = 0;
     bad[1].landmark_dim = 24;
     bad[2].rope.theta = 10000;
@@ -385,6 +386,7 @@ static void options_are_checked(void **state)
     bad[4].k = KVK_CHUNKS_MAX + 1;
     bad[5].policy = KVW_DROP;
     bad[6].selector = "esa";
+    bad[7].retrieval_queries = UINT64_MAX;
     for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++)
         assert_status(kvw_open(&bad[i], &worker), KVC_INVALID);
     rig_close(&c.r);

@@ -154,7 +154,7 @@ typedef struct kvw_opts {
      * kvw_retriever_attend does not wait for out. 0: host memory. */
     uint32_t device_memory;
     /* "gca", "hsa": queries that attend to what one retrieval chose, of all calls together, as far
-     * as that is known; 0: as many as to the one before, at first 64. */
+     * as that is known, at most 2^32; 0: as many as to the one before, at first 64. */
     uint64_t retrieval_queries;
     /*
      * A kvk_dtype: KVK_I8_SCALED or KVK_E4M3_SCALED: rows are kept, stored and moved coded, a byte
