@@ -8,15 +8,6 @@
 #include "fake_cuda_internal.h"
 #include "kvk/cuda_frame.h"
 
-/* A workspace that was cleared, or used for as many sequences since. */
-bool fake_cuda_is_clean(void *workspace, uint32_t n_seqs)
-{
-    uint32_t *tag = workspace;
-    bool clean = *tag == 0 || *tag == n_seqs;
-    *tag = n_seqs;
-    return clean;
-}
-
 /* The row of a new token, its copy and its index row. */
 static kvc_status take_token(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const kvk_cuda_token *t)
 {
