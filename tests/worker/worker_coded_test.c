@@ -12,7 +12,7 @@
 #define BACKEND "cpu"
 #endif
 
-enum { N_TOKENS = 900, PREFILL = 832, DIMS = 30 };
+enum { N_TOKENS = 856, PREFILL = 832, CHECKED = 64, DIMS = 30 };
 
 static const kvk_dtype codes[] = {KVK_I8_SCALED, KVK_E4M3_SCALED};
 
@@ -71,7 +71,8 @@ static void decode_coded(kvc_client *client, kvk_dtype code)
     rig_open(&r);
     make_codable(&r, code);
     kvw_seq *seq = open_seq(&r, 0, &reused);
-    rig_prefill(&r, seq, 0, PREFILL, client == NULL ? oracle_check_step : NULL, &dims);
+    rig_prefill(&r, seq, 0, CHECKED, oracle_check_step, &dims); /* the oracle takes its time */
+    rig_prefill(&r, seq, CHECKED, PREFILL, NULL, NULL);
     assert_ok(kvw_flush(seq, 0));
     rig_decode(&r, seq, PREFILL, N_TOKENS, oracle_check_step, &dims);
     kvw_stats stats = stats_of(seq);
