@@ -132,8 +132,8 @@ kvc_status kvwi_cuda_device_open(const kvw_worker *worker, uint32_t number, kvwi
     }
     device->number = number;
     kvk_cuda_describe(device->cuda, &info);
-    /* .2: since passes of several tokens are the device's, whose bits are others */
-    (void)snprintf(device->isa, sizeof(device->isa), "sm_%u.2", info.sm);
+    /* .3: counts the times that the bits of passes or steps became others */
+    (void)snprintf(device->isa, sizeof(device->isa), "sm_%u.3", info.sm);
     *device_p = device;
     return KVC_OK;
 }

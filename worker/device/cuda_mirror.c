@@ -26,7 +26,7 @@ static kvc_status push_index(kvw_seq *seq, uint32_t layer)
         run = kvwi_min_u32(run, pages->n_rows - l->n_index);
         st = kvk_cuda_copy(d->device->cuda, l->index + l->n_index * pages->row_bytes, rows,
                            run * pages->row_bytes, d->stream);
-        l->n_index += run;
+        l->n_index += st == KVC_OK ? run : 0;
     }
     return st;
 }
@@ -45,7 +45,7 @@ static kvc_status pull_index(kvw_seq *seq, uint32_t layer)
         run = kvwi_min_u32(run, l->n_index - pages->n_rows);
         st = kvk_cuda_copy(d->device->cuda, rows, l->index + pages->n_rows * pages->row_bytes,
                            run * pages->row_bytes, d->stream);
-        pages->n_rows += run;
+        pages->n_rows += st == KVC_OK ? run : 0;
     }
     return st;
 }

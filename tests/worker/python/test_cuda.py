@@ -58,16 +58,19 @@ class OnAGpu(unittest.TestCase):
         options = dict(index="compressed", projection=self.flat, **SMALL, **options)
         return kvasir.Worker(GEOMETRY, "m", "esa", **options)
 
-    def run_passes(self, worker, device):
-        """Outputs of passes of several tokens and of one, [tokens, ...] of layer 1, on the CPU."""
+    def run_passes(self, worker, device, made=lambda x: x):
+        """Outputs of passes of several tokens and of one, [tokens, ...] of layer 1, on the CPU.
+
+        What is given to the worker goes through `made` first.
+        """
         torch.manual_seed(7)
         at, outs = 0, []
         with worker.sequence() as sequence:
             for n in (64, 64, 64, 20, 1, 1, 2):
                 sequence.tokens(list(range(at, at + n)))
                 for layer in range(2):
-                    q = torch.randn(n, 8, 64).bfloat16().to(device)
-                    k, v = (torch.randn(n, 4, 64).bfloat16().to(device) for _ in range(2))
+                    q = made(torch.randn(n, 8, 64).bfloat16().to(device))
+                    k, v = (made(torch.randn(n, 4, 64).bfloat16().to(device)) for _ in range(2))
                     lse = torch.empty(n, 8, device=device)
                     out = sequence.forward(layer, q, k, v, lse=lse)
                     self.assertEqual(str(out.device), str(q.device))
@@ -94,13 +97,17 @@ class OnAGpu(unittest.TestCase):
 
     def test_on_a_stream_of_its_own(self):
         """What is made on the stream just before a call is read after it was made."""
+        busy = torch.zeros(1 << 26, device="cuda")
+
+        def late(x):
+            for _ in range(10):
+                busy.add_(1)
+            return x * 1
+
         with self.worker(backend="cuda", device_memory=1) as worker:
             want, _ = self.run_passes(worker, "cuda:0")
-            busy = torch.zeros(1 << 26, device="cuda")
             with torch.cuda.stream(torch.cuda.Stream()):
-                for _ in range(20):
-                    busy.add_(1)
-                have, _ = self.run_passes(worker, "cuda:0")
+                have, _ = self.run_passes(worker, "cuda:0", late)
         self.assertTrue(torch.equal(want, have))
 
     def test_what_lies_elsewhere_is_refused(self):

@@ -133,10 +133,12 @@ typedef struct kvw_opts {
     const char *const *server_names; /* [n_clients] */
     uint64_t n_clients;              /* at most KVW_MAX_SERVERS */
     /*
-     * backend "cuda" or "cuda:N" (a GPU's number): passes and steps run on that GPU.
-     * UNSUPPORTED where the build or the machine has none, or where selector is not "esa" with a
-     * COMPRESSED index, dtype not bf16, head_dim not 64 or 128, k or chunk_tokens above 4096, rows
-     * longer than the GPU's shared memory takes (README), or tp_size or n_clients above 1. Rows in
+     * backend "cuda" or "cuda:N" (a GPU's number): passes and steps run on that GPU; with a
+     * row_dtype only decode steps do. UNSUPPORTED where the build or the machine has none, or where
+     * selector is not "esa" with a COMPRESSED index, dtype not bf16, head_dim not 64 or 128, more
+     * than 8 query heads for a kv head, n_kv_heads no multiple of 8 with a row_dtype, k or
+     * chunk_tokens above 4096, rows longer than the GPU's shared memory takes (README), or tp_size
+     * or n_clients above 1. Rows in
      * a server's memory on the same host are read by the GPU where the client is on shm: contexts
      * of the client are then mapped (kvc_client_map_contexts), which it is not to be used for
      * elsewhere. way is not looked at.
