@@ -309,8 +309,9 @@ typedef struct kvs_gpu_victim {
 bool kvs_gpu_evict(kvs_index *index, uint32_t cls, kvs_gpu_victim *victim_p);
 /* As kvs_evict_starved. */
 bool kvs_gpu_starved(kvs_index *index, uint32_t cls);
-/* The gpu thread's: a segment of other classes' of which no copy is in use, the least read, and the
-   next copy there (*cursor_p: 0 at first). False: there is none. */
+/* The gpu thread's: a segment of other classes' of which no copy is in use, of the largest class if
+   that has one, the least read, and the next copy there (*cursor_p: 0 at first). False: there is
+   none. */
 bool kvs_gpu_find_segment(kvs_index *index, uint32_t cls, uint32_t *segment_p);
 bool kvs_gpu_evict_from(kvs_index *index, uint32_t segment, uint32_t *cursor_p,
                         kvs_gpu_victim *victim_p);

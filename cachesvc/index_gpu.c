@@ -188,14 +188,15 @@ bool kvs_gpu_orphan(kvs_index *index, kvs_slot *slot_p)
     return entry != KVS_NIL;
 }
 
-/* The copy leaves the index. A value that dram has not is to be loaded there from it. */
+/* The copy leaves the index. A value that dram has not is to be loaded there from it, unless it is
+ * known to be damaged. */
 static void take(kvs_index *index, uint32_t id, kvs_gpu_victim *victim_p)
 {
     kvs_gpu_entry *entry = entry_at(index, id);
     kvs_value *value = kvs_value_at(index, entry->value);
     *victim_p = (kvs_gpu_victim){.value = entry->value, .slot = entry->slot};
-    victim_p->demote =
-        !(value->flags & (KVS_DRAM | KVS_LOADING | KVS_DOOMED | KVS_ERASED)) && index->gpu_on;
+    victim_p->demote = !(value->flags & (KVS_DRAM | KVS_LOADING | KVS_DOOMED | KVS_ERASED)) &&
+                       index->gpu_on && !entry->bad;
     part_from(index, id);
     kvs_slab_free(&index->gpu, id);
     if (victim_p->demote) {
@@ -235,17 +236,26 @@ static uint64_t class_bytes(const kvs_class *cls)
     return cls->gpu.n * cls->value_bytes;
 }
 
+/* The class with the most bytes there; total_p: of all. With the lock held. */
+static uint32_t largest_class(const kvs_index *index, uint64_t *total_p)
+{
+    uint32_t largest = 0;
+    *total_p = 0;
+    for (uint32_t i = 0; i < index->n_classes; i++) {
+        *total_p += class_bytes(&index->classes[i]);
+        if (class_bytes(&index->classes[i]) > class_bytes(&index->classes[largest]))
+            largest = i;
+    }
+    return largest;
+}
+
 bool kvs_gpu_starved(kvs_index *index, uint32_t cls)
 {
-    uint64_t total = 0, largest = 0;
+    uint64_t total;
     kvc_mutex_lock(&index->lock);
-    for (uint32_t i = 0; i < index->n_classes; i++) {
-        uint64_t bytes = class_bytes(&index->classes[i]);
-        total += bytes;
-        largest = bytes > largest ? bytes : largest;
-    }
-    bool starved =
-        class_bytes(&index->classes[cls]) < total / KVS_EVICT_STARVED && largest > total / 2;
+    uint32_t largest = largest_class(index, &total);
+    bool starved = class_bytes(&index->classes[cls]) < total / KVS_EVICT_STARVED &&
+                   class_bytes(&index->classes[largest]) > total / 2;
     kvc_mutex_unlock(&index->lock);
     return starved;
 }
@@ -304,13 +314,18 @@ static bool count(kvs_index *index, uint32_t id, void *arg)
 
 bool kvs_gpu_find_segment(kvs_index *index, uint32_t cls, uint32_t *segment_p)
 {
-    uint64_t best = UINT64_MAX;
+    uint64_t best = UINT64_MAX, total;
     uint32_t cursor = 0;
     tallies all = {0};
     (void)walk(index, &cursor, count, &all);
+    kvc_mutex_lock(&index->lock);
+    uint32_t largest = largest_class(index, &total);
+    kvc_mutex_unlock(&index->lock);
     for (uint32_t i = 0; i < all.n; i++) {
         const tally *t = &all.list[i];
-        uint64_t cost = (uint64_t)t->n + t->uses;
+        /* As in dram (evict_segment.c): of the largest class, or two small ones would take each
+         * other's for ever. */
+        uint64_t cost = (t->cls == largest ? 0 : 1ull << 40) + t->n + t->uses;
         if (t->n == 0 || t->stays || t->cls == cls || cost >= best)
             continue;
         best = cost;

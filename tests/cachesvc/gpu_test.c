@@ -208,6 +208,35 @@ static void test_sizes_share_the_gpu(void **state)
     (void)read_all(r, first, 0, N_GPU / 2);
 }
 
+/* Two sizes that have little take segments of the one that has most, not each other's. */
+static void test_small_sizes_leave_each_other(void **state)
+{
+    rig *r = *state;
+    h_schema others[2];
+    uint32_t part = 0, hits;
+    r->h.settings.max_value_bytes = 64u << 10;
+    r->h.settings.gpu_bytes = N_GPU * VALUE_BYTES;
+    start(r);
+    put(r, 0, N_GPU / 2, KVC_PROMISE_MEMORY);
+    prefetch_all(r, open_blocks(r, 0, N_GPU / 2), N_GPU);
+    h_schema_init(&others[0], "longer", 1, 2 * ROW_BYTES, false);
+    h_schema_init(&others[1], "shorter", 1, ROW_BYTES / 2, false);
+    for (uint32_t i = 0; i < 2; i++) {
+        uint64_t context;
+        assert_int_equal(h_register(r->peer, &others[i]), KVC_OK);
+        assert_int_equal(h_put1(r->peer, &others[i], 0, part, KVC_PROMISE_MEMORY), KVC_OK);
+        assert_int_equal(h_open(r->peer, &others[i], 0, 1, 0, &context), KVC_OK);
+        prefetch_all(r, context, 1);
+    }
+    for (uint32_t i = 0; i < 2; i++) {
+        uint8_t tier = 0;
+        assert_int_equal(h_match_tiers(r->peer, &others[i], 0, 1, &part, 1, &tier, &hits), KVC_OK);
+        assert_int_equal(hits, 1);
+        assert_int_equal(tier, KVC_TIER_GPU);
+    }
+    assert_int_equal(count_tier(r, 0, N_GPU / 2, KVC_TIER_GPU), N_GPU - 16); /* two segments' */
+}
+
 static void test_no_gpu(void **state)
 {
     rig *r = *state;
@@ -296,6 +325,28 @@ static void test_rows_come_from_the_gpu(void **state)
     }
 }
 
+/* A copy that is known to be damaged takes no room in dram when it gives way. */
+static void test_damaged_copies_just_go(void **state)
+{
+    rig *r = *state;
+    r->h.settings.promote_percent = 0;
+    start_with_lmdb(r);
+    uint64_t context = only_in_the_gpu(r, 20);
+    uint32_t n = read_all(r, context, 0, 20).u.fetch_rows.rows_gpu;
+    assert_true(n > 0);
+    fake_cuda_damage();
+    assert_int_equal(read_all(r, context, 0, 20).u.fetch_rows.rows_lmdb, n);
+    assert_int_equal(usage(r).values, 40);
+    uint64_t demoted = kvc_metric_get(KVC_M_gpu_demoted_values), read = usage(r).bytes_read;
+    uint32_t more = (N_GPU - 40 + n) / 2; /* blocks, for whose values no others give way */
+    put(r, 2000, more, KVC_PROMISE_DURABLE);
+    prefetch_all(r, open_blocks(r, 2000, more), 2 * more);
+    assert_int_equal(usage(r).values, N_GPU);
+    assert_int_equal(usage(r).bytes_read, read);
+    assert_int_equal(kvc_metric_get(KVC_M_gpu_demoted_values), demoted);
+    (void)read_all(r, context, 0, 20);
+}
+
 static void test_rows_survive_the_gpu(void **state)
 {
     rig *r = *state;
@@ -337,12 +388,17 @@ static void test_copies_give_way(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_prefetch_to_the_gpu),    TEST(test_copies_come_by_use),
-        TEST(test_sizes_share_the_gpu),    TEST(test_no_gpu),
+        TEST(test_prefetch_to_the_gpu),
+        TEST(test_copies_come_by_use),
+        TEST(test_sizes_share_the_gpu),
+        TEST(test_no_gpu),
+        TEST(test_small_sizes_leave_each_other),
         TEST(test_a_gpu_that_fails),
 #ifdef KVASIR_LMDB
-        TEST(test_rows_come_from_the_gpu), TEST(test_rows_survive_the_gpu),
+        TEST(test_rows_come_from_the_gpu),
+        TEST(test_rows_survive_the_gpu),
         TEST(test_copies_give_way),
+        TEST(test_damaged_copies_just_go),
 #endif
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
