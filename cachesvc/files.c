@@ -33,7 +33,8 @@ static uint64_t files_of_one(const kvs_settings *settings)
 uint32_t kvs_files_connections(const kvs_settings *settings)
 {
     struct rlimit limit;
-    uint64_t rest = settings->dram_bytes / SEGMENT_BYTES + SEGMENTS_MIN + REST;
+    uint64_t rest = settings->dram_bytes / SEGMENT_BYTES + SEGMENTS_MIN + REST +
+                    (settings->gpu_bytes > 0 ? KVS_FILES_PROCESSES : 0);
     uint64_t each = files_of_one(settings);
     uint64_t wanted = settings->max_connections * each + rest;
     if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted)

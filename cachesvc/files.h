@@ -8,6 +8,8 @@
 
 #include "settings.h"
 
+#define KVS_FILES_PROCESSES 64u /* of clients, watched as they have memory of the GPU open */
+
 /* The starting thread. Raises the process's soft limit on open files as far as its settings want
    and the hard limit lets it, and gives the connections that fit beside the rest: max_connections,
    or fewer, with a warning that says so. One over shm may take two descriptors, so where shm is

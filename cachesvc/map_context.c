@@ -55,6 +55,16 @@ static bool may_map(kvs_server *server, kvt_call *call)
     return false;
 }
 
+/* Whether it is given places in the GPU: what opens them can write there, and is to be watched. */
+static bool may_map_gpu(const mapping *m)
+{
+    const kvt_peer *peer = m->call->peer;
+    return m->call->req.u.map_context.gpu && kvs_gpu_works(m->server) &&
+           (peer->uid == geteuid() ||
+            kvs_ids_have(m->server->settings.shm_map_gpu_uids, peer->uid)) &&
+           kvs_map_watch(m->server->maps, peer->id, peer->pid);
+}
+
 /* The blocks asked for, as many as a reply's table has room for. False after kvs_fail. */
 static bool choose(mapping *m, const kvc_digest *tenant)
 {
@@ -95,7 +105,7 @@ static bool choose(mapping *m, const kvc_digest *tenant)
 static void reference(mapping *m)
 {
     const kvs_schema *schema = m->context->schema;
-    bool gpu = m->call->req.u.map_context.gpu && kvs_gpu_works(m->server);
+    bool gpu = may_map_gpu(m);
     for (uint32_t p = 0; p < m->n_parts; p++) {
         kvs_read *reads = m->reads + (size_t)p * m->n_blocks;
         for (uint32_t b = 0; b < m->n_blocks; b++)

@@ -3,7 +3,8 @@
  *
  * Any thread. Invariants: their tier counts a segment's connections, and while there are any it
  * goes to no other tenant; a tenant's mapped bytes are those of its segments with connections.
- * Whether a client has let go of memory cannot be seen: it is believed, as it is when it leaves.
+ * Whether a client has let go of memory cannot be seen: it is believed, as it is when it leaves,
+ * but for memory of the GPU, for which its process must have ended (map_processes.c).
  */
 #include <stdlib.h>
 #include <string.h>
@@ -59,18 +60,23 @@ static void count_bytes(kvs_maps *maps, const kvc_digest *tenant, int kind, uint
         KVC_GAUGE_SUB(mapped_bytes, len_bytes);
 }
 
+void kvsi_map_uncount(kvs_maps *maps, const kvc_digest *tenant, int kind, uint32_t number)
+{
+    uint64_t len_bytes;
+    if (count_mapping(maps, kind, number, false, &len_bytes) == 0)
+        count_bytes(maps, tenant, kind, len_bytes, false);
+    KVC_GAUGE_SUB(mapped_segments, 1);
+}
+
 /* One connection less has the segment. */
 static void take_back(kvs_maps *maps, kvsi_map_peer *p, uint32_t id)
 {
     uint32_t number = p->names[id - 1] / 2;
     int kind = (int)(p->names[id - 1] % 2);
-    uint64_t len_bytes;
     p->names[id - 1] = KVSI_NO_SEGMENT;
     p->of[kind].ids[number] = 0;
     p->n_passed--;
-    if (count_mapping(maps, kind, number, false, &len_bytes) == 0)
-        count_bytes(maps, &p->tenant, kind, len_bytes, false);
-    KVC_GAUGE_SUB(mapped_segments, 1);
+    kvsi_map_uncount(maps, &p->tenant, kind, number);
 }
 
 static bool fits_caps(kvs_maps *maps, const kvc_digest *tenant, int kind, uint64_t len_bytes)
@@ -144,8 +150,10 @@ void kvs_map_unpass(kvs_maps *maps, uint64_t id, const uint32_t *ids, uint32_t n
 void kvsi_map_forget_segments(kvs_maps *maps, kvsi_map_peer *p)
 {
     for (uint32_t id = 1; id <= p->n_names; id++)
-        if (p->names[id - 1] != KVSI_NO_SEGMENT)
+        if (p->names[id - 1] != KVSI_NO_SEGMENT &&
+            (!p->process || p->names[id - 1] % 2 != KVSI_GPU))
             take_back(maps, p, id);
+    kvsi_map_leave_open(maps, p);
     for (int kind = 0; kind < KVSI_KINDS; kind++)
         free(p->of[kind].ids);
     free(p->names);

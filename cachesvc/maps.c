@@ -52,6 +52,9 @@ void kvs_maps_destroy(kvs_maps *maps)
     if (!maps)
         return;
     KVC_ASSERT(!maps->peers);
+    kvc_mutex_lock(&maps->lock);
+    kvsi_map_forget_processes(maps);
+    kvc_mutex_unlock(&maps->lock);
     kvc_mutex_fini(&maps->lock);
     free(maps);
 }

@@ -15,6 +15,9 @@
  *
  * Segments are passed once to a connection and are its until it says that it maps them no more, or
  * goes. Meanwhile no other tenant can have them, empty or not, so they are capped as pins are.
+ * Those of the GPU, whose memory must not be given back to CUDA while another process has it open,
+ * are its until it says so or its process has ended: a connection may break under a client that
+ * reads.
  */
 #ifndef KVS_MAPS_H
 #define KVS_MAPS_H
@@ -79,6 +82,11 @@ void kvs_map_place_value(kvs_maps *maps, uint64_t id, uint64_t number, uint32_t 
  * all, and so is the lease. Ids that mean nothing are passed over. */
 void kvs_map_unpass(kvs_maps *maps, uint64_t id, const uint32_t *ids, uint32_t n, bool lease);
 void kvs_map_release(kvs_maps *maps, uint64_t id, uint64_t number);
+/* Before a connection that has mapped something is given memory of the GPU: its process is watched
+ * from now on. False: it cannot be, or too many are, and it is given none. */
+bool kvs_map_watch(kvs_maps *maps, uint64_t id, int32_t pid);
+/* What processes that have ended had open of the GPU is others' to use. Any thread. */
+void kvs_map_reap(kvs_maps *maps);
 uint64_t kvs_map_pinned(kvs_maps *maps, const kvc_digest *tenant);
 uint64_t kvs_map_max_bytes(const kvs_maps *maps);
 

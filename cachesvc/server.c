@@ -170,6 +170,7 @@ void kvs_server_tick(kvs_server *server)
     }
     kvs_saved_sweep(server->saved, now_ns);
     kvs_ttls_sweep(server->ttls, now_ns);
+    kvs_map_reap(server->maps);
     kvs_cascade_reap(server);
     collect_schemas(server, now_ns);
     if (server->writer && server->admission.policy == KVS_ADMIT_SECOND_USE) {

@@ -123,6 +123,11 @@ static const kvc_setting table[] = {
      "server's own user. Others read by request."},
     {"shm_map_gids", KVC_CONFIG_STRING, FIELD(shm_map_gids), "", 0, 4096, NULL,
      "Group ids whose processes may, in the same way."},
+    {"shm_map_gpu_uids", KVC_CONFIG_STRING, FIELD(shm_map_gpu_uids), "", 0, 4096, NULL,
+     "User ids, separated by commas, of those who may map whose processes are given places in the "
+     "GPU (gpu_bytes) too, besides the server's own user. Whoever opens memory of a GPU can write "
+     "there as well: name only whom you trust with what all workers of its tenant read. Others "
+     "map dram."},
     {"max_saved", KVC_CONFIG_UINT, FIELD(max_saved), "1024", 1, 65536, NULL,
      "Contexts that one tenant may have saved by name, those being saved included."},
     {"max_saved_bytes", KVC_CONFIG_BYTES, FIELD(max_saved_bytes), "1GiB", 1 * MIB, 1 * TIB, NULL,
@@ -231,9 +236,11 @@ kvc_status kvs_settings_check(const kvs_settings *settings, char why[KVC_CONFIG_
         return KVC_INVALID;
     }
     if (!kvs_ids_are_numbers(settings->shm_map_uids) ||
-        !kvs_ids_are_numbers(settings->shm_map_gids)) {
+        !kvs_ids_are_numbers(settings->shm_map_gids) ||
+        !kvs_ids_are_numbers(settings->shm_map_gpu_uids)) {
         snprintf(why, KVC_CONFIG_WHY_BYTES,
-                 "shm_map_uids and shm_map_gids take numbers, separated by commas");
+                 "shm_map_uids, shm_map_gids and shm_map_gpu_uids take numbers, separated by "
+                 "commas");
         return KVC_INVALID;
     }
     if (!kvs_tenants_check(settings->shm_tenants)) {

@@ -24,10 +24,11 @@ typedef struct kvs_settings {
     uint64_t max_map_pin_bytes; /* 0: half of dram_bytes */
     uint64_t max_mapped_bytes;  /* 0: three quarters of dram_bytes */
     uint64_t shm_ring_bytes;
-    const char *shm_tenants;                 /* as tenants.h says */
-    const char *shm_map_uids, *shm_map_gids; /* numbers, separated by commas */
-    uint64_t max_saved, max_saved_bytes;     /* contexts saved by name */
-    uint64_t max_saved_tenant_bytes;         /* 0: half of max_saved_bytes */
+    const char *shm_tenants; /* as tenants.h says */
+    /* Numbers, separated by commas. */
+    const char *shm_map_uids, *shm_map_gids, *shm_map_gpu_uids;
+    uint64_t max_saved, max_saved_bytes; /* contexts saved by name */
+    uint64_t max_saved_tenant_bytes;     /* 0: half of max_saved_bytes */
     uint64_t schema_grace_ns;
     uint64_t transport_threads, disk_threads;
     uint64_t attend_threads, attend_queue;

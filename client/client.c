@@ -183,6 +183,7 @@ void kvc_client_close(kvc_client *client)
 {
     if (client == NULL)
         return;
+    kvci_map_goodbye(client);
     kvc_mutex_lock(&client->lock);
     client->closing = true;
     for (kvci_node *node = client->calls.next, *next; node != &client->calls; node = next) {

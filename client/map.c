@@ -126,11 +126,13 @@ static void unmap(kvci_epoch *epoch, uint32_t id)
     free(segment);
 }
 
-uint32_t kvci_epoch_sweep(kvci_epoch *epoch, uint32_t *ids, uint32_t max)
+uint32_t kvci_epoch_sweep(kvci_epoch *epoch, bool gpu, uint32_t *ids, uint32_t max)
 {
     uint32_t n = 0;
     for (uint32_t id = 0; epoch != NULL && id < epoch->n_segments && n < max; id++) {
-        if (epoch->segments[id] == NULL || atomic_load(&epoch->segments[id]->users) > 0)
+        const kvci_segment *segment = epoch->segments[id];
+        if (segment == NULL || atomic_load(&segment->users) > 0 ||
+            (gpu && segment->gpu_close == NULL))
             continue;
         unmap(epoch, id);
         ids[n++] = id;

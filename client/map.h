@@ -55,9 +55,9 @@ kvc_status kvci_epoch_add(kvci_epoch *epoch, uint32_t id, int fd, size_t len_byt
 /* The same of a GPU, opened as opts says. */
 kvc_status kvci_epoch_add_gpu(kvci_epoch *epoch, const kvc_map_opts *opts,
                               const kvc_map_segment *passed) KVC_MUST_CHECK;
-/* Unmaps segments that no map has a value in, at most max; ids [max] gets theirs. Who maps alone.
- */
-uint32_t kvci_epoch_sweep(kvci_epoch *epoch, uint32_t *ids, uint32_t max);
+/* Unmaps segments (gpu: only those of a GPU) that no map has a value in, at most max; ids [max]
+   gets theirs. Who maps alone. */
+uint32_t kvci_epoch_sweep(kvci_epoch *epoch, bool gpu, uint32_t *ids, uint32_t max);
 void kvci_epoch_unref(kvci_epoch *epoch); /* NULL is fine */
 /* A value of the map lies in the segment. False: no memory. */
 bool kvci_map_uses(kvci_map *map, kvci_segment *segment);
@@ -117,6 +117,9 @@ void kvci_map_answer_fini(kvci_map_answer *answer);
 /* Tells the server that the map is over, best effort; wait: until it knows, for a second at most.
  */
 void kvci_map_release(kvc_client *client, uint64_t number, bool wait);
+/* Before the client closes: memory of a GPU is closed and the server told, which can use it again
+ * then, else only once this process has ended. Blocks for a second at most. */
+void kvci_map_goodbye(kvc_client *client);
 /* Under the lock: a map has gone, so segments may be without one; they are looked at later. */
 void kvci_map_left(kvc_client *client);
 /* Under the lock, held again on return; kvc-prog's: gives back what no map has used for a while. */

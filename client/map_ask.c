@@ -387,6 +387,28 @@ void kvci_map_release(kvc_client *client, uint64_t number, bool wait)
     tell(t, number);
 }
 
+void kvci_map_goodbye(kvc_client *client)
+{
+    uint64_t deadline_ns = kvc_now_ns() + KVCI_CLOSE_TIMEOUT_NS;
+    uint32_t ids[KVC_MAX_UNMAPPED], n;
+    kvc_mutex_lock(&client->lock);
+    bool asks = client->link != NULL && !client->link_suspect && client->map_opts.gpu_close != NULL;
+    kvc_mutex_unlock(&client->lock);
+    if (!asks || kvci_mapping_begin(client, deadline_ns) != KVC_OK)
+        return;
+    do {
+        kvc_request req = {.method = KVC_MAP_CONTEXT};
+        kvci_rpc_opts opts = {.deadline_ns = deadline_ns, .once = true};
+        n = kvci_epoch_sweep(client->epoch, true, ids, KVC_MAX_UNMAPPED);
+        req.u.map_context.release = true;
+        req.u.map_context.unmapped = ids;
+        req.u.map_context.n_unmapped = n;
+        if (n > 0)
+            (void)!kvci_rpc(client, &req, &opts);
+    } while (n == KVC_MAX_UNMAPPED);
+    kvci_mapping_end(client);
+}
+
 void kvci_map_left(kvc_client *client)
 {
     uint64_t keep_ns = client->map_opts.keep_ns != 0 ? client->map_opts.keep_ns : KEEP_NS;
@@ -412,7 +434,7 @@ void kvci_map_sweep(kvc_client *client, uint64_t now_ns)
     kvc_mutex_unlock(&client->lock);
     t->client = client;
     t->ends_turn = true;
-    t->n_ids = kvci_epoch_sweep(client->epoch, t->ids, KVC_MAX_UNMAPPED);
+    t->n_ids = kvci_epoch_sweep(client->epoch, false, t->ids, KVC_MAX_UNMAPPED);
     bool more = t->n_ids == KVC_MAX_UNMAPPED;
     if (!connected)
         t->n_ids = 0; /* whom they were passed by has forgotten it */

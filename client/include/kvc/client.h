@@ -61,8 +61,9 @@ typedef struct kvc_client_opts {
  */
 kvc_status kvc_client_open(const kvc_client_opts *opts, kvc_client **client_p) KVC_MUST_CHECK;
 /* Cancels what is in flight and returns after every callback has run; up to two seconds more where
- * a lost server is being looked for. NULL is fine. Never from a callback. Contexts and regions of
- * the client must have been closed before. */
+ * a lost server is being looked for, one more where a server is told that memory of its GPU has
+ * been closed. NULL is fine. Never from a callback. Contexts and regions of the client must have
+ * been closed before. */
 void kvc_client_close(kvc_client *client);
 /* Limits that the server advertised at connect; lives as long as the client. */
 const kvc_limits *kvc_client_limits(const kvc_client *client);
@@ -304,10 +305,14 @@ typedef struct kvc_map_opts {
     /* A segment that no context has had a value in for so long is unmapped, so that the server can
      * give it to others. 0: 10 s. */
     uint64_t keep_ns;
-    /* Both or none: values may lie in a GPU of the server too, where it has a copy. gpu_open opens
-     * that memory (kvk_cuda_share_open) and gives where the caller's device sees it; should it
-     * fail, none is asked for until the next kvc_client_map_contexts. gpu_close gives it back. On
-     * the threads of on_segment, with arg; must not call back. */
+    /* Both or none: values may lie in a GPU of the server too, where it has a copy, if this process
+     * is the server's own user's or the server names its user (shm_map_gpu_uids): nothing keeps
+     * whoever has that memory open from writing there, and all that the tenant's workers attend
+     * over is theirs to spoil, so only read. gpu_open opens it (kvk_cuda_share_open) and gives
+     * where the caller's device sees it; should it fail, none is asked for until the next
+     * kvc_client_map_contexts. gpu_close gives it back; what is open when a connection breaks the
+     * server keeps until the process ends. On the threads of on_segment, with arg; must not call
+     * back. */
     kvc_status (*gpu_open)(void *arg, const kvc_gpu_handle *handle, size_t len_bytes,
                            void **base_p);
     void (*gpu_close)(void *arg, void *base);

@@ -76,7 +76,8 @@ kvc_status kvk_cuda_memory_info(kvk_cuda *cuda, size_t *free_bytes_p,
                                 size_t *total_bytes_p) KVC_MUST_CHECK;
 
 /*
- * Device memory that another process on this host reads and writes in place. share names an
+ * Device memory that another process on this host reads and writes in place: nothing keeps it from
+ * writing. share names an
  * allocation of a whole number of KVK_CUDA_SHARE_UNIT bytes (kvk_cuda_alloc, from its first byte;
  * shorter ones may lie beside others, which would be shared too). Its owner keeps it until every
  * process has closed it; who opened it may die at any time. share_open: in another process, and
