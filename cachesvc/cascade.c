@@ -1,7 +1,8 @@
 /*
  * cascade.c: making room, promoting, dropping; see cascade.h.
  *
- * Any thread; promotions run on disk threads. Invariants: a slot is released exactly once, by
+ * Any thread; promotions run on disk threads, segments are emptied on the room thread, since that
+ * takes long. Invariants: a slot is released exactly once, by
  * whoever took it out of the index, before the value may be put again; a promotion holds one
  * reference from LOADING to loaded.
  */
@@ -18,6 +19,7 @@
 
 #define MAX_TRIES     64u /* at room for one value; others may be faster to take what it freed */
 #define MAX_PROMOTING 64u
+#define MAX_EMPTIED   2u  /* segments for one value; another class may be faster here, too */
 #define ROOM_STEP     32u /* values that give way at once, where as many are wanted */
 
 static void count_lost(kvs_server *server, const kvs_victim *victim)
@@ -44,28 +46,50 @@ static void release_lmdb(kvs_server *server, const kvs_victim *victim)
     kvs_evict_finish(server->index, victim);
 }
 
+/* A segment of another class, by the room thread. */
+static bool empty_other(kvs_server *server, uint32_t cls, kvs_room *room_p, uint32_t *n_emptied_p)
+{
+    if (*room_p == KVS_ROOM_ASK && kvs_cascade_may_empty(server))
+        *room_p = KVS_ROOM_WANTED;
+    return *room_p == KVS_ROOM_EMPTY && ++*n_emptied_p <= MAX_EMPTIED &&
+           kvs_cascade_empty_segment(server, cls);
+}
+
 /* For n values, or fewer. */
-static bool make_room(kvs_server *server, uint32_t cls, bool promotes, uint32_t n)
+static bool make_room(kvs_server *server, uint32_t cls, kvs_room *room_p, uint32_t *n_emptied_p,
+                      uint32_t n)
 {
     kvs_victim victims[ROOM_STEP];
-    if (!promotes && kvs_evict_starved(server->index, cls) &&
-        kvs_cascade_empty_segment(server, cls))
-        return true;
-    n = promotes ? kvs_evict_dram_copy(server->index, cls, victims)
-                 : kvs_evict_dram_each(server->index, cls, victims, n < ROOM_STEP ? n : ROOM_STEP);
-    if (n > 0) {
-        kvs_cascade_release(server, victims, n);
-        return true;
+    if (kvs_evict_starved(server->index, cls)) {
+        if (empty_other(server, cls, room_p, n_emptied_p))
+            return true;
+        if (*room_p == KVS_ROOM_WANTED)
+            return false;
     }
-    return !promotes && kvs_cascade_empty_segment(server, cls);
+    n = kvs_evict_dram_each(server->index, cls, victims, n < ROOM_STEP ? n : ROOM_STEP);
+    if (n == 0)
+        return empty_other(server, cls, room_p, n_emptied_p);
+    kvs_cascade_release(server, victims, n);
+    return true;
+}
+
+/* A promotion moves a copy, so it takes no value that is nowhere else, and no segment. */
+static bool drop_copy(kvs_server *server, uint32_t cls)
+{
+    kvs_victim victim;
+    bool found = kvs_evict_dram_copy(server->index, cls, &victim);
+    if (found)
+        kvs_cascade_release(server, &victim, 1);
+    return found;
 }
 
 /* Its own class first, since that frees a slot of the right size; only a class that has nothing
    to give, or next to nothing of dram, takes from another, and then a whole segment, since less is
-   of no use to it. A promotion moves a copy, so it takes no value that is nowhere else. */
+   of no use to it. room_p NULL: for a promotion. */
 static kvc_status reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
-                          bool promotes, uint32_t n, kvs_slot *slots, void **addrs)
+                          kvs_room *room_p, uint32_t n, kvs_slot *slots, void **addrs)
 {
+    uint32_t n_emptied = 0;
     const kvs_part *info = kvs_part_at(schema, part);
     const kvs_store *dram = &server->dram;
     const kvs_value_key key = {.tenant = schema->tenant};
@@ -74,19 +98,21 @@ static kvc_status reserve(kvs_server *server, const kvs_schema *schema, uint32_t
             dram->ops->reserve(dram->tier, &key, info->row_bytes, info->n_rows, n, slots, addrs);
         if (status != KVC_AGAIN)
             return status;
-        if (!make_room(server, info->cls, promotes, n))
+        if (!(room_p ? make_room(server, info->cls, room_p, &n_emptied, n)
+                     : drop_copy(server, info->cls)))
             return KVC_AGAIN;
     }
     return KVC_AGAIN;
 }
 
 kvc_status kvs_cascade_reserve(kvs_server *server, const kvs_schema *schema, uint32_t part,
-                               uint32_t n, kvs_slot *slots, void **addrs, uint32_t *n_p)
+                               uint32_t n, kvs_room *room_p, kvs_slot *slots, void **addrs,
+                               uint32_t *n_p)
 {
     *n_p = 0;
     if (KVC_FAULT("put.reserve"))
         return KVC_AGAIN;
-    kvc_status status = reserve(server, schema, part, false, n, slots, addrs);
+    kvc_status status = reserve(server, schema, part, room_p, n, slots, addrs);
     while (status == KVC_OK && *n_p < n && addrs[*n_p])
         ++*n_p;
     return status;
@@ -166,7 +192,7 @@ static kvc_status load_from(kvs_server *server, const kvs_store *store, const kv
     kvs_slot slot;
     void *addr;
     kvs_index_key(server->index, value, &key);
-    kvc_status status = reserve(server, schema, part, true, 1, &slot, &addr);
+    kvc_status status = reserve(server, schema, part, NULL, 1, &slot, &addr);
     if (status != KVC_OK) {
         kvs_index_loaded(server->index, value, NULL);
         return status;

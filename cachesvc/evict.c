@@ -160,10 +160,11 @@ void kvs_evict_take_locked(kvs_index *index, uint32_t id, kvs_victim *victim_p)
     victim_leave(index, value, KVS_DRAM | KVS_MAIN | KVS_READS, victim_p);
 }
 
-/* safe: only what is in lmdb too. *steps_p: how many values may still be looked at. What may not go
-   counts as new, so that the next call meets others. */
-static bool dram_from(kvs_index *index, kvs_class *cls, bool safe, uint32_t *steps_p,
-                      kvs_victim *victim_p)
+/* safe: only what is in lmdb too; but: nothing of that segment, unless NULL. *steps_p: how many
+   values may still be looked at. What may not go counts as new, so that the next call meets others.
+ */
+static bool dram_from(kvs_index *index, kvs_class *cls, bool safe, const kvs_segment *but,
+                      uint32_t *steps_p, kvs_victim *victim_p)
 {
     uint32_t skipped[2] = {0, 0}, spared = 0;
     for (; *steps_p > 0; (*steps_p)--) {
@@ -177,7 +178,7 @@ static bool dram_from(kvs_index *index, kvs_class *cls, bool safe, uint32_t *ste
             return false;
         uint32_t id = queue->tail;
         kvs_value *value = kvs_value_at(index, id);
-        bool may = kvs_evict_may_locked(value, safe);
+        bool may = kvs_evict_may_locked(value, safe) && !(but && kvs_evict_in_segment(value, but));
         if (may && (!(value->flags & KVS_READS) || spared >= KVS_EVICT_SPARED)) {
             kvs_evict_take_locked(index, id, victim_p);
             return true;
@@ -249,10 +250,10 @@ static bool dram_from_any(kvs_index *index, uint32_t *steps_p, kvs_victim *victi
 {
     uint64_t total;
     uint32_t best = kvs_evict_largest_locked(index, &total);
-    if (dram_from(index, &index->classes[best], false, steps_p, victim_p))
+    if (dram_from(index, &index->classes[best], false, NULL, steps_p, victim_p))
         return true;
     for (uint32_t i = 0; i < index->n_classes; i++)
-        if (i != best && dram_from(index, &index->classes[i], false, steps_p, victim_p))
+        if (i != best && dram_from(index, &index->classes[i], false, NULL, steps_p, victim_p))
             return true;
     return false;
 }
@@ -261,19 +262,29 @@ uint32_t kvs_evict_dram_each(kvs_index *index, uint32_t cls, kvs_victim *victims
 {
     uint32_t n = 0, steps = KVS_EVICT_SCAN;
     kvc_mutex_lock(&index->lock);
-    while (n < max && (cls == KVS_ANY_CLASS
-                           ? dram_from_any(index, &steps, &victims[n])
-                           : dram_from(index, &index->classes[cls], false, &steps, &victims[n])))
+    while (n < max && (cls == KVS_ANY_CLASS ? dram_from_any(index, &steps, &victims[n])
+                                            : dram_from(index, &index->classes[cls], false, NULL,
+                                                        &steps, &victims[n])))
         n++;
     kvc_mutex_unlock(&index->lock);
     return n;
+}
+
+bool kvs_evict_dram_beside(kvs_index *index, uint32_t cls, const kvs_segment *segment,
+                           kvs_victim *victim_p)
+{
+    uint32_t steps = KVS_EVICT_SCAN;
+    kvc_mutex_lock(&index->lock);
+    bool found = dram_from(index, &index->classes[cls], false, segment, &steps, victim_p);
+    kvc_mutex_unlock(&index->lock);
+    return found;
 }
 
 bool kvs_evict_dram_copy(kvs_index *index, uint32_t cls, kvs_victim *victim_p)
 {
     uint32_t steps = KVS_EVICT_SCAN;
     kvc_mutex_lock(&index->lock);
-    bool found = dram_from(index, &index->classes[cls], true, &steps, victim_p);
+    bool found = dram_from(index, &index->classes[cls], true, NULL, &steps, victim_p);
     kvc_mutex_unlock(&index->lock);
     return found;
 }

@@ -18,11 +18,9 @@
 #define KVS_ANY_CLASS     UINT32_MAX
 #define KVS_EVICT_STARVED 16u   /* below this share of what dram holds, others give way first */
 #define KVS_EVICT_SCAN    1024u /* values that one call looks at; those in use go to the head */
-#define KVS_EVICT_SKIPPED                                                                          \
-    256u                     /* of one dram queue that may not go, before the other has a turn     \
-                              */
-#define KVS_EVICT_SPARED 64u /* values that one call spares because they were read */
-#define KVS_EVICT_SMALL  4u  /* the small queue has one of so many of its class's values */
+#define KVS_EVICT_SKIPPED 256u  /* of one queue, that may not go, before the other has its turn */
+#define KVS_EVICT_SPARED  64u   /* values that one call spares because they were read */
+#define KVS_EVICT_SMALL   4u    /* the small queue has one of so many of its class's values */
 
 typedef struct kvs_victim {
     uint32_t value;
@@ -59,19 +57,33 @@ static inline void kvs_evict_finish(kvs_index *index, const kvs_victim *victim)
 /* One copy of a doomed value that nobody reads any more: release its slot, then finish. */
 bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p);
 
-/* ---- evict_segment.c: a whole segment of dram, for another class ---- */
+/* ---- evict_segment.c: a whole segment of dram, for another class; each looks at every value, some
+        at a time: milliseconds a million ---- */
+
+/* From when it was empty until it is empty again; what comes into it afterwards is in another. */
+typedef struct kvs_segment {
+    uint32_t number, generation;
+} kvs_segment;
 
 /*
- * The segment (of n; used: slots taken of each) in which every slot has a value that may give way
- * or, where `moves` says so, a held one that can go to its class's other segments: of the class
- * with most bytes if it has one, else of any but cls; the fewest to move, then the fewest and least
- * read first. False: there is none. Looks at every value, some at a time: milliseconds a million.
+ * The segment (of n; used: slots taken of each) in which every slot has a value that may give way,
+ * or a held one that can go to its class's other segments: of the class with most bytes if it has
+ * one, else of any but cls; the fewest to move, then the fewest and least read first. False: there
+ * is none.
  */
 bool kvs_evict_find_segment(kvs_index *index, uint32_t cls, const uint32_t *used, uint32_t n,
-                            bool moves, uint32_t *segment_p);
+                            kvs_segment *segment_p);
+/* How many values of the segment may give way now. */
+uint32_t kvs_evict_count_segment(kvs_index *index, const kvs_segment *segment);
 /* The segment's next value that may give way; *cursor_p: 0 at first. False: no more. */
-bool kvs_evict_from_segment(kvs_index *index, uint32_t segment, uint32_t *cursor_p,
+bool kvs_evict_from_segment(kvs_index *index, const kvs_segment *segment, uint32_t *cursor_p,
                             kvs_victim *victim_p);
+/* The next value of the class, in the other segments, as above. */
+bool kvs_evict_beside_segment(kvs_index *index, uint32_t cls, const kvs_segment *segment,
+                              uint32_t *cursor_p, kvs_victim *victim_p);
+/* As kvs_evict_dram, but none of the segment's; looks at KVS_EVICT_SCAN values (evict.c). */
+bool kvs_evict_dram_beside(kvs_index *index, uint32_t cls, const kvs_segment *segment,
+                           kvs_victim *victim_p);
 
 /* A held value on its way to another segment; referenced. */
 typedef struct kvs_move {
@@ -82,12 +94,18 @@ typedef struct kvs_move {
 } kvs_move;
 
 /* The segment's next held value that nobody uses, as above. */
-bool kvs_evict_next_held(kvs_index *index, uint32_t segment, uint32_t *cursor_p, kvs_move *move_p);
+bool kvs_evict_next_held(kvs_index *index, const kvs_segment *segment, uint32_t *cursor_p,
+                         kvs_move *move_p);
 /* Its bytes are at `to` as well (NULL: they are not). True: it is there from now on, and `from` is
    the caller's to release. False: somebody came meanwhile, and it stays. Drops the reference. */
 bool kvs_evict_moved(kvs_index *index, const kvs_move *move, const kvs_slot *to);
 
 /* ---- with the index lock held ---------------------------------------------------------------- */
+static inline bool kvs_evict_in_segment(const kvs_value *value, const kvs_segment *segment)
+{
+    return value->dram.a == segment->number &&
+           kvs_slot_generation(value->dram) == segment->generation;
+}
 uint32_t kvs_evict_largest_locked(const kvs_index *index, uint64_t *total_p);
 /* Of a value in a dram queue; safe: only if lmdb has it. */
 bool kvs_evict_may_locked(const kvs_value *value, bool safe);

@@ -2,10 +2,12 @@
  * put.c: PutBlocks.
  *
  * Starts on a transport thread, which checks everything, claims each value and copies it to dram
- * (put_take.c). A MEMORY value is visible and done then. What must reach lmdb first (DURABLE, or no
- * room in dram) goes to the writer, and the last write answers. Two puts of one value at the same
- * time: the second gets AGAIN for it, and EXISTS once the first is visible. Invariant: a value that
- * fails was never visible and leaves nothing behind.
+ * (put_take.c); what finds no room there before a segment is emptied goes to the room thread for
+ * that, whose turn it is once, and transports answer others meanwhile. A MEMORY value is visible
+ * and done then. What must reach lmdb first (DURABLE, or no room in dram) goes to the writer, and
+ * the last write answers. Two puts of one value at the same time: the second gets AGAIN for it, and
+ * EXISTS once the first is visible. Invariant: a value that fails was never visible and leaves
+ * nothing behind.
  */
 #include <stdlib.h>
 
@@ -164,6 +166,10 @@ static void drop_bytes(kvs_put *put)
 static void take_all(kvs_put *put)
 {
     kvs_put_take(put);
+    if (put->room == KVS_ROOM_WANTED) {
+        put->state = KVS_PUT_ROOM;
+        return;
+    }
     make_jobs(put);
     if (put->n_jobs || put->wants_sync)
         drop_bytes(put);
@@ -171,6 +177,18 @@ static void take_all(kvs_put *put)
         put->state = KVS_PUT_WRITE;
     else
         put->state = put->wants_sync ? KVS_PUT_SYNC : KVS_PUT_REPLY;
+}
+
+static void room_run(kvs_job *job)
+{
+    kvs_put *put = (kvs_put *)job;
+    kvc_status gone = kvs_given_up(put->call);
+    for (uint32_t i = 0; gone != KVC_OK && i < put->n; i++)
+        if (put->items[i].kind == KVS_ITEM_NEW)
+            kvs_put_settle(put, i, gone);
+    put->room = KVS_ROOM_EMPTY;
+    put->state = KVS_PUT_TAKE;
+    process(put);
 }
 
 static void answer(kvs_put *put)
@@ -192,13 +210,19 @@ static void process(kvs_put *put)
         case KVS_PUT_TAKE:
             take_all(put);
             break;
+        case KVS_PUT_ROOM:
+            put->job.run = room_run;
+            if (kvs_disk_submit(put->server->room_jobs, &put->job) == KVC_OK)
+                return;
+            put->room = KVS_ROOM_OWN;
+            put->state = KVS_PUT_TAKE;
+            break;
         case KVS_PUT_WRITE:
             submit_jobs(put);
             return;
         case KVS_PUT_SYNC:
             put->job.run = sync_run;
-            kvc_status status = kvs_disk_submit(put->server->disk, &put->job);
-            if (status != KVC_OK)
+            if (kvs_disk_submit(put->server->disk, &put->job) != KVC_OK)
                 sync_finish(put, NULL, KVC_AGAIN);
             return;
         case KVS_PUT_REPLY:
@@ -231,5 +255,7 @@ void kvs_on_put_blocks(kvs_server *server, kvt_call *call, const kvc_digest *ten
     put->n = n;
     put->status = status;
     put->durable = call->req.u.put_blocks.promise == KVC_PROMISE_DURABLE;
+    for (uint32_t i = 0; i < n; i++)
+        put->items[i].put = put;
     process(put);
 }

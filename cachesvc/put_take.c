@@ -1,7 +1,8 @@
 /*
  * put_take.c: the values of a PutBlocks from the request's bytes to dram; see put_take.h.
  *
- * A transport thread. Values are claimed, given room, copied and made visible a batch at a time,
+ * A transport thread, or the room thread for what only an emptied segment has room for. Values are
+ * claimed, given room, copied and made visible a batch at a time,
  * since each of these takes a lock that everybody wants. Invariant: what a batch does to each of
  * its values is what one by one would have done: a value that stands in it twice is put once, and
  * one may give way to the next.
@@ -208,6 +209,15 @@ static void take_nowhere(kvs_put *put, uint32_t i, kvc_status status, cursor *at
     kvs_put_settle(put, i, status);
 }
 
+/* Claimed values that wait for the room thread; it claims them again. */
+static void leave(kvs_put *put, uint32_t first, uint32_t n, cursor *at)
+{
+    for (uint32_t i = first; i < first + n; i++) {
+        kvs_index_abandon(put->server->index, put->items[i].value);
+        cursor_read(at, NULL, put->call->req.u.put_blocks.values[i].len_bytes);
+    }
+}
+
 /* Claimed values of one shape, n <= BATCH, neighbours in the request. Where dram has room for fewer
    at once, those become visible first, so that they may give way to the rest. */
 static void take_new(kvs_put *put, uint32_t first, uint32_t n, cursor *at)
@@ -215,11 +225,16 @@ static void take_new(kvs_put *put, uint32_t first, uint32_t n, cursor *at)
     kvs_slot slots[BATCH];
     void *addrs[BATCH];
     while (n > 0) {
-        uint32_t got;
-        kvc_status status = kvs_cascade_reserve(put->server, put->schema, put->items[first].part, n,
-                                                slots, addrs, &got);
+        uint32_t got = 0;
+        kvc_status status = KVC_AGAIN;
+        if (put->room != KVS_ROOM_WANTED)
+            status = kvs_cascade_reserve(put->server, put->schema, put->items[first].part, n,
+                                         &put->room, slots, addrs, &got);
         if (status == KVC_OK) {
             take_dram(put, first, got, slots, addrs, at);
+        } else if (put->room == KVS_ROOM_WANTED) {
+            leave(put, first, n, at);
+            got = n;
         } else {
             take_nowhere(put, first, status, at);
             got = 1;
@@ -373,16 +388,30 @@ static uint32_t take_rows(kvs_put *put, uint32_t first, uint32_t n, cursor *at)
     return n;
 }
 
+/* How many items from first on, up to BATCH, are NEW or all are not. */
+static uint32_t alike(const kvs_put *put, uint32_t first)
+{
+    bool is_new = put->items[first].kind == KVS_ITEM_NEW;
+    uint32_t n = 1;
+    while (n < BATCH && first + n < put->n &&
+           (put->items[first + n].kind == KVS_ITEM_NEW) == is_new)
+        n++;
+    return n;
+}
+
 void kvs_put_take(kvs_put *put)
 {
+    const kvc_put_value *values = put->call->req.u.put_blocks.values;
     cursor at = {.iov = put->call->req.data, .n = put->call->req.n_data};
-    for (uint32_t i = 0; i < put->n; i++)
-        put->items[i].put = put;
-    for (uint32_t i = 0; i < put->n;) {
-        uint32_t n = put->n - i < BATCH ? put->n - i : BATCH;
-        if (put->schema->piece_bytes)
+    for (uint32_t i = 0; i < put->n && put->room != KVS_ROOM_WANTED;) {
+        uint32_t n = alike(put, i);
+        if (put->items[i].kind != KVS_ITEM_NEW) { /* taken before, so the request has its bytes */
+            for (uint32_t end = i + n; i < end; i++)
+                cursor_read(&at, NULL, values[i].len_bytes);
+        } else if (put->schema->piece_bytes) {
             take_piece(put, i++, &at);
-        else
+        } else {
             i += take_rows(put, i, n, &at);
+        }
     }
 }

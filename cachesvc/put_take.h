@@ -2,18 +2,21 @@
  * put_take.h: what the two halves of PutBlocks share: put_take.c brings the values in, put.c takes
  * them through lmdb where they must and answers.
  *
- * One thread at a time has a put: the transport's while it takes, then the writer's jobs, each of
+ * One thread at a time has a put: the transport's while it takes, the room thread if a segment is
+ * to be emptied for it, then the writer's jobs, each of
  * which touches its own item, then whoever ends the last of them.
  */
 #ifndef KVS_PUT_TAKE_H
 #define KVS_PUT_TAKE_H
 
+#include "cascade.h"
 #include "request.h"
 #include "writer.h"
 
 typedef enum kvs_put_state {
     KVS_PUT_CHECK,
     KVS_PUT_TAKE,
+    KVS_PUT_ROOM,  /* the room thread empties a segment, and takes the rest */
     KVS_PUT_WRITE, /* jobs are with the writer; the last one goes on */
     KVS_PUT_SYNC,  /* a disk thread syncs lmdb for values that were there already */
     KVS_PUT_REPLY,
@@ -21,6 +24,7 @@ typedef enum kvs_put_state {
 } kvs_put_state;
 
 typedef enum kvs_item_kind {
+    KVS_ITEM_NEW = 0, /* not taken */
     KVS_ITEM_SETTLED, /* status is final */
     KVS_ITEM_BOTH,    /* in dram, not visible: visible once lmdb has it */
     KVS_ITEM_THROUGH, /* no room in dram: from the request's bytes to lmdb */
@@ -48,14 +52,16 @@ typedef struct kvs_put {
     const kvs_schema *schema;
     uint32_t n;
     bool durable, wants_sync;
+    kvs_room room;         /* WANTED: what is NEW waits for the room thread */
     int8_t *status;        /* [n] */
     atomic_uint n_pending; /* jobs out, and one for the thread that submits them */
     uint32_t n_jobs;
     kvs_put_item items[];
 } kvs_put;
 
-/* Claims every value and brings those that are new to dram, or to where the writer takes them from.
-   Afterwards an item is settled or has a kind that says what it waits for. */
+/* Claims every NEW value and brings those that are not there to dram, or to where the writer takes
+   them from. Afterwards an item is settled or has a kind that says what it waits for, or it is NEW,
+   claimed by nobody, and room is WANTED: to be called again with another. */
 void kvs_put_take(kvs_put *put);
 /* Item i has its final status. */
 void kvs_put_settle(kvs_put *put, uint32_t i, kvc_status status);

@@ -38,9 +38,8 @@
 #define WINDOW_NS  60000000000ull /* of promotion by use */
 #define REPORT_NS  10000000000ull
 #define REST_TICKS 8u
-#define KEPT_SIZES                                                                                 \
-    3u /* of values that one tenant holds: each may leave a segment partly filled                  \
-        */
+/* Sizes of values that one tenant holds: each may leave a segment partly filled. */
+#define KEPT_SIZES 3u
 
 /* ---- tiers ----------------------------------------------------------------------------------- */
 
@@ -297,6 +296,8 @@ kvc_status kvs_server_open(const kvs_settings *settings, kvs_server **server_p)
     if (status == KVC_OK)
         status = open_lmdb(server);
     if (status == KVC_OK)
+        status = kvs_disk_create("room", 1, &server->room_jobs);
+    if (status == KVC_OK)
         status = kvs_gpu_open(server);
     if (status == KVC_OK)
         status = kvs_attend_open(server);
@@ -421,6 +422,7 @@ void kvs_server_close(kvs_server *server, bool flush)
         KVC_LOG_INFO(SERVER, "writing %llu values to lmdb",
                      (unsigned long long)kvs_index_dirty_count(server->index));
     kvs_attend_close(server);
+    kvs_disk_destroy(server->room_jobs); /* its puts may go on to the disk threads and the writer */
     kvs_disk_destroy(server->disk);
     kvs_gpu_stop(server);
     kvs_writer_destroy(server->writer, flush);

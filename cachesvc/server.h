@@ -58,6 +58,7 @@ typedef struct kvs_server {
     atomic_uint n_raising;         /* values to be copied there */
     struct kvs_attender *attender; /* NULL: AttendRows is not served */
     kvs_disk *disk;                /* NULL without lmdb */
+    kvs_disk *room_jobs;           /* its one thread empties segments of dram; see cascade.h */
     kvs_writer *writer;            /* NULL without lmdb */
     kvs_admission admission;
     kvs_buffers buffers;

@@ -322,14 +322,21 @@ static const kvsi_class *giver(const kvs_tier *tier, const kvsi_class *class, ui
     return last;
 }
 
-/* Small pieces may lie in the class of longer ones (kvsi_record_room), where nobody asks for values
-   of its size: whether a class of those that give is that one. The caller holds the lock. */
-static bool gives_small(const kvs_tier *tier, const kvsi_class *class)
+/* Whether small pieces lie in the class of longer ones (kvsi_record_room), having none of their
+   own. The caller holds the lock. */
+static bool has_small_inside(kvs_tier *tier, uint32_t pages)
+{
+    return pages == kvsi_record_room(1, KVS_PIECE_ROWS) && kvsi_class_of(tier, 1) == NULL;
+}
+
+/* Nobody may ask for values of that class's size: whether a class of those that give is that one.
+   The caller holds the lock. */
+static bool gives_small(kvs_tier *tier, const kvsi_class *class)
 {
     const kvsi_class *from = NULL;
 
     for (uint32_t rank = 0; (from = giver(tier, class, rank)) != NULL; rank++)
-        if (from->record_pages == kvsi_record_room(1, KVS_PIECE_ROWS))
+        if (has_small_inside(tier, from->record_pages))
             return true;
     return false;
 }
@@ -355,8 +362,8 @@ bool kvsi_donor(kvs_tier *tier, const kvs_tier_shape *shape, uint32_t rank, uint
     /* Its own values come after all others, or first and alone; then the smaller ones that it may
        have taken in. */
     bool own = from == NULL && !is_new && rank == n_before;
-    bool taken_in = from == NULL && !is_new && rank == n_before + 1 &&
-                    pages == kvsi_record_room(1, KVS_PIECE_ROWS) && kvsi_class_of(tier, 1) == NULL;
+    bool taken_in =
+        from == NULL && !is_new && rank == n_before + 1 && has_small_inside(tier, pages);
     *pages_p = from != NULL ? from->record_pages : first_small || taken_in ? 1 : pages;
     uint64_t want = claim < tier->step_pages ? claim : tier->step_pages;
     want = want < DONOR_PAGES_MAX ? want : DONOR_PAGES_MAX;

@@ -37,10 +37,17 @@ typedef struct kvs_value_key {
     uint32_t part;
 } kvs_value_key;
 
-/* Where a value is inside a tier; plain data, meaning private to the tier. */
+/* Where a value is inside a tier; plain data, meaning private to the tier, but for what an
+   ADDRESSABLE one says of segments. */
 typedef struct kvs_slot {
     uint64_t a, b;
 } kvs_slot;
+
+/* Of an ADDRESSABLE tier's slot: how often its segment was empty before and got another life. */
+static inline uint32_t kvs_slot_generation(kvs_slot slot)
+{
+    return (uint32_t)(slot.b >> 32);
+}
 
 typedef struct kvs_tier_opts {
     size_t size_bytes;
@@ -165,8 +172,9 @@ typedef struct kvs_tier_ops {
        once nothing is in it. used [max]: slots taken of each, by a; gives how many there are. */
     uint32_t (*segments)(kvs_tier *tier, uint32_t *used, uint32_t max);
     /* ADDRESSABLE: REQ. yes: no slot of the segment is handed out until it was empty, or until no.
-       For who empties it, so that others do not fill it again meanwhile. */
-    void (*close_segment)(kvs_tier *tier, uint64_t a, bool yes);
+       For who empties it, so that others do not fill it again meanwhile. Gives how many of its
+       slots are taken; 0: it was empty since it had that generation, and nothing was done. */
+    uint32_t (*close_segment)(kvs_tier *tier, uint64_t a, uint32_t generation, bool yes);
 
     /* BLOCKING: REQ, else NULL. Queues a write; does not block. AGAIN: the queue or the cap is
        full and releases help; NO_SPACE: a size class too many, or none of the cap is left for it;

@@ -424,11 +424,13 @@ static uint32_t dram_segments(kvs_tier *tier, uint32_t *used, uint32_t max)
     return n;
 }
 
-static void dram_close_segment(kvs_tier *tier, uint64_t a, bool yes)
+static uint32_t dram_close_segment(kvs_tier *tier, uint64_t a, uint32_t generation, bool yes)
 {
     kvc_mutex_lock(&tier->lock);
     kvsi_segment *segment = a < tier->n_created ? tier->segments[a] : NULL;
-    if (segment != NULL && segment->owner != NULL && segment->closed != yes) {
+    bool same = segment != NULL && segment->owner != NULL && segment->generation == generation;
+    uint32_t n_used = same ? segment->n_used : 0;
+    if (same && segment->closed != yes) {
         segment->closed = yes;
         if (segment->n_used < segment->n_slots && yes)
             list_remove(&segment->owner->with_room, segment);
@@ -436,6 +438,7 @@ static void dram_close_segment(kvs_tier *tier, uint64_t a, bool yes)
             list_push(&segment->owner->with_room, segment);
     }
     kvc_mutex_unlock(&tier->lock);
+    return n_used;
 }
 
 /* --- for transports --- */

@@ -242,9 +242,9 @@ static uint32_t fault_segments(kvs_tier *tier, uint32_t *used, uint32_t max)
     return tier->ops->segments(tier->inner, used, max);
 }
 
-static void fault_close_segment(kvs_tier *tier, uint64_t a, bool yes)
+static uint32_t fault_close_segment(kvs_tier *tier, uint64_t a, uint32_t generation, bool yes)
 {
-    tier->ops->close_segment(tier->inner, a, yes);
+    return tier->ops->close_segment(tier->inner, a, generation, yes);
 }
 
 static void failing_done(kvs_tier_write *write)

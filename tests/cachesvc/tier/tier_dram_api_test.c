@@ -285,21 +285,29 @@ static void test_closed_segment(void **state)
         if (slots[i].a == 5)
             mine[n_mine++] = slots[i];
     assert_int_equal(n_mine, 16);
-    t->ops->close_segment(t->tier, 5, true);
+    assert_int_equal(t->ops->close_segment(t->tier, 5, kvs_slot_generation(mine[0]), true), 16);
     for (uint32_t i = 1; i < n_mine; i++) {
         t->ops->release(t->tier, &key, mine[i]);
         assert_int_equal(put_value(t, &other, 1, small, false).status, KVC_AGAIN);
     }
     assert_int_equal(t->ops->segments(t->tier, used, 16), 16);
     assert_int_equal(used[5], 1);
-    t->ops->close_segment(t->tier, 5, false);
+    assert_int_equal(t->ops->close_segment(t->tier, 5, kvs_slot_generation(mine[0]), false), 1);
     put_result r = put_value(t, &other, 1, small, false);
     assert_int_equal(r.status, KVC_OK);
     assert_int_equal(r.slot.a, 5);
-    t->ops->close_segment(t->tier, 5, true);
+    assert_int_equal(t->ops->close_segment(t->tier, 5, kvs_slot_generation(mine[0]), true), 2);
     t->ops->release(t->tier, &other, r.slot);
     t->ops->release(t->tier, &key, mine[0]);
+    assert_int_equal(t->ops->close_segment(t->tier, 5, kvs_slot_generation(mine[0]), true), 0);
     r = put_value(t, &other, 1, large, false);
+    assert_int_equal(r.status, KVC_OK);
+    assert_int_equal(r.slot.a, 5);
+    /* It is another segment now: who emptied the old one does nothing to it. */
+    assert_int_not_equal(kvs_slot_generation(r.slot), kvs_slot_generation(mine[0]));
+    assert_int_equal(t->ops->close_segment(t->tier, 5, kvs_slot_generation(mine[0]), true), 0);
+    kvs_value_key next = key_of(1, 9998, 0);
+    r = put_value(t, &next, 1, large, false);
     assert_int_equal(r.status, KVC_OK);
     assert_int_equal(r.slot.a, 5);
 }

@@ -535,6 +535,32 @@ static void test_small_pieces_give_way(void **state)
     assert_false(t->ops->donor(t->tier, &asked, 3, &pages, &bytes));
 }
 
+/* Small pieces that have a class of their own are not asked for where the class that they could lie
+   in gives. */
+static void test_small_pieces_of_their_own_stay(void **state)
+{
+    tier_under_test *t = *state;
+    const kvs_tier_shape asked = {4096, 8};
+    kvs_value_key key = key_of(2, 0, 0);
+    uint32_t pages;
+    uint64_t bytes;
+
+    t->opts.capacity_bytes = 12u << 20; /* a share is 192 pages */
+    assert_int_equal(tut_open(t), KVC_OK);
+    assert_int_equal(put_value(t, &key, 1, (shape){100, KVS_PIECE_ROWS}, true).status, KVC_OK);
+    key = key_of(1, 0, 0);
+    assert_int_equal(put_value(t, &key, 1, (shape){4096, 8}, true).status, KVC_OK);
+    for (uint32_t i = 1; i <= 120; i++) {
+        key = key_of(1, i, 0);
+        assert_int_equal(put_value(t, &key, 1, (shape){4096, 3}, false).status, KVC_OK);
+    }
+    assert_true(t->ops->donor(t->tier, &asked, 0, &pages, &bytes));
+    assert_int_equal(pages, 4);
+    assert_true(t->ops->donor(t->tier, &asked, 1, &pages, &bytes));
+    assert_int_equal(pages, 9);
+    assert_false(t->ops->donor(t->tier, &asked, 2, &pages, &bytes));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -551,6 +577,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_disk_full_in_a_commit, setup, tut_delete),
         cmocka_unit_test_setup_teardown(test_close_finishes_writes, setup, tut_delete),
         cmocka_unit_test_setup_teardown(test_small_pieces_give_way, setup, tut_delete),
+        cmocka_unit_test_setup_teardown(test_small_pieces_of_their_own_stay, setup, tut_delete),
     };
 
     kvc_log_set_sink(keep_log, NULL);
