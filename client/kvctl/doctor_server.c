@@ -192,6 +192,23 @@ static void check_dram(doctor *d, const kvc_tier_stats *tier)
     }
 }
 
+/* Copies, so nothing is wrong with one that is full, or not there. What failed, the admin port
+ * says. */
+static void check_gpu_tier(doctor *d, const kvc_tier_stats *tier)
+{
+    char cap[KVC_TEXT_BYTES], used[KVC_TEXT_BYTES];
+    if (tier == NULL) {
+        doctor_report(d, DOCTOR_INFO, "caps", "the server has no gpu tier");
+        doctor_fix(d, "where it has a GPU with memory to spare, gpu_bytes keeps copies there; if "
+                      "that is set, its log says why there is none");
+        return;
+    }
+    (void)kvc_bytes_short(tier->capacity_bytes, cap);
+    (void)kvc_bytes_short(tier->used_bytes, used);
+    doctor_report(d, DOCTOR_OK, "caps", "gpu may grow to %s: copies of %llu values take %s", cap,
+                  (unsigned long long)tier->values, used);
+}
+
 void doctor_check_tiers(doctor *d)
 {
     if (d->stats == NULL)
@@ -210,4 +227,5 @@ void doctor_check_tiers(doctor *d)
                       (unsigned long long)(lmdb->used_bytes * 100 / lmdb->capacity_bytes));
         doctor_fix(d, "raise lmdb_bytes, or expect evictions");
     }
+    check_gpu_tier(d, tier_named(d, "gpu"));
 }

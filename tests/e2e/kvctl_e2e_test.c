@@ -207,6 +207,28 @@ static void test_doctor_shm(void **state)
            WORDS("FAIL  shm       nobody answers", "-> start cachesvc"), NULL);
 }
 
+/* A server with a GPU, which is a fake. */
+static void test_doctor_gpu(void **state)
+{
+    (void)state;
+    char folder[320], uri[384], own[512] = "";
+    const char *was = getenv("KVASIR_CACHESVC");
+    support_daemon daemon;
+    (void)snprintf(folder, sizeof(folder), "%s/gpu", shared.folder);
+    (void)snprintf(uri, sizeof(uri), "shm://%s/socket", folder);
+    (void)snprintf(own, sizeof(own), "%s", was != NULL ? was : "");
+    assert_int_equal(mkdir(folder, 0700), 0);
+    const char *args[] = {"--listen", uri, "--dram-bytes", "16MiB", "--gpu-bytes", "32MiB", NULL};
+    assert_int_equal(setenv("KVASIR_CACHESVC", CACHESVC_OVER_FAKE, 1), 0);
+    bool started = support_daemon_start(&daemon, folder, args);
+    assert_int_equal(was != NULL ? setenv("KVASIR_CACHESVC", own, 1) : unsetenv("KVASIR_CACHESVC"),
+                     0);
+    assert_true(started);
+    expect(NULL, WORDS("--server", uri, "doctor"), 0,
+           WORDS("OK    caps      gpu may grow to 32.0 MiB: copies of 0 values take 0 B"), NULL);
+    assert_int_equal(support_daemon_stop(&daemon, SIGTERM), 0);
+}
+
 static void test_doctor(void **state)
 {
     (void)state;
@@ -216,7 +238,7 @@ static void test_doctor(void **state)
     expect(NULL, WORDS(ON, "doctor", "--lmdb-path", lmdb), 0,
            WORDS("OK    server", "OK    caps", "clock", "limits", "cpu", "memory", "rdma", "gpu",
                  "OK    lmdb      only its owner", "of 1000 connections, none", "shm       memory",
-                 "0 maps pin 0 B", "0 failed"),
+                 "0 maps pin 0 B", "INFO  caps      the server has no gpu tier", "0 failed"),
            NULL);
     expect(NULL, WORDS(ON, "--json", "doctor", "--lmdb-path", lmdb), 0,
            WORDS("{\"failed\":false,\"findings\":[{\"level\":", /* slow may a busy machine be */
@@ -513,15 +535,15 @@ static void test_keys(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_help),       cmocka_unit_test(test_usage),
-        cmocka_unit_test(test_nobody),     cmocka_unit_test(test_status),
-        cmocka_unit_test(test_match),      cmocka_unit_test(test_match_tokens),
-        cmocka_unit_test(test_rows),       cmocka_unit_test(test_doctor),
-        cmocka_unit_test(test_doctor_shm), cmocka_unit_test(test_schema_file),
-        cmocka_unit_test(test_put_get),    cmocka_unit_test(test_keys),
-        cmocka_unit_test(test_keep),       cmocka_unit_test(test_top),
-        cmocka_unit_test(test_explain),    cmocka_unit_test(test_place),
-        cmocka_unit_test(test_bench),
+        cmocka_unit_test(test_help),        cmocka_unit_test(test_usage),
+        cmocka_unit_test(test_nobody),      cmocka_unit_test(test_status),
+        cmocka_unit_test(test_match),       cmocka_unit_test(test_match_tokens),
+        cmocka_unit_test(test_rows),        cmocka_unit_test(test_doctor),
+        cmocka_unit_test(test_doctor_shm),  cmocka_unit_test(test_doctor_gpu),
+        cmocka_unit_test(test_schema_file), cmocka_unit_test(test_put_get),
+        cmocka_unit_test(test_keys),        cmocka_unit_test(test_keep),
+        cmocka_unit_test(test_top),         cmocka_unit_test(test_explain),
+        cmocka_unit_test(test_place),       cmocka_unit_test(test_bench),
     };
     return cmocka_run_group_tests(tests, open_shared, close_shared);
 }
