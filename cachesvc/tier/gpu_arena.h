@@ -46,7 +46,7 @@ static inline uint64_t kvsi_gpu_class_bytes(uint32_t row_bytes, uint32_t n_rows)
 /* A segment of the owner with a free slot, or one that it may take; NULL: there is none yet. */
 kvsi_gpu_segment *kvsi_gpu_arena_find(kvsi_gpu_arena *arena, const kvc_digest *tenant,
                                       uint64_t class_bytes);
-/* An empty segment that no client has open, of whatever tenant; NULL: there is none. */
+/* An empty segment that no client may have open, of whatever tenant; NULL: there is none. */
 kvsi_gpu_segment *kvsi_gpu_arena_spare(const kvsi_gpu_arena *arena);
 /*
  * The writer's, without the lock: new memory, all zero, for a segment more (spare NULL; there is

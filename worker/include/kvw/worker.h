@@ -396,7 +396,9 @@ typedef struct kvw_stats {
     uint64_t tokens, tokens_reused;
     uint64_t steps, reselects;    /* selections made, selections needed */
     uint64_t picks, hits, misses; /* rows picked; of these resident; not resident */
-    uint64_t rows_gpu, rows_dram, rows_lmdb, rows_dropped; /* where misses came from */
+    /* Where misses came from: the servers' tiers, for what they read. Rows that this process or its
+     * device reads in place (shm) count as rows_dram, also those in a server's GPU. */
+    uint64_t rows_gpu, rows_dram, rows_lmdb, rows_dropped;
     uint64_t bytes_fetched, bytes_put, requests;
     uint64_t blocks_put, blocks_existed, index_rows_rebuilt;
     uint64_t bytes_index, bytes_residency, bytes_window; /* resident now */
