@@ -183,6 +183,10 @@ static kvc_status prepare_append(kvw_seq *seq, uint32_t layer, const void *k, co
         !kvwi_all_finite(v, (size_t)n_tokens * o->n_kv_heads * o->head_dim, o->dtype)) {
         return kvwi_fail(KVC_INVALID, "layer %u: a value is not finite", layer);
     }
+    if (o->device_memory && kvwi_device_takes_pass(seq->worker, n_tokens) &&
+        (((uintptr_t)k | (uintptr_t)v) & 15u) != 0) { /* the device would only fault */
+        return kvwi_fail(KVC_INVALID, "layer %u: k and v must be 16-byte aligned", layer);
+    }
     uint32_t end = seq->pass.first + n_tokens;
     kvc_status st = kvwi_blocks_reserve(seq, end);
     if (st == KVC_OK) {

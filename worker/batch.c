@@ -2,7 +2,8 @@
  * batch.c: a token of several sequences in one call, for engines that decode a batch.
  *
  * Runs on the thread that has the batch and all its sequences. Every sequence appends and begins
- * before any waits, so that their misses travel together; a device steps them as one. Results are
+ * before any waits. On the CPU their misses travel together; a device steps them as one, or where a
+ * row of one has no address that it can read, or one attends everything, one by one. Results are
  * those of kvw_forward on each, whichever way.
  */
 #include <stdlib.h>
@@ -100,7 +101,8 @@ static kvc_status begin_all(kvw_batch *batch, kvw_seq *const *seqs, uint32_t n, 
 }
 
 /* The steps are given back, whatever comes. */
-static kvc_status finish_all(kvw_batch *batch, uint32_t n, const void *q, void *out, float *lse)
+static kvc_status finish_all(kvw_batch *batch, kvw_seq *const *seqs, uint32_t n, const void *q,
+                             void *out, float *lse)
 {
     const kvw_worker *w = batch->worker;
     size_t q_bytes = (size_t)w->opts.n_q_heads * w->opts.head_dim * w->elem_bytes;
@@ -110,7 +112,7 @@ static kvc_status finish_all(kvw_batch *batch, uint32_t n, const void *q, void *
         on_device = on_device && batch->steps[i]->on_device;
     }
     if (on_device) {
-        st = w->device_ops->batch_finish(batch->device, batch->steps, n, q, out, lse);
+        st = w->device_ops->batch_finish(batch->device, seqs, batch->steps, n, q, out, lse);
         for (uint32_t i = 0; i < n; i++) {
             if (st == KVC_OK) {
                 kvwi_step_give(batch->steps[i]);
@@ -144,9 +146,15 @@ kvc_status kvw_batch_forward(kvw_batch *batch, kvw_seq *const *seqs, uint32_t n,
     for (uint32_t i = 0; i < n; i++) {
         batch->steps[i] = NULL;
     }
+    if (batch->device != NULL) {
+        st = batch->worker->device_ops->batch_join(batch->device, seqs, n);
+    }
+    if (st != KVC_OK) {
+        return st;
+    }
     st = begin_all(batch, seqs, n, layer, q, k, v);
     if (st == KVC_OK) {
-        return finish_all(batch, n, q, out, lse);
+        return finish_all(batch, seqs, n, q, out, lse);
     }
     for (uint32_t i = 0; i < n; i++) {
         kvw_step_abandon(batch->steps[i]); /* NULL is fine */

@@ -4,31 +4,16 @@
  */
 #include "bench.h"
 #include "fake_cuda.h"
+#include "fake_rig.h"
 #include "oracle.h"
 
-#include <signal.h>
-
 #include "base/clock.h"
-#include "daemon.h"
 #include "device/state.h"
 #include "internal.h"
 
-#define N_TOKENS 600u
+#define N_TOKENS ((uint32_t)FAKE_TOKENS)
 #define PREFILL  576u
-#define DIMS     30u
-
-static void fake_rig(rig *r, kvc_client *client)
-{
-    rig_init(r, "esa", N_TOKENS);
-    r->opts.client = client;
-    r->opts.backend = "cuda:0";
-    r->opts.dtype = KVK_BF16;
-    r->opts.head_dim = 64;
-    r->opts.index = KVW_INDEX_COMPRESSED;
-    r->opts.residency_slots = 48;
-    r->opts.max_tokens = N_TOKENS;
-    rig_project(r, DIMS);
-}
+#define DIMS     ((uint32_t)FAKE_DIMS)
 
 static void an_absent_device_is_unsupported(void **state)
 {
@@ -252,41 +237,6 @@ static void a_chunk_may_be_foretold(void **state)
 }
 
 /* ---- a server of its own ---- */
-
-typedef struct served {
-    char folder[256];
-    support_daemon daemon;
-    kvc_client *client;
-} served;
-
-static int open_served(void **state)
-{
-    char uri[400];
-    served *s = calloc(1, sizeof(*s));
-    assert_non_null(s);
-    support_make_folder(s->folder, sizeof(s->folder));
-    char *whole = realpath(s->folder, NULL);
-    assert_non_null(whole);
-    (void)snprintf(uri, sizeof(uri), "shm://%s/shm.sock", whole);
-    free(whole);
-    const char *args[] = {"--listen", uri, "--dram-bytes", "256MiB", NULL};
-    assert_true(support_daemon_start(&s->daemon, s->folder, args));
-    const kvc_client_opts opts = {
-        .size_bytes = sizeof(opts), .uris = uri, .connect_timeout_ns = SUPPORT_PATIENCE_NS};
-    assert_ok(kvc_client_open(&opts, &s->client));
-    *state = s;
-    return 0;
-}
-
-static int close_served(void **state)
-{
-    served *s = *state;
-    kvc_client_close(s->client);
-    (void)support_daemon_stop(&s->daemon, SIGTERM);
-    support_remove_folder(s->folder);
-    free(s);
-    return 0;
-}
 
 /* A sequence whose rows are the server's. */
 static kvw_seq *open_prefilled(rig *r, kvc_client *client)

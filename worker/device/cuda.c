@@ -227,5 +227,6 @@ const kvwi_device_ops kvwi_device_cuda = {
     .bytes = kvwi_cuda_bytes,
     .batch_open = kvwi_cuda_batch_open,
     .batch_close = kvwi_cuda_batch_close,
+    .batch_join = kvwi_cuda_batch_join,
     .batch_finish = kvwi_cuda_batch_finish,
 };

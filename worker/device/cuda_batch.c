@@ -4,9 +4,10 @@
  *
  * Runs on the thread that uses the batch, whose sequences are this thread's too. Sequences of a
  * batch enqueue on its stream until they part, which is when others are stepped, or one or the
- * batch is closed. Where one of them has rows without an address, or a map went away, such
- * sequences are finished one by one. Invariant: a member's entries in the lanes are those of its
- * memories' generation.
+ * batch is closed. Where one of them has rows without an address, or attends everything, all are
+ * finished one by one; one whose map went away under the launch is stepped again alone. Invariants:
+ * a member's entries in the lanes are those of its memories' generation; after a launch each member
+ * is settled, whatever became of the others.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -274,21 +275,20 @@ static kvc_status list_layer(kvwi_device_batch *b, uint32_t layer)
     return st == KVC_OK ? put_list(b, lane->cands, sizeof(*cands)) : st;
 }
 
-static bool are_members(const kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
+static bool are_members(const kvwi_device_batch *b, kvw_seq *const *seqs, uint32_t n)
 {
     bool same = n == b->n_members;
     for (uint32_t i = 0; same && i < n; i++) {
-        same = steps[i]->seq == b->members[i] &&
-               steps[i]->seq->device->generation == b->generations[i];
+        same = seqs[i] == b->members[i] && seqs[i]->device->generation == b->generations[i];
     }
     return same;
 }
 
-static void take_members(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
+static void take_members(kvwi_device_batch *b, kvw_seq *const *seqs, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++) {
-        kvwi_device_seq *d = steps[i]->seq->device;
-        b->members[i] = steps[i]->seq;
+        kvwi_device_seq *d = seqs[i]->device;
+        b->members[i] = seqs[i];
         b->generations[i] = d->generation;
         d->batch = b;
         d->stream = b->stream;
@@ -296,17 +296,17 @@ static void take_members(kvwi_device_batch *b, kvw_step *const *steps, uint32_t 
     b->n_members = n;
 }
 
-/* The steps' sequences become the batch's. */
-static kvc_status join(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
+/* The sequences become the batch's. */
+static kvc_status join(kvwi_device_batch *b, kvw_seq *const *seqs, uint32_t n)
 {
     kvc_status st = KVC_OK;
     uint32_t rows_max = 0;
-    if (are_members(b, steps, n)) {
+    if (are_members(b, seqs, n)) {
         return KVC_OK;
     }
     kvwi_cuda_batch_part(b);
     for (uint32_t i = 0; st == KVC_OK && i < n; i++) {
-        kvwi_device_seq *d = steps[i]->seq->device;
+        kvwi_device_seq *d = seqs[i]->device;
         if (d->batch != NULL) {
             kvwi_cuda_batch_part(d->batch);
         }
@@ -319,7 +319,7 @@ static kvc_status join(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
     if (st != KVC_OK) {
         return st;
     }
-    take_members(b, steps, n);
+    take_members(b, seqs, n);
     for (uint32_t i = 0; st == KVC_OK && i < b->worker->opts.n_layers; i++) {
         st = list_layer(b, i);
     }
@@ -369,6 +369,17 @@ static kvc_status write_lane(kvwi_device_batch *b, kvw_step *const *steps, uint3
     return KVC_OK;
 }
 
+/* What resolve gave slots to in a step that did not end well is in none of them. */
+static void forget_all(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
+{
+    const kvwi_lane *lane = &b->layers[steps[0]->layer].lane;
+    for (uint32_t i = 0; i < n; i++) {
+        if (kvwi_cuda_forget(steps[i]->seq, lane, i, NULL) != KVC_OK) {
+            KVC_LOG_WARN(WORKER, "a batch's step failed and the device does not answer");
+        }
+    }
+}
+
 static kvc_status launch(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n, const void *q)
 {
     kvwi_lane *lane = &b->layers[steps[0]->layer].lane;
@@ -392,26 +403,37 @@ static kvc_status launch(kvwi_device_batch *b, kvw_step *const *steps, uint32_t 
     lane->n_done++;
     st = kvwi_cuda_await(lane, cuda_of(b), b->stream);
     steps[0]->seq->stats.host_syncs++;
+    if (st != KVC_OK) {
+        forget_all(b, steps, n);
+    }
     return st;
 }
 
-static kvc_status give_result(kvwi_device_batch *b, uint32_t layer, uint32_t n, void *out,
-                              float *lse)
+/* Of the members [first, end). */
+static kvc_status give_results(kvwi_device_batch *b, uint32_t layer, uint32_t first, uint32_t end,
+                               void *out, float *lse)
 {
     const kvwi_lane *lane = &b->layers[layer].lane;
-    size_t out_bytes = n * q_bytes(b->worker);
-    size_t lse_bytes = (size_t)n * b->worker->opts.n_q_heads * sizeof(float);
+    const size_t one = q_bytes(b->worker), heads = b->worker->opts.n_q_heads, n = end - first;
+    uint8_t *to = (uint8_t *)out + first * one;
+    const uint8_t *from = (const uint8_t *)lane->out + first * one;
+    float *to_lse = lse == NULL ? NULL : lse + first * heads;
+    const float *from_lse = lane->lse + first * heads;
+    if (n == 0) {
+        return KVC_OK;
+    }
     if (!b->worker->opts.device_memory) {
-        memcpy(out, lane->out, out_bytes);
+        memcpy(to, from, n * one);
         if (lse != NULL) {
-            memcpy(lse, lane->lse, lse_bytes);
+            memcpy(to_lse, from_lse, n * heads * sizeof(*lse));
         }
         return KVC_OK;
     }
-    kvc_status st = kvk_cuda_copy(cuda_of(b), out, lane->out, out_bytes, b->stream);
-    return st == KVC_OK && lse != NULL
-               ? kvk_cuda_copy(cuda_of(b), lse, lane->lse, lse_bytes, b->stream)
-               : st;
+    kvc_status st = kvk_cuda_copy(cuda_of(b), to, from, n * one, b->stream);
+    if (st == KVC_OK && lse != NULL) {
+        st = kvk_cuda_copy(cuda_of(b), to_lse, from_lse, n * heads * sizeof(*lse), b->stream);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a result of a batch");
 }
 
 static kvc_status finish_alone(kvw_step *step, uint32_t at, const void *q, void *out, float *lse)
@@ -433,52 +455,72 @@ static bool all_mapped(kvw_step *const *steps, uint32_t n)
     return mapped;
 }
 
-/* Sequence `at` has been stepped: it counts, or is stepped again where its map went away. */
-static kvc_status settle(kvwi_device_batch *b, kvw_step *step, uint32_t at, const void *q,
-                         void *out, float *lse)
+/* Sequence `at` has been stepped: whether that counts. If not, its map went away under it, and
+ * what it read is forgotten. *status_p: of that. */
+static bool settle(kvwi_device_batch *b, kvw_step *step, uint32_t at, kvc_status *status_p)
 {
     kvw_seq *seq = step->seq;
     kvwi_device_layer *l = &seq->device->layers[step->layer];
     kvwi_lane *lane = &b->layers[step->layer].lane;
     seq->device->unsettled = false;
+    *status_p = KVC_OK;
     if (lane->n_misses[at] == 0 || kvwi_cuda_tables_hold(seq, l->stamp)) {
         kvwi_cuda_step_done(step, lane->n_misses[at], 0);
         l->picks_at = lane->picks + (size_t)at * seq->worker->opts.k;
-        return KVC_OK;
+        return true;
     }
-    kvc_status st = kvwi_cuda_forget(seq, lane, at, NULL);
-    return st == KVC_OK ? finish_alone(step, at, q, out, lse) : st;
+    *status_p = kvwi_cuda_forget(seq, lane, at, NULL);
+    return false;
 }
 
+static kvc_status first_of(kvc_status first, kvc_status next)
+{
+    return first == KVC_OK ? next : first;
+}
+
+/* All members, whatever becomes of one: rows that did not come must not stay resident. Nothing of a
+ * member's is written before it is settled, since out may be q. */
 static kvc_status finish_together(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n,
                                   const void *q, void *out, float *lse)
 {
-    kvc_status st = launch(b, steps, n, q);
-    if (st == KVC_OK) {
-        st = give_result(b, steps[0]->layer, n, out, lse);
-    }
+    uint32_t layer = steps[0]->layer, first = 0; /* of those whose results are not given yet */
+    kvc_status st = launch(b, steps, n, q), forgot = KVC_OK;
     if (st != KVC_OK) {
         return kvwi_cuda_fail(st, "a step of a batch");
     }
-    for (uint32_t i = 0; st == KVC_OK && i < n; i++) {
-        st = settle(b, steps[i], i, q, out, lse);
+    for (uint32_t i = 0; i < n; i++) {
+        if (settle(b, steps[i], i, &forgot)) {
+            continue;
+        }
+        st = first_of(st, give_results(b, layer, first, i, out, lse));
+        st = first_of(st, forgot);
+        kvc_status again = forgot == KVC_OK ? finish_alone(steps[i], i, q, out, lse) : forgot;
+        st = first_of(st, again);
+        first = i + 1u;
     }
-    return st;
+    return first_of(st, give_results(b, layer, first, n, out, lse));
 }
 
-kvc_status kvwi_cuda_batch_finish(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n,
-                                  const void *q, void *out, float *lse)
+kvc_status kvwi_cuda_batch_join(kvwi_device_batch *b, kvw_seq *const *seqs, uint32_t n)
+{
+    kvc_status st = join(b, seqs, n);
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a batch");
+}
+
+kvc_status kvwi_cuda_batch_finish(kvwi_device_batch *b, kvw_seq *const *seqs,
+                                  kvw_step *const *steps, uint32_t n, const void *q, void *out,
+                                  float *lse)
 {
     uint64_t t0 = kvc_now_ns();
-    kvc_status st = join(b, steps, n);
+    kvc_status st = kvwi_cuda_batch_join(b, seqs, n); /* again where one has grown since */
     if (st != KVC_OK) {
-        return kvwi_cuda_fail(st, "a batch");
+        return st;
     }
     if (all_mapped(steps, n)) {
         st = finish_together(b, steps, n, q, out, lse);
     } else {
-        for (uint32_t i = 0; st == KVC_OK && i < n; i++) {
-            st = finish_alone(steps[i], i, q, out, lse);
+        for (uint32_t i = 0; i < n; i++) {
+            st = first_of(st, finish_alone(steps[i], i, q, out, lse));
         }
     }
     steps[0]->seq->stats.ns_attend += kvc_now_ns() - t0;

@@ -302,7 +302,8 @@ kvc_status kvwi_cuda_prefill_select(kvw_step *step)
     const kvw_worker *w = step->seq->worker;
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = &d->layers[step->layer];
-    kvc_status st = step->full ? KVC_OK : select_picks(step);
+    kvc_status st = step->full || l->chosen ? KVC_OK : select_picks(step);
+    l->chosen = st == KVC_OK; /* a second attempt has other queries, and resolves the same picks */
     const kvk_cuda_resolve_args args = {
         .n_seqs = 1,
         .k = w->opts.k,

@@ -102,6 +102,7 @@ static kvc_status take_query(kvw_step *step, void *to, const void *q)
 static kvc_status start_select(kvw_step *step)
 {
     kvwi_device_layer *l = layer_of(step);
+    l->picks_at = l->lane.picks; /* a batch that parts must not bring older ones there */
     kvc_status st = l->prefill ? kvwi_cuda_prefill_select(step) : launch(step, l->select);
     l->selected = st == KVC_OK;
     return st;
@@ -147,7 +148,7 @@ kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole
     *l->lane.n_tokens = step->n_tokens;
     *l->lane.differs = 0;
     l->one_query = whole;
-    l->selected = l->attended = false;
+    l->chosen = l->selected = l->attended = false;
     if (st == KVC_OK && !whole) {
         st = take_select_query(step, q_select);
     }

@@ -67,10 +67,14 @@ typedef struct kvwi_device_ops {
     kvc_status (*batch_open)(kvw_worker *worker, uint32_t n_max, void *stream,
                              kvwi_device_batch **batch_p);
     void (*batch_close)(kvwi_device_batch *batch);
-    /* step_finish of n steps of one layer that were begun as whole ones, of different sequences; q,
-     * out and lse of all, one after the other. A failure leaves every step to be abandoned. */
-    kvc_status (*batch_finish)(kvwi_device_batch *batch, kvw_step *const *steps, uint32_t n,
-                               const void *q, void *out, float *lse);
+    /* n different sequences enqueue on the batch's stream from now on: before the first append of a
+     * call, whose k and v are made on it. */
+    kvc_status (*batch_join)(kvwi_device_batch *batch, kvw_seq *const *seqs, uint32_t n);
+    /* step_finish of the sequences' steps of one layer, which were begun as whole ones; q, out and
+     * lse of all, one after the other. A failure leaves every step to be abandoned. */
+    kvc_status (*batch_finish)(kvwi_device_batch *batch, kvw_seq *const *seqs,
+                               kvw_step *const *steps, uint32_t n, const void *q, void *out,
+                               float *lse);
 
     /* All memory that a retriever needs, its slab made readable to the device. NO_MEMORY. */
     kvc_status (*retriever_open)(kvw_retriever *r);

@@ -82,6 +82,7 @@ typedef struct kvwi_device_layer {
     kvk_cuda_graph *select, *attend, *whole;
     /* of the open step, or the last one */
     bool prefill; /* several queries, or attends everything: cuda_prefill.c */
+    bool chosen;  /* its picks are made, from the queries that it began with */
     bool one_query, selected, attended;
     uint64_t stamp;     /* of the map that the attention reads; the tables may have left it since */
     kvc_map_hold *hold; /* on it, until the device has read; NULL: none */
@@ -281,8 +282,11 @@ uint32_t kvwi_cuda_prefill_picks(const kvw_step *step);
 kvc_status kvwi_cuda_batch_open(kvw_worker *worker, uint32_t n_max, void *stream,
                                 kvwi_device_batch **batch_p) KVC_MUST_CHECK;
 void kvwi_cuda_batch_close(kvwi_device_batch *batch);
-kvc_status kvwi_cuda_batch_finish(kvwi_device_batch *batch, kvw_step *const *steps, uint32_t n,
-                                  const void *q, void *out, float *lse) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_batch_join(kvwi_device_batch *batch, kvw_seq *const *seqs,
+                                uint32_t n) KVC_MUST_CHECK;
+kvc_status kvwi_cuda_batch_finish(kvwi_device_batch *batch, kvw_seq *const *seqs,
+                                  kvw_step *const *steps, uint32_t n, const void *q, void *out,
+                                  float *lse) KVC_MUST_CHECK;
 /* Its sequences are on their own again; waits for the device. */
 void kvwi_cuda_batch_part(kvwi_device_batch *batch);
 

@@ -150,10 +150,12 @@ typedef struct kvw_opts {
      */
     uint32_t max_tokens; /* a sequence takes GPU memory for so many at open; one that grows beyond
                             gets more between two passes; 0: 131072 */
-    /* 1: k, v, q, out and lse of every call are that GPU's memory (16-byte aligned), used in order
-     * on kvw_seq_opts.stream; then keys and queries of decode steps are not checked for being
-     * finite. Landmarks and the query of kvw_retrieve are host memory always, and
-     * kvw_retriever_attend does not wait for out. 0: host memory. */
+    /* 1: k, v, q, out and lse of every call are that GPU's memory (16-byte aligned: k and
+     * v of passes that the GPU takes are INVALID otherwise), used in order on kvw_seq_opts.stream,
+     * or a batch's; then nobody looks whether keys, values and queries of such passes, of one token
+     * or of many, are finite: what is not reaches the store and all that attend to it. Landmarks
+     * and the query of kvw_retrieve are host memory always, and kvw_retriever_attend does not wait
+     * for out. 0: host memory. */
     uint32_t device_memory;
     /* "gca", "hsa": queries that attend to what one retrieval chose, of all calls together, as far
      * as that is known, at most 2^32; 0: as many as to the one before, at first 64. */
@@ -294,7 +296,8 @@ KVW_API kvc_status kvw_forward(kvw_seq *seq, uint32_t layer, const void *q, cons
  * a layer and one wait. Their thread is that of the batch while they are in it, and they belong to
  * it until others take their place or it is closed; a sequence may be destroyed before. n_max at
  * most KVW_MAX_BATCH; stream: of device_memory, as a sequence's, which is not used meanwhile. Holds
- * GPU memory for n_max sequences. INVALID; UNSUPPORTED: selectors of chunks, tp_size above 1;
+ * GPU memory for n_max sequences, and a graph for each layer and number of sequences that came,
+ * until it is closed. INVALID; UNSUPPORTED: selectors of chunks, tp_size above 1;
  * NO_MEMORY.
  */
 #define KVW_MAX_BATCH 512u
@@ -305,9 +308,10 @@ KVW_API void kvw_batch_close(kvw_batch *batch);
 /*
  * kvw_forward of one token of each of n different sequences, each after its kvw_tokens: q, out [n,
  * n_q_heads, head_dim], k, v [n, n_kv_heads, head_dim], lse [n, n_q_heads] or NULL, sequence after
- * sequence. The results are those of kvw_forward. The status is that of a sequence that failed; out
- * is undefined then, no step is open, and of each sequence holds what kvw_forward says: where its
- * layer has the token (kvw_step_begin is not INVALID), its step may be done again alone.
+ * sequence; out may be q. The results are those of kvw_forward. The status is that of a sequence
+ * that failed; out is undefined then, no step is open, and of each sequence holds what kvw_forward
+ * says: where its layer has the token (kvw_step_begin is not INVALID), its step may be done again
+ * alone.
  */
 KVW_API kvc_status kvw_batch_forward(kvw_batch *batch, kvw_seq *const *seqs, uint32_t n,
                                      uint32_t layer, const void *q, const void *k, const void *v,
