@@ -30,6 +30,8 @@ static const char help[] =
     "    broken (another did not work), busy (a server's attention), rest (of what it attended "
     "to).\n"
     "    Where rdma can be taken it says whether rows that cross it are summed (kvctl --sums).\n"
+    "    They are copied once more where a worker's sequences are larger than its client may lock\n"
+    "    (kvctl doctor; counts rdma_regions_too_large, rdma_regions_evicted, rdma_placed_bytes).\n"
     "\n"
     "OPTIONS\n"
     "    --schema SCHEMA\n"

@@ -148,7 +148,7 @@ typedef struct kvt_connect_opts {
      * differs. The others' media have sums of their own, or never leave the host. */
     bool sums;
     /* rdma: of lent memory registered at once, for rows; 0: 1 GiB, and at most a quarter of the
-     * limit on locked memory. */
+     * limit on locked memory, together with the process's other connections. */
     uint64_t region_bytes;
 } kvt_connect_opts;
 
@@ -172,8 +172,8 @@ struct kvt_xfer {
     /* Of FetchRows, else NULL; rooms [n_rooms] and what they point at are kept until done: for the
      * rows of the request in turn. A transport that can writes them there by itself, where the
      * memory is lent (base/lent.h); then done waits until nobody can any more, also past a cancel
-     * or the deadline: for a second, or the connection is given up. What a transfer that failed
-     * has left there is undefined. */
+     * or the deadline: for a quarter of the time that it had, 1 s at least and 4 s at most, or the
+     * connection is given up. What a transfer that failed has left there is undefined. */
     const kvt_room *rooms;
     uint32_t n_rooms;
     void (*done)(kvt_xfer *xfer);

@@ -113,6 +113,14 @@ static void locked_memory(void **state)
     explain(&facts);
     assert_int_equal(worst, KVT_RDMA_WARN);
     assert_told("locked memory is 8192 KiB | ulimit -l unlimited");
+    facts.memlock_bytes = UINT64_C(1) << 30; /* enough to connect, and not for large regions */
+    explain(&facts);
+    assert_int_equal(worst, KVT_RDMA_INFO);
+    assert_told("of 1024 MiB of locked memory, workers' clients take 256 for rows");
+    facts.memlock_bytes = UINT64_C(4) << 30;
+    explain(&facts);
+    assert_int_equal(worst, KVT_RDMA_OK);
+    facts.memlock_bytes = 8u << 20;
     facts.ports[0].register_errno = ENOMEM;
     explain(&facts);
     assert_told("could not be registered");

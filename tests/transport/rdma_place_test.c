@@ -12,6 +12,7 @@
 #include "base/log.h"
 #include "base/metrics.h"
 #include "fake_peer.h"
+#include "transport/rdma/client.h"
 #include "wire/wire.h"
 
 /* ---- where rows land ------------------------------------------------------------------------- */
@@ -200,7 +201,8 @@ static void late_writes(void **state)
         rooms_open(&f, NULL, ROOMS_ALL, false);
         warm(&f, 0);
         rig_wait_registered();
-        uint32_t n_done = submit_stalled(&t, &f, how == DEADLINE ? SECOND : PATIENCE_NS);
+        uint64_t late = kvc_metric_get(KVC_M_rdma_let_go_late);
+        uint32_t n_done = submit_stalled(&t, &f, how == DEADLINE ? SECOND : 4 * SECOND);
         if (how == CANCEL)
             f.ops->cancel(f.conn, &t.j.xfer);
         else if (how == CLOSE)
@@ -208,7 +210,8 @@ static void late_writes(void **state)
         wait_done(&f, n_done + 1);
         assert_true(t.j.status == KVC_CANCELLED || t.j.status == KVC_TIMED_OUT);
         assert_true(t.qps_at_done <= 1); /* the client's was gone */
-        memset(area[0], 0x77, AREA);     /* what the caller does with his memory now */
+        assert_int_equal(kvc_metric_get(KVC_M_rdma_let_go_late) - late, how != CLOSE);
+        memset(area[0], 0x77, AREA); /* what the caller does with his memory now */
         fake_verbs_fault(&fake_no_faults);
         usleep(20000);
         uint32_t i = 0;
@@ -221,6 +224,17 @@ static void late_writes(void **state)
         warm(&f, 0);
         rooms_close(&f);
     }
+}
+
+/* Who waits long for an answer waits longer for the server to let go, within limits. */
+static void patience_follows_the_timeout(void **state)
+{
+    (void)state;
+    assert_int_equal(kvtr_let_go_ns(0), KVTI_LET_GO_LEAST_NS);
+    assert_int_equal(kvtr_let_go_ns(4 * KVTI_LET_GO_LEAST_NS), KVTI_LET_GO_LEAST_NS);
+    assert_int_equal(kvtr_let_go_ns(10 * SECOND), 10 * SECOND / 4);
+    assert_int_equal(kvtr_let_go_ns(30 * SECOND), KVTI_LET_GO_MOST_NS);
+    assert_int_equal(kvtr_let_go_ns(UINT64_MAX), KVTI_LET_GO_MOST_NS);
 }
 
 /* One that completes late, but in time, is as good as any. */
@@ -441,6 +455,7 @@ static void sums_cover_places(void **state)
     n_missing = 1;
     assert_true(run_rooms(&f, 0, 16, 0, 3));
     uint64_t wrong = kvc_metric_get(KVC_M_rdma_sums_wrong);
+    uint64_t placed = kvc_metric_get(KVC_M_rdma_placed_bytes);
     for (int what = 0; what < 2; what++) {
         fake_faults fault = fake_no_faults;
         fault.flip = what == 0 ? IBV_WR_RDMA_WRITE : IBV_WR_SEND;
@@ -453,6 +468,7 @@ static void sums_cover_places(void **state)
         assert_int_equal(kvc_metric_get(KVC_M_rdma_sums_wrong) - wrong, (uint64_t)what + 1);
         job_fini(&t.j);
     }
+    assert_int_equal(kvc_metric_get(KVC_M_rdma_placed_bytes), placed); /* what was wrong is none */
     rooms_close(&f);
 }
 
@@ -465,6 +481,7 @@ int main(void)
         cmocka_unit_test(lengths_that_differ),
         cmocka_unit_test(older_servers),
         cmocka_unit_test(late_writes),
+        cmocka_unit_test(patience_follows_the_timeout),
         cmocka_unit_test(late_completion),
         cmocka_unit_test(cancel_is_answered),
         cmocka_unit_test(answers_of_an_earlier_life),

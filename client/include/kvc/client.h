@@ -49,7 +49,8 @@ typedef struct kvc_client_opts {
      * every byte; a difference is CORRUPT. Without it, the fabric's own CRCs are all there is. */
     uint64_t sums; /* not 0: so */
     /* Over rdma://: bytes of regions that are registered at once, to be written to; 0: 1 GiB, and
-     * at most a quarter of the limit on locked memory. */
+     * at most a quarter of the limit on locked memory, together with all other clients of the
+     * process. A larger region is always copied to (log, and count rdma_regions_too_large). */
     uint64_t region_bytes;
 } kvc_client_opts;
 
@@ -110,9 +111,10 @@ typedef struct kvc_region_desc {
  * Declares memory that rows may land in or values leave from. It stays the caller's and outlives
  * the region. UNSUPPORTED: this client cannot move bytes there directly; stage it yourself. Over
  * rdma:// it is registered with the device, and so locked, after the first kvc_fetch into it, as
- * far as opts.region_bytes and 64 regions go (then those used least recently make room), and the
- * server of this client, nobody else, may write there; its rows come without a copy then. A region
- * that cannot be registered, or overlaps another that is not the same, is copied to.
+ * far as opts.region_bytes and 64 regions go (then those used least recently make room, but none
+ * that was used in the last 5 s), and the server of this client, nobody else, may write there; its
+ * rows come without a copy then. A region that cannot be registered, or overlaps another that is
+ * not the same, is copied to.
  */
 kvc_status kvc_region_register(kvc_client *client, const kvc_region_desc *desc,
                                kvc_region **region_p) KVC_MUST_CHECK;
@@ -219,7 +221,10 @@ typedef struct kvc_fetch_info {
  * dst_slots, dst, status and info_p until completion. status [total picks] may be NULL; a missing
  * row leaves its bytes untouched and has status[i] = NOT_FOUND (or AGAIN, IO, CORRUPT); the op is
  * still OK. Where the op fails, or a request was repeated, slots of rows that are not there are
- * undefined. info_p may be NULL.
+ * undefined. info_p may be NULL. Over rdma://, rows that the server writes to dst itself: a cancel
+ * or the deadline completes the op only once it has said that it writes no more; where that takes
+ * longer than a quarter of the time there was (1 s at least, 4 s at most), the connection is given
+ * up, and what else is on it is asked again (count rdma_let_go_late).
  */
 kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,
                      const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,

@@ -107,8 +107,8 @@ static void find_places(const kvtr_rcall *call, const kvc_reply *reply, uint32_t
                         payload *p)
 {
     if (call->runs != NULL) {
-        p->places = kvtr_runs_cut(call->runs, call->n_runs, reply->u.fetch_rows.missing,
-                                  reply->u.fetch_rows.n_missing, data_bytes, &p->n_places);
+        (void)kvtr_runs_cut(call->runs, call->n_runs, reply->u.fetch_rows.missing,
+                            reply->u.fetch_rows.n_missing, data_bytes, &p->places, &p->n_places);
     } else if (data_bytes <= call->landing_bytes) {
         p->places = calloc(1, sizeof(*p->places));
         p->n_places = p->places == NULL ? 0 : 1;

@@ -122,15 +122,19 @@ static const kvtr_owner owner = {
 
 /* ---- the connection -------------------------------------------------------------------------- */
 
-/* Locked memory that regions may take: what is left is for links and buffers, without which nothing
- * goes at all. */
-static uint64_t region_limit(void)
+/* A quarter of the limit on locked memory is for the regions of all connections together, unless
+ * their options say otherwise: what is left is for links and buffers, without which nothing goes at
+ * all. */
+static void limit_regions(kvtr_loop *loop, uint64_t region_bytes)
 {
     struct rlimit limit;
-    if (getrlimit(RLIMIT_MEMLOCK, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY ||
-        limit.rlim_cur / 4 > KVTI_REGION_BYTES)
-        return KVTI_REGION_BYTES;
-    return limit.rlim_cur / 4;
+    loop->region_max_bytes = region_bytes == 0 ? KVTI_REGION_BYTES : region_bytes;
+    if (region_bytes != 0 || getrlimit(RLIMIT_MEMLOCK, &limit) != 0 ||
+        limit.rlim_cur == RLIM_INFINITY)
+        return;
+    loop->region_shared_bytes = limit.rlim_cur < 4 ? 1 : limit.rlim_cur / 4;
+    if (loop->region_max_bytes > loop->region_shared_bytes)
+        loop->region_max_bytes = loop->region_shared_bytes;
 }
 
 static kvt_conn *create_conn(const kvt_connect_opts *opts)
@@ -159,7 +163,7 @@ static kvt_conn *create_conn(const kvt_connect_opts *opts)
     conn->loop.owner = &owner;
     conn->loop.is_client = true;
     conn->loop.pool_max_bytes = POOL_BYTES;
-    conn->loop.region_max_bytes = opts->region_bytes == 0 ? region_limit() : opts->region_bytes;
+    limit_regions(&conn->loop, opts->region_bytes);
     conn->loop.handshake_ns = HANDSHAKE_NS;
     conn->loop.keepalive_ns = KEEPALIVE_NS;
     return conn;
@@ -246,6 +250,10 @@ static kvc_status create_op(kvt_conn *conn, kvt_xfer *xfer, kvtr_rop **op_p)
     op->conn = conn;
     op->xfer = xfer;
     op->deadline_ns = xfer->deadline_ns;
+    uint64_t now_ns = kvc_now_ns();
+    op->patience_ns = kvtr_let_go_ns(op->deadline_ns == 0       ? UINT64_MAX
+                                     : op->deadline_ns > now_ns ? op->deadline_ns - now_ns
+                                                                : 0);
     op->pushing = xfer->pushed != NULL;
     op->frame = (kvc_frame){.kind = KVC_FRAME_REQUEST,
                             .method = xfer->req->method,

@@ -28,6 +28,7 @@ struct kvtr_rop {
     kvtr_rop *told;        /* next with something to deliver */
     uint64_t id;
     uint64_t deadline_ns; /* 0: none */
+    uint64_t patience_ns; /* that its server has to let go of its caller's memory */
     const void *head;     /* of the request, in arena */
     kvc_frame frame;      /* of the request */
     kvc_arena arena;      /* until it is under way */
@@ -79,6 +80,15 @@ void kvtr_op_keep(kvtr_rop *op, kvtr_link *link);
 void kvtr_op_forget(kvtr_rop *op);
 void kvtr_op_leave(kvtr_rop *op); /* its channel */
 void kvtr_op_drop_memory(kvtr_rop *op);
+
+/* Of a request with so long to go when it was submitted; UINT64_MAX: it has no deadline. */
+static inline uint64_t kvtr_let_go_ns(uint64_t timeout_ns)
+{
+    uint64_t patience_ns = timeout_ns / 4;
+    if (patience_ns < KVTI_LET_GO_LEAST_NS)
+        return KVTI_LET_GO_LEAST_NS;
+    return patience_ns < KVTI_LET_GO_MOST_NS ? patience_ns : KVTI_LET_GO_MOST_NS;
+}
 
 bool kvtr_client_begin(kvtr_link *link, const kvc_frame *frame, bool *keep_p);
 bool kvtr_client_frame(kvtr_link *link, const kvc_frame *frame, uint8_t *body);

@@ -11,6 +11,7 @@
 #include "transport/rdma_check.h"
 
 #define LEAST_MEMLOCK ((uint64_t)256 << 20) /* some connections, their pools, one dram segment */
+#define REGION_BYTES  ((uint64_t)1 << 30)   /* that a connection registers where it may */
 #define GOOD_MTU      4096u
 #define ROCE_BYTES    60u /* what RoCE's headers take of the interface's MTU */
 
@@ -74,6 +75,13 @@ static void explain_memlock(const kvt_rdma_facts *facts, const reporter *r)
             "the limit on locked memory is %llu KiB%s",
             (unsigned long long)(facts->memlock_bytes >> 10),
             refused ? ", and 1 MiB could not be registered" : "");
+    else if (facts->memlock_bytes / 4 < REGION_BYTES)
+        say(r, KVT_RDMA_INFO,
+            "ulimit -l unlimited for the worker's process, or its client's region_bytes",
+            "of %llu MiB of locked memory, workers' clients take %llu for rows to be written to in "
+            "place; rows of larger regions (a sequence's residency) are copied",
+            (unsigned long long)(facts->memlock_bytes >> 20),
+            (unsigned long long)(facts->memlock_bytes >> 22));
 }
 
 static void explain_mtu(const kvt_rdma_port *port, const reporter *r)

@@ -104,7 +104,7 @@ void kvtr_end_op(kvtr_rop *op, kvc_status status, const char *detail)
     }
     /* The server may write to its caller's memory until it says that it is done. */
     kvt_conn *conn = op->conn;
-    op->let_go_ns = kvc_deadline_ns(KVTI_LET_GO_NS);
+    op->let_go_ns = kvc_deadline_ns(op->patience_ns);
     if (conn->next_deadline_ns == 0 || op->let_go_ns < conn->next_deadline_ns)
         conn->next_deadline_ns = op->let_go_ns;
     kvtr_loop_wake(&conn->loop);
@@ -160,35 +160,50 @@ static kvc_status check_places(const kvtr_rop *op, const kvc_frame *frame, const
     return status;
 }
 
+/* The header of rows in their places, which is not summed yet: what does not decode has changed
+ * under way, where there are sums. */
+static kvc_status decode_placed(const kvtr_rop *op, kvt_xfer *xfer, const kvc_frame *frame,
+                                uint8_t *body, const char **why_p)
+{
+    /* A payload goes with it, of which the decoder looks at the length alone: any place will do. */
+    struct iovec pieces[2] = {{body, frame->head_bytes},
+                              {(void *)(uintptr_t)op->runs[0].addr, frame->data_bytes}};
+    kvc_status status =
+        kvc_wire_decode_reply(xfer->req->method, pieces, 2, &xfer->arena, &xfer->reply, why_p);
+    if (status == KVC_OK || status == KVC_NO_MEMORY)
+        return status;
+    if (!op->conn->sums)
+        return KVC_PROTOCOL;
+    KVC_COUNT(rdma_sums_wrong);
+    return KVC_CORRUPT;
+}
+
 /* Rows that the server has written to their places: which are missing is in the header. */
 static kvc_status take_placed(const kvtr_rop *op, kvt_xfer *xfer, const kvc_frame *frame,
                               uint8_t *body, const char **why_p)
 {
-    /* Stands for the payload where the header is decoded, which does not look at it. */
-    static const uint8_t nothing[KVC_FRAME_DATA_BYTES];
-    struct iovec pieces[2] = {{body, frame->head_bytes},
-                              {(void *)(uintptr_t)nothing, frame->data_bytes}};
+    uint32_t n;
+    kvtr_place *places;
     *why_p = "rows that were written to no place of theirs";
     if ((op->frame.flags & KVTI_PLACED) == 0 || (frame->flags & KVC_FRAME_ELSEWHERE) == 0)
         return KVC_PROTOCOL;
-    kvc_status status =
-        kvc_wire_decode_reply(xfer->req->method, pieces, 2, &xfer->arena, &xfer->reply, why_p);
-    if (status != KVC_OK && op->conn->sums)
-        KVC_COUNT(rdma_sums_wrong);
+    kvc_status status = decode_placed(op, xfer, frame, body, why_p);
     if (status != KVC_OK)
-        return op->conn->sums ? KVC_CORRUPT : KVC_PROTOCOL;
-    uint32_t n;
-    *why_p = "the rows' length does not fit their places (is row_bytes the part's?)";
-    kvtr_place *places = kvtr_runs_cut(op->runs, op->n_runs, xfer->reply.u.fetch_rows.missing,
-                                       xfer->reply.u.fetch_rows.n_missing, frame->data_bytes, &n);
-    if (places == NULL)
-        return KVC_PROTOCOL;
+        return status;
+    status = kvtr_runs_cut(op->runs, op->n_runs, xfer->reply.u.fetch_rows.missing,
+                           xfer->reply.u.fetch_rows.n_missing, frame->data_bytes, &places, &n);
+    *why_p = status == KVC_NO_MEMORY
+                 ? "out of memory"
+                 : "the rows' length does not fit their places (is row_bytes the part's?)";
+    if (status != KVC_OK)
+        return status == KVC_NO_MEMORY ? status : KVC_PROTOCOL;
     status = check_places(op, frame, body, places, n, why_p);
     free(places);
     xfer->reply.data = NULL;
     xfer->reply.n_data = 0;
     xfer->placed = status == KVC_OK;
-    KVC_COUNT_N(rdma_placed_bytes, frame->data_bytes);
+    if (xfer->placed)
+        KVC_COUNT_N(rdma_placed_bytes, frame->data_bytes);
     return status;
 }
 
@@ -402,6 +417,15 @@ void kvtr_client_down(kvtr_link *link, kvtr_read *reads)
     }
 }
 
+/* With the mutex held: only without its queue pair can the server write no more. */
+static void give_up(kvtr_link *link)
+{
+    if (link->broken)
+        return;
+    KVC_COUNT(rdma_let_go_late);
+    kvtr_link_break(link, "the server did not let go of a caller's memory");
+}
+
 /* With the mutex held: ends what is late. */
 static void end_late(kvt_conn *conn)
 {
@@ -413,7 +437,7 @@ static void end_late(kvt_conn *conn)
             kvtr_end_op(op, KVC_TIMED_OUT, "the deadline passed");
         uint64_t due_ns = op->ended ? op->let_go_ns : op->deadline_ns;
         if (op->ended && op->link != NULL && due_ns != 0 && due_ns <= now_ns)
-            kvtr_link_break(op->link, "the server did not let go of a caller's memory");
+            give_up(op->link);
         else if (due_ns > now_ns && (first_ns == 0 || due_ns < first_ns))
             first_ns = due_ns;
     }

@@ -74,15 +74,17 @@ static void add_place(kvtr_place *places, uint32_t *n_p, const kvtr_run *run, ui
             (kvtr_place){run->addr + begin * run->row_bytes, (end - begin) * run->row_bytes};
 }
 
-kvtr_place *kvtr_runs_cut(const kvtr_run *runs, uint32_t n_runs, const kvc_missing_row *missing,
-                          uint32_t n_missing, uint64_t data_bytes, uint32_t *n_p)
+kvc_status kvtr_runs_cut(const kvtr_run *runs, uint32_t n_runs, const kvc_missing_row *missing,
+                         uint32_t n_missing, uint64_t data_bytes, kvtr_place **places_p,
+                         uint32_t *n_p)
 {
     uint64_t first = 0, bytes = 0;
     uint32_t n = 0, m = 0;
     kvtr_place *places = calloc((size_t)n_runs + n_missing + 1, sizeof(*places));
     *n_p = 0;
+    *places_p = NULL;
     if (places == NULL)
-        return NULL;
+        return KVC_NO_MEMORY;
     for (uint32_t r = 0; r < n_runs; r++) {
         uint64_t begin = 0;
         for (; m < n_missing && missing[m].index >= first &&
@@ -99,8 +101,9 @@ kvtr_place *kvtr_runs_cut(const kvtr_run *runs, uint32_t n_runs, const kvc_missi
         bytes += places[i].len_bytes;
     if (m == n_missing && bytes == data_bytes) {
         *n_p = n;
-        return places;
+        *places_p = places;
+        return KVC_OK;
     }
     free(places);
-    return NULL;
+    return KVC_INVALID;
 }

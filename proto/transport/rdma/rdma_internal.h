@@ -40,12 +40,18 @@
 #define KVTI_TICK_NS    ((uint64_t)200 * 1000000)  /* how late a silent link is noticed */
 #define KVTI_FLUSH_NS   ((uint64_t)2 * 1000000000) /* for answers on their way at a close */
 
-/* How long the server has to let go of a caller's memory once the caller has given up. */
-#define KVTI_LET_GO_NS ((uint64_t)1 * 1000000000)
+/* How long the server has to let go of a caller's memory once the caller has given up: a quarter of
+ * the request's own timeout, within these. */
+#define KVTI_LET_GO_LEAST_NS ((uint64_t)1 * 1000000000)
+#define KVTI_LET_GO_MOST_NS  ((uint64_t)4 * 1000000000)
 
 /* Regions of callers that a connection has registered at once. */
-#define KVTI_REGIONS      64u
-#define KVTI_REGION_BYTES ((uint64_t)1 << 30) /* unless its options say more or less */
+#define KVTI_REGIONS        64u
+#define KVTI_REGION_BYTES   ((uint64_t)1 << 30) /* unless its options say more or less */
+/* A region that was used this lately gives way to none: several that are used in turn and have no
+ * room together would be registered and deregistered for ever. */
+#define KVTI_REGION_REST_NS ((uint64_t)5 * 1000000000)
+extern uint64_t kvtr_region_rest_ns; /* which tests set before the first connection */
 
 /* A frame's flag: spare[2] is the sum of it and of what goes with it, wherever that is. */
 #define KVTI_SUMMED    0x0100u
@@ -98,6 +104,7 @@ struct kvtr_domain {
     kvtr_buf *free[KVTI_BINS];
     kvtr_range *ranges; /* ascending */
     uint32_t n_ranges, max_ranges;
+    void *dropping; /* the range that is deregistered at the domain's end; NULL: none */
     kvc_lent_watch watch;
 };
 
@@ -149,9 +156,10 @@ uint32_t kvtr_rooms_runs(const kvt_room *rooms, uint32_t n_rooms, kvtr_run *runs
 void kvtr_runs_encode(const kvtr_run *runs, uint32_t n_runs, uint8_t *out_p);
 void kvtr_runs_decode(const uint8_t *in, uint32_t n_runs, kvtr_run *runs_p);
 /* The places of data_bytes of rows: those of the runs, but for missing rows. Given to the caller:
- * free(). NULL: the bytes are not those of the rows that are there, or memory is out. */
-kvtr_place *kvtr_runs_cut(const kvtr_run *runs, uint32_t n_runs, const kvc_missing_row *missing,
-                          uint32_t n_missing, uint64_t data_bytes, uint32_t *n_p);
+ * free(). INVALID: the bytes are not those of the rows that are there; NO_MEMORY; NULL then. */
+kvc_status kvtr_runs_cut(const kvtr_run *runs, uint32_t n_runs, const kvc_missing_row *missing,
+                         uint32_t n_missing, uint64_t data_bytes, kvtr_place **places_p,
+                         uint32_t *n_p);
 
 /* ---- link.c, send.c, chain.c, recv.c --------------------------------------------------------- */
 
@@ -295,6 +303,9 @@ struct kvtr_loop {
     void *registering_base;
     uint32_t n_regions; /* clients: ranges that are registered, their bytes, and the most of them */
     uint64_t region_bytes, region_max_bytes;
+    uint64_t
+        region_shared_bytes; /* the most of all clients' regions in this process; 0: no limit */
+    bool told_too_large;     /* a region that is larger than any that may be registered */
     uint64_t keepalive_ns, handshake_ns, idle_ns; /* 0: none */
     kvtr_link *links;
     kvtr_domain *domains;

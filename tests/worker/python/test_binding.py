@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import unittest
+from unittest import mock
 
 import need
 
@@ -250,6 +251,25 @@ class Refusals(unittest.TestCase):
             caught.exception.status,
             (kvasir.Status.UNAVAILABLE, kvasir.Status.TIMED_OUT, kvasir.Status.UNSUPPORTED),
         )
+
+
+    def test_client_options_reach_the_library(self):
+        given = []
+
+        class Library:
+            def kvc_client_open(self, opts, client):
+                given.append(_abi.ClientOpts.from_buffer_copy(opts._obj))
+                return 0
+
+            def kvc_client_close(self, client):
+                pass
+
+        with mock.patch("kvasir._lib.load", Library):
+            kvasir.Client("rdma://x:1", region_bytes=5 << 30, sums=True).close()
+            kvasir.Client("rdma://x:1", n_channels=3).close()
+        self.assertEqual([opts.region_bytes for opts in given], [5 << 30, 0])
+        self.assertEqual([opts.sums for opts in given], [1, 0])
+        self.assertEqual([opts.n_channels for opts in given], [0, 3])
 
 
 class Truncating(unittest.TestCase):

@@ -81,7 +81,7 @@ typedef struct kvw_opts {
     kvc_client *client;        /* kept; NULL: no store, every row stays resident */
     uint32_t block_tokens;     /* 0: 256 */
     kvc_promise promise;       /* 0: MEMORY */
-    uint64_t fetch_timeout_ns; /* 0: 10 s */
+    uint64_t fetch_timeout_ns; /* 0: 10 s; over rdma:// a quarter of it more (see kvc_fetch) */
     kvw_policy policy;         /* 0: FAIL */
     /* compute */
     const char *backend; /* NULL: "cpu" */
@@ -101,8 +101,11 @@ typedef struct kvw_opts {
     kvw_all_reduce_fn *all_reduce; /* NULL: single worker */
     void *all_reduce_arg;
     /* memory */
-    uint32_t residency_slots; /* rows of fetched tokens kept, per layer and sequence; 0: 2 * k */
-    uint32_t exact;           /* 1: no overlap; one attention in position order, bit-equal always */
+    /* Rows of fetched tokens kept, per layer and sequence; 0: 2 * k. Over rdma:// they are written
+     * there without a copy where the client's region_bytes (see kvc_client_opts) has room for
+     * n_layers * residency_slots * bytes of a row for each sequence in use. */
+    uint32_t residency_slots;
+    uint32_t exact; /* 1: no overlap; one attention in position order, bit-equal always */
     /* the compressed index: columns of the projection (best first) that it keeps per head */
     uint32_t index_dims;    /* 0: all that the file has; RERANKED: half of rerank_dims */
     uint32_t rerank_dims;   /* RERANKED: of the finer index; 0: all that the file has */

@@ -49,11 +49,22 @@ class Client:
     """
     Client(uris): connects to the first of "grpc://host:port,grpc+unix:///path" that answers and
     exchanges limits; blocks up to connect_timeout_s. sums: sum and verify what crosses RDMA.
+    region_bytes: how much of the sequences' rows RDMA may write to in place (n_layers *
+    residency_slots * bytes of a row each; it is locked in memory); 0: 1 GiB, and at most a quarter
+    of the limit on locked memory.
     Raises KvasirError. Also a context manager.
     close() closes the workers that use it first.
     """
 
-    def __init__(self, uris, connect_timeout_s=None, timeout_s=None, n_channels=0, sums=False):
+    def __init__(
+        self,
+        uris,
+        connect_timeout_s=None,
+        timeout_s=None,
+        n_channels=0,
+        sums=False,
+        region_bytes=0,
+    ):
         self._handle = None
         opts = _abi.ClientOpts(
             size_bytes=ctypes.sizeof(_abi.ClientOpts),
@@ -62,6 +73,7 @@ class Client:
             default_timeout_ns=_lib.ns(timeout_s),
             n_channels=n_channels,
             sums=sums,
+            region_bytes=region_bytes,
         )
         lib, ptr = _lib.load(), ctypes.c_void_p()
         code = lib.kvc_client_open(ctypes.byref(opts), ctypes.byref(ptr))
