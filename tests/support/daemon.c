@@ -31,15 +31,19 @@ static bool read_first_line(const char *path, char *text, size_t text_bytes)
     return ok && text[0] != 0;
 }
 
-static pid_t spawn(const char *program, char **argv, const char *log_path)
+/* argv[0] is the leash's, and argv[1] the program. A lane is killed with its parent, and starts its
+ * daemons in its main thread: they end with it. Other tests start them in threads that end. */
+static pid_t spawn(char **argv, const char *log_path)
 {
     posix_spawn_file_actions_t actions;
     pid_t pid = -1;
+    bool leashed = getenv("KVASIR_LANE") != NULL;
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, "/dev/null", O_WRONLY, 0);
     posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, log_path,
                                      O_WRONLY | O_CREAT | O_APPEND, 0600);
-    if (posix_spawn(&pid, program, &actions, NULL, argv, environ) != 0)
+    if (posix_spawn(&pid, argv[leashed ? 0 : 1], &actions, NULL, argv + (leashed ? 0 : 1),
+                    environ) != 0)
         pid = -1;
     posix_spawn_file_actions_destroy(&actions);
     return pid;
@@ -47,7 +51,7 @@ static pid_t spawn(const char *program, char **argv, const char *log_path)
 
 bool support_daemon_spawn(support_daemon *daemon, const char *folder, const char *const *args)
 {
-    char log_path[512], *argv[MAX_ARGS + 6];
+    char log_path[512], *argv[MAX_ARGS + 7];
     int n = 0;
     bool listens = false;
     const char *program = getenv("KVASIR_CACHESVC");
@@ -57,6 +61,7 @@ bool support_daemon_spawn(support_daemon *daemon, const char *folder, const char
     snprintf(daemon->ready_path, sizeof daemon->ready_path, "%s/ready", folder);
     snprintf(log_path, sizeof log_path, "%s/cachesvc.log", folder);
     (void)unlink(daemon->ready_path);
+    argv[n++] = (char *)KVASIR_LEASH_PATH;
     argv[n++] = (char *)program;
     argv[n++] = (char *)"--ready-file";
     argv[n++] = daemon->ready_path;
@@ -69,7 +74,7 @@ bool support_daemon_spawn(support_daemon *daemon, const char *folder, const char
         argv[n++] = (char *)"grpc://127.0.0.1:0";
     }
     argv[n] = NULL;
-    daemon->pid = spawn(program, argv, log_path);
+    daemon->pid = spawn(argv, log_path);
     return daemon->pid > 0;
 }
 
