@@ -9,6 +9,7 @@
 #include "oracle.h"
 
 #include "base/clock.h"
+#include "device/state.h"
 #include "internal.h"
 
 #define PREFILL 576u
@@ -265,6 +266,44 @@ static void a_batch_has_one_stream(void **state)
     fake_cuda_stream_free(engine);
 }
 
+/* A step's end does not say that what was appended behind it has come to the host. */
+static void a_step_settles_what_was_before_it(void **state)
+{
+    (void)state;
+    rig r;
+    uint32_t reused = 0;
+    kvw_seq *seq = NULL;
+    kvw_step *step = NULL;
+    void *k[2], *v[2];
+    fake_rig(&r, NULL);
+    r.opts.device_memory = 1;
+    rig_open(&r);
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, PREFILL, NULL, NULL);
+    const kvwi_device_seq *d = seq->device;
+    assert_ok(kvw_tokens(seq, r.tokens + PREFILL, 1));
+    for (uint32_t layer = 0; layer < 2; layer++) {
+        k[layer] = rig_bytes(&r, r.k, rig_kv_width(&r), layer, PREFILL, 1);
+        v[layer] = rig_bytes(&r, r.v, rig_kv_width(&r), layer, PREFILL, 1);
+    }
+    void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, PREFILL, 1);
+    assert_ok(kvw_append(seq, 0, k[0], v[0], 1));
+    assert_ok(kvw_step_begin(seq, 0, q, 1, &step));
+    assert_ok(kvw_step_attend(step, q));
+    uint64_t before = d->n_writes;
+    assert_ok(kvw_append(seq, 1, k[1], v[1], 1));
+    assert_true(d->n_writes > before);
+    assert_ok(kvw_step_finish(step, q, q, NULL));
+    assert_int_equal(d->n_settled, before);
+    for (uint32_t layer = 0; layer < 2; layer++) {
+        free(k[layer]);
+        free(v[layer]);
+    }
+    free(q);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
 /* A pass that the device would fault on is refused, and may come again. */
 static void memory_is_aligned(void **state)
 {
@@ -303,6 +342,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_foretold_chunk_keeps_its_picks, open_served,
                                         close_served),
         cmocka_unit_test(a_batch_has_one_stream),
+        cmocka_unit_test(a_step_settles_what_was_before_it),
         cmocka_unit_test(memory_is_aligned),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

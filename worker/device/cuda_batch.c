@@ -398,7 +398,9 @@ static kvc_status launch(kvwi_device_batch *b, kvw_step *const *steps, uint32_t 
         return st;
     }
     for (uint32_t i = 0; i < n; i++) {
-        steps[i]->seq->device->layers[steps[i]->layer].pending = false;
+        kvwi_device_seq *d = steps[i]->seq->device;
+        d->layers[steps[i]->layer].pending = false;
+        d->layers[steps[i]->layer].n_writes = d->n_writes;
     }
     lane->n_done++;
     st = kvwi_cuda_await(lane, cuda_of(b), b->stream);
@@ -462,7 +464,7 @@ static bool settle(kvwi_device_batch *b, kvw_step *step, uint32_t at, kvc_status
     kvw_seq *seq = step->seq;
     kvwi_device_layer *l = &seq->device->layers[step->layer];
     kvwi_lane *lane = &b->layers[step->layer].lane;
-    seq->device->unsettled = false;
+    kvwi_settled(seq->device, l->n_writes);
     *status_p = KVC_OK;
     if (lane->n_misses[at] == 0 || kvwi_cuda_tables_hold(seq, l->stamp)) {
         kvwi_cuda_step_done(step, lane->n_misses[at], 0);

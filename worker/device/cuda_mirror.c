@@ -38,7 +38,7 @@ static kvc_status pull_index(kvw_seq *seq, uint32_t layer)
     const kvwi_device_layer *l = &d->layers[layer];
     kvwi_pages *pages = &seq->layers[layer].level[0];
     kvc_status st = kvwi_pages_reserve(pages, l->n_index);
-    seq->device->unsettled = seq->device->unsettled || pages->n_rows < l->n_index;
+    seq->device->n_writes += pages->n_rows < l->n_index;
     while (st == KVC_OK && pages->n_rows < l->n_index) {
         uint32_t run = 0;
         uint8_t *rows = kvwi_pages_row(pages, pages->n_rows, &run);
@@ -179,6 +179,7 @@ kvc_status kvwi_cuda_flush(kvw_seq *seq, uint32_t layer)
     };
     d->layers[layer].pending = false;
     d->layers[layer].reads_kv = true;
+    d->n_writes++;
     kvc_status st = kvk_cuda_frame(d->device->cuda, &args, d->stream);
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "append");
 }
@@ -233,7 +234,7 @@ static kvc_status append_token(kvw_seq *seq, uint32_t layer, const void *k, cons
     if (st != KVC_OK) {
         return st;
     }
-    d->unsettled = true;
+    d->n_writes++;
     l->n_index = pos + 1u;
     kvwi_cuda_near_grew(seq, l, pos + 1u);
     seq->layers[layer].n_tokens = pos + 1u;
@@ -256,7 +257,7 @@ kvc_status kvwi_cuda_settle(kvw_seq *seq)
             st = pull_index(seq, i);
         }
     }
-    if (st == KVC_OK && seq->device->unsettled) {
+    if (st == KVC_OK && seq->device->n_settled != seq->device->n_writes) {
         st = kvwi_cuda_sync(seq);
     }
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "what the device wrote");

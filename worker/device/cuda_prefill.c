@@ -210,7 +210,7 @@ kvc_status kvwi_cuda_append_pass(kvw_seq *seq, uint32_t layer, const void *k, co
         st = kvwi_write_rows(seq, layer, first, k, v, n);
         st = st == KVC_OK ? kvwi_cuda_push_ring(seq, layer, first, end) : st;
     }
-    d->unsettled = true; /* also where it failed halfway */
+    d->n_writes++; /* also where it failed halfway */
     if (st == KVC_OK) {
         st = digest(seq, layer, first, n);
     }

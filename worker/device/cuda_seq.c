@@ -21,7 +21,9 @@ kvc_status kvwi_cuda_sync(kvw_seq *seq)
 {
     kvc_status st = kvk_cuda_stream_sync(seq->device->device->cuda, seq->device->stream);
     seq->stats.host_syncs++;
-    seq->device->unsettled = seq->device->unsettled && st != KVC_OK;
+    if (st == KVC_OK) {
+        kvwi_settled(seq->device, seq->device->n_writes);
+    }
     return st;
 }
 

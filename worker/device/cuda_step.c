@@ -51,6 +51,7 @@ static kvc_status launch(kvw_step *step, kvk_cuda_graph *graph)
     }
     l->pending = false;
     l->lane.n_done += graph != l->select;
+    l->n_writes = d->n_writes;
     return KVC_OK;
 }
 
@@ -82,7 +83,9 @@ static kvc_status await(kvw_step *step)
     kvwi_device_seq *d = step->seq->device;
     kvc_status st = kvwi_cuda_await(&layer_of(step)->lane, d->device->cuda, d->stream);
     step->seq->stats.host_syncs++;
-    d->unsettled = d->unsettled && st != KVC_OK;
+    if (st == KVC_OK) { /* of another layer something may be behind it */
+        kvwi_settled(d, layer_of(step)->n_writes);
+    }
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "a step");
 }
 

@@ -84,6 +84,7 @@ typedef struct kvwi_device_layer {
     bool prefill; /* several queries, or attends everything: cuda_prefill.c */
     bool chosen;  /* its picks are made, from the queries that it began with */
     bool one_query, selected, attended;
+    uint64_t n_writes;  /* the sequence's, before its attention */
     uint64_t stamp;     /* of the map that the attention reads; the tables may have left it since */
     kvc_map_hold *hold; /* on it, until the device has read; NULL: none */
     kvwi_flight flight;
@@ -129,7 +130,8 @@ struct kvwi_device_seq {
     bool mixed, no_maps;           /* while they are asked for: of several maps; none is wanted */
     uint32_t n_released, n_tabled; /* blocks whose addresses are in the tables: released; all */
     uint64_t device_bytes;
-    bool unsettled; /* the device may still write rows that are the host's too */
+    /* writes to what is the host's too: enqueued; known to be done */
+    uint64_t n_writes, n_settled;
     /* of chunks; then nothing above is used but device, stream, capture, select_* and device_bytes
      */
     kvwi_device_marks *marks; /* [n_layers] */
@@ -151,6 +153,12 @@ static inline uint32_t kvwi_ring_rows(const kvw_worker *w)
 static inline kvc_context *kvwi_cuda_context(const kvw_seq *seq)
 {
     return seq->servers == NULL ? NULL : seq->servers[0].context;
+}
+
+/* The first n writes are done. */
+static inline void kvwi_settled(kvwi_device_seq *d, uint64_t n)
+{
+    d->n_settled = n > d->n_settled ? n : d->n_settled;
 }
 
 static inline uint32_t kvwi_slots(const kvw_worker *w)
