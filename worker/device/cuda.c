@@ -146,6 +146,9 @@ static kvc_status cuda_open(kvw_worker *worker, uint32_t number, kvwi_device **d
     if (st == KVC_OK) {
         st = kvwi_cuda_device_open(worker, number, &device);
     }
+    if (device == NULL) {
+        return st;
+    }
     if (st == KVC_OK) {
         st = check_shape(worker, device);
     }
