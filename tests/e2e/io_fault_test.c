@@ -43,30 +43,6 @@ typedef struct life {
     uint64_t n_evicted; /* values that made room for others in lmdb: a full disk may ask for it */
 } life;
 
-typedef struct sort {
-    iofault_kind kind;
-    int error;
-    bool lasting;
-    const char *name;
-} sort;
-
-static const sort sorts[] = {
-    {IOFAULT_OPEN, EIO, false, "open EIO"},
-    {IOFAULT_READ, EIO, false, "read EIO"},
-    {IOFAULT_READ, IOFAULT_SHORT, false, "read short"},
-    {IOFAULT_WRITE, EIO, false, "write EIO"},
-    {IOFAULT_WRITE, ENOSPC, false, "write ENOSPC"},
-    {IOFAULT_WRITE, IOFAULT_SHORT, false, "write short"},
-    {IOFAULT_WRITE, ENOSPC, true, "write ENOSPC from then on"},
-    {IOFAULT_SYNC, EIO, false, "sync EIO"},
-    {IOFAULT_SYNC, EIO, true, "sync EIO from then on"},
-    {IOFAULT_SIZE, ENOSPC, false, "size ENOSPC"},
-    {IOFAULT_SIZE, EIO, false, "size EIO"},
-    {IOFAULT_NAME, EIO, false, "name EIO"},
-    {IOFAULT_MAP, ENOMEM, false, "map ENOMEM"},
-    {IOFAULT_MAP, IOFAULT_SHORT, false, "map SIGBUS"},
-};
-
 static uint32_t value_bytes(uint32_t part)
 {
     return STORE_BLOCK_TOKENS * store_row_bytes[part];
@@ -276,7 +252,7 @@ static life *alive; /* of the run that is under way, for end_daemon */
 
 /* A whole life with one fault; passes [IOFAULT_KINDS] gets how many calls there were, if given.
  * True: the call that was to fail came by. */
-static bool run(const sort *s, uint32_t nth, uint32_t *passes)
+static bool run(const iofault_sort *s, uint32_t nth, uint32_t *passes)
 {
     life *f = calloc(1, sizeof(*f));
     assert_non_null(f);
@@ -322,7 +298,7 @@ static int end_daemon(void **state)
 
 /* The number of calls varies from life to life: where the chosen one did not come by, an earlier.
  */
-static bool run_until_hit(const sort *s, uint32_t nth, uint32_t n_calls)
+static bool run_until_hit(const iofault_sort *s, uint32_t nth, uint32_t n_calls)
 {
     bool hit = false;
     for (uint32_t i = 0; !hit && i < 3; i++, nth = nth / 2 + 1) {
@@ -335,15 +311,14 @@ static bool run_until_hit(const sort *s, uint32_t nth, uint32_t n_calls)
 static void test_each_call(void **state)
 {
     (void)state;
-    static const sort none = {0};
+    static const iofault_sort none = {0};
     uint32_t passes[IOFAULT_KINDS], n_runs = 0, n_hits = 0;
     const char *text = getenv("KVASIR_IO_FAULTS"), *only = getenv("KVASIR_IO_FAULT");
     uint32_t wanted = text == NULL ? 1 : (uint32_t)strtoul(text, NULL, 0);
     support_random random = support_seed((uint64_t)kvc_now_ns());
     assert_false(run(&none, 0, passes));
-    for (uint32_t k = (uint32_t)support_below(&random, STRIDE);
-         k < sizeof(sorts) / sizeof(sorts[0]); k += STRIDE) {
-        const sort *s = &sorts[k];
+    for (uint32_t k = (uint32_t)support_below(&random, STRIDE); k < IOFAULT_SORTS; k += STRIDE) {
+        const iofault_sort *s = &iofault_sorts[k];
         uint32_t n = passes[s->kind], tries = wanted < n ? wanted : n;
         assert_true(n > 0);
         if (only != NULL && strcmp(only, s->name) != 0)

@@ -39,6 +39,17 @@ typedef struct iofault_page {
     atomic_uint hits; /* how often one failed */
 } iofault_page;
 
+/* One way in which a call fails. */
+typedef struct iofault_sort {
+    iofault_kind kind;
+    int error;    /* an errno, or IOFAULT_SHORT */
+    bool lasting; /* every later call of the kind too */
+    const char *name;
+} iofault_sort;
+
+#define IOFAULT_SORTS 14u
+extern const iofault_sort iofault_sorts[IOFAULT_SORTS];
+
 /* Makes the page in folder, and the environment of the next start. Gives NULL where it fails. */
 iofault_page *iofault_arm(const char *folder, const char *under);
 /* The environment as it was; the page stays until the process ends. */

@@ -3,12 +3,30 @@
  */
 #include "iofault.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+
+const iofault_sort iofault_sorts[IOFAULT_SORTS] = {
+    {IOFAULT_OPEN, EIO, false, "open EIO"},
+    {IOFAULT_READ, EIO, false, "read EIO"},
+    {IOFAULT_READ, IOFAULT_SHORT, false, "read short"},
+    {IOFAULT_WRITE, EIO, false, "write EIO"},
+    {IOFAULT_WRITE, ENOSPC, false, "write ENOSPC"},
+    {IOFAULT_WRITE, IOFAULT_SHORT, false, "write short"},
+    {IOFAULT_WRITE, ENOSPC, true, "write ENOSPC from then on"},
+    {IOFAULT_SYNC, EIO, false, "sync EIO"},
+    {IOFAULT_SYNC, EIO, true, "sync EIO from then on"},
+    {IOFAULT_SIZE, ENOSPC, false, "size ENOSPC"},
+    {IOFAULT_SIZE, EIO, false, "size EIO"},
+    {IOFAULT_NAME, EIO, false, "name EIO"},
+    {IOFAULT_MAP, ENOMEM, false, "map ENOMEM"},
+    {IOFAULT_MAP, IOFAULT_SHORT, false, "map SIGBUS"},
+};
 
 iofault_page *iofault_arm(const char *folder, const char *under)
 {

@@ -49,30 +49,6 @@ typedef struct told {
     uint32_t n_errors, n_lines; /* what failed; lines of the log */
 } told;
 
-typedef struct sort {
-    iofault_kind kind;
-    int error;
-    bool lasting;
-    const char *name;
-} sort;
-
-static const sort sorts[] = {
-    {IOFAULT_OPEN, EIO, false, "open EIO"},
-    {IOFAULT_READ, EIO, false, "read EIO"},
-    {IOFAULT_READ, IOFAULT_SHORT, false, "read short"},
-    {IOFAULT_WRITE, EIO, false, "write EIO"},
-    {IOFAULT_WRITE, ENOSPC, false, "write ENOSPC"},
-    {IOFAULT_WRITE, IOFAULT_SHORT, false, "write short"},
-    {IOFAULT_WRITE, ENOSPC, true, "write ENOSPC from then on"},
-    {IOFAULT_SYNC, EIO, false, "sync EIO"},
-    {IOFAULT_SYNC, EIO, true, "sync EIO from then on"},
-    {IOFAULT_SIZE, ENOSPC, false, "size ENOSPC"},
-    {IOFAULT_SIZE, EIO, false, "size EIO"},
-    {IOFAULT_NAME, EIO, false, "name EIO"},
-    {IOFAULT_MAP, ENOMEM, false, "map ENOMEM"},
-    {IOFAULT_MAP, IOFAULT_SHORT, false, "map SIGBUS"},
-};
-
 static const shape shapes[2] = {{4096, 14}, {512, 7}};
 static const char meta_bytes[] = "what a schema would say";
 static told *life_told;
@@ -247,7 +223,7 @@ static int in_child(tier_under_test *t, void (*what)(tier_under_test *t))
 }
 
 /* A whole life whose nth call of the kind fails. True: it came by. */
-static bool run(const char *folder, const sort *s, uint32_t nth)
+static bool run(const char *folder, const iofault_sort *s, uint32_t nth)
 {
     tier_under_test t;
     memset(life_told, 0, sizeof(*life_told));
@@ -305,15 +281,15 @@ static void test_each_call(void **state)
     life_told =
         mmap(NULL, sizeof(*life_told), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     assert_true(page != NULL && life_told != MAP_FAILED);
-    for (uint32_t k = 0; k < sizeof(sorts) / sizeof(sorts[0]); k++) {
-        const char *folder = sorts[k].kind == IOFAULT_READ ? disk : memory.text;
+    for (uint32_t k = 0; k < IOFAULT_SORTS; k++) {
+        const char *folder = iofault_sorts[k].kind == IOFAULT_READ ? disk : memory.text;
         uint32_t nth = 1 + (lane + k) % LANES * step;
         bool hit = true;
-        if (only != NULL && strcmp(only, sorts[k].name) != 0)
+        if (only != NULL && strcmp(only, iofault_sorts[k].name) != 0)
             continue;
         (void)snprintf(page->under, sizeof(page->under), "%s/values", folder);
         for (; hit && nth < MAX_CALLS; nth += LANES * step, n_lives++)
-            hit = run(folder, &sorts[k], nth);
+            hit = run(folder, &iofault_sorts[k], nth);
         assert_false(hit); /* it went past the last call */
     }
     print_message("lane %u: %u lives\n", lane, n_lives);
