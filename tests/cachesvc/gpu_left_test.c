@@ -8,7 +8,6 @@
 #include "harness.h"
 
 #include <signal.h>
-#include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -161,25 +160,6 @@ static int holder_main(const char *uri)
     return 0;
 }
 
-static pid_t start_holder(rig *r)
-{
-    int ends[2];
-    char said = 0, mode[] = "holder";
-    pid_t pid;
-    char *argv[] = {(char *)(uintptr_t)program, mode, r->h.listen, NULL};
-    posix_spawn_file_actions_t actions;
-    assert_int_equal(pipe(ends), 0);
-    assert_int_equal(posix_spawn_file_actions_init(&actions), 0);
-    assert_int_equal(posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO), 0);
-    assert_int_equal(posix_spawn_file_actions_addclose(&actions, ends[0]), 0);
-    assert_int_equal(posix_spawn(&pid, program, &actions, NULL, argv, environ), 0);
-    (void)posix_spawn_file_actions_destroy(&actions);
-    (void)close(ends[1]);
-    assert_int_equal(read(ends[0], &said, 1), 1); /* 0: it failed, and said why */
-    (void)close(ends[0]);
-    return pid;
-}
-
 /* ---- the tests ------------------------------------------------------------------------------- */
 
 static void memory_stays_until_its_process_ends(void **state)
@@ -189,7 +169,7 @@ static void memory_stays_until_its_process_ends(void **state)
     int status;
     req.u.erase.context = fill(r->alice, &r->schema, 0, N_BLOCKS);
     assert_int_equal(gpu_values(r), N_BLOCKS);
-    pid_t pid = start_holder(r);
+    pid_t pid = h_start_again(program, "holder", r->h.listen);
     wait_gauge(KVC_M_map_pins, 0); /* both of its connections are gone */
     wait_gauge(KVC_M_mapped_segments, 1);
     assert_int_equal(kvc_metric_get(KVC_M_map_left_segments), 1);

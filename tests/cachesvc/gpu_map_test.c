@@ -10,7 +10,6 @@
 #include "harness.h"
 
 #include <signal.h>
-#include <spawn.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -365,32 +364,13 @@ static int worker_main(const char *uri)
     return 0;
 }
 
-static pid_t start_worker(rig *r)
-{
-    int ends[2];
-    char said = 0, mode[] = "worker";
-    pid_t pid;
-    char *argv[] = {(char *)(uintptr_t)program, mode, r->h.listen, NULL};
-    posix_spawn_file_actions_t actions;
-    assert_int_equal(pipe(ends), 0);
-    assert_int_equal(posix_spawn_file_actions_init(&actions), 0);
-    assert_int_equal(posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO), 0);
-    assert_int_equal(posix_spawn_file_actions_addclose(&actions, ends[0]), 0);
-    assert_int_equal(posix_spawn(&pid, program, &actions, NULL, argv, environ), 0);
-    (void)posix_spawn_file_actions_destroy(&actions);
-    (void)close(ends[1]);
-    assert_int_equal(read(ends[0], &said, 1), 1); /* 0: it failed, and said why */
-    (void)close(ends[0]);
-    return pid;
-}
-
 static void test_a_worker_is_killed(void **state)
 {
     rig *r = *state;
     int status;
     prefetch(r);
     for (int round = 0; round < 2; round++) {
-        pid_t pid = start_worker(r);
+        pid_t pid = h_start_again(program, "worker", r->h.listen);
         assert_true(kvc_metric_get(KVC_M_map_pins) >= N_BLOCKS);
         assert_true(kvc_metric_get(KVC_M_mapped_segments) > 0);
         assert_int_equal(kill(pid, SIGKILL), 0);
@@ -411,7 +391,7 @@ static void test_a_worker_is_killed(void **state)
     for (uint32_t b = 0; b < N_BLOCKS; b++)
         assert_int_equal(h_put1(r->peer, &r->schema, b, PART, KVC_PROMISE_MEMORY), KVC_OK);
     prefetch(r);
-    pid_t pid = start_worker(r);
+    pid_t pid = h_start_again(program, "worker", r->h.listen);
     assert_int_equal(kill(pid, SIGKILL), 0);
     assert_int_equal(waitpid(pid, &status, 0), pid);
     wait_gauge(KVC_M_map_pins, 0);

@@ -8,6 +8,7 @@
 
 #include <dirent.h>
 #include <ftw.h>
+#include <spawn.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -503,4 +504,24 @@ void h_fetch_equal(h_peer *peer, const h_schema *schema, uint64_t context, uint6
         if (!h_row_is(first + picks[i] / H_TOKENS, part, picks[i] % H_TOKENS, row_bytes,
                       peer->data + (size_t)i * row_bytes))
             fail_msg("row %u (position %u) has other bytes", i, picks[i]);
+}
+
+pid_t h_start_again(const char *program, const char *mode, const char *listen)
+{
+    int ends[2];
+    char said = 0;
+    pid_t pid;
+    char *argv[] = {(char *)(uintptr_t)program, (char *)(uintptr_t)mode, (char *)(uintptr_t)listen,
+                    NULL};
+    posix_spawn_file_actions_t actions;
+    assert_int_equal(pipe(ends), 0);
+    assert_int_equal(posix_spawn_file_actions_init(&actions), 0);
+    assert_int_equal(posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO), 0);
+    assert_int_equal(posix_spawn_file_actions_addclose(&actions, ends[0]), 0);
+    assert_int_equal(posix_spawn(&pid, program, &actions, NULL, argv, environ), 0);
+    (void)posix_spawn_file_actions_destroy(&actions);
+    (void)close(ends[1]);
+    assert_int_equal(read(ends[0], &said, 1), 1); /* 0: it failed, and said why */
+    (void)close(ends[0]);
+    return pid;
 }

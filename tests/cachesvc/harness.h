@@ -9,6 +9,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include <cmocka.h>
 
@@ -119,5 +120,11 @@ void h_fetch_equal(h_peer *peer, const h_schema *schema, uint64_t context, uint6
 
 /* xorshift; the seed is printed by tests that use it. */
 uint64_t h_random(uint64_t *state);
+
+/*
+ * Starts `program`, which is this test's own, as "program mode listen", and waits for the byte that
+ * it writes to its standard output once it has done its part. Gives its pid.
+ */
+pid_t h_start_again(const char *program, const char *mode, const char *listen);
 
 #endif
