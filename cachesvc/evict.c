@@ -129,7 +129,7 @@ static void victim_leave(kvs_index *index, kvs_value *value, uint16_t tier_flags
     victim_p->from_lmdb = tier_flags & KVS_LMDB;
     if (victim_p->gone) {
         kvs_gpu_forget_locked(index, victim_p->value);
-        value->flags = KVS_FILLING;
+        value->flags = KVS_FILLING | KVS_LEAVING;
         index->n_visible--;
     }
 }
@@ -144,9 +144,10 @@ static kvs_queue *whose_turn(kvs_class *cls, const uint32_t skipped[2])
     return proven ? &cls->main : NULL;
 }
 
-bool kvs_evict_may_locked(const kvs_value *value, bool safe)
+bool kvs_evict_may_locked(const kvs_index *index, const kvs_value *value, bool safe)
 {
-    return !value->refs && (value->flags & KVS_LMDB || !(safe || value->flags & KVS_HELD));
+    return !value->refs && (value->flags & KVS_LMDB || !(safe || value->flags & KVS_HELD ||
+                                                         kvs_opaque_coming_locked(index, value)));
 }
 
 void kvs_evict_take_locked(kvs_index *index, uint32_t id, kvs_victim *victim_p)
@@ -178,7 +179,8 @@ static bool dram_from(kvs_index *index, kvs_class *cls, bool safe, const kvs_seg
             return false;
         uint32_t id = queue->tail;
         kvs_value *value = kvs_value_at(index, id);
-        bool may = kvs_evict_may_locked(value, safe) && !(but && kvs_evict_in_segment(value, but));
+        bool may =
+            kvs_evict_may_locked(index, value, safe) && !(but && kvs_evict_in_segment(value, but));
         if (may && (!(value->flags & KVS_READS) || spared >= KVS_EVICT_SPARED)) {
             kvs_evict_take_locked(index, id, victim_p);
             return true;
@@ -328,7 +330,7 @@ bool kvs_evict_dead(kvs_index *index, kvs_victim *victim_p)
         if (victim_p->gone) {
             index->dead_head = value->chain;
             value->chain = KVS_NIL;
-            value->flags = KVS_FILLING;
+            value->flags = KVS_FILLING | KVS_LEAVING;
         }
     }
     kvc_mutex_unlock(&index->lock);
@@ -341,7 +343,7 @@ static void finish_one(kvs_index *index, const kvs_victim *victim)
 {
     kvs_value *value = kvs_value_at(index, victim->value);
     if (victim->gone) {
-        KVC_ASSERT((value->flags & ~KVS_ERASED) == KVS_FILLING);
+        KVC_ASSERT((value->flags & ~KVS_ERASED) == (KVS_FILLING | KVS_LEAVING));
         kvs_value_free_locked(index, victim->value);
     } else if (victim->from_lmdb) {
         KVC_ASSERT(value->flags & KVS_WRITING);

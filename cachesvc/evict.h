@@ -108,7 +108,7 @@ static inline bool kvs_evict_in_segment(const kvs_value *value, const kvs_segmen
 }
 uint32_t kvs_evict_largest_locked(const kvs_index *index, uint64_t *total_p);
 /* Of a value in a dram queue; safe: only if lmdb has it. */
-bool kvs_evict_may_locked(const kvs_value *value, bool safe);
+bool kvs_evict_may_locked(const kvs_index *index, const kvs_value *value, bool safe);
 void kvs_evict_take_locked(kvs_index *index, uint32_t id, kvs_victim *victim_p);
 
 /* ---- list keeping, with the index lock held -------------------------------------------------- */

@@ -21,9 +21,10 @@ typedef struct tally {
     uint32_t cls, generation;
 } tally;
 
-static bool may_go(const kvs_value *value)
+static bool may_go(const kvs_index *index, const kvs_value *value)
 {
-    return value->flags & KVS_DRAM && !(value->flags & BUSY) && kvs_evict_may_locked(value, false);
+    return value->flags & KVS_DRAM && !(value->flags & BUSY) &&
+           kvs_evict_may_locked(index, value, false);
 }
 
 static bool may_move(const kvs_value *value)
@@ -53,7 +54,7 @@ static void count(kvs_index *index, tally *tallies, uint32_t n)
         end = index->values.next - id < STEP ? index->values.next : id + STEP;
         for (; id < end; id++) {
             const kvs_value *value = kvs_value_at(index, id);
-            bool goes = may_go(value);
+            bool goes = may_go(index, value);
             if ((goes || may_move(value)) && value->dram.a < n)
                 count_one(index, value, goes, &tallies[value->dram.a]);
         }
@@ -117,7 +118,7 @@ typedef struct search {
 
 static bool fits(const kvs_index *index, const search *s, const kvs_value *value)
 {
-    if (!(s->held ? may_move(value) : may_go(value)))
+    if (!(s->held ? may_move(value) : may_go(index, value)))
         return false;
     bool inside = kvs_evict_in_segment(value, s->segment);
     return s->cls == KVS_ANY_CLASS ? inside

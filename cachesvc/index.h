@@ -33,6 +33,7 @@
 #define KVS_KEPT    0x1000u /* HELD with no copy in lmdb: counted in its class's n_kept */
 #define KVS_GPU     0x4000u /* a gpu has a copy too: chain names its entry */
 #define KVS_RAISING 0x2000u /* a copy to the gpu is under way: the dram copy must stay */
+#define KVS_LEAVING 0x8000u /* FILLING is an eviction's */
 
 typedef struct kvs_value {
     kvs_slot dram, lmdb;           /* lmdb of a queued dirty value: its row sums, and their bytes */
@@ -333,6 +334,9 @@ bool kvs_gpu_bad(kvs_index *index, uint32_t id);
 kvs_claim kvs_index_claim_piece(kvs_index *index, const kvs_schema *schema, uint32_t place,
                                 uint32_t tag, const kvc_digest *digest, bool durable, bool only_old,
                                 uint64_t now_s, uint32_t *value_p, kvs_slot *slot_p);
+/* With the index lock held: whether it is a piece of a block of which another is being put. Looks
+   at every piece. */
+bool kvs_opaque_coming_locked(const kvs_index *index, const kvs_value *value);
 /* The places of all pieces of a value, at most KVC_MAX_PIECES; 0: not all are there. */
 uint32_t kvs_index_pieces(kvs_index *index, const kvs_schema *schema, const kvc_digest *digest,
                           uint16_t *places);

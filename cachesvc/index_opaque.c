@@ -3,7 +3,8 @@
  *
  * Any thread. Invariants: the pieces in a block are all of one tag, that of the first one claimed
  * since the block had none; a value is there exactly while its last piece and all before it are
- * visible, so one piece that gave way takes the value with it.
+ * visible, so one piece that gave way takes the value with it; none does while another of its block
+ * is being put, or a value could push itself out.
  */
 #include "base/assert.h"
 #include "base/clock.h"
@@ -35,13 +36,27 @@ static uint8_t whole_tier(const kvs_index *index, const kvs_block *block)
     return slowest;
 }
 
+/* Whether a piece is claimed: by a put, if the mask has LEAVING too. */
+static bool any_filling(const kvs_index *index, const kvs_block *block, uint16_t mask)
+{
+    for (uint32_t i = 0; i < block->n_values; i++)
+        if ((kvs_value_at(index, block->values[i])->flags & mask) == KVS_FILLING)
+            return true;
+    return false;
+}
+
+bool kvs_opaque_coming_locked(const kvs_index *index, const kvs_value *value)
+{
+    const kvs_block *block = kvs_block_at(index, value->block);
+    return index->schemas[block->schema]->piece_bytes &&
+           any_filling(index, block, KVS_FILLING | KVS_LEAVING);
+}
+
 /* Whether somebody may still be putting what the block has. */
 static bool is_young(const kvs_index *index, const kvs_block *block, uint64_t now_s)
 {
-    for (uint32_t i = 0; i < block->n_values; i++)
-        if (kvs_value_at(index, block->values[i])->flags & KVS_FILLING)
-            return true;
-    return (((uint32_t)now_s - block->set) & WHEN_MASK) < KVS_OPAQUE_REST_S;
+    return any_filling(index, block, KVS_FILLING) ||
+           (((uint32_t)now_s - block->set) & WHEN_MASK) < KVS_OPAQUE_REST_S;
 }
 
 /* A put of another value than the one that the block has pieces of. */

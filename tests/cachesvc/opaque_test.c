@@ -193,6 +193,24 @@ static void eviction_takes_whole_values(void **state)
     o_rig_destroy(r);
 }
 
+/* The pieces of a value do not push each other out: one that has no room for all is told so. */
+static void no_room_for_itself(void **state)
+{
+    (void)state;
+    o_rig *r = o_rig_create(false);
+    r->h.settings.dram_bytes = 40 << 20;
+    o_rig_start(r);
+    assert_int_equal(o_put(r->peer, &r->schema, 1, 1, 3 * O_PIECE, KVC_PROMISE_MEMORY, 0), KVC_OK);
+    assert_int_equal(o_put(r->peer, &r->schema, 2, 2, 60 * O_PIECE, KVC_PROMISE_MEMORY, 0),
+                     KVC_AGAIN);
+    assert_false(o_there(r->peer, &r->schema, 2));
+    assert_int_equal(o_put(r->peer, &r->schema, 3, 3, 3 * O_PIECE, KVC_PROMISE_MEMORY, 0), KVC_OK);
+    o_get_equal(r->peer, &r->schema, 3, 3, 3 * O_PIECE);
+    h_check_caps(&r->h);
+    o_rig_stop(r, false);
+    o_rig_destroy(r);
+}
+
 /* Hold and Prefetch take keys as they are; the TTL of a put is tested with the streams. */
 static void holds_of_keys(void **state)
 {
@@ -332,11 +350,12 @@ static void writers_of_two_lengths(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_length),           cmocka_unit_test(bad_puts),
-        cmocka_unit_test(sums_of_one_piece),      cmocka_unit_test(refused_calls),
-        cmocka_unit_test(whole_or_nothing),       cmocka_unit_test(eviction_takes_whole_values),
-        cmocka_unit_test(holds_of_keys),          cmocka_unit_test(writers_of_one_length),
-        cmocka_unit_test(writers_of_two_lengths), cmocka_unit_test(busy_first_piece),
+        cmocka_unit_test(every_length),          cmocka_unit_test(bad_puts),
+        cmocka_unit_test(sums_of_one_piece),     cmocka_unit_test(refused_calls),
+        cmocka_unit_test(whole_or_nothing),      cmocka_unit_test(eviction_takes_whole_values),
+        cmocka_unit_test(no_room_for_itself),    cmocka_unit_test(holds_of_keys),
+        cmocka_unit_test(writers_of_one_length), cmocka_unit_test(writers_of_two_lengths),
+        cmocka_unit_test(busy_first_piece),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
