@@ -3,7 +3,7 @@
  *
  * Owners: the worker's first block is immutable after kvw_open; its pool and its put queue have
  * locks of their own. A sequence belongs to the one thread that uses it, except `put`, which the
- * put thread shares under the put queue's mutex.
+ * put threads share under the put queue's mutex.
  *
  * Where a row lies: a block that is not yet released has a block buffer, whose layout is that of
  * its values: [n_layers][block_tokens][row_bytes] of kv, then the same of index rows. Rows of

@@ -1,15 +1,18 @@
 /*
- * put.c: the put thread; see put.h.
+ * put.c: the put threads; see put.h.
  *
- * One job per block. Its states: QUEUED (to be sent), FLYING (the op is the client's), LANDED
- * (answered; to be judged), WAITING (to be sent again at due_ns), PLACED (the store has every
- * value; the context of the block's server does not cover it yet). Only the put thread moves and
- * frees a job, except FLYING -> LANDED, which the op's callback does; the engine's thread queues
- * jobs and sets flags. A job leaves the queue when that context covers its block, or when it is
- * given up. Invariant: a sequence's jobs are consecutive blocks from n_acked on.
+ * A server has a lane, which is a thread and its jobs; there is a job for each block. Its states:
+ * QUEUED (to be sent), FLYING (the op is the client's), LANDED (answered; to be judged), WAITING
+ * (to be sent again at due_ns), PLACED (its server has every value; that server's context does not
+ * cover it yet), COVERED (it does; earlier blocks of other servers are not that far). Only the
+ * lane's thread moves a job, except FLYING -> LANDED, which the op's callback does; the engine's
+ * thread queues jobs and sets flags. A COVERED job is in no thread's hands and leaves the queue
+ * with the sequence's earlier blocks; any other leaves it by its lane, when it is given up.
+ * Invariant: a sequence's jobs are consecutive blocks from n_acked on.
  */
 #include "put.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,19 +22,17 @@
 
 #define BACKOFF_MIN_NS 5000000ull
 #define BACKOFF_MAX_NS 1000000000ull
-/* Several servers: how long one may hold up the blocks of the others while its context grows, and
- * how many times as long it is left alone where that was in vain. So one that hangs holds the
- * others up for a ninth of the time. */
+/* Several servers: how long a context may take to grow before it is asked again: a sequence that
+ * closes waits no longer for one that hangs. */
 #define EXTEND_NS      2000000000ull
-#define EXTEND_REST    8u
 #define RUN_CAP        64u /* blocks by which contexts grow at a time */
 
-typedef enum job_state { QUEUED, FLYING, LANDED, WAITING, PLACED } job_state;
+typedef enum job_state { QUEUED, FLYING, LANDED, WAITING, PLACED, COVERED } job_state;
 
 typedef struct job {
     struct job *next;
     kvw_seq *seq;
-    uint32_t block, server, local; /* its number among those of its server */
+    uint32_t block, server;
     const kvwi_block *buf;
     job_state state;
     bool cancelled;
@@ -42,16 +43,25 @@ typedef struct job {
     int8_t *status;
 } job;
 
+typedef struct lane {
+    kvwi_putter *putter;
+    uint32_t server;
+    kvc_cond wake; /* its thread: something to do */
+    kvc_thread thread;
+} lane;
+
 struct kvwi_putter {
     kvw_worker *worker;
     kvc_mutex mutex; /* WORKER; guards all below and every sequence's put state; nothing is called
                         under it */
-    kvc_cond wake;   /* the put thread: something to do */
     kvc_cond moved;  /* sequences: a job left, or an error came */
     job *head, *tail;
     bool closing;
-    kvc_thread thread;
+    uint32_t n_started; /* lanes whose threads run */
+    lane lanes[];       /* one a server */
 };
+
+uint64_t kvwi_put_extend_ns = EXTEND_NS;
 
 /* ---- jobs ---- */
 
@@ -101,7 +111,6 @@ static job *new_job(kvw_seq *seq, uint32_t block, const kvwi_block *buf)
     j->seq = seq;
     j->block = block;
     j->server = seq->blocks[block].server;
-    j->local = seq->blocks[block].local;
     j->buf = buf;
     j->backoff_ns = BACKOFF_MIN_NS;
     list_values(w, j, &seq->blocks[block].digest);
@@ -163,7 +172,7 @@ static bool is_final(kvc_status st)
     }
 }
 
-/* ---- the put thread's moves; each is called without the mutex ---- */
+/* ---- a lane's moves; each is called without the mutex ---- */
 
 static void on_done(kvc_op *op, void *arg)
 {
@@ -172,8 +181,17 @@ static void on_done(kvc_op *op, void *arg)
     (void)op;
     kvc_mutex_lock(&p->mutex);
     j->state = LANDED;
-    kvc_cond_signal(&p->wake);
+    kvc_cond_signal(&p->lanes[j->server].wake);
     kvc_mutex_unlock(&p->mutex);
+}
+
+/* Every lane drops the sequence's jobs. The mutex is held. */
+static void give_up(kvwi_putter *p, kvw_seq *seq)
+{
+    seq->put.give_up = true;
+    for (uint32_t i = 0; i < p->n_started; i++) {
+        kvc_cond_signal(&p->lanes[i].wake);
+    }
 }
 
 /* An attempt failed as a whole; decides whether there will be another. The mutex is held. */
@@ -188,10 +206,10 @@ static void judge_failure(kvwi_putter *p, job *j, kvc_status st)
             seq->put.error = st;
             seq->put.error_server = j->server;
         }
-        seq->put.give_up = true;
+        give_up(p, seq);
         kvc_cond_broadcast(&p->moved);
     } else if (seq->put.closing && st != KVC_AGAIN) {
-        seq->put.give_up = true;
+        give_up(p, seq);
     }
     seq->put.retries++;
     wait_again(j); /* or sweep takes it */
@@ -254,119 +272,84 @@ static void land(kvwi_putter *p, job *j)
     kvc_mutex_unlock(&p->mutex);
 }
 
-/* A block that the store has and the context of its server does not cover yet. */
-typedef struct placed {
-    kvc_digest digest;
-    uint32_t server, local;
-} placed;
-
-/* The run of placed blocks from n_acked on. The mutex is held. */
-static uint32_t placed_run(const kvwi_putter *p, const kvw_seq *seq, placed *run, uint32_t cap)
+/* Digests of a lane's placed blocks of a sequence that its context covers next. The mutex is held.
+ */
+static uint32_t placed_run(const lane *l, const kvw_seq *seq, kvc_digest *run)
 {
     uint32_t n = 0;
-    for (const job *j = p->head; j != NULL && n < cap; j = j->next) {
-        if (j->seq == seq && j->state == PLACED && j->block == seq->put.n_acked + n) {
-            run[n++] = (placed){j->values[0].digest, j->server, j->local};
+    for (const job *j = l->putter->head; j != NULL && n < RUN_CAP; j = j->next) {
+        if (j->seq != seq || j->server != l->server || j->state == COVERED) {
+            continue;
         }
+        if (j->state != PLACED) {
+            break;
+        }
+        run[n++] = j->values[0].digest;
     }
     return n;
 }
 
-/* One of several servers: no longer than EXTEND_NS, and not again while it rests. */
-static kvc_status extend_one_of(kvwi_server *server, kvc_context *context,
-                                const kvc_digest *digests, uint32_t n)
+/* Those n are covered now. The mutex is held. */
+static void cover(lane *l, const kvw_seq *seq, uint32_t n)
 {
-    uint64_t asked_ns = kvc_now_ns();
-    if (asked_ns < atomic_load(&server->grow_after_ns)) {
-        return KVC_TIMED_OUT;
-    }
-    kvc_status st = kvc_context_extend(context, digests, n, asked_ns + EXTEND_NS);
-    if (st == KVC_TIMED_OUT || st == KVC_UNAVAILABLE) {
-        uint64_t now_ns = kvc_now_ns();
-        atomic_store(&server->grow_after_ns, now_ns + EXTEND_REST * (now_ns - asked_ns));
-    }
-    return st;
-}
-
-/* Whether the context of its server covers a block of the run. */
-static bool is_covered(const kvw_seq *seq, const placed *block)
-{
-    return block->local < kvc_context_blocks(seq->servers[block->server].context);
-}
-
-/* Extends the context of one server over its blocks of the run, but for those that an earlier
- * attempt, of which another server failed, has covered. */
-static kvc_status extend_server(kvw_seq *seq, uint32_t server, const placed *run, uint32_t n)
-{
-    const kvwi_servers *s = &seq->worker->servers;
-    kvc_digest digests[RUN_CAP];
-    kvc_context *context = seq->servers[server].context;
-    uint32_t n_own = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        if (run[i].server == server && !is_covered(seq, &run[i])) {
-            digests[n_own++] = run[i].digest;
+    for (job *j = l->putter->head; j != NULL && n > 0; j = j->next) {
+        if (j->seq == seq && j->server == l->server && j->state == PLACED) {
+            j->state = COVERED;
+            n--;
         }
     }
-    if (n_own == 0) {
-        return KVC_OK;
-    }
-    return s->n == 1 ? kvc_context_extend(context, digests, n_own, 0)
-                     : extend_one_of(&s->all[server], context, digests, n_own);
 }
 
-/* Leading blocks of the run that are covered; *st_p is the failure of the first that is not. */
-static uint32_t extend_all(kvw_seq *seq, const placed *run, uint32_t n, kvc_status *st_p)
-{
-    uint32_t n_good = n;
-    for (uint32_t s = 0; s < seq->worker->servers.n; s++) {
-        kvc_status st = extend_server(seq, s, run, n);
-        for (uint32_t i = 0; st != KVC_OK && i < n_good; i++) {
-            if (run[i].server == s && !is_covered(seq, &run[i])) {
-                n_good = i;
-                *st_p = st;
-            }
-        }
-    }
-    return n_good;
-}
-
-/* Extends the contexts over the placed run that begins with j. */
-static void extend(kvwi_putter *p, job *j)
-{
-    placed run[RUN_CAP];
-    kvw_seq *seq = j->seq;
-    kvc_status st = KVC_OK;
-    kvc_mutex_lock(&p->mutex);
-    uint32_t n = placed_run(p, seq, run, RUN_CAP), first = seq->put.n_acked;
-    kvc_mutex_unlock(&p->mutex);
-    n = extend_all(seq, run, n, &st);
-    kvc_mutex_lock(&p->mutex);
-    if (n == 0) {
-        judge_failure(p, j, st);
-    } else {
-        seq->put.n_acked = first + n;
-        job *next = NULL;
-        for (job *i = p->head; i != NULL; i = next) {
-            next = i->next;
-            if (i->seq == seq && i->block < first + n) {
-                remove_job(p, i);
-            }
-        }
-    }
-    kvc_mutex_unlock(&p->mutex);
-}
-
-/* A flying job whose sequence has lost patience; what does not fly leaves at once. */
-static job *sweep(kvwi_putter *p)
+/* The sequence's leading covered blocks are acknowledged, whosever they are, and leave. The mutex
+ * is held. */
+static void acknowledge(kvwi_putter *p, kvw_seq *seq)
 {
     job *next = NULL;
     for (job *j = p->head; j != NULL; j = next) {
         next = j->next;
-        if (!j->seq->put.give_up) {
+        if (j->seq != seq) {
+            continue;
+        }
+        if (j->state != COVERED || j->block != seq->put.n_acked) {
+            break;
+        }
+        seq->put.n_acked++;
+        remove_job(p, j);
+    }
+}
+
+/* Extends the lane's context over the placed run that begins with j. */
+static void extend(lane *l, job *j)
+{
+    kvc_digest run[RUN_CAP];
+    kvwi_putter *p = l->putter;
+    kvw_seq *seq = j->seq;
+    kvc_mutex_lock(&p->mutex);
+    uint32_t n = placed_run(l, seq, run);
+    kvc_mutex_unlock(&p->mutex);
+    uint64_t deadline_ns = p->worker->servers.n == 1 ? 0 : kvc_deadline_ns(kvwi_put_extend_ns);
+    kvc_status st = kvc_context_extend(seq->servers[l->server].context, run, n, deadline_ns);
+    kvc_mutex_lock(&p->mutex);
+    if (st != KVC_OK) {
+        judge_failure(p, j, st);
+    } else {
+        cover(l, seq, n);
+        acknowledge(p, seq);
+    }
+    kvc_mutex_unlock(&p->mutex);
+}
+
+/* A flying job of the lane whose sequence has lost patience; what does not fly leaves at once. */
+static job *sweep(lane *l)
+{
+    job *next = NULL;
+    for (job *j = l->putter->head; j != NULL; j = next) {
+        next = j->next;
+        if (j->server != l->server || !j->seq->put.give_up) {
             continue;
         }
         if (j->state != FLYING) {
-            remove_job(p, j);
+            remove_job(l->putter, j);
         } else if (!j->cancelled) {
             return j;
         }
@@ -374,18 +357,30 @@ static job *sweep(kvwi_putter *p)
     return NULL;
 }
 
-/* Something that the put thread can do now; else NULL and the time of the next thing. */
-static job *next_job(kvwi_putter *p, uint64_t *due_p)
+/* Whether j, which is placed, is what the lane's context of its sequence covers next. */
+static bool is_next(const lane *l, const job *j)
+{
+    const job *i = l->putter->head;
+    while (i->seq != j->seq || i->server != l->server || i->state == COVERED) {
+        i = i->next;
+    }
+    return i == j;
+}
+
+/* Something that the lane can do now; else NULL and the time of the next thing. */
+static job *next_job(lane *l, uint64_t *due_p)
 {
     uint64_t now = kvc_now_ns();
-    job *leaving = sweep(p);
+    job *leaving = sweep(l);
     *due_p = 0;
     if (leaving != NULL) {
         return leaving;
     }
-    for (job *j = p->head; j != NULL; j = j->next) {
-        if (j->state == QUEUED || j->state == LANDED ||
-            (j->state == PLACED && j->block == j->seq->put.n_acked)) {
+    for (job *j = l->putter->head; j != NULL; j = j->next) {
+        if (j->server != l->server) {
+            continue;
+        }
+        if (j->state == QUEUED || j->state == LANDED || (j->state == PLACED && is_next(l, j))) {
             return j;
         }
         if (j->state == WAITING) {
@@ -399,12 +394,15 @@ static job *next_job(kvwi_putter *p, uint64_t *due_p)
 }
 
 /* One move of a job; called with the mutex, returns with it. */
-static void move(kvwi_putter *p, job *j)
+static void move(lane *l, job *j)
 {
+    kvwi_putter *p = l->putter;
     job_state state = j->state;
     if (state == WAITING && j->n == 0) {
-        state = PLACED; /* it was the context that would not grow */
-        j->state = PLACED;
+        state = j->state = PLACED; /* it was the context that would not grow */
+        if (!is_next(l, j)) {
+            return;
+        }
     }
     if (state == QUEUED || state == WAITING) {
         j->state = FLYING; /* before the submit: its callback may come at once */
@@ -416,7 +414,7 @@ static void move(kvwi_putter *p, job *j)
     } else if (state == LANDED) {
         land(p, j);
     } else if (state == PLACED) {
-        extend(p, j);
+        extend(l, j);
     } else {
         send(p, j);
     }
@@ -425,17 +423,18 @@ static void move(kvwi_putter *p, job *j)
 
 static void run(void *arg)
 {
-    kvwi_putter *p = arg;
+    lane *l = arg;
+    kvwi_putter *p = l->putter;
     uint64_t due = 0;
     kvc_mutex_lock(&p->mutex);
     for (;;) {
-        job *j = next_job(p, &due);
+        job *j = next_job(l, &due);
         if (j != NULL) {
-            move(p, j);
+            move(l, j);
         } else if (p->closing) {
             break;
         } else {
-            (void)kvc_cond_wait_until(&p->wake, &p->mutex, due);
+            (void)kvc_cond_wait_until(&l->wake, &p->mutex, due);
         }
     }
     kvc_mutex_unlock(&p->mutex);
@@ -443,23 +442,43 @@ static void run(void *arg)
 
 /* ---- the engine's side ---- */
 
+static kvc_status start_lane(kvwi_putter *p, uint32_t server)
+{
+    char name[24]; /* of which 15 bytes count, and KVW_MAX_SERVERS takes fewer */
+    lane *l = &p->lanes[server];
+    (void)snprintf(name, sizeof(name), "kvw-put-%u", server);
+    l->putter = p;
+    l->server = server;
+    kvc_cond_init(&l->wake);
+    kvc_status st = kvc_thread_start(&l->thread, name, run, l);
+    if (st != KVC_OK) {
+        kvc_cond_fini(&l->wake);
+        return kvwi_fail(st, "a put thread does not start");
+    }
+    p->n_started++;
+    return KVC_OK;
+}
+
 kvc_status kvwi_putter_open(kvw_worker *worker, kvwi_putter **putter_p)
 {
-    kvwi_putter *p = calloc(1, sizeof(*p));
+    uint32_t n = worker->servers.n;
+    kvc_status st = KVC_OK;
+    kvwi_putter *p = calloc(1, sizeof(*p) + n * sizeof(p->lanes[0]));
+    *putter_p = NULL;
     if (p == NULL) {
         return kvwi_fail(KVC_NO_MEMORY, "out of memory");
     }
     p->worker = worker;
     kvc_mutex_init(&p->mutex, KVC_RANK_WORKER);
-    kvc_cond_init(&p->wake);
     kvc_cond_init(&p->moved);
-    *putter_p = p;
-    kvc_status st = kvc_thread_start(&p->thread, "kvw-put", run, p);
+    for (uint32_t i = 0; st == KVC_OK && i < n; i++) {
+        st = start_lane(p, i);
+    }
     if (st != KVC_OK) {
         kvwi_putter_close(p);
-        *putter_p = NULL;
-        return kvwi_fail(st, "the put thread does not start");
+        return st;
     }
+    *putter_p = p;
     return KVC_OK;
 }
 
@@ -470,10 +489,14 @@ void kvwi_putter_close(kvwi_putter *putter)
     }
     kvc_mutex_lock(&putter->mutex);
     putter->closing = true;
-    kvc_cond_signal(&putter->wake);
+    for (uint32_t i = 0; i < putter->n_started; i++) {
+        kvc_cond_signal(&putter->lanes[i].wake);
+    }
     kvc_mutex_unlock(&putter->mutex);
-    kvc_thread_join(&putter->thread);
-    kvc_cond_fini(&putter->wake);
+    for (uint32_t i = 0; i < putter->n_started; i++) {
+        kvc_thread_join(&putter->lanes[i].thread);
+        kvc_cond_fini(&putter->lanes[i].wake);
+    }
     kvc_cond_fini(&putter->moved);
     kvc_mutex_fini(&putter->mutex);
     free(putter);
@@ -506,7 +529,7 @@ kvc_status kvwi_put_submit(kvw_seq *seq, uint32_t block, const kvwi_block *buf,
     st = seq->put.error != KVC_OK ? seq->put.error : st;
     if (st == KVC_OK) {
         append_job(p, j);
-        kvc_cond_signal(&p->wake);
+        kvc_cond_signal(&p->lanes[j->server].wake);
     }
     uint32_t slow = server_to_blame(p, seq);
     kvc_mutex_unlock(&p->mutex);
@@ -551,8 +574,7 @@ void kvwi_put_abandon(kvw_seq *seq, uint64_t deadline_ns)
     while (seq->put.n_jobs != 0) {
         uint64_t wait_ns = deadline_ns;
         if (kvc_expired(deadline_ns)) {
-            seq->put.give_up = true;
-            kvc_cond_signal(&p->wake);
+            give_up(p, seq);
             wait_ns = 0;
         }
         (void)kvc_cond_wait_until(&p->moved, &p->mutex, wait_ns);

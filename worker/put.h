@@ -1,10 +1,11 @@
 /*
  * put.h: putting full blocks behind the engine's back.
  *
- * One thread per worker ("kvw-put") owns the conversation: it sends a block's values, sends again
- * what a server had no room for, and extends the sequence's contexts in block order. The engine's
- * thread only queues blocks, and waits while the window is full. Lock: one mutex (rank WORKER)
- * guards the queue and the kvwi_put_state of every sequence; nothing is called under it.
+ * A thread per server ("kvw-put-N") owns the conversation with it: it sends a block's values, sends
+ * again what the server had no room for, and extends the sequence's context there in block order. A
+ * server that hangs holds up its own blocks, and those behind them only in being acknowledged. The
+ * engine's thread only queues blocks, and waits while the window is full. Lock: one mutex (rank
+ * WORKER) guards the queue and the kvwi_put_state of every sequence; nothing is called under it.
  */
 #ifndef KVWI_PUT_H
 #define KVWI_PUT_H
@@ -23,11 +24,15 @@ typedef struct kvwi_put_state {
     uint32_t n_acked; /* leading blocks that the store has and contexts cover */
     uint32_t n_jobs;  /* blocks on their way */
     bool closing;     /* the sequence is going away: no new attempts after a failure */
-    bool give_up;     /* the put thread drops its jobs: a final error, or closing took too long */
+    bool give_up;     /* the put threads drop its jobs: a final error, or closing took too long */
     kvc_status error; /* of a put that can never succeed; OK: none */
     uint32_t error_server;
     uint64_t blocks_put, blocks_existed, bytes_put, retries, requests;
 } kvwi_put_state;
+
+/* With several servers: what one gets to let a context grow before it is asked again, by which a
+ * sequence's end may be late. Tests set it before the first worker. */
+extern uint64_t kvwi_put_extend_ns;
 
 kvc_status kvwi_putter_open(kvw_worker *worker, kvwi_putter **putter_p) KVC_MUST_CHECK;
 /* No sequence may have jobs. NULL is fine. */

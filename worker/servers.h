@@ -24,7 +24,6 @@ typedef struct kvwi_server {
     /* DROP only: until when nobody asks it; how many times in a row it was lost */
     atomic_uint_least64_t lost_until_ns;
     atomic_uint n_losses;
-    atomic_uint_least64_t grow_after_ns; /* the put thread asks for no context to grow before */
 } kvwi_server;
 
 typedef struct kvwi_servers {

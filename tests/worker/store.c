@@ -472,6 +472,15 @@ void store_set(store *s, const store_faults *faults)
     kvc_mutex_unlock(&s->lock);
 }
 
+void store_answer_late(store *s)
+{
+    kvc_mutex_lock(&s->lock);
+    for (uint32_t i = 0; i < s->n_late; i++)
+        s->late_due_ns[i] = 1;
+    kvc_cond_signal(&s->cond);
+    kvc_mutex_unlock(&s->lock);
+}
+
 void store_forget(store *s, bool index_parts)
 {
     kvc_mutex_lock(&s->lock);

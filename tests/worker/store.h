@@ -65,6 +65,8 @@ extern uint32_t store_max_digests;
 void store_start(store *s, const char *uri);
 void store_stop(store *s);
 void store_set(store *s, const store_faults *faults);
+/* What is late is answered at once. */
+void store_answer_late(store *s);
 /* Forgets every value of index parts (part % 2000 >= 1000), or of kv parts. */
 void store_forget(store *s, bool index_parts);
 uint32_t store_count(store *s, const uint32_t *counter);
