@@ -313,9 +313,10 @@ void cuda_case_chunk_weights(numbers *from)
             }
         }
         for (uint32_t i = 0; i < k && t == 1; i++) {
-            x[i] = -INFINITY;                      /* nothing chosen */
-            x[2 * k + i] = i ? x[2 * k + i] : NAN; /* a NaN */
-            x[3 * k + i] = (float)i * 40 - 100;    /* far apart */
+            x[i] = -INFINITY;                              /* nothing chosen */
+            x[2 * k + i] = i ? x[2 * k + i] : NAN;         /* a NaN */
+            x[3 * k + i] = (float)i * 40 - 100;            /* far apart */
+            ids[2 * k + i] = ids[3 * k + i] = (i ^ 5) * 3; /* none of them empty */
         }
         for (int fusion = KVK_FUSE_SOFTMAX; fusion <= KVK_FUSE_STICK; fusion++) {
             kvk_chunk_weights_args a = {

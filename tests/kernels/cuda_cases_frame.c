@@ -85,6 +85,7 @@ static void set_up(numbers *from, setting *s)
                                  .cands = device_bytes(SEQS * sizeof(kvk_cuda_candidates)),
                                  .differs = pinned_bytes(SEQS * 4),
                                  .tokens = tokens_of(s),
+                                 .row_dtype = s->row_dtype,
                                  .key_proj = device_copy(s->key_proj, proj * 4),
                                  .workspace = device_bytes(bytes),
                                  .workspace_bytes = bytes};
