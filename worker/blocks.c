@@ -13,8 +13,15 @@
 #include "base/clock.h"
 #include "internal.h"
 
-/* Free buffers that the pool keeps, rather than giving them back to the system. */
-#define POOL_MAX_FREE 8u
+/* Free buffers that the pool keeps at least, rather than giving them back to the system. */
+#define POOL_MIN_FREE 8u
+
+/* Acknowledgements come in runs: what one run sets free the next blocks take, with the memory that
+ * has been registered with a device. */
+static uint32_t max_free(const kvw_worker *w)
+{
+    return kvwi_max_u32(POOL_MIN_FREE, w->opts.put_window);
+}
 
 void kvwi_pool_init(kvwi_pool *pool)
 {
@@ -96,7 +103,7 @@ void kvwi_pool_give(kvw_worker *worker, kvwi_block *block)
 {
     kvwi_pool *pool = &worker->pool;
     kvc_mutex_lock(&pool->mutex);
-    bool keep = pool->n_free < POOL_MAX_FREE;
+    bool keep = pool->n_free < max_free(worker);
     if (keep) {
         block->next = pool->free;
         pool->free = block;

@@ -22,7 +22,7 @@ struct kvk_stream {
 };
 
 static atomic_bool absent;
-static atomic_uint ops_left = UINT32_MAX, copies_left = UINT32_MAX;
+static atomic_uint ops_left = UINT32_MAX, copies_left = UINT32_MAX, n_graphs;
 static atomic_ullong rows_read;
 static void (*before_launch)(void *arg);
 static void *before_arg;
@@ -85,6 +85,11 @@ uint64_t fake_cuda_enqueued(const kvk_stream *stream)
 void fake_cuda_stream_free(kvk_stream *stream)
 {
     free(stream);
+}
+
+uint32_t fake_cuda_graphs(void)
+{
+    return atomic_load(&n_graphs);
 }
 
 uint64_t fake_cuda_rows_read(void)
@@ -171,7 +176,10 @@ kvc_status kvk_cuda_graph_begin(kvk_cuda *cuda, kvk_stream *stream)
 {
     (void)cuda;
     stream->captured = calloc(1, sizeof(*stream->captured));
-    return stream->captured == NULL ? KVC_NO_MEMORY : KVC_OK;
+    if (stream->captured == NULL)
+        return KVC_NO_MEMORY;
+    atomic_fetch_add(&n_graphs, 1);
+    return KVC_OK;
 }
 
 kvc_status kvk_cuda_graph_end(kvk_cuda *cuda, kvk_stream *stream, kvk_cuda_graph **graph_p)
@@ -196,6 +204,8 @@ kvc_status kvk_cuda_graph_launch(kvk_cuda *cuda, kvk_cuda_graph *graph, kvk_stre
 void kvk_cuda_graph_destroy(kvk_cuda *cuda, kvk_cuda_graph *graph)
 {
     (void)cuda;
+    if (graph != NULL)
+        atomic_fetch_sub(&n_graphs, 1);
     free(graph);
 }
 

@@ -31,6 +31,8 @@ void fake_cuda_damage(void);
 void fake_cuda_ops(uint32_t n);
 /* Memory that was taken and not given back; registrations likewise. */
 uint32_t fake_cuda_held(void);
+/* Graphs that were made and not destroyed. */
+uint32_t fake_cuda_graphs(void);
 /* Called before each graph that is launched, and each gather, once it is set; NULL: nothing. */
 void fake_cuda_before_launch(void (*fn)(void *arg), void *arg);
 /* A stream as an engine has one; what was enqueued on it so far, copies apart. */

@@ -133,6 +133,15 @@ static kvc_status forward(group *g, const uint32_t *members, uint32_t n, uint32_
     return st;
 }
 
+/* Waits for the device so far, of all members. */
+static uint64_t waits(const group *g, const uint32_t *members, uint32_t n)
+{
+    uint64_t all = 0;
+    for (uint32_t i = 0; i < n; i++)
+        all += stats_of(g->seq[members[i]]).host_syncs;
+    return all;
+}
+
 /* A token of each member, which must come out as it did alone. */
 static void step(group *g, const uint32_t *members, uint32_t n)
 {
@@ -169,7 +178,11 @@ static void results_are_those_of_one(void **state)
     step(&g, (uint32_t[]){2, 0}, 2);
     check_picks(&g, 1, 0); /* who has left has its own still */
     check_picks(&g, 1, 1);
-    step(&g, (uint32_t[]){3, 1, 2, 0}, 4); /* one attends everything */
+    /* one attends everything: it alone is apart, and waits twice a layer */
+    uint64_t before = waits(&g, (uint32_t[]){3, 1, 2, 0}, 4);
+    step(&g, (uint32_t[]){3, 1, 2, 0}, 4);
+    if (strcmp(BACKEND, "cpu") != 0)
+        assert_int_equal(waits(&g, (uint32_t[]){3, 1, 2, 0}, 4) - before, 2 * (1 + 2));
     step(&g, (uint32_t[]){1}, 1);
     taker t = {&g, 0};
     rig_decode(&g.r, g.seq[0], g.at[0], g.at[0] + 1, take, &t); /* alone in between */

@@ -266,6 +266,89 @@ static void a_batch_has_one_stream(void **state)
     fake_cuda_stream_free(engine);
 }
 
+/* ---- graphs ---- */
+
+enum { MOST = 11, KEPT = 8, LENGTH = 160 };
+
+typedef struct crowd {
+    rig r;
+    kvw_seq *seq[MOST];
+    uint32_t at[MOST];
+    kvw_batch *batch;
+} crowd;
+
+static void *of_first(const crowd *c, const double *array, uint32_t width, uint32_t layer,
+                      uint32_t n)
+{
+    uint8_t *all = calloc(n + 1u, width * 2u);
+    assert_non_null(all);
+    for (uint32_t i = 0; i < n; i++) {
+        void *one = rig_bytes(&c->r, array, width, layer, c->at[i], 1);
+        memcpy(all + (size_t)i * width * 2u, one, width * 2u);
+        free(one);
+    }
+    return all;
+}
+
+/* A token of the first n. */
+static void step_first(crowd *c, uint32_t n)
+{
+    float lse[MOST * HEADS];
+    uint32_t dims = FAKE_DIMS;
+    for (uint32_t i = 0; i < n; i++)
+        assert_ok(kvw_tokens(c->seq[i], c->r.tokens + c->at[i], 1));
+    for (uint32_t layer = 0; layer < 2; layer++) {
+        uint8_t *q = of_first(c, c->r.q, rig_q_width(&c->r), layer, n);
+        void *k = of_first(c, c->r.k, rig_kv_width(&c->r), layer, n);
+        void *v = of_first(c, c->r.v, rig_kv_width(&c->r), layer, n);
+        assert_ok(kvw_batch_forward(c->batch, c->seq, n, layer, q, k, v, q, lse));
+        const rig_step done = {.seq = c->seq[n - 1u],
+                               .layer = layer,
+                               .first = c->at[n - 1u],
+                               .n = 1,
+                               .out = q + (size_t)(n - 1u) * rig_q_width(&c->r) * 2u,
+                               .lse = lse + (size_t)(n - 1u) * HEADS};
+        oracle_check_step(&dims, &c->r, &done);
+        free(q);
+        free(k);
+        free(v);
+    }
+    for (uint32_t i = 0; i < n; i++)
+        c->at[i]++;
+}
+
+/* A batch keeps the graphs of the sizes that came last, and makes the others again. */
+static void a_batch_keeps_few_graphs(void **state)
+{
+    (void)state;
+    crowd c = {0};
+    uint32_t reused = 0, before = fake_cuda_graphs();
+    fake_rig(&c.r, NULL);
+    rig_open(&c.r);
+    assert_int_equal(c.r.opts.n_q_heads, HEADS);
+    for (uint32_t i = 0; i < MOST; i++) {
+        assert_ok(kvw_seq_create(c.r.worker, NULL, 0, &c.seq[i], &reused));
+        rig_prefill(&c.r, c.seq[i], 0, LENGTH, NULL, NULL);
+        rig_decode(&c.r, c.seq[i], LENGTH, LENGTH + 1u, NULL, NULL); /* it has its own now */
+        c.at[i] = LENGTH + 1u;
+    }
+    assert_ok(kvw_batch_open(c.r.worker, MOST, NULL, &c.batch));
+    uint32_t own = fake_cuda_graphs();
+    for (uint32_t n = 1; n <= MOST; n++) {
+        step_first(&c, n);
+        assert_int_equal(fake_cuda_graphs() - own, 2u * (n < KEPT ? n : KEPT));
+    }
+    step_first(&c, 5); /* there still */
+    step_first(&c, 1); /* made again, in place of 4 */
+    step_first(&c, 4);
+    assert_int_equal(fake_cuda_graphs() - own, 2u * KEPT);
+    for (uint32_t i = 0; i < MOST; i++)
+        kvw_seq_destroy(c.seq[i]);
+    kvw_batch_close(c.batch);
+    rig_close(&c.r);
+    assert_int_equal(fake_cuda_graphs(), before);
+}
+
 /* A step's end does not say that what was appended behind it has come to the host. */
 static void a_step_settles_what_was_before_it(void **state)
 {
@@ -342,6 +425,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_foretold_chunk_keeps_its_picks, open_served,
                                         close_served),
         cmocka_unit_test(a_batch_has_one_stream),
+        cmocka_unit_test(a_batch_keeps_few_graphs),
         cmocka_unit_test(a_step_settles_what_was_before_it),
         cmocka_unit_test(memory_is_aligned),
     };

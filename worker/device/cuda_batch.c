@@ -4,10 +4,10 @@
  *
  * Runs on the thread that uses the batch, whose sequences are this thread's too. Sequences of a
  * batch enqueue on its stream until they part, which is when others are stepped, or one or the
- * batch is closed. Where one of them has rows without an address, or attends everything, all are
- * finished one by one; one whose map went away under the launch is stepped again alone. Invariants:
- * a member's entries in the lanes are those of its memories' generation; after a launch each member
- * is settled, whatever became of the others.
+ * batch is closed. One that has rows without an address, or attends everything, is blank in the
+ * launch and stepped alone behind it, as is one whose map went away under it. Invariants: a
+ * member's entries in the lanes are those of its memories' generation; after a launch each member
+ * is settled, whatever became of the others; at most SIZES_MAX numbers of sequences have graphs.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +15,9 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "state.h"
+
+/* Numbers of sequences whose graphs are kept; the one that was stepped longest ago goes first. */
+#define SIZES_MAX 8u
 
 typedef struct batch_layer {
     kvwi_lane lane;
@@ -34,6 +37,9 @@ struct kvwi_device_batch {
     kvw_seq **members; /* [n_members] */
     uint32_t *generations;
     uint32_t n_members;
+    bool *apart;       /* [n_members] of the step: not in the launch */
+    uint64_t *stepped; /* [n_max + 1] when this number of sequences was last; 0: it has no graphs */
+    uint64_t n_stepped;
     void *entries; /* host, of one list */
 };
 
@@ -44,14 +50,36 @@ static kvk_cuda *cuda_of(const kvwi_device_batch *b)
 
 /* ---- memory ---- */
 
+static void drop_size(kvwi_device_batch *b, uint32_t n)
+{
+    for (uint32_t i = 0; b->stepped[n] != 0 && i < b->worker->opts.n_layers; i++) {
+        kvk_cuda_graph_destroy(cuda_of(b), b->layers[i].graphs[n]);
+        b->layers[i].graphs[n] = NULL;
+    }
+    b->stepped[n] = 0;
+}
+
 static void drop_graphs(kvwi_device_batch *b)
 {
-    for (uint32_t i = 0; b->layers != NULL && i < b->worker->opts.n_layers; i++) {
-        for (uint32_t n = 0; b->layers[i].graphs != NULL && n <= b->n_max; n++) {
-            kvk_cuda_graph_destroy(cuda_of(b), b->layers[i].graphs[n]);
-            b->layers[i].graphs[n] = NULL;
-        }
+    for (uint32_t n = 0; b->stepped != NULL && n <= b->n_max; n++) {
+        drop_size(b, n);
     }
+}
+
+/* Graphs of n sequences are about to be launched, or made: room for them. */
+static void take_size(kvwi_device_batch *b, uint32_t n)
+{
+    uint32_t n_kept = 0, oldest = 0;
+    for (uint32_t i = 0; i <= b->n_max; i++) {
+        bool kept = b->stepped[i] != 0 && i != n;
+        n_kept += kept;
+        oldest =
+            kept && (b->stepped[oldest] == 0 || b->stepped[i] < b->stepped[oldest]) ? i : oldest;
+    }
+    if (n_kept >= SIZES_MAX) {
+        drop_size(b, oldest);
+    }
+    b->stepped[n] = ++b->n_stepped;
 }
 
 static void carve(kvwi_device_batch *b, kvwi_carver *fixed, kvwi_carver *pinned)
@@ -126,8 +154,10 @@ kvc_status kvwi_cuda_batch_open(kvw_worker *worker, uint32_t n_max, void *stream
     b->members = (kvw_seq **)calloc(n_max, sizeof(kvw_seq *));
     b->generations = calloc(n_max, sizeof(*b->generations));
     b->entries = calloc(n_max, sizeof(kvk_cuda_residency) + sizeof(kvk_cuda_source));
-    bool there =
-        b->layers != NULL && b->members != NULL && b->generations != NULL && b->entries != NULL;
+    b->apart = calloc(n_max, sizeof(*b->apart));
+    b->stepped = calloc(n_max + 1u, sizeof(*b->stepped));
+    bool there = b->layers != NULL && b->members != NULL && b->generations != NULL &&
+                 b->entries != NULL && b->apart != NULL && b->stepped != NULL;
     kvc_status st = there ? kvk_cuda_stream_create(cuda_of(b), &b->capture) : KVC_NO_MEMORY;
     b->stream = worker->opts.device_memory ? (kvk_stream *)stream : b->capture;
     if (st == KVC_OK) {
@@ -163,6 +193,8 @@ void kvwi_cuda_batch_close(kvwi_device_batch *b)
     free(b->layers);
     free((void *)b->members);
     free(b->generations);
+    free(b->apart);
+    free(b->stepped);
     free(b->entries);
     free(b);
 }
@@ -336,6 +368,7 @@ static kvc_status graph_of(kvwi_device_batch *b, uint32_t layer, uint32_t n,
 {
     batch_layer *l = &b->layers[layer];
     kvc_status st = KVC_OK;
+    take_size(b, n);
     if (l->graphs[n] == NULL) {
         l->lane.n_seqs = n;
         l->lane.rows_max = b->rows_max;
@@ -352,15 +385,15 @@ static size_t q_bytes(const kvw_worker *w)
     return (size_t)w->opts.n_q_heads * w->opts.head_dim * w->elem_bytes;
 }
 
-/* What the graph reads of this step. */
+/* What the graph reads of this step. Of a member that is apart: one token, which picks nothing. */
 static kvc_status write_lane(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n,
                              const void *q)
 {
     kvwi_lane *lane = &b->layers[steps[0]->layer].lane;
     for (uint32_t i = 0; i < n; i++) {
         kvwi_device_layer *l = &steps[i]->seq->device->layers[steps[i]->layer];
-        lane->n_tokens[i] = steps[i]->n_tokens;
-        lane->tokens[i] = l->pending ? l->lane.tokens[0] : (kvk_cuda_token){0};
+        lane->n_tokens[i] = b->apart[i] ? 1u : steps[i]->n_tokens;
+        lane->tokens[i] = l->pending && !b->apart[i] ? l->lane.tokens[0] : (kvk_cuda_token){0};
     }
     if (b->worker->opts.device_memory) {
         return kvk_cuda_copy(cuda_of(b), lane->q_in, q, n * q_bytes(b->worker), b->stream);
@@ -374,7 +407,7 @@ static void forget_all(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
 {
     const kvwi_lane *lane = &b->layers[steps[0]->layer].lane;
     for (uint32_t i = 0; i < n; i++) {
-        if (kvwi_cuda_forget(steps[i]->seq, lane, i, NULL) != KVC_OK) {
+        if (!b->apart[i] && kvwi_cuda_forget(steps[i]->seq, lane, i, NULL) != KVC_OK) {
             KVC_LOG_WARN(WORKER, "a batch's step failed and the device does not answer");
         }
     }
@@ -399,6 +432,9 @@ static kvc_status launch(kvwi_device_batch *b, kvw_step *const *steps, uint32_t 
     }
     for (uint32_t i = 0; i < n; i++) {
         kvwi_device_seq *d = steps[i]->seq->device;
+        if (b->apart[i]) {
+            continue;
+        }
         d->layers[steps[i]->layer].pending = false;
         d->layers[steps[i]->layer].n_writes = d->n_writes;
     }
@@ -446,26 +482,30 @@ static kvc_status finish_alone(kvw_step *step, uint32_t at, const void *q, void 
                                  lse == NULL ? NULL : lse + (size_t)at * w->opts.n_q_heads);
 }
 
-/* Whether all rows have addresses that stay for the step. */
-static bool all_mapped(kvw_step *const *steps, uint32_t n)
+/* Who is in the launch: whose rows all have addresses that stay for the step. Gives how many. */
+static uint32_t choose(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
 {
-    bool mapped = true;
-    for (uint32_t i = 0; mapped && i < n; i++) {
+    uint32_t n_in = 0;
+    for (uint32_t i = 0; i < n; i++) {
         kvwi_device_layer *l = &steps[i]->seq->device->layers[steps[i]->layer];
-        mapped = !l->prefill && l->n_blank == 0 && kvwi_cuda_tables_take(steps[i]->seq, l);
+        b->apart[i] = l->prefill || l->n_blank != 0 || !kvwi_cuda_tables_take(steps[i]->seq, l);
+        n_in += !b->apart[i];
     }
-    return mapped;
+    return n_in;
 }
 
-/* Sequence `at` has been stepped: whether that counts. If not, its map went away under it, and
- * what it read is forgotten. *status_p: of that. */
+/* Whether sequence `at` has been stepped, and that counts. If not, it is apart, or its map went
+ * away under it and what it read is forgotten. *status_p: of that. */
 static bool settle(kvwi_device_batch *b, kvw_step *step, uint32_t at, kvc_status *status_p)
 {
     kvw_seq *seq = step->seq;
     kvwi_device_layer *l = &seq->device->layers[step->layer];
     kvwi_lane *lane = &b->layers[step->layer].lane;
-    kvwi_settled(seq->device, l->n_writes);
     *status_p = KVC_OK;
+    if (b->apart[at]) {
+        return false;
+    }
+    kvwi_settled(seq->device, l->n_writes);
     if (lane->n_misses[at] == 0 || kvwi_cuda_tables_hold(seq, l->stamp)) {
         kvwi_cuda_step_done(step, lane->n_misses[at], 0);
         l->picks_at = lane->picks + (size_t)at * seq->worker->opts.k;
@@ -518,7 +558,7 @@ kvc_status kvwi_cuda_batch_finish(kvwi_device_batch *b, kvw_seq *const *seqs,
     if (st != KVC_OK) {
         return st;
     }
-    if (all_mapped(steps, n)) {
+    if (choose(b, steps, n) != 0) {
         st = finish_together(b, steps, n, q, out, lse);
     } else {
         for (uint32_t i = 0; i < n; i++) {
