@@ -107,7 +107,7 @@ static void *input(const group *g, const double *array, uint32_t width, uint32_t
                    const uint32_t *members, uint32_t n)
 {
     size_t bytes = width * 2u;
-    uint8_t *all = malloc(n * bytes);
+    uint8_t *all = calloc(n + 1u, bytes);
     assert_non_null(all);
     for (uint32_t i = 0; i < n; i++) {
         void *one = rig_bytes(&g->r, array, width, layer, g->at[members[i]], 1);
@@ -181,8 +181,8 @@ static void results_are_those_of_one(void **state)
     /* one attends everything: it alone is apart, and waits twice a layer */
     uint64_t before = waits(&g, (uint32_t[]){3, 1, 2, 0}, 4);
     step(&g, (uint32_t[]){3, 1, 2, 0}, 4);
-    if (strcmp(BACKEND, "cpu") != 0)
-        assert_int_equal(waits(&g, (uint32_t[]){3, 1, 2, 0}, 4) - before, 2 * (1 + 2));
+    uint64_t want = strcmp(BACKEND, "cpu") == 0 ? 0 : 2 * (1 + 2);
+    assert_int_equal(waits(&g, (uint32_t[]){3, 1, 2, 0}, 4) - before, want);
     step(&g, (uint32_t[]){1}, 1);
     taker t = {&g, 0};
     rig_decode(&g.r, g.seq[0], g.at[0], g.at[0] + 1, take, &t); /* alone in between */
