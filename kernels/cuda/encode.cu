@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(THREADS) encode_kernel(const kvk_cuda_encode_a
         (uint8_t *)a.out + (size_t)row * a.row_bytes + (is_v ? a.v_off_bytes : a.k_off_bytes);
 
     if (row < a.n)
-        encode_head(in, a.n_heads, a.head_dim, head, a.dtype, slice, NULL);
+        encode_head(in, a.n_heads, a.head_dim, head, a.dtype, slice, NULL, NULL);
 }
 
 static bool args_ok(const kvk_cuda_encode_args *a)

@@ -19,10 +19,10 @@ __device__ static inline uint8_t code_of(float x, kvk_dtype dtype)
 }
 
 /* in [dim] bf16 -> head `head` of the slices at slice and at copy (NULL: not); a scale of NaN where
- * an element is not finite. The whole warp calls. */
+ * an element is not finite, and then *bad (NULL: not) is 1. The whole warp calls. */
 __device__ static inline void encode_head(const __nv_bfloat16 *in, uint32_t n_heads, uint32_t dim,
                                           uint32_t head, kvk_dtype dtype, uint8_t *slice,
-                                          uint8_t *copy)
+                                          uint8_t *copy, uint32_t *bad)
 {
     uint32_t lane = threadIdx.x & 31u, bits = 0;
     float x[ENCODE_HELD], most = 0;
@@ -46,6 +46,8 @@ __device__ static inline void encode_head(const __nv_bfloat16 *in, uint32_t n_he
             copy[at] = code;
     }
     bits = most < INFINITY ? bits : 0x7fc0u;
+    if (lane == 0 && bad && most == INFINITY)
+        *bad = 1;
     if (lane < 2) {
         uint32_t at = n_heads * dim + 2u * head + lane;
         slice[at] = (uint8_t)(bits >> (8u * lane));

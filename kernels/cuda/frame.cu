@@ -166,6 +166,8 @@ __device__ static void take_token(const struct frame_params *p, uint32_t seq, ui
         row[d] = (uint8_t)(int8_t)(scale > 0 ? rintf(__fdiv_rn(y, scale)) : 0.0f);
     if (d < 2)
         row[a->dims + d] = (uint8_t)(bits >> (8 * d));
+    if (d == 0 && t->bad && all == INFINITY)
+        *t->bad = 1;
 }
 
 /* Coded rows: a head of K or V a warp. */
@@ -178,7 +180,7 @@ __device__ static void code_token(const kvk_cuda_frame_args *a, const kvk_cuda_t
     if (is_v < 2)
         encode_head((const __nv_bfloat16 *)(is_v ? t->v : t->k) + (size_t)head * a->head_dim,
                     a->n_kv_heads, a->head_dim, head, a->row_dtype, (uint8_t *)t->row + at,
-                    t->copy ? (uint8_t *)t->copy + at : NULL);
+                    t->copy ? (uint8_t *)t->copy + at : NULL, t->bad);
 }
 
 /* A pair of one query head: rotated for the far and the near rows, and compared. */

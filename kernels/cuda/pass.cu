@@ -1,14 +1,16 @@
 /*
- * pass.cu: what frames a pass of several tokens: queries in f32 at their positions, and rows of K
- * and V into a ring.
+ * pass.cu: what frames a pass of several tokens: queries in f32 at their positions, rows of K and V
+ * into a ring, and whether these are finite.
  *
- * A block takes a token. Angles in double, as in the table's rope, once for all heads.
+ * A block takes a token (finite: whatever comes). Angles in double, as in the table's rope, once
+ * for all heads.
  */
 #include "device.cuh"
 #include "kvk/cuda_pass.h"
 
-#define THREADS  256u
-#define HALF_MAX 128u
+#define THREADS    256u
+#define HALF_MAX   128u
+#define BLOCKS_MAX 264u /* of finite_kernel */
 
 __global__ void __launch_bounds__(THREADS) rope_kernel(const kvk_cuda_rope_args a)
 {
@@ -84,5 +86,42 @@ extern "C" kvc_status kvk_cuda_rows(kvk_cuda *cuda, const kvk_cuda_rows_args *ar
     if (st != KVC_OK)
         return st;
     rows_kernel<<<args->n, THREADS, 0, kvki_cuda_stream(stream)>>>(*args);
+    return kvki_cuda_launched();
+}
+
+/* The exponents of two bf16 numbers, one of which has all ones. */
+__device__ static inline bool pair_bad(uint32_t pair)
+{
+    return (pair & 0x7f80u) == 0x7f80u || (pair & 0x7f800000u) == 0x7f800000u;
+}
+
+__global__ void __launch_bounds__(THREADS) finite_kernel(const kvk_cuda_finite_args a)
+{
+    size_t n = a.len_bytes / 16u, each = (size_t)gridDim.x * THREADS;
+    bool bad = false;
+
+    for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += each) {
+        uint4 x = ((const uint4 *)a.in)[i];
+        bad = bad || pair_bad(x.x) || pair_bad(x.y) || pair_bad(x.z) || pair_bad(x.w);
+    }
+    if (bad)
+        *a.bad = 1; /* whoever finds one */
+}
+
+extern "C" kvc_status kvk_cuda_finite(kvk_cuda *cuda, const kvk_cuda_finite_args *args,
+                                      kvk_stream *stream)
+{
+    size_t blocks = (args->len_bytes / 16u + THREADS - 1) / THREADS;
+    kvc_status st = KVC_OK;
+
+    if (args->len_bytes == 0)
+        return KVC_OK;
+    if (args->len_bytes % 16 || !args->in || !args->bad || !kvki_aligned(args->in))
+        return KVC_INVALID;
+    st = kvki_cuda_use(cuda);
+    if (st != KVC_OK)
+        return st;
+    finite_kernel<<<(unsigned)(blocks < BLOCKS_MAX ? blocks : BLOCKS_MAX), THREADS, 0,
+                    kvki_cuda_stream(stream)>>>(*args);
     return kvki_cuda_launched();
 }

@@ -11,7 +11,7 @@
     X(resolve) X(gather) X(encode) X(frame) X(attend) X(attend_exact) \
     X(attend_near) X(prefill) X(merge) X(graph) \
     X(vote_edges) X(vote) X(vote_ties) X(vote_batch) X(vote_large) \
-    X(keep) X(mean) X(kept) X(rope) X(rows) X(select_many) X(many_edges) \
+    X(keep) X(mean) X(kept) X(rope) X(rows) X(finite) X(select_many) X(many_edges) \
     X(chunk_select) X(chunk_select_ties) X(chunk_select_batch) X(chunk_edges) X(chunk_weights) \
     X(chunk_attend) X(chunk_attend_heads) X(chunk_fuse) X(chunk_gather) X(chunk_path) \
     X(embed) X(rms_norm) X(linear) X(rotate) X(local_attend) X(layers_edges)

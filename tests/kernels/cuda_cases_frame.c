@@ -251,6 +251,35 @@ static void run_expected(setting *s)
     REQUIRE(a.differs[0] == 0 && a.differs[1] == 0 && a.differs[2] == 1, "differs");
 }
 
+/* K that is not finite is told of, V too where it is coded; tokens that are not there are not. */
+static void run_bad(setting *s)
+{
+    kvk_cuda_token *tokens = pinned_bytes(SEQS * sizeof(*tokens));
+    uint32_t *bad = pinned_bytes(SEQS * sizeof(*bad));
+    bool coded = kvk_is_coded(s->row_dtype);
+    kvk_cuda_frame_args a = s->a;
+
+    a.tokens = tokens;
+    for (uint32_t at = 0; at < 2; at++) { /* the last of K, the last of V */
+        uint16_t *k = host_bytes((size_t)SEQS * s->inputs * 4);
+        memcpy(k, s->k, (size_t)SEQS * s->inputs * 4);
+        for (uint32_t i = 1; i < SEQS; i++)
+            k[(i * 2 + at + 1) * s->inputs - 1] = 0x7f80;
+        const uint16_t *rows = device_copy(k, (size_t)SEQS * s->inputs * 4);
+        for (uint32_t i = 0; i < SEQS; i++) {
+            tokens[i] = s->a.tokens[i];
+            tokens[i].k = rows + (size_t)i * s->inputs * 2;
+            tokens[i].v = rows + (size_t)i * s->inputs * 2 + s->inputs;
+            tokens[i].bad = &bad[i];
+            bad[i] = 0;
+        }
+        OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
+        gpu_sync();
+        REQUIRE(bad[0] == 0 && bad[1] == 0 && bad[2] == (at == 0 || coded),
+                "%s not finite: bad %u %u %u", at == 0 ? "K" : "V", bad[0], bad[1], bad[2]);
+    }
+}
+
 void cuda_case_frame(numbers *from)
 {
     static const uint32_t shapes[][4] = {
@@ -268,6 +297,7 @@ void cuda_case_frame(numbers *from)
                          .row_dtype = rows[kind]};
             run(from, &s);
             run_expected(&s);
+            run_bad(&s);
             release_all();
         }
     }

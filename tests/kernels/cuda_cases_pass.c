@@ -1,7 +1,7 @@
 /*
  * cuda_cases_pass.c: what a pass of several tokens is made of, against the table's ops: queries at
- * their positions, rows into a ring, and the selection of a chunk (score_index, row_max,
- * chunk_fold, window_max, topk).
+ * their positions, rows into a ring, what is not finite, and the selection of a chunk (score_index,
+ * row_max, chunk_fold, window_max, topk).
  */
 #include <math.h>
 #include <string.h>
@@ -106,6 +106,41 @@ void cuda_case_rows(numbers *from)
     REQUIRE(kvk_cuda_rows(gpu(), &bad, gpu_stream()) == KVC_INVALID, "more than the ring");
     bad.n = 0;
     OK(kvk_cuda_rows(gpu(), &bad, gpu_stream()));
+}
+
+/* One number of n that is not finite is found wherever it lies; the largest that is, is not. */
+void cuda_case_finite(numbers *from)
+{
+    static const uint32_t lengths[] = {8, 264, 512 * 1024, 4 << 20};
+    static const uint16_t not_finite[] = {0x7f80, 0xff80, 0x7fc1, 0xffff};
+    kvk_cuda_finite_args a = {.len_bytes = 0};
+
+    for (size_t i = 0; i < sizeof(lengths) / sizeof(lengths[0]); i++) {
+        uint32_t n = lengths[i], places[] = {0, n - 1, number_below(from, n)};
+        uint16_t *x = host_bytes(n * sizeof(*x));
+        for (uint32_t j = 0; j < n; j++)
+            x[j] = j % 3 == 0 ? 0xff7f : bf16_of(normal(from));
+        a.bad = pinned_bytes(sizeof(*a.bad));
+        a.in = device_copy(x, n * sizeof(*x));
+        a.len_bytes = n * sizeof(*x);
+        for (uint32_t j = 0; j < 4; j++) {
+            *a.bad = 0;
+            if (j != 0)
+                upload((void *)(uintptr_t)((const uint16_t *)a.in + places[j - 1]),
+                       &not_finite[(i + j) % 4], sizeof(*x));
+            OK(kvk_cuda_finite(gpu(), &a, gpu_stream()));
+            gpu_sync();
+            REQUIRE(*a.bad == (j != 0), "%u numbers, place %u: bad %u", n, j, *a.bad);
+            if (j != 0)
+                upload((void *)(uintptr_t)((const uint16_t *)a.in + places[j - 1]),
+                       x + places[j - 1], sizeof(*x));
+        }
+        release_all();
+    }
+    a = (kvk_cuda_finite_args){.len_bytes = 0};
+    OK(kvk_cuda_finite(gpu(), &a, gpu_stream()));
+    a.len_bytes = 24;
+    REQUIRE(kvk_cuda_finite(gpu(), &a, gpu_stream()) == KVC_INVALID, "24 bytes");
 }
 
 /* ---- the selection of a chunk ---- */

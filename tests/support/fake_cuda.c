@@ -229,6 +229,16 @@ kvc_status fake_cuda_enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, co
 
 /* ---- the ops that the worker uses ---- */
 
+bool fake_cuda_all_finite(const void *x, size_t n, uint32_t *bad)
+{
+    bool finite = true;
+    for (size_t i = 0; i < n; i++)
+        finite = finite && (((const uint16_t *)x)[i] & 0x7f80u) != 0x7f80u;
+    if (!finite && bad != NULL)
+        *bad = 1;
+    return finite;
+}
+
 kvc_status fake_cuda_project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32_t inputs,
                              const float *proj, uint32_t dims, float *out)
 {

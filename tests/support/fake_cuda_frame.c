@@ -14,7 +14,15 @@ static kvc_status take_token(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const
     uint32_t inputs = a->n_kv_heads * a->head_dim;
     float x[256];
     size_t slice = kvk_slice_bytes(a->row_dtype, a->n_kv_heads, a->head_dim);
-    if (kvk_is_coded(a->row_dtype)) {
+    bool coded = kvk_is_coded(a->row_dtype), finite = fake_cuda_all_finite(t->k, inputs, t->bad);
+    if (coded)
+        finite = fake_cuda_all_finite(t->v, inputs, t->bad) && finite;
+    if (!finite) { /* no bytes of it are right */
+        memset(t->row, 0xff, coded ? 2u * slice : inputs * 4u);
+        memset(t->index_row, 0, kvk_index_row_bytes(1, a->dims));
+        return KVC_OK;
+    }
+    if (coded) {
         kvk_encode_args code = {.in = {t->k, inputs * 2u, KVK_BF16},
                                 .n = 1,
                                 .n_heads = a->n_kv_heads,
@@ -22,11 +30,11 @@ static kvc_status take_token(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const
                                 .dtype = a->row_dtype,
                                 .out = t->row,
                                 .out_stride_bytes = slice};
-        kvc_status coded = cuda->ops->encode(cuda->be, &code, NULL);
+        kvc_status st = cuda->ops->encode(cuda->be, &code, NULL);
         code.in.data = t->v;
         code.out = (uint8_t *)t->row + slice;
-        if (coded != KVC_OK || (coded = cuda->ops->encode(cuda->be, &code, NULL)) != KVC_OK)
-            return coded;
+        if (st != KVC_OK || (st = cuda->ops->encode(cuda->be, &code, NULL)) != KVC_OK)
+            return st;
     } else {
         slice = inputs * 2u;
         memcpy(t->row, t->k, slice);

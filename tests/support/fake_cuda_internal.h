@@ -36,6 +36,8 @@ kvc_status fake_cuda_enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, co
     }                                                                                              \
     static kvc_status run_##name(kvk_cuda *cuda, const void *args)
 
+/* Whether x [n] bf16 are finite; *bad (NULL: not) is set to 1 where they are not. */
+bool fake_cuda_all_finite(const void *x, size_t n, uint32_t *bad);
 /* x [inputs] f32 or bf16 through proj. */
 kvc_status fake_cuda_project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32_t inputs,
                              const float *proj, uint32_t dims, float *out);

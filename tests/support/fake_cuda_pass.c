@@ -52,16 +52,58 @@ FAKE_CUDA_OP(digest)
     kvc_status st = KVC_OK;
     for (uint32_t i = 0; st == KVC_OK && i < a->n; i++) {
         float x[256];
+        const uint8_t *in = (const uint8_t *)a->in + i * a->in_stride_bytes;
+        if (!fake_cuda_all_finite(in, inputs, NULL)) {
+            memset((uint8_t *)a->out + i * row, 0, row);
+            continue;
+        }
         const kvk_quantize_args quantize = {.in = x,
                                             .n = 1,
                                             .n_heads = 1,
                                             .dims = a->dims,
                                             .out = (uint8_t *)a->out + i * row,
                                             .out_stride_bytes = row};
-        st = fake_cuda_project(cuda, (const uint8_t *)a->in + i * a->in_stride_bytes, KVK_BF16,
-                               inputs, a->proj, a->dims, x);
+        st = fake_cuda_project(cuda, in, KVK_BF16, inputs, a->proj, a->dims, x);
         if (st == KVC_OK)
             st = cuda->ops->quantize(cuda->be, &quantize, NULL);
+    }
+    return st;
+}
+
+/* K or V of one token; what is not finite has no bytes of its own. */
+static kvc_status code_slice(kvk_cuda *cuda, const kvk_cuda_encode_args *a, const void *all,
+                             uint32_t i, uint32_t off)
+{
+    size_t width = (size_t)a->n_heads * a->head_dim;
+    const uint16_t *in = (const uint16_t *)all + i * width;
+    const kvk_encode_args code = {.in = {in, width * 2u, KVK_BF16},
+                                  .n = 1,
+                                  .n_heads = a->n_heads,
+                                  .dims = a->head_dim,
+                                  .dtype = a->dtype,
+                                  .out = (uint8_t *)a->out + (size_t)i * a->row_bytes + off,
+                                  .out_stride_bytes =
+                                      kvk_slice_bytes(a->dtype, a->n_heads, a->head_dim)};
+    return fake_cuda_all_finite(in, width, NULL) ? cuda->ops->encode(cuda->be, &code, NULL)
+                                                 : KVC_OK;
+}
+
+FAKE_CUDA_OP(finite)
+{
+    const kvk_cuda_finite_args *a = args;
+    (void)cuda;
+    (void)fake_cuda_all_finite(a->in, a->len_bytes / sizeof(uint16_t), a->bad);
+    return KVC_OK;
+}
+
+FAKE_CUDA_OP(encode)
+{
+    const kvk_cuda_encode_args *a = args;
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < a->n; i++) {
+        st = code_slice(cuda, a, a->k, i, a->k_off_bytes);
+        if (st == KVC_OK)
+            st = code_slice(cuda, a, a->v, i, a->v_off_bytes);
     }
     return st;
 }

@@ -133,7 +133,7 @@ kvc_status kvwi_cuda_device_open(const kvw_worker *worker, uint32_t number, kvwi
     device->number = number;
     kvk_cuda_describe(device->cuda, &info);
     /* .3: counts the times that the bits of passes or steps became others */
-    (void)snprintf(device->isa, sizeof(device->isa), "sm_%u.3", info.sm);
+    (void)snprintf(device->isa, sizeof(device->isa), "sm_%u.4", info.sm);
     *device_p = device;
     return KVC_OK;
 }
@@ -204,7 +204,7 @@ uint64_t kvwi_cuda_bytes(const kvw_seq *seq)
 
 bool kvwi_cuda_takes_passes(const kvw_worker *worker)
 {
-    return worker->selector->positions == KVW_FAR_NEAR && !kvk_is_coded(worker->row_dtype);
+    return worker->selector->positions == KVW_FAR_NEAR;
 }
 
 const kvwi_device_ops kvwi_device_cuda = {

@@ -495,7 +495,7 @@ static uint32_t choose(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
 }
 
 /* Whether sequence `at` has been stepped, and that counts. If not, it is apart, or its map went
- * away under it and what it read is forgotten. *status_p: of that. */
+ * away under it or its token was not finite, and what it read is forgotten. *status_p: of that. */
 static bool settle(kvwi_device_batch *b, kvw_step *step, uint32_t at, kvc_status *status_p)
 {
     kvw_seq *seq = step->seq;
@@ -506,6 +506,12 @@ static bool settle(kvwi_device_batch *b, kvw_step *step, uint32_t at, kvc_status
         return false;
     }
     kvwi_settled(seq->device, l->n_writes);
+    *status_p = kvwi_cuda_finite(seq, step->layer);
+    if (*status_p != KVC_OK) {
+        kvc_status forgot = kvwi_cuda_forget(seq, lane, at, NULL);
+        *status_p = forgot == KVC_OK ? *status_p : forgot;
+        return false;
+    }
     if (lane->n_misses[at] == 0 || kvwi_cuda_tables_hold(seq, l->stamp)) {
         kvwi_cuda_step_done(step, lane->n_misses[at], 0);
         l->picks_at = lane->picks + (size_t)at * seq->worker->opts.k;

@@ -80,6 +80,9 @@ static void carve_pinned(kvwi_carver *c, const kvw_worker *w, kvwi_device_layer 
     if (kvk_is_coded(w->row_dtype) && !w->opts.device_memory) {
         l->kv_in = kvwi_carve(c, 2u * w->in_bytes);
     }
+    if (w->opts.device_memory) {
+        l->bad = kvwi_carve(c, sizeof(*l->bad));
+    }
     kvwi_carve_lane_pinned(c, w, 1, &l->lane);
 }
 

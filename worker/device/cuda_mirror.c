@@ -215,11 +215,12 @@ static kvc_status append_token(kvw_seq *seq, uint32_t layer, const void *k, cons
         .row = l->ring + (pos % kvwi_ring_rows(w)) * w->row_bytes,
         .copy = host,
         .index_row = l->index + (size_t)pos * w->level[0].row_bytes,
+        .bad = l->bad,
     };
-    kvc_status st = KVC_OK;
-    if (kvk_is_coded(w->row_dtype) && !w->opts.device_memory) {
+    kvc_status st = kvwi_cuda_finite_next(seq, layer);
+    if (st == KVC_OK && kvk_is_coded(w->row_dtype) && !w->opts.device_memory) {
         st = stage_token(seq, l, k, v, &token);
-    } else if (!w->opts.device_memory) {
+    } else if (st == KVC_OK && !w->opts.device_memory) {
         memcpy(host, k, w->k_bytes);
         memcpy(host + w->k_bytes, v, w->k_bytes);
         token.k = host;
@@ -235,6 +236,7 @@ static kvc_status append_token(kvw_seq *seq, uint32_t layer, const void *k, cons
         return st;
     }
     d->n_writes++;
+    l->unchecked = l->bad != NULL;
     l->n_index = pos + 1u;
     kvwi_cuda_near_grew(seq, l, pos + 1u);
     seq->layers[layer].n_tokens = pos + 1u;
@@ -260,7 +262,7 @@ kvc_status kvwi_cuda_settle(kvw_seq *seq)
     if (st == KVC_OK && seq->device->n_settled != seq->device->n_writes) {
         st = kvwi_cuda_sync(seq);
     }
-    return st == KVC_OK ? st : kvwi_cuda_fail(st, "what the device wrote");
+    return st == KVC_OK ? kvwi_cuda_finite_all(seq) : kvwi_cuda_fail(st, "what the device wrote");
 }
 
 /* A pass of many tokens may have been picked from; others get its positions now. */
@@ -276,9 +278,34 @@ static kvc_status forget_from(kvw_seq *seq, const kvwi_device_layer *l, uint32_t
                          (end - near - first) * sizeof(*l->slot_of), d->stream);
 }
 
+static void cut(kvwi_device_layer *l, uint32_t n_tokens)
+{
+    l->n_index = kvwi_min_u32(l->n_index, n_tokens);
+    l->near_to = kvwi_min_u32(l->near_to, n_tokens);
+    l->near_from = kvwi_min_u32(l->near_from, l->near_to);
+    l->n_sinks = kvwi_min_u32(l->n_sinks, n_tokens);
+    if (l->unchecked) {
+        *l->bad = 0;
+        l->unchecked = false;
+    }
+}
+
+kvc_status kvwi_cuda_layer_truncate(kvw_seq *seq, uint32_t layer, uint32_t n_tokens)
+{
+    kvc_status st = forget_from(seq, &seq->device->layers[layer], n_tokens);
+    if (st != KVC_OK) {
+        return kvwi_cuda_fail(st, "rows that are taken back");
+    }
+    cut(&seq->device->layers[layer], n_tokens);
+    return KVC_OK;
+}
+
 kvc_status kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens)
 {
-    kvc_status st = KVC_OK;
+    kvc_status st = kvwi_cuda_finite_kept(seq, n_tokens);
+    if (st != KVC_OK) {
+        return st;
+    }
     for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
         st = forget_from(seq, &seq->device->layers[i], n_tokens);
     }
@@ -286,11 +313,7 @@ kvc_status kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens)
         return kvwi_cuda_fail(st, "rows that are taken back");
     }
     for (uint32_t i = 0; i < seq->worker->opts.n_layers; i++) {
-        kvwi_device_layer *l = &seq->device->layers[i];
-        l->n_index = kvwi_min_u32(l->n_index, n_tokens);
-        l->near_to = kvwi_min_u32(l->near_to, n_tokens);
-        l->near_from = kvwi_min_u32(l->near_from, l->near_to);
-        l->n_sinks = kvwi_min_u32(l->n_sinks, n_tokens);
+        cut(&seq->device->layers[i], n_tokens);
     }
     return KVC_OK;
 }

@@ -1,7 +1,6 @@
 /*
- * cuda_prefill.c: passes of several tokens, and steps that attend everything: rows and index rows
- * of a chunk appended at once, one selection for all its queries (2502.14477 eq. 4), attention on
- * tensor cores.
+ * cuda_prefill.c: steps of several queries, and those that attend everything: one selection for all
+ * queries of a chunk (2502.14477 eq. 4), attention on tensor cores.
  *
  * Runs on the sequence's thread, which knows all lengths, so ops are enqueued one by one and no
  * graph is made. Working memory is the sequence's, not the layers': whatever uses it is on the one
@@ -35,7 +34,7 @@ static kvk_cuda_prefill_args shape(const kvw_worker *w, uint32_t n_q, uint32_t s
         .stride = stride,
         .row_bytes = (uint32_t)w->row_bytes,
         .v_off_bytes = (uint32_t)w->k_bytes,
-        .dtype = w->opts.dtype,
+        .dtype = w->row_dtype,
         .scale = w->scale,
     };
 }
@@ -100,8 +99,10 @@ static kvc_status open_memory(kvw_seq *seq)
     size_t rows = (size_t)w->opts.chunk_tokens * w->opts.n_q_heads, f32 = sizeof(float);
     size_t width = rows * w->opts.head_dim;
     size_t far = attend_bytes(w, kvwi_stride(w)), near = attend_bytes(w, near_max(w));
+    bool stages = kvk_is_coded(w->row_dtype) && !w->opts.device_memory;
     kvwi_carver size = {0};
     for (int i = 0; i < 2; i++) {
+        c->kv = stages ? kvwi_carve(&size, 2u * w->opts.chunk_tokens * w->in_bytes) : NULL;
         c->q = kvwi_carve(&size, width * w->elem_bytes);
         c->out = kvwi_carve(&size, width * w->elem_bytes);
         c->lse = kvwi_carve(&size, rows * f32);
@@ -139,88 +140,6 @@ void kvwi_cuda_prefill_close(kvw_seq *seq)
     kvk_cuda *cuda = seq->device->device->cuda;
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, seq->device->prefill.memory);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, seq->device->prefill.select);
-}
-
-/* ---- append ---- */
-
-/* Rows of the pass, which are the device's, into the ring and the blocks' buffers. */
-static kvc_status place_rows(kvw_seq *seq, uint32_t layer, const uint8_t *k, const uint8_t *v,
-                             uint32_t n)
-{
-    const kvw_worker *w = seq->worker;
-    kvwi_device_seq *d = seq->device;
-    uint32_t bt = w->opts.block_tokens, first = seq->pass.first;
-    kvc_status st = KVC_OK;
-    for (uint32_t done = 0; st == KVC_OK && done < n;) {
-        uint32_t pos = first + done, run = kvwi_min_u32(bt - pos % bt, n - done);
-        const kvk_cuda_rows_args args = {
-            .k = k + done * w->k_bytes,
-            .v = v + done * w->k_bytes,
-            .n = run,
-            .slice_bytes = (uint32_t)w->k_bytes,
-            .ring = d->layers[layer].ring,
-            .first = pos,
-            .ring_rows = kvwi_ring_rows(w),
-            .copy = kvwi_block_row(w, seq->blocks[pos / bt].buf, layer, pos % bt),
-        };
-        st = kvk_cuda_rows(d->device->cuda, &args, d->stream);
-        done += run;
-    }
-    return st;
-}
-
-/* Index rows of positions [first, first + n), whose rows are in the ring. */
-static kvc_status digest(kvw_seq *seq, uint32_t layer, uint32_t first, uint32_t n)
-{
-    const kvw_worker *w = seq->worker;
-    const kvwi_level *level = &w->level[0];
-    kvwi_device_seq *d = seq->device;
-    kvwi_device_layer *l = &d->layers[layer];
-    kvc_status st = KVC_OK;
-    for (uint32_t done = 0; st == KVC_OK && done < n;) {
-        uint32_t pos = first + done, slot = pos % kvwi_ring_rows(w);
-        uint32_t run = kvwi_min_u32(kvwi_ring_rows(w) - slot, n - done);
-        const kvk_cuda_digest_args args = {
-            .in = l->ring + slot * w->row_bytes,
-            .n = run,
-            .n_heads_in = w->opts.n_kv_heads,
-            .head_dim = w->opts.head_dim,
-            .n_heads = 1,
-            .dims = level->dims,
-            .proj = d->device->key_proj + (size_t)layer * level->d_in * level->dims,
-            .out = l->index + (size_t)pos * level->row_bytes,
-            .in_stride_bytes = w->row_bytes,
-        };
-        st = kvk_cuda_digest(d->device->cuda, &args, d->stream);
-        done += run;
-    }
-    return st;
-}
-
-kvc_status kvwi_cuda_append_pass(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
-                                 uint32_t n)
-{
-    kvwi_device_seq *d = seq->device;
-    kvwi_device_layer *l = &d->layers[layer];
-    uint32_t first = seq->pass.first, end = first + n;
-    kvc_status st = KVC_OK;
-    if (seq->worker->opts.device_memory) {
-        st = place_rows(seq, layer, k, v, n);
-    } else {
-        st = kvwi_write_rows(seq, layer, first, k, v, n);
-        st = st == KVC_OK ? kvwi_cuda_push_ring(seq, layer, first, end) : st;
-    }
-    d->n_writes++; /* also where it failed halfway */
-    if (st == KVC_OK) {
-        st = digest(seq, layer, first, n);
-    }
-    if (st != KVC_OK) {
-        return kvwi_cuda_fail(st, "append");
-    }
-    l->n_index = end;
-    kvwi_cuda_near_grew(seq, l, end);
-    seq->layers[layer].n_tokens = end;
-    return KVC_OK;
 }
 
 /* ---- select ---- */

@@ -413,6 +413,9 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float
     if (st == KVC_OK) {
         st = run(step, &(outputs){out, lse}, &n_far);
     }
+    if (st == KVC_OK) {
+        st = kvwi_cuda_finite(seq, step->layer);
+    }
     if (st != KVC_OK) {
         kvwi_cuda_step_abandon(step);
         return st;

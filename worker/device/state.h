@@ -68,6 +68,7 @@ typedef struct kvwi_device_layer {
     int8_t *status;
     uint8_t *kv_in; /* K and V of a new token, where rows are coded and the engine's memory is the
                        host's */
+    uint32_t *bad;  /* set to 1 where what was appended is not finite; NULL: the host has looked */
     /* host */
     uint32_t cap_tokens, cap_blocks; /* what it has memory for; the sequence's, unless growing */
     const void **shadow;             /* [cap_blocks], as blocks on the device */
@@ -77,6 +78,7 @@ typedef struct kvwi_device_layer {
     uint32_t near_from, near_to; /* positions whose rows are in the ring */
     uint32_t n_sinks;            /* sinks in their slots */
     bool reads_kv;               /* the device may still read kv_in: a token went without a step */
+    bool unchecked;              /* bad has not been read since the last append */
     bool pending; /* the lane's token is not on its way yet: the step that follows at once takes it
                    */
     kvk_cuda_graph *select, *attend, *whole;
@@ -100,6 +102,8 @@ typedef struct kvwi_device_marks {
 typedef struct kvwi_device_prefill {
     void *memory, *select, *workspace;
     size_t select_bytes, workspace_bytes;
+    uint8_t *kv; /* K, then V of a pass, where rows are coded and the engine's memory is the host's
+                  */
     void *q;   /* of the step that is being enqueued; out may be the same memory as the engine's */
     void *out; /* where the engine's memory is the host's; lse likewise */
     float *lse, *q_far, *q_near, *q_index, *o_far, *lse_far, *o_near, *lse_near;
@@ -256,6 +260,23 @@ kvc_status kvwi_cuda_append(kvw_seq *seq, uint32_t layer, const void *k, const v
 kvc_status kvwi_cuda_flush(kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_settle(kvw_seq *seq) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_truncate(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
+/* What the device has of one layer ends with n_tokens, which lie in the last pass. */
+kvc_status kvwi_cuda_layer_truncate(kvw_seq *seq, uint32_t layer, uint32_t n_tokens) KVC_MUST_CHECK;
+
+/* cuda_append.c: a pass of several tokens in one layer. */
+kvc_status kvwi_cuda_append_pass(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
+                                 uint32_t n) KVC_MUST_CHECK;
+
+/* cuda_finite.c: whether what a layer appended in its last pass is finite; INVALID if not.
+ * The device has done it: if not, the layer is as it was before the pass. */
+kvc_status kvwi_cuda_finite(kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
+/* The device has done all layers'; if not, the pass stays until it is taken back. */
+kvc_status kvwi_cuda_finite_all(kvw_seq *seq) KVC_MUST_CHECK;
+/* Before the layer appends again. */
+kvc_status kvwi_cuda_finite_next(kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
+/* Before the pass is taken back to n_tokens: INVALID where some of them stay and were not finite.
+ */
+kvc_status kvwi_cuda_finite_kept(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
 
 /* cuda_step.c: what was launched last on the lane has been done. */
 kvc_status kvwi_cuda_await(kvwi_lane *lane, kvk_cuda *cuda, kvk_stream *stream) KVC_MUST_CHECK;
@@ -275,8 +296,6 @@ kvc_status kvwi_cuda_picks(const kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
 /* cuda_prefill.c: passes of several tokens. Their working memory, by the sequence's capacity. */
 kvc_status kvwi_cuda_prefill_open(kvw_seq *seq) KVC_MUST_CHECK;
 void kvwi_cuda_prefill_close(kvw_seq *seq);
-kvc_status kvwi_cuda_append_pass(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
-                                 uint32_t n) KVC_MUST_CHECK;
 /* The parts of such a step, in this order: its windows; its queries (until the next call of it);
  * the selection; the attention, to out and lse where these are the device's; else give. */
 void kvwi_cuda_prefill_begin(kvw_step *step);

@@ -15,10 +15,12 @@ extern "C" {
 
 /* A new token: k and v [n_kv_heads, head_dim] bf16 go one after the other to row and to copy (NULL:
  * not), as they are or coded as kvk_cuda_encode does, and its index row is written, as
- * kvk_cuda_digest makes it. row NULL: there is none. */
+ * kvk_cuda_digest makes it. row NULL: there is none. bad (pinned or device; NULL: not) is set to 1
+ * where the index row, or a coded head, had an element that is not finite. */
 typedef struct kvk_cuda_token {
     const void *k, *v;
     void *row, *copy, *index_row;
+    uint32_t *bad;
 } kvk_cuda_token;
 
 /*

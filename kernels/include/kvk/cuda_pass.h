@@ -40,6 +40,16 @@ typedef struct kvk_cuda_rows_args {
 kvc_status kvk_cuda_rows(kvk_cuda *cuda, const kvk_cuda_rows_args *args,
                          kvk_stream *stream) KVC_MUST_CHECK;
 
+/* Sets *bad (pinned or device) to 1 where one of len_bytes (a multiple of 16) of bf16 numbers is
+ * not finite; else leaves it. */
+typedef struct kvk_cuda_finite_args {
+    const void *in;
+    size_t len_bytes;
+    uint32_t *bad;
+} kvk_cuda_finite_args;
+kvc_status kvk_cuda_finite(kvk_cuda *cuda, const kvk_cuda_finite_args *args,
+                           kvk_stream *stream) KVC_MUST_CHECK;
+
 /*
  * The k best candidates of a chunk of n_q queries together, as kvk_row_max, kvk_chunk_fold and,
  * with eps > 0, kvk_window_max have it (ESA eq. 4 and 8), on scores whose bits are

@@ -136,8 +136,8 @@ typedef struct kvw_opts {
     const char *const *server_names; /* [n_clients] */
     uint64_t n_clients;              /* at most KVW_MAX_SERVERS */
     /*
-     * backend "cuda" or "cuda:N" (a GPU's number): passes and steps run on that GPU; with a
-     * row_dtype only decode steps do. UNSUPPORTED where the build or the machine has none, or where
+     * backend "cuda" or "cuda:N" (a GPU's number): passes and steps run on that GPU. UNSUPPORTED
+     * where the build or the machine has none, or where
      * selector is not "esa" with a COMPRESSED index, dtype not bf16, head_dim not 64 or 128, more
      * than 8 query heads for a kv head, n_kv_heads no multiple of 8 with a row_dtype, k or
      * chunk_tokens above 4096, rows longer than the GPU's shared memory takes (README), or tp_size
@@ -155,10 +155,10 @@ typedef struct kvw_opts {
                             gets more between two passes; 0: 131072 */
     /* 1: k, v, q, out and lse of every call are that GPU's memory (16-byte aligned: k and
      * v of passes that the GPU takes are INVALID otherwise), used in order on kvw_seq_opts.stream,
-     * or a batch's; then nobody looks whether keys, values and queries of such passes, of one token
-     * or of many, are finite: what is not reaches the store and all that attend to it. Landmarks
-     * and the query of kvw_retrieve are host memory always, and kvw_retriever_attend does not wait
-     * for out. 0: host memory. */
+     * or a batch's; queries are not looked at then, and keys (with row_dtype values too) that are
+     * not finite are found when the GPU has done with them: see kvw_append. Landmarks and the query
+     * of kvw_retrieve are host memory always, and kvw_retriever_attend does not wait for out. 0:
+     * host memory. */
     uint32_t device_memory;
     /* "gca", "hsa": queries that attend to what one retrieval chose, of all calls together, as far
      * as that is known, at most 2^32; 0: as many as to the one before, at first 64. */
@@ -257,6 +257,11 @@ KVW_API kvc_status kvw_truncate(kvw_seq *seq, uint64_t n_tokens) KVC_MUST_CHECK;
  * borrowed. Layers in any order. Does not wait for the store. INVALID: another n_tokens than the
  * pass has, twice in one pass, or a key (with row_dtype a value too) that is not finite; CANCELLED:
  * on another worker of the group (the layer is as it was).
+ *
+ * In device memory what is not finite is INVALID in the layer's kvw_step_finish, kvw_forward or
+ * kvw_batch_forward, and the layer is then as it was before this call, which may be repeated. Where
+ * no step followed: in the layer's next kvw_append, or in kvw_tokens or kvw_flush before blocks are
+ * put, until kvw_truncate takes the whole pass back. It never reaches the store.
  */
 KVW_API kvc_status kvw_append(kvw_seq *seq, uint32_t layer, const void *k, const void *v,
                               uint32_t n_tokens) KVC_MUST_CHECK;
