@@ -65,6 +65,7 @@ kvc_status kvs_attend_open(kvs_server *server)
     }
     KVC_LOG_INFO(SERVER, "attention beside the data: %llu threads, %s",
                  (unsigned long long)n_threads, kvk_backend_isa(attender->backend));
+    kvs_attend_gpu_open(server);
     return KVC_OK;
 }
 
@@ -76,6 +77,7 @@ void kvs_attend_close(kvs_server *server)
     while (atomic_load(&server->attender->n_calls)) /* failed already, and not quite out of here */
         nanosleep(&nap, NULL);
     kvs_disk_destroy(server->attender->threads);
+    kvs_attend_gpu_close(server);
     kvk_backend_close(server->attender->backend);
     free(server->attender);
     server->attender = NULL;
@@ -180,6 +182,7 @@ static kvs_attend_group group_of(const kvs_attend *attend, uint32_t g, const kvc
         .n_picks = req->u.fetch_rows.groups[g].n_picks,
         .kv_heads = part->kv_head_count,
         .dim = part->q_dim,
+        .row_bytes = part->row_bytes,
         .k_off_bytes = part->k_off_bytes,
         .v_off_bytes = part->v_off_bytes,
         .dtype = row_dtype(part),
@@ -328,6 +331,8 @@ static uint32_t place_cold(kvs_attend *attend)
         max_bytes = KVS_ATTEND_COLD_BYTES;
     for (uint32_t i = 0; i < fetch->n_lmdb; i++) {
         uint32_t r = fetch->lmdb_reads[i], row_bytes = kvs_fetch_row_bytes(fetch, r);
+        if (fetch->extra[r].device) /* a copy in the gpu tier is attended over there */
+            continue;
         if (off + (uint64_t)fetch->reads[r].n_rows * row_bytes > max_bytes) {
             fetch->extra[r].status = KVC_AGAIN;
             continue;
@@ -395,8 +400,10 @@ void kvs_on_attend_rows(kvs_server *server, kvt_call *call, const kvc_digest *te
     attend->fetch.tenant = tenant;
     attend->fetch.look = look;
     attend->fetch.resume = hand_over;
-    if (kvs_fetch_plan(&attend->fetch) != KVC_OK)
+    if (kvs_fetch_plan(&attend->fetch) != KVC_OK) {
         attend_free(attend);
-    else
-        read_cold(attend);
+        return;
+    }
+    kvs_attend_gpu_choose(attend);
+    read_cold(attend);
 }

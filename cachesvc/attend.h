@@ -11,10 +11,13 @@
 
 #include "fetch.h"
 #include "kvk/compute.h"
+#include "tier/gpu_attend.h"
 
 /* The most bytes of rows that one call reads from lmdb; what is beyond answers AGAIN, row by row.
  */
 #define KVS_ATTEND_COLD_BYTES (16u << 20)
+/* The least that is worth a GPU: bytes of rows that it reaches, times the queries over them. */
+#define KVS_ATTEND_GPU_BYTES  (512u << 10)
 
 /* Threads of their own and a bound on the calls that have or await one. */
 typedef struct kvs_attender {
@@ -22,6 +25,10 @@ typedef struct kvs_attender {
     kvk_backend *backend;
     atomic_uint n_calls;
     uint32_t max_calls;
+    const kvs_gpu_attend_ops *gpu_ops;
+    kvs_gpu_attender *gpu; /* NULL: there is none */
+    atomic_bool gpu_works; /* there is one, and it has not failed */
+    kvs_disk *pins;        /* its one thread pins segments of dram; NULL without */
 } kvs_attender;
 
 /* One group as the arithmetic needs it; the part's schema may be gone by then. */
@@ -29,13 +36,15 @@ typedef struct kvs_attend_group {
     const kvc_attend_query *query;
     const uint32_t *ranks; /* NULL: keys as they are stored */
     uint32_t first_pick, n_picks;
-    uint32_t kv_heads, dim;
+    uint32_t kv_heads, dim, row_bytes;
     size_t k_off_bytes, v_off_bytes;
     kvk_dtype dtype;
     kvc_rope rope;
     float scale, softcap;
     size_t q_bytes; /* in the payload; 0: those of the group before */
     size_t o_bytes, lse_bytes;
+    kvs_gpu_partial partial; /* where a GPU has a part in it: n is not 0 */
+    char *out;               /* its place in the answer */
 } kvs_attend_group;
 
 typedef struct kvs_attend {
@@ -57,5 +66,20 @@ void kvs_attend_close(kvs_server *server);
  * refuses).
  */
 kvc_status kvs_attend_compute(kvs_attend *attend, char *out) KVC_MUST_CHECK;
+
+/* attend_gpu.c: the GPU, if the settings want one and there is one; says so in one line if not. */
+void kvs_attend_gpu_open(kvs_server *server);
+/* Once no call is left. */
+void kvs_attend_gpu_close(kvs_server *server);
+/* After the plan: which rows a GPU is to attend over (fetch.extra[].device), none of a small call;
+   has segments of dram pinned that it would have needed. */
+void kvs_attend_gpu_choose(kvs_attend *attend);
+/* A lane for a call that has such rows; NULL: it has none, or the CPU is as good, since every lane
+   is taken. Then nothing is left to a GPU, and what is nowhere else answers AGAIN. */
+kvs_gpu_lane *kvs_attend_gpu_take(kvs_attend *attend);
+/* The device, or one of its calls, failed: as if it had not been chosen. */
+void kvs_attend_gpu_failed(kvs_attend *attend, kvc_status why);
+/* The result is there: counts the rows. */
+void kvs_attend_gpu_count(const kvs_attend *attend);
 
 #endif

@@ -1,9 +1,10 @@
 /*
  * attend_rows.c: the arithmetic of AttendRows: one attend of the compute layer for each group, over
- * the addresses of its rows.
+ * the addresses of its rows, and one of a GPU over those that were left to it; the GPU merges.
  *
  * An attender's thread. Nothing is copied but queries and results: rows in dram are read where they
- * lie, those of lmdb from the buffer they were read into. A group's memory is the largest group's,
+ * lie, those of lmdb from the buffer they were read into. All groups are set off on the GPU, and
+ * waited for once. A group's memory is the largest group's,
  * taken once a call from the buffers of answers, whose cap counts it; so is what the compute layer
  * needs for itself.
  */
@@ -12,10 +13,17 @@
 
 #include "attend.h"
 
-typedef struct work {
-    kvs_buffer *memory; /* of all that follows but q_positions */
-    const void **rows;
+/* Rows of one group that are attended over by one of the two. */
+typedef struct rows {
+    const void **at;
     int32_t *positions;
+    uint32_t n;
+} rows;
+
+typedef struct work {
+    const kvs_attender *attender;
+    kvs_buffer *memory; /* of all that follows but q_positions */
+    rows here, device;
     int32_t q_positions[KVC_MAX_ATTEND_QUERIES];
     double *inv_freq;
     float *q, *o, *lse; /* of one group */
@@ -23,6 +31,8 @@ typedef struct work {
     /* where the queries of the next group begin in the payload */
     uint32_t piece;
     size_t piece_off_bytes;
+    kvs_gpu_lane *lane; /* NULL: the CPU attends over all */
+    kvc_status gpu;     /* what a GPU's call failed with */
 } work;
 
 static size_t max_of(size_t a, size_t b)
@@ -55,8 +65,11 @@ static void lay_out(work *w, const kvs_attend *attend, carver *c)
         dim = max_of(dim, group->dim);
         raw_bytes = max_of(raw_bytes, group->q_bytes);
     }
-    w->rows = carve(c, n_rows, sizeof(*w->rows));
-    w->positions = carve(c, n_rows, sizeof(*w->positions));
+    bool split = attend->fetch.server->attender->gpu != NULL;
+    w->here.at = carve(c, n_rows, sizeof(*w->here.at));
+    w->here.positions = carve(c, n_rows, sizeof(*w->here.positions));
+    w->device.at = carve(c, split ? n_rows : 0, sizeof(*w->device.at));
+    w->device.positions = carve(c, split ? n_rows : 0, sizeof(*w->device.positions));
     w->inv_freq = carve(c, dim / 2 + 1, sizeof(*w->inv_freq));
     w->q = carve(c, n_numbers, sizeof(*w->q));
     w->o = carve(c, n_numbers, sizeof(*w->o));
@@ -102,7 +115,7 @@ static void take(work *w, const kvc_request *req, size_t len_bytes)
 /* Queries in f32, rotated where that is asked for. */
 static kvc_status take_queries(work *w, const kvs_attend *attend, const kvs_attend_group *group)
 {
-    kvk_backend *be = attend->fetch.server->attender->backend;
+    kvk_backend *be = w->attender->backend;
     const kvc_attend_query *query = group->query;
     uint32_t width = query->n_q_heads * group->dim;
     kvk_rows in = {w->raw, width * kvk_dtype_bytes((kvk_dtype)query->q_dtype),
@@ -126,21 +139,30 @@ static kvc_status take_queries(work *w, const kvs_attend *attend, const kvs_atte
     return kvk_backend_ops(be)->rope(be, &args, NULL);
 }
 
-/* Addresses and positions of the group's rows that are here. */
-static uint32_t list_rows(work *w, const kvs_fetch *fetch, const kvs_attend_group *group)
+static void add_row(rows *to, const void *at, int32_t position)
 {
-    uint32_t n = 0;
+    to->at[to->n] = at;
+    to->positions[to->n++] = position;
+}
+
+/* Addresses and positions of the group's rows that are here. */
+static void list_rows(work *w, const kvs_fetch *fetch, const kvs_attend_group *group)
+{
+    w->here.n = w->device.n = 0;
     for (uint32_t i = 0; i < group->n_picks; i++) {
         uint32_t pick = group->first_pick + i, read = fetch->pick_read[pick];
         if (read == KVS_NO_READ || fetch->extra[read].status != KVC_OK)
             continue;
         const kvs_fetch_read *extra = &fetch->extra[read];
-        w->rows[n] = extra->base ? extra->base + (size_t)fetch->pick_row[pick] *
-                                                     extra->schema->parts[extra->part].row_bytes
-                                 : fetch->buffer->bytes + fetch->pick_off[pick];
-        w->positions[n++] = group->ranks ? (int32_t)group->ranks[i] : 0;
+        int32_t position = group->ranks ? (int32_t)group->ranks[i] : 0;
+        size_t off = (size_t)fetch->pick_row[pick] * extra->schema->parts[extra->part].row_bytes;
+        if (extra->device)
+            add_row(&w->device, extra->device + off, position);
+        else
+            add_row(&w->here,
+                    extra->base ? extra->base + off : fetch->buffer->bytes + fetch->pick_off[pick],
+                    position);
     }
-    return n;
 }
 
 static kvc_status frequencies(work *w, const kvs_attend_group *group)
@@ -157,60 +179,129 @@ static kvc_status frequencies(work *w, const kvs_attend_group *group)
     return rotates ? kvk_rope_inv_freq(&params, group->dim, w->inv_freq) : KVC_OK;
 }
 
-static kvc_status attend_group(work *w, const kvs_attend *attend, const kvs_attend_group *group)
+static kvk_attend_args args_of(const work *w, const kvs_attend_group *group, const rows *of)
 {
-    kvk_backend *be = attend->fetch.server->attender->backend;
-    kvc_status status = frequencies(w, group);
-    if (status == KVC_OK)
-        status = take_queries(w, attend, group);
-    if (status != KVC_OK)
-        return status;
-    const kvk_attend_args args = {
+    return (kvk_attend_args){
         .q = w->q,
         .n_q = group->query->n_q,
         .n_q_heads = group->query->n_q_heads,
         .n_kv_heads = group->kv_heads,
         .head_dim = group->dim,
-        .rows = w->rows,
-        .n_kv = list_rows(w, &attend->fetch, group),
+        .rows = of->at,
+        .n_kv = of->n,
         .k_off_bytes = group->k_off_bytes,
         .v_off_bytes = group->v_off_bytes,
         .dtype = group->dtype,
-        .k_positions = group->ranks ? w->positions : NULL,
+        .k_positions = group->ranks ? of->positions : NULL,
         .inv_freq = group->ranks ? w->inv_freq : NULL,
         .scale = group->scale,
         .softcap = group->softcap,
         .o = w->o,
         .lse = w->lse,
     };
-    status = kvk_backend_ops(be)->attend(be, &args, NULL);
-    return status == KVC_NO_MEMORY ? KVC_AGAIN : status; /* other calls have the bytes, for now */
+}
+
+/* Sets the GPU off on its rows of the group. */
+static kvc_status begin_on_gpu(work *w, kvs_attend_group *group)
+{
+    const kvs_gpu_attend_ops *ops = w->attender->gpu_ops;
+    const kvs_gpu_group on_gpu = {args_of(w, group, &w->device), group->row_bytes};
+    group->partial.n = 0;
+    if (w->device.n)
+        w->gpu = ops->attend(w->lane, &on_gpu, &group->partial);
+    return w->gpu;
+}
+
+static void store(const kvs_attend_group *group, const float *o, const float *lse)
+{
+    size_t n = (size_t)group->query->n_q * group->query->n_q_heads;
+    kvk_from_f32(o, n * group->dim, (kvk_dtype)group->query->o_dtype, group->out);
+    memcpy(group->out + group->o_bytes, lse, group->lse_bytes);
+}
+
+/* What the CPU has of the group, to its place, or to the GPU, which merges. */
+static kvc_status attend_here(work *w, kvs_attend_group *group)
+{
+    kvk_backend *be = w->attender->backend;
+    const kvk_attend_args args = args_of(w, group, &w->here);
+    if (group->partial.n && !w->here.n)
+        return KVC_OK;
+    kvc_status status = kvk_backend_ops(be)->attend(be, &args, NULL);
+    if (status == KVC_NO_MEMORY)
+        return KVC_AGAIN; /* other calls have the bytes, for now */
+    if (status == KVC_OK && group->partial.n)
+        return w->gpu = w->attender->gpu_ops->add(w->lane, &group->partial, w->o, w->lse);
+    if (status == KVC_OK)
+        store(group, w->o, w->lse);
+    return status;
+}
+
+static kvc_status attend_group(work *w, const kvs_attend *attend, kvs_attend_group *group)
+{
+    kvc_status status = frequencies(w, group);
+    if (status == KVC_OK)
+        status = take_queries(w, attend, group);
+    if (status != KVC_OK)
+        return status;
+    list_rows(w, &attend->fetch, group);
+    status = begin_on_gpu(w, group);
+    return status == KVC_OK ? attend_here(w, group) : status;
 }
 
 static kvc_status attend_groups(work *w, const kvs_attend *attend, char *out)
 {
+    w->piece = 0;
+    w->piece_off_bytes = 0;
+    w->gpu = KVC_OK;
     for (uint32_t g = 0; g < attend->fetch.n_groups; g++) {
-        const kvs_attend_group *group = &attend->groups[g];
+        kvs_attend_group *group = &attend->groups[g];
         kvc_status status = g ? kvs_given_up(attend->fetch.call) : KVC_OK;
+        group->out = out;
         if (status == KVC_OK)
             status = attend_group(w, attend, group);
         if (status != KVC_OK)
             return status;
-        size_t n = (size_t)group->query->n_q * group->query->n_q_heads;
-        kvk_from_f32(w->o, n * group->dim, (kvk_dtype)group->query->o_dtype, out);
-        memcpy(out + group->o_bytes, w->lse, group->lse_bytes);
         out += group->o_bytes + group->lse_bytes;
     }
     return KVC_OK;
 }
 
+/* What the GPU has been set off on. */
+static kvc_status finish_on_gpu(work *w, const kvs_attend *attend)
+{
+    w->gpu = w->attender->gpu_ops->finish(w->lane);
+    for (uint32_t g = 0; w->gpu == KVC_OK && g < attend->fetch.n_groups; g++) {
+        const kvs_attend_group *group = &attend->groups[g];
+        if (group->partial.n)
+            store(group, group->partial.o, group->partial.lse);
+    }
+    if (w->gpu == KVC_OK)
+        kvs_attend_gpu_count(attend);
+    return w->gpu;
+}
+
+/* With a GPU; where that fails, once more without. */
+static kvc_status attend_with_gpu(work *w, kvs_attend *attend, char *out)
+{
+    kvc_status status = attend_groups(w, attend, out);
+    if (status == KVC_OK)
+        status = finish_on_gpu(w, attend);
+    w->attender->gpu_ops->give(w->lane);
+    w->lane = NULL;
+    if (w->gpu == KVC_OK)
+        return status;
+    kvs_attend_gpu_failed(attend, w->gpu);
+    return attend_groups(w, attend, out);
+}
+
 kvc_status kvs_attend_compute(kvs_attend *attend, char *out)
 {
-    work w = {0};
+    work w = {.attender = attend->fetch.server->attender};
     kvc_status status = work_init(&w, attend);
     if (status != KVC_OK)
         return status;
-    status = attend_groups(&w, attend, out);
+    w.lane = kvs_attend_gpu_take(attend);
+    status = w.lane ? attend_with_gpu(&w, attend, out) : attend_groups(&w, attend, out);
     kvs_buffer_release(w.memory);
     return status;
 }

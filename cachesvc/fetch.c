@@ -66,7 +66,7 @@ void kvs_fetch_count(kvs_fetch *fetch)
     uint64_t bytes[2] = {0};
     for (uint32_t r = 0; r < fetch->n_reads; r++) {
         const kvs_read *read = &fetch->reads[r];
-        bool dram = read->where == KVS_IN_DRAM;
+        bool dram = read->where == KVS_IN_DRAM && !fetch->extra[r].hbm;
         if (fetch->extra[r].status != KVC_OK)
             continue;
         *(dram        ? &fetch->rows_dram

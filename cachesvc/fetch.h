@@ -25,6 +25,9 @@ typedef enum kvs_fetch_state {
 typedef struct kvs_fetch_read {
     const kvs_schema *schema;
     const char *base; /* rows in dram; NULL: not there */
+    /* AttendRows: where a GPU reads them, in the gpu tier (hbm) or in dram; NULL: nowhere. */
+    const char *device;
+    bool hbm;
     uint32_t part;
     uint32_t first_pick, last_pick; /* chain of its picks through pick_next */
     kvs_row_range *ranges;          /* of one in lmdb: room for as many as it has picks */

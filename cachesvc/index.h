@@ -279,6 +279,8 @@ void kvs_index_ref(kvs_index *index, const kvs_schema *schema, uint32_t part, ui
 void kvs_index_ref_named(kvs_index *index, const kvs_schema *schema,
                          const kvc_digest *const *digests, const uint16_t *parts, kvs_read *reads,
                          uint32_t n);
+/* One reference more of a value that the caller has referenced. False: it has too many. */
+bool kvs_index_ref_again(kvs_index *index, uint32_t value);
 void kvs_index_unref(kvs_index *index, const uint32_t *values, uint32_t n);
 /* The caller, who holds a reference, found the lmdb copy bad: no lookup finds it any more. False:
    somebody else said so before, or a good copy in dram keeps serving. */

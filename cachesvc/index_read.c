@@ -111,6 +111,17 @@ void kvs_index_ref_named(kvs_index *index, const kvs_schema *schema,
     }
 }
 
+bool kvs_index_ref_again(kvs_index *index, uint32_t value)
+{
+    kvc_mutex_lock(&index->lock);
+    kvs_value *v = kvs_value_at(index, value);
+    KVC_ASSERT(v->refs > 0);
+    bool ok = v->refs < UINT16_MAX - 1;
+    v->refs = (uint16_t)(v->refs + ok);
+    kvc_mutex_unlock(&index->lock);
+    return ok;
+}
+
 void kvs_index_unref(kvs_index *index, const uint32_t *values, uint32_t n)
 {
     for (uint32_t i = 0; i < n;) {

@@ -149,6 +149,12 @@ static const kvc_setting table[] = {
     {"attend_queue", KVC_CONFIG_UINT, FIELD(attend_queue), "64", 0, 2048, NULL,
      "Calls of AttendRows that may wait for such a thread; beyond it they are answered AGAIN and "
      "the rows are to be fetched. 0: AttendRows is not served."},
+    {"attend_gpu_bytes", KVC_CONFIG_BYTES, FIELD(attend_gpu_bytes), "0", 0, 64 * TIB, NULL,
+     "Large AttendRows are computed on the GPU gpu_device: over rows of the gpu tier, and over as "
+     "many bytes of dram, whose segments (64 MiB each, less where dram is small) are pinned for "
+     "the GPU as they are attended over. Less than a segment: of the gpu tier alone. Takes some "
+     "150 MiB of that GPU's memory besides gpu_bytes. 0, or where there is no such GPU: the CPU "
+     "attends."},
     {"handshake", KVC_CONFIG_DURATION, FIELD(handshake_ns), "10s", 100 * MS, 1 * HOUR, NULL,
      "A connection that has not begun to speak HTTP/2 by then is closed."},
     {"keepalive", KVC_CONFIG_DURATION, FIELD(keepalive_ns), "30s", 1 * SECOND, 24 * HOUR, NULL,

@@ -32,6 +32,7 @@ typedef struct kvs_settings {
     uint64_t schema_grace_ns;
     uint64_t transport_threads, disk_threads;
     uint64_t attend_threads, attend_queue;
+    uint64_t attend_gpu_bytes;                    /* 0: no GPU attends */
     uint64_t handshake_ns, keepalive_ns, idle_ns; /* of connections */
     uint64_t group_commit_ns, group_commit_bytes;
     uint64_t row_sums_bytes;

@@ -212,6 +212,10 @@ typedef struct kvs_tier_ops {
     /* One client more (or less) has the segment open: while any has, it goes to no other tenant.
        To be counted in while a slot of it is held. Gives how many have, and how long it is. */
     uint32_t (*count_mapping)(kvs_tier *tier, uint32_t segment, bool more, uint64_t *len_bytes_p);
+    /* BLOCKING: OPT (gpu). Where the device has a held slot's rows, until it is released; NULL: it
+       is not held, or the device has failed. Nobody holds what is read there against sums. Any
+       thread, does not block. */
+    const void *(*device_rows)(kvs_tier *tier, kvs_slot slot);
 
     /* PERSISTENT: REQ. Finds every value; before any other use of an opened tier but meta_each. */
     kvc_status (*recover)(kvs_tier *tier, kvs_tier_found *found, void *arg);

@@ -340,6 +340,11 @@ static uint32_t fault_count_mapping(kvs_tier *tier, uint32_t segment, bool more,
     return tier->ops->count_mapping(tier->inner, segment, more, len_bytes_p);
 }
 
+static const void *fault_device_rows(kvs_tier *tier, kvs_slot slot)
+{
+    return tier->ops->device_rows(tier->inner, slot);
+}
+
 static kvc_status fault_recover(kvs_tier *tier, kvs_tier_found *found, void *arg)
 {
     kvc_status status = inject(tier, OP_RECOVER);
@@ -395,6 +400,7 @@ void kvsi_fault_ops(const char *name, const kvs_tier_ops *inner, kvs_tier_ops *o
         .donor = inner->donor != NULL ? fault_donor : NULL,
         .locate = inner->locate != NULL ? fault_locate : NULL,
         .count_mapping = inner->count_mapping != NULL ? fault_count_mapping : NULL,
+        .device_rows = inner->device_rows != NULL ? fault_device_rows : NULL,
         .recover = persistent ? fault_recover : NULL,
         .meta_put = persistent ? fault_meta_put : NULL,
         .meta_get = persistent ? fault_meta_get : NULL,

@@ -384,6 +384,18 @@ static uint32_t gpu_count_mapping(kvs_tier *tier, uint32_t segment, bool more,
     return n;
 }
 
+static const void *gpu_device_rows(kvs_tier *tier, kvs_slot slot)
+{
+    uint32_t number;
+    kvc_mutex_lock(&tier->lock);
+    const kvsi_gpu_segment *segment = kvsi_gpu_arena_at(&tier->arena, slot, &number);
+    const void *rows = segment == NULL || atomic_load(&tier->failed)
+                           ? NULL
+                           : segment->slots.base + number * segment->slots.class_bytes;
+    kvc_mutex_unlock(&tier->lock);
+    return rows;
+}
+
 static void close_lane(kvs_tier *tier, lane *l)
 {
     kvk_cuda_stream_destroy(tier->cuda, l->stream);
@@ -468,4 +480,5 @@ const kvs_tier_ops kvsi_gpu_ops = {
     .sync_releases = gpu_sync_releases,
     .locate = gpu_locate,
     .count_mapping = gpu_count_mapping,
+    .device_rows = gpu_device_rows,
 };

@@ -47,7 +47,7 @@ static void check_table(const kvs_tier_ops *ops)
     KVC_ASSERT(blocking == (ops->write && ops->read && ops->sync && ops->sync_releases));
     KVC_ASSERT(blocking || !(ops->write || ops->read || ops->sync || ops->sync_releases));
     KVC_ASSERT((ops->locate != NULL) == (ops->count_mapping != NULL));
-    KVC_ASSERT(blocking || !ops->locate);
+    KVC_ASSERT(blocking || !(ops->locate || ops->device_rows));
     KVC_ASSERT(persistent == (ops->recover && ops->meta_put && ops->meta_get && ops->meta_each));
     KVC_ASSERT(persistent || !(ops->recover || ops->meta_put || ops->meta_get || ops->meta_each));
 }
@@ -68,6 +68,15 @@ int kvs_tier_check_main(const char *folder)
     return 1;
 }
 #endif
+
+const kvs_gpu_attend_ops *kvs_gpu_attend_find(void)
+{
+#ifdef KVS_WITH_GPU
+    return &kvsi_gpu_attend_ops;
+#else
+    return NULL;
+#endif
+}
 
 const kvs_tier_ops *kvs_tier_at(uint32_t i)
 {

@@ -5,11 +5,13 @@
 #ifndef KVSI_TIER_REGISTRY_H
 #define KVSI_TIER_REGISTRY_H
 
+#include "gpu_attend.h"
 #include "tier.h"
 
 extern const kvs_tier_ops kvsi_dram_ops;
 extern const kvs_tier_ops kvsi_lmdb_ops;
 extern const kvs_tier_ops kvsi_gpu_ops;
+extern const kvs_gpu_attend_ops kvsi_gpu_attend_ops;
 
 /*
  * Fills ops_p with the fault tier's table for one inner tier: the same caps and slots, each slot

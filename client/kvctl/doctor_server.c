@@ -209,6 +209,35 @@ static void check_gpu_tier(doctor *d, const kvc_tier_stats *tier)
                   (unsigned long long)tier->values, used);
 }
 
+static uint64_t counter_named(const doctor *d, const char *name)
+{
+    for (uint32_t i = 0; i < d->stats->n_counters; i++)
+        if (strcmp(d->stats->counters[i].name, name) == 0)
+            return d->stats->counters[i].value;
+    return 0;
+}
+
+/* Where AttendRows is computed. */
+static void check_attend(doctor *d)
+{
+    char pinned[KVC_TEXT_BYTES];
+    uint64_t failures = counter_named(d, "attend_gpu_failures");
+    (void)kvc_bytes_short(counter_named(d, "attend_gpu_pinned_bytes"), pinned);
+    if (d->stats->limits->max_attend_queries == 0)
+        return;
+    if (counter_named(d, "attend_gpu") != 0) {
+        doctor_report(d, DOCTOR_OK, "server",
+                      "large attends run on its GPU, which reads %s of dram in place", pinned);
+    } else if (failures != 0) {
+        doctor_report(d, DOCTOR_WARN, "server", "its GPU failed: attends run on its CPU");
+        doctor_fix(d, "see its log; a restart tries the GPU again");
+    } else {
+        doctor_report(d, DOCTOR_INFO, "server", "attends run on its CPU");
+        doctor_fix(d, "where it has a GPU, attend_gpu_bytes lets large ones run there; if that is "
+                      "set, its log says why they do not");
+    }
+}
+
 void doctor_check_tiers(doctor *d)
 {
     if (d->stats == NULL)
@@ -228,4 +257,5 @@ void doctor_check_tiers(doctor *d)
         doctor_fix(d, "raise lmdb_bytes, or expect evictions");
     }
     check_gpu_tier(d, tier_named(d, "gpu"));
+    check_attend(d);
 }

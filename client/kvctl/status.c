@@ -105,6 +105,22 @@ static void print_limits(const kvc_limits *limits)
     (void)printf("  connections            %u\n", limits->max_connections);
 }
 
+/* Whether attends run on a GPU, and over what of dram. */
+static void print_attend(const kvc_server_stats *stats)
+{
+    char text[KVC_TEXT_BYTES];
+    uint64_t on = 0, pinned_bytes = 0;
+    for (uint32_t i = 0; i < stats->n_counters; i++) {
+        const kvc_named_count *counter = &stats->counters[i];
+        on = strcmp(counter->name, "attend_gpu") == 0 ? counter->value : on;
+        pinned_bytes =
+            strcmp(counter->name, "attend_gpu_pinned_bytes") == 0 ? counter->value : pinned_bytes;
+    }
+    if (on != 0)
+        (void)printf("\nlarge attends run on a GPU, which reads %s of dram in place\n",
+                     kvc_bytes_short(pinned_bytes, text));
+}
+
 static void print_counters(const kvc_server_stats *stats, bool all)
 {
     (void)printf("\nCOUNTERS\n");
@@ -144,6 +160,7 @@ static void print_text(const kvctl_globals *globals, kvc_client *client,
     print_tiers(stats);
     if (all)
         print_limits(stats->limits);
+    print_attend(stats);
     print_counters(stats, all);
 }
 

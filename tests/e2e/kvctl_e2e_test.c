@@ -218,14 +218,19 @@ static void test_doctor_gpu(void **state)
     (void)snprintf(uri, sizeof(uri), "shm://%s/socket", folder);
     (void)snprintf(own, sizeof(own), "%s", was != NULL ? was : "");
     assert_int_equal(mkdir(folder, 0700), 0);
-    const char *args[] = {"--listen", uri, "--dram-bytes", "16MiB", "--gpu-bytes", "32MiB", NULL};
+    const char *args[] = {"--listen",    uri,     "--dram-bytes",       "16MiB",
+                          "--gpu-bytes", "32MiB", "--attend-gpu-bytes", "8MiB",
+                          NULL};
     assert_int_equal(setenv("KVASIR_CACHESVC", CACHESVC_OVER_FAKE, 1), 0);
     bool started = support_daemon_start(&daemon, folder, args);
     assert_int_equal(was != NULL ? setenv("KVASIR_CACHESVC", own, 1) : unsetenv("KVASIR_CACHESVC"),
                      0);
     assert_true(started);
     expect(NULL, WORDS("--server", uri, "doctor"), 0,
-           WORDS("OK    caps      gpu may grow to 32.0 MiB: copies of 0 values take 0 B"), NULL);
+           WORDS("OK    caps      gpu may grow to 32.0 MiB: copies of 0 values take 0 B",
+                 "OK    server    large attends run on its GPU, which reads 0 B of dram in place"),
+           NULL);
+    expect(NULL, WORDS("--server", uri, "status"), 0, WORDS("large attends run on a GPU"), NULL);
     assert_int_equal(support_daemon_stop(&daemon, SIGTERM), 0);
 }
 
@@ -238,7 +243,8 @@ static void test_doctor(void **state)
     expect(NULL, WORDS(ON, "doctor", "--lmdb-path", lmdb), 0,
            WORDS("OK    server", "OK    caps", "clock", "limits", "cpu", "memory", "rdma", "gpu",
                  "OK    lmdb      only its owner", "of 1000 connections, none", "shm       memory",
-                 "0 maps pin 0 B", "INFO  caps      the server has no gpu tier", "0 failed"),
+                 "0 maps pin 0 B", "INFO  caps      the server has no gpu tier",
+                 "INFO  server    attends run on its CPU", "0 failed"),
            NULL);
     expect(NULL, WORDS(ON, "--json", "doctor", "--lmdb-path", lmdb), 0,
            WORDS("{\"failed\":false,\"findings\":[{\"level\":", /* slow may a busy machine be */

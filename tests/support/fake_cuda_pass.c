@@ -249,3 +249,13 @@ FAKE_CUDA_OP(prefill)
                                     .lse = a->lse};
     return cuda->ops->attend(cuda->be, &attend, NULL);
 }
+
+static kvc_status run_merge(kvk_cuda *cuda, const void *args)
+{
+    return cuda->ops->merge(cuda->be, args, NULL);
+}
+
+kvc_status kvk_cuda_merge(kvk_cuda *cuda, const kvk_merge_args *args, kvk_stream *stream)
+{
+    return fake_cuda_enqueue(cuda, stream, run_merge, args, sizeof(*args));
+}

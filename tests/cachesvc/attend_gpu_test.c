@@ -1,0 +1,478 @@
+/*
+ * attend_gpu_test.c: AttendRows on the server's GPU against attention in double: rows of dram that
+ * are pinned and rows of the gpu tier, groups that a GPU and the CPU share, calls that stay on the
+ * CPU, and a GPU that fails in the middle.
+ *
+ * Over a fake of kvk/cuda.h, which counts the rows that it reads; with KVS_TEST_DEVICE on a GPU,
+ * without what only a fake can do. What a thread of the server's does is waited for, 60 s at most.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "attend_rig.h"
+#include "base/metrics.h"
+#include "kvk/cuda.h"
+#ifndef KVS_TEST_DEVICE
+#include "fake_cuda.h"
+#endif
+
+static uint32_t picks[MAX_PICKS], ranks[MAX_PICKS];
+static a_partial got, want, other;
+
+/* Llama-3-8B's heads: 700 rows of 4 KiB are worth a GPU. */
+static const a_shape large = {
+    .n_q = 1,
+    .n_q_heads = 32,
+    .kv_heads = 8,
+    .dim = 128,
+    .dtype = KVC_DTYPE_BF16,
+    .q_dtype = KVC_DTYPE_BF16,
+    .o_dtype = KVC_DTYPE_F32,
+    .rope = KVC_ROPE_PLAIN,
+    .n_picks = MAX_PICKS,
+};
+
+static uint64_t metric(kvc_metric m)
+{
+    return kvc_metric_get(m);
+}
+
+static void wait_metric(kvc_metric m, uint64_t want_value)
+{
+    for (uint32_t i = 0; i < 60000 && metric(m) != want_value; i++)
+        usleep(1000);
+    assert_int_equal(metric(m), want_value);
+}
+
+static uint64_t rows_read(void)
+{
+#ifdef KVS_TEST_DEVICE
+    return 0;
+#else
+    return fake_cuda_rows_read();
+#endif
+}
+
+/* Asks once; gives how many rows the GPU attended over. */
+static uint64_t ask(a_server *f, const a_shape *s, const char *what)
+{
+    uint64_t before = metric(KVC_M_rows_attended_gpu), read = rows_read();
+    a_attend(f, s, picks, s->ranks ? ranks : NULL, s->n_picks, &got);
+    assert_int_equal(f->peer->n_missing, 0);
+    a_oracle(s, picks, s->ranks ? ranks : NULL, s->n_picks, NULL, &want);
+    a_check_equal(s, &got, &want, what);
+    uint64_t n = metric(KVC_M_rows_attended_gpu) - before;
+#ifndef KVS_TEST_DEVICE
+    assert_int_equal(rows_read() - read, n); /* it was the device that read them */
+#else
+    (void)read;
+#endif
+    return n;
+}
+
+/* A server whose dram is all pinned, by a call that the CPU attends, or begins to. */
+static void start_pinned(a_server *f, const a_shape *s)
+{
+    f->h.settings.attend_gpu_bytes = 64u << 20;
+    a_start(f, s, N_BLOCKS);
+    a_choose(s, picks, ranks);
+    (void)ask(f, s, "while it is pinned");
+    wait_metric(KVC_M_attend_gpu_pinned_bytes, 4u << 20); /* one segment has all of it */
+}
+
+static int setup(void **state)
+{
+#ifndef KVS_TEST_DEVICE
+    fake_cuda_absent(false);
+    fake_cuda_copies(UINT32_MAX);
+    fake_cuda_ops(UINT32_MAX);
+#endif
+    return a_setup(state);
+}
+
+static int teardown(void **state)
+{
+    int bad = a_teardown(state);
+    bad |= metric(KVC_M_attend_gpu) != 0 || metric(KVC_M_attend_gpu_pinned_bytes) != 0;
+#ifndef KVS_TEST_DEVICE
+    fake_cuda_copies(UINT32_MAX);
+    fake_cuda_ops(UINT32_MAX);
+    bad |= fake_cuda_held() != 0;
+#endif
+    return bad;
+}
+
+static void test_shapes_from_dram(void **state)
+{
+    static const a_shape shapes[] = {
+        {1, 32, 8, 128, KVC_DTYPE_BF16, KVC_DTYPE_BF16, KVC_DTYPE_BF16, KVC_ROPE_PLAIN, 0, 0, false,
+         700, true},
+        {1, 32, 8, 128, KVC_DTYPE_F16, KVC_DTYPE_F32, KVC_DTYPE_F32, KVC_ROPE_PLAIN, 0.1, 0, true,
+         650, false},
+        {4, 18, 6, 64, KVC_DTYPE_BF16, KVC_DTYPE_F16, KVC_DTYPE_F16, KVC_ROPE_LLAMA3, 0, 5, true,
+         129, true},
+        {1, 32, 8, 128, KVC_DTYPE_E4M3, KVC_DTYPE_BF16, KVC_DTYPE_F32, KVC_ROPE_PLAIN, 0, 0, true,
+         600, false},
+        {3, 16, 8, 64, KVC_DTYPE_I8, KVC_DTYPE_F32, KVC_DTYPE_F32, KVC_ROPE_LLAMA3, 0, 0, false,
+         400, true},
+    };
+    a_server *f = *state;
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
+        char what[32];
+        snprintf(what, sizeof(what), "shape %zu", i);
+        start_pinned(f, &shapes[i]);
+        assert_int_equal(ask(f, &shapes[i], what), shapes[i].n_picks);
+        assert_int_equal(f->peer->xfer.reply.u.fetch_rows.rows_dram, shapes[i].n_picks);
+        a_stop(f);
+        assert_int_equal(metric(KVC_M_attend_gpu_pinned_bytes), 0);
+    }
+}
+
+/* What is small, what the device does not take, and a server without the setting stay as they
+ * were. */
+static void test_what_stays_on_the_cpu(void **state)
+{
+    a_server *f = *state;
+    a_shape s = large;
+    start_pinned(f, &s);
+    s.n_picks = 100; /* 400 KiB */
+    assert_int_equal(ask(f, &s, "few rows"), 0);
+    s.n_picks = 128;
+    assert_int_equal(ask(f, &s, "just enough"), 128);
+    a_stop(f);
+    s = (a_shape){.n_q = 2,
+                  .n_q_heads = 32,
+                  .kv_heads = 32,
+                  .dim = 32,
+                  .dtype = KVC_DTYPE_BF16,
+                  .q_dtype = KVC_DTYPE_F32,
+                  .o_dtype = KVC_DTYPE_F32,
+                  .rope = KVC_ROPE_PLAIN,
+                  .n_picks = 600};
+    a_start(f, &s, N_BLOCKS); /* heads of 32 */
+    a_choose(&s, picks, ranks);
+    assert_int_equal(ask(f, &s, "another width"), 0);
+    assert_int_equal(metric(KVC_M_attend_gpu_pinned_bytes), 0);
+    a_stop(f);
+    f->h.settings.attend_gpu_bytes = 0;
+    a_start(f, &large, N_BLOCKS);
+    a_choose(&large, picks, ranks);
+    assert_int_equal(ask(f, &large, "not asked for"), 0);
+    assert_int_equal(metric(KVC_M_attend_gpu), 0);
+    a_stop(f);
+}
+
+/* Half of the blocks lie in a segment that may be pinned; the CPU has the rest of the group. */
+static void test_shared_with_the_cpu(void **state)
+{
+    a_server *f = *state;
+    uint64_t n = 0;
+    f->h.settings.dram_bytes = 16u << 20;
+    f->h.settings.attend_gpu_bytes = 1u << 20;
+    a_start(f, &large, N_BLOCKS);
+    a_choose(&large, picks, ranks);
+    (void)ask(f, &large, "while it is pinned");
+    wait_metric(KVC_M_attend_gpu_pinned_bytes, 1u << 20);
+    for (uint32_t i = 0; i < large.n_picks; i++)
+        n += picks[i] / H_TOKENS / 4 == picks[0] / H_TOKENS / 4;
+    assert_true(n > 0 && n < large.n_picks);
+    assert_int_equal(ask(f, &large, "shared"), n);
+    assert_int_equal(metric(KVC_M_attend_gpu_pinned_bytes), 1u << 20);
+    a_stop(f);
+}
+
+/* Groups of one call, of which a GPU has several, with queries that are sent once. */
+static void test_groups(void **state)
+{
+    a_server *f = *state;
+    const a_shape *s = &large;
+    a_ask a;
+    start_pinned(f, s);
+    a_ask_init(&a, f, s, picks, NULL, 300);
+    for (uint32_t g = 1; g < 4; g++) {
+        static const uint32_t first[] = {0, 300, 301, 301}, n[] = {300, 1, 0, 399};
+        a.groups[g] = (kvc_row_group){f->context, 7, n[g], picks + first[g]};
+        a.queries[g] = a.queries[0];
+        a.queries[g].same_q = true;
+    }
+    a.req.u.fetch_rows.n_groups = 4;
+    uint64_t before = metric(KVC_M_rows_attended_gpu);
+    assert_int_equal(h_call(f->peer, &a.req), KVC_OK);
+    assert_int_equal(metric(KVC_M_rows_attended_gpu) - before, 700);
+    a_result(f, s, 0, &got);
+    for (uint32_t g = 1; g < 4; g++) {
+        a_result(f, s, g, &other);
+        a_merge(s, &got, &other);
+    }
+    a_oracle(s, picks, NULL, 700, NULL, &want);
+    a_check_equal(s, &got, &want, "four groups");
+    free(a.q);
+    a_stop(f);
+}
+
+/* More rows than a piece has: partials of pieces merge on the device. */
+static void test_pieces(void **state)
+{
+    enum { N = 9000 };
+    static uint32_t many[N];
+    a_server *f = *state;
+    const a_shape *s = &large;
+    a_ask a;
+    start_pinned(f, s);
+    for (uint32_t i = 0; i < N; i++) /* each as often as the others: the partial of all once */
+        many[i] = picks[i % 600];
+    a_ask_init(&a, f, s, many, NULL, N);
+    uint64_t before = metric(KVC_M_rows_attended_gpu);
+    assert_int_equal(h_call(f->peer, &a.req), KVC_OK);
+    assert_int_equal(metric(KVC_M_rows_attended_gpu) - before, N);
+    a_result(f, s, 0, &got);
+    a_oracle(s, picks, NULL, 600, NULL, &want);
+    for (uint32_t i = 0; i < s->n_q_heads; i++)
+        want.lse[i] += 2.70805020110221006599; /* ln 15 */
+    a_check_equal(s, &got, &want, "9,000 rows");
+    free(a.q);
+    a_stop(f);
+}
+
+static void prefetch(a_server *f)
+{
+    kvc_request req = {.method = KVC_PREFETCH};
+    req.u.prefetch.context = f->context;
+    req.u.prefetch.tier = KVC_TIER_GPU;
+    assert_int_equal(h_call(f->peer, &req), KVC_OK);
+    assert_int_equal(f->peer->xfer.reply.u.prefetch.left, 0);
+}
+
+/* Copies in the gpu tier are attended over there, and nothing is pinned for it. */
+static void test_rows_of_the_gpu_tier(void **state)
+{
+    a_server *f = *state;
+    f->h.settings.gpu_bytes = 32u << 20;
+    f->h.settings.attend_gpu_bytes = 1;
+    a_start(f, &large, N_BLOCKS);
+    a_choose(&large, picks, ranks);
+    assert_int_equal(ask(f, &large, "before there are copies"), 0);
+    prefetch(f);
+    assert_int_equal(ask(f, &large, "copies"), large.n_picks);
+    assert_int_equal(f->peer->xfer.reply.u.fetch_rows.rows_gpu, large.n_picks);
+    assert_int_equal(metric(KVC_M_attend_gpu_pinned_bytes), 0);
+#ifndef KVS_TEST_DEVICE
+    fake_cuda_damage(); /* of every row: nobody holds them against sums here */
+    a_attend(f, &large, picks, NULL, large.n_picks, &other);
+    assert_true(other.lse[0] != got.lse[0]);
+#endif
+    a_stop(f);
+}
+
+typedef struct client {
+    a_server *f;
+    kvc_thread thread;
+    a_partial want;
+    uint32_t n_wrong;
+} client;
+
+static void client_main(void *arg)
+{
+    client *c = arg;
+    a_partial *mine = malloc(sizeof(*mine));
+    h_peer *peer = h_connect(kvs_server_uri(c->f->h.server, 0), "default");
+    a_server view = *c->f;
+    a_ask a;
+    view.peer = peer;
+    a_ask_init(&a, &view, &large, picks, NULL, large.n_picks);
+    for (uint32_t i = 0; i < 12; i++) {
+        kvc_status status = h_call(peer, &a.req);
+        if (status == KVC_AGAIN)
+            continue;
+        a_result(&view, &large, 0, mine);
+        for (uint32_t h = 0; h < large.n_q_heads; h++)
+            c->n_wrong += !(fabs(mine->lse[h] - c->want.lse[h]) < 1e-4 &&
+                            fabs(mine->o[h * 128] - c->want.o[h * 128]) < 1e-4);
+    }
+    free(a.q);
+    free(mine);
+    h_disconnect(peer);
+}
+
+/* More calls at once than lanes: the others wait for nobody, and all have the same result. */
+static void test_many_at_once(void **state)
+{
+    static client clients[8];
+    a_server *f = *state;
+    f->h.settings.attend_threads = 8;
+    start_pinned(f, &large);
+    for (int i = 0; i < 8; i++) {
+        clients[i] = (client){.f = f, .want = want};
+        assert_int_equal(kvc_thread_start(&clients[i].thread, "client", client_main, &clients[i]),
+                         KVC_OK);
+    }
+    for (int i = 0; i < 8; i++) {
+        kvc_thread_join(&clients[i].thread);
+        assert_int_equal(clients[i].n_wrong, 0);
+    }
+    a_stop(f);
+}
+
+/* A segment that another tenant gets is read by the GPU no more. */
+static void test_a_segment_goes(void **state)
+{
+    a_server *f = *state;
+    char both[600], tenants[32], uri[300];
+    h_temp_dir(f->dir);
+    snprintf(uri, sizeof(uri), "shm://%s/socket", f->dir);
+    snprintf(both, sizeof(both), "%s,%s", f->h.settings.listen, uri);
+    snprintf(tenants, sizeof(tenants), "%u:second", (unsigned)geteuid());
+    f->h.settings.listen = both;
+    f->h.settings.shm_tenants = tenants;
+    start_pinned(f, &large);
+    kvc_request req = {.method = KVC_ERASE};
+    req.u.erase.context = f->context;
+    assert_int_equal(h_call(f->peer, &req), KVC_OK);
+    kvs_server_tick(f->h.server);
+    /* Another tenant's values take every segment there is. */
+    h_peer *second = h_connect(uri, NULL);
+    h_schema schema;
+    const uint32_t part = 0;
+    h_schema_init(&schema, "other", 1, 4096, false);
+    assert_int_equal(h_register(second, &schema), KVC_OK);
+    for (uint32_t b = 0; b < 15 * 16 + 8; b++)
+        assert_int_equal(h_put1(second, &schema, b, part, KVC_PROMISE_MEMORY), KVC_OK);
+    assert_int_equal(metric(KVC_M_attend_gpu_pinned_bytes), 0);
+    h_disconnect(second);
+    a_stop(f);
+}
+
+#ifndef KVS_TEST_DEVICE
+
+/* The CPU does the whole call again, whatever the GPU was at, and the GPU is asked no more. */
+static void test_a_gpu_that_fails(void **state)
+{
+    a_server *f = *state;
+    for (uint32_t n = 0; n < 2; n++) { /* what is sent, what comes back */
+        start_pinned(f, &large);
+        uint64_t failed = metric(KVC_M_attend_gpu_failures);
+        fake_cuda_copies(n);
+        a_attend(f, &large, picks, NULL, large.n_picks, &got);
+        a_check_equal(&large, &got, &want, "the GPU fails");
+        assert_int_equal(f->peer->n_missing, 0);
+        assert_int_equal(metric(KVC_M_attend_gpu_failures), failed + 1);
+        assert_int_equal(metric(KVC_M_attend_gpu), 0);
+        fake_cuda_copies(UINT32_MAX);
+        assert_int_equal(ask(f, &large, "it is not asked again"), 0);
+        assert_int_equal(metric(KVC_M_attend_gpu_failures), failed + 1);
+        a_stop(f);
+    }
+}
+
+/* An op that it refuses costs that call, and no more. */
+static void test_an_op_is_refused(void **state)
+{
+    a_server *f = *state;
+    start_pinned(f, &large);
+    uint64_t failed = metric(KVC_M_attend_gpu_failures), read = rows_read();
+    fake_cuda_ops(0);
+    a_attend(f, &large, picks, NULL, large.n_picks, &got);
+    fake_cuda_ops(UINT32_MAX);
+    a_check_equal(&large, &got, &want, "refused");
+    assert_int_equal(rows_read(), read);
+    assert_int_equal(metric(KVC_M_attend_gpu_failures), failed + 1);
+    assert_int_equal(ask(f, &large, "the next one"), large.n_picks);
+    a_stop(f);
+}
+
+static void test_no_gpu(void **state)
+{
+    a_server *f = *state;
+    fake_cuda_absent(true);
+    f->h.settings.attend_gpu_bytes = 64u << 20;
+    a_start(f, &large, N_BLOCKS);
+    a_choose(&large, picks, ranks);
+    assert_int_equal(metric(KVC_M_attend_gpu), 0);
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(ask(f, &large, "no GPU"), 0);
+    a_stop(f);
+}
+
+#ifdef KVASIR_LMDB
+
+/* Rows that only the gpu tier and lmdb have: lmdb is not read while the GPU works; where it fails,
+ * they answer AGAIN, and then come from lmdb. */
+static void test_what_dram_lacks(void **state)
+{
+    a_server *f = *state;
+    uint32_t n_gpu = 0;
+    h_temp_dir(f->dir);
+    f->h.settings.lmdb_path = f->dir;
+    f->h.settings.lmdb_bytes = 256u << 20;
+    f->h.settings.promote_percent = 0;
+    f->h.settings.gpu_bytes = 32u << 20;
+    f->h.settings.attend_gpu_bytes = 1;
+    f->h.settings.max_value_bytes = 256u << 10;
+    f->h.settings.dram_bytes = 4u << 20;
+    a_start(f, &large, N_BLOCKS);
+    prefetch(f);
+    h_schema schema;
+    const uint32_t part = 0;
+    h_schema_init(&schema, "other", 1, 4096, false);
+    assert_int_equal(h_register(f->peer, &schema), KVC_OK);
+    for (uint32_t b = 0; b < 40; b++) { /* they push the others out of dram */
+        static const uint32_t row = 3;
+        uint64_t context;
+        assert_int_equal(h_put1(f->peer, &schema, b, part, KVC_PROMISE_DURABLE), KVC_OK);
+        assert_int_equal(h_open(f->peer, &schema, b, 1, 0, &context), KVC_OK);
+        h_fetch_equal(f->peer, &schema, context, b, part, &row, 1);
+    }
+    a_choose(&large, picks, ranks);
+    uint64_t lmdb_rows = atomic_load(&f->h.server->lmdb.rows_read);
+    assert_int_equal(ask(f, &large, "the gpu and lmdb have them"), large.n_picks);
+    assert_int_equal(f->peer->xfer.reply.u.fetch_rows.rows_gpu, large.n_picks);
+    assert_int_equal(atomic_load(&f->h.server->lmdb.rows_read), lmdb_rows);
+    fake_cuda_copies(0);
+    a_attend(f, &large, picks, NULL, large.n_picks, &got);
+    for (uint32_t m = 0; m < f->peer->n_missing; m++)
+        n_gpu += f->peer->missing[m].status == KVC_AGAIN;
+    assert_true(n_gpu > 0 && n_gpu == f->peer->n_missing);
+    a_attend(f, &large, picks, NULL, large.n_picks, &got);
+    assert_int_equal(f->peer->n_missing, 0);
+    assert_int_equal(f->peer->xfer.reply.u.fetch_rows.rows_lmdb, n_gpu);
+    a_check_equal(&large, &got, &want, "from lmdb");
+    a_stop(f);
+}
+
+#endif
+#endif
+
+#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+
+int main(void)
+{
+#ifdef KVS_TEST_DEVICE
+    kvk_cuda *cuda;
+    if (kvk_cuda_open(0, &cuda) != KVC_OK) {
+        printf("skipped: no CUDA device that this build can use\n");
+        return 77;
+    }
+    kvk_cuda_close(cuda);
+#endif
+    const struct CMUnitTest tests[] = {
+        TEST(test_shapes_from_dram),
+        TEST(test_what_stays_on_the_cpu),
+        TEST(test_shared_with_the_cpu),
+        TEST(test_groups),
+        TEST(test_pieces),
+        TEST(test_rows_of_the_gpu_tier),
+        TEST(test_many_at_once),
+        TEST(test_a_segment_goes),
+#ifndef KVS_TEST_DEVICE
+        TEST(test_a_gpu_that_fails),
+        TEST(test_an_op_is_refused),
+        TEST(test_no_gpu),
+#ifdef KVASIR_LMDB
+        TEST(test_what_dram_lacks),
+#endif
+#endif
+    };
+    return cmocka_run_group_tests_name("attend_gpu", tests, NULL, NULL);
+}
