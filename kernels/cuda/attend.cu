@@ -346,7 +346,7 @@ static attend_fn kernel_of(const kvk_cuda_attend_args *a)
                : a->head_dim == 128 ? kernel_of_group<128>(group)
                                     : NULL;
     if (a->near.n_max)
-        return rotated ? NULL : kvki_attend_near(a->dtype, a->head_dim, a->near.inv_freq != NULL);
+        return kvki_attend_near(a->dtype, a->head_dim, a->near.inv_freq != NULL, rotated);
     return a->dtype == KVK_BF16 && !rotated ? kvki_attend_mma(a->head_dim)
                                             : kvki_attend_split(a->dtype, a->head_dim, rotated);
 }

@@ -174,6 +174,6 @@ __device__ static inline float attend_weight(float x, float most)
 typedef void (*attend_fn)(const struct attend_params p);
 attend_fn kvki_attend_mma(uint32_t head_dim);
 attend_fn kvki_attend_split(kvk_dtype dtype, uint32_t head_dim, bool rotated);
-attend_fn kvki_attend_near(kvk_dtype dtype, uint32_t head_dim, bool near_rotated);
+attend_fn kvki_attend_near(kvk_dtype dtype, uint32_t head_dim, bool near_rotated, bool rotated);
 
 #endif

@@ -5,6 +5,7 @@
  * The tiles of near come first and need nothing of the ops that make the list, so they run while
  * those still rank and resolve: kernels before this one let it start early, and only the list's
  * tiles wait, where the caller says that what near reads was there before.
+ * Keys are rotated as kTurned says: of both, of near alone, or of none.
  */
 #include "attend_mma.cuh"
 #include "attend_split.cuh"
@@ -26,8 +27,9 @@ __device__ static uint32_t find_near(const kvk_cuda_attend_args *a, uint32_t seq
     return first < n ? min(n - first, ATTEND_TILE) : 0;
 }
 
-/* kRotated: near's keys. */
-template <typename Row, int kDim, bool kRotated>
+enum turned { TURNED_NONE, TURNED_NEAR, TURNED_BOTH };
+
+template <typename Row, int kDim, turned kTurned>
 __global__ void __launch_bounds__(ATTEND_THREADS, 2)
     attend_near_kernel(const struct attend_params p)
 {
@@ -47,42 +49,53 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2)
         if (n == 0)
             return;
         there = attend_load_tile(a, &l, &rows, tile);
-        for (uint32_t i = threadIdx.x; kRotated && i < n * (kDim / 2); i += ATTEND_THREADS)
+        for (uint32_t i = threadIdx.x; kTurned != TURNED_NONE && i < n * (kDim / 2);
+             i += ATTEND_THREADS)
             rotation[i] =
                 attend_turn((int32_t)(first + i / (kDim / 2)), a->near.inv_freq[i % (kDim / 2)]);
-        attend_split<Row, kDim, kRotated>(&p, &l, seq, p.n_far + at, a->near.q + q_at, there, tile,
-                                          rotation);
+        attend_split<Row, kDim, kTurned != TURNED_NONE>(&p, &l, seq, p.n_far + at, a->near.q + q_at,
+                                                        there, tile, rotation);
         return;
     }
     at -= n_near;
     kvki_wait_for_previous();
-    if (at * ATTEND_TILE >= attend_find_rows(a, seq, at * ATTEND_TILE, &rows))
+    uint32_t first = at * ATTEND_TILE, n = attend_find_rows(a, seq, first, &rows);
+    if (first >= n)
         return;
     there = attend_load_tile(a, &l, &rows, tile);
-    if constexpr (Row::coded)
-        attend_split<Row, kDim, false>(&p, &l, seq, at, a->q + q_at, there, tile, rotation);
+    if constexpr (kTurned == TURNED_BOTH)
+        attend_find_rotation(a, seq, first, min(n - first, ATTEND_TILE), rotation);
+    if constexpr (Row::coded || kTurned == TURNED_BOTH)
+        attend_split<Row, kDim, kTurned == TURNED_BOTH>(&p, &l, seq, at, a->q + q_at, there, tile,
+                                                        rotation);
     else
         attend_bf16<kDim>(&p, &l, seq, at, there, tile);
 }
 
-template <typename Row> static attend_fn kernel_of(uint32_t head_dim, bool rotated)
+template <typename Row, int kDim> static attend_fn kernel_of_turned(bool near, bool list)
 {
-    if (head_dim == 128)
-        return rotated ? attend_near_kernel<Row, 128, true> : attend_near_kernel<Row, 128, false>;
-    if (head_dim == 64)
-        return rotated ? attend_near_kernel<Row, 64, true> : attend_near_kernel<Row, 64, false>;
-    return NULL;
+    if (list)
+        return near ? attend_near_kernel<Row, kDim, TURNED_BOTH> : NULL;
+    return near ? attend_near_kernel<Row, kDim, TURNED_NEAR>
+                : attend_near_kernel<Row, kDim, TURNED_NONE>;
 }
 
-attend_fn kvki_attend_near(kvk_dtype dtype, uint32_t head_dim, bool near_rotated)
+template <typename Row> static attend_fn kernel_of(uint32_t head_dim, bool near, bool list)
+{
+    return head_dim == 128  ? kernel_of_turned<Row, 128>(near, list)
+           : head_dim == 64 ? kernel_of_turned<Row, 64>(near, list)
+                            : NULL;
+}
+
+attend_fn kvki_attend_near(kvk_dtype dtype, uint32_t head_dim, bool near_rotated, bool rotated)
 {
     switch (dtype) {
     case KVK_BF16:
-        return kernel_of<bf16_row>(head_dim, near_rotated);
+        return kernel_of<bf16_row>(head_dim, near_rotated, rotated);
     case KVK_E4M3_SCALED:
-        return kernel_of<e4m3_row>(head_dim, near_rotated);
+        return kernel_of<e4m3_row>(head_dim, near_rotated, rotated);
     case KVK_I8_SCALED:
-        return kernel_of<i8_row>(head_dim, near_rotated);
+        return kernel_of<i8_row>(head_dim, near_rotated, rotated);
     default:
         return NULL;
     }

@@ -8,11 +8,10 @@
  * memory, so that a graph stays good while the sequences grow. Angles in double, as in the table's
  * rope. Counters are 0 between launches.
  */
-#include "encode.cuh"
-#include "kvk/cuda_frame.h"
+#include "frame.cuh"
 
-#define THREADS    256u /* a dimension each */
-#define SLICE      32u  /* inputs of a block, which are 16 rotary pairs */
+#define THREADS    FRAME_THREADS
+#define SLICE      32u /* inputs of a block, which are 16 rotary pairs */
 #define PAIRS      (SLICE / 2u)
 #define INPUTS_MAX 8192u
 #define CHUNK      8u /* bf16 elements that are copied at a time */
@@ -23,21 +22,6 @@ struct frame_params {
     uint32_t *counts; /* [n_seqs, 2] blocks that are done */
     uint32_t n_slices, n_query, n_key, n_code, n_turn; /* blocks: of a projection; of each kind */
 };
-
-__device__ static inline float load_one(const void *in, size_t i, kvk_dtype dtype)
-{
-    return dtype == KVK_BF16 ? kvki_bf16(((const uint16_t *)in)[i])
-                             : __half2float(((const __half *)in)[i]);
-}
-
-/* x and y, a pair of one head, rotated by a position's angle. */
-__device__ static inline float2 rotated(float2 x, double angle)
-{
-    double s = 0, c = 0;
-
-    sincos(angle, &s, &c);
-    return make_float2(x.x * (float)c - x.y * (float)s, x.y * (float)c + x.x * (float)s);
-}
 
 /* The first input of a pair of the kv heads; the second is half a head further. */
 __device__ static inline uint32_t input_of(const kvk_cuda_frame_args *a, uint32_t pair)
@@ -125,19 +109,6 @@ __device__ static bool project(const struct frame_params *p, uint32_t seq, uint3
     return true;
 }
 
-/* The greatest |y| over the block's threads; +Inf where one is not finite. All threads call. */
-__device__ static float widest(float y)
-{
-    __shared__ float most[THREADS / 32u];
-    float own = isfinite(y) ? fabsf(y) : INFINITY;
-
-    own = kvki_lanes_max(own, 32);
-    if ((threadIdx.x & 31u) == 0)
-        most[threadIdx.x / 32u] = own;
-    __syncthreads();
-    return kvki_lanes_max(most[threadIdx.x % (THREADS / 32u)], THREADS / 32u);
-}
-
 /* The slice's part of a row that is not coded, and of its copy; and the index row, by whoever is
  * last. */
 __device__ static void take_token(const struct frame_params *p, uint32_t seq, uint32_t s,
@@ -158,16 +129,7 @@ __device__ static void take_token(const struct frame_params *p, uint32_t seq, ui
     }
     if (!project(p, seq, 1, s, t->k, &y))
         return;
-    float all = widest(d < a->dims ? y : 0.0f);
-    uint32_t bits = all > 0 && all < INFINITY ? kvki_scale_bits(all, 127.0) : 0;
-    float scale = kvki_bf16(bits);
-    uint8_t *row = (uint8_t *)t->index_row;
-    if (d < a->dims)
-        row[d] = (uint8_t)(int8_t)(scale > 0 ? rintf(__fdiv_rn(y, scale)) : 0.0f);
-    if (d < 2)
-        row[a->dims + d] = (uint8_t)(bits >> (8 * d));
-    if (d == 0 && t->bad && all == INFINITY)
-        *t->bad = 1;
+    write_index_row(y, a->dims, 0, 1, (uint8_t *)t->index_row, t->bad);
 }
 
 /* Coded rows: a head of K or V a warp. */
@@ -274,16 +236,17 @@ static bool args_ok(const kvk_cuda_frame_args *a)
     return a->n_seqs <= KVK_CUDA_SEQS_MAX && a->n_kv_heads && a->n_q_heads &&
            a->n_q_heads % a->n_kv_heads == 0 && a->head_dim && a->head_dim % 2 == 0 && inputs &&
            inputs <= INPUTS_MAX && (a->dtype == KVK_BF16 || a->dtype == KVK_F16) &&
-           (!a->q || a->n_tokens) && (!a->n_near || a->near_first) &&
-           ((!a->q_index && !tokens) ||
-            (a->dims && a->dims <= THREADS && a->workspace && kvki_aligned(a->workspace) &&
+           (!a->q || a->n_tokens) && (!a->n_near || a->near_first || a->per_head) &&
+           ((!a->q_index && !tokens) || (a->dims && a->dims <= THREADS)) &&
+           ((!a->q_index && !tokens) || a->per_head ||
+            (a->workspace && kvki_aligned(a->workspace) &&
              a->workspace_bytes >=
                  kvk_cuda_frame_workspace_bytes(a->n_seqs, (uint32_t)inputs, a->dims))) &&
            (!a->q_index || (a->q && a->proj)) &&
            (!tokens || (a->key_proj && inputs % CHUNK == 0)) &&
            (!kvk_is_coded(a->row_dtype) || a->head_dim <= ENCODE_DIM_MAX) &&
            (a->tokens || !a->token.row || (a->n_seqs == 1 && token_ok(&a->token))) &&
-           (!a->expected || a->differs);
+           (!a->expected || a->differs) && a->per_head <= 1;
 }
 
 extern "C" kvc_status kvk_cuda_frame(kvk_cuda *cuda, const kvk_cuda_frame_args *args,
@@ -297,6 +260,8 @@ extern "C" kvc_status kvk_cuda_frame(kvk_cuda *cuda, const kvk_cuda_frame_args *
         return KVC_OK;
     if (!args_ok(args))
         return KVC_INVALID;
+    if (args->per_head)
+        return kvki_frame_heads(cuda, args, stream);
     p.a = *args;
     p.n_slices = slices_of((uint32_t)inputs);
     p.n_query = args->q_index ? p.n_slices : 0;

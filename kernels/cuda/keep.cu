@@ -1,54 +1,20 @@
 /*
- * keep.cu: TokenSelect's Selection Cache (2411.02886 Alg. 1) decided on the device: whether a query
- * is still so near to the one that last selected that its picks are kept.
- *
- * One block a sequence; sums in double, lanes over the width and then one tree, so that the same
- * query always decides alike.
+ * keep.cu: TokenSelect's Selection Cache (2411.02886 Alg. 1) decided on the device, one block a
+ * sequence: see keep.cuh.
  */
-#include "device.cuh"
+#include "keep.cuh"
 
-#define THREADS 256u
-
-/* Sum over the block, the same in every thread. */
-__device__ static double block_sum(double x)
-{
-    __shared__ double part[THREADS / 32u];
-    double sum = 0;
-
-    for (int step = 16; step > 0; step /= 2)
-        x += __shfl_xor_sync(KVKI_FULL_WARP, x, step);
-    __syncthreads(); /* the last sum's parts have been read */
-    if ((threadIdx.x & 31u) == 0)
-        part[threadIdx.x / 32u] = x;
-    __syncthreads();
-    for (uint32_t w = 0; w < THREADS / 32u; w++)
-        sum += part[w];
-    return sum;
-}
-
-__global__ void __launch_bounds__(THREADS) keep_kernel(const kvk_cuda_keep_args a)
+__global__ void __launch_bounds__(KEEP_THREADS) keep_kernel(const kvk_cuda_keep_args a)
 {
     const float *q = a.q + (size_t)blockIdx.x * a.width;
     float *last = a.last + (size_t)blockIdx.x * a.width;
-    double both = 0, own = 0, other = 0, cosine = 0;
+    auto query = [q](uint32_t i) { return q[i]; };
+    bool near = keep_is_near(query, last, a.width, a.threshold);
 
-    for (uint32_t i = threadIdx.x; i < a.width; i += THREADS) {
-        double x = q[i], y = last[i];
-        both += x * y;
-        own += x * x;
-        other += y * y;
-    }
-    both = block_sum(both);
-    own = block_sum(own);
-    other = block_sum(other);
-    if (own > 0 && other > 0)
-        cosine = both / (sqrt(own) * sqrt(other));
     if (threadIdx.x == 0)
-        a.keep[blockIdx.x] = cosine >= a.threshold; /* false for a NaN */
-    if (cosine >= a.threshold)
-        return;
-    for (uint32_t i = threadIdx.x; i < a.width; i += THREADS)
-        last[i] = q[i];
+        a.keep[blockIdx.x] = near;
+    if (!near)
+        keep_query(query, last, a.width);
 }
 
 extern "C" kvc_status kvk_cuda_keep(kvk_cuda *cuda, const kvk_cuda_keep_args *args,
@@ -65,6 +31,6 @@ extern "C" kvc_status kvk_cuda_keep(kvk_cuda *cuda, const kvk_cuda_keep_args *ar
     st = kvki_cuda_use(cuda);
     if (st != KVC_OK)
         return st;
-    keep_kernel<<<args->n_seqs, THREADS, 0, kvki_cuda_stream(stream)>>>(*args);
+    keep_kernel<<<args->n_seqs, KEEP_THREADS, 0, kvki_cuda_stream(stream)>>>(*args);
     return kvki_cuda_launched();
 }

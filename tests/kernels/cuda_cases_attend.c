@@ -221,17 +221,15 @@ static void add_near(numbers *from, setting *s, near_side *n, bool rotated)
         res[i].slots = device_copy(n->ring, RING * row);
     }
     OK(kvk_cuda_fill(gpu(), counts, 0, 8, gpu_stream()));
-    if (!s->a.inv_freq)
-        s->a.inv_freq = device_copy(s->inv_freq, s->dim / 2 * sizeof(double));
+    const double *inv_freq = device_copy(s->inv_freq, s->dim / 2 * sizeof(double));
     s->a.near = (kvk_cuda_near){.q = device_copy(n->q, s->n_seqs * width * 4),
                                 .ring = device_copy(res, s->n_seqs * sizeof(*res)),
                                 .first = device_copy(n->first, s->n_seqs * 4),
                                 .n = device_copy(n->n, s->n_seqs * 4),
                                 .ring_rows = RING,
                                 .n_max = NEAR_MAX,
-                                .inv_freq = rotated ? s->a.inv_freq : NULL,
+                                .inv_freq = rotated ? inv_freq : NULL,
                                 .early = 1};
-    s->a.inv_freq = NULL;
     s->a.workspace = device_bytes(bytes);
     s->a.workspace_bytes = bytes;
     s->a.result = (kvk_cuda_result){
@@ -249,7 +247,8 @@ static void want_near(const setting *s, near_side *n, uint32_t seq)
     for (uint32_t j = 0; j < s->n_list[seq]; j++)
         rows[j] = s->c.rows + (size_t)s->positions[(size_t)seq * s->stride + j] * row;
     CPU(false, attend, s->q + seq * width, 1, s->heads, s->kv_heads, s->dim, rows, s->n_list[seq],
-        0, s->a.v_off_bytes, s->dtype, NULL, NULL, NULL, s->a.scale, s->softcap, n->o, n->lse);
+        0, s->a.v_off_bytes, s->dtype, s->rotated ? s->k_positions + (size_t)seq * s->stride : NULL,
+        s->rotated ? s->inv_freq : NULL, NULL, s->a.scale, s->softcap, n->o, n->lse);
     for (uint32_t j = 0; j < n->n[seq]; j++) {
         rows[j] = n->ring + (size_t)((n->first[seq] + j) % RING) * row;
         positions[j] = (int32_t)j;
@@ -290,13 +289,14 @@ void cuda_case_attend_near(numbers *from)
     static const kvk_dtype dtypes[] = {KVK_BF16, KVK_E4M3_SCALED, KVK_I8_SCALED};
 
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
-        for (int kind = 0; kind < 6; kind++) {
+        for (int kind = 0; kind < 9; kind++) { /* keys of none rotated, of near, of both */
             setting s = {.n_seqs = 4,
                          .heads = shapes[i][0],
                          .kv_heads = shapes[i][1],
                          .dim = shapes[i][2],
                          .stride = shapes[i][3],
                          .dtype = dtypes[kind % 3],
+                         .rotated = kind >= 6,
                          .softcap = kind == 1 ? 20.0f : 0};
             near_side n;
             set_up(from, &s);

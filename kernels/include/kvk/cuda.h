@@ -226,6 +226,16 @@ typedef struct kvk_cuda_keep_args {
 kvc_status kvk_cuda_keep(kvk_cuda *cuda, const kvk_cuda_keep_args *args,
                          kvk_stream *stream) KVC_MUST_CHECK;
 
+/* The picks of each sequence in ascending order: ordered is another memory than picks; no two picks
+ * of a sequence are the same. */
+typedef struct kvk_cuda_order_args {
+    uint32_t n_seqs, k;
+    const uint32_t *picks, *n_picks; /* [n_seqs, k], [n_seqs] */
+    uint32_t *ordered;               /* [n_seqs, k] */
+} kvk_cuda_order_args;
+kvc_status kvk_cuda_order(kvk_cuda *cuda, const kvk_cuda_order_args *args,
+                          kvk_stream *stream) KVC_MUST_CHECK;
+
 /* kvk_mean for a batch, with its bits: the mean query of a chunk. in [n_seqs, n, width] in dtype
  * (F32, F16 or BF16), out [n_seqs, width] f32; n = 0 gives zeros. */
 typedef struct kvk_cuda_mean_args {
@@ -331,9 +341,9 @@ typedef struct kvk_cuda_result {
  * dtype (BF16, F16 or a coded one), both offsets and row_bytes multiples of 16. With inv_freq, K of
  * entry j is rotated by k_positions[s * stride + j] (angles in double). Bound: as kvk_attend's.
  * head_dim 64 or 128, n_q_heads / n_kv_heads 1 to 8, a tile of 16 rows must fit in shared memory;
- * else UNSUPPORTED, as is near with F16 or with keys of the list rotated. near is added behind the
- * list, and the workspace is then that of a stride of stride + near.n_max + 16. With result.out o
- * and lse are not written and may be NULL.
+ * else UNSUPPORTED, as is near with F16, or where keys of the list are rotated and its are not.
+ * near is added behind the list, and the workspace is then that of a stride of stride + near.n_max
+ * + 16. With result.out o and lse are not written and may be NULL.
  */
 typedef struct kvk_cuda_attend_args {
     uint32_t n_seqs, n_q_heads, n_kv_heads, head_dim;

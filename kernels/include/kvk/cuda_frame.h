@@ -24,17 +24,26 @@ typedef struct kvk_cuda_token {
 } kvk_cuda_token;
 
 /*
- * Begins a step of ESA of each sequence over n = n_tokens[s] tokens: queries in f32 from q in
- * dtype, and where candidates and the near window are.
- *   q_index [dims]: as kvk_cuda_query's, of q rotated by far_position, or with score_raw as it is
- *   q_far   rotated by far_position;  q_near  rotated by n_near - 1
- *   n_near = min(n, n_recent + 1);  near_first = n - n_near
- *   cands: n_rows = near_first - n_sink, base = n_sink; index is the caller's, and stays
+ * Begins a step (of ESA, unless per_head) of each sequence over n = n_tokens[s] tokens: queries in
+ * f32 from q in dtype, and where candidates and the near window are. q_index [dims]: as
+ * kvk_cuda_query's, of q rotated by far_position, or with score_raw as it is q_far   rotated by
+ * far_position;  q_near  rotated by n_near - 1 n_near = min(n, n_recent + 1);  near_first = n -
+ * n_near cands: n_rows = near_first - n_sink, base = n_sink; index is the caller's, and stays
  * Rotation: as kvk_rope; without inv_freq none. q_index, q_far, q_near, n_near and cands may be
  * NULL. dims <= 256, n_kv_heads * head_dim <= 8192. expected (may be NULL): differs[s] is set to 1
  * where q is not those bytes. q NULL: only tokens. tokens, or else token for one sequence: what is
  * new; n_kv_heads * head_dim a multiple of 8 then. Projections are sums of chains of 32 inputs. The
  * workspace is cleared as kvk_cuda_select's.
+ *
+ * per_head 1: a step of TokenSelect, over an index of each kv head; head_dim <= 256, no q_far and
+ * no workspace. What is different:
+ *   q_index [n_q_heads, dims]: as kvk_cuda_query's per head, of q rotated by n_recent
+ *   n_near = min(n, n_recent); near_first NULL: n_near is what it was
+ *   q_near: also for what lies before the near rows, at the positions -1, -2, ...
+ * Its Selection Cache (last not NULL): where kept_first[s] is not UINT32_MAX and the cosine of q
+ * and last[s], as kvk_cuda_keep's, is at least threshold, the picks are kept, and with them what
+ * was near: keep[s] = kept[s] = 1 and near_first[s] = kept_first[s]. Else both are 0 and q becomes
+ * last[s].
  */
 typedef struct kvk_cuda_frame_args {
     uint32_t n_seqs, n_q_heads, n_kv_heads, head_dim, dims;
@@ -56,6 +65,11 @@ typedef struct kvk_cuda_frame_args {
     const float *key_proj; /* [n_kv_heads * head_dim, dims] */
     void *workspace;
     size_t workspace_bytes;
+    uint32_t per_head; /* 0 or 1; then proj and key_proj are [n_kv_heads, head_dim, dims] */
+    double threshold;
+    float *last;                /* [n_seqs, n_q_heads, head_dim] */
+    const uint32_t *kept_first; /* [n_seqs]; may be pinned */
+    uint32_t *keep, *kept;      /* [n_seqs], for the selection and for the host */
 } kvk_cuda_frame_args;
 size_t kvk_cuda_frame_workspace_bytes(uint32_t n_seqs, uint32_t inputs, uint32_t dims);
 kvc_status kvk_cuda_frame(kvk_cuda *cuda, const kvk_cuda_frame_args *args,

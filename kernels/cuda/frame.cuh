@@ -1,0 +1,62 @@
+/*
+ * frame.cuh: what the beginnings of ESA's and TokenSelect's steps share: elements of a query, its
+ * rotation, and index rows. Device code, for blocks of FRAME_THREADS.
+ */
+#ifndef KVKI_CUDA_FRAME_CUH
+#define KVKI_CUDA_FRAME_CUH
+
+#include "encode.cuh"
+#include "kvk/cuda_frame.h"
+
+#define FRAME_THREADS 256u /* a dimension each */
+
+__device__ static inline float load_one(const void *in, size_t i, kvk_dtype dtype)
+{
+    return dtype == KVK_BF16 ? kvki_bf16(((const uint16_t *)in)[i])
+                             : __half2float(((const __half *)in)[i]);
+}
+
+/* x and y, a pair of one head, rotated by a position's angle. */
+__device__ static inline float2 rotated(float2 x, double angle)
+{
+    double s = 0, c = 0;
+
+    sincos(angle, &s, &c);
+    return make_float2(x.x * (float)c - x.y * (float)s, x.y * (float)c + x.x * (float)s);
+}
+
+/* The greatest |y| over the block's threads; +Inf where one is not finite. All threads call. */
+__device__ static inline float widest(float y)
+{
+    __shared__ float most[FRAME_THREADS / 32u];
+    float own = isfinite(y) ? fabsf(y) : INFINITY;
+
+    own = kvki_lanes_max(own, 32);
+    if ((threadIdx.x & 31u) == 0)
+        most[threadIdx.x / 32u] = own;
+    __syncthreads();
+    return kvki_lanes_max(most[threadIdx.x % (FRAME_THREADS / 32u)], FRAME_THREADS / 32u);
+}
+
+/* Head `head` of an index row; y: of the thread's dimension. *bad (NULL: not) becomes 1 where one
+ * is not finite. All threads call. */
+__device__ static inline void write_index_row(float y, uint32_t dims, uint32_t head,
+                                              uint32_t n_heads, uint8_t *row, uint32_t *bad)
+{
+    uint32_t d = threadIdx.x;
+    float all = widest(d < dims ? y : 0.0f);
+    uint32_t bits = all > 0 && all < INFINITY ? kvki_scale_bits(all, 127.0) : 0;
+    float scale = kvki_bf16(bits);
+
+    if (d < dims)
+        row[head * dims + d] = (uint8_t)(int8_t)(scale > 0 ? rintf(__fdiv_rn(y, scale)) : 0.0f);
+    if (d < 2)
+        row[n_heads * dims + 2u * head + d] = (uint8_t)(bits >> (8 * d));
+    if (d == 0 && bad && all == INFINITY)
+        *bad = 1;
+}
+
+/* kvk_cuda_frame with per_head; its arguments were looked at. */
+kvc_status kvki_frame_heads(kvk_cuda *cuda, const kvk_cuda_frame_args *args, kvk_stream *stream);
+
+#endif

@@ -1,0 +1,320 @@
+/* cuda_cases_heads.c: how a step of TokenSelect begins: the Selection Cache, windows, queries and
+ * new tokens against the CPU's cosine, rope, project and encode; and picks in order. */
+#include <math.h>
+#include <string.h>
+
+#include "cuda_cases.h"
+#include "kvk/cuda_frame.h"
+
+enum { SEQS = 3, SINKS = 4, RECENT = 100 };
+
+typedef struct setting {
+    uint32_t heads, kv_heads, dim, dims, width, inputs;
+    bool raw;
+    kvk_dtype row_dtype; /* 0: as they are */
+    uint16_t *q, *k;     /* [SEQS, width]; [SEQS, K and V] */
+    float *proj, *key_proj;
+    double inv_freq[64];
+    uint32_t n_tokens[SEQS], kept_first[SEQS], first[SEQS]; /* first: where near is to begin */
+    uint8_t *rows, *copies, *index_rows;                    /* device, pinned, device */
+    kvk_cuda_frame_args a;
+} setting;
+
+static uint16_t *halves(numbers *from, size_t n)
+{
+    uint16_t *x = host_bytes(n * 2);
+
+    for (size_t i = 0; i < n; i++)
+        x[i] = bf16_of(normal(from));
+    return x;
+}
+
+static size_t slice_of(const setting *s)
+{
+    return kvk_is_coded(s->row_dtype) ? s->kv_heads * ((size_t)s->dim + 2u) : s->inputs * 2ul;
+}
+
+static const kvk_cuda_token *tokens_of(setting *s)
+{
+    kvk_cuda_token *tokens = pinned_bytes(SEQS * sizeof(*tokens));
+    const uint16_t *k = device_copy(s->k, (size_t)SEQS * s->inputs * 4);
+    size_t row = s->inputs * 4ul, index_row = s->kv_heads * (s->dims + 2ul);
+
+    s->rows = device_bytes(SEQS * row);
+    s->copies = pinned_bytes(SEQS * row);
+    s->index_rows = device_bytes(SEQS * index_row);
+    for (uint32_t i = 0; i < SEQS; i++)
+        tokens[i] = (kvk_cuda_token){.k = k + (size_t)i * s->inputs * 2,
+                                     .v = k + (size_t)i * s->inputs * 2 + s->inputs,
+                                     .row = i == 1 ? NULL : s->rows + i * row,
+                                     .copy = i == 2 ? s->copies + i * row : NULL,
+                                     .index_row = s->index_rows + i * index_row};
+    return tokens;
+}
+
+static void set_up(numbers *from, setting *s)
+{
+    size_t q = (size_t)SEQS * s->width, proj = (size_t)s->inputs * s->dims;
+    kvk_rope_params rope = {.theta = 500000};
+
+    s->q = halves(from, q);
+    s->k = halves(from, (size_t)SEQS * s->inputs * 2);
+    s->proj = normals(from, proj);
+    s->key_proj = normals(from, proj);
+    OK(kvk_rope_inv_freq(&rope, s->dim, s->inv_freq));
+    s->n_tokens[0] = 1u << 20;
+    s->n_tokens[1] = RECENT / 2;
+    s->n_tokens[2] = RECENT + SINKS + 10;
+    s->a = (kvk_cuda_frame_args){.n_seqs = SEQS,
+                                 .n_q_heads = s->heads,
+                                 .n_kv_heads = s->kv_heads,
+                                 .head_dim = s->dim,
+                                 .dims = s->dims,
+                                 .q = device_copy(s->q, q * 2),
+                                 .dtype = KVK_BF16,
+                                 .score_raw = s->raw,
+                                 .inv_freq = device_copy(s->inv_freq, s->dim / 2 * sizeof(double)),
+                                 .proj = device_copy(s->proj, proj * 4),
+                                 .q_index = device_bytes((size_t)SEQS * s->heads * s->dims * 4),
+                                 .q_near = device_bytes(q * 4),
+                                 .n_tokens = device_copy(s->n_tokens, sizeof(s->n_tokens)),
+                                 .n_sink = SINKS,
+                                 .n_recent = RECENT,
+                                 .n_near = device_bytes(SEQS * 4),
+                                 .near_first = device_bytes(SEQS * 4),
+                                 .cands = device_bytes(SEQS * sizeof(kvk_cuda_candidates)),
+                                 .differs = pinned_bytes(SEQS * 4),
+                                 .tokens = tokens_of(s),
+                                 .row_dtype = s->row_dtype,
+                                 .key_proj = device_copy(s->key_proj, proj * 4),
+                                 .per_head = 1,
+                                 .threshold = 0.9,
+                                 .last = device_bytes(q * 4),
+                                 .kept_first = pinned_bytes(SEQS * 4),
+                                 .keep = device_bytes(SEQS * 4),
+                                 .kept = pinned_bytes(SEQS * 4)};
+    memset(s->a.differs, 0, SEQS * 4);
+}
+
+static const float *turned(const setting *s, uint32_t seq, uint32_t position)
+{
+    float *out = host_bytes(s->width * 4ul);
+
+    CPU(false, rope, {s->q + (size_t)seq * s->width, s->width * 2ul, KVK_BF16}, 1, s->heads, s->dim,
+        position ? s->inv_freq : NULL, NULL, (int32_t)position, out);
+    return out;
+}
+
+/* x [dim] through proj [dim, dims]; *bound_p: what sums of f32 in any order may be off, with x a
+ * little off too. */
+static void project(const setting *s, const float *x, const float *proj, float *out, double *bound)
+{
+    CPU(false, project, {x, s->dim * 4ul, KVK_F32}, 1, 1, s->dim, s->dims, proj, out);
+    for (uint32_t d = 0; d < s->dims; d++) {
+        bound[d] = 0;
+        for (uint32_t i = 0; i < s->dim; i++)
+            bound[d] +=
+                (fabs((double)x[i]) + 1) * fabs((double)proj[(size_t)i * s->dims + d]) * 2e-6;
+    }
+}
+
+static void check_queries(const setting *s, uint32_t seq)
+{
+    uint32_t n_near = s->n_tokens[seq] - s->first[seq], group = s->heads / s->kv_heads;
+    const float *near = fetched(s->a.q_near, (size_t)SEQS * s->width * 4);
+    const float *index = fetched(s->a.q_index, (size_t)SEQS * s->heads * s->dims * 4);
+    const float *want_near = turned(s, seq, n_near - 1), *q = turned(s, seq, s->raw ? 0 : RECENT);
+    float *want = host_bytes(s->dims * 4ul);
+    double *bound = host_bytes(s->dims * sizeof(double));
+
+    for (size_t i = 0; i < s->width; i++)
+        REQUIRE(fabs((double)near[seq * s->width + i] - (double)want_near[i]) <= 2e-6,
+                "near query of %u: [%zu] is %.9g, wanted %.9g", seq, i,
+                (double)near[seq * s->width + i], (double)want_near[i]);
+    for (uint32_t h = 0; h < s->heads; h++) {
+        const float *got = index + ((size_t)seq * s->heads + h) * s->dims;
+        project(s, q + (size_t)h * s->dim, s->proj + (size_t)(h / group) * s->dim * s->dims, want,
+                bound);
+        for (uint32_t d = 0; d < s->dims; d++)
+            REQUIRE(fabs((double)got[d] - (double)want[d]) <= bound[d],
+                    "index query of %u, head %u: [%u] is %.9g, wanted %.9g", seq, h, d,
+                    (double)got[d], (double)want[d]);
+    }
+}
+
+static void check_windows(const setting *s, const uint32_t *keep)
+{
+    const uint32_t *n = fetched(s->a.n_near, SEQS * 4), *first = fetched(s->a.near_first, SEQS * 4);
+    const kvk_cuda_candidates *c = fetched(s->a.cands, SEQS * sizeof(*c));
+    const uint32_t *kept = fetched(s->a.keep, SEQS * 4);
+
+    for (uint32_t i = 0; i < SEQS; i++) {
+        uint32_t begin = s->first[i];
+        REQUIRE(kept[i] == keep[i] && s->a.kept[i] == keep[i], "kept %u of %u", kept[i], i);
+        REQUIRE(first[i] == begin && n[i] == s->n_tokens[i] - begin && c[i].base == SINKS &&
+                    c[i].n_rows == (begin > SINKS ? begin - SINKS : 0),
+                "windows of %u: %u from %u, %u candidates", i, n[i], first[i], c[i].n_rows);
+    }
+}
+
+static void check_rows(const setting *s, uint32_t seq)
+{
+    size_t slice = slice_of(s), row = s->inputs * 4ul;
+    const uint8_t *rows = fetched(s->rows, SEQS * row);
+    const uint16_t *k = s->k + (size_t)seq * s->inputs * 2;
+    uint8_t *want = host_bytes(2 * slice);
+
+    memcpy(want, k, kvk_is_coded(s->row_dtype) ? 0 : 2 * slice);
+    for (uint32_t v = 0; v < 2 && kvk_is_coded(s->row_dtype); v++)
+        CPU(false, encode, {k + (size_t)v * s->inputs, s->inputs * 2ul, KVK_BF16}, 1, s->kv_heads,
+            s->dim, s->row_dtype, want + v * slice, slice);
+    REQUIRE(memcmp(rows + seq * row, want, 2 * slice) == 0, "row of %u", seq);
+    REQUIRE(seq != 2 || memcmp(s->copies + seq * row, want, 2 * slice) == 0, "copy of %u", seq);
+}
+
+static void check_index_row(const setting *s, uint32_t seq)
+{
+    size_t row = s->kv_heads * (s->dims + 2ul);
+    const uint8_t *index = (uint8_t *)fetched(s->index_rows, SEQS * row) + seq * row;
+    float *x = host_bytes(s->dim * 4ul), *want = host_bytes(s->dims * 4ul);
+    double *bound = host_bytes(s->dims * sizeof(double));
+
+    for (uint32_t h = 0; h < s->kv_heads; h++) {
+        uint16_t bits;
+        float most = 0;
+        for (uint32_t i = 0; i < s->dim; i++)
+            x[i] = of_bf16(s->k[(size_t)seq * s->inputs * 2 + h * s->dim + i]);
+        project(s, x, s->key_proj + (size_t)h * s->dim * s->dims, want, bound);
+        memcpy(&bits, index + s->kv_heads * s->dims + 2ul * h, 2);
+        double scale = (double)of_bf16(bits);
+        for (uint32_t d = 0; d < s->dims; d++) {
+            double off = fabs(scale * (int8_t)index[h * s->dims + d] - (double)want[d]);
+            most = fmaxf(most, fabsf(want[d]));
+            REQUIRE(off <= scale * 0.50001 + bound[d], "index row of %u, head %u: off %g", seq, h,
+                    off);
+        }
+        REQUIRE(scale * 127 >= (double)most * 0.9999 && scale * 127 <= (double)most * 1.01,
+                "scale of %u, head %u", seq, h);
+    }
+}
+
+/* A launch after which near begins where `first` says, with these kept. */
+static void launch(setting *s, const uint32_t *keep)
+{
+    size_t q = (size_t)SEQS * s->width;
+
+    memcpy((void *)(uintptr_t)s->a.kept_first, s->kept_first, sizeof(s->kept_first));
+    OK(kvk_cuda_frame(gpu(), &s->a, gpu_stream()));
+    gpu_sync();
+    for (uint32_t i = 0; i < SEQS; i++) {
+        uint32_t n = s->n_tokens[i];
+        s->first[i] = keep[i] ? s->kept_first[i] : n - (n < RECENT ? n : RECENT);
+        check_queries(s, i);
+    }
+    check_windows(s, keep);
+    const float *last = fetched(s->a.last, q * 4);
+    for (size_t i = 0; i < q; i++)
+        REQUIRE(keep[i / s->width] || last[i] == of_bf16(s->q[i]), "last[%zu]", i);
+}
+
+static void run(numbers *from, setting *s)
+{
+    size_t q = (size_t)SEQS * s->width, row = s->inputs * 4ul;
+
+    set_up(from, s);
+    for (uint32_t i = 0; i < SEQS; i++)
+        s->kept_first[i] = UINT32_MAX;
+    launch(s, (uint32_t[]){0, 0, 0}); /* whatever was there before */
+    for (uint32_t i = 0; i < SEQS; i += 2) {
+        check_rows(s, i);
+        check_index_row(s, i);
+    }
+    REQUIRE(((uint8_t *)fetched(s->rows, SEQS * row))[row] == 0xee, "a token that is not there");
+    for (uint32_t i = 0; i < SEQS; i++) {
+        s->kept_first[i] = s->first[i];
+        s->n_tokens[i] += 5;
+    }
+    s->q[s->width] = bf16_of(3 * sqrtf((float)s->width)); /* far from what it was */
+    upload((void *)(uintptr_t)s->a.n_tokens, s->n_tokens, sizeof(s->n_tokens));
+    upload((void *)(uintptr_t)s->a.q, s->q, q * 2);
+    launch(s, (uint32_t[]){1, 0, 1});
+    s->kept_first[2] = UINT32_MAX; /* the same query, which may not */
+    launch(s, (uint32_t[]){1, 1, 0});
+}
+
+/* The real query, after another one chose the windows. */
+static void run_late(setting *s)
+{
+    uint16_t *expected = host_bytes((size_t)SEQS * s->width * 2);
+    kvk_cuda_frame_args a = s->a;
+
+    memcpy(expected, s->q, (size_t)SEQS * s->width * 2);
+    expected[s->width] ^= 1;
+    a.expected = device_copy(expected, (size_t)SEQS * s->width * 2);
+    a.q_index = NULL;
+    a.cands = NULL;
+    a.tokens = NULL;
+    a.near_first = NULL;
+    a.last = NULL;
+    OK(kvk_cuda_fill(gpu(), a.q_near, 0xee, (size_t)SEQS * s->width * 4, gpu_stream()));
+    OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
+    gpu_sync();
+    REQUIRE(a.differs[0] == 0 && a.differs[1] == 1 && a.differs[2] == 0, "differs");
+    for (uint32_t i = 0; i < SEQS; i++)
+        check_queries(s, i);
+    a.q_far = a.q_near;
+    REQUIRE(kvk_cuda_frame(gpu(), &a, gpu_stream()) == KVC_INVALID, "there is no far query");
+}
+
+void cuda_case_frame_heads(numbers *from)
+{
+    static const uint32_t shapes[][4] = {
+        {32, 8, 128, 32}, {8, 4, 64, 30}, {16, 2, 64, 256}, {9, 9, 24, 5}, {28, 4, 128, 62}};
+    static const kvk_dtype rows[] = {(kvk_dtype)0, KVK_I8_SCALED, KVK_E4M3_SCALED};
+
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
+        for (int kind = 0; kind < 3; kind++) {
+            setting s = {.heads = shapes[i][0],
+                         .kv_heads = shapes[i][1],
+                         .dim = shapes[i][2],
+                         .dims = shapes[i][3],
+                         .width = shapes[i][0] * shapes[i][2],
+                         .inputs = shapes[i][1] * shapes[i][2],
+                         .raw = kind == 1,
+                         .row_dtype = rows[kind]};
+            run(from, &s);
+            run_late(&s);
+            release_all();
+        }
+    }
+}
+
+/* Any numbers of picks, in place of no other sequence's. */
+void cuda_case_order(numbers *from)
+{
+    static const uint32_t sizes[] = {1, 3, 33, 2048, 4095, 4096};
+
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+        uint32_t k = sizes[i], n[SEQS] = {k, k / 2, 0}, at = 0;
+        uint32_t *picks = host_bytes((size_t)SEQS * k * 4);
+        for (uint32_t j = 0; j < SEQS * k; j++) /* distinct, in no order */
+            picks[j] = (j * 40503u + 7u) % 65536u * 16u + number_below(from, 16);
+        const kvk_cuda_order_args a = {.n_seqs = SEQS,
+                                       .k = k,
+                                       .picks = device_copy(picks, (size_t)SEQS * k * 4),
+                                       .n_picks = device_copy(n, sizeof(n)),
+                                       .ordered = device_bytes((size_t)SEQS * k * 4)};
+        OK(kvk_cuda_order(gpu(), &a, gpu_stream()));
+        const uint32_t *got = fetched(a.ordered, (size_t)SEQS * k * 4);
+        for (uint32_t s = 0; s < SEQS; s++) {
+            uint64_t sum = 0;
+            for (at = 0; at < n[s]; at++) {
+                sum += (uint64_t)got[s * k + at] - picks[s * k + at];
+                REQUIRE(at == 0 || got[s * k + at] > got[s * k + at - 1], "%u of %u", at, k);
+            }
+            REQUIRE(sum == 0, "other picks than there were");
+            REQUIRE(at == k || got[s * k + at] == 0xeeeeeeeeu, "more than %u", at);
+        }
+        release_all();
+    }
+}
