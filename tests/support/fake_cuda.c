@@ -239,12 +239,12 @@ bool fake_cuda_all_finite(const void *x, size_t n, uint32_t *bad)
     return finite;
 }
 
-kvc_status fake_cuda_project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32_t inputs,
-                             const float *proj, uint32_t dims, float *out)
+kvc_status fake_cuda_project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32_t heads,
+                             uint32_t inputs, const float *proj, uint32_t dims, float *out)
 {
-    const kvk_project_args args = {.in = {x, inputs * sizeof(float), dtype},
+    const kvk_project_args args = {.in = {x, (size_t)heads * inputs * sizeof(float), dtype},
                                    .n = 1,
-                                   .n_heads = 1,
+                                   .n_heads = heads,
                                    .dim_in = inputs,
                                    .dim_out = dims,
                                    .proj = proj,

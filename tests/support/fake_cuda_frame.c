@@ -11,15 +11,15 @@
 /* The row of a new token, its copy and its index row. */
 static kvc_status take_token(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const kvk_cuda_token *t)
 {
-    uint32_t inputs = a->n_kv_heads * a->head_dim;
-    float x[256];
+    uint32_t inputs = a->n_kv_heads * a->head_dim, heads = a->per_head ? a->n_kv_heads : 1u;
+    float x[16 * 256];
     size_t slice = kvk_slice_bytes(a->row_dtype, a->n_kv_heads, a->head_dim);
     bool coded = kvk_is_coded(a->row_dtype), finite = fake_cuda_all_finite(t->k, inputs, t->bad);
     if (coded)
         finite = fake_cuda_all_finite(t->v, inputs, t->bad) && finite;
     if (!finite) { /* no bytes of it are right */
         memset(t->row, 0xff, coded ? 2u * slice : inputs * 4u);
-        memset(t->index_row, 0, kvk_index_row_bytes(1, a->dims));
+        memset(t->index_row, 0, kvk_index_row_bytes(heads, a->dims));
         return KVC_OK;
     }
     if (coded) {
@@ -44,11 +44,14 @@ static kvc_status take_token(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const
         memcpy(t->copy, t->row, 2u * slice);
     const kvk_quantize_args quantize = {.in = x,
                                         .n = 1,
-                                        .n_heads = 1,
+                                        .n_heads = heads,
                                         .dims = a->dims,
                                         .out = t->index_row,
-                                        .out_stride_bytes = kvk_index_row_bytes(1, a->dims)};
-    kvc_status st = fake_cuda_project(cuda, t->k, KVK_BF16, inputs, a->key_proj, a->dims, x);
+                                        .out_stride_bytes = kvk_index_row_bytes(heads, a->dims)};
+    kvc_status st = heads * a->dims > sizeof(x) / sizeof(*x)
+                        ? KVC_INVALID
+                        : fake_cuda_project(cuda, t->k, KVK_BF16, heads, inputs / heads,
+                                            a->key_proj, a->dims, x);
     return st == KVC_OK ? cuda->ops->quantize(cuda->be, &quantize, NULL) : st;
 }
 
@@ -82,7 +85,7 @@ static kvc_status index_query(kvk_cuda *cuda, const kvk_cuda_frame_args *a, cons
     if (st == KVC_OK)
         st = cuda->ops->group_sum(cuda->be, &group, NULL);
     if (st == KVC_OK)
-        st = fake_cuda_project(cuda, sum, KVK_F32, inputs, a->proj, a->dims, out);
+        st = fake_cuda_project(cuda, sum, KVK_F32, 1, inputs, a->proj, a->dims, out);
     free(rotated);
     free(sum);
     return st;
@@ -114,6 +117,65 @@ static kvc_status frame_one(kvk_cuda *cuda, const kvk_cuda_frame_args *a, uint32
     return st;
 }
 
+/* Where the near rows begin; whether the last picks are kept. flat: the query in f32. */
+static kvc_status decide(kvk_cuda *cuda, const kvk_cuda_frame_args *a, uint32_t seq,
+                         const float *flat)
+{
+    uint32_t n = a->n_tokens[seq], width = a->n_q_heads * a->head_dim;
+    uint32_t first = n - (n < a->n_recent ? n : a->n_recent);
+    if (a->last != NULL) {
+        float *last = a->last + (size_t)seq * width;
+        double c = 0;
+        const kvk_cosine_args cosine = {.a = flat, .b = last, .n = width, .cos_p = &c};
+        kvc_status st = cuda->ops->cosine(cuda->be, &cosine, NULL);
+        bool keep = a->kept_first[seq] != UINT32_MAX && c >= a->threshold;
+        if (st != KVC_OK)
+            return st;
+        if (!keep)
+            memcpy(last, flat, width * sizeof(*flat));
+        a->keep[seq] = a->kept[seq] = keep;
+        first = keep ? a->kept_first[seq] : first;
+    }
+    a->near_first[seq] = first;
+    a->n_near[seq] = n - first;
+    if (a->cands != NULL) {
+        a->cands[seq].n_rows = first > a->n_sink ? first - a->n_sink : 0;
+        a->cands[seq].base = a->n_sink;
+    }
+    return KVC_OK;
+}
+
+static kvc_status frame_heads(kvk_cuda *cuda, const kvk_cuda_frame_args *a, uint32_t seq)
+{
+    size_t width = (size_t)a->n_q_heads * a->head_dim;
+    const uint8_t *q = (const uint8_t *)a->q + seq * width * 2u;
+    float *turned = malloc(width * sizeof(*turned));
+    const kvk_cuda_query_args query = {
+        .q = turned,
+        .n_seqs = 1,
+        .n_q_heads = a->n_q_heads,
+        .n_kv_heads = a->n_kv_heads,
+        .head_dim = a->head_dim,
+        .dims = a->dims,
+        .proj = a->proj,
+        .out = a->q_index == NULL ? NULL : a->q_index + (size_t)seq * a->n_q_heads * a->dims,
+        .per_head = 1};
+    kvc_status st = turned == NULL ? KVC_NO_MEMORY : rotate(cuda, a, q, UINT32_MAX, turned);
+    if (st == KVC_OK && a->near_first != NULL)
+        st = decide(cuda, a, seq, turned);
+    if (st == KVC_OK && a->q_index != NULL && !a->score_raw)
+        st = rotate(cuda, a, q, a->n_recent, turned);
+    if (st == KVC_OK && a->q_index != NULL)
+        st = fake_cuda_query_heads(cuda, &query, 0);
+    if (st == KVC_OK && a->q_near != NULL)
+        st = rotate(cuda, a, q, a->n_near[seq] - 1u, a->q_near + seq * width);
+    if (a->expected != NULL &&
+        memcmp(q, (const uint8_t *)a->expected + seq * width * 2u, width * 2u) != 0)
+        a->differs[seq] = 1;
+    free(turned);
+    return st;
+}
+
 size_t kvk_cuda_frame_workspace_bytes(uint32_t n_seqs, uint32_t inputs, uint32_t dims)
 {
     return (size_t)n_seqs * inputs * dims + FAKE_CUDA_TAG_BYTES;
@@ -122,12 +184,13 @@ size_t kvk_cuda_frame_workspace_bytes(uint32_t n_seqs, uint32_t inputs, uint32_t
 FAKE_CUDA_OP(frame)
 {
     const kvk_cuda_frame_args *a = args;
-    kvc_status st = fake_cuda_is_clean(a->workspace, a->n_seqs) ? KVC_OK : KVC_INVALID;
+    bool clean = a->per_head || fake_cuda_is_clean(a->workspace, a->n_seqs);
+    kvc_status st = clean ? KVC_OK : KVC_INVALID;
     for (uint32_t s = 0; st == KVC_OK && s < a->n_seqs; s++) {
         const kvk_cuda_token *token = a->tokens != NULL ? a->tokens + s : &a->token;
         st = token->row == NULL ? KVC_OK : take_token(cuda, a, token);
         if (st == KVC_OK && a->q != NULL)
-            st = frame_one(cuda, a, s);
+            st = a->per_head ? frame_heads(cuda, a, s) : frame_one(cuda, a, s);
     }
     return st;
 }

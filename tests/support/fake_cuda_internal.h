@@ -38,9 +38,11 @@ kvc_status fake_cuda_enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, co
 
 /* Whether x [n] bf16 are finite; *bad (NULL: not) is set to 1 where they are not. */
 bool fake_cuda_all_finite(const void *x, size_t n, uint32_t *bad);
-/* x [inputs] f32 or bf16 through proj. */
-kvc_status fake_cuda_project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32_t inputs,
-                             const float *proj, uint32_t dims, float *out);
+/* x [heads, inputs] f32 or bf16 through proj [heads, inputs, dims]. */
+kvc_status fake_cuda_project(kvk_cuda *cuda, const void *x, kvk_dtype dtype, uint32_t heads,
+                             uint32_t inputs, const float *proj, uint32_t dims, float *out);
+/* kvk_cuda_query of one sequence, per head. */
+kvc_status fake_cuda_query_heads(kvk_cuda *cuda, const kvk_cuda_query_args *a, uint32_t seq);
 /* NULL: the source does not have it. */
 const uint8_t *fake_cuda_source_row(const kvk_cuda_source *s, uint32_t pos, uint32_t row_bytes);
 /* Calls what fake_cuda_before_launch set. */

@@ -48,10 +48,10 @@ FAKE_CUDA_OP(digest)
 {
     const kvk_cuda_digest_args *a = args;
     uint32_t inputs = a->n_heads_in * a->head_dim;
-    size_t row = kvk_index_row_bytes(1, a->dims);
+    size_t row = kvk_index_row_bytes(a->n_heads, a->dims);
     kvc_status st = KVC_OK;
     for (uint32_t i = 0; st == KVC_OK && i < a->n; i++) {
-        float x[256];
+        float x[16 * 256];
         const uint8_t *in = (const uint8_t *)a->in + i * a->in_stride_bytes;
         if (!fake_cuda_all_finite(in, inputs, NULL)) {
             memset((uint8_t *)a->out + i * row, 0, row);
@@ -59,11 +59,14 @@ FAKE_CUDA_OP(digest)
         }
         const kvk_quantize_args quantize = {.in = x,
                                             .n = 1,
-                                            .n_heads = 1,
+                                            .n_heads = a->n_heads,
                                             .dims = a->dims,
                                             .out = (uint8_t *)a->out + i * row,
                                             .out_stride_bytes = row};
-        st = fake_cuda_project(cuda, in, KVK_BF16, inputs, a->proj, a->dims, x);
+        st = a->n_heads * a->dims > sizeof(x) / sizeof(*x)
+                 ? KVC_INVALID
+                 : fake_cuda_project(cuda, in, KVK_BF16, a->n_heads, inputs / a->n_heads, a->proj,
+                                     a->dims, x);
         if (st == KVC_OK)
             st = cuda->ops->quantize(cuda->be, &quantize, NULL);
     }
@@ -108,13 +111,27 @@ FAKE_CUDA_OP(encode)
     return st;
 }
 
+kvc_status fake_cuda_query_heads(kvk_cuda *cuda, const kvk_cuda_query_args *a, uint32_t seq)
+{
+    kvc_status st = KVC_OK;
+    for (uint32_t h = 0; st == KVC_OK && h < a->n_q_heads; h++) {
+        size_t head = (size_t)seq * a->n_q_heads + h, kv_head = h / (a->n_q_heads / a->n_kv_heads);
+        st = fake_cuda_project(cuda, a->q + head * a->head_dim, KVK_F32, 1, a->head_dim,
+                               a->proj + kv_head * a->head_dim * a->dims, a->dims,
+                               a->out + head * a->dims);
+    }
+    return st;
+}
+
 FAKE_CUDA_OP(query)
 {
     const kvk_cuda_query_args *a = args;
     uint32_t inputs = a->n_kv_heads * a->head_dim, width = a->n_q_heads * a->head_dim;
     float *sum = malloc(inputs * sizeof(float));
     kvc_status st = sum == NULL ? KVC_NO_MEMORY : KVC_OK;
-    for (uint32_t i = 0; st == KVC_OK && i < a->n_seqs; i++) {
+    for (uint32_t i = 0; st == KVC_OK && a->per_head && i < a->n_seqs; i++)
+        st = fake_cuda_query_heads(cuda, a, i);
+    for (uint32_t i = 0; st == KVC_OK && !a->per_head && i < a->n_seqs; i++) {
         const kvk_group_sum_args group = {
             .in = {a->q + (size_t)i * width, width * sizeof(float), KVK_F32},
             .n = 1,
@@ -124,7 +141,7 @@ FAKE_CUDA_OP(query)
             .out = sum};
         st = cuda->ops->group_sum(cuda->be, &group, NULL);
         if (st == KVC_OK)
-            st = fake_cuda_project(cuda, sum, KVK_F32, inputs, a->proj, a->dims,
+            st = fake_cuda_project(cuda, sum, KVK_F32, 1, inputs, a->proj, a->dims,
                                    a->out + (size_t)i * a->dims);
     }
     free(sum);

@@ -53,10 +53,21 @@ static void take(void *arg, const rig *r, const rig_step *step)
     memcpy(picks_at(t->g, t->i, step->layer, step->first), picks, n * sizeof(*picks));
 }
 
-static void group_open(group *g, kvc_client *client)
+/* Queries that are alike, three or four in a row: what one selected, the next ones keep. */
+static void repeat_queries(rig *r)
+{
+    size_t width = rig_q_width(r);
+    rig_fill(r);
+    for (size_t t = 0; t < (size_t)LAYERS * N_TOKENS; t++) {
+        if (t % 7 % 4 != 0)
+            memcpy(r->q + t * width, r->q + (t - 1u) * width, width * sizeof(*r->q));
+    }
+}
+
+static void group_open(group *g, const char *selector, kvc_client *client)
 {
     memset(g, 0, sizeof(*g));
-    rig_init(&g->r, "esa", N_TOKENS);
+    rig_init(&g->r, selector, N_TOKENS);
     g->r.opts.client = client;
     g->r.opts.backend = BACKEND;
     g->r.opts.exact = client != NULL && strcmp(BACKEND, "cpu") == 0;
@@ -68,6 +79,10 @@ static void group_open(group *g, kvc_client *client)
     g->r.opts.residency_slots = 96;
     g->r.opts.max_tokens = 512; /* one outgrows them before, one on the way */
     rig_project(&g->r, DIMS);
+    if (strcmp(selector, "esa") != 0) {
+        g->r.opts.reselect_cos = 0.9;
+        repeat_queries(&g->r);
+    }
     rig_open(&g->r);
     g->picks = calloc((size_t)SEQS * LAYERS * N_TOKENS * g->r.opts.k, sizeof(*g->picks));
     assert_non_null(g->picks);
@@ -166,11 +181,10 @@ static void step(group *g, const uint32_t *members, uint32_t n)
         g->at[members[i]]++;
 }
 
-static void results_are_those_of_one(void **state)
+static void check_results(const char *selector)
 {
-    (void)state;
     group g;
-    group_open(&g, NULL);
+    group_open(&g, selector, NULL);
     for (int i = 0; i < 4; i++)
         step(&g, (uint32_t[]){0, 1, 2}, 3);
     for (uint32_t i = 0; i < 3; i++)
@@ -189,14 +203,29 @@ static void results_are_those_of_one(void **state)
     g.at[0]++;
     for (int i = 0; i < 4; i++)
         step(&g, (uint32_t[]){0, 1, 2}, 3);
+    kvw_stats stats = stats_of(g.seq[0]);
+    assert_true(g.r.opts.reselect_cos == 0 || stats.reselects < stats.steps - stats.full_steps);
     group_close(&g);
+}
+
+static void results_are_those_of_one(void **state)
+{
+    (void)state;
+    check_results("esa");
+}
+
+/* The Selection Cache too: what was selected in the batch is kept outside, and the other way. */
+static void kept_picks_come_along(void **state)
+{
+    (void)state;
+    check_results("tokenselect");
 }
 
 static void sequences_end_in_it(void **state)
 {
     (void)state;
     group g;
-    group_open(&g, NULL);
+    group_open(&g, "esa", NULL);
     step(&g, (uint32_t[]){0, 1, 2}, 3);
     kvw_seq_destroy(g.seq[1]);
     g.seq[1] = open_seq(&g, 1);
@@ -214,7 +243,7 @@ static void rows_come_from_a_store(void **state)
 {
     bench *b = *state;
     group g;
-    group_open(&g, b->client);
+    group_open(&g, "esa", b->client);
     for (uint32_t i = 0; i < SEQS; i++)
         assert_ok(kvw_flush(g.seq[i], 0));
     for (int i = 0; i < 6; i++)
@@ -229,7 +258,7 @@ static void what_is_wrong_is_refused(void **state)
     (void)state;
     group g;
     uint16_t out[SEQS * 512];
-    group_open(&g, NULL);
+    group_open(&g, "esa", NULL);
     kvw_batch *other = NULL;
     assert_int_equal(kvw_batch_open(g.r.worker, 0, NULL, &other), KVC_INVALID);
     assert_int_equal(kvw_batch_open(g.r.worker, KVW_MAX_BATCH + 1u, NULL, &other), KVC_INVALID);
@@ -278,6 +307,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(results_are_those_of_one),
+        cmocka_unit_test(kept_picks_come_along),
         cmocka_unit_test(sequences_end_in_it),
         cmocka_unit_test_setup_teardown(rows_come_from_a_store, bench_open, bench_close),
         cmocka_unit_test(what_is_wrong_is_refused),

@@ -2,11 +2,24 @@
  * worker_cache_test.c: the Selection Cache as a state machine: which queries reselect, what the
  * query of comparison is, and what is attended in between.
  *
- * Queries are scripted by angle in one plane, so that every cosine is known.
+ * Queries are scripted by angle in one plane, so that every cosine is known. BACKEND: on the CPU,
+ * on a device, or on a fake of one.
  */
+#include "bench.h"
 #include "oracle.h"
 
 #include <math.h>
+
+#ifndef BACKEND
+#define BACKEND "cpu"
+#endif
+
+enum { DIMS = 30 };
+
+static bool on_device(void)
+{
+    return strcmp(BACKEND, "cpu") != 0;
+}
 
 typedef struct cache_rig {
     rig r;
@@ -20,6 +33,13 @@ static void open_rig(cache_rig *c, double theta)
     rig_init(&c->r, "tokenselect", 500);
     c->r.opts.n_layers = 1;
     c->r.opts.reselect_cos = theta;
+    if (on_device()) {
+        c->r.opts.backend = BACKEND;
+        c->r.opts.dtype = KVK_BF16;
+        c->r.opts.head_dim = 64;
+        c->r.opts.index = KVW_INDEX_COMPRESSED;
+        rig_project(&c->r, DIMS);
+    }
     rig_open(&c->r);
     assert_ok(kvw_seq_create(c->r.worker, NULL, 0, &c->seq, &reused));
     rig_prefill(&c->r, c->seq, 0, 320, NULL, NULL);
@@ -40,8 +60,12 @@ static void set_query(cache_rig *c, uint32_t pos, double degrees)
     memset(q, 0, width * sizeof(*q));
     for (uint32_t h = 0; h < c->r.opts.n_q_heads; h++) {
         double a = degrees * M_PI / 180;
-        q[h * c->r.opts.head_dim] = (double)(float)(3 * cos(a));
-        q[h * c->r.opts.head_dim + 1] = (double)(float)(3 * sin(a));
+        double x[2] = {3 * cos(a), 3 * sin(a)};
+        for (uint32_t i = 0; i < 2; i++) {
+            uint8_t cell[4];
+            rig_set(c->r.opts.dtype, cell, 0, x[i]);
+            q[h * c->r.opts.head_dim + i] = rig_get(c->r.opts.dtype, cell, 0);
+        }
     }
 }
 
@@ -62,7 +86,7 @@ static void check_attention(void *arg, const rig *r, const rig_step *step)
     const expect *e = arg;
     const uint32_t *picks = NULL;
     uint32_t n = 0;
-    double out[64], lse[4];
+    double out[256], lse[4];
     assert_ok(kvw_last_picks(step->seq, step->layer, &picks, &n));
     assert_int_equal(n, r->opts.k);
     oracle_attend(r, step->layer, step->first, 1, picks, n, e->near, NULL, 0, out, lse);
@@ -114,7 +138,8 @@ static void a_hit_keeps_the_picks(void **state)
     uint32_t near = near_now(&c);
     assert_true(step_at(&c, 0, near));
     assert_ok(kvw_last_picks(c.seq, 0, &picks, &n));
-    oracle_scores s = oracle_score(&c.r, 0, c.pos - 1, 1, c.r.opts.n_sink, near, 0);
+    oracle_scores s =
+        oracle_score(&c.r, 0, c.pos - 1, 1, c.r.opts.n_sink, near, on_device() ? DIMS : 0);
     oracle_check_picks(&s, 48, picks, n);
     oracle_scores_fini(&s);
     memcpy(kept, picks, sizeof(kept));
@@ -198,6 +223,63 @@ static void a_rejected_draft_ends_the_cache(void **state)
     close_rig(&c);
 }
 
+/* In parts, with a prediction: what was foretold is compared, and decides. */
+static void a_prediction_is_compared(void **state)
+{
+    (void)state;
+    cache_rig c;
+    kvw_step *step = NULL;
+    open_rig(&c, 0.5);
+    uint32_t near = near_now(&c), pos = c.pos + 1, width = rig_q_width(&c.r);
+    float out[256], lse[4];
+    assert_true(step_at(&c, 0, near));
+    set_query(&c, pos, 30);
+    void *k = rig_bytes(&c.r, c.r.k, rig_kv_width(&c.r), 0, pos, 1);
+    void *v = rig_bytes(&c.r, c.r.v, rig_kv_width(&c.r), 0, pos, 1);
+    void *foretold = rig_bytes(&c.r, c.r.q, width, 0, pos, 1);
+    set_query(&c, pos, 100);
+    void *q = rig_bytes(&c.r, c.r.q, width, 0, pos, 1);
+    assert_ok(kvw_tokens(c.seq, c.r.tokens + pos, 1));
+    assert_ok(kvw_append(c.seq, 0, k, v, 1));
+    assert_ok(kvw_step_begin(c.seq, 0, q, 1, &step)); /* 100 degrees away: reselects, and goes */
+    kvw_step_abandon(step);
+    assert_ok(kvw_step_begin(c.seq, 0, foretold, 1, &step)); /* 70 from it */
+    kvw_step_abandon(step);
+    near = oracle_near(&c.r, pos + 1, 1);
+    assert_ok(kvw_step_begin(c.seq, 0, foretold, 1, &step)); /* the same */
+    assert_ok(kvw_step_finish(step, q, out, lse));
+    expect e = {.near = near};
+    const rig_step done = {.seq = c.seq, .first = pos, .n = 1, .out = out, .lse = lse};
+    check_attention(&e, &c.r, &done);
+    c.pos = pos + 1;
+    uint64_t before = reselects(&c);
+    assert_false(step_at(&c, 31, near)); /* one degree from what was foretold */
+    assert_int_equal(reselects(&c), before);
+    free(k);
+    free(v);
+    free(foretold);
+    free(q);
+    close_rig(&c);
+}
+
+/* 0, or what ctest takes for SKIPPED: there is no device. */
+static int find_device(void)
+{
+    cache_rig c;
+    rig_init(&c.r, "tokenselect", 16);
+    c.r.opts.backend = BACKEND;
+    c.r.opts.dtype = KVK_BF16;
+    c.r.opts.head_dim = 64;
+    c.r.opts.index = KVW_INDEX_COMPRESSED;
+    rig_project(&c.r, DIMS);
+    kvc_status st = kvw_open(&c.r.opts, &c.r.worker);
+    bool absent = st == KVC_UNSUPPORTED && strncmp(kvw_last_error(), "backend", 7) == 0;
+    if (st != KVC_OK)
+        printf("%s: %s\n", absent ? "SKIPPED" : "FAILED", kvw_last_error());
+    rig_close(&c.r);
+    return st == KVC_OK ? 0 : absent ? 77 : 1;
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -208,6 +290,8 @@ int main(void)
         cmocka_unit_test(drift_is_bounded),
         cmocka_unit_test(a_chunk_ends_the_cache),
         cmocka_unit_test(a_rejected_draft_ends_the_cache),
+        cmocka_unit_test(a_prediction_is_compared),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    int absent = find_device();
+    return absent != 0 ? absent : cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -485,7 +485,7 @@ static void lost_rows_fail_or_are_dropped(void **state)
 static void what_it_cannot_do_is_refused(void **state)
 {
     (void)state;
-    static const char *const want[] = {"selector",
+    static const char *const want[] = {"index",
                                        "dtype",
                                        "head_dim",
                                        "k:",

@@ -21,8 +21,9 @@ static kvc_status no(const char *option, const char *rule)
 static kvc_status check(const kvw_worker *w)
 {
     const kvw_opts *o = &w->opts;
-    if (strcmp(w->selector->name, "esa") != 0) {
-        return no("selector", "must be esa");
+    const kvwi_cuda_selector *selector = kvwi_cuda_selector_of(w);
+    if (selector == NULL) {
+        return no("selector", "must be esa or tokenselect");
     }
     if (w->n_levels != 1 || w->level[0].exact || w->level[0].dims > 256) {
         return no("index", "must be COMPRESSED, of at most 256 dims");
@@ -57,21 +58,26 @@ static kvc_status check(const kvw_worker *w)
     if (o->tp_size != 1 || o->all_reduce != NULL) {
         return no("tp_size", "must be 1");
     }
-    return w->servers.n <= 1 ? KVC_OK : no("clients", "must be one");
+    return w->servers.n <= 1 ? selector->check(w) : no("clients", "must be one");
 }
 
 /* What depends on the GPU. */
 static kvc_status check_shape(const kvw_worker *w, const kvwi_device *device)
 {
-    const kvk_cuda_attend_args args = {
+    kvk_cuda_attend_args args = {
         .n_q_heads = w->opts.n_q_heads,
         .n_kv_heads = w->opts.n_kv_heads,
         .head_dim = w->opts.head_dim,
         .row_bytes = (uint32_t)w->row_bytes,
         .v_off_bytes = (uint32_t)w->k_bytes,
         .dtype = w->row_dtype,
-        .near = {.n_max = w->opts.n_recent + 1u, .inv_freq = w->inv_freq},
+        .near = {.n_max = kvwi_near_max(w), .inv_freq = w->inv_freq},
     };
+    static const int32_t somewhere;
+    if (w->selector->positions == KVW_RENUMBER) { /* keys of the list are rotated too */
+        args.k_positions = &somewhere;
+        args.inv_freq = w->inv_freq;
+    }
     kvc_status st = kvk_cuda_attend_supports(device->cuda, &args);
     return st == KVC_OK ? st
                         : no("n_kv_heads", "times head_dim: 16 rows must fit in shared memory");
@@ -91,7 +97,8 @@ static kvc_status upload(kvwi_device *device, const void *from, size_t len_bytes
 static kvc_status upload_all(const kvw_worker *w, kvwi_device *device)
 {
     const kvwi_level *level = &w->level[0];
-    size_t bytes = (size_t)w->opts.n_layers * level->d_in * level->dims * sizeof(float);
+    size_t bytes =
+        (size_t)w->opts.n_layers * level->heads * level->d_in * level->dims * sizeof(float);
     kvc_status st = upload(device, level->a, bytes, &device->query_proj);
     if (st == KVC_OK) {
         st = upload(device, level->b, bytes, &device->key_proj);
@@ -152,6 +159,7 @@ static kvc_status cuda_open(kvw_worker *worker, uint32_t number, kvwi_device **d
     if (st == KVC_OK) {
         st = check_shape(worker, device);
     }
+    device->selector = kvwi_cuda_selector_of(worker);
     if (st == KVC_OK) {
         st = upload_all(worker, device);
     }
@@ -202,11 +210,6 @@ uint64_t kvwi_cuda_bytes(const kvw_seq *seq)
     return seq->device->device_bytes;
 }
 
-bool kvwi_cuda_takes_passes(const kvw_worker *worker)
-{
-    return worker->selector->positions == KVW_FAR_NEAR;
-}
-
 const kvwi_device_ops kvwi_device_cuda = {
     .name = "cuda",
     .open = cuda_open,
@@ -216,7 +219,7 @@ const kvwi_device_ops kvwi_device_cuda = {
     .unmap = kvwi_cuda_unmap,
     .seq_open = kvwi_cuda_seq_open,
     .seq_close = kvwi_cuda_seq_close,
-    .takes_passes = kvwi_cuda_takes_passes,
+    .takes_passes = true,
     .pass = kvwi_cuda_pass,
     .append = kvwi_cuda_append,
     .settle = kvwi_cuda_settle,

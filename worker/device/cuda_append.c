@@ -128,9 +128,9 @@ static kvc_status digest(kvw_seq *seq, uint32_t layer, const incoming *in)
             .n = run,
             .n_heads_in = w->opts.n_kv_heads,
             .head_dim = w->opts.head_dim,
-            .n_heads = 1,
+            .n_heads = level->heads,
             .dims = level->dims,
-            .proj = d->device->key_proj + (size_t)layer * level->d_in * level->dims,
+            .proj = d->device->key_proj + (size_t)layer * level->heads * level->d_in * level->dims,
             .out = l->index + (size_t)pos * level->row_bytes,
             .in_stride_bytes = coded ? w->in_bytes : w->row_bytes,
         };

@@ -95,7 +95,7 @@ static void carve(kvwi_device_batch *b, kvwi_carver *fixed, kvwi_carver *pinned)
 static kvc_status open_memory(kvwi_device_batch *b)
 {
     const kvw_opts *o = &b->worker->opts;
-    uint32_t rows = kvwi_stride(b->worker) + o->n_recent + 1u + 16u;
+    uint32_t rows = kvwi_stride(b->worker) + kvwi_near_max(b->worker) + 16u;
     kvwi_carver fixed = {0}, pinned = {0};
     b->attend_bytes = kvk_cuda_attend_workspace_bytes(b->n_max, rows, o->n_q_heads, o->head_dim);
     b->frame_bytes = kvk_cuda_frame_workspace_bytes(b->n_max, o->n_kv_heads * o->head_dim,
@@ -118,11 +118,7 @@ static kvc_status open_memory(kvwi_device_batch *b)
 static kvc_status open_layers(kvwi_device_batch *b)
 {
     const kvw_opts *o = &b->worker->opts;
-    int32_t *sinks = malloc((o->n_sink + 1u) * sizeof(*sinks));
-    kvc_status st = sinks == NULL ? KVC_NO_MEMORY : KVC_OK;
-    for (uint32_t i = 0; st == KVC_OK && i < o->n_sink; i++) {
-        sinks[i] = (int32_t)i;
-    }
+    kvc_status st = KVC_OK;
     for (uint32_t i = 0; st == KVC_OK && i < o->n_layers; i++) {
         batch_layer *l = &b->layers[i];
         l->lane.frame_space = b->frame_space;
@@ -131,12 +127,8 @@ static kvc_status open_layers(kvwi_device_batch *b)
         l->lane.attend_bytes = b->attend_bytes;
         l->graphs = (kvk_cuda_graph **)calloc(b->n_max + 1u, sizeof(kvk_cuda_graph *));
         st = l->graphs == NULL ? KVC_NO_MEMORY
-                               : kvwi_cuda_lane_clear(b->worker, &l->lane, sinks, b->stream);
+                               : kvwi_cuda_lane_clear(b->worker, &l->lane, b->stream);
     }
-    if (st == KVC_OK) {
-        st = kvk_cuda_stream_sync(cuda_of(b), b->stream);
-    }
-    free(sinks);
     return st;
 }
 
@@ -203,7 +195,7 @@ void kvwi_cuda_batch_close(kvwi_device_batch *b)
 static kvc_status grow_select(kvwi_device_batch *b, uint32_t rows_max)
 {
     void *space = NULL;
-    size_t bytes = kvk_cuda_select_workspace_bytes(b->n_max, rows_max);
+    size_t bytes = b->worker->device->selector->workspace_bytes(b->n_max, rows_max);
     if (rows_max <= b->rows_max) {
         return KVC_OK;
     }
@@ -242,15 +234,11 @@ static kvc_status clear_spaces(kvwi_device_batch *b, uint32_t n)
 /* A member's last picks to where it has them itself. */
 static kvc_status save_picks(kvwi_device_batch *b, uint32_t at)
 {
-    uint32_t k = b->worker->opts.k;
+    kvw_seq *seq = b->members[at];
     kvc_status st = KVC_OK;
     for (uint32_t i = 0; st == KVC_OK && i < b->worker->opts.n_layers; i++) {
-        kvwi_device_layer *l = &b->members[at]->device->layers[i];
-        const uint32_t *here = b->layers[i].lane.picks + (size_t)at * k;
-        if (l->picks_at == here) {
-            st = kvk_cuda_copy(cuda_of(b), l->lane.picks, here, k * sizeof(*here), b->stream);
-            l->picks_at = l->lane.picks;
-        }
+        kvwi_device_layer *l = &seq->device->layers[i];
+        st = kvwi_cuda_bring_picks(seq, l, &l->lane, 0);
     }
     return st;
 }
@@ -390,10 +378,16 @@ static kvc_status write_lane(kvwi_device_batch *b, kvw_step *const *steps, uint3
                              const void *q)
 {
     kvwi_lane *lane = &b->layers[steps[0]->layer].lane;
-    for (uint32_t i = 0; i < n; i++) {
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < n; i++) {
         kvwi_device_layer *l = &steps[i]->seq->device->layers[steps[i]->layer];
         lane->n_tokens[i] = b->apart[i] ? 1u : steps[i]->n_tokens;
         lane->tokens[i] = l->pending && !b->apart[i] ? l->lane.tokens[0] : (kvk_cuda_token){0};
+        st = b->apart[i] ? kvwi_cuda_cache_apart(steps[i], lane, i)
+                         : kvwi_cuda_cache_offer(steps[i], lane, i);
+    }
+    if (st != KVC_OK) {
+        return st;
     }
     if (b->worker->opts.device_memory) {
         return kvk_cuda_copy(cuda_of(b), lane->q_in, q, n * q_bytes(b->worker), b->stream);
@@ -413,6 +407,13 @@ static void forget_all(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n)
     }
 }
 
+static void lose_caches(kvw_step *const *steps, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        kvwi_cuda_cache_lose(steps[i]);
+    }
+}
+
 static kvc_status launch(kvwi_device_batch *b, kvw_step *const *steps, uint32_t n, const void *q)
 {
     kvwi_lane *lane = &b->layers[steps[0]->layer].lane;
@@ -428,6 +429,7 @@ static kvc_status launch(kvwi_device_batch *b, kvw_step *const *steps, uint32_t 
         st = kvk_cuda_graph_launch(cuda_of(b), graph, b->stream);
     }
     if (st != KVC_OK) {
+        lose_caches(steps, n);
         return st;
     }
     for (uint32_t i = 0; i < n; i++) {
@@ -443,6 +445,7 @@ static kvc_status launch(kvwi_device_batch *b, kvw_step *const *steps, uint32_t 
     steps[0]->seq->stats.host_syncs++;
     if (st != KVC_OK) {
         forget_all(b, steps, n);
+        lose_caches(steps, n);
     }
     return st;
 }
@@ -506,6 +509,7 @@ static bool settle(kvwi_device_batch *b, kvw_step *step, uint32_t at, kvc_status
         return false;
     }
     kvwi_settled(seq->device, l->n_writes);
+    kvwi_cuda_cache_decided(step, lane, at);
     *status_p = kvwi_cuda_finite(seq, step->layer);
     if (*status_p != KVC_OK) {
         kvc_status forgot = kvwi_cuda_forget(seq, lane, at, NULL);
@@ -514,7 +518,6 @@ static bool settle(kvwi_device_batch *b, kvw_step *step, uint32_t at, kvc_status
     }
     if (lane->n_misses[at] == 0 || kvwi_cuda_tables_hold(seq, l->stamp)) {
         kvwi_cuda_step_done(step, lane->n_misses[at], 0);
-        l->picks_at = lane->picks + (size_t)at * seq->worker->opts.k;
         return true;
     }
     *status_p = kvwi_cuda_forget(seq, lane, at, NULL);

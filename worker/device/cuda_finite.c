@@ -25,6 +25,7 @@ static kvc_status take_back(kvw_seq *seq, uint32_t layer)
         return st;
     }
     l->n_tokens = seq->pass.first;
+    l->picks.cached = false;
     l->level[0].n_rows = kvwi_min_u32(l->level[0].n_rows, seq->pass.first);
     return not_finite(seq, layer);
 }

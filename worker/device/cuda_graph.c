@@ -3,7 +3,8 @@
  * and both together with the new token for a step whose query does not change in between.
  *
  * Runs on the thread of the sequence, or of the batch. Rows are attended in this order whatever was
- * resident: sinks and picks (keys not rotated), then recent and new (numbered from 0).
+ * resident: sinks and picks, then recent and new (numbered from 0). Keys of the former are not
+ * rotated (ESA), or end before the latter at -1 (TokenSelect): only differences of positions count.
  */
 #include "state.h"
 
@@ -18,8 +19,9 @@ static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *la
 {
     const kvw_opts *o = &w->opts;
     const kvwi_level *level = &w->level[0];
-    size_t proj = (size_t)layer * level->d_in * level->dims;
+    size_t proj = (size_t)layer * level->heads * level->d_in * level->dims;
     bool selects = part != KVWI_ATTEND, attends = part != KVWI_SELECT;
+    bool per_head = w->selector->form == KVWI_PER_HEAD;
     const kvk_cuda_frame_args args = {
         .n_seqs = lane->n_seqs,
         .n_q_heads = o->n_q_heads,
@@ -32,14 +34,14 @@ static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *la
         .inv_freq = w->device->inv_freq,
         .proj = w->device->query_proj + proj,
         .q_index = selects ? lane->q_index : NULL,
-        .q_far = attends ? lane->q_far : NULL,
+        .q_far = attends && !per_head ? lane->q_far : NULL,
         .q_near = attends ? lane->q_near : NULL,
         .n_tokens = lane->n_tokens,
         .n_sink = o->n_sink,
         .n_recent = o->n_recent,
         .far_position = o->far_position,
-        .n_near = attends ? lane->n_near : NULL,
-        .near_first = lane->near_first,
+        .n_near = attends || per_head ? lane->n_near : NULL,
+        .near_first = per_head && !selects ? NULL : lane->near_first,
         .cands = selects ? lane->cands : NULL,
         .expected = part == KVWI_ATTEND ? lane->q_select : NULL,
         .differs = lane->differs,
@@ -48,26 +50,14 @@ static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *la
         .key_proj = w->device->key_proj + proj,
         .workspace = lane->frame_space,
         .workspace_bytes = lane->frame_bytes,
+        .per_head = per_head,
+        .threshold = o->reselect_cos,
+        .last = selects ? lane->last : NULL,
+        .kept_first = lane->kept_first,
+        .keep = lane->keep,
+        .kept = lane->kept,
     };
     return kvk_cuda_frame(w->device->cuda, &args, stream);
-}
-
-static kvc_status select_picks(const kvw_worker *w, const kvwi_lane *lane, kvk_stream *stream)
-{
-    const kvk_cuda_select_args args = {
-        .n_seqs = lane->n_seqs,
-        .dims = w->level[0].dims,
-        .k = w->opts.k,
-        .eps = w->opts.eps,
-        .rows_max = lane->rows_max,
-        .q = lane->q_index,
-        .cands = lane->cands,
-        .picks = lane->picks,
-        .n_picks = lane->n_picks,
-        .workspace = lane->select_space,
-        .workspace_bytes = lane->select_bytes,
-    };
-    return kvk_cuda_select(w->device->cuda, &args, stream);
 }
 
 static kvc_status resolve(const kvw_worker *w, const kvwi_lane *lane, kvk_stream *stream)
@@ -77,7 +67,7 @@ static kvc_status resolve(const kvw_worker *w, const kvwi_lane *lane, kvk_stream
         .k = w->opts.k,
         .n_slots = kvwi_slots(w),
         .n_pinned = w->opts.n_sink,
-        .picks = lane->picks,
+        .picks = lane->ordered,
         .n_picks = lane->n_picks,
         .res = lane->res,
         .list = lane->list,
@@ -109,6 +99,8 @@ static kvc_status attend(const kvw_worker *w, const kvwi_lane *lane, bool early,
         .row_bytes = (uint32_t)w->row_bytes,
         .v_off_bytes = (uint32_t)w->k_bytes,
         .dtype = w->row_dtype,
+        .k_positions = lane->k_positions,
+        .inv_freq = lane->k_positions == NULL ? NULL : w->device->inv_freq,
         .scale = w->scale,
         .workspace = lane->attend_space,
         .workspace_bytes = lane->attend_bytes,
@@ -117,7 +109,7 @@ static kvc_status attend(const kvw_worker *w, const kvwi_lane *lane, bool early,
                  .first = lane->near_first,
                  .n = lane->n_near,
                  .ring_rows = kvwi_ring_rows(w),
-                 .n_max = o->n_recent + 1u,
+                 .n_max = kvwi_near_max(w),
                  .inv_freq = w->device->inv_freq,
                  .early = early},
         .result = {.out = lane->out,
@@ -134,7 +126,7 @@ static kvc_status enqueue(const kvw_worker *w, uint32_t layer, const kvwi_lane *
 {
     kvc_status st = frame(w, layer, lane, part, stream);
     if (st == KVC_OK && part != KVWI_ATTEND) {
-        st = select_picks(w, lane, stream);
+        st = w->device->selector->select(w, lane, stream);
     }
     if (st == KVC_OK && part != KVWI_ATTEND) {
         st = resolve(w, lane, stream);

@@ -31,7 +31,11 @@ void kvwi_carve_lane(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs, kvwi_
     lane->ring_res = kvwi_carve(c, n * sizeof(*lane->ring_res));
     lane->cands = kvwi_carve(c, n * sizeof(*lane->cands));
     lane->source = kvwi_carve(c, n * sizeof(*lane->source));
+    bool renumbers = w->selector->positions == KVW_RENUMBER;
+    uint32_t heads = w->selector->form == KVWI_PER_HEAD ? w->opts.n_q_heads : 1u;
     lane->picks = kvwi_carve(c, n * w->opts.k * word);
+    lane->ordered = renumbers ? kvwi_carve(c, n * w->opts.k * word) : lane->picks;
+    lane->k_positions = renumbers ? kvwi_carve(c, n * kvwi_stride(w) * word) : NULL;
     lane->n_picks = kvwi_carve(c, n * word);
     lane->list = kvwi_carve(c, n * kvwi_stride(w) * word);
     lane->fetch = kvwi_carve(c, n * kvwi_stride(w) * word);
@@ -39,9 +43,13 @@ void kvwi_carve_lane(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs, kvwi_
     lane->n_near = kvwi_carve(c, n * word);
     lane->near_first = kvwi_carve(c, n * word);
     lane->counts = kvwi_carve(c, 2u * word);
-    lane->q_far = kvwi_carve(c, q);
     lane->q_near = kvwi_carve(c, q);
-    lane->q_index = kvwi_carve(c, n * w->level[0].dims * sizeof(float));
+    lane->q_far = renumbers ? lane->q_near : kvwi_carve(c, q);
+    lane->q_index = kvwi_carve(c, n * heads * w->level[0].dims * sizeof(float));
+    if (w->opts.reselect_cos != 0) {
+        lane->last = kvwi_carve(c, q);
+        lane->keep = kvwi_carve(c, n * word);
+    }
     if (w->opts.device_memory) {
         carve_engine(c, w, n_seqs, lane);
     }
@@ -53,6 +61,8 @@ void kvwi_carve_lane_pinned(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs
     lane->n_tokens = kvwi_carve(c, words);
     lane->n_misses = kvwi_carve(c, words);
     lane->differs = kvwi_carve(c, words);
+    lane->kept_first = kvwi_carve(c, words);
+    lane->kept = kvwi_carve(c, words);
     lane->done = kvwi_carve(c, sizeof(*lane->done));
     lane->tokens = kvwi_carve(c, n_seqs * sizeof(*lane->tokens));
     if (!w->opts.device_memory) {
@@ -94,21 +104,47 @@ static void carve_grown(kvwi_carver *c, const kvw_worker *w, const kvwi_device_s
     l->blocks = kvwi_carve(c, ((size_t)d->cap_blocks + d->n_staging) * sizeof(void *));
 }
 
-/* The sinks' slots are at the head of every list. */
-kvc_status kvwi_cuda_lane_clear(const kvw_worker *w, kvwi_lane *lane, const int32_t *sinks,
-                                kvk_stream *stream)
+/* The sinks' slots are at the head of every list, and what is listed ends before the near rows. */
+static kvc_status number_lists(const kvw_worker *w, const kvwi_lane *lane, const int32_t *numbers,
+                               kvk_stream *stream)
 {
     kvk_cuda *cuda = w->device->cuda;
     uint32_t stride = kvwi_stride(w);
+    kvc_status st = KVC_OK;
+    for (size_t i = 0; st == KVC_OK && i < lane->n_seqs; i++) {
+        st = kvk_cuda_copy(cuda, lane->list + i * stride, numbers + stride,
+                           w->opts.n_sink * sizeof(*numbers), stream);
+        if (st == KVC_OK && lane->k_positions != NULL) {
+            st = kvk_cuda_copy(cuda, lane->k_positions + i * stride, numbers,
+                               stride * sizeof(*numbers), stream);
+        }
+    }
+    return st;
+}
+
+kvc_status kvwi_cuda_lane_clear(const kvw_worker *w, kvwi_lane *lane, kvk_stream *stream)
+{
+    kvk_cuda *cuda = w->device->cuda;
+    uint32_t stride = kvwi_stride(w);
+    int32_t *numbers = malloc(2u * stride * sizeof(*numbers)); /* -stride .. stride - 1 */
+    if (numbers == NULL) {
+        return KVC_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < 2u * stride; i++) {
+        numbers[i] = (int32_t)i - (int32_t)stride;
+    }
     kvc_status st = kvk_cuda_fill(cuda, lane->counts, 0, 2u * sizeof(*lane->counts), stream);
     if (st == KVC_OK) {
         st = kvk_cuda_fill(cuda, lane->fetch, 0xff,
                            (size_t)lane->n_seqs * stride * sizeof(uint32_t), stream);
     }
-    for (uint32_t i = 0; st == KVC_OK && i < lane->n_seqs; i++) {
-        st = kvk_cuda_copy(cuda, lane->list + (size_t)i * stride, sinks,
-                           w->opts.n_sink * sizeof(*sinks), stream);
+    if (st == KVC_OK) {
+        st = number_lists(w, lane, numbers, stream);
     }
+    if (st == KVC_OK) {
+        st = kvk_cuda_stream_sync(cuda, stream); /* the copies are from here */
+    }
+    free(numbers);
     return st;
 }
 
@@ -118,16 +154,8 @@ static kvc_status fill_fixed(kvw_seq *seq, kvwi_device_layer *l)
     const kvw_worker *w = seq->worker;
     const kvwi_device_seq *d = seq->device;
     kvk_cuda *cuda = d->device->cuda;
-    kvc_status st = KVC_OK;
-    int32_t *sinks = malloc((w->opts.n_sink + 1u) * sizeof(*sinks));
-    if (sinks == NULL) {
-        return KVC_NO_MEMORY;
-    }
-    for (uint32_t i = 0; i < w->opts.n_sink; i++) {
-        sinks[i] = (int32_t)i;
-    }
     const kvk_cuda_residency ring = {.slots = l->ring};
-    st = kvwi_cuda_lane_clear(w, &l->lane, sinks, d->stream);
+    kvc_status st = kvwi_cuda_lane_clear(w, &l->lane, d->stream);
     if (st == KVC_OK) {
         st = kvk_cuda_fill(cuda, l->pos_of, 0xff, kvwi_slots(w) * sizeof(uint32_t), d->stream);
     }
@@ -140,11 +168,7 @@ static kvc_status fill_fixed(kvw_seq *seq, kvwi_device_layer *l)
     if (st == KVC_OK) {
         st = kvk_cuda_copy(cuda, l->lane.ring_res, &ring, sizeof(ring), d->stream);
     }
-    if (st == KVC_OK) {
-        st = kvk_cuda_stream_sync(cuda, d->stream); /* the copies are from here */
-    }
-    free(sinks);
-    return st;
+    return st == KVC_OK ? kvk_cuda_stream_sync(cuda, d->stream) : st; /* ring is from here */
 }
 
 kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l)
@@ -171,6 +195,7 @@ kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l)
     l->lane.frame_bytes = d->frame_bytes;
     l->lane.attend_space = d->attend_space;
     l->lane.attend_bytes = d->attend_bytes;
+    l->picks_in = &l->lane;
     st = fill_fixed(seq, l);
     return st == KVC_OK ? kvwi_cuda_layer_grow(seq, l) : st;
 }

@@ -133,7 +133,7 @@ kvc_status kvwi_cuda_pass(kvw_seq *seq, uint32_t n_tokens, uint32_t n)
     const kvw_worker *w = seq->worker;
     bool chunk = n > 1 || kvwi_is_full(w, kvwi_near_begin(w, n_tokens, 1));
     kvc_status st = kvwi_cuda_grow(seq, n_tokens);
-    if (st == KVC_OK && chunk && kvwi_cuda_takes_passes(w)) {
+    if (st == KVC_OK && chunk) {
         st = kvwi_cuda_prefill_open(seq);
     }
     if (st == KVC_OK) {

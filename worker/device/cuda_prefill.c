@@ -1,6 +1,7 @@
 /*
  * cuda_prefill.c: steps of several queries, and those that attend everything: one selection for all
- * queries of a chunk (2502.14477 eq. 4), attention on tensor cores.
+ * queries of a chunk (2502.14477 eq. 4, or the mean of them votes, 2411.02886), attention on tensor
+ * cores.
  *
  * Runs on the sequence's thread, which knows all lengths, so ops are enqueued one by one and no
  * graph is made. Working memory is the sequence's, not the layers': whatever uses it is on the one
@@ -51,16 +52,6 @@ static size_t attend_bytes(const kvw_worker *w, uint32_t stride)
     return most;
 }
 
-static kvk_cuda_select_many_args select_shape(const kvw_seq *seq, uint32_t n_q)
-{
-    const kvw_worker *w = seq->worker;
-    return (kvk_cuda_select_many_args){.n_q = n_q,
-                                       .dims = w->level[0].dims,
-                                       .k = w->opts.k,
-                                       .eps = w->opts.eps,
-                                       .rows_max = seq->device->cap_tokens};
-}
-
 static kvc_status take(kvw_seq *seq, size_t len_bytes, void **memory_p)
 {
     kvwi_device_seq *d = seq->device;
@@ -74,8 +65,8 @@ static kvc_status open_select(kvw_seq *seq)
 {
     kvwi_device_seq *d = seq->device;
     kvwi_device_prefill *c = &d->prefill;
-    const kvk_cuda_select_many_args args = select_shape(seq, seq->worker->opts.chunk_tokens);
-    size_t bytes = kvk_cuda_select_many_workspace_bytes(&args);
+    const kvwi_cuda_selector *selector = d->device->selector;
+    size_t bytes = selector->pass_bytes == NULL ? 0 : selector->pass_bytes(seq);
     if (bytes <= c->select_bytes) {
         return KVC_OK;
     }
@@ -98,6 +89,7 @@ static kvc_status open_memory(kvw_seq *seq)
     kvwi_device_prefill *c = &d->prefill;
     size_t rows = (size_t)w->opts.chunk_tokens * w->opts.n_q_heads, f32 = sizeof(float);
     size_t width = rows * w->opts.head_dim;
+    size_t index_rows = kvwi_max_u32(w->opts.chunk_tokens, w->opts.n_q_heads);
     size_t far = attend_bytes(w, kvwi_stride(w)), near = attend_bytes(w, near_max(w));
     bool stages = kvk_is_coded(w->row_dtype) && !w->opts.device_memory;
     kvwi_carver size = {0};
@@ -108,7 +100,7 @@ static kvc_status open_memory(kvw_seq *seq)
         c->lse = kvwi_carve(&size, rows * f32);
         c->q_far = kvwi_carve(&size, width * f32);
         c->q_near = kvwi_carve(&size, width * f32);
-        c->q_index = kvwi_carve(&size, (size_t)w->opts.chunk_tokens * w->level[0].dims * f32);
+        c->q_index = kvwi_carve(&size, index_rows * w->level[0].dims * f32);
         c->o_far = kvwi_carve(&size, width * f32);
         c->lse_far = kvwi_carve(&size, rows * f32);
         c->o_near = kvwi_carve(&size, width * f32);
@@ -144,14 +136,13 @@ void kvwi_cuda_prefill_close(kvw_seq *seq)
 
 /* ---- select ---- */
 
-/* Query i of the step in f32, at position first + i * by; raw: as it is. */
-static kvc_status rotate(kvw_step *step, const void *q, bool raw, uint32_t first, uint32_t by,
-                         float *out)
+kvc_status kvwi_cuda_prefill_rotate(kvw_step *step, bool raw, uint32_t first, uint32_t by,
+                                    float *out)
 {
     const kvw_worker *w = step->seq->worker;
     kvwi_device_seq *d = step->seq->device;
     const kvk_cuda_rope_args args = {
-        .in = q,
+        .in = d->prefill.q,
         .n = step->n_q,
         .n_heads = w->opts.n_q_heads,
         .head_dim = w->opts.head_dim,
@@ -163,51 +154,19 @@ static kvc_status rotate(kvw_step *step, const void *q, bool raw, uint32_t first
     return kvk_cuda_rope(d->device->cuda, &args, d->stream);
 }
 
-/* Queries as the index meets them; q_near is free until the attention. */
-static kvc_status index_queries(kvw_step *step)
-{
-    const kvw_worker *w = step->seq->worker;
-    const kvwi_level *level = &w->level[0];
-    kvwi_device_seq *d = step->seq->device;
-    kvwi_device_prefill *c = &d->prefill;
-    const kvk_cuda_query_args args = {
-        .q = c->q_near,
-        .n_seqs = step->n_q,
-        .n_q_heads = w->opts.n_q_heads,
-        .n_kv_heads = w->opts.n_kv_heads,
-        .head_dim = w->opts.head_dim,
-        .dims = level->dims,
-        .proj = d->device->query_proj + (size_t)step->layer * level->d_in * level->dims,
-        .out = c->q_index,
-    };
-    kvc_status st = rotate(step, c->q, w->projection->rope == KVWI_PROJECTION_RAW,
-                           w->opts.far_position, 0, c->q_near);
-    return st == KVC_OK ? kvk_cuda_query(d->device->cuda, &args, d->stream) : st;
-}
-
 static kvc_status select_picks(kvw_step *step)
 {
     const kvw_worker *w = step->seq->worker;
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = &d->layers[step->layer];
-    kvk_cuda_select_many_args args = select_shape(step->seq, step->n_q);
-    args.q = d->prefill.q_index;
-    args.cands = l->lane.cands;
-    args.picks = l->lane.picks;
-    args.n_picks = l->lane.n_picks;
-    args.workspace = d->prefill.select;
-    args.workspace_bytes = d->prefill.select_bytes;
     *l->chunk_cands = (kvk_cuda_candidates){
         .index = l->index + w->opts.n_sink * w->level[0].row_bytes,
         .n_rows = step->near_begin - w->opts.n_sink,
         .base = w->opts.n_sink,
     };
-    kvc_status st = index_queries(step);
-    if (st == KVC_OK) {
-        st = kvk_cuda_copy(d->device->cuda, l->lane.cands, l->chunk_cands, sizeof(*l->chunk_cands),
-                           d->stream);
-    }
-    return st == KVC_OK ? kvk_cuda_select_many(d->device->cuda, &args, d->stream) : st;
+    kvc_status st = kvk_cuda_copy(d->device->cuda, l->lane.cands, l->chunk_cands,
+                                  sizeof(*l->chunk_cands), d->stream);
+    return st == KVC_OK ? d->device->selector->select_pass(step) : st;
 }
 
 uint32_t kvwi_cuda_prefill_picks(const kvw_step *step)
@@ -229,7 +188,7 @@ kvc_status kvwi_cuda_prefill_select(kvw_step *step)
         .n_slots = kvwi_slots(w),
         .n_pinned = w->opts.n_sink,
         /* all candidates: 0, 1, ... from the first one on, and their number */
-        .picks = step->full ? d->counts + w->opts.n_sink : l->lane.picks,
+        .picks = step->full ? d->counts + w->opts.n_sink : l->lane.ordered,
         .n_picks = step->full ? d->counts + kvwi_cuda_prefill_picks(step) : l->lane.n_picks,
         .res = l->lane.res,
         .list = l->lane.list,
@@ -270,13 +229,15 @@ static kvc_status attend_far(kvw_step *step)
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = &d->layers[step->layer];
     kvwi_device_prefill *c = &d->prefill;
+    bool renumbers = w->selector->positions == KVW_RENUMBER;
+    uint32_t n_near = step->n_tokens - step->near_begin;
     kvk_cuda_prefill_args args = shape(w, step->n_q, kvwi_stride(w));
     args.q = c->q_far;
     args.list = l->lane.list;
     args.n_list = step->near_begin < w->opts.n_sink ? d->counts + step->near_begin : l->lane.n_list;
     args.res = l->lane.res;
     args.own = KVK_CUDA_OWN_NONE;
-    if (step->full) { /* sinks, then what follows them */
+    if (step->full || renumbers) { /* sinks, then what follows them */
         args.k_positions = d->near_pos;
         args.inv_freq = d->device->inv_freq;
     }
@@ -284,8 +245,10 @@ static kvc_status attend_far(kvw_step *step)
     args.lse = c->lse_far;
     args.workspace = c->workspace;
     args.workspace_bytes = c->workspace_bytes;
-    kvc_status st = step->full ? rotate(step, c->q, false, step->n_tokens - step->n_q, 1, c->q_far)
-                               : rotate(step, c->q, false, w->opts.far_position, 0, c->q_far);
+    uint32_t first = step->full  ? step->n_tokens - step->n_q
+                     : renumbers ? kvwi_stride(w) + n_near - step->n_q
+                                 : w->opts.far_position;
+    kvc_status st = kvwi_cuda_prefill_rotate(step, false, first, step->full || renumbers, c->q_far);
     return st == KVC_OK ? kvk_cuda_prefill(d->device->cuda, &args, d->stream) : st;
 }
 
@@ -308,7 +271,7 @@ static kvc_status attend_near(kvw_step *step)
     args.lse = c->lse_near;
     args.workspace = c->workspace;
     args.workspace_bytes = c->workspace_bytes;
-    kvc_status st = rotate(step, c->q, false, first + n_near - step->n_q, 1, c->q_near);
+    kvc_status st = kvwi_cuda_prefill_rotate(step, false, first + n_near - step->n_q, 1, c->q_near);
     return st == KVC_OK ? kvk_cuda_prefill(d->device->cuda, &args, d->stream) : st;
 }
 

@@ -80,7 +80,7 @@ static kvc_status open_spaces(kvw_seq *seq)
 {
     const kvw_opts *o = &seq->worker->opts;
     kvwi_device_seq *d = seq->device;
-    uint32_t rows = kvwi_stride(seq->worker) + o->n_recent + 1u + 16u;
+    uint32_t rows = kvwi_stride(seq->worker) + kvwi_near_max(seq->worker) + 16u;
     d->attend_bytes = kvk_cuda_attend_workspace_bytes(1, rows, o->n_q_heads, o->head_dim);
     d->frame_bytes =
         kvk_cuda_frame_workspace_bytes(1, o->n_kv_heads * o->head_dim, seq->worker->level[0].dims);
@@ -109,7 +109,7 @@ static kvc_status open_select(kvw_seq *seq)
 {
     kvwi_device_seq *d = seq->device;
     void *space = NULL;
-    size_t bytes = kvk_cuda_select_workspace_bytes(1, d->cap_tokens);
+    size_t bytes = d->device->selector->workspace_bytes(1, d->cap_tokens);
     if (bytes <= d->select_bytes) { /* an earlier try to grow came so far */
         return KVC_OK;
     }

@@ -38,7 +38,10 @@ static kvc_status launch(kvw_step *step, kvk_cuda_graph *graph)
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = layer_of(step);
     kvc_status st = KVC_OK;
-    if (graph != l->whole) { /* which takes the new token along */
+    if (graph != l->attend) {
+        st = kvwi_cuda_cache_offer(step, &l->lane, 0);
+    }
+    if (st == KVC_OK && graph != l->whole) { /* which takes the new token along */
         st = kvwi_cuda_flush(step->seq, step->layer);
     } else if (!l->pending) {
         l->lane.tokens[0].row = NULL;
@@ -47,6 +50,7 @@ static kvc_status launch(kvw_step *step, kvk_cuda_graph *graph)
         st = kvk_cuda_graph_launch(d->device->cuda, graph, d->stream);
     }
     if (st != KVC_OK) {
+        kvwi_cuda_cache_lose(step);
         return kvwi_cuda_fail(st, "a step");
     }
     l->pending = false;
@@ -83,10 +87,13 @@ static kvc_status await(kvw_step *step)
     kvwi_device_seq *d = step->seq->device;
     kvc_status st = kvwi_cuda_await(&layer_of(step)->lane, d->device->cuda, d->stream);
     step->seq->stats.host_syncs++;
-    if (st == KVC_OK) { /* of another layer something may be behind it */
-        kvwi_settled(d, layer_of(step)->n_writes);
+    if (st != KVC_OK) {
+        kvwi_cuda_cache_lose(step);
+        return kvwi_cuda_fail(st, "a step");
     }
-    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a step");
+    kvwi_settled(d, layer_of(step)->n_writes); /* of another layer something may be behind it */
+    kvwi_cuda_cache_decided(step, &layer_of(step)->lane, 0);
+    return KVC_OK;
 }
 
 /* The engine's query to where the graphs read it. */
@@ -105,7 +112,6 @@ static kvc_status take_query(kvw_step *step, void *to, const void *q)
 static kvc_status start_select(kvw_step *step)
 {
     kvwi_device_layer *l = layer_of(step);
-    l->picks_at = l->lane.picks; /* a batch that parts must not bring older ones there */
     kvc_status st = l->prefill ? kvwi_cuda_prefill_select(step) : launch(step, l->select);
     l->selected = st == KVC_OK;
     return st;
@@ -151,7 +157,13 @@ kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole
     *l->lane.n_tokens = step->n_tokens;
     *l->lane.differs = 0;
     l->one_query = whole;
-    l->chosen = l->selected = l->attended = false;
+    l->chosen = l->selected = l->attended = l->reselected = false;
+    if (l->prefill) { /* which keeps no picks, nor any that others may keep */
+        kvwi_cuda_cache_lose(step);
+        l->reselected = !step->full;
+        l->picks_in = &l->lane;
+        l->picks_at = 0;
+    }
     if (st == KVC_OK && !whole) {
         st = take_select_query(step, q_select);
     }
@@ -380,12 +392,11 @@ void kvwi_cuda_step_done(kvw_step *step, uint32_t n_misses, uint32_t n_far)
     kvwi_cuda_tables_let_go(l);
     l->selected = l->attended = false;
     picks->n = step->full ? 0 : k; /* there are more candidates, or nothing was chosen */
-    picks->cached = false;
     picks->on_device = !step->full;
     seq->stats.steps++;
     seq->stats.steps_device++;
     seq->stats.full_steps += step->full;
-    seq->stats.reselects += !step->full;
+    seq->stats.reselects += l->reselected;
     seq->stats.picks += picks->n;
     seq->stats.misses += n_misses;
     seq->stats.hits += step->full ? 0 : k - n_misses;
@@ -421,7 +432,6 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float
         return st;
     }
     kvwi_cuda_step_done(step, *l->lane.n_misses, n_far);
-    l->picks_at = l->lane.picks;
     if (!l->prefill && *l->lane.differs != 0 && seq->worker->opts.client != NULL &&
         !seq->worker->opts.reuse_any) {
         kvwi_names_taint(seq); /* selected by a prediction that turned out otherwise */
@@ -438,6 +448,9 @@ void kvwi_cuda_step_abandon(kvw_step *step)
     if (kvwi_cuda_flush(step->seq, step->layer) != KVC_OK ||
         (l->selected && forget(step, NULL) != KVC_OK)) {
         KVC_LOG_WARN(WORKER, "a step is abandoned and the device does not answer");
+        kvwi_cuda_cache_lose(step);
+    } else if (l->selected && !l->prefill) {
+        kvwi_cuda_cache_decided(step, &l->lane, 0);
     }
     kvwi_cuda_tables_let_go(l);
     l->selected = l->attended = false;
@@ -454,8 +467,9 @@ kvc_status kvwi_cuda_picks(const kvw_seq *seq, uint32_t layer)
     kvwi_device_seq *d = seq->device;
     kvwi_device_layer *l = &d->layers[layer];
     kvwi_picks *picks = &seq->layers[layer].picks;
-    kvc_status st = kvk_cuda_copy(d->device->cuda, picks->pos, l->picks_at,
-                                  picks->n * sizeof(*picks->pos), d->stream);
+    const uint32_t *from = l->picks_in->picks + (size_t)l->picks_at * seq->worker->opts.k;
+    kvc_status st =
+        kvk_cuda_copy(d->device->cuda, picks->pos, from, picks->n * sizeof(*picks->pos), d->stream);
     if (st == KVC_OK) {
         st = kvk_cuda_stream_sync(d->device->cuda, d->stream);
     }

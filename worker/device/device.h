@@ -37,9 +37,8 @@ typedef struct kvwi_device_ops {
     /* All memory that steps need. NO_MEMORY. */
     kvc_status (*seq_open)(kvw_seq *seq, uint32_t n_tokens, void *stream);
     void (*seq_close)(kvw_seq *seq); /* seq->device may be NULL */
-    /* Whether passes of several tokens and steps that attend everything are for the device too;
-     * NULL: none is. */
-    bool (*takes_passes)(const kvw_worker *worker);
+    /* Passes of several tokens and steps that attend everything are for the device too. */
+    bool takes_passes;
     /* A pass that is for the device is about to begin, of n tokens, with which the sequence has
      * n_tokens: room for it, and the device's copies. */
     kvc_status (*pass)(kvw_seq *seq, uint32_t n_tokens, uint32_t n);

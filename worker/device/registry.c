@@ -30,22 +30,17 @@ const kvwi_device_ops *kvwi_device_find(const char *backend, bool chunks, uint32
     return NULL;
 }
 
-static bool takes_passes(const kvw_worker *w)
-{
-    return w->device_ops->takes_passes != NULL && w->device_ops->takes_passes(w);
-}
-
 bool kvwi_device_takes(const kvw_step *step)
 {
     const kvw_worker *w = step->seq->worker;
     return w->device != NULL &&
-           (takes_passes(w) ||
+           (w->device_ops->takes_passes ||
             (step->n_q == 1 && !kvwi_is_full(w, kvwi_near_begin(w, step->n_tokens, 1))));
 }
 
 bool kvwi_device_takes_pass(const kvw_worker *worker, uint32_t n)
 {
-    return worker->device != NULL && (n == 1 || takes_passes(worker));
+    return worker->device != NULL && (n == 1 || worker->device_ops->takes_passes);
 }
 
 const void *kvwi_device_to_host(kvw_seq *seq, const void *p, size_t len_bytes, kvwi_buf *buf)

@@ -15,9 +15,26 @@
 
 #define KVWI_DEVICE_TOKENS 131072u /* max_tokens, where the options have none */
 
+typedef struct kvwi_lane kvwi_lane;
+
+/* What steps do differently by selector; cuda_select.c has them. */
+typedef struct kvwi_cuda_selector {
+    const char *name;
+    /* What beside the common limits it cannot do. UNSUPPORTED. */
+    kvc_status (*check)(const kvw_worker *w);
+    size_t (*workspace_bytes)(uint32_t n_seqs, uint32_t rows_max);
+    /* From the frame's queries to the lane's picks, in the order in which they are attended. */
+    kvc_status (*select)(const kvw_worker *w, const kvwi_lane *lane, kvk_stream *stream);
+    /* The same for the queries of a pass, at prefill.q; candidates are there. pass_bytes: of a
+     * workspace of its own; NULL: it uses that of single queries. */
+    kvc_status (*select_pass)(kvw_step *step);
+    size_t (*pass_bytes)(const kvw_seq *seq);
+} kvwi_cuda_selector;
+
 struct kvwi_device {
     kvk_cuda *cuda;
     uint32_t number;
+    const kvwi_cuda_selector *selector; /* NULL: of chunks */
     char isa[16];
     float *query_proj, *key_proj; /* device: level 0's a and b, [n_layers, d_in, dims] */
     double *inv_freq;             /* device; NULL: no rotary embedding */
@@ -27,28 +44,33 @@ struct kvwi_device {
  * What the graphs of a step read and write, for one layer of n_seqs sequences: arrays of an entry a
  * sequence. A sequence has a lane of its own in each layer, a batch one of all its sequences.
  */
-typedef struct kvwi_lane {
+struct kvwi_lane {
     uint32_t n_seqs, rows_max; /* rows_max: candidates of a sequence, at most */
     /* device */
     kvk_cuda_residency *res, *ring_res;
     kvk_cuda_candidates *cands;
     kvk_cuda_source *source;
     uint32_t *picks, *n_picks, *fetch, *n_list, *n_near, *near_first;
-    uint32_t *counts; /* [2], of attend's result */
+    uint32_t *counts;  /* [2], of attend's result */
+    uint32_t *ordered; /* the picks as they are resolved: ascending, or picks itself */
     int32_t *list;
+    int32_t *k_positions; /* of what is listed; NULL: keys are not rotated */
     float *q_far, *q_near, *q_index;
+    float *last; /* of the Selection Cache: what selected last; NULL: there is none */
+    uint32_t *keep;
     void *frame_space, *attend_space,
         *select_space; /* other lanes of the same stream use them too */
     size_t frame_bytes, attend_bytes, select_bytes;
-    /* pinned: the host writes n_tokens and tokens, the device the others */
+    /* pinned: the host writes n_tokens, kept_first and tokens, the device the others */
     uint32_t *n_tokens, *n_misses, *differs;
-    uint32_t *done; /* one */
+    uint32_t *kept_first, *kept; /* where near began with picks that may be kept; they were */
+    uint32_t *done;              /* one */
     kvk_cuda_token *tokens;
     /* pinned; device memory where the engine's is */
     void *q_in, *q_select, *out;
     float *lse;
     uint32_t n_done; /* what done will be when all that was launched has been done */
-} kvwi_lane;
+};
 
 typedef struct kvwi_device_layer {
     void *slab, *grown, *pinned; /* the three memories that all below lie in */
@@ -56,7 +78,6 @@ typedef struct kvwi_device_layer {
     /* device, of fixed size */
     uint8_t *slots, *ring; /* [n_sink + residency_slots] and [ring_rows] rows */
     uint32_t *pos_of, *used, *step;
-    const uint32_t *picks_at; /* of the last selection: the lane's, or a batch's */
     /* device, by capacity */
     uint8_t *index;
     int32_t *slot_of;
@@ -72,6 +93,8 @@ typedef struct kvwi_device_layer {
     /* host */
     uint32_t cap_tokens, cap_blocks; /* what it has memory for; the sequence's, unless growing */
     const void **shadow;             /* [cap_blocks], as blocks on the device */
+    const kvwi_lane *picks_in;       /* of the last selection: its own lane, or a batch's */
+    uint32_t picks_at;               /* the sequence's place there */
     uint32_t n_blank;                /* released blocks without an address */
     uint32_t n_index;                /* index rows that the device has */
     size_t grown_bytes;
@@ -86,6 +109,7 @@ typedef struct kvwi_device_layer {
     bool prefill; /* several queries, or attends everything: cuda_prefill.c */
     bool chosen;  /* its picks are made, from the queries that it began with */
     bool one_query, selected, attended;
+    bool reselected;    /* the step made picks, and did not keep the last ones */
     uint64_t n_writes;  /* the sequence's, before its attention */
     uint64_t stamp;     /* of the map that the attention reads; the tables may have left it since */
     kvc_map_hold *hold; /* on it, until the device has read; NULL: none */
@@ -147,10 +171,17 @@ static inline uint32_t kvwi_stride(const kvw_worker *w)
     return w->opts.n_sink + w->opts.k;
 }
 
+/* Recent and new rows that the step of a token attends, at most. */
+static inline uint32_t kvwi_near_max(const kvw_worker *w)
+{
+    uint32_t near = w->opts.n_recent + (w->selector->recent_holds_new ? 0u : 1u);
+    return w->opts.reselect_cos != 0 ? near + w->opts.n_recent : near;
+}
+
 static inline uint32_t kvwi_ring_rows(const kvw_worker *w)
 {
     /* what a pass of several tokens attends lies in one piece */
-    return w->opts.n_recent + w->opts.chunk_tokens + 64u;
+    return kvwi_max_u32(w->opts.n_recent + w->opts.chunk_tokens, kvwi_near_max(w)) + 64u;
 }
 
 /* NULL without a store. */
@@ -193,9 +224,6 @@ kvc_status kvwi_cuda_retriever_choose(kvw_retriever *r, const float *query,
 kvc_status kvwi_cuda_retriever_attend(kvw_retriever *r, const void *q, uint32_t n_q,
                                       void *out) KVC_MUST_CHECK;
 
-/* cuda.c: whether passes of several tokens are for the device. */
-bool kvwi_cuda_takes_passes(const kvw_worker *worker);
-
 /* cuda_seq.c: what says that CUDA refused. */
 kvc_status kvwi_cuda_fail(kvc_status st, const char *what) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream) KVC_MUST_CHECK;
@@ -216,9 +244,8 @@ kvk_cuda_candidates kvwi_candidates_of(const kvw_worker *w, const kvwi_device_la
  * The parts of a lane of n_seqs sequences that are device memory, and those that are pinned. */
 void kvwi_carve_lane(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs, kvwi_lane *lane);
 void kvwi_carve_lane_pinned(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs, kvwi_lane *lane);
-/* What such a lane is before its first step: only sinks are listed. Enqueued; from `sinks`, which
- * is [n_sink] and stays until then. */
-kvc_status kvwi_cuda_lane_clear(const kvw_worker *w, kvwi_lane *lane, const int32_t *sinks,
+/* What such a lane is before its first step: only sinks are listed. Waits. */
+kvc_status kvwi_cuda_lane_clear(const kvw_worker *w, kvwi_lane *lane,
                                 kvk_stream *stream) KVC_MUST_CHECK;
 /* A layer's memories. */
 kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l) KVC_MUST_CHECK;
@@ -235,6 +262,19 @@ kvc_status kvwi_cuda_capture(const kvw_worker *w, uint32_t layer, const kvwi_lan
 /* A layer's graphs, if it has none. */
 kvc_status kvwi_cuda_graphs(kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
 void kvwi_cuda_graphs_drop(kvw_seq *seq, kvwi_device_layer *l);
+
+/* cuda_select.c: what the worker's selector does; NULL: not for this device. */
+const kvwi_cuda_selector *kvwi_cuda_selector_of(const kvw_worker *w);
+/* The last selection's picks, with the query that made them, come to place `at` of a lane. */
+kvc_status kvwi_cuda_bring_picks(kvw_seq *seq, kvwi_device_layer *l, kvwi_lane *lane,
+                                 uint32_t at) KVC_MUST_CHECK;
+/* The Selection Cache around a launch that selects for place `at` of a lane: which picks may be
+ * kept; after it has been done, whether they were; or that nobody knows. */
+kvc_status kvwi_cuda_cache_offer(kvw_step *step, kvwi_lane *lane, uint32_t at) KVC_MUST_CHECK;
+/* The place is used for nothing in this launch. */
+kvc_status kvwi_cuda_cache_apart(kvw_step *step, kvwi_lane *lane, uint32_t at) KVC_MUST_CHECK;
+void kvwi_cuda_cache_decided(kvw_step *step, kvwi_lane *lane, uint32_t at);
+void kvwi_cuda_cache_lose(kvw_step *step);
 
 /* cuda_tables.c: the addresses of every block's rows, as they are now; those in a server's memory
  * only with maps. */
@@ -300,6 +340,9 @@ void kvwi_cuda_prefill_close(kvw_seq *seq);
  * the selection; the attention, to out and lse where these are the device's; else give. */
 void kvwi_cuda_prefill_begin(kvw_step *step);
 kvc_status kvwi_cuda_prefill_query(kvw_step *step, const void *q) KVC_MUST_CHECK;
+/* Query i of the step in f32, at position first + i * by; raw: as it is. */
+kvc_status kvwi_cuda_prefill_rotate(kvw_step *step, bool raw, uint32_t first, uint32_t by,
+                                    float *out) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_prefill_select(kvw_step *step) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_prefill_attend(kvw_step *step, void *out, float *lse) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_prefill_give(kvw_step *step, void *out, float *lse) KVC_MUST_CHECK;

@@ -137,14 +137,13 @@ typedef struct kvw_opts {
     uint64_t n_clients;              /* at most KVW_MAX_SERVERS */
     /*
      * backend "cuda" or "cuda:N" (a GPU's number): passes and steps run on that GPU. UNSUPPORTED
-     * where the build or the machine has none, or where
-     * selector is not "esa" with a COMPRESSED index, dtype not bf16, head_dim not 64 or 128, more
-     * than 8 query heads for a kv head, n_kv_heads no multiple of 8 with a row_dtype, k or
-     * chunk_tokens above 4096, rows longer than the GPU's shared memory takes (README), or tp_size
-     * or n_clients above 1. Rows in
-     * a server's memory on the same host are read by the GPU where the client is on shm: contexts
-     * of the client are then mapped (kvc_client_map_contexts), which it is not to be used for
-     * elsewhere. way is not looked at.
+     * where the build or the machine has none, or where index is not COMPRESSED, dtype not bf16,
+     * head_dim not 64 or 128, more than 8 query heads for a kv head, n_kv_heads no multiple of 8
+     * with a row_dtype, k or chunk_tokens above 4096, rows longer than the GPU's shared memory
+     * takes (README), tp_size or n_clients above 1, or for "tokenselect" an eps, n_q_heads above
+     * 128 or n_q_heads * dims above 16384. Rows in a server's memory on the same host are read by
+     * the GPU where the client is on shm: contexts of the client are then mapped
+     * (kvc_client_map_contexts), which it is not to be used for elsewhere. way is not looked at.
      *
      * Selectors "gca" and "hsa": retrievers score, choose and attend on that GPU, which holds the
      * landmarks and each retriever's chunks; head_dim 32, 64 or 128, landmark_dim at most 4096,
