@@ -446,6 +446,32 @@ static void the_schema_names_what_computes(void **state)
     assert_memory_not_equal(&digest[0], &digest[2], sizeof(digest[0]));
 }
 
+/* Wherever it stands, however many there are: runs are looked at together, what is left apart. */
+static void one_bad_number_is_found(void **state)
+{
+    enum { MOST = 200 };
+    (void)state;
+    static const struct {
+        kvk_dtype dtype;
+        uint16_t good, bad;
+    } kinds[] = {{KVK_BF16, 0xff7f, 0x7f80}, {KVK_F16, 0xfbff, 0xfc00}};
+    for (size_t kind = 0; kind < sizeof(kinds) / sizeof(kinds[0]); kind++) {
+        uint16_t x[MOST];
+        for (size_t i = 0; i < MOST; i++)
+            x[i] = kinds[kind].good;
+        for (size_t n = 0; n < MOST; n++) {
+            x[n] = kinds[kind].bad; /* behind the end */
+            assert_true(kvwi_all_finite(x, n, kinds[kind].dtype));
+            x[n] = kinds[kind].good;
+            for (size_t i = 0; i < n; i++) {
+                x[i] = kinds[kind].bad;
+                assert_false(kvwi_all_finite(x, n, kinds[kind].dtype));
+                x[i] = kinds[kind].good;
+            }
+        }
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -458,6 +484,7 @@ int main(void)
         cmocka_unit_test(open_refuses_a_foreign_projection),
         cmocka_unit_test(calls_out_of_order_are_refused),
         cmocka_unit_test(keys_and_queries_must_be_finite),
+        cmocka_unit_test(one_bad_number_is_found),
         cmocka_unit_test(the_schema_names_what_computes),
         cmocka_unit_test(an_older_struct_is_understood),
     };
