@@ -3,7 +3,9 @@
 import gc
 import os
 import subprocess
+import tempfile
 import unittest
+from pathlib import Path
 from unittest import mock
 
 import need
@@ -13,6 +15,7 @@ import numpy as np
 
 import kvasir
 from kvasir import _abi
+from kvasir.projection import Projection
 from oracle import Oracle
 
 THETA = 10000.0
@@ -111,6 +114,32 @@ class Selection(unittest.TestCase):
                                 step.attend(q)
                     outs.append(out)
         np.testing.assert_array_equal(outs[0], outs[1])
+
+    def test_coded_rows_are_those_of_the_oracle_rounded(self):
+        """A byte an element: bound by a head's largest of K and V, here below 8 (e4m3: 2^-4)."""
+        rng, outs = np.random.default_rng(8), {}
+        passes = [(n, rows(rng, n, 6), rows(rng, n, 2), rows(rng, n, 2)) for n in (64, 30, 1, 1)]
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = Path(folder.name) / "esa.kvp"
+        a, b = rng.standard_normal((2, 2, 1, 32, 14)).astype(np.float32)
+        Projection("esa", "m", 2, 16, "shared", 32, a, b).write(path)
+        options = dict(index="compressed", projection=path, **SMALL)
+        for row_dtype in (None, "i8", "e4m3"):
+            with kvasir.Worker(GEOMETRY, "m", "esa", row_dtype=row_dtype, **options) as worker:
+                with worker.sequence() as seq:
+                    for n, q, k, v in passes:
+                        seq.tokens(np.arange(n))
+                        for layer in range(2):
+                            out = seq.forward(layer, q / 16, k, v)
+                    outs[row_dtype] = out
+        for row_dtype, bound in (("i8", 0.05), ("e4m3", 0.4)):
+            off = float(np.abs(outs[row_dtype] - outs[None]).max())
+            self.assertTrue(0 < off < bound, f"{row_dtype}: {off}")
+        with self.assertRaisesRegex(ValueError, "row_dtype must be one of e4m3, i8"):
+            kvasir.Worker(GEOMETRY, "m", "esa", row_dtype="int8", **options)
+        with self.assertRaisesRegex(kvasir.KvasirError, "row_dtype"):
+            kvasir.Worker(GEOMETRY, "m", "esa", row_dtype="i8", index="exact", **SMALL)
 
     def test_an_abandoned_step_may_be_begun_again(self):
         rng = np.random.default_rng(4)
@@ -251,7 +280,6 @@ class Refusals(unittest.TestCase):
             caught.exception.status,
             (kvasir.Status.UNAVAILABLE, kvasir.Status.TIMED_OUT, kvasir.Status.UNSUPPORTED),
         )
-
 
     def test_client_options_reach_the_library(self):
         given = []

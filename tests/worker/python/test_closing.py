@@ -243,9 +243,7 @@ class Exit(unittest.TestCase):
         self.assertEqual(self.run_script(OPEN + BUSY), 2 * ["kvw_seq_destroy"] + ["kvw_close"])
 
     def test_a_forked_process_destroys_nothing(self):
-        self.assertEqual(
-            self.run_script(OPEN + FORK), ["child=7", "kvw_seq_destroy", "kvw_close"]
-        )
+        self.assertEqual(self.run_script(OPEN + FORK), ["child=7", "kvw_seq_destroy", "kvw_close"])
 
 
 if __name__ == "__main__":

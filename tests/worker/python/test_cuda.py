@@ -20,6 +20,7 @@ from kvasir.projection import Projection
 DIMS = 30
 SMALL = dict(n_sink=16, n_recent=32, k=48, chunk_tokens=64, block_tokens=64)
 GEOMETRY = kvasir.Geometry(2, 8, 4, 64, "bfloat16", kvasir.Rope(10000.0))
+WIDE = kvasir.Geometry(2, 16, 8, 64, "bfloat16", kvasir.Rope(10000.0))  # what coded rows need
 
 
 def make():
@@ -50,13 +51,16 @@ class OnAGpu(unittest.TestCase):
         acts = collect(cls.model, ids_of(1024)[0].tolist(), 512, q_stride=2, k_stride=1)
         cls.path = Path(folder.name) / "esa.kvp"
         fit(acts, "esa", DIMS, 32, name).write(cls.path)
-        a, b = np.random.default_rng(1).normal(size=(2, 2, 1, 256, DIMS)).astype(np.float32) / 16
-        cls.flat = Path(folder.name) / "flat.kvp"
-        Projection("esa", "m", 4, 64, "shared", 32, a, b).write(cls.flat)
+        cls.flat = {}
+        for g in (GEOMETRY, WIDE):
+            size = (2, 2, 1, g.n_kv_heads * 64, DIMS)
+            a, b = np.random.default_rng(1).normal(size=size).astype(np.float32) / 16
+            cls.flat[g] = Path(folder.name) / f"flat{g.n_kv_heads}.kvp"
+            Projection("esa", "m", g.n_kv_heads, 64, "shared", 32, a, b).write(cls.flat[g])
 
-    def worker(self, **options):
-        options = dict(index="compressed", projection=self.flat, **SMALL, **options)
-        return kvasir.Worker(GEOMETRY, "m", "esa", **options)
+    def worker(self, geometry=GEOMETRY, **options):
+        options = dict(index="compressed", projection=self.flat[geometry], **SMALL, **options)
+        return kvasir.Worker(geometry, "m", "esa", **options)
 
     def run_passes(self, worker, device, made=lambda x: x):
         """Outputs of passes of several tokens and of one, [tokens, ...] of layer 1, on the CPU.
@@ -64,14 +68,14 @@ class OnAGpu(unittest.TestCase):
         What is given to the worker goes through `made` first.
         """
         torch.manual_seed(7)
-        at, outs = 0, []
+        at, outs, g = 0, [], worker.geometry
         with worker.sequence() as sequence:
             for n in (64, 64, 64, 20, 1, 1, 2):
                 sequence.tokens(list(range(at, at + n)))
                 for layer in range(2):
-                    q = made(torch.randn(n, 8, 64).bfloat16().to(device))
-                    k, v = (made(torch.randn(n, 4, 64).bfloat16().to(device)) for _ in range(2))
-                    lse = torch.empty(n, 8, device=device)
+                    heads = (g.n_q_heads, g.n_kv_heads, g.n_kv_heads)
+                    q, k, v = (made(torch.randn(n, h, 64).bfloat16().to(device)) for h in heads)
+                    lse = torch.empty(n, g.n_q_heads, device=device)
                     out = sequence.forward(layer, q, k, v, lse=lse)
                     self.assertEqual(str(out.device), str(q.device))
                     self.assertTrue(bool(lse.isfinite().all()))
@@ -89,11 +93,62 @@ class OnAGpu(unittest.TestCase):
         self.assertEqual(stats["steps_device"], stats["steps"])
 
     def test_the_cpu_agrees(self):
-        with self.worker(backend="cpu") as worker:
-            cpu, _ = self.run_passes(worker, "cpu")
+        for geometry, row_dtype in ((GEOMETRY, None), (WIDE, "i8"), (WIDE, "e4m3")):
+            options = dict(geometry=geometry, row_dtype=row_dtype)
+            with self.worker(backend="cpu", **options) as worker:
+                cpu, _ = self.run_passes(worker, "cpu")
+            with self.worker(backend="cuda", **options) as worker:
+                host, _ = self.run_passes(worker, "cpu")
+            with self.worker(backend="cuda", device_memory=1, **options) as worker:
+                device, stats = self.run_passes(worker, "cuda:0")
+            self.assertTrue(torch.equal(host, device), row_dtype)
+            self.assertEqual(stats["steps_device"], stats["steps"])
+            self.assertLess(float((cpu - device).abs().max()), 2**-6, row_dtype)
+
+    def test_a_batch_gives_what_its_sequences_give_alone(self):
+        outs = {}
         with self.worker(backend="cuda", device_memory=1) as worker:
-            device, _ = self.run_passes(worker, "cuda:0")
-        self.assertLess(float((cpu - device).abs().max()), 2**-6)
+            for together in (False, True):
+                torch.manual_seed(9)
+                sequences, outs[together] = [worker.sequence() for _ in range(3)], []
+                batch = kvasir.Batch(worker, 3)
+                for step, n in enumerate((64, 64, 50, 1, 1, 1)):
+                    for i, sequence in enumerate(sequences):
+                        sequence.tokens([step * 3 + i] * n)
+                    for layer in range(2):
+                        q = torch.randn(3, n, 8, 64, device="cuda").bfloat16()
+                        k, v = torch.randn(2, 3, n, 4, 64, device="cuda").bfloat16()
+                        if together and n == 1:
+                            parts = (x[:, 0] for x in (q, k, v))
+                            outs[together].append(batch.forward(sequences, layer, *parts))
+                            continue
+                        alone = [
+                            s.forward(layer, q[i], k[i], v[i]) for i, s in enumerate(sequences)
+                        ]
+                        if n == 1:
+                            outs[together].append(torch.cat(alone))
+                batch.close()
+                for sequence in sequences:
+                    sequence.close()
+        self.assertTrue(torch.equal(torch.stack(outs[True]), torch.stack(outs[False])))
+
+    def test_a_key_that_is_not_finite_is_refused_and_repeated(self):
+        for geometry, row_dtype in ((GEOMETRY, None), (WIDE, "i8")):
+            options = dict(geometry=geometry, row_dtype=row_dtype, backend="cuda", device_memory=1)
+            g = geometry
+            with self.worker(**options) as worker, worker.sequence() as sequence:
+                for n in (64, 64, 33, 1, 2):
+                    sequence.tokens([3] * n)
+                    for layer in range(2):
+                        q = torch.randn(n, g.n_q_heads, 64, device="cuda").bfloat16()
+                        k, v = torch.randn(2, n, g.n_kv_heads, 64, device="cuda").bfloat16()
+                        bad = (v if row_dtype and layer else k).clone()
+                        bad[n - 1, -1, 63] = float("inf") if layer else float("nan")
+                        given = (k, bad) if row_dtype and layer else (bad, v)
+                        with self.assertRaisesRegex(kvasir.KvasirError, "not finite") as caught:
+                            sequence.forward(layer, q, *given)
+                        self.assertEqual(caught.exception.status, kvasir.Status.INVALID)
+                        self.assertTrue(bool(sequence.forward(layer, q, k, v).isfinite().all()))
 
     def test_on_a_stream_of_its_own(self):
         """What is made on the stream just before a call is read after it was made."""

@@ -1,8 +1,10 @@
 """attach on tiny random models: equal to stock within the budget, to the oracle beyond it."""
 
 import gc
+import tempfile
 import unittest
 import weakref
+from pathlib import Path
 
 import need
 
@@ -22,6 +24,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 import kvasir
 from kvasir import hf, hf_model
+from kvasir.activations import collect
+from kvasir.calibrate import fit
 from oracle import Oracle
 
 torch.set_num_threads(1)
@@ -229,6 +233,44 @@ class BeyondTheBudget(unittest.TestCase):
         self.assertTrue(torch.equal(whole, resumed))
 
 
+class Batches(unittest.TestCase):
+    """Several sequences of one length: generate() gives what each alone gives."""
+
+    def test_generate(self):
+        model, ids = make(), torch.cat([ids_of(200, seed) for seed in (5, 6, 7)])
+        with kvasir.attach(model, **SMALL) as kv, torch.inference_mode():
+            alone = []
+            for row in ids:
+                with kv.cache(row) as cache:
+                    alone.append(generate(model, row[None], 12, past_key_values=cache))
+            with kv.cache(ids) as cache:
+                self.assertEqual(len(cache.sequences), 3)
+                kv.prefill(cache, ids[:, :128])
+                together = generate(model, ids, 12, past_key_values=cache)
+                self.assertEqual(cache.get_seq_length(), 211)
+                self.assertEqual({len(s) for s in cache.sequences}, {211})
+                self.assertEqual(cache.stats()["tokens"], 3 * 211)
+                cache.crop(210)
+                self.assertEqual({len(s) for s in cache.sequences}, {210})
+        self.assertTrue(torch.equal(together, torch.cat(alone)))
+
+    def test_coded_rows(self):
+        """attach(row_dtype=...): logits stay near those of rows that are not coded."""
+        model, ids, logits = make(), ids_of(120), []
+        acts = collect(model, ids[0].tolist(), 64, q_stride=1, k_stride=1)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "esa.kvp"
+            fit(acts, "esa", 14, 32, hf_model.model_id(model)).write(path)
+            options = dict(selector="esa", index="compressed", projection=path, **SMALL)
+            for row_dtype in (None, "i8"):
+                with kvasir.attach(
+                    model, row_dtype=row_dtype, **options
+                ) as kv, kv.cache() as cache:
+                    logits.append(stock_logits(model, ids, past_key_values=cache))
+        off = float((logits[1] - logits[0]).abs().mean() / logits[0].abs().mean())
+        self.assertTrue(0 < off < 0.2, off)
+
+
 class Refusals(unittest.TestCase):
     def setUp(self):
         self.model, self.ids = make(), ids_of(8)
@@ -247,7 +289,7 @@ class Refusals(unittest.TestCase):
         self.refuse("padding", input_ids=self.ids, attention_mask=mask)
 
     def test_batches(self):
-        self.refuse("one sequence at a time", input_ids=self.ids.repeat(2, 1))
+        self.refuse("of 2 sequences, but the cache has 1", input_ids=self.ids.repeat(2, 1))
 
     def test_embeddings_without_ids(self):
         self.refuse("input_ids", inputs_embeds=torch.zeros(1, 4, 64))

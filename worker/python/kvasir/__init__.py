@@ -1,16 +1,18 @@
 """
 Kvasir for Python: long contexts whose keys and values live in a store.
 
-Client, Worker and Sequence are the C library with arrays in and out and need numpy alone.
+Client, Worker, Sequence and Batch are the C library with arrays in and out and need numpy alone.
 attach and detach plug them into a Hugging Face model (torch and transformers are imported on first
 use). Tools: python -m kvasir.calibrate, python -m kvasir.quality.
 """
 
+from .batch import Batch
 from .client import Client
 from .errors import KvasirError, Status
 from .worker import Geometry, Rope, Sequence, Worker
 
 __all__ = [
+    "Batch",
     "Client",
     "Geometry",
     "KvasirError",

@@ -12,6 +12,7 @@ DTYPE_F32, DTYPE_F16, DTYPE_BF16 = 1, 2, 3
 POLICY = {"fail": 1, "drop": 2}
 PROMISE = {"memory": 1, "durable": 2}
 INDEX = {"exact": 1, "compressed": 2, "reranked": 3}
+ROW_DTYPE = {"e4m3": 6, "i8": 7}
 ROPE_PLAIN, ROPE_LLAMA3 = 0, 1
 
 
@@ -240,6 +241,9 @@ CALLS = {
     "kvw_step_finish": (_int, [_vp, _vp, _vp, _vp]),
     "kvw_step_abandon": (None, [_vp]),
     "kvw_forward": (_int, [_vp, _u32, _vp, _vp, _vp, _u32, _vp, _vp]),
+    "kvw_batch_open": (_int, [_vp, _u32, _vp, _vpp]),
+    "kvw_batch_close": (None, [_vp]),
+    "kvw_batch_forward": (_int, [_vp, _vpp, _u32, _u32, _vp, _vp, _vp, _vp, _vp]),
     "kvw_flush": (_int, [_vp, _u64]),
     "kvw_last_picks": (_int, [_vp, _u32, C.POINTER(u32p), u32p]),
     "kvw_seq_stats": (_int, [_vp, C.POINTER(WorkerStats)]),

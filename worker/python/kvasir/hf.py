@@ -66,8 +66,8 @@ class RawRotary(nn.Module):
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """
-    The registered function: query [1, Hq, T, d], key and value [1, Hkv, T, d], before RoPE.
-    Returns ([1, T, Hq, d], None).
+    The registered function: query [B, Hq, T, d], key and value [B, Hkv, T, d], before RoPE.
+    Returns ([B, T, Hq, d], None).
     """
     cache = hf_cache.current()
     if cache is None:
@@ -79,6 +79,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     geometry = cache.attachment.geometry
     if scaling is not None and abs(scaling - geometry.attention_scale) > 1e-6:
         raise UnsupportedModel(f"layer {module.layer_idx} scales attention by {scaling}")
+    if query.shape[0] > 1:
+        return cache.forward(module.layer_idx, query, key, value), None
     rows = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
     out = cache.sequence.forward(module.layer_idx, *rows)
     if cache.attachment.observer is not None:
@@ -92,7 +94,10 @@ def register():
 
 
 class Observer:
-    """Sees what passes by; both slots are optional to override. Set Attachment.observer."""
+    """
+    Sees what passes by, of caches of one sequence; both slots are optional to override. Set
+    Attachment.observer.
+    """
 
     def on_pass(self, cache, ids):
         """Before a pass over ids [n]; cache.n_tokens is the first one's position."""
@@ -113,21 +118,22 @@ class Attachment:
     def cache(self, tokens=(), adapter=None, salt=None):
         """
         A KvasirCache over a prompt's token ids, all of it, known beforehand (may be empty):
-        .n_reused of them are in the store and need no prefill. adapter: id and revision of the
-        weights that were put on the model after attach (LoRA); salt: of a user or session. Caches
-        share blocks only where both are equal.
+        .n_reused of them are in the store and need no prefill. ids [B, n] of B prompts of one
+        length: a cache of B sequences, of which .n_reused is what all have. adapter: id and
+        revision of the weights that were put on the model after attach (LoRA); salt: of a user or
+        session. Caches share blocks only where both are equal.
         """
-        if hasattr(tokens, "dim") and tokens.dim() == 2:
-            tokens = tokens[0]
-        return KvasirCache(self, self.worker.sequence(tokens, adapter, salt))
+        prompts = tokens if hasattr(tokens, "dim") and tokens.dim() == 2 else [tokens]
+        return KvasirCache(self, hf_cache.open_alike(self.worker, prompts, adapter, salt))
 
     def prefill(self, cache, tokens, progress=None):
         """
-        Runs those of tokens that the cache lacks, in passes of chunk_tokens, without computing
-        logits. progress(n_done, n_total) is called after each pass. generate() wants at least one
-        token that was not run.
+        Runs those of tokens ([n], or [B, n] of B sequences) that the cache lacks, in passes of
+        chunk_tokens, without computing logits. progress(n_done, n_total) is called after each pass.
+        generate() wants at least one token that was not run.
         """
-        ids = torch.as_tensor(tokens).view(1, -1).to(hf_model.device_of(self._base))
+        ids = torch.as_tensor(tokens).to(hf_model.device_of(self._base))
+        ids = ids.view(len(cache.sequences), -1)
         end = ids.shape[1]
         with torch.inference_mode():
             while cache.n_tokens < end:
@@ -228,8 +234,9 @@ class Attachment:
 
     def _pass(self, stock, cache, ids, kwargs):
         n = ids.shape[1]
-        cache.sequence.tokens(ids[0])
-        if self.observer is not None:
+        for sequence, row in zip(cache.sequences, ids.cpu()):
+            sequence.tokens(row)
+        if self.observer is not None and len(ids) == 1:
             self.observer.on_pass(cache, ids[0])
         hf_cache.set_current(cache)
         try:
@@ -246,22 +253,24 @@ class Attachment:
 def _check_input(cache, input_ids, attention_mask, position_ids, inputs_embeds, kwargs):
     if input_ids is None or inputs_embeds is not None:
         raise ValueError("kvasir: input_ids are needed: token ids name the blocks in the store")
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+    if input_ids.dim() != 2 or input_ids.shape[0] != len(cache.sequences):
         raise ValueError(
-            f"kvasir: one sequence at a time, not a batch of {input_ids.shape[0]}; "
-            "beam search and num_return_sequences need batches, too"
+            f"kvasir: input_ids of {input_ids.shape[0]} sequences, but the cache has "
+            f"{len(cache.sequences)}: give cache() the prompts of all, [B, tokens]; beam search "
+            "and num_return_sequences would need copies of a sequence"
         )
     if attention_mask is not None:
         mask = torch.as_tensor(attention_mask)
         if mask.dim() != 2 or not bool((mask != 0).all()):
             raise ValueError(
-                "kvasir: padding is not supported: the attention mask must be all "
-                "ones, [1, tokens], or absent (generate() guesses one from pad tokens in "
-                "the prompt unless it is given)"
+                "kvasir: padding is not supported (prompts of a batch have one length): the "
+                "attention mask must be all ones, [B, tokens], or absent (generate() guesses one "
+                "from pad tokens in the prompt unless it is given)"
             )
     if position_ids is not None:
         want = torch.arange(cache.n_tokens, cache.n_tokens + input_ids.shape[1])
-        if not torch.equal(position_ids.reshape(-1).cpu(), want):
+        rows = position_ids.reshape(-1, len(want)).cpu()
+        if not torch.equal(rows, want.expand(len(rows), -1)):
             raise ValueError(f"kvasir: positions must go on from {cache.n_tokens} without gaps")
     if kwargs.get("output_attentions"):
         raise ValueError("kvasir: attention weights are never computed as a whole")

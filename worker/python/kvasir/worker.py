@@ -104,10 +104,11 @@ class Worker:
     all that share the store. Other keywords are those of kvw_opts: revision,
     index ("exact", "compressed", "reranked"), projection (path), policy ("fail", "drop"), promise
     ("memory", "durable"), fetch_timeout_s, put_timeout_s, reselect_cos (theta of TokenSelect's
-    Selection Cache; 0: off; the paper uses 0.9), backend ("cpu"; "cuda", "cuda:1": passes and steps
-    on a GPU), device_memory (1: k, v, q, out and lse are torch tensors on that GPU, used in order
-    on what was torch's current stream when the sequence was opened, which must be current in its
-    calls), way (how rows that are not resident are
+    Selection Cache; 0: off; the paper uses 0.9), row_dtype ("i8" or "e4m3": rows are kept, stored
+    and moved coded, a byte an element and a scale a head; not with index "exact"), backend ("cpu";
+    "cuda", "cuda:1": passes and steps on a GPU), device_memory (1: k, v, q, out and lse are torch
+    tensors on that GPU, used in order on what was torch's current stream when the sequence was
+    opened, which must be current in its calls), way (how rows that are not resident are
     reached: "auto", "rows", "near", "shm", "rdma"), and the counts (n_sink, n_recent, k, eps,
     chunk_tokens, block_tokens, ...). Blocks; raises KvasirError.
 
@@ -135,6 +136,7 @@ class Worker:
         all_reduce=None,
         way=None,
         server_names=None,
+        row_dtype=None,
         **counts,
     ):
         self._handle = None
@@ -169,6 +171,7 @@ class Worker:
             reselect_cos=reselect_cos,
             put_timeout_ns=_lib.ns(put_timeout_s),
             way=_bytes(way),
+            row_dtype=_choice("row_dtype", _abi.ROW_DTYPE, row_dtype),
             **counts,
         )
         if self._group is not None:
@@ -243,6 +246,7 @@ class Sequence:
     def __init__(self, worker, tokens, adapter=None, salt=None):
         self._handle = None
         self._dropped = []  # steps that nobody holds any more
+        home = self.home = [None]  # of the batch that it is in (batch.Home)
         self.worker = worker
         lib, ids, ptr, reused = _lib.load(), tensors.token_ids(tokens), ctypes.c_void_p(), _u32()
         self._stream = None if worker.device == "cpu" else tensors.current_stream(worker.device)
@@ -259,8 +263,14 @@ class Sequence:
                 owner, ctypes.byref(opts), ctypes.byref(ptr), ctypes.byref(reused)
             )
             _lib.check(code, "kvw_seq_open")
+            destroy = lib.kvw_seq_destroy
+
+            def leave(pointer):
+                with contextlib.nullcontext() if home[0] is None else home[0].alone():
+                    destroy(pointer)
+
             self._handle = Handle(
-                "kvw_seq", "the sequence", ptr, lib.kvw_seq_destroy, worker.handle, exclusive=True
+                "kvw_seq", "the sequence", ptr, leave, worker.handle, exclusive=True
             )
         self.n_reused = reused.value
 
@@ -297,32 +307,37 @@ class Sequence:
 
     def address(self, what, x, dtype, shape, writable=False):
         """That of an array which the sequence's calls read or write, in order on its stream."""
-        device = self.worker.device
-        if self._stream is not None and tensors.current_stream(device) != self._stream:
-            raise ValueError(f"{what}: torch's stream is another than when the sequence was opened")
-        return tensors.address(what, x, dtype, shape, writable, device)
+        self._check_stream()
+        return tensors.address(what, x, dtype, shape, writable, self.worker.device)
+
+    def _check_stream(self):
+        """Once a call: torch takes some microseconds to say which one is current."""
+        if self._stream is None:
+            return
+        if tensors.current_stream(self.worker.device) != self._stream:
+            raise ValueError("torch's stream is another than when the sequence was opened")
 
     def _kv(self, what, x, n):
-        g = self.worker.geometry
-        return self.address(what, x, self.worker.dtype, (n, g.n_kv_heads, g.head_dim))
+        w, g = self.worker, self.worker.geometry
+        return tensors.address(what, x, w.dtype, (n, g.n_kv_heads, g.head_dim), False, w.device)
 
     def _q(self, what, x, n, writable=False):
-        shape = (n, self.worker.geometry.n_q_heads, self.worker.geometry.head_dim)
-        return self.address(what, x, self.worker.dtype, shape, writable)
+        w, g = self.worker, self.worker.geometry
+        return tensors.address(what, x, w.dtype, (n, g.n_q_heads, g.head_dim), writable, w.device)
 
     def append(self, layer, k, v):
         """The pass's K (before RoPE) and V in one layer: [n, n_kv_heads, head_dim]."""
         n = len(k)
+        self._check_stream()
         self._call("kvw_append", layer, self._kv("k", k, n), self._kv("v", v, n), n)
 
     def append_chunks(self, layer, k, v, landmarks):
         """append of whole chunks of 64 tokens, with their landmarks [n / 64, landmark_dim] float32
         (selectors of chunks)."""
         n, width = len(k), self.worker.landmark_dim
+        self._check_stream()
         marks = tensors.address("landmarks", landmarks, "float32", (n // 64, width))
-        self._call(
-            "kvw_append_chunks", layer, self._kv("k", k, n), self._kv("v", v, n), marks, n
-        )
+        self._call("kvw_append_chunks", layer, self._kv("k", k, n), self._kv("v", v, n), marks, n)
 
     def step(self, layer, q):
         """Begins attention of q [n, n_q_heads, head_dim], real or predicted. A Step."""
@@ -331,6 +346,7 @@ class Sequence:
     def forward(self, layer, q, k, v, out=None, lse=None):
         """append, then a whole step. Returns out [n, n_q_heads, head_dim], new unless given."""
         n = len(q)
+        self._check_stream()
         out = tensors.empty_like(q, tuple(q.shape)) if out is None else out
         self._call(
             "kvw_forward",
@@ -348,7 +364,7 @@ class Sequence:
         if lse is None:
             return None
         shape = (n, self.worker.geometry.n_q_heads)
-        return self.address("lse", lse, "float32", shape, writable=True)
+        return tensors.address("lse", lse, "float32", shape, True, self.worker.device)
 
     def flush(self, timeout_s=None):
         """Waits until every full block has been acknowledged."""
@@ -407,6 +423,7 @@ class Step:
 
     def __init__(self, sequence, layer, q):
         self.sequence, self._n = sequence, len(q)
+        sequence._check_stream()
         address, ptr = sequence._q("q", q, self._n), ctypes.c_void_p()
         with sequence._handle:
             sequence._call("kvw_step_begin", layer, address, self._n, ctypes.byref(ptr))
@@ -431,6 +448,7 @@ class Step:
 
     def attend(self, q):
         """Attends over resident rows with the real q."""
+        self.sequence._check_stream()
         address = self.sequence._q("q", q, self._n)
         with self.sequence._handle:
             _lib.check(_lib.load().kvw_step_attend(self._pointer(), address), "kvw_step_attend")
@@ -447,6 +465,7 @@ class Step:
 
     def finish(self, q, out=None, lse=None):
         """Waits for the misses; returns out like q."""
+        self.sequence._check_stream()
         out = tensors.empty_like(q, tuple(q.shape)) if out is None else out
         args = (
             self.sequence._q("q", q, self._n),
