@@ -3,6 +3,7 @@
 import os
 import tempfile
 import unittest
+from types import SimpleNamespace
 
 import need
 
@@ -86,6 +87,18 @@ class IndexModel(unittest.TestCase):
         x[3] = 0
         error = (index_model.quantise(x) - x).abs().amax(1)
         self.assertTrue((error <= x.abs().amax(1) / 127 * 0.51).all())
+
+    def test_every_form_has_its_steps(self):
+        x = torch.randn(50, 64)
+        largest = x.abs().amax(1, keepdim=True)
+        int4 = index_model.quantise(x, "int4")
+        self.assertTrue(((int4 - x).abs() <= largest / 7 * 0.51).all())
+        self.assertLessEqual(max(len(row.unique()) for row in int4), 15)
+        e4m3 = index_model.quantise(x, "e4m3")
+        self.assertTrue(((e4m3 - x).abs() <= x.abs() / 15.9 + largest / 448 * 2**-9).all())
+        self.assertGreater(float((e4m3 - x).abs().max()), 0)
+        bytes_of = [index_model.row_bytes(3, 64, form) for form in ("int8", "e4m3", "int4")]
+        self.assertEqual(bytes_of, [198, 198, 102])
 
 
 class Artefact(unittest.TestCase):
@@ -195,6 +208,14 @@ class QualityTable(unittest.TestCase):
         exact = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
         picks = torch.tensor([[3, 2, 9, 8], [7, 6, 5, 4]])
         self.assertEqual(quality.recall_of(picks, exact, 10), 0.75)
+
+    def test_the_last_candidates(self):
+        geometry = SimpleNamespace(rope=kvasir.Rope(10000.0), head_dim=16)
+        k, q = torch.randn(2, 40, 1, 16), torch.randn(2, 8, 2, 16)
+        whole = quality.Context(geometry, k, q, 4)
+        torch.testing.assert_close(whole.candidates(1), k[1, 4:32])
+        torch.testing.assert_close(whole.last(10).candidates(1), k[1, 22:32])
+        self.assertEqual(len(whole.candidates(1)), 28)
 
     def test_means_and_the_worst_layer(self):
         text = quality.markdown("ESA", self.table(), 384)

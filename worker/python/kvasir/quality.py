@@ -9,6 +9,7 @@ the position that it has, or would have, in the renumbered list of the exact pic
 
 import argparse
 from collections import defaultdict
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,15 @@ class Context:
     """
 
     def __init__(self, geometry, k, q_tail, n_sink):
-        self.geometry, self.k, self.q_tail = geometry, k, q_tail
+        self.geometry, self.k, self.q_tail, self.n_sink = geometry, k, q_tail, n_sink
         self.first, self.end = n_sink, k.shape[1] - q_tail.shape[1]
-        self.freq = hf_model.inv_freq(geometry.rope, geometry.head_dim)
+        self.freq = hf_model.inv_freq(geometry.rope, geometry.head_dim).to(k.device)
+
+    def last(self, n):
+        """The same queries over the last n candidates only."""
+        context = copy(self)
+        context.first = self.end - n
+        return context
 
     def candidates(self, layer):
         """Raw keys that selectors choose among."""
@@ -66,9 +73,13 @@ class _Recorder(Observer):
             self.q[layer].append(q[max(0, self.tail_from - cache.n_tokens) :].clone())
 
 
-def run_sparse(model, ids, tail, n_sink, progress):
-    """A Context of ids run through Kvasir: TokenSelect over exact keys, all rows resident."""
-    with attach(model, selector="tokenselect", index="exact") as attachment:
+def run_sparse(model, ids, tail, n_sink, progress, client=None, **options):
+    """
+    A Context of ids run through Kvasir: TokenSelect over exact keys, or as options of attach say;
+    without a client all rows are resident.
+    """
+    options = options or {"selector": "tokenselect", "index": "exact"}
+    with attach(model, client, **options) as attachment:
         recorder = _Recorder(attachment.geometry, len(ids) - tail)
         attachment.observer = recorder
         with attachment.cache() as cache:
@@ -100,11 +111,14 @@ def tokenselect_mass(context, q, k, exact_picks, n_sink, n_recent):
     half = torch.view_as_complex(torch.stack((k[..., : d // 2], k[..., d // 2 :]), -1).contiguous())
     n_picks, out = exact_picks.shape[1], []
     table = torch.polar(
-        torch.ones(1), (torch.arange(n_sink + n_picks + 1)[:, None].double() * context.freq).float()
+        torch.ones(1, device=k.device),
+        (
+            torch.arange(n_sink + n_picks + 1, device=k.device)[:, None].double() * context.freq
+        ).float(),
     )
     queries = hf_model.rotate(q, n_sink + n_picks + n_recent - 1, context.freq)
     for i in range(len(q)):
-        taken = torch.zeros(len(k), dtype=torch.int64)
+        taken = torch.zeros(len(k), dtype=torch.int64, device=k.device)
         taken[exact_picks[i]] = 1
         positions = n_sink + taken.cumsum(0) - taken
         turned = half * table[positions][:, None]
@@ -116,7 +130,7 @@ def tokenselect_mass(context, q, k, exact_picks, n_sink, n_recent):
 
 def recall_of(picks, exact_picks, n):
     """Share of exact_picks [m, k] that picks [m, k] hold, mean over m."""
-    mark = torch.zeros(len(picks), n).scatter_(1, exact_picks, 1.0)
+    mark = torch.zeros(len(picks), n, device=picks.device).scatter_(1, exact_picks, 1.0)
     return float(mark.gather(1, picks).mean())
 
 
@@ -161,13 +175,13 @@ def _score_row(table, row, picks_of, exact, mass_of):
         )
 
 
-def _columns(proj, layer, dims):
+def _columns(proj, layer, dims, device="cpu"):
     """A, B [heads, d_in, dims] of a layer as tensors."""
-    return (torch.tensor(proj.a[layer, ..., :dims]), torch.tensor(proj.b[layer, ..., :dims]))
+    return tuple(torch.tensor(x[layer, ..., :dims], device=device) for x in (proj.a, proj.b))
 
 
-def esa_layer(table, context, layer, proj, dims_list, far, n_singles):
-    """Rows of ESA in one layer, for single queries and one chunk."""
+def esa_layer(table, context, layer, proj, indexes, far, n_singles):
+    """Rows of ESA in one layer, for single queries and one chunk; indexes: (dims, form)."""
     k = context.candidates(layer)
     singles, chunk = context.singles(layer, n_singles), context.chunk(layer)
     p_single = esa_mass(context, singles, k, far)
@@ -176,10 +190,11 @@ def esa_layer(table, context, layer, proj, dims_list, far, n_singles):
         q = context.rotated(q, proj.rope)
         whole = index_model.esa_scores(q, k)
         exact = whole if kind == "decode" else index_model.esa_chunk(whole)[None]
-        for dims in dims_list:
-            scores = index_model.esa_scores(q, k, *_columns(proj, layer, dims))
+        for dims, form in indexes:
+            scores = index_model.esa_scores(q, k, *_columns(proj, layer, dims, k.device), form)
             scores = scores if kind == "decode" else index_model.esa_chunk(scores)[None]
-            row = (kind, f"d'={dims}", index_model.row_bytes(1, dims))
+            name = f"d'={dims}" if form == "int8" else f"d'={dims} {form}"
+            row = (kind, name, index_model.row_bytes(1, dims, form))
             _score_row(
                 table, row, lambda n, s=scores: s.topk(n, 1).indices, exact, lambda _, p=p: p
             )
@@ -202,12 +217,12 @@ def tokenselect_layer(table, context, layer, proj, dims_list, pairs, n_recent, n
             n = picks.shape[1]
             if n not in masses:
                 each = picks.expand(len(real), -1)
-                p = tokenselect_mass(context, real, k, each, context.first, n_recent)
+                p = tokenselect_mass(context, real, k, each, context.n_sink, n_recent)
                 masses[n] = p if len(picks) == len(real) else p.mean(0, keepdim=True)
             return masses[n]
 
         logits = {
-            n: index_model.vote_logits(q, k, *_columns(proj, layer, n))
+            n: index_model.vote_logits(q, k, *_columns(proj, layer, n, k.device))
             for n in {*dims_list, *(n for pair in pairs for n in pair)}
         }
         for dims in dims_list:
@@ -278,21 +293,33 @@ def parser():
     )
     p.add_argument("--model", required=True)
     p.add_argument("--text", required=True)
-    p.add_argument("--length", type=int, default=32768, help="candidates, tokens")
+    p.add_argument(
+        "--length",
+        type=int,
+        nargs="+",
+        default=[32768],
+        help="candidates, tokens; the text is read once, and the shorter ones are its end",
+    )
     p.add_argument("--skip-chars", type=int, default=0)
     p.add_argument("--esa", help="a projection of form shared")
     p.add_argument("--tokenselect", help="a projection of form per_head")
     p.add_argument(
         "--source",
-        choices=("kvasir", "windows"),
+        choices=("kvasir", "esa-cuda", "windows"),
         default="kvasir",
-        help="run the text through Kvasir, or in windows with full attention",
+        help="run the text through Kvasir (TokenSelect over exact keys on the CPU; or ESA, k = "
+        "2,048, with the first of --dims, on a GPU, where all is measured, too), or in windows "
+        "with full attention",
     )
+    p.add_argument("--server", help="of esa-cuda: the rows' cachesvc, a URI")
     p.add_argument("--tail", type=int, default=1024, help="last tokens, whose queries are used")
     p.add_argument("--sink", type=int, default=128)
     p.add_argument("--recent", type=int, default=512, help="TokenSelect's n_recent")
     p.add_argument("--far", type=int, default=4096, help="ESA's far_position")
     p.add_argument("--dims", type=int, nargs="+", default=[6, 14, 22, 30, 46, 62, 94])
+    p.add_argument(
+        "--forms", nargs="+", default=["int8"], choices=sorted(index_model.FORMS), help="of --dims"
+    )
     p.add_argument("--per-head-dims", type=int, nargs="+", default=[16, 24, 32, 48])
     p.add_argument("--rerank", type=int, nargs="*", default=[16, 48], help="pairs: scan, finer")
     p.add_argument("--queries", type=int, default=24)
@@ -305,15 +332,53 @@ def parser():
 
 def _context(args):
     model, tokenizer = calibrate.load_model(args.model, args.dtype)
-    n = args.sink + args.length + args.tail
+    n = args.sink + max(args.length) + args.tail
     ids = calibrate.token_slice(tokenizer, args.text, n, args.skip_chars)
     if len(ids) < n:
         raise SystemExit(f"the text has {len(ids)} tokens, {n} are needed")
     bar = Bar("reading", n, "tokens")
-    run = run_sparse if args.source == "kvasir" else run_windows
-    context = run(model, torch.tensor(ids), args.tail, args.sink, bar)
+    run, options = run_windows if args.source == "windows" else run_sparse, {}
+    if args.source == "esa-cuda":
+        options = dict(selector="esa", backend="cuda", index="compressed", client=args.server)
+        options |= dict(projection=args.esa, index_dims=args.dims[0], k=KS[-1], eps=1)
+        options |= dict(n_sink=args.sink, n_recent=args.far, max_tokens=n)
+        model = model.to("cuda")
+    context = run(model, torch.tensor(ids), args.tail, args.sink, bar, **options)
     bar.close()
     return context
+
+
+def measure(context, args, esa, votes):
+    """(table of ESA, table of TokenSelect) of a context; a projection may be None."""
+    tables, layers = (Table(), Table()), args.layers or range(context.geometry.n_layers)
+    pairs = list(zip(args.rerank[::2], args.rerank[1::2]))
+    n_votes = max(1, args.queries // 2)
+    bar = Bar("measuring", len(layers), "layers")
+    for done, layer in enumerate(layers):
+        if esa is not None:
+            indexes = [(n, form) for n in args.dims if n <= esa.dims for form in args.forms]
+            esa_layer(tables[0], context, layer, esa, indexes, args.far, args.queries)
+        if votes is not None:
+            dims = [n for n in args.per_head_dims if n <= votes.dims]
+            of = (context, layer, votes, dims, pairs, args.recent, n_votes)
+            tokenselect_layer(tables[1], *of)
+        bar(done + 1, len(layers))
+    bar.close()
+    return tables
+
+
+def report(context, args, tables):
+    """Prints the tables; returns the lines of every layer."""
+    g, layers = context.geometry, args.layers or range(context.geometry.n_layers)
+    how = "read in windows of 4,096" if args.source == "windows" else "read through Kvasir"
+    print(
+        f"{context.end - context.first} candidates, {how}; {args.queries} single queries and one "
+        f"chunk of {CHUNK} per layer, {len(layers)} layers.\n"
+    )
+    titles = (f"ESA, far_position {args.far}", f"TokenSelect, n_recent {args.recent}")
+    made = [pair for pair in zip(titles, tables) if pair[1].cells]
+    print("\n\n".join(markdown(title, table, g.row_bytes // 2) for title, table in made) + "\n")
+    return "\n".join(per_layer(title, table, layers) for title, table in made)
 
 
 def main(argv=None):
@@ -325,42 +390,15 @@ def main(argv=None):
     votes = projection.read(args.tokenselect) if args.tokenselect else None
     if esa is None and votes is None:
         raise SystemExit("give --esa, --tokenselect or both")
-    context, tables = _context(args), (Table(), Table())
-    pairs = list(zip(args.rerank[::2], args.rerank[1::2]))
-    layers = args.layers or range(context.geometry.n_layers)
-    bar = Bar("measuring", len(layers), "layers")
+    if args.source == "esa-cuda" and not args.esa:
+        raise SystemExit("--source esa-cuda reads with --esa")
+    whole, every = _context(args), []
     with torch.inference_mode():
-        for done, layer in enumerate(layers):
-            if esa is not None:
-                dims = [n for n in args.dims if n <= esa.dims]
-                esa_layer(tables[0], context, layer, esa, dims, args.far, args.queries)
-            if votes is not None:
-                dims = [n for n in args.per_head_dims if n <= votes.dims]
-                tokenselect_layer(
-                    tables[1],
-                    context,
-                    layer,
-                    votes,
-                    dims,
-                    pairs,
-                    args.recent,
-                    max(1, args.queries // 2),
-                )
-            bar(done + 1, len(layers))
-    bar.close()
-    g = context.geometry
-    exact_bytes = g.row_bytes // 2
-    how = "read through Kvasir" if args.source == "kvasir" else "read in windows of 4,096"
-    print(
-        f"{context.end - context.first} candidates, {how}; {args.queries} single queries and one "
-        f"chunk of {CHUNK} per layer, {len(layers)} layers.\n"
-    )
-    titles = (f"ESA, far_position {args.far}", f"TokenSelect, n_recent {args.recent}")
-    made = [pair for pair in zip(titles, tables) if pair[1].cells]
-    print("\n\n".join(markdown(title, table, exact_bytes) for title, table in made))
+        for n in args.length:
+            context = whole.last(n)
+            every.append(report(context, args, measure(context, args, esa, votes)))
     if args.per_layer:
-        text = "\n".join(per_layer(title, table, layers) for title, table in made)
-        Path(args.per_layer).write_text(text + "\n", encoding="utf-8")
+        Path(args.per_layer).write_text("\n".join(every) + "\n", encoding="utf-8")
     return 0
 
 
