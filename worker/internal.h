@@ -340,6 +340,8 @@ void kvwi_fetch_abandon(kvw_step *step);
 /* ways.c ----------------------------------------------------------------------------------------
  */
 
+/* How often a row that is fetched now will be used again without being fetched. */
+double kvwi_way_reuse(const kvw_seq *seq);
 /* The way that was asked for where it is possible to the server, else the cheapest; counted.
  * COUNT: none is possible. */
 kvc_way kvwi_way_choose(const kvw_worker *worker, uint32_t server, kvc_way_ask ask);

@@ -20,7 +20,7 @@
 #define GUESS_REUSE      2.0
 #define GUESS_REUSE_ROWS 256.0 /* what the guess weighs */
 
-static double reuse_of(const kvw_seq *seq)
+double kvwi_way_reuse(const kvw_seq *seq)
 {
     return ((double)seq->n_reused_rows + GUESS_REUSE * GUESS_REUSE_ROWS) /
            ((double)seq->n_fetched + GUESS_REUSE_ROWS);
@@ -42,7 +42,7 @@ static kvc_way_ask ask_of(const kvwi_leg *leg)
         .n_q = step->n_q,
         .q_bytes = n * head_bytes,
         .o_bytes = step->n_segments * n * (head_bytes + sizeof(float)),
-        .reuse = reuse_of(seq),
+        .reuse = kvwi_way_reuse(seq),
         .refused = leg->tried,
         .because = leg->why,
     };

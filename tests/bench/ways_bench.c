@@ -4,7 +4,8 @@
  * lmdb (through the page cache), beside a plain memcpy of the same rows: time, rows a second, CPU
  * seconds of both ends for a GiB of rows, bytes on the wire both ways. Then attention near the data
  * for 1 to 2,048 misses beside fetching them, and one core's attention beside its reads. What the
- * client does with fetched rows is in nobody's time; near the data the attention is.
+ * client does with fetched rows is in nobody's time; near the data the attention is. Where the
+ * server has a GPU, once more near the data by that, over PCIe and in its own memory.
  *
  * --quick: one short turn; --short: a few, for emulated machines. RDMA where KVASIR_RDMA_ADDRESS is
  * the address of a device. Every way's first answer is checked.
@@ -36,6 +37,12 @@ static uint32_t rounds = 15;
 
 /* ---- the table ------------------------------------------------------------------------------- */
 
+/* Whether the server's GPU attends: all that is timed then. */
+static bool by_gpu(const ways_rig *rig)
+{
+    return rig->tier == WAYS_GPU_DRAM || rig->tier == WAYS_GPU_TIER;
+}
+
 static uint32_t list_ways(ways_rig *rig, line *lines)
 {
     const bool chunks = rig->shape->chunks;
@@ -45,7 +52,7 @@ static uint32_t list_ways(ways_rig *rig, line *lines)
         bool mapped, framed, wanted;
     } all[] = {
         {"memcpy", NULL, WAYS_COPY, false, false, true},
-        {"shm, mapped", rig->shm_uri, WAYS_ROWS, true, true, !rig->lmdb},
+        {"shm, mapped", rig->shm_uri, WAYS_ROWS, true, true, rig->tier == WAYS_DRAM},
         {"shm, by request", rig->shm_uri, WAYS_ROWS, false, true, true},
         {"shm, whole blocks", rig->shm_uri, WAYS_BLOCKS, false, true, chunks},
 #ifdef KVASIR_GRPC
@@ -61,7 +68,7 @@ static uint32_t list_ways(ways_rig *rig, line *lines)
     };
     uint32_t n = 0;
     for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) {
-        if (all[i].wanted)
+        if (all[i].wanted && (!by_gpu(rig) || all[i].kind == WAYS_COPY || all[i].kind == WAYS_NEAR))
             lines[n++] = (line){.way = {.name = all[i].name,
                                         .uri = all[i].uri,
                                         .kind = all[i].kind,
@@ -137,16 +144,17 @@ static int count_rdma(ways_rig *rig, kvc_client *other, ways_way *way)
 
 static void print_line(const ways_rig *rig, line *l)
 {
+    static const char *const tiers[] = {"dram", "lmdb", "dram, GPU", "gpu, GPU"};
     uint64_t out = 0, in = 0;
     double us = bench_median(&l->us), bytes = (double)rig->shape->n_rows * rig->shape->row_bytes;
     if (l->way.uri != NULL)
         ways_count_bytes(&l->way, rig->picks[0], rig->shape->n_rows, l->way.n_requests, false, &out,
                          &in);
     (void)printf(
-        "| %-4s | %-19s | %-18s | %7.0f | %6.0fk | %5.2f | %4.2f | %6.3f | %7llu | %8llu |\n",
-        rig->lmdb ? "lmdb" : "dram", rig->shape->name, l->way.name, us,
-        rig->shape->n_rows / us * 1e3, bytes / us / 1e3, bench_median(&l->ratio),
-        l->cpu_s / (l->bytes / (1 << 30)), (unsigned long long)out, (unsigned long long)in);
+        "| %-9s | %-19s | %-18s | %7.0f | %6.0fk | %5.2f | %4.2f | %6.3f | %7llu | %8llu |\n",
+        tiers[rig->tier], rig->shape->name, l->way.name, us, rig->shape->n_rows / us * 1e3,
+        bytes / us / 1e3, bench_median(&l->ratio), l->cpu_s / (l->bytes / (1 << 30)),
+        (unsigned long long)out, (unsigned long long)in);
 }
 
 /* Of the whole connection: HTTP/2's own, and acknowledgements of it, too. */
@@ -166,16 +174,35 @@ static int print_tcp(ways_rig *rig, ways_way *way)
     return 0;
 }
 
+/* Until the server's GPU attends over every row: segments of dram are pinned as they are met. */
+static int wait_for_gpu(ways_rig *rig, ways_way *way)
+{
+    for (uint32_t i = 0; i < 2000; i++) {
+        uint64_t before = server_count(way->client, "rows_attended_gpu");
+        ways_choose(rig);
+        if (ways_ask(way, rig->picks[0], rig->shape->n_rows) != 0)
+            return 1;
+        if (server_count(way->client, "rows_attended_gpu") - before == rig->shape->n_rows)
+            return 0;
+    }
+    (void)fprintf(stderr, "ways_bench: the server's GPU does not attend over all rows\n");
+    return 1;
+}
+
 static int run_lines(ways_rig *rig, line *lines, uint32_t n)
 {
     int bad = 0;
     for (uint32_t i = 0; i < n && !bad; i++)
         bad = ways_open(&lines[i].way, rig);
+    if (by_gpu(rig) && !bad)
+        bad = wait_for_gpu(rig, &lines[n - 1].way);
     for (uint32_t i = 0; i <= rounds && !bad; i++)
         bad = take_round(rig, lines, n, i > 0);
     for (uint32_t i = 0; i < n && !bad; i++)
         print_line(rig, &lines[i]);
     for (uint32_t i = 0; i < n && !bad; i++) {
+        if (by_gpu(rig))
+            break;
         if (lines[i].way.uri == rig->daemon.uri)
             bad = print_tcp(rig, &lines[i].way);
         else if (lines[i].way.uri == rig->rdma_uri)
@@ -269,12 +296,25 @@ static int run_shape(ways_rig *rig, const ways_shape *shape)
     return bad;
 }
 
-static int run_tier(ways_rig *rig, bool lmdb, ways_core *core)
+/* Whether the server has a GPU that attends. */
+static bool has_gpu(const ways_rig *rig)
 {
-    int bad = ways_start(rig, lmdb);
-    for (uint32_t i = 0; i < SHAPES && !bad; i++)
+    kvc_client *client = NULL;
+    const kvc_client_opts opts = {.size_bytes = sizeof(opts), .uris = rig->shm_uri};
+    if (kvc_client_open(&opts, &client) != KVC_OK)
+        bench_die(kvc_last_error());
+    bool yes = server_count(client, "attend_gpu") != 0;
+    kvc_client_close(client);
+    return yes;
+}
+
+static int run_tier(ways_rig *rig, ways_tier tier, ways_core *core)
+{
+    int bad = ways_start(rig, tier);
+    bool all = bad || !by_gpu(rig) || has_gpu(rig);
+    for (uint32_t i = 0; i < SHAPES && !bad && all; i++)
         bad = run_shape(rig, &shapes[i]);
-    if (!bad && !lmdb) {
+    if (!bad && tier == WAYS_DRAM) {
         bad = ways_fill(rig, &shapes[0]);
 #ifdef KVASIR_GRPC
         bad = bad || compare_misses(rig, rig->daemon.uri, false, core);
@@ -333,9 +373,11 @@ int main(int argc, char **argv)
     int bad = prepare(&rig, quick, brief);
     print_head();
     ways_core *core = ways_core_open();
-    bad = bad || run_tier(&rig, false, core);
+    bad = bad || run_tier(&rig, WAYS_DRAM, core);
+    bad = bad || run_tier(&rig, WAYS_GPU_DRAM, core); /* nothing where the server has no GPU */
+    bad = bad || run_tier(&rig, WAYS_GPU_TIER, core);
 #ifdef KVASIR_LMDB
-    bad = bad || run_tier(&rig, true, core);
+    bad = bad || run_tier(&rig, WAYS_LMDB, core);
 #endif
     bench_remove_tree(rig.folder);
     if (!bad)

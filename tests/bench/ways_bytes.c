@@ -44,7 +44,7 @@ static uint64_t reply_bytes(const kvc_reply *reply)
 
 static void set_tier(const ways_way *way, kvc_reply *reply, uint32_t n)
 {
-    if (way->rig->lmdb)
+    if (way->rig->tier == WAYS_LMDB)
         reply->u.fetch_rows.rows_lmdb = n;
     else
         reply->u.fetch_rows.rows_dram = n;
@@ -91,7 +91,8 @@ static void count_blocks(const ways_way *way, const uint32_t *picks, uint32_t n,
         for (uint32_t i = 0; i < m; i++)
             values[i] = (kvc_block_value){.block = at + i,
                                           .part = WAYS_PART,
-                                          .tier = way->rig->lmdb ? KVC_TIER_LMDB : KVC_TIER_DRAM,
+                                          .tier = way->rig->tier == WAYS_LMDB ? KVC_TIER_LMDB
+                                                                              : KVC_TIER_DRAM,
                                           .len_bytes = bytes};
         reply.u.fetch_blocks.values = values;
         reply.u.fetch_blocks.n_values = m;

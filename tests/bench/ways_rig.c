@@ -33,7 +33,7 @@ static kvc_client_opts options(const char *uri)
 /* ---- the server ------------------------------------------------------------------------------
  */
 
-int ways_start(ways_rig *rig, bool lmdb)
+int ways_start(ways_rig *rig, ways_tier tier)
 {
     char listen[1100], path[300];
     const char *args[] = {"--listen",
@@ -57,13 +57,19 @@ int ways_start(ways_rig *rig, bool lmdb)
         size_t len = strlen(listen);
         (void)snprintf(listen + len, sizeof(listen) - len, ",%s", rig->rdma_uri);
     }
-    if (lmdb) {
+    if (tier == WAYS_GPU_DRAM || tier == WAYS_GPU_TIER) {
+        args[6] = "--attend-gpu-bytes";
+        args[7] = tier == WAYS_GPU_DRAM ? rig->dram_bytes : "1";
+        args[8] = "--gpu-bytes";
+        args[9] = tier == WAYS_GPU_DRAM ? "0" : rig->dram_bytes;
+    }
+    if (tier == WAYS_LMDB) {
         args[6] = "--lmdb-path";
         args[7] = path;
         args[8] = "--lmdb-bytes";
         args[9] = "2GiB";
     }
-    rig->lmdb = lmdb;
+    rig->tier = tier;
     return support_daemon_start(&rig->daemon, rig->folder, args) ? 0 : 1;
 }
 
@@ -137,14 +143,27 @@ static int put_values(ways_rig *rig, kvc_client *client, kvc_region *src)
     kvc_op op;
     kvc_op_init(&op, NULL, NULL);
     bad = bad ||
-          kvc_put(client, &rig->schema, rig->lmdb ? KVC_PROMISE_DURABLE : KVC_PROMISE_MEMORY,
-                  values, n, src, status, 0, &op) != KVC_OK ||
+          kvc_put(client, &rig->schema,
+                  rig->tier == WAYS_LMDB ? KVC_PROMISE_DURABLE : KVC_PROMISE_MEMORY, values, n, src,
+                  status, 0, &op) != KVC_OK ||
           kvc_op_wait(&op, 0) != KVC_OK;
     for (uint32_t i = 0; i < n && !bad; i++)
         bad = status[i] != KVC_OK && status[i] != KVC_EXISTS;
     free(values);
     free(status);
     return bad ? failed("put") : 0;
+}
+
+/* Copies in the gpu tier. */
+static int raise_values(ways_rig *rig, kvc_client *client)
+{
+    kvc_prefetch_info info = {0};
+    kvc_op op;
+    kvc_op_init(&op, NULL, NULL);
+    bool bad = kvc_prefetch_blocks(client, &rig->schema, rig->digests, rig->shape->n_blocks, NULL,
+                                   0, KVC_TIER_GPU, &info, 0, &op) != KVC_OK ||
+               kvc_op_wait(&op, 0) != KVC_OK || info.left != 0;
+    return bad ? failed("copies in the gpu tier") : 0;
 }
 
 int ways_fill(ways_rig *rig, const ways_shape *shape)
@@ -168,12 +187,13 @@ int ways_fill(ways_rig *rig, const ways_shape *shape)
               kvc_region_register(client, &desc, &src) != KVC_OK;
     bad = bad ? failed("a client to put by") : register_schema(rig, client);
     bad = bad || put_values(rig, client, src);
+    bad = bad || (rig->tier == WAYS_GPU_TIER && raise_values(rig, client));
     if (client != NULL)
         (void)kvc_region_deregister(client, src);
     kvc_client_close(client);
-    if (!bad && rig->lmdb) {
+    if (!bad && rig->tier == WAYS_LMDB) {
         ways_stop(rig);
-        bad = ways_start(rig, true);
+        bad = ways_start(rig, WAYS_LMDB);
     }
     return bad;
 }
@@ -330,10 +350,14 @@ int ways_ask(ways_way *way, const uint32_t *picks, uint32_t n)
     if (st != KVC_OK)
         return failed(way->name);
     way->n_requests = info.requests;
-    if ((way->rig->lmdb ? info.rows_lmdb : info.rows_dram) != n || way->mapped != !info.requests) {
-        (void)fprintf(stderr,
-                      "ways_bench: %s: %u rows came from dram, %u from lmdb, by %u requests\n",
-                      way->name, info.rows_dram, info.rows_lmdb, info.requests);
+    uint32_t from_tier = way->rig->tier == WAYS_LMDB       ? info.rows_lmdb
+                         : way->rig->tier == WAYS_GPU_TIER ? info.rows_gpu
+                                                           : info.rows_dram;
+    if (from_tier != n || way->mapped != !info.requests) {
+        (void)fprintf(
+            stderr,
+            "ways_bench: %s: %u rows came from gpu, %u from dram, %u from lmdb, by %u requests\n",
+            way->name, info.rows_gpu, info.rows_dram, info.rows_lmdb, info.requests);
         return 1;
     }
     return 0;

@@ -22,6 +22,9 @@ typedef struct ways_shape {
     bool chunks;                         /* n_rows are whole chunks, which are blocks */
 } ways_shape;
 
+/* Where the server has the rows; the last two: its GPU attends over them, in dram, in its tier. */
+typedef enum ways_tier { WAYS_DRAM, WAYS_LMDB, WAYS_GPU_DRAM, WAYS_GPU_TIER } ways_tier;
+
 typedef enum ways_kind { WAYS_COPY, WAYS_ROWS, WAYS_BLOCKS, WAYS_NEAR } ways_kind;
 
 struct ways_rig;
@@ -41,7 +44,7 @@ typedef struct ways_rig {
     char folder[256], shm_uri[300], unix_uri[300], rdma_uri[128];
     support_daemon daemon;
     const char *dram_bytes;
-    bool lmdb;        /* rows come from there, through the page cache */
+    ways_tier tier;   /* lmdb: through the page cache */
     bool has_rdma;    /* rdma_uri is that of a device here */
     uint32_t repeats; /* requests of a turn */
     const ways_shape *shape;
@@ -54,9 +57,10 @@ typedef struct ways_rig {
 } ways_rig;
 
 /* 0 on success, as everywhere here; else stderr says why. */
-int ways_start(ways_rig *rig, bool lmdb);
+int ways_start(ways_rig *rig, ways_tier tier);
 void ways_stop(ways_rig *rig);
-/* Values of a shape, put; with lmdb the server is started again, so that dram has none of them. */
+/* Values of a shape, put; with lmdb the server is started again, so that dram has none of them;
+   with a gpu tier copies are made there. */
 int ways_fill(ways_rig *rig, const ways_shape *shape);
 void ways_empty(ways_rig *rig);
 int ways_open(ways_way *way, ways_rig *rig);

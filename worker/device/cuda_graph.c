@@ -81,10 +81,10 @@ static kvc_status resolve(const kvw_worker *w, const kvwi_lane *lane, kvk_stream
 }
 
 /* early: the frame is not the op before. */
-static kvc_status attend(const kvw_worker *w, const kvwi_lane *lane, bool early, kvk_stream *stream)
+static kvk_cuda_attend_args attend_args(const kvw_worker *w, const kvwi_lane *lane, bool early)
 {
     const kvw_opts *o = &w->opts;
-    const kvk_cuda_attend_args args = {
+    return (kvk_cuda_attend_args){
         .n_seqs = lane->n_seqs,
         .n_q_heads = o->n_q_heads,
         .n_kv_heads = o->n_kv_heads,
@@ -118,7 +118,23 @@ static kvc_status attend(const kvw_worker *w, const kvwi_lane *lane, bool early,
                    .counts = lane->counts,
                    .done = lane->done},
     };
+}
+
+static kvc_status attend(const kvw_worker *w, const kvwi_lane *lane, bool early, kvk_stream *stream)
+{
+    const kvk_cuda_attend_args args = attend_args(w, lane, early);
     return kvk_cuda_attend(w->device->cuda, &args, stream);
+}
+
+kvc_status kvwi_cuda_partial(const kvw_worker *w, uint32_t layer, const kvwi_lane *lane, float *o,
+                             float *lse, kvk_stream *stream)
+{
+    kvk_cuda_attend_args args = attend_args(w, lane, false);
+    args.o = o;
+    args.lse = lse;
+    args.result = (kvk_cuda_result){.out = NULL};
+    kvc_status st = frame(w, layer, lane, KVWI_ATTEND, stream);
+    return st == KVC_OK ? kvk_cuda_attend(w->device->cuda, &args, stream) : st;
 }
 
 static kvc_status enqueue(const kvw_worker *w, uint32_t layer, const kvwi_lane *lane,

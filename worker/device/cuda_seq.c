@@ -164,6 +164,9 @@ kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream)
     for (uint32_t i = 0; st == KVC_OK && i < o->n_layers; i++) {
         st = kvwi_cuda_layer_open(seq, &d->layers[i]);
     }
+    if (st == KVC_OK) {
+        st = kvwi_cuda_near_open(seq);
+    }
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "memory of a sequence");
 }
 
@@ -218,6 +221,7 @@ void kvwi_cuda_seq_close(kvw_seq *seq)
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->near_pos);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->ring_list);
     kvwi_cuda_prefill_close(seq);
+    kvwi_cuda_near_close(seq);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->frame_space);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->attend_space);
     kvk_cuda_stream_destroy(cuda, d->capture);

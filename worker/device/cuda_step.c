@@ -4,10 +4,10 @@
  * Runs on the sequence's thread. Where every block has an address that the device can read, nothing
  * comes back to the host before the result: the attention brings what is missing. Else the list of
  * what it cannot reach comes to the host once, and a fetch brings those rows to pinned staging,
- * which the device sees as more blocks. The host waits for the device once a step, or twice with a
- * fetch. Rows read from a server's memory count only if the map still holds afterwards; else they
- * are forgotten and the step is done again. Invariant: between steps every row that the tables call
- * resident is in its slot.
+ * which the device sees as more blocks; or their server attends over them (cuda_near.c). The host
+ * waits for the device once a step, or twice with a fetch. Rows read from a server's memory count
+ * only if the map still holds afterwards; else they are forgotten and the step is done again.
+ * Invariant: between steps every row that the tables call resident is in its slot.
  */
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -157,7 +157,7 @@ kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole
     *l->lane.n_tokens = step->n_tokens;
     *l->lane.differs = 0;
     l->one_query = whole;
-    l->chosen = l->selected = l->attended = l->reselected = false;
+    l->chosen = l->selected = l->attended = l->reselected = l->near_failed = false;
     if (l->prefill) { /* which keeps no picks, nor any that others may keep */
         kvwi_cuda_cache_lose(step);
         l->reselected = !step->full;
@@ -230,6 +230,9 @@ static kvc_status list_far(kvw_step *step)
         .n_far = l->n_far,
     };
     kvc_status st = kvk_cuda_misses(d->device->cuda, &args, d->stream);
+    if (st == KVC_OK) {
+        st = kvwi_cuda_near_query(step);
+    }
     if (st == KVC_OK) {
         st = kvwi_cuda_sync(step->seq);
     }
@@ -319,6 +322,10 @@ static kvc_status attempt(kvw_step *step, const outputs *to, uint32_t *far_p)
         st = l->selected ? KVC_OK : start_select(step);
         if (st == KVC_OK && l->n_blank != 0 && !l->attended) {
             st = list_far(step);
+            if (st == KVC_OK && kvwi_cuda_near_is_way(step)) {
+                *far_p = *l->n_far;
+                return kvwi_cuda_near(step);
+            }
             if (st == KVC_OK) {
                 st = fetch_far(step);
             }
@@ -339,6 +346,7 @@ static kvc_status run(kvw_step *step, const outputs *to, uint32_t *far_p)
 {
     kvw_seq *seq = step->seq;
     kvwi_device_layer *l = layer_of(step);
+    bool near_failed = false;
     for (int i = 0;; i++) {
         kvc_status st = l->attended ? KVC_OK : kvwi_cuda_tables(seq, i < TRIES);
         if (st == KVC_OK && !l->attended && !kvwi_cuda_tables_take(seq, l)) {
@@ -347,10 +355,14 @@ static kvc_status run(kvw_step *step, const outputs *to, uint32_t *far_p)
         if (st == KVC_OK) {
             st = attempt(step, to, far_p);
         }
-        if (st != KVC_OK || *l->lane.n_misses == *far_p || kvwi_cuda_tables_hold(seq, l->stamp)) {
+        bool again = st == KVC_OK && l->near_failed && !near_failed;
+        if (st != KVC_OK ||
+            (!again && (*l->lane.n_misses == *far_p || kvwi_cuda_tables_hold(seq, l->stamp)))) {
             return st;
         }
-        KVC_LOG_DEBUG(WORKER, "layer %u: mapped rows went away, again", step->layer);
+        near_failed = l->near_failed;
+        KVC_LOG_DEBUG(WORKER, "layer %u: %s, again", step->layer,
+                      again ? "the server did not attend" : "mapped rows went away");
         st = forget(step, NULL);
         if (st != KVC_OK) {
             return st;

@@ -110,6 +110,7 @@ typedef struct kvwi_device_layer {
     bool chosen;  /* its picks are made, from the queries that it began with */
     bool one_query, selected, attended;
     bool reselected;    /* the step made picks, and did not keep the last ones */
+    bool near_failed;   /* its far rows come by a fetch: the server did not attend over them */
     uint64_t n_writes;  /* the sequence's, before its attention */
     uint64_t stamp;     /* of the map that the attention reads; the tables may have left it since */
     kvc_map_hold *hold; /* on it, until the device has read; NULL: none */
@@ -133,6 +134,8 @@ typedef struct kvwi_device_prefill {
     float *lse, *q_far, *q_near, *q_index, *o_far, *lse_far, *o_near, *lse_near;
 } kvwi_device_prefill;
 
+typedef struct kvwi_device_near kvwi_device_near; /* cuda_near.c */
+
 struct kvwi_device_seq {
     kvwi_device *device;
     kvk_stream *stream;       /* enqueued on: its own, or that of the batch that it is in */
@@ -149,6 +152,7 @@ struct kvwi_device_seq {
     const uint32_t *counts;
     int32_t *ring_list; /* device: slots of the ring, more than once around */
     kvwi_device_prefill prefill;
+    kvwi_device_near *near;                          /* NULL: no server attends for it */
     void *frame_space, *attend_space, *select_space; /* of all lanes */
     size_t frame_bytes, attend_bytes, select_bytes;
     uint8_t *staging; /* pinned, [k] rows: those that a fetch brings */
@@ -259,6 +263,9 @@ typedef enum kvwi_graph_part { KVWI_SELECT, KVWI_ATTEND, KVWI_WHOLE } kvwi_graph
 kvc_status kvwi_cuda_capture(const kvw_worker *w, uint32_t layer, const kvwi_lane *lane,
                              kvwi_graph_part part, kvk_stream *stream,
                              kvk_cuda_graph **graph_p) KVC_MUST_CHECK;
+/* Enqueues the attention alone, which gives a partial in device memory. */
+kvc_status kvwi_cuda_partial(const kvw_worker *w, uint32_t layer, const kvwi_lane *lane, float *o,
+                             float *lse, kvk_stream *stream) KVC_MUST_CHECK;
 /* A layer's graphs, if it has none. */
 kvc_status kvwi_cuda_graphs(kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
 void kvwi_cuda_graphs_drop(kvw_seq *seq, kvwi_device_layer *l);
@@ -332,6 +339,17 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out,
                                  float *lse) KVC_MUST_CHECK;
 void kvwi_cuda_step_abandon(kvw_step *step);
 kvc_status kvwi_cuda_picks(const kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
+
+/* cuda_near.c: memory for steps whose far rows a server attends over; none where no step may. */
+kvc_status kvwi_cuda_near_open(kvw_seq *seq) KVC_MUST_CHECK;
+void kvwi_cuda_near_close(kvw_seq *seq);
+/* Before the far rows are listed, which waits: the query sets off to where the client reads it. */
+kvc_status kvwi_cuda_near_query(kvw_step *step) KVC_MUST_CHECK;
+/* Once they are: whether that is the way. */
+bool kvwi_cuda_near_is_way(const kvw_step *step);
+/* The step's result by that way, which the device has done; or near_failed is set, and the
+ * selection is to be resolved again. */
+kvc_status kvwi_cuda_near(kvw_step *step) KVC_MUST_CHECK;
 
 /* cuda_prefill.c: passes of several tokens. Their working memory, by the sequence's capacity. */
 kvc_status kvwi_cuda_prefill_open(kvw_seq *seq) KVC_MUST_CHECK;

@@ -1,0 +1,189 @@
+/*
+ * worker_fake_near_test.c: decode steps over the fake device whose far rows a server in this
+ * process attends over: against attention in double, and what becomes of a step whose server does
+ * not attend, or lacks rows.
+ */
+#include <math.h>
+
+#include "attend.h"
+#include "base/clock.h"
+#include "base/metrics.h"
+#include "bench.h"
+#include "fake_cuda.h"
+#include "fake_rig.h"
+#include "harness.h"
+#include "internal.h"
+
+#define PREFILL 576u
+
+typedef struct near_bench {
+    h_server h;
+    kvc_client *client;
+} near_bench;
+
+static int open_near(void **state)
+{
+    near_bench *b = calloc(1, sizeof(*b));
+    assert_non_null(b);
+    h_server_init(&b->h);
+    h_server_start(&b->h);
+    b->client = store_client(kvs_server_uri(b->h.server, 0));
+    *state = b;
+    return 0;
+}
+
+static int close_near(void **state)
+{
+    near_bench *b = *state;
+    kvc_client_close(b->client);
+    h_server_fini(&b->h);
+    free(b);
+    return 0;
+}
+
+static kvw_seq *open_by(near_bench *b, const char *way, rig *r)
+{
+    static uint32_t revision;
+    static char name[16];
+    uint32_t reused = 0;
+    kvw_seq *seq = NULL;
+    fake_rig(r, b->client);
+    (void)snprintf(name, sizeof(name), "%u", revision++);
+    r->opts.revision = name;
+    r->opts.way = way;
+    rig_open(r);
+    assert_ok(kvw_seq_create(r->worker, NULL, 0, &seq, &reused));
+    rig_prefill(r, seq, 0, PREFILL, NULL, NULL);
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
+    return seq;
+}
+
+static kvw_stats decode(rig *r, kvw_seq *seq, rig_record *record)
+{
+    rig_record_init(record, r);
+    rig_decode(r, seq, PREFILL, FAKE_TOKENS, rig_record_step, record);
+    kvw_stats stats = stats_of(seq);
+    assert_int_equal(stats.steps_device, stats.steps);
+    kvw_seq_destroy(seq);
+    return stats;
+}
+
+static void check(rig *r, rig_record *rows, rig_record *near, bool rounds)
+{
+    double diff = rig_record_diff(r, rows, near, PREFILL, FAKE_TOKENS);
+    if (!(diff >= 0 && diff <= near_bound(r) && (diff > 0 || !rounds)))
+        fail_msg("%g apart, bound %g", diff, near_bound(r));
+    rig_record_fini(rows);
+    rig_record_fini(near);
+}
+
+/* Rows of partials are nobody's: the next step asks for them again. */
+static void near_equals_rows(void **state)
+{
+    near_bench *b = *state;
+    rig r, s;
+    rig_record rows, near;
+    kvw_stats by_rows = decode(&r, open_by(b, "rows", &r), &rows);
+    assert_int_equal(by_rows.rows_near, 0);
+    uint64_t asked = kvc_metric_get(KVC_M_way_near_asked);
+    uint64_t read = fake_cuda_rows_read();
+    kvw_stats by_near = decode(&s, open_by(b, "near", &s), &near);
+    assert_int_equal(by_near.way_fallbacks, 0);
+    assert_true(by_near.rows_near > by_rows.misses);
+    assert_true(kvc_metric_get(KVC_M_way_near_asked) > asked);
+    assert_true(by_near.bytes_near > 0 && by_near.misses >= by_near.rows_near);
+    /* what the device read from elsewhere is what no server attended over */
+    assert_int_equal(fake_cuda_rows_read() - read, by_near.misses - by_near.rows_near);
+    check(&r, &rows, &near, true);
+    rig_close(&r);
+    rig_close(&s);
+}
+
+/* The server attends too much already: the step is done again by rows, whose bits it has then. */
+static void a_busy_server_sends_rows(void **state)
+{
+    near_bench *b = *state;
+    kvs_attender *attender = b->h.server->attender;
+    rig r, s;
+    rig_record rows, near;
+    (void)decode(&r, open_by(b, "rows", &r), &rows);
+    kvw_seq *seq = open_by(b, "near", &s);
+    atomic_fetch_add(&attender->n_calls, attender->max_calls);
+    kvw_stats stats = decode(&s, seq, &near);
+    atomic_fetch_sub(&attender->n_calls, attender->max_calls);
+    assert_int_equal(stats.rows_near, 0);
+    assert_true(stats.way_fallbacks > 20);
+    rig_record_equal(&r, &rows, &near, PREFILL, FAKE_TOKENS);
+    check(&r, &rows, &near, false);
+    rig_close(&r);
+    rig_close(&s);
+}
+
+/* Rows of a block that no server has any more are dropped, by either way. */
+static kvw_stats decode_with_a_hole(near_bench *b, const char *way, rig *r, rig_record *record)
+{
+    kvc_op op;
+    uint32_t reused = 0;
+    kvw_seq *seq = NULL;
+    fake_rig(r, b->client);
+    r->opts.policy = KVW_DROP;
+    r->opts.way = way;
+    r->opts.revision = way;
+    rig_open(r);
+    assert_ok(kvw_seq_create(r->worker, NULL, 0, &seq, &reused));
+    rig_prefill(r, seq, 0, PREFILL, NULL, NULL);
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
+    kvc_op_init(&op, NULL, NULL);
+    assert_ok(kvc_erase(b->client, kvw_schema_digest(r->worker), &seq->blocks[3].digest, 1, NULL, 0,
+                        NULL, 0, &op));
+    assert_ok(kvc_op_wait(&op, 0));
+    return decode(r, seq, record);
+}
+
+static void holes_are_dropped_alike(void **state)
+{
+    near_bench *b = *state;
+    rig r, s;
+    rig_record rows, near;
+    kvw_stats by_rows = decode_with_a_hole(b, "rows", &r, &rows);
+    kvw_stats by_near = decode_with_a_hole(b, "near", &s, &near);
+    assert_true(by_rows.rows_dropped > 0 && by_near.rows_dropped > 0);
+    assert_true(by_near.way_fallbacks > 0 && by_near.rows_near > 0);
+    check(&r, &rows, &near, false);
+    rig_close(&r);
+    rig_close(&s);
+}
+
+/* Results that are to have the same bits whatever was resident do not come from afar. */
+static void exact_steps_fetch(void **state)
+{
+    near_bench *b = *state;
+    rig r;
+    rig_record record;
+    uint32_t reused = 0;
+    kvw_seq *seq = NULL;
+    fake_rig(&r, b->client);
+    r.opts.exact = 1;
+    r.opts.way = "near";
+    r.opts.revision = "exact";
+    rig_open(&r);
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, PREFILL, NULL, NULL);
+    assert_ok(kvw_flush(seq, kvc_deadline_ns(60000000000ull)));
+    kvw_stats stats = decode(&r, seq, &record);
+    assert_int_equal(stats.rows_near, 0);
+    assert_true(stats.bytes_fetched > 0);
+    rig_record_fini(&record);
+    rig_close(&r);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(near_equals_rows, open_near, close_near),
+        cmocka_unit_test_setup_teardown(a_busy_server_sends_rows, open_near, close_near),
+        cmocka_unit_test_setup_teardown(holes_are_dropped_alike, open_near, close_near),
+        cmocka_unit_test_setup_teardown(exact_steps_fetch, open_near, close_near),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
