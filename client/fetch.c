@@ -106,9 +106,10 @@ static kvc_status fetch_take(kvci_msg *msg, const kvc_reply *reply, const char *
 {
     kvci_call *call = msg->call;
     int8_t *status = call->u.fetch.status != NULL ? call->u.fetch.status + msg->first : NULL;
-    kvc_status taken = msg->xfer.placed
-                           ? kvci_take_placed(msg->segs, msg->n_segs, reply, status, why_p)
-                           : kvci_scatter(msg->segs, msg->n_segs, reply, status, why_p);
+    kvc_status taken =
+        msg->xfer.placed
+            ? kvci_take_placed(call->region, msg->segs, msg->n_segs, reply, status, why_p)
+            : kvci_scatter(call->region, msg->segs, msg->n_segs, reply, status, why_p);
     if (taken != KVC_OK)
         return taken;
     kvc_client *client = call->client;
@@ -279,7 +280,8 @@ static kvc_status fetch(kvc_client *client, const kvci_kind *kind, const kvc_pic
         return checked;
     kvc_fetch_info served = {0};
     uint64_t began_ns = kvc_now_ns();
-    kvci_left *left = kvci_serve(client, groups, n_groups, dst, status, &served);
+    kvci_left *left =
+        kvci_region_on_gpu(dst) ? NULL : kvci_serve(client, groups, n_groups, dst, status, &served);
     if (left != NULL && left->n == 0 && bytes > 0)
         learn_mapped(client, bytes, began_ns);
     if (left != NULL)

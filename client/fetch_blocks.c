@@ -38,7 +38,7 @@ static kvc_status blocks_message(kvci_msg *msg, const kvc_reply *reply, const ch
         if (status != KVC_OK)
             return status;
     }
-    kvci_cursor cur = {.iov = reply->data};
+    kvci_cursor cur = {.iov = reply->data, .dst = call->region};
     for (uint32_t i = 0; i < n; i++) {
         uint32_t v = msg->first + msg->n_taken + i;
         const kvc_block_part *part = &call->u.blocks.parts[v % n_parts];
@@ -52,7 +52,8 @@ static kvc_status blocks_message(kvci_msg *msg, const kvc_reply *reply, const ch
                           part->value_bytes);
     }
     msg->n_taken += n;
-    return KVC_OK;
+    *why_p = "values could not be written to the GPU";
+    return cur.status;
 }
 
 static kvc_status blocks_end(kvci_msg *msg, const kvc_reply *reply, const char **why_p)

@@ -51,7 +51,7 @@ static kvc_status rows_message(kvci_msg *msg, const kvc_reply *reply, const char
     int8_t *status = call->u.fetch.status;
     if (status != NULL)
         status += msg->first + msg->n_taken;
-    kvc_status taken = kvci_scatter(msg->window, window(msg, n), &own, status, why_p);
+    kvc_status taken = kvci_scatter(call->region, msg->window, window(msg, n), &own, status, why_p);
     if (taken != KVC_OK)
         return taken;
     if (msg->n_taken == 0)

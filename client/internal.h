@@ -14,6 +14,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
+#include "base/lent.h"
 #include "base/thread.h"
 #include "kvc/client.h"
 #include "list.h"
@@ -399,14 +400,15 @@ bool kvci_msg_waits(const kvci_msg *msg);
 
 /*
  * Checks a FetchRows reply against segs and copies its rows to their slots. Nothing is written
- * unless all of it makes sense. status [picks] may be NULL. PROTOCOL, with *why_p static.
+ * unless all of it makes sense. status [picks] may be NULL. PROTOCOL, with *why_p static; or what
+ * writing to a GPU ended with.
  */
-kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
-                        int8_t *status, const char **why_p);
+kvc_status kvci_scatter(const kvc_region *dst, const kvci_seg *segs, uint32_t n_segs,
+                        const kvc_reply *reply, int8_t *status, const char **why_p);
 
 /* The same for rows that the transport has put into their slots. */
-kvc_status kvci_take_placed(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
-                            int8_t *status, const char **why_p);
+kvc_status kvci_take_placed(const kvc_region *dst, const kvci_seg *segs, uint32_t n_segs,
+                            const kvc_reply *reply, int8_t *status, const char **why_p);
 
 /* The checks on the missing rows alone; *bytes_p: what the others have by their row_bytes. */
 kvc_status kvci_check_missing(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
@@ -420,6 +422,8 @@ typedef struct kvci_cursor {
     const struct iovec *iov;
     uint32_t i;
     size_t off_bytes;
+    const kvc_region *dst; /* that it is copied to; NULL: memory of the host */
+    kvc_status status;     /* the first failure to write to a GPU's */
 } kvci_cursor;
 
 /* Copies the next len_bytes, which must be there. */
@@ -433,9 +437,19 @@ struct kvc_region {
     kvc_client *client;
     uint8_t *base;
     size_t len_bytes;
-    bool lent;     /* rows may be written there by the transport */
-    uint32_t refs; /* calls that use it; under client->lock */
+    bool lent;                    /* rows may be written there by the transport */
+    kvc_region_gpu gpu;           /* of a GPU's memory; else copy_in is NULL */
+    const kvc_lent_gpu *lent_gpu; /* what transports say of it; NULL: nothing */
+    uint32_t refs;                /* calls that use it; under client->lock */
 };
+
+static inline bool kvci_region_on_gpu(const kvc_region *region)
+{
+    return region->gpu.copy_in != NULL;
+}
+
+/* UNSUPPORTED, said, where it is a GPU's: for calls that read or sum what is there. */
+kvc_status kvci_region_check_host(const kvc_region *region, const char *name);
 
 typedef struct kvci_schema {
     kvc_digest digest;

@@ -54,6 +54,9 @@ static kvc_status check_places(const kvc_client *client, const char *name,
 {
     if (region == NULL || region->client != client)
         return kvci_fail(KVC_INVALID, "%s: the region is NULL or another client's", name);
+    kvc_status host = kvci_region_check_host(region, name);
+    if (host != KVC_OK)
+        return host;
     for (uint32_t i = 0; i < n; i++)
         if (values[i].off_bytes > region->len_bytes ||
             values[i].len_bytes > region->len_bytes - values[i].off_bytes)

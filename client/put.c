@@ -41,6 +41,9 @@ kvc_status kvci_put_check(const kvc_client *client, const char *name, kvc_promis
                          (int)promise);
     if (src == NULL || src->client != client)
         return kvci_fail(KVC_INVALID, "%s: the region is NULL or another client's", name);
+    kvc_status host = kvci_region_check_host(src, name);
+    if (host != KVC_OK)
+        return host;
     uint32_t max_bytes = limits->max_value_bytes < limits->max_message_bytes
                              ? limits->max_value_bytes
                              : limits->max_message_bytes;

@@ -9,6 +9,15 @@
 
 #include "internal.h"
 
+/* After a failure nothing more is written to a GPU: the fetch has failed. */
+static void copy(kvci_cursor *cur, uint8_t *dst, const uint8_t *src, size_t len_bytes)
+{
+    if (cur->dst == NULL || !kvci_region_on_gpu(cur->dst))
+        memcpy(dst, src, len_bytes);
+    else if (cur->status == KVC_OK)
+        cur->status = cur->dst->gpu.copy_in(cur->dst->gpu.arg, dst, src, len_bytes);
+}
+
 void kvci_copy_out(kvci_cursor *cur, uint8_t *dst, size_t len_bytes)
 {
     while (len_bytes > 0) {
@@ -16,7 +25,7 @@ void kvci_copy_out(kvci_cursor *cur, uint8_t *dst, size_t len_bytes)
         size_t left_bytes = piece->iov_len - cur->off_bytes;
         size_t step_bytes = left_bytes < len_bytes ? left_bytes : len_bytes;
         if (step_bytes > 0)
-            memcpy(dst, (const uint8_t *)piece->iov_base + cur->off_bytes, step_bytes);
+            copy(cur, dst, (const uint8_t *)piece->iov_base + cur->off_bytes, step_bytes);
         dst += step_bytes;
         len_bytes -= step_bytes;
         cur->off_bytes += step_bytes;
@@ -104,8 +113,10 @@ static void copy_rows(const kvci_seg *seg, uint32_t i, uint32_t end, kvci_cursor
 static const char bad_length[] =
     "the rows' length does not fit the request (is row_bytes the part's?)";
 
-kvc_status kvci_take_placed(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
-                            int8_t *status, const char **why_p)
+static const char bad_copy[] = "rows could not be written to the GPU";
+
+kvc_status kvci_take_placed(const kvc_region *dst, const kvci_seg *segs, uint32_t n_segs,
+                            const kvc_reply *reply, int8_t *status, const char **why_p)
 {
     uint64_t bytes = 0;
     uint32_t n_picks = 0;
@@ -119,11 +130,12 @@ kvc_status kvci_take_placed(const kvci_seg *segs, uint32_t n_segs, const kvc_rep
         n_picks += segs[s].n;
     if (status != NULL)
         kvci_put_statuses(reply, status, n_picks);
-    return KVC_OK;
+    *why_p = bad_copy;
+    return dst->gpu.flush == NULL ? KVC_OK : dst->gpu.flush(dst->gpu.arg);
 }
 
-kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *reply,
-                        int8_t *status, const char **why_p)
+kvc_status kvci_scatter(const kvc_region *dst, const kvci_seg *segs, uint32_t n_segs,
+                        const kvc_reply *reply, int8_t *status, const char **why_p)
 {
     uint64_t bytes = 0;
     kvc_status checked = kvci_check_missing(segs, n_segs, reply, &bytes, why_p);
@@ -133,7 +145,7 @@ kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *
         *why_p = bad_length;
         return KVC_PROTOCOL;
     }
-    kvci_cursor cur = {.iov = reply->data};
+    kvci_cursor cur = {.iov = reply->data, .dst = dst};
     uint32_t first = 0, m = 0, n_missing = reply->u.fetch_rows.n_missing;
     const kvc_missing_row *missing = reply->u.fetch_rows.missing;
     for (uint32_t s = 0; s < n_segs; s++) {
@@ -150,5 +162,6 @@ kvc_status kvci_scatter(const kvci_seg *segs, uint32_t n_segs, const kvc_reply *
         copy_rows(&segs[s], i, segs[s].n, &cur);
         first += segs[s].n;
     }
-    return KVC_OK;
+    *why_p = bad_copy;
+    return cur.status;
 }

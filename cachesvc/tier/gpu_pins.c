@@ -26,11 +26,12 @@ static void drop(kvsi_gpu_pins *pins, kvsi_gpu_pin *pin)
     *pin = (kvsi_gpu_pin){.state = KVSI_PIN_NONE};
 }
 
-static void added(kvc_lent_watch *watch, void *base, size_t len_bytes)
+static void added(kvc_lent_watch *watch, void *base, size_t len_bytes, kvc_lent_gpu *gpu)
 {
     (void)watch; /* pinned once it is attended over */
     (void)base;
     (void)len_bytes;
+    (void)gpu;
 }
 
 static void removed(kvc_lent_watch *watch, void *base, size_t len_bytes)

@@ -31,7 +31,8 @@ static const char help[] =
     "    limits    locked memory and open files that a process started from here may have\n"
     "    cpu       AVX-512 or AVX2 for the kernels\n"
     "    memory    shared memory and huge pages\n"
-    "    rdma      devices, for information\n"
+    "    gpu       its name and driver, for workers that use one\n"
+    "    rdma      devices, for information, and whether they write to a GPU's memory\n"
     "    shm       memory that can be passed and sealed, the server's maps, and, where --server "
     "is\n"
     "              shm://PATH, the socket and who answers there\n"
@@ -151,8 +152,8 @@ static kvctl_exit run(const kvctl_globals *globals, int argc, char **argv)
     doctor_check_connections(d);
     doctor_check_tiers(d);
     doctor_check_admin(d);
-    doctor_check_machine(d);
     doctor_check_gpu(d);
+    doctor_check_machine(d);
     doctor_check_shm(d);
     doctor_check_disk(d);
     for (uint32_t i = 0; i < d->n_findings; i++)

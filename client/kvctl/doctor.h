@@ -20,12 +20,20 @@ typedef struct doctor_finding {
     char fix[DOCTOR_TEXT_BYTES]; /* empty: nothing to do */
 } doctor_finding;
 
+/* What doctor_check_gpu found: whether its driver exports its memory as dma-bufs. */
+typedef enum doctor_gpu {
+    DOCTOR_GPU_NONE = 0,
+    DOCTOR_GPU_PLAIN,
+    DOCTOR_GPU_DMABUF,
+} doctor_gpu;
+
 typedef struct doctor {
     const kvctl_globals *globals;
     const char *lmdb_path;   /* NULL: not given */
     const char *admin;       /* HOST:PORT; NULL: not given */
     kvc_server_stats *stats; /* NULL: no server answered */
     bool local;              /* the server is on this machine */
+    doctor_gpu gpu;
     uint32_t n_findings;
     doctor_finding findings[DOCTOR_MAX_FINDINGS];
 } doctor;
@@ -53,7 +61,7 @@ void doctor_check_connections(doctor *d); /* against max_connections */
 
 /* ---- doctor_machine.c
  * ----------------------------------------------------------------------------- */
-void doctor_check_machine(doctor *d);
+void doctor_check_machine(doctor *d); /* after doctor_check_gpu */
 
 /* ---- doctor_gpu.c
  * ----------------------------------------------------------------------------------- */

@@ -3,7 +3,7 @@
  * there is none.
  *
  * kvctl links nothing of CUDA: the driver's library is opened here where there is one, and asked
- * through four calls that have had these forms since its first versions. Nothing is allocated on
+ * through five calls that have had these forms since its first versions. Nothing is allocated on
  * the device.
  */
 #include <dlfcn.h>
@@ -20,7 +20,10 @@ typedef struct driver {
     int (*version)(int *version_p);
     int (*count)(int *n_p);
     int (*name)(char *name, int name_bytes, int device);
+    int (*attribute)(int *value_p, int attribute, int device);
 } driver;
+
+#define EXPORTS_DMABUF 124 /* the driver's name for this attribute of a device */
 
 /* A function's address: C has no cast for it. False: it is not there. */
 static bool find(void *library, const char *symbol, void *function_pp)
@@ -34,12 +37,13 @@ static bool find_all(void *library, driver *d)
 {
     return find(library, "cuInit", &d->init) && find(library, "cuDriverGetVersion", &d->version) &&
            find(library, "cuDeviceGetCount", &d->count) &&
-           find(library, "cuDeviceGetName", &d->name);
+           find(library, "cuDeviceGetName", &d->name) &&
+           find(library, "cuDeviceGetAttribute", &d->attribute);
 }
 
 static void ask(doctor *d, const driver *cuda)
 {
-    int version = 0, n = 0, error = cuda->init(0);
+    int version = 0, n = 0, exports = 0, error = cuda->init(0);
     char name[128] = "a GPU";
     if (error == 0)
         error = cuda->count(&n);
@@ -51,6 +55,8 @@ static void ask(doctor *d, const driver *cuda)
     }
     (void)cuda->version(&version);
     (void)cuda->name(name, (int)sizeof(name), 0);
+    (void)cuda->attribute(&exports, EXPORTS_DMABUF, 0); /* older drivers do not know it */
+    d->gpu = exports != 0 ? DOCTOR_GPU_DMABUF : DOCTOR_GPU_PLAIN;
     doctor_report(d, DOCTOR_OK, "gpu", "%s%s, driver for CUDA %d.%d", name,
                   n > 1 ? " and others" : "", version / 1000, version % 1000 / 10);
 #ifndef KVASIR_CUDA

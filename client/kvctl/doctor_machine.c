@@ -139,7 +139,11 @@ static void report_rdma(void *arg, kvt_rdma_level level, const char *text, const
 static void check_rdma(doctor *d)
 {
     kvt_rdma_facts facts;
+    static const kvt_rdma_gpu gpus[] = {[DOCTOR_GPU_NONE] = KVT_RDMA_GPU_NONE,
+                                        [DOCTOR_GPU_PLAIN] = KVT_RDMA_GPU_PLAIN,
+                                        [DOCTOR_GPU_DMABUF] = KVT_RDMA_GPU_DMABUF};
     kvt_rdma_gather(&facts);
+    facts.gpu = gpus[d->gpu];
     kvt_rdma_explain(&facts, report_rdma, d);
 }
 #else

@@ -6,7 +6,10 @@
  */
 #include "base/lent.h"
 
+#include <fcntl.h>
+#include <stdbool.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "base/thread.h"
 
@@ -15,7 +18,16 @@ typedef struct range {
     uint8_t *base;
     size_t len_bytes;
     uint32_t n; /* times it was added */
+    bool on_gpu;
+    kvc_lent_gpu gpu;
 } range;
+
+static void range_free(range *r)
+{
+    if (r != NULL && r->gpu.dmabuf_fd >= 0)
+        (void)close(r->gpu.dmabuf_fd);
+    free(r);
+}
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static kvc_mutex lock;
@@ -42,28 +54,68 @@ static range *overlapping(const uint8_t *base, size_t len_bytes)
     return r;
 }
 
-kvc_status kvc_lent_add(void *base, size_t len_bytes)
+static kvc_lent_gpu *gpu_of(range *r)
+{
+    return r->on_gpu ? &r->gpu : NULL;
+}
+
+/* Takes r, whose dma-buf is its own. */
+static kvc_status add(range *r, const kvc_lent_gpu **gpu_p)
 {
     kvc_status status = KVC_OK;
-    range *r = calloc(1, sizeof(*r));
-    if (r == NULL)
-        return KVC_NO_MEMORY;
     take_lock();
-    range *other = overlapping(base, len_bytes);
+    range *other = overlapping(r->base, r->len_bytes), *kept = r;
     if (other == NULL) {
-        *r = (range){ranges, base, len_bytes, 1};
+        r->next = ranges;
         ranges = r;
         for (kvc_lent_watch *watch = watches; watch != NULL; watch = watch->next)
-            watch->added(watch, base, len_bytes);
-    } else if (other->base == base && other->len_bytes == len_bytes) {
+            watch->added(watch, r->base, r->len_bytes, gpu_of(r));
+    } else if (other->base == r->base && other->len_bytes == r->len_bytes &&
+               other->on_gpu == r->on_gpu) {
         other->n++;
+        kept = other;
     } else {
         status = KVC_INVALID;
     }
+    if (status == KVC_OK && gpu_p != NULL)
+        *gpu_p = &kept->gpu;
     kvc_mutex_unlock(&lock);
     if (other != NULL)
-        free(r);
+        range_free(r);
     return status;
+}
+
+/* NULL: no memory. */
+static range *range_new(void *base, size_t len_bytes)
+{
+    range *r = calloc(1, sizeof(*r));
+    if (r == NULL)
+        return NULL;
+    r->base = base;
+    r->len_bytes = len_bytes;
+    r->n = 1;
+    r->gpu.dmabuf_fd = -1;
+    return r;
+}
+
+kvc_status kvc_lent_add(void *base, size_t len_bytes)
+{
+    range *r = range_new(base, len_bytes);
+    return r == NULL ? KVC_NO_MEMORY : add(r, NULL);
+}
+
+kvc_status kvc_lent_add_gpu(void *base, size_t len_bytes, int dmabuf_fd, uint64_t dmabuf_off_bytes,
+                            const kvc_lent_gpu **gpu_p)
+{
+    range *r = range_new(base, len_bytes);
+    *gpu_p = NULL;
+    if (r == NULL)
+        return KVC_NO_MEMORY;
+    r->on_gpu = true;
+    r->gpu.dmabuf_off_bytes = dmabuf_off_bytes;
+    if (dmabuf_fd >= 0) /* where there is no descriptor left, there is no dma-buf */
+        r->gpu.dmabuf_fd = fcntl(dmabuf_fd, F_DUPFD_CLOEXEC, 0);
+    return add(r, gpu_p);
 }
 
 void kvc_lent_remove(void *base)
@@ -81,7 +133,7 @@ void kvc_lent_remove(void *base)
             watch->removed(watch, r->base, r->len_bytes);
     }
     kvc_mutex_unlock(&lock);
-    free(r);
+    range_free(r);
 }
 
 void kvc_lent_watch_begin(kvc_lent_watch *watch)
@@ -90,7 +142,7 @@ void kvc_lent_watch_begin(kvc_lent_watch *watch)
     watch->next = watches;
     watches = watch;
     for (range *r = ranges; r != NULL; r = r->next)
-        watch->added(watch, r->base, r->len_bytes);
+        watch->added(watch, r->base, r->len_bytes, gpu_of(r));
     kvc_mutex_unlock(&lock);
 }
 

@@ -24,7 +24,15 @@ typedef struct kvt_rdma_port {
     uint32_t n_gids; /* that an IP address gave */
     uint32_t mtu_bytes, max_mtu_bytes;
     uint32_t netdev_mtu_bytes; /* 0: not known */
+    int dmabuf_errno; /* of registering a dma-buf that is none; EBADF: the device takes them */
 } kvt_rdma_port;
+
+/* What the driver of this machine's GPU says; filled in by whoever asks it. */
+typedef enum kvt_rdma_gpu {
+    KVT_RDMA_GPU_NONE = 0,
+    KVT_RDMA_GPU_PLAIN, /* it exports no dma-buf */
+    KVT_RDMA_GPU_DMABUF,
+} kvt_rdma_gpu;
 
 typedef struct kvt_rdma_facts {
     uint32_t n_kernel; /* devices that the kernel has */
@@ -32,6 +40,8 @@ typedef struct kvt_rdma_facts {
     bool has_uverbs;   /* /dev/infiniband/uverbs* */
     bool has_cm;       /* /dev/infiniband/rdma_cm */
     uint64_t memlock_bytes;
+    bool has_peer_memory; /* nvidia_peermem, or the older nv_peer_mem */
+    kvt_rdma_gpu gpu;     /* not kvt_rdma_gather's */
     uint32_t n_ports;
     kvt_rdma_port ports[KVT_RDMA_MAX_PORTS];
 } kvt_rdma_facts;

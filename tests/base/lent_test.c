@@ -10,13 +10,15 @@ static uint8_t memory[1000];
 typedef struct seen {
     kvc_lent_watch watch; /* first */
     uint32_t n_added, n_removed;
-    size_t bytes; /* of those that are there */
+    size_t bytes;      /* of those that are there */
+    kvc_lent_gpu *gpu; /* of the last one that came */
 } seen;
 
-static void on_added(kvc_lent_watch *watch, void *base, size_t len_bytes)
+static void on_added(kvc_lent_watch *watch, void *base, size_t len_bytes, kvc_lent_gpu *gpu)
 {
     seen *s = (seen *)watch;
     (void)base;
+    s->gpu = gpu;
     s->n_added++;
     s->bytes += len_bytes;
 }

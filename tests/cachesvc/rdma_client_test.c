@@ -6,9 +6,12 @@
  */
 #include "harness.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "base/clock.h"
 #include "base/metrics.h"
@@ -233,12 +236,214 @@ static void test_sums(void **state)
     check_sums(SUMS_BY_URI);
 }
 
+/* ---- memory of a GPU ---- */
+
+/* Addresses that no CPU may touch, and where their bytes are: a file, which is their dma-buf. */
+typedef struct gpu {
+    uint8_t *base, *bytes;
+    int fd;
+    atomic_uint n_copies, n_flushes;
+    kvc_status status; /* of copying */
+    kvc_region *region;
+} gpu;
+
+#define GPU_BYTES ((size_t)N_PUT * VALUE_BYTES)
+
+static kvc_status copy_in(void *arg, void *to, const void *from, size_t len_bytes)
+{
+    gpu *g = arg;
+    size_t off = (size_t)((uint8_t *)to - g->base);
+    if (off > GPU_BYTES || len_bytes > GPU_BYTES - off)
+        return KVC_INVALID;
+    atomic_fetch_add(&g->n_copies, 1);
+    if (g->status == KVC_OK)
+        memcpy(g->bytes + off, from, len_bytes);
+    return g->status;
+}
+
+static kvc_status flush(void *arg)
+{
+    atomic_fetch_add(&((gpu *)arg)->n_flushes, 1);
+    return KVC_OK;
+}
+
+static void open_gpu(gpu *g, rig *r, bool exported)
+{
+    memset(g, 0, sizeof(*g));
+    g->fd = memfd_create("gpu", MFD_CLOEXEC);
+    assert_true(g->fd >= 0);
+    assert_int_equal(ftruncate(g->fd, GPU_BYTES), 0);
+    g->bytes = mmap(NULL, GPU_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->fd, 0);
+    g->base = mmap(NULL, GPU_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_true(g->bytes != MAP_FAILED && g->base != MAP_FAILED);
+    fake_verbs_gpu(&(fake_gpu){.base = g->base, .len_bytes = GPU_BYTES});
+    const kvc_region_gpu how = {.size_bytes = sizeof(how),
+                                .dmabuf_fd = exported ? g->fd : -1,
+                                .copy_in = copy_in,
+                                .flush = flush,
+                                .arg = g};
+    kvc_region_desc desc = {.size_bytes = sizeof(desc),
+                            .base = g->base,
+                            .len_bytes = GPU_BYTES,
+                            .kind = KVC_MEMORY_CUDA};
+    assert_int_equal(kvc_region_register(r->client, &desc, &g->region), KVC_UNSUPPORTED);
+    desc.gpu = &how;
+    assert_int_equal(kvc_region_register(r->client, &desc, &g->region), KVC_OK);
+    assert_int_equal(kvc_region_gpu_way(g->region, NULL), KVC_REGION_NOT_YET);
+}
+
+static void close_gpu(gpu *g, rig *r)
+{
+    assert_int_equal(kvc_region_deregister(r->client, g->region), KVC_OK);
+    assert_false(fake_verbs_registered(g->base));
+    (void)munmap(g->base, GPU_BYTES);
+    (void)munmap(g->bytes, GPU_BYTES);
+    (void)close(g->fd);
+}
+
+typedef kvc_status fetch_rows_fn(kvc_client *client, const kvc_pick_group *groups,
+                                 uint32_t n_groups, const kvc_region *dst, int8_t *status,
+                                 kvc_fetch_info *info_p, uint64_t deadline_ns, kvc_op *op);
+
+/* All rows, in their order, and whether they are right where they came. */
+static kvc_status fetch_gpu(rig *r, gpu *g, fetch_rows_fn *fetch_rows)
+{
+    uint32_t picks[N_ROWS];
+    kvc_op op;
+    kvc_op_init(&op, NULL, NULL);
+    for (uint32_t i = 0; i < N_ROWS; i++)
+        picks[i] = i;
+    kvc_pick_group group = {
+        .context = r->context, .row_bytes = ROW_BYTES, .n_picks = N_ROWS, .picks = picks};
+    memset(g->bytes, 0xcd, GPU_BYTES);
+    assert_int_equal(fetch_rows(r->client, &group, 1, g->region, r->status, NULL, 0, &op), KVC_OK);
+    kvc_status status = kvc_op_wait(&op, 0);
+    for (uint32_t i = 0; i < N_ROWS && status == KVC_OK; i++)
+        assert_true(h_row_is(1 + i / H_TOKENS, 0, i % H_TOKENS, ROW_BYTES,
+                             g->bytes + (size_t)i * ROW_BYTES));
+    return status;
+}
+
+static void fetch_gpu_blocks(rig *r, gpu *g)
+{
+    kvc_digest digests[N_PUT];
+    int8_t status[N_PUT];
+    kvc_op op;
+    kvc_op_init(&op, NULL, NULL);
+    for (uint32_t i = 0; i < N_PUT; i++)
+        digests[i] = h_digest(1 + i);
+    const kvc_block_part part = {.value_bytes = VALUE_BYTES, .stride_bytes = VALUE_BYTES};
+    memset(g->bytes, 0xcd, GPU_BYTES);
+    assert_int_equal(kvc_fetch_blocks(r->client, &r->schema.digest, digests, N_PUT, &part, 1,
+                                      g->region, status, NULL, 0, &op),
+                     KVC_OK);
+    assert_int_equal(kvc_op_wait(&op, 0), KVC_OK);
+    for (uint32_t i = 0; i < N_ROWS; i++)
+        assert_true(h_row_is(1 + i / H_TOKENS, 0, i % H_TOKENS, ROW_BYTES,
+                             g->bytes + (size_t)i * ROW_BYTES));
+}
+
+/* Until it is known how rows come; what the last fetch copied. */
+static uint32_t settle_gpu(rig *r, gpu *g, kvc_region_way way)
+{
+    uint64_t give_up_ns = kvc_deadline_ns(20000000000ull);
+    uint32_t copies = 1;
+    while (kvc_region_gpu_way(g->region, NULL) == KVC_REGION_NOT_YET && !kvc_expired(give_up_ns))
+        assert_int_equal(fetch_gpu(r, g, kvc_fetch), KVC_OK);
+    assert_int_equal(kvc_region_gpu_way(g->region, NULL), way);
+    while (copies > 0 && !kvc_expired(give_up_ns)) {
+        uint32_t before = atomic_load(&g->n_copies);
+        assert_int_equal(fetch_gpu(r, g, kvc_fetch), KVC_OK);
+        copies = atomic_load(&g->n_copies) - before;
+        if (way == KVC_REGION_COPIED)
+            break;
+    }
+    return copies;
+}
+
+/* Once it is registered nobody copies, and what a device wrote is flushed before it is told of. */
+static void test_rows_to_a_gpu(void **state)
+{
+    (void)state;
+    rig r = {0};
+    gpu g;
+    const char *why = NULL;
+    open_rig(&r, NO_SUMS);
+    assert_int_equal(put(&r, 1), KVC_OK);
+    open_context(&r, 1);
+    open_gpu(&g, &r, true);
+    assert_int_equal(settle_gpu(&r, &g, KVC_REGION_DMABUF), 0);
+    assert_true(atomic_load(&g.n_flushes) > 0);
+    assert_int_equal(kvc_region_gpu_way(g.region, &why), KVC_REGION_DMABUF);
+    assert_string_equal(why, "");
+    assert_int_equal(fetch_gpu(&r, &g, kvc_fetch_stream), KVC_OK);
+    fetch_gpu_blocks(&r, &g);
+    close_gpu(&g, &r);
+    close_rig(&r);
+}
+
+/* Where no device takes it, rows come by the host, and why is said; the caller's failure to copy
+ * is the fetch's. */
+static void test_rows_copied_to_a_gpu(void **state)
+{
+    (void)state;
+    rig r = {0};
+    gpu g;
+    const char *why = NULL;
+    open_rig(&r, NO_SUMS);
+    assert_int_equal(put(&r, 1), KVC_OK);
+    open_context(&r, 1);
+    open_gpu(&g, &r, false);
+    assert_true(settle_gpu(&r, &g, KVC_REGION_COPIED) > 0);
+    assert_int_equal(kvc_region_gpu_way(g.region, &why), KVC_REGION_COPIED);
+    assert_non_null(strstr(why, "no dma-buf"));
+    assert_int_equal(fetch_gpu(&r, &g, kvc_fetch_stream), KVC_OK);
+    fetch_gpu_blocks(&r, &g);
+    g.status = KVC_DEVICE;
+    assert_int_equal(fetch_gpu(&r, &g, kvc_fetch), KVC_DEVICE);
+    assert_int_equal(fetch_gpu(&r, &g, kvc_fetch_stream), KVC_DEVICE);
+    assert_int_equal(atomic_load(&g.n_flushes), 0);
+    close_gpu(&g, &r);
+    close_rig(&r);
+}
+
+/* What would read there is refused before it does. */
+static void test_a_gpu_is_only_written_to(void **state)
+{
+    (void)state;
+    rig r = {0};
+    gpu g;
+    kvc_op op;
+    kvc_op_init(&op, NULL, NULL);
+    open_rig(&r, NO_SUMS);
+    open_gpu(&g, &r, true);
+    const kvc_value value = {.digest = h_digest(1), .len_bytes = VALUE_BYTES};
+    kvc_opaque_value opaque = {.digest = h_digest(2), .len_bytes = 100};
+    assert_int_equal(kvc_put(r.client, &r.schema.digest, KVC_PROMISE_MEMORY, &value, 1, g.region,
+                             r.status, 0, &op),
+                     KVC_UNSUPPORTED);
+    assert_int_equal(kvc_put_stream(r.client, &r.schema.digest, KVC_PROMISE_MEMORY, 0, &value, 1,
+                                    g.region, r.status, NULL, 0, &op),
+                     KVC_UNSUPPORTED);
+    assert_int_equal(kvc_opaque_put(r.client, &r.schema.digest, KVC_PROMISE_MEMORY, 0, &opaque, 1,
+                                    g.region, r.status, 0, &op),
+                     KVC_UNSUPPORTED);
+    assert_int_equal(
+        kvc_opaque_get(r.client, &r.schema.digest, &opaque, 1, g.region, r.status, 0, &op),
+        KVC_UNSUPPORTED);
+    close_gpu(&g, &r);
+    close_rig(&r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rows_by_writes),
         cmocka_unit_test(test_rows_without_a_copy),
         cmocka_unit_test(test_sums),
+        cmocka_unit_test(test_rows_to_a_gpu),
+        cmocka_unit_test(test_rows_copied_to_a_gpu),
+        cmocka_unit_test(test_a_gpu_is_only_written_to),
     };
     return cmocka_run_group_tests_name("rdma client", tests, NULL, NULL);
 }

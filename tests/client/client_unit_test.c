@@ -124,7 +124,7 @@ static void test_scatter_model(void **state)
         reply.u.fetch_rows.n_missing = n_missing;
         reply.u.fetch_rows.missing = missing;
         const char *why = NULL;
-        assert_ok(kvci_scatter(segs, SEGS, &reply, status, &why));
+        assert_ok(kvci_scatter(NULL, segs, SEGS, &reply, status, &why));
         assert_memory_equal(dst, wanted, sizeof(dst));
         if (index > 0)
             assert_memory_equal(status, wanted_status, index);
@@ -141,22 +141,22 @@ static void test_scatter_refuses(void **state)
     struct iovec iov = {.iov_base = bytes, .iov_len = 40};
     kvc_reply reply = {.method = KVC_FETCH_ROWS, .data = &iov, .n_data = 1, .data_bytes = 39};
     const char *why = NULL;
-    assert_status(kvci_scatter(&seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
+    assert_status(kvci_scatter(NULL, &seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
     assert_non_null(why);
     iov.iov_len = 39;
-    assert_status(kvci_scatter(&seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
+    assert_status(kvci_scatter(NULL, &seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
     reply.data_bytes = 40; /* what it says and what is there differ */
-    assert_status(kvci_scatter(&seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
+    assert_status(kvci_scatter(NULL, &seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
     reply.u.fetch_rows.missing = missing;
     reply.u.fetch_rows.n_missing = 2; /* twice the same */
     iov.iov_len = reply.data_bytes = 20;
-    assert_status(kvci_scatter(&seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
+    assert_status(kvci_scatter(NULL, &seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
     missing[1].index = 4; /* beyond */
     iov.iov_len = reply.data_bytes = 30;
-    assert_status(kvci_scatter(&seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
+    assert_status(kvci_scatter(NULL, &seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
     missing[1] = (kvc_missing_row){2, KVC_OK}; /* missing, but OK */
     iov.iov_len = reply.data_bytes = 20;
-    assert_status(kvci_scatter(&seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
+    assert_status(kvci_scatter(NULL, &seg, 1, &reply, NULL, &why), KVC_PROTOCOL);
     assert_memory_equal(dst, zero, sizeof(dst));
 }
 

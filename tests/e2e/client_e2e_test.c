@@ -20,7 +20,7 @@ static void check_streams(store *s, kvc_client *client, kvc_context *context)
     uint8_t tiers[N];
     kvc_op op;
     kvc_region *region;
-    kvc_region_desc desc = {sizeof(desc), bytes, (size_t)N * len, KVC_MEMORY_HOST, 0};
+    kvc_region_desc desc = {sizeof(desc), bytes, (size_t)N * len, KVC_MEMORY_HOST, 0, NULL};
     kvc_block_part part = {.value_bytes = len, .stride_bytes = len};
     kvc_op_init(&op, NULL, NULL);
     assert_non_null(bytes);

@@ -171,7 +171,7 @@ static void start(life *f)
     }
     assert_ok(status);
     if (f->region == NULL) {
-        kvc_region_desc desc = {sizeof(desc), f->bytes, ALL_BYTES, KVC_MEMORY_HOST, 0};
+        kvc_region_desc desc = {sizeof(desc), f->bytes, ALL_BYTES, KVC_MEMORY_HOST, 0, NULL};
         assert_ok(kvc_region_register(f->store.client, &desc, &f->region));
     }
 }

@@ -208,7 +208,7 @@ void load_open(load *l, store *s, uint64_t seed)
         c->context = store_context(s, c->client, STORE_MAX_BLOCKS);
         c->bytes = malloc(MAX_BYTES);
         assert_non_null(c->bytes);
-        kvc_region_desc desc = {sizeof(desc), c->bytes, MAX_BYTES, KVC_MEMORY_HOST, 0};
+        kvc_region_desc desc = {sizeof(desc), c->bytes, MAX_BYTES, KVC_MEMORY_HOST, 0, NULL};
         assert_ok(kvc_region_register(c->client, &desc, &c->region));
     }
 }
@@ -275,7 +275,7 @@ load_found load_verify(load *l)
     size_t len = VERIFY * (size_t)value_bytes(0);
     uint8_t *bytes = malloc(len);
     kvc_region *region = NULL;
-    kvc_region_desc desc = {sizeof(desc), bytes, len, KVC_MEMORY_HOST, 0};
+    kvc_region_desc desc = {sizeof(desc), bytes, len, KVC_MEMORY_HOST, 0, NULL};
     assert_non_null(bytes);
     assert_ok(kvc_region_register(l->store->client, &desc, &region));
     for (uint32_t part = 0; part < STORE_PARTS; part++)

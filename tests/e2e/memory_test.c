@@ -243,7 +243,7 @@ static void member_main(void *arg)
     size_t len = (size_t)BATCH * VALUE_BYTES;
     uint8_t *bytes = malloc(len);
     kvc_region *region = NULL;
-    kvc_region_desc desc = {sizeof(desc), bytes, len, KVC_MEMORY_HOST, 0};
+    kvc_region_desc desc = {sizeof(desc), bytes, len, KVC_MEMORY_HOST, 0, NULL};
     if (bytes == NULL || kvc_region_register(m->client, &desc, &region) != KVC_OK) {
         m->failed++;
     } else {
@@ -386,7 +386,8 @@ static kvc_client *visit_shm(const char *uri, const kvc_schema *schema, kvc_dige
 {
     kvc_client_opts opts = {
         .size_bytes = sizeof(opts), .uris = uri, .default_timeout_ns = 300000000000ull};
-    kvc_region_desc desc = {sizeof(desc), bytes, (size_t)BATCH * VALUE_BYTES, KVC_MEMORY_HOST, 0};
+    kvc_region_desc desc = {sizeof(desc),    bytes, (size_t)BATCH * VALUE_BYTES,
+                            KVC_MEMORY_HOST, 0,     NULL};
     crowd c = {.n_values = SHM_BODIES * A_MESSAGE, .n_fetches = 2, .digests = digests};
     member m = {.crowd = &c, .n = c.n_values, .random = support_seed(7)};
     kvc_region *region;

@@ -1,5 +1,5 @@
 /*
- * fake_internal.h: what fake_verbs.c and fake_cm.c share; nobody else includes it.
+ * fake_internal.h: what fake_verbs.c, fake_mrs.c and fake_cm.c share; nobody else includes it.
  *
  * Everything is guarded by fake_mutex.
  */
@@ -61,6 +61,13 @@ void fake_qp_error(fake_qp *qp);
 fake_qp *fake_find_qp(uint32_t qp_num);
 /* All of them, one after another; NULL: the first, and after the last. */
 fake_qp *fake_next_qp(fake_qp *qp);
+/* The bytes at addr, if the key covers them, allows the access and is of the domain; else NULL. */
+uint8_t *fake_reach(const struct ibv_pd *pd, uint32_t key, uint64_t addr, uint64_t len_bytes,
+                    int access, bool remote);
+/* Something is registered in the domain. */
+bool fake_pd_used(const struct ibv_pd *pd);
+/* Fills in what registers memory; there is no memory of a GPU. */
+void fake_mrs_table(kvtr_verbs *table);
 /* Fills in the calls of librdmacm. */
 void fake_cm_table(kvtr_verbs *table);
 

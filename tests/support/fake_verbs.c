@@ -1,5 +1,6 @@
 /*
- * fake_verbs.c: see fake_verbs.h; work requests and memory. The connection manager is in fake_cm.c.
+ * fake_verbs.c: see fake_verbs.h; work requests. Memory is in fake_mrs.c, the connection manager in
+ * fake_cm.c.
  *
  * One mutex guards everything. A work request is done within post_send, on the poster's thread.
  */
@@ -13,7 +14,6 @@
 
 #include "base/assert.h"
 
-#define MAX_MRS  4096u
 #define N_OPCODE 16u
 
 pthread_mutex_t fake_mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -24,77 +24,8 @@ const fake_faults fake_no_faults = {.reg_fails_after = UINT32_MAX, .post_fails_a
 static struct ibv_device device_struct;
 struct ibv_context fake_context = {.device = &device_struct};
 
-static struct {
-    struct ibv_mr mr;
-    int access;
-    bool used;
-} mrs[MAX_MRS];
-static uint32_t posted[N_OPCODE], signals, hits, stalled;
+static uint32_t posted[N_OPCODE], signals, hits;
 static uint8_t *last_byte; /* that the last work request has written */
-
-/* ---- memory ---------------------------------------------------------------------------------- */
-
-static bool reg_stalls(const void *addr, size_t len_bytes, int access)
-{
-    bool open = (access & IBV_ACCESS_REMOTE_WRITE) != 0;
-    return (addr != NULL && fake_fault.reg_stalls == addr) ||
-           (len_bytes == fake_fault.reg_stalls_bytes && open == fake_fault.reg_stalls_open);
-}
-
-static struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t len_bytes, int access)
-{
-    struct ibv_mr *mr = NULL;
-    pthread_mutex_lock(&fake_mutex);
-    stalled++;
-    while (reg_stalls(addr, len_bytes, access)) {
-        pthread_mutex_unlock(&fake_mutex);
-        (void)usleep(1000);
-        pthread_mutex_lock(&fake_mutex);
-    }
-    stalled--;
-    bool refused = fake_fault.reg_fails_after == 0;
-    if (fake_fault.reg_fails_after != UINT32_MAX && !refused)
-        fake_fault.reg_fails_after--;
-    for (uint32_t i = 1; i < MAX_MRS && mr == NULL && !refused; i++) {
-        if (mrs[i].used)
-            continue;
-        mr = &mrs[i].mr;
-        mrs[i].used = true;
-        mrs[i].access = access;
-        *mr = (struct ibv_mr){.context = &fake_context,
-                              .pd = pd,
-                              .addr = addr,
-                              .length = len_bytes,
-                              .lkey = i << 8,
-                              .rkey = i << 8 | 1};
-        fake_now.mrs++;
-    }
-    pthread_mutex_unlock(&fake_mutex);
-    errno = ENOMEM;
-    return mr;
-}
-
-static int dereg_mr(struct ibv_mr *mr)
-{
-    pthread_mutex_lock(&fake_mutex);
-    KVC_ASSERT(mrs[mr->lkey >> 8].used);
-    mrs[mr->lkey >> 8].used = false;
-    fake_now.mrs--;
-    pthread_mutex_unlock(&fake_mutex);
-    return 0;
-}
-
-/* True if the key covers the bytes, allows the access and is of the domain. */
-static bool allowed(const struct ibv_pd *pd, uint32_t key, uint64_t addr, uint64_t len_bytes,
-                    int access, bool remote)
-{
-    uint32_t i = key >> 8;
-    if (i == 0 || i >= MAX_MRS || !mrs[i].used || (key & 0xff) != (remote ? 1u : 0u))
-        return false;
-    uint64_t begin = (uintptr_t)mrs[i].mr.addr;
-    return mrs[i].mr.pd == pd && (mrs[i].access & access) == access && addr >= begin &&
-           len_bytes <= mrs[i].mr.length && addr - begin <= mrs[i].mr.length - len_bytes;
-}
 
 /* ---- completion queues ----------------------------------------------------------------------- */
 
@@ -240,9 +171,10 @@ static enum ibv_wc_status move(const fake_qp *qp, const struct ibv_send_wr *wr, 
     for (int i = 0; i < wr->num_sge; i++) {
         const struct ibv_sge *sge = &wr->sg_list[i];
         uint8_t *piece = (uint8_t *)(uintptr_t)sge->addr;
-        if (!(wr->send_flags & IBV_SEND_INLINE) &&
-            !allowed(qp->qp.pd, sge->lkey, sge->addr, sge->length,
-                     into_pieces ? IBV_ACCESS_LOCAL_WRITE : 0, false))
+        if (!(wr->send_flags & IBV_SEND_INLINE))
+            piece = fake_reach(qp->qp.pd, sge->lkey, sge->addr, sge->length,
+                               into_pieces ? IBV_ACCESS_LOCAL_WRITE : 0, false);
+        if (piece == NULL)
             return IBV_WC_LOC_PROT_ERR;
         if (into_pieces)
             memcpy(piece, at, sge->length);
@@ -260,10 +192,11 @@ static enum ibv_wc_status do_send(fake_qp *qp, const struct ibv_send_wr *wr, uin
     if (peer->n_recvs == 0)
         return IBV_WC_RNR_RETRY_EXC_ERR;
     fake_recv *recv = &peer->recvs[peer->recv_at];
-    if (recv->sge.length < len_bytes || !allowed(peer->qp.pd, recv->sge.lkey, recv->sge.addr,
-                                                 len_bytes, IBV_ACCESS_LOCAL_WRITE, false))
+    uint8_t *to = fake_reach(peer->qp.pd, recv->sge.lkey, recv->sge.addr, len_bytes,
+                             IBV_ACCESS_LOCAL_WRITE, false);
+    if (recv->sge.length < len_bytes || to == NULL)
         return IBV_WC_REM_INV_REQ_ERR;
-    enum ibv_wc_status status = move(qp, wr, (uint8_t *)(uintptr_t)recv->sge.addr, false);
+    enum ibv_wc_status status = move(qp, wr, to, false);
     if (status != IBV_WC_SUCCESS)
         return status;
     struct ibv_wc wc = {.wr_id = recv->wr_id,
@@ -290,10 +223,9 @@ static enum ibv_wc_status do_wr(fake_qp *qp, const struct ibv_send_wr *wr)
         return IBV_WC_LOC_LEN_ERR;
     if (wr->opcode == IBV_WR_SEND)
         return do_send(qp, wr, len_bytes);
-    if (!allowed(qp->peer->qp.pd, wr->wr.rdma.rkey, wr->wr.rdma.remote_addr, len_bytes,
-                 reads ? IBV_ACCESS_REMOTE_READ : IBV_ACCESS_REMOTE_WRITE, true))
-        return IBV_WC_REM_ACCESS_ERR;
-    return move(qp, wr, (uint8_t *)(uintptr_t)wr->wr.rdma.remote_addr, reads);
+    uint8_t *at = fake_reach(qp->peer->qp.pd, wr->wr.rdma.rkey, wr->wr.rdma.remote_addr, len_bytes,
+                             reads ? IBV_ACCESS_REMOTE_READ : IBV_ACCESS_REMOTE_WRITE, true);
+    return at == NULL ? IBV_WC_REM_ACCESS_ERR : move(qp, wr, at, reads);
 }
 
 static bool fits(const fake_qp *qp, const struct ibv_send_wr *wr)
@@ -445,8 +377,7 @@ static int dealloc_pd(struct ibv_pd *pd)
 {
     pthread_mutex_lock(&fake_mutex);
     fake_now.pds--;
-    for (uint32_t i = 1; i < MAX_MRS; i++)
-        KVC_ASSERT(!mrs[i].used || mrs[i].mr.pd != pd);
+    KVC_ASSERT(!fake_pd_used(pd));
     pthread_mutex_unlock(&fake_mutex);
     free(pd);
     return 0;
@@ -467,8 +398,6 @@ void fake_verbs_use(const fake_device *device)
         .query_device = query_device,
         .alloc_pd = alloc_pd,
         .dealloc_pd = dealloc_pd,
-        .reg_mr = reg_mr,
-        .dereg_mr = dereg_mr,
         .create_comp_channel = create_comp_channel,
         .destroy_comp_channel = destroy_comp_channel,
         .create_cq = create_cq,
@@ -480,6 +409,7 @@ void fake_verbs_use(const fake_device *device)
         .post_send = post_send,
         .post_recv = post_recv,
     };
+    fake_mrs_table(&table);
     fake_cm_table(&table);
     kvtr_verbs_now = &table;
     pthread_mutex_unlock(&fake_mutex);
@@ -520,14 +450,6 @@ uint32_t fake_verbs_waiting(void)
     return n;
 }
 
-uint32_t fake_verbs_stalled(void)
-{
-    pthread_mutex_lock(&fake_mutex);
-    uint32_t n = stalled;
-    pthread_mutex_unlock(&fake_mutex);
-    return n;
-}
-
 uint32_t fake_verbs_hits(void)
 {
     pthread_mutex_lock(&fake_mutex);
@@ -549,33 +471,6 @@ bool fake_verbs_all_gone(void)
     fake_live live = fake_verbs_live();
     return live.channels == 0 && live.ids == 0 && live.pds == 0 && live.mrs == 0 &&
            live.comp_channels == 0 && live.cqs == 0 && live.qps == 0;
-}
-
-uint32_t fake_verbs_n_registered(const void *addr)
-{
-    uint32_t n = 0;
-    pthread_mutex_lock(&fake_mutex);
-    for (uint32_t i = 1; i < MAX_MRS; i++)
-        n += mrs[i].used && mrs[i].mr.addr == addr;
-    pthread_mutex_unlock(&fake_mutex);
-    return n;
-}
-
-bool fake_verbs_registered(const void *addr)
-{
-    return fake_verbs_n_registered(addr) > 0;
-}
-
-bool fake_verbs_open(const void *addr)
-{
-    bool open = false;
-    pthread_mutex_lock(&fake_mutex);
-    for (uint32_t i = 1; i < MAX_MRS && !open; i++)
-        open = mrs[i].used && mrs[i].mr.addr == addr &&
-               (mrs[i].access &
-                (IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC)) != 0;
-    pthread_mutex_unlock(&fake_mutex);
-    return open;
 }
 
 uint32_t fake_verbs_posted(enum ibv_wr_opcode opcode)

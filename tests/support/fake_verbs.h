@@ -43,9 +43,21 @@ typedef struct fake_faults {
     bool reg_stalls_open;
 } fake_faults;
 
+/* Memory of a GPU, as addresses that no CPU can touch, and where its bytes are. A file with these
+ * bytes is its dma-buf. */
+typedef struct fake_gpu {
+    uint8_t *base;
+    size_t len_bytes;
+    uint8_t *bytes;   /* for peer memory; NULL without */
+    bool peer;        /* there is peer memory */
+    int dmabuf_errno; /* with which the device takes no dma-buf, whosever it is; 0: it does */
+} fake_gpu;
+
 /* From now on; nothing may be in use. device NULL: 32 pieces, 256 bytes inline, 16 READs. */
 void fake_verbs_use(const fake_device *device);
 void fake_verbs_fault(const fake_faults *faults);
+/* From now on; fake_verbs_use forgets it. */
+void fake_verbs_gpu(const fake_gpu *memory);
 /* How often a fault that was asked for last has hit a work request. */
 uint32_t fake_verbs_hits(void);
 /* Registrations that a fault holds up. */
@@ -60,6 +72,8 @@ uint32_t fake_verbs_waiting(void);
 /* How often memory that begins there is registered. */
 uint32_t fake_verbs_n_registered(const void *addr);
 bool fake_verbs_registered(const void *addr);
+/* Of registrations that begin within, whether they overlap or not. */
+uint64_t fake_verbs_bytes(const void *addr, size_t len_bytes);
 /* True if a peer may read or write some of the memory that is registered from there. */
 bool fake_verbs_open(const void *addr);
 /* Queues an event for every id that is connected or connecting; gives their number. */

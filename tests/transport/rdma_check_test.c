@@ -167,16 +167,52 @@ static void this_machine(void **state)
     print_message("%s", told);
 }
 
+static kvt_rdma_facts with_gpu(kvt_rdma_gpu gpu, int dmabuf_errno, bool peer_memory)
+{
+    kvt_rdma_facts facts = sound();
+    facts.gpu = gpu;
+    facts.ports[0].dmabuf_errno = dmabuf_errno;
+    facts.has_peer_memory = peer_memory;
+    return facts;
+}
+
+/* Whether a device writes to a GPU's memory, by which of two ways, and what is missing for it. */
+static void memory_of_a_gpu(void **state)
+{
+    (void)state;
+    kvt_rdma_facts facts = with_gpu(KVT_RDMA_GPU_DMABUF, EBADF, false);
+    explain(&facts);
+    assert_int_equal(worst, KVT_RDMA_OK);
+    assert_told("mlx5_0 writes to the GPU's memory itself (dma-buf)");
+    facts = with_gpu(KVT_RDMA_GPU_DMABUF, EOPNOTSUPP, true);
+    explain(&facts);
+    assert_int_equal(worst, KVT_RDMA_OK);
+    assert_told("mlx5_0 writes to the GPU's memory itself (peer memory)");
+    facts = with_gpu(KVT_RDMA_GPU_DMABUF, EOPNOTSUPP, false);
+    explain(&facts);
+    assert_int_equal(worst, KVT_RDMA_INFO);
+    assert_told("mlx5_0 takes no dma-buf");
+    assert_told("nvidia_peermem");
+    facts = with_gpu(KVT_RDMA_GPU_PLAIN, EBADF, false);
+    explain(&facts);
+    assert_int_equal(worst, KVT_RDMA_INFO);
+    assert_told("its driver exports no dma-buf");
+    assert_told("open kernel modules");
+    facts = with_gpu(KVT_RDMA_GPU_PLAIN, EBADF, true);
+    explain(&facts);
+    assert_told("peer memory)");
+    facts = with_gpu(KVT_RDMA_GPU_NONE, EOPNOTSUPP, false);
+    explain(&facts);
+    assert_null(strstr(told, "GPU"));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(nothing_in_the_way),
-        cmocka_unit_test(no_device),
-        cmocka_unit_test(container_without_device),
-        cmocka_unit_test(link_down),
-        cmocka_unit_test(locked_memory),
-        cmocka_unit_test(no_usable_gid),
-        cmocka_unit_test(mtu_mismatch),
+        cmocka_unit_test(memory_of_a_gpu), cmocka_unit_test(nothing_in_the_way),
+        cmocka_unit_test(no_device),       cmocka_unit_test(container_without_device),
+        cmocka_unit_test(link_down),       cmocka_unit_test(locked_memory),
+        cmocka_unit_test(no_usable_gid),   cmocka_unit_test(mtu_mismatch),
         cmocka_unit_test(this_machine),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -25,6 +25,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kvc/region.h"
 #include "kvc/types.h"
 #include "kvc/ways.h"
 
@@ -50,7 +51,8 @@ typedef struct kvc_client_opts {
     uint64_t sums; /* not 0: so */
     /* Over rdma://: bytes of regions that are registered at once, to be written to; 0: 1 GiB, and
      * at most a quarter of the limit on locked memory, together with all other clients of the
-     * process. A larger region is always copied to (log, and count rdma_regions_too_large). */
+     * process. Of a larger region only so much comes without a copy (log, and count
+     * rdma_regions_too_large). */
     uint64_t region_bytes;
 } kvc_client_opts;
 
@@ -94,32 +96,6 @@ void kvc_op_init(kvc_op *op, kvc_done_fn *done, void *arg);
 kvc_status kvc_op_wait(kvc_op *op, uint64_t deadline_ns);
 /* Asks for an early end; completion still comes, once, with CANCELLED or what happened before. */
 void kvc_op_cancel(kvc_op *op);
-
-/* ---- memory --------------------------------------------------------------------------------- */
-
-typedef enum kvc_memory_kind { KVC_MEMORY_HOST = 1, KVC_MEMORY_CUDA = 2 } kvc_memory_kind;
-
-typedef struct kvc_region_desc {
-    size_t size_bytes;
-    void *base;
-    size_t len_bytes;
-    kvc_memory_kind kind;
-    int device; /* CUDA ordinal; 0 for host */
-} kvc_region_desc;
-
-/*
- * Declares memory that rows may land in or values leave from. It stays the caller's and outlives
- * the region. UNSUPPORTED: this client cannot move bytes there directly; stage it yourself. Over
- * rdma:// it is registered with the device, and so locked, after the first kvc_fetch into it, as
- * far as opts.region_bytes and 64 regions go (then those used least recently make room, but none
- * that was used in the last 5 s), and the server of this client, nobody else, may write there; its
- * rows come without a copy then. A region that cannot be registered, or overlaps another that is
- * not the same, is copied to.
- */
-kvc_status kvc_region_register(kvc_client *client, const kvc_region_desc *desc,
-                               kvc_region **region_p) KVC_MUST_CHECK;
-/* AGAIN while an op still uses it. NULL is fine. */
-kvc_status kvc_region_deregister(kvc_client *client, kvc_region *region);
 
 /* ---- requests -------------------------------------------------------------------------------- */
 

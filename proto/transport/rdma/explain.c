@@ -79,7 +79,7 @@ static void explain_memlock(const kvt_rdma_facts *facts, const reporter *r)
         say(r, KVT_RDMA_INFO,
             "ulimit -l unlimited for the worker's process, or its client's region_bytes",
             "of %llu MiB of locked memory, workers' clients take %llu for rows to be written to in "
-            "place; rows of larger regions (a sequence's residency) are copied",
+            "place; of larger regions (a sequence's residency) the rest is copied",
             (unsigned long long)(facts->memlock_bytes >> 20),
             (unsigned long long)(facts->memlock_bytes >> 22));
 }
@@ -101,6 +101,32 @@ static void explain_mtu(const kvt_rdma_port *port, const reporter *r)
     say(r, behind ? KVT_RDMA_WARN : KVT_RDMA_INFO, fix,
         "%s port %u sends packets of %u bytes (interface MTU %u); it could send %u", port->device,
         port->number, port->mtu_bytes, port->netdev_mtu_bytes, port->max_mtu_bytes);
+}
+
+/* Whether rows can go from a device straight to the GPU's memory. */
+static void explain_gpu(const kvt_rdma_facts *facts, const kvt_rdma_port *port, const reporter *r)
+{
+    if (facts->gpu == KVT_RDMA_GPU_NONE || port->open_errno != 0 || port->number > 1)
+        return;
+    if (facts->gpu == KVT_RDMA_GPU_DMABUF && port->dmabuf_errno == EBADF)
+        say(r, KVT_RDMA_OK, "", "%s writes to the GPU's memory itself (dma-buf)", port->device);
+    else if (facts->has_peer_memory)
+        say(r, KVT_RDMA_OK, "", "%s writes to the GPU's memory itself (peer memory)", port->device);
+    else if (facts->gpu == KVT_RDMA_GPU_PLAIN)
+        say(r, KVT_RDMA_INFO,
+            "NVIDIA's open kernel modules (driver 515 or later) on Linux 5.12 or later, or: "
+            "modprobe "
+            "nvidia_peermem",
+            "rows for the GPU go through the host's memory: its driver exports no dma-buf, and "
+            "there is no peer memory module");
+    else
+        say(r, KVT_RDMA_INFO,
+            "a device whose driver registers dma-bufs (mlx5 on Linux 5.12 or later, rdma-core 34 "
+            "or "
+            "later), or: modprobe nvidia_peermem",
+            "rows for the GPU go through the host's memory: %s takes no dma-buf (%s), and there is "
+            "no peer memory module",
+            port->device, strerror(port->dmabuf_errno));
 }
 
 static void explain_port(const kvt_rdma_port *port, const reporter *r)
@@ -141,6 +167,8 @@ void kvt_rdma_explain(const kvt_rdma_facts *facts, kvt_rdma_report *report, void
     if (!explain_presence(facts, &r))
         return;
     explain_memlock(facts, &r);
-    for (uint32_t i = 0; i < facts->n_ports; i++)
+    for (uint32_t i = 0; i < facts->n_ports; i++) {
         explain_port(&facts->ports[i], &r);
+        explain_gpu(facts, &facts->ports[i], &r);
+    }
 }

@@ -100,6 +100,26 @@ static int try_register(struct ibv_context *context)
     return failed;
 }
 
+/* The kernel looks at the descriptor, which is none, only where it takes such. */
+static int try_dmabuf(struct ibv_context *context)
+{
+#ifdef KVASIR_DMABUF_MR
+    struct ibv_pd *pd = ibv_alloc_pd(context);
+    if (pd == NULL)
+        return errno;
+    errno = 0;
+    struct ibv_mr *mr = ibv_reg_dmabuf_mr(pd, 0, 4096, 0, -1, IBV_ACCESS_LOCAL_WRITE);
+    int failed = errno;
+    if (mr != NULL)
+        (void)ibv_dereg_mr(mr);
+    (void)ibv_dealloc_pd(pd);
+    return mr != NULL ? EBADF : failed;
+#else
+    (void)context;
+    return EOPNOTSUPP;
+#endif
+}
+
 static void gather_device(struct ibv_device *device, kvt_rdma_facts *facts)
 {
     struct ibv_device_attr attr = {.phys_port_cnt = 1};
@@ -107,6 +127,7 @@ static void gather_device(struct ibv_device *device, kvt_rdma_facts *facts)
     struct ibv_context *context = ibv_open_device(device);
     int open_errno = context == NULL ? (errno != 0 ? errno : EIO) : 0;
     int register_errno = context == NULL ? 0 : try_register(context);
+    int dmabuf_errno = context == NULL ? 0 : try_dmabuf(context);
     if (context != NULL)
         (void)ibv_query_device(context, &attr);
     for (uint32_t n = 1; n <= attr.phys_port_cnt && facts->n_ports < KVT_RDMA_MAX_PORTS; n++) {
@@ -115,6 +136,7 @@ static void gather_device(struct ibv_device *device, kvt_rdma_facts *facts)
         port->number = n;
         port->open_errno = open_errno;
         port->register_errno = register_errno;
+        port->dmabuf_errno = dmabuf_errno;
         port->iwarp = device->transport_type == IBV_TRANSPORT_IWARP;
         gather_netdev(port);
         if (context != NULL)
@@ -132,6 +154,8 @@ void kvt_rdma_gather(kvt_rdma_facts *facts_p)
     facts_p->n_kernel = count_entries("/sys/class/infiniband", "");
     facts_p->has_uverbs = count_entries("/dev/infiniband", "uverbs") > 0;
     facts_p->has_cm = access("/dev/infiniband/rdma_cm", R_OK | W_OK) == 0;
+    facts_p->has_peer_memory = access("/sys/module/nvidia_peermem", F_OK) == 0 ||
+                               access("/sys/kernel/mm/memory_peers/nv_mem", F_OK) == 0;
     facts_p->memlock_bytes = UINT64_MAX;
     if (getrlimit(RLIMIT_MEMLOCK, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
         facts_p->memlock_bytes = limit.rlim_cur;

@@ -20,19 +20,78 @@
 #define SMALLEST_BYTES 8192u
 #define LOOK_NS        ((uint64_t)250 * 1000000)
 
+static struct ibv_mr *count_registered(struct ibv_mr *mr, size_t len_bytes)
+{
+    if (mr != NULL) {
+        KVC_GAUGE_ADD(rdma_registrations, 1);
+        KVC_GAUGE_ADD(rdma_registered_bytes, len_bytes);
+    } else {
+        KVC_COUNT(rdma_registrations_failed);
+    }
+    return mr;
+}
+
 struct ibv_mr *kvtr_register(struct ibv_pd *pd, void *base, size_t len_bytes, int access)
 {
     struct ibv_mr *mr = kvtr_verbs_now->reg_mr(pd, base, len_bytes, access);
-    if (mr == NULL) {
-        KVC_COUNT(rdma_registrations_failed);
+    if (mr == NULL)
         KVC_LOG_WARN(RDMA, "cannot register %zu bytes: %s%s", len_bytes, strerror(errno),
                      errno == ENOMEM ? "; the limit on locked memory (ulimit -l) may be too low"
                                      : "");
-        return NULL;
+    return count_registered(mr, len_bytes);
+}
+
+/* Why a GPU's memory was registered neither by its dma-buf (error_dmabuf; EBADF: there is none) nor
+ * by its address. */
+static const char *why_copied(int error_dmabuf, int error_peer)
+{
+    bool no_peer = error_peer == EFAULT; /* pages that no process has */
+    switch (error_dmabuf) {
+    case EBADF:
+        return no_peer ? "the GPU's driver exports no dma-buf, and peer memory (nvidia_peermem) is "
+                         "not loaded"
+                       : "the GPU's driver exports no dma-buf, and peer memory refused";
+    case EOPNOTSUPP:
+    case EPROTONOSUPPORT:
+    case ENOSYS:
+        return no_peer ? "the RDMA device takes no dma-buf, and peer memory (nvidia_peermem) is "
+                         "not loaded"
+                       : "the RDMA device takes no dma-buf, and peer memory refused";
+    default:
+        return no_peer ? "the RDMA device refused the dma-buf, and peer memory (nvidia_peermem) is "
+                         "not loaded"
+                       : "the RDMA device refused the dma-buf, and so did peer memory";
     }
-    KVC_GAUGE_ADD(rdma_registrations, 1);
-    KVC_GAUGE_ADD(rdma_registered_bytes, len_bytes);
-    return mr;
+}
+
+struct ibv_mr *kvtr_register_gpu(struct ibv_pd *pd, void *base, size_t len_bytes, int access,
+                                 kvc_lent_gpu *gpu, uint64_t off_bytes)
+{
+    struct ibv_mr *mr = NULL;
+    int error_dmabuf = EBADF;
+    if (gpu->dmabuf_fd >= 0) {
+        mr = kvtr_verbs_now->reg_dmabuf_mr(pd, gpu->dmabuf_off_bytes + off_bytes, len_bytes,
+                                           (uintptr_t)base, gpu->dmabuf_fd, access);
+        error_dmabuf = mr == NULL ? errno : 0;
+    }
+    kvc_lent_way way = mr != NULL ? KVC_LENT_DMABUF : KVC_LENT_PEER;
+    if (mr == NULL)
+        mr = kvtr_verbs_now->reg_mr(pd, base, len_bytes, access);
+    if (mr == NULL) {
+        int error_peer = errno;
+        const char *why = why_copied(error_dmabuf, error_peer);
+        way = KVC_LENT_COPIED;
+        KVC_COUNT(rdma_gpu_regions_copied);
+        KVC_LOG_WARN(RDMA, "rows to %zu bytes of a GPU are copied: %s (%s; %s)", len_bytes, why,
+                     strerror(error_dmabuf), strerror(error_peer));
+        atomic_store(&gpu->why, why);
+    } else if (way == KVC_LENT_DMABUF) {
+        KVC_COUNT(rdma_gpu_regions_dmabuf);
+    } else {
+        KVC_COUNT(rdma_gpu_regions_peer);
+    }
+    atomic_store(&gpu->way, way);
+    return count_registered(mr, len_bytes);
 }
 
 void kvtr_deregister(struct ibv_mr *mr)

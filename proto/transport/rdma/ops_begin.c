@@ -108,7 +108,7 @@ static bool take_places(kvtr_rop *op, kvtr_link *link, uint8_t *table_p)
     if (op->n_runs == 0 || !link->peer_places)
         return false;
     struct ibv_mr *mr = kvtr_range_use(link->domain, (const void *)(uintptr_t)begin,
-                                       (size_t)(end - begin), &op->placing);
+                                       (size_t)(end - begin), op->conn->sums, &op->placing);
     if (mr == NULL)
         return false;
     kvtr_runs_encode(op->runs, op->n_runs, table_p);

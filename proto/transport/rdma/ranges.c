@@ -7,7 +7,8 @@
  * range stays in the table, and its domain stays, until it is done. Servers send from lent memory,
  * without a limit; clients have rows written to it, and keep so many ranges and bytes registered,
  * some of them a sum for the whole process: beyond that the one that was used least recently goes,
- * unless that was just now, or the server may still write there.
+ * unless that was just now, or the server may still write there. What is larger than all that may
+ * be registered has windows in its place, which overlap by half: two may have the same bytes.
  */
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -44,25 +45,47 @@ static kvtr_range *range_at(kvtr_domain *domain, const void *base)
     return range != NULL && range->base == (const uint8_t *)base ? range : NULL;
 }
 
-static void on_added(kvc_lent_watch *watch, void *base, size_t len_bytes)
+/* With the mutex held. Without memory for the table it stays unknown, and is copied. */
+static void add_range(kvtr_domain *domain, kvtr_range range)
 {
-    kvtr_domain *domain = (kvtr_domain *)((char *)watch - offsetof(kvtr_domain, watch));
-    kvc_mutex_lock(&domain->loop->mutex);
     if (domain->n_ranges == domain->max_ranges) {
         uint32_t max = domain->max_ranges == 0 ? 16 : 2 * domain->max_ranges;
         kvtr_range *more = realloc(domain->ranges, max * sizeof(*more));
-        if (more == NULL) {
-            kvc_mutex_unlock(&domain->loop->mutex);
-            return; /* it will be copied */
-        }
+        if (more == NULL)
+            return;
         domain->ranges = more;
         domain->max_ranges = max;
     }
-    uint32_t at = ranges_up_to(domain, base);
+    uint32_t at = ranges_up_to(domain, range.base);
     memmove(domain->ranges + at + 1, domain->ranges + at,
             (domain->n_ranges - at) * sizeof(*domain->ranges));
-    domain->ranges[at] = (kvtr_range){.base = base, .len_bytes = len_bytes};
+    domain->ranges[at] = range;
     domain->n_ranges++;
+}
+
+/* What a region of so many bytes is cut into; all of it where it is not. */
+static size_t window_bytes(const kvtr_loop *loop, size_t len_bytes)
+{
+    if (!loop->is_client || len_bytes <= loop->region_max_bytes)
+        return len_bytes;
+    size_t window = (size_t)(loop->region_max_bytes / KVTI_WINDOWS) & ~(size_t)8191;
+    return window == 0 || len_bytes / window >= KVTI_MAX_WINDOWS / 2 ? len_bytes : window;
+}
+
+static void on_added(kvc_lent_watch *watch, void *base, size_t len_bytes, kvc_lent_gpu *gpu)
+{
+    kvtr_domain *domain = (kvtr_domain *)((char *)watch - offsetof(kvtr_domain, watch));
+    size_t window = window_bytes(domain->loop, len_bytes), off = 0, end;
+    kvc_mutex_lock(&domain->loop->mutex);
+    do {
+        end = len_bytes - off < window ? len_bytes : off + window;
+        add_range(domain, (kvtr_range){.base = (uint8_t *)base + off,
+                                       .len_bytes = end - off,
+                                       .whole = base,
+                                       .whole_bytes = len_bytes,
+                                       .gpu = gpu});
+        off += window / 2;
+    } while (end < len_bytes);
     kvc_mutex_unlock(&domain->loop->mutex);
 }
 
@@ -86,28 +109,42 @@ static struct ibv_mr *take_mr(kvtr_loop *loop, kvtr_range *range)
     return mr;
 }
 
+static bool is_within(const void *at, const uint8_t *base, size_t len_bytes)
+{
+    return (const uint8_t *)at >= base && (const uint8_t *)at < base + len_bytes;
+}
+
+/* With the mutex held: something within is being registered, or deregistered. */
+static bool is_busy(const kvtr_domain *domain, const uint8_t *base, size_t len_bytes)
+{
+    const kvtr_loop *loop = domain->loop;
+    return (loop->registering == domain && is_within(loop->registering_base, base, len_bytes)) ||
+           is_within(domain->dropping, base, len_bytes);
+}
+
 /* Nothing of it is on its way any more: who lends memory keeps it while his slices are out, and
  * until the transfers to it are done. */
 static void on_removed(kvc_lent_watch *watch, void *base, size_t len_bytes)
 {
     kvtr_domain *domain = (kvtr_domain *)((char *)watch - offsetof(kvtr_domain, watch));
     kvtr_loop *loop = domain->loop;
-    struct ibv_mr *mr = NULL;
-    (void)len_bytes;
     kvc_mutex_lock(&loop->mutex);
-    while ((loop->registering == domain && loop->registering_base == base) ||
-           domain->dropping == base)
-        kvc_cond_wait(&loop->changed, &loop->mutex);
-    kvtr_range *range = range_at(domain, base);
-    if (range != NULL) {
+    for (;;) {
+        while (is_busy(domain, base, len_bytes))
+            kvc_cond_wait(&loop->changed, &loop->mutex);
+        uint32_t at = ranges_up_to(domain, (uint8_t *)base + len_bytes - 1);
+        if (at == 0 || !is_within(domain->ranges[at - 1].base, base, len_bytes))
+            break;
+        kvtr_range *range = &domain->ranges[at - 1];
         KVC_ASSERT(range->n_used == 0);
-        mr = take_mr(loop, range);
-        uint32_t behind = domain->n_ranges - (uint32_t)(range - domain->ranges) - 1;
-        memmove(range, range + 1, behind * sizeof(*range));
+        struct ibv_mr *mr = take_mr(loop, range);
+        memmove(range, range + 1, (domain->n_ranges - at) * sizeof(*range));
         domain->n_ranges--;
+        kvc_mutex_unlock(&loop->mutex);
+        kvtr_deregister(mr);
+        kvc_mutex_lock(&loop->mutex);
     }
     kvc_mutex_unlock(&loop->mutex);
-    kvtr_deregister(mr);
 }
 
 void kvtr_ranges_begin(kvtr_domain *domain)
@@ -146,36 +183,55 @@ void kvtr_ranges_end(kvtr_domain *domain)
     free(domain->ranges);
 }
 
-/* With the mutex held: the range that has all of it, which is asked for if it is not registered;
- * NULL: none has. */
+static bool holds(const kvtr_range *range, const uint8_t *base, size_t len_bytes)
+{
+    size_t off = (size_t)(base - range->base);
+    return off <= range->len_bytes && len_bytes <= range->len_bytes - off;
+}
+
+/* With the mutex held: the range that has all of it; NULL: none has. Of two windows, one that is
+ * registered. */
 static kvtr_range *find(kvtr_domain *domain, const void *base, size_t len_bytes)
 {
     uint32_t at = ranges_up_to(domain, base);
-    if (at == 0)
-        return NULL;
-    kvtr_range *range = &domain->ranges[at - 1];
-    size_t off = (size_t)((const uint8_t *)base - range->base);
-    if (off > range->len_bytes || len_bytes > range->len_bytes - off)
-        return NULL;
+    kvtr_range *found = NULL;
+    for (uint32_t i = 1; i <= 2 && i <= at; i++) {
+        kvtr_range *range = &domain->ranges[at - i];
+        if (holds(range, base, len_bytes) &&
+            (found == NULL || (found->mr == NULL && range->mr != NULL)))
+            found = range;
+    }
+    return found;
+}
+
+/* With the mutex held: asks for it if it is not registered. */
+static struct ibv_mr *mr_of(kvtr_domain *domain, kvtr_range *range)
+{
     if (range->mr == NULL && !range->wanted) {
         range->wanted = true;
         domain->loop->ranges_wanted = true;
         kvc_cond_signal(&domain->loop->range_wanted);
     }
-    return range;
+    return range->mr;
 }
 
 struct ibv_mr *kvtr_range_find(kvtr_domain *domain, const void *base, size_t len_bytes)
 {
-    const kvtr_range *range = find(domain, base, len_bytes);
-    return range == NULL ? NULL : range->mr;
+    kvtr_range *range = find(domain, base, len_bytes);
+    return range == NULL ? NULL : mr_of(domain, range);
 }
 
-struct ibv_mr *kvtr_range_use(kvtr_domain *domain, const void *base, size_t len_bytes,
+struct ibv_mr *kvtr_range_use(kvtr_domain *domain, const void *base, size_t len_bytes, bool summed,
                               const void **base_p)
 {
     kvtr_range *range = find(domain, base, len_bytes);
-    if (range == NULL || range->mr == NULL)
+    if (range != NULL && range->gpu != NULL && summed) {
+        atomic_store(&range->gpu->why,
+                     "sums were asked for, and no CPU can verify what lies there");
+        atomic_store(&range->gpu->way, KVC_LENT_COPIED);
+        return NULL;
+    }
+    if (range == NULL || mr_of(domain, range) == NULL)
         return NULL;
     range->n_used++;
     range->used_ns = kvc_now_ns();
@@ -287,15 +343,22 @@ static bool evict_one(kvtr_loop *loop, size_t len_bytes)
     return true;
 }
 
-/* With the mutex held: it is copied to for good, which its owner should know. */
-static void tell_too_large(kvtr_loop *loop, const kvtr_range *range)
+/* With the mutex held, as the first of a region is about to be registered that is larger than all
+ * that may be: its owner should know. */
+static void tell_too_large(kvtr_loop *loop, kvtr_domain *domain, const kvtr_range *range)
 {
+    if (!loop->is_client || range->told || range->whole_bytes <= loop->region_max_bytes)
+        return;
+    for (uint32_t i = 0; i < domain->n_ranges; i++)
+        domain->ranges[i].told = domain->ranges[i].told || domain->ranges[i].whole == range->whole;
     KVC_COUNT(rdma_regions_too_large);
     if (!loop->told_too_large)
         KVC_LOG_WARN(RDMA,
-                     "rows to a region of %zu bytes are copied: %llu may be registered (client "
-                     "option region_bytes; by default no more than a quarter of ulimit -l)",
-                     range->len_bytes, (unsigned long long)loop->region_max_bytes);
+                     "of a region of %zu bytes %llu may be registered at once, in pieces of %zu; "
+                     "rows to the rest of it are copied (client option region_bytes; by default no "
+                     "more than a quarter of ulimit -l)",
+                     range->whole_bytes, (unsigned long long)loop->region_max_bytes,
+                     range->len_bytes == range->whole_bytes ? 0 : range->len_bytes);
     loop->told_too_large = true;
 }
 
@@ -319,15 +382,19 @@ static bool take_room(kvtr_loop *loop, size_t len_bytes)
 static void register_one(kvtr_loop *loop, kvtr_domain *domain, kvtr_range *range)
 {
     uint8_t *base = range->base;
-    size_t len_bytes = range->len_bytes;
+    size_t len_bytes = range->len_bytes, off_bytes = (size_t)(base - range->whole);
+    kvc_lent_gpu *gpu = range->gpu;
     int access = IBV_ACCESS_LOCAL_WRITE | (loop->is_client ? IBV_ACCESS_REMOTE_WRITE : 0);
     if (!take_room(loop, len_bytes)) {
         range->wanted = false; /* until its next use */
         return;
     }
+    tell_too_large(loop, domain, range);
     range->tried = true;
     begin_work(loop, domain, base);
-    struct ibv_mr *mr = kvtr_register(domain->pd, base, len_bytes, access);
+    struct ibv_mr *mr =
+        gpu == NULL ? kvtr_register(domain->pd, base, len_bytes, access)
+                    : kvtr_register_gpu(domain->pd, base, len_bytes, access, gpu, off_bytes);
     end_work(loop);
     range = range_at(domain, base); /* others may have come and gone, but not this one */
     range->mr = mr;
@@ -347,8 +414,8 @@ static void run_registering(void *arg)
             loop->ranges_wanted = false;
             kvc_cond_wait(&loop->range_wanted, &loop->mutex);
         } else if (loop->is_client && range->len_bytes > loop->region_max_bytes) {
+            tell_too_large(loop, domain, range);
             range->tried = true;
-            tell_too_large(loop, range);
         } else if (has_room(loop, range->len_bytes, 0, 0)) {
             register_one(loop, domain, range);
         } else if (!evict_one(loop, range->len_bytes)) {

@@ -48,6 +48,10 @@
 /* Regions of callers that a connection has registered at once. */
 #define KVTI_REGIONS        64u
 #define KVTI_REGION_BYTES   ((uint64_t)1 << 30) /* unless its options say more or less */
+/* A larger region is cut into windows of this part of what may be registered, each of which begins
+ * in the middle of the one before: so rows that lie within half a window have one key. */
+#define KVTI_WINDOWS        4u
+#define KVTI_MAX_WINDOWS    4096u /* of a region; what would have more is never registered */
 /* A region that was used this lately gives way to none: several that are used in turn and have no
  * room together would be registered and deregistered for ever. */
 #define KVTI_REGION_REST_NS ((uint64_t)5 * 1000000000)
@@ -81,13 +85,18 @@ typedef struct kvtr_buf {
 #define KVTI_BINS    29u                         /* 8 KiB to 1 MiB, four to an octave */
 #define KVTI_KEEP_NS ((uint64_t)10 * 1000000000) /* for which a free buffer is kept */
 
-/* A range of lent memory; registered after its first use. */
+/* A range of lent memory, or a window of one that is larger than a client may register; registered
+ * after its first use. */
 typedef struct kvtr_range {
     uint8_t *base;
     size_t len_bytes;
+    uint8_t *whole; /* of which it is a window; its base where it is none */
+    size_t whole_bytes;
+    kvc_lent_gpu *gpu; /* whose memory it is; NULL: the host's */
     struct ibv_mr *mr;
     bool wanted;
     bool tried;      /* it is being registered, or was, well or not */
+    bool told;       /* that the whole is too large */
     uint32_t n_used; /* clients: transfers that the server may write to it for */
     uint64_t used_ns;
 } kvtr_range;
@@ -130,11 +139,16 @@ kvc_status kvtr_ranges_start(kvtr_loop *loop, const char *thread_name) KVC_MUST_
 void kvtr_ranges_stop(kvtr_loop *loop);
 /* With the mutex held: the registration that covers all of it; NULL: there is none, or not yet. */
 struct ibv_mr *kvtr_range_find(kvtr_domain *domain, const void *base, size_t len_bytes);
-/* The same, and until kvtr_range_leave of its base it stays registered and lent. */
-struct ibv_mr *kvtr_range_use(kvtr_domain *domain, const void *base, size_t len_bytes,
+/* The same, and until kvtr_range_leave of its base it stays registered and lent. summed: this
+ * process is to read what is written there, which it cannot from a GPU's memory: NULL. */
+struct ibv_mr *kvtr_range_use(kvtr_domain *domain, const void *base, size_t len_bytes, bool summed,
                               const void **base_p);
 void kvtr_range_leave(kvtr_domain *domain, const void *base);
 struct ibv_mr *kvtr_register(struct ibv_pd *pd, void *base, size_t len_bytes, int access);
+/* Memory of a GPU, that begins off_bytes behind the first byte of what was lent: by its dma-buf, or
+ * by its address; says which, or why not, in gpu. */
+struct ibv_mr *kvtr_register_gpu(struct ibv_pd *pd, void *base, size_t len_bytes, int access,
+                                 kvc_lent_gpu *gpu, uint64_t off_bytes);
 void kvtr_deregister(struct ibv_mr *mr);
 
 /* ---- places.c; pure ---------------------------------------------------------------------------

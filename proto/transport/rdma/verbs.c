@@ -6,6 +6,8 @@
  */
 #include "verbs.h"
 
+#include <errno.h>
+
 static int create_id(struct rdma_event_channel *channel, struct rdma_cm_id **id_p, void *context)
 {
     return rdma_create_id(channel, id_p, context, RDMA_PS_TCP);
@@ -34,6 +36,18 @@ static int query_device(struct ibv_context *context, struct ibv_device_attr *att
 static struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t len_bytes, int access)
 {
     return ibv_reg_mr(pd, addr, len_bytes, access);
+}
+
+static struct ibv_mr *reg_dmabuf_mr(struct ibv_pd *pd, uint64_t off_bytes, size_t len_bytes,
+                                    uint64_t iova, int fd, int access)
+{
+#ifdef KVASIR_DMABUF_MR
+    return ibv_reg_dmabuf_mr(pd, off_bytes, len_bytes, iova, fd, access);
+#else
+    (void)pd, (void)off_bytes, (void)len_bytes, (void)iova, (void)fd, (void)access;
+    errno = EOPNOTSUPP;
+    return NULL;
+#endif
 }
 
 static struct ibv_cq *create_cq(struct ibv_context *context, int n, void *arg,
@@ -84,6 +98,7 @@ const kvtr_verbs kvtr_verbs_real = {
     .alloc_pd = ibv_alloc_pd,
     .dealloc_pd = ibv_dealloc_pd,
     .reg_mr = reg_mr,
+    .reg_dmabuf_mr = reg_dmabuf_mr,
     .dereg_mr = ibv_dereg_mr,
     .create_comp_channel = ibv_create_comp_channel,
     .destroy_comp_channel = ibv_destroy_comp_channel,
