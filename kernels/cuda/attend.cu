@@ -169,9 +169,11 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct att
     const struct attend_layout l = attend_layout_of(a);
     float *q = (float *)(tile + l.q), *weights = (float *)(tile + l.weights);
     float2 *rotation = a->inv_freq && a->k_positions ? (float2 *)(tile + l.rotation) : NULL;
-    uint32_t seq = blockIdx.y, first = blockIdx.x * ATTEND_TILE, n = 0;
+    uint32_t seq = 0, first = blockIdx.x * ATTEND_TILE, n = 0;
     uint32_t width = a->n_q_heads * kDim, there = 0;
 
+    if (attend_resolves(&p, tile, &seq))
+        return;
     kvki_wait_for_previous();
     kvki_let_next_start();
     n = attend_find_rows(a, seq, first, &rows);
@@ -187,6 +189,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct att
     for (uint32_t head = threadIdx.x / 32u; head < a->n_kv_heads; head += ATTEND_WARPS)
         attend_head<kGroup, kDim>(&p, &l, seq, head, there, tile, q + head * kGroup * kDim,
                                   rotation, weights + head * kGroup * ATTEND_TILE);
+    attend_put_away(&p, &l, &rows, seq, first, tile);
 }
 
 /* The tiles that a sequence has, in order: the list's, then near's. */
@@ -236,6 +239,15 @@ __device__ static inline void tell_host(const kvk_cuda_result *r)
     *(volatile uint32_t *)r->done = ++r->counts[1];
 }
 
+/* A block more a sequence where the launch resolved: the tables take what it found. */
+__device__ static inline void finish_resolve(const struct attend_params *p, uint32_t seq)
+{
+    resolve_finish(&p->a.resolve, seq);
+    if (threadIdx.x == 0)
+        p->a.resolved[seq] = 0;
+    tell_host(&p->a.result);
+}
+
 /* The tiles of one query head, in order, by eight warps whose sums are added in order. */
 template <int kDim>
 __global__ void __launch_bounds__(COMBINE_WARPS * 32) combine_kernel(const struct attend_params p)
@@ -251,6 +263,8 @@ __global__ void __launch_bounds__(COMBINE_WARPS * 32) combine_kernel(const struc
     uint32_t each = 0, end = 0;
 
     kvki_wait_for_previous();
+    if (head == p.a.n_q_heads)
+        return finish_resolve(&p, seq);
     const struct tile_order t = order_of(&p, seq);
     each = (t.n + COMBINE_WARPS - 1) / COMBINE_WARPS;
     end = min((warp + 1) * each, t.n);
@@ -365,6 +379,16 @@ static bool args_ok(const kvk_cuda_attend_args *a)
                                               tiles_of(a->stride) + tiles_of(a->near.n_max));
 }
 
+/* What is resolved is what is attended. */
+static bool resolve_ok(const kvk_cuda_attend_args *a)
+{
+    const kvk_cuda_resolve_args *r = &a->resolve;
+
+    return !r->k || (resolve_args_ok(r) && a->resolved && a->source && r->n_seqs == a->n_seqs &&
+                     r->list == a->list && r->fetch == a->fetch && r->n_list == a->n_list &&
+                     r->stride == a->stride && r->res == a->res);
+}
+
 static bool near_ok(const kvk_cuda_attend_args *a)
 {
     const kvk_cuda_near *n = &a->near;
@@ -387,14 +411,14 @@ extern "C" kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args
                                       kvk_stream *stream)
 {
     uint32_t n_far = tiles_of(args->stride), n_tiles = n_far + tiles_of(args->near.n_max);
-    struct attend_params p = {*args, (float *)args->workspace, NULL, NULL, n_tiles, n_far};
+    struct attend_params p = {*args, (float *)args->workspace, NULL, NULL, n_tiles, n_far, 0};
     size_t smem = 0, heads = (size_t)args->n_seqs * n_tiles * args->n_q_heads;
     attend_fn kernel = NULL;
     kvc_status st = KVC_OK;
 
     if (args->n_seqs == 0)
         return KVC_OK;
-    if (!args_ok(args) || !near_ok(args))
+    if (!args_ok(args) || !near_ok(args) || !resolve_ok(args))
         return KVC_INVALID;
     kernel = kernel_of(args);
     smem = attend_layout_of(args).bytes;
@@ -408,11 +432,14 @@ extern "C" kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args
             (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
     if (st != KVC_OK)
         return st;
-    st = kvki_cuda_launch_next(cuda, kernel, dim3(p.n_tiles, args->n_seqs), ATTEND_THREADS, smem,
-                               stream, p);
+    if (args->resolve.k)
+        p.resolver_rows = (args->n_seqs + n_tiles - 1) / n_tiles;
+    st = kvki_cuda_launch_next(cuda, kernel, dim3(n_tiles, p.resolver_rows + args->n_seqs),
+                               ATTEND_THREADS, smem, stream, p);
     if (st != KVC_OK)
         return st;
-    return kvki_cuda_launch_next(
-        cuda, args->head_dim == 64 ? combine_kernel<64> : combine_kernel<128>,
-        dim3(args->n_q_heads, args->n_seqs), COMBINE_WARPS * 32, 0, stream, p);
+    return kvki_cuda_launch_next(cuda,
+                                 args->head_dim == 64 ? combine_kernel<64> : combine_kernel<128>,
+                                 dim3(args->n_q_heads + (args->resolve.k ? 1u : 0u), args->n_seqs),
+                                 COMBINE_WARPS * 32, 0, stream, p);
 }

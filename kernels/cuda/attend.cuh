@@ -7,6 +7,7 @@
 #ifndef KVKI_CUDA_ATTEND_CUH
 #define KVKI_CUDA_ATTEND_CUH
 
+#include "resolve.cuh"
 #include "rows.cuh"
 
 #define ATTEND_TILE      16u /* rows; two lanes each */
@@ -22,6 +23,8 @@ struct attend_params {
     float *total; /* [n_seqs, n_q_heads, n_tiles] */
     uint32_t n_tiles;
     uint32_t n_far; /* of them the list's; then those of near */
+    uint32_t
+        resolver_rows; /* of the grid, before those of tiles: a block a sequence, the others idle */
 };
 
 static inline __host__ __device__ bool attend_is_rotated(const kvk_cuda_attend_args *a)
@@ -49,14 +52,50 @@ attend_layout_of(const kvk_cuda_attend_args *a)
     l.weights = l.q + (size_t)a->n_q_heads * a->head_dim * sizeof(float);
     l.bytes =
         a->dtype != KVK_F16 ? l.q : l.weights + (size_t)a->n_q_heads * ATTEND_TILE * sizeof(float);
+    if (a->resolve.k && l.bytes < sizeof(struct resolve_state))
+        l.bytes = sizeof(struct resolve_state);
     return l;
 }
 
-/* Where the rows of a tile come from, and where those go that were fetched; NULL: nowhere. */
+/* Where the rows of a tile come from, NULL: nowhere; which of them are fetched, and where those go,
+ * NULL: that is not known yet. */
 struct attend_rows {
     const char *from[ATTEND_TILE];
     char *keep[ATTEND_TILE];
+    uint32_t fetched;
 };
+
+/* The list's length. */
+__device__ static inline uint32_t attend_list_rows(const kvk_cuda_attend_args *a, uint32_t seq)
+{
+    const kvk_cuda_resolve_args *r = &a->resolve;
+    return r->k ? r->off + min(r->n_picks[seq], r->k) : min(a->n_list[seq], a->stride);
+}
+
+/* Slot and fetch of an entry: as listed, or of a pick that is being resolved; a missing one has no
+ * slot yet. */
+__device__ static inline int32_t attend_entry(const kvk_cuda_attend_args *a, uint32_t seq,
+                                              uint32_t entry, uint32_t *fetch_p)
+{
+    const kvk_cuda_resolve_args *r = &a->resolve;
+    size_t at = (size_t)seq * a->stride + entry;
+    uint32_t position = 0;
+    int32_t slot = -1;
+
+    if (!r->k || entry < r->off) {
+        *fetch_p = a->fetch ? a->fetch[at] : KVK_CUDA_RESIDENT;
+        return a->list[at];
+    }
+    *fetch_p = KVK_CUDA_RESIDENT;
+    if (entry - r->off >= r->k)
+        return -1;
+    position = r->picks[(size_t)seq * r->k + entry - r->off];
+    if (position < a->res[seq].n_positions) {
+        slot = a->res[seq].slot_of[position];
+        *fetch_p = slot < 0 ? position : KVK_CUDA_RESIDENT;
+    }
+    return slot;
+}
 
 /*
  * Fills rows for the entries of a list from `first` on; one thread an entry. The list is read at
@@ -65,31 +104,34 @@ struct attend_rows {
 __device__ static inline uint32_t attend_find_rows(const kvk_cuda_attend_args *a, uint32_t seq,
                                                    uint32_t first, struct attend_rows *rows)
 {
-    uint32_t r = threadIdx.x, n = min(a->n_list[seq], a->stride);
-    size_t at = (size_t)seq * a->stride + first + r;
+    uint32_t r = threadIdx.x, n = attend_list_rows(a, seq), position = KVK_CUDA_RESIDENT;
     const char *from = NULL;
     char *slot_at = NULL;
     bool fetched = false;
 
     if (r < ATTEND_TILE && first + r < a->stride) {
-        int32_t slot = a->list[at];
-        uint32_t position = a->fetch ? a->fetch[at] : KVK_CUDA_RESIDENT;
-        slot_at = (char *)a->res[seq].slots + (size_t)max(slot, 0) * a->row_bytes;
-        if (first + r < n && slot >= 0) {
-            fetched = position != KVK_CUDA_RESIDENT;
+        int32_t slot = attend_entry(a, seq, first + r, &position);
+        fetched = first + r < n && position != KVK_CUDA_RESIDENT && (slot >= 0 || a->resolve.k);
+        if (slot >= 0)
+            slot_at = (char *)a->res[seq].slots + (size_t)slot * a->row_bytes;
+        if (first + r < n)
             from = fetched ? kvki_source_row(a->source + seq, position, a->row_bytes) : slot_at;
-        }
     }
-    if (r < ATTEND_TILE) {
-        rows->from[r] = from;
-        rows->keep[r] = fetched && from ? slot_at : NULL;
+    if (r < 32u) {
+        uint32_t lanes = __ballot_sync(KVKI_FULL_WARP, r < ATTEND_TILE && fetched && from);
+        if (r < ATTEND_TILE) {
+            rows->from[r] = from;
+            rows->keep[r] = slot_at;
+        }
+        if (r == 0)
+            rows->fetched = lanes;
     }
     __syncthreads();
     return n;
 }
 
-/* One fetched row by a warp: all its loads in flight (up to 4 KiB), then to the tile and its slot.
- */
+/* One fetched row by a warp: all its loads in flight (up to 4 KiB), then to the tile and its slot,
+ * if that is known. */
 __device__ static inline void attend_fetch_row(const char *from, char *tile_row, char *slot,
                                                uint32_t row_bytes)
 {
@@ -104,7 +146,8 @@ __device__ static inline void attend_fetch_row(const char *from, char *tile_row,
         for (uint32_t i = 0; i < 8; i++) {
             if (start + i * 512u < row_bytes) {
                 *(uint4 *)(tile_row + start + i * 512u) = d[i];
-                *(uint4 *)(slot + start + i * 512u) = d[i];
+                if (slot)
+                    *(uint4 *)(slot + start + i * 512u) = d[i];
             }
         }
     }
@@ -124,7 +167,7 @@ __device__ static inline uint32_t attend_load_tile(const kvk_cuda_attend_args *a
         const char *row = rows->from[r];
         char *to = tile + (size_t)r * l->row_stride;
         there |= row ? 1u << r : 0u;
-        if (rows->keep[r])
+        if (rows->fetched >> r & 1u)
             continue;
         for (uint32_t c = threadIdx.x; c < chunks; c += ATTEND_THREADS) {
             if (row)
@@ -134,11 +177,65 @@ __device__ static inline uint32_t attend_load_tile(const kvk_cuda_attend_args *a
         }
     }
     for (uint32_t r = threadIdx.x / 32u; r < ATTEND_TILE; r += ATTEND_WARPS) {
-        if (rows->keep[r])
+        if (rows->fetched >> r & 1u)
             attend_fetch_row(rows->from[r], tile + (size_t)r * l->row_stride, rows->keep[r],
                              a->row_bytes);
     }
     return there;
+}
+
+/*
+ * Where a launch resolves: the resolver's work, in the first rows of the grid, and true; else the
+ * sequence of a tile. Resolvers come first and wait for nobody but the kernel before; tiles wait
+ * for them only to put away what they fetched. All threads call, before anything else.
+ */
+__device__ static inline bool attend_resolves(const struct attend_params *p, char *shared,
+                                              uint32_t *seq_p)
+{
+    const kvk_cuda_resolve_args *r = &p->a.resolve;
+    uint32_t seq = blockIdx.y * gridDim.x + blockIdx.x;
+
+    *seq_p = blockIdx.y - p->resolver_rows;
+    if (blockIdx.y >= p->resolver_rows)
+        return false;
+    if (seq >= p->a.n_seqs)
+        return true;
+    kvki_let_next_start();
+    kvki_wait_for_previous();
+    resolve_sequence<ATTEND_THREADS, false>((struct resolve_state *)shared, r, seq);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicExch(p->a.resolved + seq, 1u);
+    }
+    return true;
+}
+
+/* Puts the fetched rows of a tile into the slots that the resolver found for them. All threads
+ * call, with the tile as it was loaded. */
+__device__ static inline void attend_put_away(const struct attend_params *p,
+                                              const struct attend_layout *l,
+                                              const struct attend_rows *rows, uint32_t seq,
+                                              uint32_t first, const char *tile)
+{
+    const kvk_cuda_attend_args *a = &p->a;
+    uint32_t lane = threadIdx.x & 31u;
+
+    if (!a->resolve.k || !rows->fetched)
+        return;
+    if (lane == 0) {
+        while (!kvki_load_acquire(a->resolved + seq)) {
+        }
+    }
+    __syncwarp();
+    for (uint32_t r = threadIdx.x / 32u; r < ATTEND_TILE; r += ATTEND_WARPS) {
+        if (!(rows->fetched >> r & 1u) || rows->keep[r])
+            continue;
+        int32_t slot = __ldcg(a->list + (size_t)seq * a->stride + first + r);
+        char *to = (char *)a->res[seq].slots + (size_t)slot * a->row_bytes;
+        for (uint32_t at = lane * 16u; at < a->row_bytes; at += 512u)
+            *(uint4 *)(to + at) = *(const uint4 *)(tile + (size_t)r * l->row_stride + at);
+    }
 }
 
 /* (cos, sin) of position * frequency: in double, as parts of a turn, of which the last counts. */

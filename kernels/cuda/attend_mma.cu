@@ -16,14 +16,17 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2) attend_mma_kernel(const str
     extern __shared__ __align__(16) char tile[];
     __shared__ struct attend_rows rows;
     const struct attend_layout l = attend_layout_of(&p.a);
-    uint32_t seq = blockIdx.y, first = blockIdx.x * ATTEND_TILE, there = 0;
+    uint32_t seq = 0, first = blockIdx.x * ATTEND_TILE, there = 0;
 
+    if (attend_resolves(&p, tile, &seq))
+        return;
     kvki_wait_for_previous();
     kvki_let_next_start();
     if (first >= attend_find_rows(&p.a, seq, first, &rows))
         return;
     there = attend_load_tile(&p.a, &l, &rows, tile);
     attend_bf16<kDim>(&p, &l, seq, blockIdx.x, there, tile);
+    attend_put_away(&p, &l, &rows, seq, first, tile);
 }
 
 attend_fn kvki_attend_mma(uint32_t head_dim)

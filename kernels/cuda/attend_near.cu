@@ -23,6 +23,8 @@ __device__ static uint32_t find_near(const kvk_cuda_attend_args *a, uint32_t seq
                             : NULL;
         rows->keep[r] = NULL;
     }
+    if (r == 0)
+        rows->fetched = 0;
     __syncthreads();
     return first < n ? min(n - first, ATTEND_TILE) : 0;
 }
@@ -37,10 +39,12 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2)
     __shared__ struct attend_rows rows;
     const kvk_cuda_attend_args *a = &p.a;
     const struct attend_layout l = attend_layout_of(a);
-    uint32_t seq = blockIdx.y, n_near = p.n_tiles - p.n_far, at = blockIdx.x, there = 0;
-    size_t q_at = (size_t)seq * a->n_q_heads * kDim;
+    uint32_t seq = 0, n_near = p.n_tiles - p.n_far, at = blockIdx.x, there = 0;
     float2 *rotation = (float2 *)(tile + l.rotation);
 
+    if (attend_resolves(&p, tile, &seq))
+        return;
+    size_t q_at = (size_t)seq * a->n_q_heads * kDim;
     kvki_let_next_start();
     if (at < n_near) {
         if (!a->near.early)
@@ -70,6 +74,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2)
                                                         rotation);
     else
         attend_bf16<kDim>(&p, &l, seq, at, there, tile);
+    attend_put_away(&p, &l, &rows, seq, at * ATTEND_TILE, tile);
 }
 
 template <typename Row, int kDim> static attend_fn kernel_of_turned(bool near, bool list)

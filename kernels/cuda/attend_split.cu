@@ -18,9 +18,11 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2)
     __shared__ struct attend_rows rows;
     const kvk_cuda_attend_args *a = &p.a;
     const struct attend_layout l = attend_layout_of(a);
-    uint32_t seq = blockIdx.y, first = blockIdx.x * ATTEND_TILE, n = 0, there = 0;
+    uint32_t seq = 0, first = blockIdx.x * ATTEND_TILE, n = 0, there = 0;
     float2 *rotation = (float2 *)(tile + l.rotation);
 
+    if (attend_resolves(&p, tile, &seq))
+        return;
     kvki_wait_for_previous();
     kvki_let_next_start();
     n = attend_find_rows(a, seq, first, &rows);
@@ -31,6 +33,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2)
         attend_find_rotation(a, seq, first, min(n - first, ATTEND_TILE), rotation);
     attend_split<Row, kDim, kRotated>(
         &p, &l, seq, blockIdx.x, a->q + (size_t)seq * a->n_q_heads * kDim, there, tile, rotation);
+    attend_put_away(&p, &l, &rows, seq, first, tile);
 }
 
 template <typename Row> static attend_fn kernel_of(uint32_t head_dim, bool rotated)

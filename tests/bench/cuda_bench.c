@@ -35,14 +35,21 @@ static void bench(uint32_t n, uint32_t n_seqs, uint32_t dims, const char *arena,
     }
     gpu_sync();
     report(&w, "select", do_select, index_us);
+    if (n_seqs == 1) {
+        report(&w, "floor: reading the index", do_read, index_us);
+        report(&w, "floor: a launch", do_launch, 0);
+    }
     for (size_t i = 0; i < sizeof(missing) / sizeof(missing[0]); i++) {
         set_missing(&w, missing[i]);
         if (i < 2 || n_seqs == 1)
-            report(&w, "step: select resolve attend", do_step, index_us + rows_us);
+            report(&w, "step: select, attend", do_step, index_us + rows_us);
+        if (i == 0)
+            report(&w, "step: select resolve attend", do_step_apart, index_us + rows_us);
         if (n_seqs > 1 && i >= 2)
             continue;
         report(&w, "resolve", do_resolve, 0);
         report(&w, "resolve + attend (fetching)", do_resolve_attend, rows_us);
+        report(&w, "attend, resolving", do_picked, rows_us);
         if (missing[i] == 100) { /* lists and fetch are those of the last resolve */
             restore(&w);
             for (uint32_t t = 0; t < STEPS; t++)
@@ -95,7 +102,7 @@ static void bench_rows(uint32_t n, uint32_t n_seqs, const char *arena, size_t ar
         gpu_sync();
         for (size_t i = 0; i < sizeof(missing) / sizeof(missing[0]); i++) {
             set_missing(&w, missing[i]);
-            report(&w, "resolve + attend (fetching)", do_resolve_attend, rows_us);
+            report(&w, "attend, resolving", do_picked, rows_us);
             if (missing[i] == 0)
                 report(&w, "attend alone", do_attend, rows_us);
         }
@@ -210,7 +217,7 @@ static void bench_vote(uint32_t n, uint32_t n_seqs, const char *arena, size_t ar
     }
     gpu_sync();
     report(&w, "select by vote", do_vote, index_us);
-    report(&w, "step: vote resolve attend", do_vote_step, index_us + rows_us);
+    report(&w, "step: vote, attend", do_vote_step, index_us + rows_us);
     release_all();
 }
 

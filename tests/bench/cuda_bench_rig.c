@@ -5,7 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cuda_floor.h"
+
 const row_kind plain = {"bf16", KVK_BF16, false, 4096};
+
+enum { FLUSH_BYTES = 256 << 20 };
 
 static double copy_gb_s; /* bytes read and written, per second */
 
@@ -19,7 +23,7 @@ void restore(world *w)
 {
     for (uint32_t t = 0; w->saved[0] && t < STEPS; t++)
         OK(kvk_cuda_copy(gpu(), w->tables[t], w->saved[t], w->table_bytes, gpu_stream()));
-    OK(kvk_cuda_select(gpu(), &w->flush, gpu_stream()));
+    REQUIRE(floor_read(w->flush, FLUSH_BYTES, w->sink, gpu_stream()) == 0, "a flush");
 }
 
 /* Median time of a step in us; *low_p and *high_p the least and the greatest. */
@@ -92,16 +96,45 @@ void do_resolve_attend(world *w, uint32_t t)
     do_attend(w, t);
 }
 
+/* resolve and attend as one op. */
+void do_picked(world *w, uint32_t t)
+{
+    kvk_cuda_attend_args a = w->attend[t];
+
+    a.resolve = w->resolve[t];
+    OK(kvk_cuda_attend(gpu(), &a, gpu_stream()));
+}
+
 void do_step(world *w, uint32_t t)
+{
+    do_select(w, t);
+    do_picked(w, t);
+}
+
+void do_step_apart(world *w, uint32_t t)
 {
     do_select(w, t);
     do_resolve_attend(w, t);
 }
 
+/* The index's bytes alone. */
+void do_read(world *w, uint32_t t)
+{
+    size_t bytes = (size_t)w->n * w->index_bytes / 16 * 16;
+
+    REQUIRE(floor_read(w->index[t], bytes, w->sink, gpu_stream()) == 0, "a read");
+}
+
+void do_launch(world *w, uint32_t t)
+{
+    (void)t;
+    REQUIRE(floor_launch(132, w->sink, gpu_stream()) == 0, "a launch");
+}
+
 void do_vote_step(world *w, uint32_t t)
 {
     do_vote(w, t);
-    do_resolve_attend(w, t);
+    do_picked(w, t);
 }
 
 void measure_copy(size_t bytes)
@@ -157,6 +190,7 @@ void make_select(world *w, uint32_t t, numbers *from, const void *rows)
 
     for (uint32_t s = 0; s < w->n_seqs; s++)
         cands[s] = (kvk_cuda_candidates){device_copy(rows, bytes), w->n, 0};
+    w->index[t] = cands[0].index;
     OK(kvk_cuda_fill(gpu(), workspace, 0, work, gpu_stream()));
     w->select[t] = (kvk_cuda_select_args){.n_seqs = w->n_seqs,
                                           .dims = w->dims,
@@ -201,23 +235,8 @@ void make_vote(world *w, uint32_t t, numbers *from, const void *rows)
 
 void make_flush(world *w)
 {
-    enum { ROWS = 2 << 20 };
-    kvk_cuda_candidates cands = {device_bytes((size_t)ROWS * 128), ROWS, 0};
-    size_t work = kvk_cuda_select_workspace_bytes(1, ROWS);
-    void *workspace = device_bytes(work);
-
-    OK(kvk_cuda_fill(gpu(), (void *)(uintptr_t)cands.index, 1, (size_t)ROWS * 128, gpu_stream()));
-    OK(kvk_cuda_fill(gpu(), workspace, 0, work, gpu_stream()));
-    w->flush = (kvk_cuda_select_args){.n_seqs = 1,
-                                      .dims = 126,
-                                      .k = K,
-                                      .rows_max = ROWS,
-                                      .q = device_copy((float[126]){1.0f}, 126 * 4),
-                                      .cands = device_copy(&cands, sizeof(cands)),
-                                      .picks = device_bytes(K * 4),
-                                      .n_picks = device_bytes(4),
-                                      .workspace = workspace,
-                                      .workspace_bytes = work};
+    w->flush = device_bytes(FLUSH_BYTES);
+    w->sink = device_bytes(4);
 }
 
 /* Bytes of one sequence's tables: slot_of, pos_of, used, step. */
@@ -312,7 +331,9 @@ void make_attend(world *w, uint32_t t, numbers *from)
                                           .o = device_bytes(width * 4),
                                           .lse = device_bytes((size_t)w->n_seqs * HEADS * 4),
                                           .workspace = device_bytes(work),
-                                          .workspace_bytes = work};
+                                          .workspace_bytes = work,
+                                          .resolved = device_bytes(w->n_seqs * 4)};
+    OK(kvk_cuda_fill(gpu(), w->attend[t].resolved, 0, w->n_seqs * 4, gpu_stream()));
     if (w->rows->rotated) {
         kvk_rope_params rope = {.theta = 500000};
         int32_t *ranks = host_bytes((size_t)w->n_seqs * K * 4);

@@ -42,7 +42,8 @@ typedef struct world {
     void *saved[STEPS];      /* tables with the wanted share missing, [n_seqs] each */
     void *tables[STEPS];
     size_t table_bytes;
-    kvk_cuda_select_args flush; /* a scan of other bytes: L2 holds them after, and clean */
+    const void *index[STEPS]; /* of the first sequence */
+    void *flush, *sink;       /* other bytes: L2 holds them after they were read, and clean */
 } world;
 
 typedef void (*enqueue_fn)(world *w, uint32_t step);
@@ -58,7 +59,11 @@ void do_resolve(world *w, uint32_t t);
 void do_attend(world *w, uint32_t t);
 void do_gather(world *w, uint32_t t);
 void do_resolve_attend(world *w, uint32_t t);
+void do_picked(world *w, uint32_t t);
 void do_step(world *w, uint32_t t);
+void do_step_apart(world *w, uint32_t t);
+void do_read(world *w, uint32_t t);
+void do_launch(world *w, uint32_t t);
 void do_vote_step(world *w, uint32_t t);
 void measure_copy(size_t bytes);
 double floor_us(double bytes);

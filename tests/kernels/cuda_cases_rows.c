@@ -54,18 +54,6 @@ static uint32_t model_step(model *m, const uint32_t *picks, uint32_t n, int32_t 
     return n_misses;
 }
 
-/* n distinct positions. */
-static void distinct(numbers *from, uint32_t *picks, uint32_t n, uint32_t below)
-{
-    uint8_t *seen = host_bytes(below);
-
-    for (uint32_t i = 0; i < n;) {
-        uint32_t position = number_below(from, below);
-        if (!seen[position]++)
-            picks[i++] = position;
-    }
-}
-
 static void resolve_steps(numbers *from, uint32_t k, uint32_t n_slots, uint32_t n_pinned,
                           uint32_t n_positions)
 {
@@ -94,7 +82,8 @@ static void resolve_steps(numbers *from, uint32_t k, uint32_t n_slots, uint32_t 
     for (uint32_t t = 0; t < STEPS; t++) {
         for (uint32_t s = 0; s < SEQS; s++) {
             n_picks[s] = t == 3 ? 0 : t == 4 ? 1 : k - number_below(from, k / 2 + 1);
-            distinct(from, picks + s * k, n_picks[s], t % 2 ? n_positions : n_positions / 3);
+            distinct_positions(from, picks + s * k, n_picks[s],
+                               t % 2 ? n_positions : n_positions / 3);
             if (t == 6 && n_picks[s])
                 picks[s * k] = n_positions + s; /* not a position */
         }

@@ -26,6 +26,17 @@ model model_of(uint32_t n_positions, uint32_t n_slots, uint32_t n_pinned, size_t
     return m;
 }
 
+void distinct_positions(numbers *from, uint32_t *picks, uint32_t n, uint32_t below)
+{
+    uint8_t *seen = host_bytes(below);
+
+    for (uint32_t i = 0; i < n;) {
+        uint32_t position = number_below(from, below);
+        if (!seen[position]++)
+            picks[i++] = position;
+    }
+}
+
 static context empty_context(uint32_t n, uint32_t row_bytes)
 {
     context c = {.n = n, .block_tokens = 100, .row_bytes = row_bytes};

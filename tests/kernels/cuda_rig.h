@@ -18,6 +18,9 @@ typedef struct model {
 /* Nothing resident but positions 0 .. n_pinned - 1, in the slots of the same numbers. */
 model model_of(uint32_t n_positions, uint32_t n_slots, uint32_t n_pinned, size_t row_bytes);
 
+/* n positions below `below`, all different, in picks. */
+void distinct_positions(numbers *from, uint32_t *picks, uint32_t n, uint32_t below);
+
 /* Rows in pinned memory, cut into blocks. */
 typedef struct context {
     uint32_t n, block_tokens, row_bytes, v_off_bytes;

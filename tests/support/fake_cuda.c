@@ -491,6 +491,8 @@ FAKE_CUDA_OP(attend)
 {
     const kvk_cuda_attend_args *a = args;
     kvc_status st = KVC_OK;
+    for (uint32_t s = 0; a->resolve.k != 0 && s < a->n_seqs; s++)
+        resolve_one(&a->resolve, s);
     for (uint32_t s = 0; st == KVC_OK && s < a->n_seqs; s++)
         st = attend_one(cuda, a, s);
     if (st == KVC_OK && a->result.counts != NULL)

@@ -60,9 +60,9 @@ static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *la
     return kvk_cuda_frame(w->device->cuda, &args, stream);
 }
 
-static kvc_status resolve(const kvw_worker *w, const kvwi_lane *lane, kvk_stream *stream)
+static kvk_cuda_resolve_args resolve_args(const kvw_worker *w, const kvwi_lane *lane)
 {
-    const kvk_cuda_resolve_args args = {
+    return (kvk_cuda_resolve_args){
         .n_seqs = lane->n_seqs,
         .k = w->opts.k,
         .n_slots = kvwi_slots(w),
@@ -77,11 +77,16 @@ static kvc_status resolve(const kvw_worker *w, const kvwi_lane *lane, kvk_stream
         .n_list = lane->n_list,
         .n_misses = lane->n_misses,
     };
+}
+
+static kvc_status resolve(const kvw_worker *w, const kvwi_lane *lane, kvk_stream *stream)
+{
+    const kvk_cuda_resolve_args args = resolve_args(w, lane);
     return kvk_cuda_resolve(w->device->cuda, &args, stream);
 }
 
-/* early: the frame is not the op before. */
-static kvk_cuda_attend_args attend_args(const kvw_worker *w, const kvwi_lane *lane, bool early)
+/* whole: resolves as well; the frame is not the op before, so what is near may be read early. */
+static kvk_cuda_attend_args attend_args(const kvw_worker *w, const kvwi_lane *lane, bool whole)
 {
     const kvw_opts *o = &w->opts;
     return (kvk_cuda_attend_args){
@@ -111,18 +116,20 @@ static kvk_cuda_attend_args attend_args(const kvw_worker *w, const kvwi_lane *la
                  .ring_rows = kvwi_ring_rows(w),
                  .n_max = kvwi_near_max(w),
                  .inv_freq = w->device->inv_freq,
-                 .early = early},
+                 .early = whole},
         .result = {.out = lane->out,
                    .dtype = o->dtype,
                    .lse = lane->lse,
                    .counts = lane->counts,
                    .done = lane->done},
+        .resolve = whole ? resolve_args(w, lane) : (kvk_cuda_resolve_args){0},
+        .resolved = lane->resolved,
     };
 }
 
-static kvc_status attend(const kvw_worker *w, const kvwi_lane *lane, bool early, kvk_stream *stream)
+static kvc_status attend(const kvw_worker *w, const kvwi_lane *lane, bool whole, kvk_stream *stream)
 {
-    const kvk_cuda_attend_args args = attend_args(w, lane, early);
+    const kvk_cuda_attend_args args = attend_args(w, lane, whole);
     return kvk_cuda_attend(w->device->cuda, &args, stream);
 }
 
@@ -144,7 +151,7 @@ static kvc_status enqueue(const kvw_worker *w, uint32_t layer, const kvwi_lane *
     if (st == KVC_OK && part != KVWI_ATTEND) {
         st = w->device->selector->select(w, lane, stream);
     }
-    if (st == KVC_OK && part != KVWI_ATTEND) {
+    if (st == KVC_OK && part == KVWI_SELECT) {
         st = resolve(w, lane, stream);
     }
     return st == KVC_OK && part != KVWI_SELECT ? attend(w, lane, part == KVWI_WHOLE, stream) : st;

@@ -51,8 +51,9 @@ struct kvwi_lane {
     kvk_cuda_candidates *cands;
     kvk_cuda_source *source;
     uint32_t *picks, *n_picks, *fetch, *n_list, *n_near, *near_first;
-    uint32_t *counts;  /* [2], of attend's result */
-    uint32_t *ordered; /* the picks as they are resolved: ascending, or picks itself */
+    uint32_t *counts;   /* [2], of attend's result */
+    uint32_t *resolved; /* of an attend that resolves */
+    uint32_t *ordered;  /* the picks as they are resolved: ascending, or picks itself */
     int32_t *list;
     int32_t *k_positions; /* of what is listed; NULL: keys are not rotated */
     float *q_far, *q_near, *q_index;

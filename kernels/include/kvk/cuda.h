@@ -344,6 +344,10 @@ typedef struct kvk_cuda_result {
  * else UNSUPPORTED, as is near with F16, or where keys of the list are rotated and its are not.
  * near is added behind the list, and the workspace is then that of a stride of stride + near.n_max
  * + 16. With result.out o and lse are not written and may be NULL.
+ * With resolve.k not 0 the list is made in the same launch, as kvk_cuda_resolve would before it,
+ * and nothing waits for it: list, fetch, n_list and the tables are the same afterwards, and so are
+ * o and lse. resolve's n_seqs, list, fetch, n_list, stride and res are then the attention's, and
+ * source is not NULL.
  */
 typedef struct kvk_cuda_attend_args {
     uint32_t n_seqs, n_q_heads, n_kv_heads, head_dim;
@@ -365,6 +369,8 @@ typedef struct kvk_cuda_attend_args {
     size_t workspace_bytes; /* no need to clear it */
     kvk_cuda_near near;
     kvk_cuda_result result;
+    kvk_cuda_resolve_args resolve; /* k 0: the list is there */
+    uint32_t *resolved;            /* [n_seqs] for resolve, cleared once; else NULL */
 } kvk_cuda_attend_args;
 size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_t n_q_heads,
                                        uint32_t head_dim);
