@@ -15,9 +15,13 @@
  * With a batch, us is kvw_batch_forward of a token of each sequence, of which the first was put and
  * the others found its prefix; there are no parts then.
  *
+ * --far WAY: nothing is mapped, so what is not resident comes by request (shm), or is attended over
+ * by the server's CPU (near) or its GPU (near-gpu), which leaves nothing resident; only new queries
+ * are timed then.
+ *
  * Arguments: --quick (a smoke test), --layers N, --recent N, --batch N, --steps N, --rows bf16, i8
- * or e4m3, numbers of tokens. Without arguments: 128K and 1M tokens, one layer, 4,096 and 128
- * recent. Exits with 77 where there is no GPU. Single-threaded.
+ * or e4m3, --far shm, near or near-gpu, numbers of tokens. Without arguments: 128K and 1M tokens,
+ * one layer, 4,096 and 128 recent. Exits with 77 where there is no GPU. Single-threaded.
  */
 #include <signal.h>
 #include <stdbool.h>
@@ -39,7 +43,8 @@ enum { POOL_MAX = 1 << 27 };                        /* likewise; a row may begin
 
 typedef struct gpu_shape {
     uint32_t n_tokens, n_layers, n_recent, n_seqs, n_steps;
-    kvk_dtype rows; /* 0: bf16 */
+    kvk_dtype rows;  /* 0: bf16 */
+    const char *far; /* NULL: rows are mapped */
     bool quick;
 } gpu_shape;
 
@@ -47,6 +52,7 @@ typedef struct gpu_bench {
     char folder[200], projection[256], shm[256];
     uint32_t n_tokens, n_layers, n_recent, n_seqs, row_bytes;
     kvk_dtype row_dtype;
+    const char *far;
     support_daemon daemon;
     kvc_client *client;
     kvw_worker *worker;
@@ -139,7 +145,16 @@ static void start_server(gpu_bench *b)
     (void)snprintf(b->shm, sizeof(b->shm), "shm://%s/shm.sock", b->folder);
     /* half of it may be mapped */
     (void)snprintf(dram, sizeof(dram), "%lluMiB", (unsigned long long)(bytes * 9 / 4 >> 20) + 1024);
-    const char *args[] = {"--listen", b->shm, "--dram-bytes", dram, NULL};
+    bool by_gpu = b->far != NULL && strcmp(b->far, "near-gpu") == 0;
+    const char *args[] = {"--listen",
+                          b->shm,
+                          "--dram-bytes",
+                          dram,
+                          "--attend-gpu-bytes",
+                          by_gpu ? dram : "0",
+                          "--max-map-pin-bytes",
+                          b->far != NULL ? "1" : "0",
+                          NULL};
     if (!support_daemon_start(&b->daemon, b->folder, args))
         exit(1);
     const kvc_client_opts opts = {
@@ -177,6 +192,9 @@ static void open_worker(gpu_bench *b)
                            .backend = "cuda",
                            .selector = "esa",
                            .projection_path = b->projection,
+                           .way = b->far == NULL               ? NULL
+                                  : strcmp(b->far, "shm") == 0 ? "shm"
+                                                               : "near",
                            .n_recent = b->n_recent,
                            .k = K,
                            .put_window = 16,
@@ -356,6 +374,7 @@ static void run(const gpu_shape *shape)
                    .n_recent = shape->n_recent,
                    .n_seqs = shape->n_seqs,
                    .row_dtype = shape->rows,
+                   .far = shape->far,
                    .row_bytes = shape->rows == 0 ? ROW * 2u : 2u * KV_HEADS * (DIM + 2u),
                    .random = 88172645463325252ull};
     size_t q_bytes = (size_t)b.n_seqs * Q * 2u;
@@ -383,10 +402,16 @@ static void run(const gpu_shape *shape)
     printf("# the other sequences opened in %.1f s; the first decode step took %.1f ms\n",
            (double)others_s, (double)us_since(&t) * 1e-3);
     (void)fflush(stdout);
-    report(&b, shape->n_steps, 0);
-    report(&b, shape->n_steps, shape->quick ? 0.1f : find_share(&b));
+    if (b.far == NULL) {
+        report(&b, shape->n_steps, 0);
+        report(&b, shape->n_steps, shape->quick ? 0.1f : find_share(&b));
+    }
     report(&b, shape->n_steps, 1.0f);
     kvw_stats s = stats_of(&b);
+    if (b.far != NULL)
+        printf("# %s: %llu of %llu misses were attended over there, %llu steps fell back\n", b.far,
+               (unsigned long long)s.rows_near, (unsigned long long)s.misses,
+               (unsigned long long)s.way_fallbacks);
     printf("# GPU memory of a sequence: %.2f GB; dense attention would hold %.2f GB; full or "
            "host steps %llu\n",
            (double)s.bytes_device * 1e-9, (double)b.n_tokens * b.n_layers * ROW * 2e-9,
@@ -438,6 +463,8 @@ int main(int argc, char **argv)
             shape.n_seqs = clamp(argv[++i], 1, BATCH_MAX);
         } else if (strcmp(argv[i], "--steps") == 0 && i + 1 < argc) {
             shape.n_steps = clamp(argv[++i], 8, STEPS_MAX);
+        } else if (strcmp(argv[i], "--far") == 0 && i + 1 < argc) {
+            shape.far = argv[++i];
         } else if (strcmp(argv[i], "--rows") == 0 && i + 1 < argc) {
             i++;
             shape.rows = strcmp(argv[i], "i8") == 0     ? KVK_I8_SCALED

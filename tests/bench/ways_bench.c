@@ -7,8 +7,9 @@
  * client does with fetched rows is in nobody's time; near the data the attention is. Where the
  * server has a GPU, once more near the data by that, over PCIe and in its own memory.
  *
- * --quick: one short turn; --short: a few, for emulated machines. RDMA where KVASIR_RDMA_ADDRESS is
- * the address of a device. Every way's first answer is checked.
+ * --quick: one short turn; --short: a few, for emulated machines; --gpu: near the data alone, by
+ * the server's CPU and by its GPU. RDMA where KVASIR_RDMA_ADDRESS is the address of a device. Every
+ * way's first answer is checked.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -34,6 +35,8 @@ typedef struct line {
 } line;
 
 static uint32_t rounds = 15;
+static bool only_gpu; /* --gpu */
+static const char *const tiers[] = {"dram", "lmdb", "dram, GPU", "gpu, GPU"};
 
 /* ---- the table ------------------------------------------------------------------------------- */
 
@@ -68,7 +71,8 @@ static uint32_t list_ways(ways_rig *rig, line *lines)
     };
     uint32_t n = 0;
     for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) {
-        if (all[i].wanted && (!by_gpu(rig) || all[i].kind == WAYS_COPY || all[i].kind == WAYS_NEAR))
+        bool few = by_gpu(rig) || only_gpu;
+        if (all[i].wanted && (!few || all[i].kind == WAYS_COPY || all[i].kind == WAYS_NEAR))
             lines[n++] = (line){.way = {.name = all[i].name,
                                         .uri = all[i].uri,
                                         .kind = all[i].kind,
@@ -144,7 +148,6 @@ static int count_rdma(ways_rig *rig, kvc_client *other, ways_way *way)
 
 static void print_line(const ways_rig *rig, line *l)
 {
-    static const char *const tiers[] = {"dram", "lmdb", "dram, GPU", "gpu, GPU"};
     uint64_t out = 0, in = 0;
     double us = bench_median(&l->us), bytes = (double)rig->shape->n_rows * rig->shape->row_bytes;
     if (l->way.uri != NULL)
@@ -201,7 +204,7 @@ static int run_lines(ways_rig *rig, line *lines, uint32_t n)
     for (uint32_t i = 0; i < n && !bad; i++)
         print_line(rig, &lines[i]);
     for (uint32_t i = 0; i < n && !bad; i++) {
-        if (by_gpu(rig))
+        if (by_gpu(rig) || only_gpu)
             break;
         if (lines[i].way.uri == rig->daemon.uri)
             bad = print_tcp(rig, &lines[i].way);
@@ -281,6 +284,20 @@ static int compare_misses(ways_rig *rig, const char *uri, bool framed, ways_core
     return bad;
 }
 
+/* How long the server attends, by what it attends over: where its GPU begins to be worth it. */
+static int print_sizes(ways_rig *rig)
+{
+    static const uint32_t sizes[] = {64, 128, 256, 512, 1024, 2048};
+    ways_way near = {.name = "near", .uri = rig->shm_uri, .kind = WAYS_NEAR, .framed = true};
+    int bad = ways_open(&near, rig);
+    (void)printf("near, shm, %s, us by rows of 4 KiB:", tiers[rig->tier]);
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]) && !bad; i++)
+        (void)printf(" %u: %.0f%s", sizes[i], time_of(&near, NULL, sizes[i], 2 * rounds),
+                     sizes[i] < 2048 ? "," : "\n");
+    ways_close(&near);
+    return bad;
+}
+
 /* ---- all of it ------------------------------------------------------------------------------- */
 
 static int run_shape(ways_rig *rig, const ways_shape *shape)
@@ -314,7 +331,11 @@ static int run_tier(ways_rig *rig, ways_tier tier, ways_core *core)
     bool all = bad || !by_gpu(rig) || has_gpu(rig);
     for (uint32_t i = 0; i < SHAPES && !bad && all; i++)
         bad = run_shape(rig, &shapes[i]);
-    if (!bad && tier == WAYS_DRAM) {
+    if (!bad && all && tier != WAYS_LMDB) {
+        bad = ways_fill(rig, &shapes[0]) || print_sizes(rig);
+        ways_empty(rig);
+    }
+    if (!bad && tier == WAYS_DRAM && !only_gpu) {
         bad = ways_fill(rig, &shapes[0]);
 #ifdef KVASIR_GRPC
         bad = bad || compare_misses(rig, rig->daemon.uri, false, core);
@@ -365,8 +386,9 @@ int main(int argc, char **argv)
     static ways_rig rig;
     bool quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
     bool brief = argc > 1 && strcmp(argv[1], "--short") == 0;
-    if (argc > 2 || (argc == 2 && !quick && !brief)) {
-        (void)fprintf(stderr, "usage: ways_bench [--quick | --short]\n");
+    only_gpu = argc > 1 && strcmp(argv[1], "--gpu") == 0;
+    if (argc > 2 || (argc == 2 && !quick && !brief && !only_gpu)) {
+        (void)fprintf(stderr, "usage: ways_bench [--quick | --short | --gpu]\n");
         return 2;
     }
     kvc_log_set_level(KVC_LOG_LEVEL_ERROR);
@@ -377,10 +399,10 @@ int main(int argc, char **argv)
     bad = bad || run_tier(&rig, WAYS_GPU_DRAM, core); /* nothing where the server has no GPU */
     bad = bad || run_tier(&rig, WAYS_GPU_TIER, core);
 #ifdef KVASIR_LMDB
-    bad = bad || run_tier(&rig, WAYS_LMDB, core);
+    bad = bad || (!only_gpu && run_tier(&rig, WAYS_LMDB, core));
 #endif
     bench_remove_tree(rig.folder);
-    if (!bad)
+    if (!bad && !only_gpu)
         ways_core_compare(core, quick || brief ? 16 : 512, quick ? 1 : 31);
     ways_core_close(core);
     return bad;

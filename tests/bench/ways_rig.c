@@ -350,9 +350,10 @@ int ways_ask(ways_way *way, const uint32_t *picks, uint32_t n)
     if (st != KVC_OK)
         return failed(way->name);
     way->n_requests = info.requests;
-    uint32_t from_tier = way->rig->tier == WAYS_LMDB       ? info.rows_lmdb
-                         : way->rig->tier == WAYS_GPU_TIER ? info.rows_gpu
-                                                           : info.rows_dram;
+    uint32_t from_tier = way->rig->tier == WAYS_LMDB ? info.rows_lmdb
+                         : way->rig->tier == WAYS_GPU_TIER
+                             ? info.rows_gpu + info.rows_dram /* a small request */
+                             : info.rows_dram;
     if (from_tier != n || way->mapped != !info.requests) {
         (void)fprintf(
             stderr,
