@@ -8,12 +8,10 @@ attention is from the CPU backend's on the same queries, keys and values. Exit s
 two backends differ by more than bf16 does.
 
     python tests/gpu/real_model.py --server URI --gguf FILE --text FILE --state DIR [--tokens N ...]
-        [--settings DIMS:K ... --try-tokens N] [--skip-ceiling] [--until S]
+        [--setting SELECTOR:DIMS:K] [--skip-ceiling] [--skip-cpu]
 
-Each context of N tokens has four passkeys and three verses, as the quickstart's of that length. Of
-several settings (columns of the index, picks) each reads a context of --try-tokens first; the one
-with the most passkeys, else the most of them picked, reads the others. --until: no setting is tried
-after so many seconds.
+Each context of N tokens has four passkeys and three verses, as the quickstart's of that length. A
+setting: the columns that the index keeps for each of its heads, and the picks.
 """
 
 import argparse
@@ -34,7 +32,9 @@ from kvasir import hf_model
 from kvasir.activations import collect
 from kvasir.calibrate import fit
 
-N_SINK, N_RECENT, EPS, MOST_DIMS = 128, 1024, 1, 94
+N_SINK = 128
+N_RECENT = {"esa": 1024, "tokenselect": 512}  # of ESA far_position, too
+EPS = {"esa": 1, "tokenselect": 0}
 CALIBRATION_TOKENS, REPLAYED = 24576, 8192
 
 
@@ -116,7 +116,7 @@ class Recorder(kvasir.hf.Observer):
 def replay(recorder, geometry, model_name, options):
     """The same through the CPU backend: (worst difference of outputs, picks in common)."""
     worst, shared, picked = 0.0, 0, 0
-    worker = kvasir.Worker(geometry, model_name, "esa", **{**options, "backend": "cpu"})
+    worker = kvasir.Worker(geometry, model_name, **{**options, "backend": "cpu"})
     with worker, worker.sequence() as sequence:
         for ids, layers, picks in zip(recorder.ids, recorder.passes, recorder.picks):
             sequence.tokens(ids)
@@ -137,11 +137,10 @@ def parse():
     p.add_argument("--gguf", required=True)
     p.add_argument("--text", required=True)
     p.add_argument("--state", required=True, type=Path)
-    p.add_argument("--tokens", type=int, nargs="+", default=[32768, 1000000])
-    p.add_argument("--settings", nargs="+", default=["62:4096"], metavar="DIMS:K")
-    p.add_argument("--try-tokens", type=int, default=262144)
+    p.add_argument("--tokens", type=int, nargs="*", default=[32768, 1000000])
+    p.add_argument("--setting", default="esa:62:4096", metavar="SELECTOR:DIMS:K")
     p.add_argument("--skip-ceiling", action="store_true")
-    p.add_argument("--until", type=float, default=float("inf"))
+    p.add_argument("--skip-cpu", action="store_true")
     return p.parse_args()
 
 
@@ -178,8 +177,21 @@ def ask(kv, model, context, right):
     return np.median(seconds) * 1e3, np.median(worker) * 1e3, np.mean(layers)
 
 
+def rates_of(n_tokens):
+    """Says the rate of each quarter of a prefill, beyond what is recorded."""
+    last = [REPLAYED, time.monotonic()]
+
+    def progress(n_done, _):
+        n, took = n_done - last[0], time.monotonic() - last[1]
+        if n >= n_tokens // 4 or n_done == n_tokens:
+            say(f"  up to {n_done} tokens", f"{n / took:.0f} tokens/s")
+            last[:] = n_done, time.monotonic()
+
+    return progress
+
+
 def read(n_tokens, model, builder, client, options):
-    """Prefill, questions and decoding; the Recorder of the beginning, and what was right."""
+    """Prefill, questions and decoding; the Recorder of the beginning."""
     context = builder.build(n_tokens, 4, 3, 11)
     recorder, right = Recorder(), {"passkey": [0, 0], "verse": [0, 0]}
     options = dict(options, max_tokens=n_tokens + 4096)
@@ -188,10 +200,9 @@ def read(n_tokens, model, builder, client, options):
             kv.observer = recorder
             kv.prefill(cache, context.ids[:REPLAYED])
             kv.observer, before = None, in_worker(cache.stats())
-            _, took = timed(lambda: kv.prefill(cache, context.ids))
+            _, took = timed(lambda: kv.prefill(cache, context.ids, rates_of(n_tokens)))
             stats, n = cache.stats(), n_tokens - REPLAYED
-            setting = f"{options['index_dims'] + 2} B a token, k {options['k']}"
-            say(f"{n_tokens} tokens, {setting}", f"{took:.1f} s for {n}: {n / took:.0f} tokens/s")
+            say(f"{n_tokens} tokens, prefill", f"{took:.1f} s for {n}: {n / took:.0f} tokens/s")
             say("of it in the worker", f"{in_worker(stats) - before:.1f} s")
             say("waiting for the store", f"{stats['ns_put_wait'] / 1e9:.1f} s")
             say("steps on the GPU", f"{stats['steps_device']} of {stats['steps']}")
@@ -203,25 +214,31 @@ def read(n_tokens, model, builder, client, options):
         token_ms, worker_ms, layers = ask(kv, model, context, right)
     say("answers", f"{rates(right)}; picked in {layers:.1f} layers")
     say("a decoded token, median", f"{token_ms:.1f} ms, {worker_ms:.2f} in the worker")
-    return recorder, (right["passkey"][0], layers)
+    return recorder
 
 
-def choose(settings, until, reads):
-    """The setting whose read() had the most passkeys, else the most picked."""
-    best, most = settings[0], None
-    for setting in settings if len(settings) > 1 else ():
-        if time.monotonic() > until:
-            break
-        _, score = reads(setting)
-        if most is None or score > most:
-            best, most = setting, score
-    return best
+def options_of(setting, model, ids, folder):
+    """Worker's options; the index is calibrated over ids."""
+    selector, dims, k = setting.split(":")
+    recent, name = N_RECENT[selector], hf_model.model_id(model)
+    projection = folder / f"{selector}-{dims}.projection"
+    fit(collect(model, ids), selector, int(dims), recent, name).write(projection)
+    counts = dict(n_sink=N_SINK, n_recent=recent, k=int(k), eps=EPS[selector])
+    return dict(selector=selector, index="compressed", projection=projection, **counts)
+
+
+def compare(recorder, model, options):
+    """Whether the CPU backend finds the same."""
+    geometry, name = hf_model.geometry_of(model)[0], hf_model.model_id(model)
+    worst, shared = replay(recorder, geometry, name, options)
+    say("the CPU backend, same inputs: outputs", f"within {worst:.2g} of the largest")
+    say("the CPU backend, same inputs: picks", f"{shared:.5f} in common")
+    return worst < 0.02 and shared > 0.99
 
 
 def main():
     """Runs it."""
-    args = parse()
-    until = time.monotonic() + args.until
+    args, alike = parse(), True
     args.state.mkdir(parents=True, exist_ok=True)
     model, tokenizer = stock.load(None, args.gguf, args.state, lambda text: None)
     model = model.to("cuda")
@@ -230,26 +247,13 @@ def main():
         if not args.skip_ceiling:
             say("the stock model within its window", rates(ceiling(model, builder)))
         ids = builder.build(CALIBRATION_TOKENS, 1, 0, 3, start=9000).ids
-        projection = args.state / "esa.projection"
-        name = hf_model.model_id(model)
-        fit(collect(model, ids), "esa", MOST_DIMS, N_RECENT, name).write(projection)
-
-        def options(setting):
-            dims, k = (int(x) for x in setting.split(":"))
-            counts = dict(n_sink=N_SINK, n_recent=N_RECENT, k=k, eps=EPS, index_dims=dims)
-            return dict(index="compressed", projection=projection, **counts)
-
-        def reads(n_tokens, setting):
-            gpu = dict(options(setting), selector="esa", backend="cuda")
-            return read(n_tokens, model, builder, client, gpu)
-
-        best = choose(args.settings, until, lambda setting: reads(args.try_tokens, setting))
-        recorders = [reads(n_tokens, best)[0] for n_tokens in args.tokens]
-        geometry = hf_model.geometry_of(model)[0]
-        worst, shared = replay(recorders[0], geometry, name, options(best))
-        say("the CPU backend, same inputs: outputs", f"within {worst:.2g} of the largest")
-        say("the CPU backend, same inputs: picks", f"{shared:.5f} in common")
-    return 0 if worst < 0.02 and shared > 0.99 else 1
+        options = options_of(args.setting, model, ids, args.state)
+        say("selector, columns a head, picks", args.setting)
+        gpu = dict(options, backend="cuda")
+        recorders = [read(n, model, builder, client, gpu) for n in args.tokens]
+        if recorders and not args.skip_cpu:
+            alike = compare(recorders[0], model, options)
+    return 0 if alike else 1
 
 
 if __name__ == "__main__":
