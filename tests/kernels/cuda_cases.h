@@ -9,7 +9,7 @@
     X(digest) X(query) X(edges) X(select) X(select_ties) X(select_batch) \
     X(select_window) X(select_large) \
     X(resolve) X(gather) X(encode) X(frame) X(frame_heads) X(order) X(attend) X(attend_exact) \
-    X(attend_near) X(attend_resolve) X(prefill) X(merge) X(graph) \
+    X(attend_near) X(attend_resolve) X(prefill) X(merge) X(graph) X(export) \
     X(vote_edges) X(vote) X(vote_ties) X(vote_batch) X(vote_large) \
     X(keep) X(mean) X(kept) X(rope) X(rows) X(finite) X(select_many) X(many_edges) \
     X(chunk_select) X(chunk_select_ties) X(chunk_select_batch) X(chunk_edges) X(chunk_weights) \

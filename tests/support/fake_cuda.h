@@ -23,6 +23,10 @@ void fake_cuda_allocations(uint32_t n);
 void fake_cuda_copies(uint32_t n);
 /* kvk_cuda_share_open answers UNSUPPORTED from now on, or no longer. */
 void fake_cuda_no_sharing(bool none);
+/* kvk_cuda_export answers UNSUPPORTED from now on, or no longer. */
+void fake_cuda_no_export(bool none);
+/* How often writes of other devices were flushed. */
+uint32_t fake_cuda_flushes(void);
 /* Device memory that was taken and not given back. */
 uint64_t fake_cuda_device_bytes(void);
 /* Changes every 64th byte of it. */

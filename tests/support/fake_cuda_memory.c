@@ -29,7 +29,8 @@ typedef struct given {
 
 static pthread_mutex_t memory_lock = PTHREAD_MUTEX_INITIALIZER;
 static given *memories; /* guarded by memory_lock */
-static atomic_bool no_sharing;
+static atomic_bool no_sharing, no_export;
+static atomic_uint flushes;
 static atomic_ullong device_bytes;
 static atomic_uint held, left = UINT32_MAX;
 
@@ -208,6 +209,47 @@ kvc_status kvk_cuda_share_open(kvk_cuda *cuda, const kvk_cuda_shared *shared, vo
     atomic_fetch_add(&held, 1);
     *memory_p = base;
     return KVC_OK;
+}
+
+kvc_status kvk_cuda_export(kvk_cuda *cuda, void *memory, size_t len_bytes, int *fd_p,
+                           uint64_t *off_bytes_p)
+{
+    (void)cuda;
+    *fd_p = -1;
+    *off_bytes_p = 0;
+    if (atomic_load(&no_export))
+        return KVC_UNSUPPORTED;
+    pthread_mutex_lock(&memory_lock);
+    for (const given *m = memories; m != NULL; m = m->next) {
+        if (m->base == memory && m->fd >= 0 && len_bytes <= m->len_bytes)
+            *fd_p = fcntl(m->fd, F_DUPFD_CLOEXEC, 0);
+    }
+    pthread_mutex_unlock(&memory_lock);
+    return *fd_p >= 0 ? KVC_OK : KVC_UNSUPPORTED;
+}
+
+void kvk_cuda_export_close(kvk_cuda *cuda, int fd)
+{
+    (void)cuda;
+    if (fd >= 0)
+        (void)close(fd);
+}
+
+kvc_status kvk_cuda_flush_writes(kvk_cuda *cuda)
+{
+    (void)cuda;
+    atomic_fetch_add(&flushes, 1);
+    return KVC_OK;
+}
+
+void fake_cuda_no_export(bool none)
+{
+    atomic_store(&no_export, none);
+}
+
+uint32_t fake_cuda_flushes(void)
+{
+    return atomic_load(&flushes);
 }
 
 void kvk_cuda_share_close(kvk_cuda *cuda, void *memory)

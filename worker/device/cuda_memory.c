@@ -216,7 +216,8 @@ static kvc_status fill_blocks(kvw_seq *seq, kvwi_device_layer *l, uint32_t old_b
         return KVC_NO_MEMORY;
     }
     for (uint32_t b = old_blocks; b < n; b++) {
-        shadow[b] = b < d->cap_blocks ? NULL : d->staging + (b - d->cap_blocks) * block_bytes;
+        shadow[b] =
+            b < d->cap_blocks ? NULL : kvwi_cuda_staging_block(d, b - d->cap_blocks, block_bytes);
     }
     l->shadow = shadow;
     return kvk_cuda_copy(d->device->cuda, (void *)l->blocks, (const void *)shadow,

@@ -94,17 +94,6 @@ static kvc_status open_spaces(kvw_seq *seq)
     return st == KVC_OK ? open_numbers(seq) : st;
 }
 
-static kvc_status open_staging(kvw_seq *seq)
-{
-    const kvw_worker *w = seq->worker;
-    kvwi_device_seq *d = seq->device;
-    size_t len_bytes = (size_t)d->n_staging * w->opts.block_tokens * w->row_bytes;
-    void *p = NULL;
-    kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_PINNED, len_bytes, &p);
-    d->staging = p;
-    return st == KVC_OK ? kvwi_regions_open(w, p, len_bytes, &d->staging_regions) : st;
-}
-
 static kvc_status open_select(kvw_seq *seq)
 {
     kvwi_device_seq *d = seq->device;
@@ -134,7 +123,7 @@ static void set_capacity(kvw_seq *seq, uint32_t n_tokens)
     kvwi_device_seq *d = seq->device;
     d->cap_blocks = n_tokens / bt + 1u;
     d->cap_tokens = d->cap_blocks * bt;
-    d->staged = d->cap_tokens;
+    kvwi_cuda_staging_place(seq);
 }
 
 kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream)
@@ -156,7 +145,7 @@ kvc_status kvwi_cuda_seq_open(kvw_seq *seq, uint32_t n_tokens, void *stream)
         st = open_spaces(seq);
     }
     if (st == KVC_OK) {
-        st = open_staging(seq);
+        st = kvwi_cuda_staging_open(seq);
     }
     if (st == KVC_OK) {
         st = open_select(seq);
@@ -214,9 +203,7 @@ void kvwi_cuda_seq_close(kvw_seq *seq)
     for (uint32_t i = 0; d->layers != NULL && i < w->opts.n_layers; i++) {
         kvwi_cuda_layer_close(seq, &d->layers[i]);
     }
-    if (kvwi_regions_close(w, &d->staging_regions) == KVC_OK) { /* else it is still in use */
-        kvk_cuda_free(cuda, KVK_CUDA_PINNED, d->staging);
-    }
+    kvwi_cuda_staging_close(seq);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->select_space);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->near_pos);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->ring_list);

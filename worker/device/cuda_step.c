@@ -3,7 +3,7 @@
  *
  * Runs on the sequence's thread. Where every block has an address that the device can read, nothing
  * comes back to the host before the result: the attention brings what is missing. Else the list of
- * what it cannot reach comes to the host once, and a fetch brings those rows to pinned staging,
+ * what it cannot reach comes to the host once, and a fetch brings those rows to staging,
  * which the device sees as more blocks; or their server attends over them (cuda_near.c). The host
  * waits for the device once a step, or twice with a fetch. Rows read from a server's memory count
  * only if the map still holds afterwards; else they are forgotten and the step is done again.
@@ -220,6 +220,7 @@ static kvc_status list_far(kvw_step *step)
 {
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = layer_of(step);
+    kvwi_cuda_staging_choose(step->seq);
     const kvk_cuda_misses_args args = {
         .fetch = l->lane.fetch,
         .n_list = l->lane.n_list,
@@ -288,7 +289,7 @@ static kvc_status fetch_far(kvw_step *step)
         .n_picks = *l->n_far,
         .picks = l->miss_pos,
     };
-    kvwi_flight_send(seq, 0, &l->flight, group, &seq->device->staging_regions, l->status,
+    kvwi_flight_send(seq, 0, &l->flight, group, kvwi_cuda_staging_regions(seq->device), l->status,
                      step->deadline_ns);
     (void)kvwi_flight_land(&l->flight, step->deadline_ns);
     seq->stats.ns_fetch_wait += kvc_now_ns() - t0;

@@ -8,6 +8,8 @@
 #ifndef KVWI_DEVICE_STATE_H
 #define KVWI_DEVICE_STATE_H
 
+#include <stdatomic.h>
+
 #include "carve.h"
 #include "internal.h"
 #include "kvk/cuda_frame.h"
@@ -38,6 +40,7 @@ struct kvwi_device {
     char isa[16];
     float *query_proj, *key_proj; /* device: level 0's a and b, [n_layers, d_in, dims] */
     double *inv_freq;             /* device; NULL: no rotary embedding */
+    atomic_bool no_gpu_staging;   /* no RDMA device writes to its memory: none is tried again */
 };
 
 /*
@@ -137,6 +140,18 @@ typedef struct kvwi_device_prefill {
 
 typedef struct kvwi_device_near kvwi_device_near; /* cuda_near.c */
 
+/* Memory of the device that a fetch may bring rows to; cuda_staging.c. */
+typedef struct kvwi_gpu_staging {
+    kvk_cuda *cuda;
+    kvc_client *client;
+    void *memory;
+    size_t len_bytes;
+    kvwi_regions regions; /* of the one server */
+    bool refused;         /* no RDMA device writes there: it is not used */
+    kvc_mutex mutex;      /* LEAF; guards what is enqueued on stream */
+    kvk_stream *stream;   /* copies, where nobody writes there yet */
+} kvwi_gpu_staging;
+
 struct kvwi_device_seq {
     kvwi_device *device;
     kvk_stream *stream;       /* enqueued on: its own, or that of the batch that it is in */
@@ -147,7 +162,8 @@ struct kvwi_device_seq {
     uint32_t cap_tokens, cap_blocks;
     bool growing;    /* NO_MEMORY halfway: not every layer has the capacity, and none has graphs */
     uint32_t staged; /* the first position of staging, behind all blocks */
-    uint32_t n_staging; /* its blocks */
+    uint32_t n_staging; /* blocks of both kinds, and how many of them are pinned */
+    uint32_t n_pinned;
     /* device: 0, 1, ... up to what a step attends; each is also a count or a pick, in memory */
     int32_t *near_pos;
     const uint32_t *counts;
@@ -158,6 +174,7 @@ struct kvwi_device_seq {
     size_t frame_bytes, attend_bytes, select_bytes;
     uint8_t *staging; /* pinned, [k] rows: those that a fetch brings */
     kvwi_regions staging_regions;
+    kvwi_gpu_staging *gpu_staging; /* NULL: none */
     kvwi_device_layer *layers;
     uint64_t stamp;                /* of the map that addresses are from; 0: none */
     bool mixed, no_maps;           /* while they are asked for: of several maps; none is wanted */
@@ -205,6 +222,17 @@ static inline uint32_t kvwi_slots(const kvw_worker *w)
 {
     return w->opts.n_sink + w->opts.residency_slots;
 }
+
+/* cuda_staging.c. open: n_staging is what the pinned one shall have; then it is that of both. */
+kvc_status kvwi_cuda_staging_open(kvw_seq *seq) KVC_MUST_CHECK;
+void kvwi_cuda_staging_close(kvw_seq *seq);
+/* staged, after the capacity changed. */
+void kvwi_cuda_staging_place(kvw_seq *seq);
+/* Where block i of n_staging lies. */
+const void *kvwi_cuda_staging_block(const kvwi_device_seq *d, uint32_t i, size_t block_bytes);
+/* Before a fetch is planned: which one it shall go to, by staged and these regions. */
+void kvwi_cuda_staging_choose(kvw_seq *seq);
+const kvwi_regions *kvwi_cuda_staging_regions(const kvwi_device_seq *d);
 
 /* cuda.c: what is the same whatever the device does for a worker. open: nothing in device memory
  * yet; close frees that too. */

@@ -94,6 +94,18 @@ kvc_status kvk_cuda_share_open(kvk_cuda *cuda, const kvk_cuda_shared *shared,
                                void **memory_p) KVC_MUST_CHECK;
 void kvk_cuda_share_close(kvk_cuda *cuda, void *memory); /* NULL is fine */
 
+/*
+ * Device memory that another device on this host (RDMA) writes to. export: of an allocation of a
+ * whole number of KVK_CUDA_SHARE_UNIT bytes, the descriptor of its dma-buf, for export_close, and
+ * where memory begins in it. UNSUPPORTED: the driver exports none; *fd_p is -1 then. flush_writes:
+ * what such a device has written is seen by all that the device does from now on; UNSUPPORTED: that
+ * cannot be had.
+ */
+kvc_status kvk_cuda_export(kvk_cuda *cuda, void *memory, size_t len_bytes, int *fd_p,
+                           uint64_t *off_bytes_p) KVC_MUST_CHECK;
+void kvk_cuda_export_close(kvk_cuda *cuda, int fd); /* -1 is fine */
+kvc_status kvk_cuda_flush_writes(kvk_cuda *cuda) KVC_MUST_CHECK;
+
 /* Streams, events and graphs. sync blocks; elapsed needs both events completed; stream_wait lets
  * what is enqueued on the stream from now on wait for the event's last record. begin/end capture
  * what is enqueued on the stream between them into *graph_p; launch replays it in stream order. */
