@@ -4,8 +4,8 @@
  * the GPU memory held beside what dense attention would hold.
  *
  * Llama-3-8B: 32 query heads, 8 kv heads, 128 dimensions, bf16 (rows of 4,096 bytes); ESA over an
- * index of 128 B/token, k = 2,048, 4,096 slots. Queries are random, keys and values are taken
- * anywhere from a pool of random numbers, which is quicker. Resident
+ * index of 128 B/token, or TokenSelect over one of 272, k = 2,048, 4,096 slots. Queries are random,
+ * keys and values are taken anywhere from a pool of random numbers, which is quicker. Resident
  * share: the same query again (100 %), a query that moves a little (about 95 %), a new one each
  * step (none but by chance). us: kvw_forward of one layer, the token's append included, with the
  * host waiting at its end, and tokens: kvw_tokens, both over 200 tokens; then the same in parts,
@@ -19,7 +19,8 @@
  * by the server's CPU (near) or its GPU (near-gpu), which leaves nothing resident; only new queries
  * are timed then.
  *
- * Arguments: --quick (a smoke test), --layers N, --recent N, --batch N, --steps N, --rows bf16, i8
+ * Arguments: --quick (a smoke test), --selector esa or tokenselect, --theta X (of its
+ * Selection Cache), --layers N, --recent N, --batch N, --steps N, --rows bf16, i8
  * or e4m3, --far shm, near or near-gpu, numbers of tokens. Without arguments: 128K and 1M tokens,
  * one layer, 4,096 and 128 recent. Exits with 77 where there is no GPU. Single-threaded.
  */
@@ -36,7 +37,8 @@
 #include "kvw/worker.h"
 #include "projection.h"
 
-enum { HEADS = 32, KV_HEADS = 8, DIM = 128, DIMS = 126, K = 2048, CHUNK = 512 };
+enum { HEADS = 32, KV_HEADS = 8, DIM = 128, K = 2048, CHUNK = 512 };
+enum { ESA_DIMS = 126, VOTE_DIMS = 32 }; /* of an index row, of one head */
 enum { STEPS_MAX = 1000, BATCH_MAX = 64 };
 enum { ROW = 2 * KV_HEADS * DIM, Q = HEADS * DIM }; /* elements */
 enum { POOL_MAX = 1 << 27 };                        /* likewise; a row may begin at every eighth */
@@ -45,6 +47,8 @@ typedef struct gpu_shape {
     uint32_t n_tokens, n_layers, n_recent, n_seqs, n_steps;
     kvk_dtype rows;  /* 0: bf16 */
     const char *far; /* NULL: rows are mapped */
+    bool votes;      /* TokenSelect */
+    double theta;
     bool quick;
 } gpu_shape;
 
@@ -53,6 +57,8 @@ typedef struct gpu_bench {
     uint32_t n_tokens, n_layers, n_recent, n_seqs, row_bytes;
     kvk_dtype row_dtype;
     const char *far;
+    bool votes;
+    double theta;
     support_daemon daemon;
     kvc_client *client;
     kvw_worker *worker;
@@ -114,18 +120,29 @@ static void move_query(gpu_bench *b, float share)
         b->q[i] = bf16_of(of_bf16(b->base[i]) + share * of_bf16(b->q[i]));
 }
 
+static const char *selector_of(const gpu_bench *b)
+{
+    return b->votes ? "tokenselect" : "esa";
+}
+
+static uint32_t index_bytes(const gpu_bench *b)
+{
+    return b->votes ? KV_HEADS * (VOTE_DIMS + 2u) : ESA_DIMS + 2u;
+}
+
 static void write_projection(gpu_bench *b)
 {
-    size_t n = (size_t)b->n_layers * KV_HEADS * DIM * DIMS;
+    uint32_t dims = b->votes ? VOTE_DIMS : ESA_DIMS;
+    size_t n = (size_t)b->n_layers * KV_HEADS * DIM * dims;
     kvwi_projection p = {.model = "gpu-bench",
-                         .selector = "esa",
                          .n_layers = b->n_layers,
                          .n_kv_heads = KV_HEADS,
                          .head_dim = DIM,
-                         .dims = DIMS,
-                         .form = KVWI_SHARED,
+                         .dims = dims,
+                         .form = b->votes ? KVWI_PER_HEAD : KVWI_SHARED,
                          .rope = (int32_t)b->n_recent,
                          .nested = true};
+    (void)snprintf(p.selector, sizeof(p.selector), "%s", selector_of(b));
     p.a = p.b = malloc(n * sizeof(float));
     for (size_t i = 0; p.a != NULL && i < n; i++)
         p.a[i] = (float)(int32_t)next(b) * 0x1p-36f;
@@ -137,7 +154,7 @@ static void write_projection(gpu_bench *b)
 static void start_server(gpu_bench *b)
 {
     char dram[32];
-    uint64_t value = (uint64_t)b->n_tokens * b->n_layers * (b->row_bytes + DIMS + 2u);
+    uint64_t value = (uint64_t)b->n_tokens * b->n_layers * (b->row_bytes + index_bytes(b));
     uint64_t bytes = value * b->n_seqs; /* there once, and pinned for each sequence that maps it */
     (void)snprintf(b->folder, sizeof(b->folder), "/tmp/kvasir-gpu-bench-XXXXXX");
     if (mkdtemp(b->folder) == NULL)
@@ -190,7 +207,8 @@ static void open_worker(gpu_bench *b)
                            .rope = {.theta = 500000.0},
                            .client = b->client,
                            .backend = "cuda",
-                           .selector = "esa",
+                           .selector = selector_of(b),
+                           .reselect_cos = b->theta,
                            .projection_path = b->projection,
                            .way = b->far == NULL               ? NULL
                                   : strcmp(b->far, "shm") == 0 ? "shm"
@@ -360,10 +378,12 @@ static void report(gpu_bench *b, uint32_t n, float share)
            (double)(after.host_syncs - before.host_syncs) /
                (double)(after.steps_device - before.steps_device));
     double per_step = 1e-3 / (double)(after.steps_device - before.steps_device);
-    printf("# of us, means: append %.1f, begin %.1f, finish %.1f\n",
+    printf("# of us, means: append %.1f, begin %.1f, finish %.1f; %.0f %% of the steps selected\n",
            per_step * (double)(after.ns_append - before.ns_append),
            per_step * (double)(after.ns_select - before.ns_select),
-           per_step * (double)(after.ns_attend - before.ns_attend));
+           per_step * (double)(after.ns_attend - before.ns_attend),
+           100 * (double)(after.reselects - before.reselects) /
+               (double)(after.steps - before.steps));
     (void)fflush(stdout);
 }
 
@@ -375,6 +395,8 @@ static void run(const gpu_shape *shape)
                    .n_seqs = shape->n_seqs,
                    .row_dtype = shape->rows,
                    .far = shape->far,
+                   .votes = shape->votes,
+                   .theta = shape->theta,
                    .row_bytes = shape->rows == 0 ? ROW * 2u : 2u * KV_HEADS * (DIM + 2u),
                    .random = 88172645463325252ull};
     size_t q_bytes = (size_t)b.n_seqs * Q * 2u;
@@ -450,6 +472,7 @@ int main(int argc, char **argv)
                             .n_steps = 10,
                             .quick = true};
         run(&shape);
+        shape.votes = true;
         shape.n_seqs = 3;
         run(&shape);
         return 0;
@@ -465,6 +488,10 @@ int main(int argc, char **argv)
             shape.n_steps = clamp(argv[++i], 8, STEPS_MAX);
         } else if (strcmp(argv[i], "--far") == 0 && i + 1 < argc) {
             shape.far = argv[++i];
+        } else if (strcmp(argv[i], "--selector") == 0 && i + 1 < argc) {
+            shape.votes = strcmp(argv[++i], "tokenselect") == 0;
+        } else if (strcmp(argv[i], "--theta") == 0 && i + 1 < argc) {
+            shape.theta = strtod(argv[++i], NULL);
         } else if (strcmp(argv[i], "--rows") == 0 && i + 1 < argc) {
             i++;
             shape.rows = strcmp(argv[i], "i8") == 0     ? KVK_I8_SCALED

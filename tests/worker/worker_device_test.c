@@ -378,6 +378,8 @@ static void steps_go_in_parts(void **state)
     flush(seq);
     for (uint32_t at = 700; at < 720; at++)
         pass_in_parts(&r, seq, at);
+    kvw_stats stats = stats_of(seq);
+    assert_true(stats.rows_ahead > 0 && stats.rows_ahead <= stats.misses);
     /* taken back, prefilled over, and decoded again */
     rig_pass(&r, seq, 720, 1, NULL, NULL);
     assert_ok(kvw_truncate(seq, 720));

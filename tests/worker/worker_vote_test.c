@@ -196,6 +196,51 @@ static void picks_are_kept_as_on_the_cpu(void **state)
     check_like_the_cpu(b->client, 0.9);
 }
 
+typedef struct before {
+    uint32_t picks[2][48];
+    uint64_t misses, n_new; /* so far; picks that the step before did not have */
+    bool any[2];
+} before;
+
+/* A step misses nothing that the one before picked, so there is nothing of that to prefetch. */
+static void check_misses(void *arg, const rig *r, const rig_step *step)
+{
+    before *b = arg;
+    const uint32_t *picks = NULL;
+    uint32_t n = 0, n_new = 0, *last = b->picks[step->layer];
+    uint64_t misses = stats_of(step->seq).misses;
+    (void)r;
+    assert_ok(kvw_last_picks(step->seq, step->layer, &picks, &n));
+    assert_int_equal(n, 48);
+    for (uint32_t i = 0, j = 0; i < n; i++) {
+        while (j < n && last[j] < picks[i])
+            j++;
+        n_new += j == n || last[j] != picks[i];
+    }
+    assert_true(!b->any[step->layer] || misses - b->misses <= n_new);
+    b->misses = misses;
+    b->n_new += n_new;
+    b->any[step->layer] = true;
+    memcpy(last, picks, sizeof(b->picks[0]));
+}
+
+static void the_last_picks_are_resident(void **state)
+{
+    (void)state;
+    rig r;
+    before b = {.misses = 0};
+    vote_rig(&r, NULL, BACKEND);
+    r.opts.residency_slots = r.opts.k + 1u; /* hardly more than they are */
+    rig_open(&r);
+    kvw_seq *seq = open_seq(&r);
+    rig_prefill(&r, seq, 0, 320, NULL, NULL);
+    b.misses = stats_of(seq).misses;
+    rig_decode(&r, seq, 320, 380, check_misses, &b);
+    assert_true(b.n_new > 100 && b.n_new < 2u * 60u * 48u);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
 static void rows_come_from_a_store(void **state)
 {
     bench *b = *state;
@@ -275,6 +320,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(steps_are_the_oracles),
         cmocka_unit_test(shapes_are_of_any_kind),
         cmocka_unit_test(picks_are_the_cpus),
+        cmocka_unit_test(the_last_picks_are_resident),
         cmocka_unit_test_setup_teardown(picks_are_kept_as_on_the_cpu, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(rows_come_from_a_store, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(lost_rows_keep_their_numbers, bench_open, bench_close),

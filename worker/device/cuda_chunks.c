@@ -168,7 +168,7 @@ static void chunks_seq_close(kvw_seq *seq)
         kvk_cuda_free(d->device->cuda, KVK_CUDA_DEVICE, d->marks[i].rows);
     }
     kvk_cuda_free(d->device->cuda, KVK_CUDA_DEVICE, d->select_space);
-    kvk_cuda_stream_destroy(d->device->cuda, d->capture);
+    kvwi_cuda_streams_close(d);
     free(d->marks);
     free(d);
     seq->device = NULL;

@@ -20,7 +20,7 @@ static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *la
     const kvw_opts *o = &w->opts;
     const kvwi_level *level = &w->level[0];
     size_t proj = (size_t)layer * level->heads * level->d_in * level->dims;
-    bool selects = part != KVWI_ATTEND, attends = part != KVWI_SELECT;
+    bool selects = part == KVWI_SELECT || part == KVWI_WHOLE, attends = part != KVWI_SELECT;
     bool per_head = w->selector->form == KVWI_PER_HEAD;
     const kvk_cuda_frame_args args = {
         .n_seqs = lane->n_seqs,
@@ -43,7 +43,7 @@ static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *la
         .n_near = attends || per_head ? lane->n_near : NULL,
         .near_first = per_head && !selects ? NULL : lane->near_first,
         .cands = selects ? lane->cands : NULL,
-        .expected = part == KVWI_ATTEND ? lane->q_select : NULL,
+        .expected = selects ? NULL : lane->q_select,
         .differs = lane->differs,
         .tokens = part == KVWI_WHOLE ? lane->tokens : NULL,
         .row_dtype = w->row_dtype,
@@ -85,10 +85,13 @@ static kvc_status resolve(const kvw_worker *w, const kvwi_lane *lane, kvk_stream
     return kvk_cuda_resolve(w->device->cuda, &args, stream);
 }
 
-/* whole: resolves as well; the frame is not the op before, so what is near may be read early. */
-static kvk_cuda_attend_args attend_args(const kvw_worker *w, const kvwi_lane *lane, bool whole)
+/* A whole step resolves as well; the frame is not the op before, so what is near may be read early.
+ */
+static kvk_cuda_attend_args attend_args(const kvw_worker *w, const kvwi_lane *lane,
+                                        kvwi_graph_part part)
 {
     const kvw_opts *o = &w->opts;
+    bool here = part == KVWI_ATTEND_HERE;
     return (kvk_cuda_attend_args){
         .n_seqs = lane->n_seqs,
         .n_q_heads = o->n_q_heads,
@@ -96,11 +99,11 @@ static kvk_cuda_attend_args attend_args(const kvw_worker *w, const kvwi_lane *la
         .head_dim = o->head_dim,
         .q = lane->q_far,
         .list = lane->list,
-        .fetch = lane->fetch,
+        .fetch = here ? NULL : lane->fetch,
         .n_list = lane->n_list,
         .stride = kvwi_stride(w),
         .res = lane->res,
-        .source = lane->source,
+        .source = here ? NULL : lane->source,
         .row_bytes = (uint32_t)w->row_bytes,
         .v_off_bytes = (uint32_t)w->k_bytes,
         .dtype = w->row_dtype,
@@ -116,27 +119,28 @@ static kvk_cuda_attend_args attend_args(const kvw_worker *w, const kvwi_lane *la
                  .ring_rows = kvwi_ring_rows(w),
                  .n_max = kvwi_near_max(w),
                  .inv_freq = w->device->inv_freq,
-                 .early = whole},
+                 .early = part == KVWI_WHOLE},
         .result = {.out = lane->out,
                    .dtype = o->dtype,
                    .lse = lane->lse,
                    .counts = lane->counts,
                    .done = lane->done},
-        .resolve = whole ? resolve_args(w, lane) : (kvk_cuda_resolve_args){0},
+        .resolve = part == KVWI_WHOLE ? resolve_args(w, lane) : (kvk_cuda_resolve_args){0},
         .resolved = lane->resolved,
     };
 }
 
-static kvc_status attend(const kvw_worker *w, const kvwi_lane *lane, bool whole, kvk_stream *stream)
+static kvc_status attend(const kvw_worker *w, const kvwi_lane *lane, kvwi_graph_part part,
+                         kvk_stream *stream)
 {
-    const kvk_cuda_attend_args args = attend_args(w, lane, whole);
+    const kvk_cuda_attend_args args = attend_args(w, lane, part);
     return kvk_cuda_attend(w->device->cuda, &args, stream);
 }
 
 kvc_status kvwi_cuda_partial(const kvw_worker *w, uint32_t layer, const kvwi_lane *lane, float *o,
                              float *lse, kvk_stream *stream)
 {
-    kvk_cuda_attend_args args = attend_args(w, lane, false);
+    kvk_cuda_attend_args args = attend_args(w, lane, KVWI_ATTEND);
     args.o = o;
     args.lse = lse;
     args.result = (kvk_cuda_result){.out = NULL};
@@ -147,14 +151,15 @@ kvc_status kvwi_cuda_partial(const kvw_worker *w, uint32_t layer, const kvwi_lan
 static kvc_status enqueue(const kvw_worker *w, uint32_t layer, const kvwi_lane *lane,
                           kvwi_graph_part part, kvk_stream *stream)
 {
+    bool selects = part == KVWI_SELECT || part == KVWI_WHOLE;
     kvc_status st = frame(w, layer, lane, part, stream);
-    if (st == KVC_OK && part != KVWI_ATTEND) {
+    if (st == KVC_OK && selects) {
         st = w->device->selector->select(w, lane, stream);
     }
     if (st == KVC_OK && part == KVWI_SELECT) {
         st = resolve(w, lane, stream);
     }
-    return st == KVC_OK && part != KVWI_SELECT ? attend(w, lane, part == KVWI_WHOLE, stream) : st;
+    return st == KVC_OK && part != KVWI_SELECT ? attend(w, lane, part, stream) : st;
 }
 
 kvc_status kvwi_cuda_capture(const kvw_worker *w, uint32_t layer, const kvwi_lane *lane,
@@ -196,11 +201,23 @@ kvc_status kvwi_cuda_graphs(kvw_seq *seq, uint32_t layer)
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "a step's graph");
 }
 
+kvc_status kvwi_cuda_graph_here(kvw_seq *seq, uint32_t layer)
+{
+    kvwi_device_layer *l = &seq->device->layers[layer];
+    kvc_status st = KVC_OK;
+    if (l->attend_here == NULL) {
+        st = kvwi_cuda_capture(seq->worker, layer, &l->lane, KVWI_ATTEND_HERE, seq->device->capture,
+                               &l->attend_here);
+    }
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "a step's graph");
+}
+
 void kvwi_cuda_graphs_drop(kvw_seq *seq, kvwi_device_layer *l)
 {
     kvk_cuda *cuda = seq->device->device->cuda;
     kvk_cuda_graph_destroy(cuda, l->select);
     kvk_cuda_graph_destroy(cuda, l->attend);
     kvk_cuda_graph_destroy(cuda, l->whole);
-    l->select = l->attend = l->whole = NULL;
+    kvk_cuda_graph_destroy(cuda, l->attend_here);
+    l->select = l->attend = l->whole = l->attend_here = NULL;
 }

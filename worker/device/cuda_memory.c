@@ -200,7 +200,10 @@ kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l)
     l->lane.attend_space = d->attend_space;
     l->lane.attend_bytes = d->attend_bytes;
     l->picks_in = &l->lane;
-    st = fill_fixed(seq, l);
+    st = kvk_cuda_event_create(d->device->cuda, &l->brought);
+    if (st == KVC_OK) {
+        st = fill_fixed(seq, l);
+    }
     return st == KVC_OK ? kvwi_cuda_layer_grow(seq, l) : st;
 }
 
@@ -316,6 +319,7 @@ void kvwi_cuda_layer_close(kvw_seq *seq, kvwi_device_layer *l)
     kvk_cuda *cuda = seq->device->device->cuda;
     kvwi_cuda_graphs_drop(seq, l);
     kvwi_cuda_tables_let_go(l);
+    kvk_cuda_event_destroy(cuda, l->brought);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, l->slab);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, l->grown);
     kvk_cuda_free(cuda, KVK_CUDA_PINNED, l->pinned);

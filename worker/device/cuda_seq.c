@@ -40,9 +40,22 @@ kvc_status kvwi_cuda_streams(kvw_seq *seq, void *stream)
 {
     kvwi_device_seq *d = seq->device;
     kvc_status st = kvk_cuda_stream_create(d->device->cuda, &d->capture);
+    if (st == KVC_OK) {
+        st = kvk_cuda_stream_create(d->device->cuda, &d->side);
+    }
+    if (st == KVC_OK) {
+        st = kvk_cuda_event_create(d->device->cuda, &d->chosen);
+    }
     d->own = seq->worker->opts.device_memory ? (kvk_stream *)stream : d->capture;
     d->stream = d->own;
     return st;
+}
+
+void kvwi_cuda_streams_close(kvwi_device_seq *d)
+{
+    kvk_cuda_event_destroy(d->device->cuda, d->chosen);
+    kvk_cuda_stream_destroy(d->device->cuda, d->side);
+    kvk_cuda_stream_destroy(d->device->cuda, d->capture);
 }
 
 /* Device memory of n numbers 0, 1, ... wrap - 1, 0, 1, ... */
@@ -197,7 +210,8 @@ void kvwi_cuda_seq_close(kvw_seq *seq)
     if (d->batch != NULL) {
         kvwi_cuda_batch_part(d->batch);
     }
-    if (kvk_cuda_stream_sync(cuda, d->stream) != KVC_OK) {
+    if (kvk_cuda_stream_sync(cuda, d->stream) != KVC_OK ||
+        (d->side != NULL && kvk_cuda_stream_sync(cuda, d->side) != KVC_OK)) {
         KVC_LOG_WARN(WORKER, "a sequence ends and the device does not answer");
     }
     for (uint32_t i = 0; d->layers != NULL && i < w->opts.n_layers; i++) {
@@ -211,7 +225,7 @@ void kvwi_cuda_seq_close(kvw_seq *seq)
     kvwi_cuda_near_close(seq);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->frame_space);
     kvk_cuda_free(cuda, KVK_CUDA_DEVICE, d->attend_space);
-    kvk_cuda_stream_destroy(cuda, d->capture);
+    kvwi_cuda_streams_close(d);
     free(d->layers);
     free(d);
     seq->device = NULL;

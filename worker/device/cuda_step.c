@@ -38,7 +38,7 @@ static kvc_status launch(kvw_step *step, kvk_cuda_graph *graph)
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = layer_of(step);
     kvc_status st = KVC_OK;
-    if (graph != l->attend) {
+    if (graph == l->select || graph == l->whole) {
         st = kvwi_cuda_cache_offer(step, &l->lane, 0);
     }
     if (st == KVC_OK && graph != l->whole) { /* which takes the new token along */
@@ -167,23 +167,37 @@ kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole
     if (st == KVC_OK && !whole) {
         st = take_select_query(step, q_select);
     }
+    step->deadline_ns = kvc_deadline_ns(seq->worker->opts.fetch_timeout_ns);
     if (st == KVC_OK && !whole) {
         st = start_select(step);
     }
-    step->deadline_ns = kvc_deadline_ns(seq->worker->opts.fetch_timeout_ns);
+    if (st == KVC_OK && !whole && !l->prefill) {
+        st = kvwi_cuda_ahead(step);
+    }
     seq->stats.ns_select += kvc_now_ns() - t0;
     return st;
+}
+
+/* With what set off before, or bringing what is missing. */
+static kvc_status launch_attend(kvw_step *step)
+{
+    kvwi_device_layer *l = layer_of(step);
+    kvc_status st = kvwi_cuda_ahead_join(step);
+    return st != KVC_OK ? st
+                        : launch(step, l->ahead == KVWI_AHEAD_BROUGHT ? l->attend_here : l->attend);
 }
 
 kvc_status kvwi_cuda_step_attend(kvw_step *step, const void *q)
 {
     kvwi_device_layer *l = layer_of(step);
-    if (l->prefill || l->one_query || l->n_blank != 0 || !kvwi_cuda_tables_take(step->seq, l)) {
+    bool here = l->ahead == KVWI_AHEAD_BROUGHT;
+    if (l->prefill || l->one_query || l->ahead >= KVWI_AHEAD_ASKED ||
+        (!here && (l->n_blank != 0 || !kvwi_cuda_tables_take(step->seq, l)))) {
         return KVC_OK; /* finish does it all */
     }
     kvc_status st = take_query(step, l->lane.q_in, q);
     if (st == KVC_OK) {
-        st = launch(step, l->attend);
+        st = launch_attend(step);
     }
     l->attended = st == KVC_OK;
     return st;
@@ -216,7 +230,7 @@ static kvc_status forget(kvw_step *step, const int8_t *status)
 
 /* ---- rows that the device cannot reach ---- */
 
-static kvc_status list_far(kvw_step *step)
+kvc_status kvwi_cuda_far_list(kvw_step *step)
 {
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = layer_of(step);
@@ -273,25 +287,40 @@ static kvc_status settle_fetch(kvw_step *step)
     return KVC_OK;
 }
 
-static kvc_status fetch_far(kvw_step *step)
+void kvwi_cuda_far_send(kvw_step *step)
 {
     kvw_seq *seq = step->seq;
     const kvw_worker *w = seq->worker;
     kvwi_device_layer *l = layer_of(step);
-    uint64_t t0 = kvc_now_ns();
-    if (*l->n_far == 0) {
-        return KVC_OK;
-    }
-    memset(l->status, KVC_NOT_FOUND, *l->n_far);
     const kvc_pick_group group = {
         .part = w->kv_parts[step->layer],
         .row_bytes = (uint32_t)w->row_bytes,
         .n_picks = *l->n_far,
         .picks = l->miss_pos,
     };
+    memset(l->status, KVC_NOT_FOUND, *l->n_far);
     kvwi_flight_send(seq, 0, &l->flight, group, kvwi_cuda_staging_regions(seq->device), l->status,
                      step->deadline_ns);
+}
+
+/* Rows without an address, which are listed, are in staging, unless they did not come; asked: they
+ * set off before. */
+static kvc_status fetch_far(kvw_step *step, bool asked)
+{
+    kvw_seq *seq = step->seq;
+    kvwi_device_layer *l = layer_of(step);
+    uint64_t t0 = kvc_now_ns();
+    if (*l->n_far == 0) {
+        return KVC_OK;
+    }
+    if (!asked) {
+        kvwi_cuda_ahead_yield(seq);
+        kvwi_cuda_far_send(step);
+    }
     (void)kvwi_flight_land(&l->flight, step->deadline_ns);
+    if (asked) {
+        seq->device->staged_for = NULL;
+    }
     seq->stats.ns_fetch_wait += kvc_now_ns() - t0;
     return settle_fetch(step);
 }
@@ -307,7 +336,7 @@ typedef struct outputs {
 static kvc_status start_attend(kvw_step *step, const outputs *to)
 {
     kvwi_device_layer *l = layer_of(step);
-    return l->prefill ? kvwi_cuda_prefill_attend(step, to->out, to->lse) : launch(step, l->attend);
+    return l->prefill ? kvwi_cuda_prefill_attend(step, to->out, to->lse) : launch_attend(step);
 }
 
 /* One attempt; on return the device has done it. *far_p: rows that a fetch brought. */
@@ -321,14 +350,16 @@ static kvc_status attempt(kvw_step *step, const outputs *to, uint32_t *far_p)
         l->selected = st == KVC_OK;
     } else {
         st = l->selected ? KVC_OK : start_select(step);
-        if (st == KVC_OK && l->n_blank != 0 && !l->attended) {
-            st = list_far(step);
-            if (st == KVC_OK && kvwi_cuda_near_is_way(step)) {
+        bool asked = l->ahead == KVWI_AHEAD_ASKED;
+        bool asks = asked || (l->ahead == KVWI_AHEAD_NONE && l->n_blank != 0);
+        if (st == KVC_OK && asks && !l->attended) {
+            st = asked ? KVC_OK : kvwi_cuda_far_list(step);
+            if (st == KVC_OK && !asked && kvwi_cuda_near_is_way(step)) {
                 *far_p = *l->n_far;
                 return kvwi_cuda_near(step);
             }
             if (st == KVC_OK) {
-                st = fetch_far(step);
+                st = fetch_far(step, asked);
             }
             *far_p = st == KVC_OK ? *l->n_far : 0;
         }
@@ -342,6 +373,36 @@ static kvc_status attempt(kvw_step *step, const outputs *to, uint32_t *far_p)
     return st == KVC_OK && !l->prefill ? await(step) : st;
 }
 
+/* What was picked is to be picked again: the rows may not be those of the tokens. */
+static kvc_status start_over(kvw_step *step)
+{
+    kvwi_device_layer *l = layer_of(step);
+    kvc_status st = kvwi_cuda_ahead_join(step);
+    kvwi_cuda_ahead_end(step);
+    if (st == KVC_OK) {
+        st = forget(step, NULL);
+    }
+    l->selected = l->attended = false;
+    return st;
+}
+
+/* The addresses that the attention reads are as they are now; *late_p: they went meanwhile. */
+static kvc_status take_tables(kvw_step *step, bool maps, bool *late_p)
+{
+    kvw_seq *seq = step->seq;
+    kvwi_device_layer *l = layer_of(step);
+    *late_p = false;
+    if (l->attended || l->ahead == KVWI_AHEAD_BROUGHT) {
+        return KVC_OK;
+    }
+    kvc_status st = kvwi_cuda_tables(seq, maps);
+    if (st == KVC_OK && kvwi_cuda_ahead_failed(step)) {
+        st = start_over(step);
+    }
+    *late_p = st == KVC_OK && !kvwi_cuda_tables_take(seq, l);
+    return st;
+}
+
 /* Until the map held for as long as it was read. */
 static kvc_status run(kvw_step *step, const outputs *to, uint32_t *far_p)
 {
@@ -349,8 +410,9 @@ static kvc_status run(kvw_step *step, const outputs *to, uint32_t *far_p)
     kvwi_device_layer *l = layer_of(step);
     bool near_failed = false;
     for (int i = 0;; i++) {
-        kvc_status st = l->attended ? KVC_OK : kvwi_cuda_tables(seq, i < TRIES);
-        if (st == KVC_OK && !l->attended && !kvwi_cuda_tables_take(seq, l)) {
+        bool late = false;
+        kvc_status st = take_tables(step, i < TRIES, &late);
+        if (late) {
             continue; /* gone in between; after TRIES there is none to go */
         }
         if (st == KVC_OK) {
@@ -364,11 +426,10 @@ static kvc_status run(kvw_step *step, const outputs *to, uint32_t *far_p)
         near_failed = l->near_failed;
         KVC_LOG_DEBUG(WORKER, "layer %u: %s, again", step->layer,
                       again ? "the server did not attend" : "mapped rows went away");
-        st = forget(step, NULL);
+        st = start_over(step);
         if (st != KVC_OK) {
             return st;
         }
-        l->selected = l->attended = false;
     }
 }
 
@@ -404,6 +465,10 @@ void kvwi_cuda_step_done(kvw_step *step, uint32_t n_misses, uint32_t n_far)
     kvwi_picks *picks = &seq->layers[step->layer].picks;
     kvwi_cuda_tables_let_go(l);
     l->selected = l->attended = false;
+    seq->stats.rows_ahead += l->ahead == KVWI_AHEAD_BROUGHT ? n_misses
+                             : l->ahead == KVWI_AHEAD_ASKED ? n_far
+                                                            : 0;
+    kvwi_cuda_ahead_end(step);
     picks->n = step->full ? 0 : k; /* there are more candidates, or nothing was chosen */
     picks->on_device = !step->full;
     seq->stats.steps++;
@@ -458,7 +523,9 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float
 void kvwi_cuda_step_abandon(kvw_step *step)
 {
     kvwi_device_layer *l = layer_of(step);
-    if (kvwi_cuda_flush(step->seq, step->layer) != KVC_OK ||
+    kvc_status st = kvwi_cuda_ahead_join(step);
+    kvwi_cuda_ahead_end(step);
+    if (st != KVC_OK || kvwi_cuda_flush(step->seq, step->layer) != KVC_OK ||
         (l->selected && forget(step, NULL) != KVC_OK)) {
         KVC_LOG_WARN(WORKER, "a step is abandoned and the device does not answer");
         kvwi_cuda_cache_lose(step);

@@ -76,6 +76,14 @@ struct kvwi_lane {
     uint32_t n_done; /* what done will be when all that was launched has been done */
 };
 
+/* Missing rows of an open step that its query has not waited for: cuda_ahead.c. */
+typedef enum kvwi_ahead {
+    KVWI_AHEAD_NONE = 0,
+    KVWI_AHEAD_BROUGHT, /* on their way to their slots */
+    KVWI_AHEAD_ASKED,   /* those without an address, to staging, if there are any */
+    KVWI_AHEAD_LOST,    /* they were, until another step needed staging */
+} kvwi_ahead;
+
 typedef struct kvwi_device_layer {
     void *slab, *grown, *pinned; /* the three memories that all below lie in */
     kvwi_lane lane;
@@ -109,12 +117,15 @@ typedef struct kvwi_device_layer {
     bool pending; /* the lane's token is not on its way yet: the step that follows at once takes it
                    */
     kvk_cuda_graph *select, *attend, *whole;
+    kvk_cuda_graph *attend_here; /* all rows are in their slots; NULL: not used yet */
+    kvk_cuda_event *brought;     /* by the side stream */
     /* of the open step, or the last one */
     bool prefill; /* several queries, or attends everything: cuda_prefill.c */
     bool chosen;  /* its picks are made, from the queries that it began with */
     bool one_query, selected, attended;
-    bool reselected;    /* the step made picks, and did not keep the last ones */
-    bool near_failed;   /* its far rows come by a fetch: the server did not attend over them */
+    bool reselected;  /* the step made picks, and did not keep the last ones */
+    bool near_failed; /* its far rows come by a fetch: the server did not attend over them */
+    kvwi_ahead ahead;
     uint64_t n_writes;  /* the sequence's, before its attention */
     uint64_t stamp;     /* of the map that the attention reads; the tables may have left it since */
     kvc_map_hold *hold; /* on it, until the device has read; NULL: none */
@@ -157,6 +168,8 @@ struct kvwi_device_seq {
     kvk_stream *stream;       /* enqueued on: its own, or that of the batch that it is in */
     kvk_stream *own;          /* the engine's, or capture */
     kvk_stream *capture;      /* graphs are made on; the stream too where the engine gave none */
+    kvk_stream *side;         /* rows come on, while the other one has other things to do */
+    kvk_cuda_event *chosen;   /* what they are is known */
     kvwi_device_batch *batch; /* NULL: none */
     uint32_t generation;      /* of the layers' memories that grow */
     uint32_t cap_tokens, cap_blocks;
@@ -175,6 +188,7 @@ struct kvwi_device_seq {
     uint8_t *staging; /* pinned, [k] rows: those that a fetch brings */
     kvwi_regions staging_regions;
     kvwi_gpu_staging *gpu_staging; /* NULL: none */
+    kvwi_device_layer *staged_for; /* whose fetch is under way; NULL: none */
     kvwi_device_layer *layers;
     uint64_t stamp;                /* of the map that addresses are from; 0: none */
     bool mixed, no_maps;           /* while they are asked for: of several maps; none is wanted */
@@ -267,6 +281,7 @@ kvc_status kvwi_cuda_grow(kvw_seq *seq, uint32_t n_tokens) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_sync(kvw_seq *seq) KVC_MUST_CHECK;
 /* The streams of a sequence; capture is made here. */
 kvc_status kvwi_cuda_streams(kvw_seq *seq, void *stream) KVC_MUST_CHECK;
+void kvwi_cuda_streams_close(kvwi_device_seq *d);
 
 /* What the ops are told of a layer's memories. */
 kvk_cuda_residency kvwi_residency_of(const kvwi_device_layer *l);
@@ -286,8 +301,14 @@ kvc_status kvwi_cuda_layer_open(kvw_seq *seq, kvwi_device_layer *l) KVC_MUST_CHE
 kvc_status kvwi_cuda_layer_grow(kvw_seq *seq, kvwi_device_layer *l) KVC_MUST_CHECK;
 void kvwi_cuda_layer_close(kvw_seq *seq, kvwi_device_layer *l);
 
-/* cuda_graph.c: what a graph does: select and resolve; attend; or all of a step, new tokens too. */
-typedef enum kvwi_graph_part { KVWI_SELECT, KVWI_ATTEND, KVWI_WHOLE } kvwi_graph_part;
+/* cuda_graph.c: what a graph does: select and resolve; attend, bringing what is missing or with all
+ * rows in their slots; or all of a step, new tokens too. */
+typedef enum kvwi_graph_part {
+    KVWI_SELECT,
+    KVWI_ATTEND,
+    KVWI_ATTEND_HERE,
+    KVWI_WHOLE,
+} kvwi_graph_part;
 /* Captures it on a stream that does nothing else meanwhile. */
 kvc_status kvwi_cuda_capture(const kvw_worker *w, uint32_t layer, const kvwi_lane *lane,
                              kvwi_graph_part part, kvk_stream *stream,
@@ -297,6 +318,8 @@ kvc_status kvwi_cuda_partial(const kvw_worker *w, uint32_t layer, const kvwi_lan
                              float *lse, kvk_stream *stream) KVC_MUST_CHECK;
 /* A layer's graphs, if it has none. */
 kvc_status kvwi_cuda_graphs(kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
+/* And attend_here. */
+kvc_status kvwi_cuda_graph_here(kvw_seq *seq, uint32_t layer) KVC_MUST_CHECK;
 void kvwi_cuda_graphs_drop(kvw_seq *seq, kvwi_device_layer *l);
 
 /* cuda_select.c: what the worker's selector does; NULL: not for this device. */
@@ -379,6 +402,19 @@ bool kvwi_cuda_near_is_way(const kvw_step *step);
 /* The step's result by that way, which the device has done; or near_failed is set, and the
  * selection is to be resolved again. */
 kvc_status kvwi_cuda_near(kvw_step *step) KVC_MUST_CHECK;
+/* Which rows have no address: n_far, miss_pos; and their fetch to staging. list waits. */
+kvc_status kvwi_cuda_far_list(kvw_step *step) KVC_MUST_CHECK;
+void kvwi_cuda_far_send(kvw_step *step);
+/* cuda_ahead.c: what a step that has just selected lacks sets off, if it can. */
+kvc_status kvwi_cuda_ahead(kvw_step *step) KVC_MUST_CHECK;
+/* What the stream does from now on finds those rows. */
+kvc_status kvwi_cuda_ahead_join(kvw_step *step) KVC_MUST_CHECK;
+/* Whether what set off is not, and will not be, what was picked. */
+bool kvwi_cuda_ahead_failed(const kvw_step *step);
+/* Staging is for another step now. */
+void kvwi_cuda_ahead_yield(kvw_seq *seq);
+/* Nothing is under way any more; rows that are brought have been waited for. */
+void kvwi_cuda_ahead_end(kvw_step *step);
 
 /* cuda_prefill.c: passes of several tokens. Their working memory, by the sequence's capacity. */
 kvc_status kvwi_cuda_prefill_open(kvw_seq *seq) KVC_MUST_CHECK;

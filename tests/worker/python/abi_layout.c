@@ -41,7 +41,7 @@
     X(t, index_rows_rebuilt) X(t, bytes_index) X(t, bytes_residency) X(t, bytes_window) \
     X(t, ns_select) X(t, ns_fetch_wait) X(t, ns_attend) X(t, ns_append) X(t, full_steps) \
     X(t, put_retries) X(t, ns_put_wait) X(t, rows_near) X(t, way_fallbacks) X(t, steps_device) \
-    X(t, host_syncs) X(t, bytes_device) X(t, bytes_near)
+    X(t, host_syncs) X(t, bytes_device) X(t, bytes_near) X(t, rows_ahead)
 #define SERVER_STATS(X, t) \
     X(t, size_bytes) X(t, name) X(t, blocks) X(t, rows) X(t, bytes) X(t, requests) \
     X(t, rows_near) X(t, rows_missing) X(t, lost)

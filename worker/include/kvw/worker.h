@@ -422,6 +422,7 @@ typedef struct kvw_stats {
     uint64_t host_syncs;    /* times that the sequence's thread waited for the device */
     uint64_t bytes_device;  /* device memory that the sequence holds */
     uint64_t bytes_near;    /* queries and partials that moved for rows_near */
+    uint64_t rows_ahead;    /* on a GPU: misses that set off when kvw_step_begin chose them */
 } kvw_stats;
 
 KVW_API kvc_status kvw_seq_stats(const kvw_seq *seq, kvw_stats *stats_p) KVC_MUST_CHECK;

@@ -106,7 +106,7 @@ class WorkerStats(C.Structure):
             "rows_dropped bytes_fetched bytes_put requests blocks_put blocks_existed "
             "index_rows_rebuilt bytes_index bytes_residency bytes_window ns_select ns_fetch_wait "
             "ns_attend ns_append full_steps put_retries ns_put_wait rows_near way_fallbacks "
-            "steps_device host_syncs bytes_device bytes_near"
+            "steps_device host_syncs bytes_device bytes_near rows_ahead"
         ).split()
     ]
 
