@@ -2,11 +2,12 @@
  * resolve.cuh: picks to slots, by one block a sequence: on its own (resolve.cu), or beside the
  * attention that already reads the rows (attend.cu). Device code.
  *
- * Hits keep their slots and are stamped with this step. The misses' slots are the least recently
- * used: ages (steps since the last use) are counted in a histogram, which gives the age at which
- * the victims end; they are then dealt out in slot order. A slot used in this step has age 0 and is
- * never taken, which always leaves enough, as n_slots - n_pinned >= k. Ages from AGE_MAX on, and
- * empty slots, count as equal. Until resolve_take nothing but stamps has changed in the tables.
+ * Hits keep their slots and are stamped with this step. The misses' slots are the oldest: ages
+ * (steps since the last use, and some for rows that have not been picked again, which are those
+ * that are least likely to be) are counted in a histogram, which gives the age at which the victims
+ * end; they are then dealt out in slot order. A slot used in this step has age 0 and is never
+ * taken, which always leaves enough, as n_slots - n_pinned >= k. Ages from AGE_MAX on, and empty
+ * slots, count as equal. Until resolve_take nothing but stamps has changed in the tables.
  */
 #ifndef KVKI_CUDA_RESOLVE_CUH
 #define KVKI_CUDA_RESOLVE_CUH
@@ -16,6 +17,8 @@
 #define RESOLVE_AGES      1024u
 #define RESOLVE_AGE_MAX   (RESOLVE_AGES - 1u)
 #define RESOLVE_SLOTS_MAX (1u << 20)
+#define RESOLVE_AGAIN_MAX 2u /* times that a row was picked again, which count, */
+#define RESOLVE_YOUNGER   4u /* and by how many steps each makes it younger */
 
 struct resolve_state {
     uint32_t sums[32];
@@ -56,10 +59,18 @@ __device__ static uint32_t resolve_prefix(struct resolve_state *sh, uint32_t own
     return upto - own + (warp ? sum : 0);
 }
 
+/* A slot's stamp: the step, whose upper two bits are lost, and how often its row was picked again.
+ */
+__device__ static inline uint32_t resolve_stamp(uint32_t step, uint32_t again)
+{
+    return step << 2 | min(again, RESOLVE_AGAIN_MAX);
+}
+
 __device__ static inline uint32_t resolve_age(uint32_t used, uint32_t step)
 {
-    uint32_t age = step - used;
-    return used == 0 || age > RESOLVE_AGE_MAX ? RESOLVE_AGE_MAX : age;
+    uint32_t since = (step - (used >> 2)) & (UINT32_MAX >> 2);
+    uint32_t age = since + RESOLVE_YOUNGER * (RESOLVE_AGAIN_MAX - (used & 3u));
+    return used == 0 ? RESOLVE_AGE_MAX : since == 0 ? 0 : min(age, RESOLVE_AGE_MAX);
 }
 
 template <uint32_t kThreads>
@@ -171,7 +182,7 @@ __device__ static inline void resolve_take(const kvk_cuda_residency *r, uint32_t
         r->slot_of[old] = -1;
     r->pos_of[slot] = position;
     r->slot_of[position] = (int32_t)slot;
-    r->used[slot] = step;
+    r->used[slot] = resolve_stamp(step, 0);
 }
 
 /*
@@ -200,7 +211,7 @@ __device__ static void resolve_sequence(struct resolve_state *sh, const kvk_cuda
 #pragma unroll
     for (uint32_t i = 0; i < kPicks; i++) {
         if (slot[i] >= 0)
-            r.used[slot[i]] = step;
+            r.used[slot[i]] = resolve_stamp(step, (r.used[slot[i]] & 3u) + 1u);
         missing += slot[i] < 0 && position[i] < r.n_positions;
     }
     missing = resolve_prefix<kThreads>(sh, missing, &n_misses); /* orders stamps before ages, too */

@@ -253,7 +253,7 @@ static void fill_tables(const world *w, uint32_t s, const uint32_t *picks, uint3
     memset(slot_of, 0xff, (size_t)w->n * 4);
     memset(pos_of, 0xff, SLOTS * 4);
     for (uint32_t i = 0; i < SLOTS; i++)
-        used[i] = i < K ? 1 + i % 7 : 0;
+        used[i] = i < K ? 4 * (1 + i % 7) : 0;
     used[SLOTS] = 10; /* step */
     for (uint32_t i = 0; i < K; i++) {
         uint32_t position = picks[(size_t)s * K + i], slot = i * 5u % SLOTS;
@@ -261,7 +261,7 @@ static void fill_tables(const world *w, uint32_t s, const uint32_t *picks, uint3
             continue;
         slot_of[position] = slot;
         pos_of[slot] = position;
-        used[slot] = 9;
+        used[slot] = 4 * 9 + 1; /* picked again once */
     }
 }
 

@@ -1,5 +1,5 @@
 /*
- * cuda_cases_rows.c: resolve against a plain model of least-recently-used slots, gather against the
+ * cuda_cases_rows.c: resolve against a plain model of what leaves a slot first, gather against the
  * source, encode against the table's.
  */
 #include <math.h>
@@ -8,14 +8,21 @@
 #include "cuda_cases.h"
 #include "cuda_rig.h"
 
-/* Marks the n slots least recently used and not in this step. */
+/* The step by which a slot's row counts as used: each time that it was picked again, up to two, is
+ * four steps. */
+static uint32_t counts_as(const model *m, uint32_t slot)
+{
+    return m->used[slot] == 0 ? 0 : m->used[slot] + 4 * (m->again[slot] < 2 ? m->again[slot] : 2);
+}
+
+/* Marks the n slots that count as used first, and not in this step. */
 static void choose_victims(const model *m, uint32_t n, uint8_t *victim)
 {
     while (n-- > 0) {
         uint32_t best = UINT32_MAX;
         for (uint32_t i = m->n_pinned; i < m->n_slots; i++) {
             if (!victim[i] && m->used[i] != m->step &&
-                (best == UINT32_MAX || m->used[i] < m->used[best]))
+                (best == UINT32_MAX || counts_as(m, i) < counts_as(m, best)))
                 best = i;
         }
         REQUIRE(best != UINT32_MAX, "no slot");
@@ -35,8 +42,10 @@ static uint32_t model_step(model *m, const uint32_t *picks, uint32_t n, int32_t 
         list[i] = picks[i] < m->n_positions ? m->slot_of[picks[i]] : -1;
         fetch[i] = list[i] < 0 && picks[i] < m->n_positions ? picks[i] : KVK_CUDA_RESIDENT;
         n_misses += fetch[i] != KVK_CUDA_RESIDENT;
-        if (list[i] >= 0)
+        if (list[i] >= 0) {
             m->used[list[i]] = m->step;
+            m->again[list[i]]++;
+        }
     }
     choose_victims(m, n_misses, victim);
     for (uint32_t i = 0; i < n; i++) {
@@ -49,6 +58,7 @@ static uint32_t model_step(model *m, const uint32_t *picks, uint32_t n, int32_t 
         m->pos_of[slot] = picks[i];
         m->slot_of[picks[i]] = (int32_t)slot;
         m->used[slot] = m->step;
+        m->again[slot] = 0;
         list[i] = (int32_t)slot++;
     }
     return n_misses;

@@ -11,6 +11,7 @@ model model_of(uint32_t n_positions, uint32_t n_slots, uint32_t n_pinned, size_t
     m.slot_of = host_bytes(n_positions * 4);
     m.pos_of = host_bytes(n_slots * 4);
     m.used = host_bytes(n_slots * 4);
+    m.again = host_bytes(n_slots * 4);
     memset(m.slot_of, 0xff, n_positions * 4);
     memset(m.pos_of, 0xff, n_slots * 4);
     for (uint32_t i = 0; i < n_pinned; i++) {

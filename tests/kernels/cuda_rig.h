@@ -11,7 +11,7 @@
 typedef struct model {
     uint32_t n_positions, n_slots, n_pinned, step;
     int32_t *slot_of;
-    uint32_t *pos_of, *used;
+    uint32_t *pos_of, *used, *again; /* again: how often a row was picked again */
     kvk_cuda_residency res;
 } model;
 

@@ -343,12 +343,19 @@ FAKE_CUDA_OP(select)
     return st;
 }
 
-/* The slot that is empty or was used longest ago, the lowest of them. */
+/* 0: used in this step. */
+static uint32_t age_of(uint32_t used, uint32_t step)
+{
+    uint32_t since = step - used / 4u, age = since + 4u * (2u - used % 4u);
+    return used == 0 || age > 1023 ? 1023 : since == 0 ? 0 : age;
+}
+
+/* The slot that is empty or the oldest, the lowest of them. */
 static uint32_t victim(const kvk_cuda_residency *r, uint32_t first, uint32_t n, uint32_t step)
 {
     uint32_t best = first, most = 0;
     for (uint32_t s = first; s < n; s++) {
-        uint32_t age = r->used[s] == 0 || step - r->used[s] > 1023 ? 1023 : step - r->used[s];
+        uint32_t age = age_of(r->used[s], step);
         if (age > most) {
             most = age;
             best = s;
@@ -376,7 +383,7 @@ static void resolve_one(const kvk_cuda_resolve_args *a, uint32_t seq)
     for (uint32_t i = 0; i < n; i++) {
         int32_t slot = r->slot_of[picks[i]];
         if (slot >= 0)
-            r->used[slot] = step;
+            r->used[slot] = 4u * step + (r->used[slot] % 4u == 0 ? 1u : 2u);
     }
     for (uint32_t i = 0; i < n; i++) {
         uint32_t pos = picks[i], slot = (uint32_t)r->slot_of[pos];
@@ -386,7 +393,7 @@ static void resolve_one(const kvk_cuda_resolve_args *a, uint32_t seq)
             leave(r, slot);
             r->pos_of[slot] = pos;
             r->slot_of[pos] = (int32_t)slot;
-            r->used[slot] = step;
+            r->used[slot] = 4u * step;
             fetch[i] = pos;
             ++a->n_misses[seq];
         }
