@@ -231,8 +231,7 @@ static kvc_status start(kvc_client *client, const kvci_kind *kind, cut c, const 
         n_segs += n;
     size_t extra_bytes = kvci_carve_bytes(n_segs, sizeof(kvci_seg)) +
                          kvci_carve_bytes(n_segs, sizeof(kvc_row_group));
-    bool placed = kind->message == NULL && dst->lent;
-    if (placed)
+    if (dst->lent)
         extra_bytes += kvci_carve_bytes(n_segs, sizeof(kvt_room));
     if (kind->message != NULL) /* the windows, each rounded up by itself */
         extra_bytes += ((size_t)n_segs + n_msgs) * sizeof(kvci_seg);
@@ -247,7 +246,7 @@ static kvc_status start(kvc_client *client, const kvci_kind *kind, cut c, const 
     kvci_seg *segs = kvci_carve(call, n_segs, sizeof(*segs));
     kvc_row_group *rows = kvci_carve(call, n_segs, sizeof(*rows));
     fill(call, c, dst->base, segs, rows,
-         placed ? kvci_carve(call, n_segs, sizeof(kvt_room)) : NULL);
+         dst->lent ? kvci_carve(call, n_segs, sizeof(kvt_room)) : NULL);
     return kvci_call_start(call, op);
 }
 

@@ -2,7 +2,8 @@
  * fetch_blocks.c: whole values by digest, as the messages of streams, into the caller's region.
  *
  * The digests are shared out evenly over the channels, a stream each, within max_digests. Each
- * message is checked whole before a byte of it is copied, on the transport thread that brought it.
+ * message is checked whole before a byte of it is copied, on the transport thread that brought it,
+ * unless the transport has put its values into their places.
  */
 #include <string.h>
 
@@ -45,7 +46,7 @@ static kvc_status blocks_message(kvci_msg *msg, const kvc_reply *reply, const ch
         call->u.blocks.status[v] = (int8_t)values[i].status;
         if (call->u.blocks.tiers != NULL)
             call->u.blocks.tiers[v] = (uint8_t)values[i].tier;
-        if (values[i].status == KVC_OK)
+        if (values[i].status == KVC_OK && !msg->xfer.placed)
             kvci_copy_out(&cur,
                           call->u.blocks.base + part->dst_off_bytes +
                               slot_of(part, v / n_parts) * part->stride_bytes,
@@ -53,7 +54,7 @@ static kvc_status blocks_message(kvci_msg *msg, const kvc_reply *reply, const ch
     }
     msg->n_taken += n;
     *why_p = "values could not be written to the GPU";
-    return cur.status;
+    return msg->xfer.placed ? kvci_region_flush(call->region) : cur.status;
 }
 
 static kvc_status blocks_end(kvci_msg *msg, const kvc_reply *reply, const char **why_p)
@@ -140,8 +141,26 @@ static uint32_t share(const kvc_client *client, uint32_t n, uint64_t block_bytes
     return (uint32_t)(per_msg < max_digests ? per_msg : max_digests);
 }
 
+/* Where the transport may put the values of a message itself. */
+static void name_rooms(kvci_msg *msg, kvt_room *rooms)
+{
+    const kvci_call *call = msg->call;
+    uint32_t n_parts = call->u.blocks.n_parts;
+    for (uint32_t i = 0; i < msg->n_items; i++) {
+        uint32_t v = msg->first + i;
+        const kvc_block_part *part = &call->u.blocks.parts[v % n_parts];
+        rooms[i] = (kvt_room){.base = call->u.blocks.base + part->dst_off_bytes +
+                                      slot_of(part, v / n_parts) * part->stride_bytes,
+                              .n = 1,
+                              .row_bytes = part->value_bytes};
+    }
+    msg->xfer.rooms = rooms;
+    msg->xfer.n_rooms = msg->n_items;
+}
+
+/* rooms: [n * n_parts]; NULL: values are to be copied. */
 static void fill(kvci_call *call, const kvc_digest *schema, kvc_digest *digests, uint32_t n,
-                 uint32_t per_msg, const uint32_t *ids)
+                 uint32_t per_msg, const uint32_t *ids, kvt_room *rooms)
 {
     uint32_t n_parts = call->u.blocks.n_parts;
     for (uint32_t i = 0; i < call->n_msgs; i++) {
@@ -150,6 +169,8 @@ static void fill(kvci_call *call, const kvc_digest *schema, kvc_digest *digests,
         uint32_t n_digests = left < per_msg ? left : per_msg;
         msg->first = first * n_parts;
         msg->n_items = n_digests * n_parts;
+        if (rooms != NULL)
+            name_rooms(msg, rooms + msg->first);
         msg->req.method = KVC_FETCH_BLOCKS;
         msg->req.u.fetch_blocks.schema = *schema;
         msg->req.u.fetch_blocks.digests = digests + first;
@@ -172,7 +193,8 @@ kvc_status kvc_fetch_blocks(kvc_client *client, const kvc_digest *schema, const 
     uint32_t n_msgs = n / per_msg + (n % per_msg != 0);
     size_t extra_bytes = kvci_carve_bytes(n, sizeof(*digests)) +
                          kvci_carve_bytes(n_parts, sizeof(*parts)) +
-                         kvci_carve_bytes(n_parts, sizeof(uint32_t));
+                         kvci_carve_bytes(n_parts, sizeof(uint32_t)) +
+                         (dst->lent ? kvci_carve_bytes((size_t)n * n_parts, sizeof(kvt_room)) : 0);
     kvci_call *call = kvci_call_new(client, &blocks_kind, n_msgs, extra_bytes, deadline_ns);
     if (call == NULL)
         return kvci_fail(KVC_NO_MEMORY, "fetch blocks: no memory");
@@ -190,6 +212,7 @@ kvc_status kvc_fetch_blocks(kvc_client *client, const kvc_digest *schema, const 
     call->u.blocks.n_parts = n_parts;
     call->u.blocks.status = status;
     call->u.blocks.tiers = tiers;
-    fill(call, schema, own_digests, n, per_msg, ids);
+    fill(call, schema, own_digests, n, per_msg, ids,
+         dst->lent ? kvci_carve(call, (size_t)n * n_parts, sizeof(kvt_room)) : NULL);
     return kvci_call_start(call, op);
 }

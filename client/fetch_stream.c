@@ -3,7 +3,8 @@
  *
  * The planning is that of fetch.c, without its limit on bytes: one request for up to max_picks
  * rows. Each message answers the next picks and is checked and scattered by itself, on the
- * transport thread that brought it. A repeated attempt writes the same rows again.
+ * transport thread that brought it, unless the transport has put its rows into their slots. A
+ * repeated attempt writes the same rows again.
  */
 #include <string.h>
 
@@ -51,7 +52,11 @@ static kvc_status rows_message(kvci_msg *msg, const kvc_reply *reply, const char
     int8_t *status = call->u.fetch.status;
     if (status != NULL)
         status += msg->first + msg->n_taken;
-    kvc_status taken = kvci_scatter(call->region, msg->window, window(msg, n), &own, status, why_p);
+    uint32_t n_window = window(msg, n);
+    kvc_status taken =
+        msg->xfer.placed
+            ? kvci_take_placed(call->region, msg->window, n_window, &own, status, why_p)
+            : kvci_scatter(call->region, msg->window, n_window, &own, status, why_p);
     if (taken != KVC_OK)
         return taken;
     if (msg->n_taken == 0)

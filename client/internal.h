@@ -448,6 +448,12 @@ static inline bool kvci_region_on_gpu(const kvc_region *region)
     return region->gpu.copy_in != NULL;
 }
 
+/* What a device has written there can be read from now on. */
+static inline kvc_status kvci_region_flush(const kvc_region *region)
+{
+    return region->gpu.flush == NULL ? KVC_OK : region->gpu.flush(region->gpu.arg);
+}
+
 /* UNSUPPORTED, said, where it is a GPU's: for calls that read or sum what is there. */
 kvc_status kvci_region_check_host(const kvc_region *region, const char *name);
 

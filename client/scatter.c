@@ -131,7 +131,7 @@ kvc_status kvci_take_placed(const kvc_region *dst, const kvci_seg *segs, uint32_
     if (status != NULL)
         kvci_put_statuses(reply, status, n_picks);
     *why_p = bad_copy;
-    return dst->gpu.flush == NULL ? KVC_OK : dst->gpu.flush(dst->gpu.arg);
+    return kvci_region_flush(dst);
 }
 
 kvc_status kvci_scatter(const kvc_region *dst, const kvci_seg *segs, uint32_t n_segs,

@@ -169,11 +169,12 @@ struct kvt_xfer {
     const kvc_request *req; /* kept until done; its data iovecs too */
     uint64_t deadline_ns;
     uint32_t channel; /* stripe: taken modulo n_channels */
-    /* Of FetchRows, else NULL; rooms [n_rooms] and what they point at are kept until done: for the
-     * rows of the request in turn. A transport that can writes them there by itself, where the
-     * memory is lent (base/lent.h); then done waits until nobody can any more, also past a cancel
-     * or the deadline: for a quarter of the time that it had, 1 s at least and 4 s at most, or the
-     * connection is given up. What a transfer that failed has left there is undefined. */
+    /* Of FetchRows, FetchRowsStream and FetchBlocks, else NULL; rooms [n_rooms] and what they point
+     * at are kept until done: for the rows, or values, of the request in turn. A transport that can
+     * writes them there by itself, where the memory is lent (base/lent.h); then done waits until
+     * nobody can any more, also past a cancel or the deadline: for a quarter of the time that it
+     * had, 1 s at least and 4 s at most, or the connection is given up. What a transfer that failed
+     * has left there is undefined. */
     const kvt_room *rooms;
     uint32_t n_rooms;
     void (*done)(kvt_xfer *xfer);
@@ -190,8 +191,8 @@ struct kvt_xfer {
     uint32_t retry_after_ms; /* hint that came with AGAIN; 0: none */
     kvc_arena arena;
     kvc_reply reply;
-    /* The rows lie in rooms, and reply has no data, only their data_bytes; those of missing rows
-     * were not touched. Else they are the reply's data. */
+    /* The rows of the reply, or of this message of it, lie in rooms, and reply has no data, only
+     * their data_bytes; those of missing rows were not touched. Else they are the reply's data. */
     bool placed;
     /* shm: descriptors that came with the reply. They are closed after done, but for those that
      * done takes by putting -1 in their place. */

@@ -22,6 +22,10 @@
 #define VALUE_BYTES (H_TOKENS * ROW_BYTES)
 #define N_PUT       4u
 #define N_ROWS      (N_PUT * H_TOKENS)
+/* So a stream of them has several messages, which do not end where blocks do. */
+#define FEW_BYTES   (VALUE_BYTES + VALUE_BYTES / 4)
+
+static uint32_t message_bytes; /* of the next server's; 0: the usual */
 
 typedef struct rig {
     h_server h;
@@ -43,6 +47,8 @@ static void open_rig(rig *r, int sums)
     h_listen = "rdma://127.0.0.1:0";
     h_server_init(&r->h);
     h_server_start(&r->h);
+    if (message_bytes > 0)
+        r->h.server->limits.max_message_bytes = message_bytes;
     h_schema_init(&r->schema, "rdma", 1, ROW_BYTES, false);
     r->bytes = malloc(N_PUT * VALUE_BYTES);
     assert_non_null(r->bytes);
@@ -116,8 +122,12 @@ static void open_context(rig *r, uint64_t first)
         kvc_context_open(r->client, &r->schema.digest, digests, N_PUT, 0, 0, &r->context), KVC_OK);
 }
 
+typedef kvc_status fetch_rows_fn(kvc_client *client, const kvc_pick_group *groups,
+                                 uint32_t n_groups, const kvc_region *dst, int8_t *status,
+                                 kvc_fetch_info *info_p, uint64_t deadline_ns, kvc_op *op);
+
 /* Row i of the context to slot N_ROWS - 1 - i, if backwards. */
-static kvc_status fetch_to(rig *r, bool backwards)
+static kvc_status fetch_by(rig *r, bool backwards, fetch_rows_fn *fetch_rows)
 {
     uint32_t picks[N_ROWS], slots[N_ROWS];
     kvc_op op;
@@ -132,13 +142,13 @@ static kvc_status fetch_to(rig *r, bool backwards)
                             .picks = picks,
                             .dst_slots = slots};
     memset(r->bytes, 0xcd, N_PUT * VALUE_BYTES);
-    assert_int_equal(kvc_fetch(r->client, &group, 1, r->region, r->status, NULL, 0, &op), KVC_OK);
+    assert_int_equal(fetch_rows(r->client, &group, 1, r->region, r->status, NULL, 0, &op), KVC_OK);
     return kvc_op_wait(&op, 0);
 }
 
 static kvc_status fetch(rig *r)
 {
-    return fetch_to(r, false);
+    return fetch_by(r, false, kvc_fetch);
 }
 
 static uint32_t wrong_rows(const rig *r, uint64_t first)
@@ -177,13 +187,58 @@ static void erase(rig *r, uint64_t block)
     assert_int_equal(kvc_op_wait(&op, 0), KVC_OK);
 }
 
-/* Rows go where they belong without a copy, once the region is registered, which its end undoes;
- * those that are missing leave their slots alone. */
-static void test_rows_without_a_copy(void **state)
+/* Blocks in reverse order; as kvc_fetch of their rows. */
+static kvc_status fetch_blocks(rig *r)
 {
-    (void)state;
+    kvc_digest digests[N_PUT];
+    uint32_t slots[N_PUT];
+    kvc_op op;
+    kvc_op_init(&op, NULL, NULL);
+    for (uint32_t i = 0; i < N_PUT; i++) {
+        digests[i] = h_digest(1 + i);
+        slots[i] = N_PUT - 1 - i;
+    }
+    const kvc_block_part part = {
+        .value_bytes = VALUE_BYTES, .stride_bytes = VALUE_BYTES, .dst_slots = slots};
+    memset(r->bytes, 0xcd, N_PUT * VALUE_BYTES);
+    assert_int_equal(kvc_fetch_blocks(r->client, &r->schema.digest, digests, N_PUT, &part, 1,
+                                      r->region, r->status, NULL, 0, &op),
+                     KVC_OK);
+    return kvc_op_wait(&op, 0);
+}
+
+/* Every row of the blocks 1 ... in slots that run backwards, but for those of block 3. */
+static void check_backwards(const rig *r)
+{
+    for (uint32_t i = 0; i < N_ROWS; i++) {
+        const uint8_t *slot = r->bytes + (size_t)(N_ROWS - 1 - i) * ROW_BYTES;
+        bool gone = i / H_TOKENS == 2;
+        assert_int_equal(r->status[i], gone ? KVC_NOT_FOUND : KVC_OK);
+        assert_true(gone ? slot[0] == 0xcd && slot[ROW_BYTES - 1] == 0xcd
+                         : h_row_is(1 + i / H_TOKENS, 0, i % H_TOKENS, ROW_BYTES, slot));
+    }
+}
+
+static void check_blocks(const rig *r)
+{
+    for (uint32_t i = 0; i < N_ROWS; i++) {
+        uint32_t b = i / H_TOKENS;
+        const uint8_t *row =
+            r->bytes + ((size_t)(N_PUT - 1 - b) * H_TOKENS + i % H_TOKENS) * ROW_BYTES;
+        assert_int_equal(r->status[b], b == 2 ? KVC_NOT_FOUND : KVC_OK);
+        assert_true(b == 2 ? row[0] == 0xcd && row[ROW_BYTES - 1] == 0xcd
+                           : h_row_is(1 + b, 0, i % H_TOKENS, ROW_BYTES, row));
+    }
+}
+
+enum { BY_ROWS, BY_STREAM, BY_BLOCKS };
+
+/* What comes goes where it belongs without a copy, once the region is registered, which its end
+ * undoes; what is missing leaves its slots alone. A stream takes several messages. */
+static void check_placed(int how, int sums)
+{
     rig r = {0};
-    open_rig(&r, NO_SUMS);
+    open_rig(&r, sums);
     assert_int_equal(put(&r, 1), KVC_OK);
     open_context(&r, 1);
     erase(&r, 3); /* the third of four blocks */
@@ -191,21 +246,61 @@ static void test_rows_without_a_copy(void **state)
     uint64_t placed = 0, want = (uint64_t)(N_PUT - 1) * VALUE_BYTES;
     while (placed != want && !kvc_expired(give_up_ns)) {
         uint64_t before = kvc_metric_get(KVC_M_rdma_placed_bytes);
-        assert_int_equal(fetch_to(&r, true), KVC_OK);
-        placed = kvc_metric_get(KVC_M_rdma_placed_bytes) - before;
-        for (uint32_t i = 0; i < N_ROWS; i++) {
-            const uint8_t *slot = r.bytes + (size_t)(N_ROWS - 1 - i) * ROW_BYTES;
-            bool gone = i / H_TOKENS == 2;
-            assert_int_equal(r.status[i], gone ? KVC_NOT_FOUND : KVC_OK);
-            assert_true(gone ? slot[0] == 0xcd && slot[ROW_BYTES - 1] == 0xcd
-                             : h_row_is(1 + i / H_TOKENS, 0, i % H_TOKENS, ROW_BYTES, slot));
+        if (how == BY_BLOCKS) {
+            assert_int_equal(fetch_blocks(&r), KVC_OK);
+            check_blocks(&r);
+        } else {
+            assert_int_equal(fetch_by(&r, true, how == BY_ROWS ? kvc_fetch : kvc_fetch_stream),
+                             KVC_OK);
+            check_backwards(&r);
         }
+        placed = kvc_metric_get(KVC_M_rdma_placed_bytes) - before;
     }
     assert_int_equal(placed, want);
     assert_true(fake_verbs_registered(r.bytes));
     assert_int_equal(kvc_region_deregister(r.client, r.region), KVC_OK);
     assert_false(fake_verbs_registered(r.bytes));
     r.region = NULL;
+    close_rig(&r);
+}
+
+static void test_rows_without_a_copy(void **state)
+{
+    (void)state;
+    check_placed(BY_ROWS, NO_SUMS);
+}
+
+static void test_streams_without_a_copy(void **state)
+{
+    (void)state;
+    message_bytes = FEW_BYTES;
+    for (int how = BY_STREAM; how <= BY_BLOCKS; how++) {
+        check_placed(how, NO_SUMS);
+        check_placed(how, SUMS_BY_OPTION);
+    }
+    message_bytes = 0;
+}
+
+/* A byte of a stream that changes on its way to its place. */
+static void test_streams_are_summed(void **state)
+{
+    (void)state;
+    rig r = {0};
+    message_bytes = FEW_BYTES;
+    open_rig(&r, SUMS_BY_OPTION);
+    message_bytes = 0;
+    assert_int_equal(put(&r, 1), KVC_OK);
+    open_context(&r, 1);
+    uint64_t give_up_ns = kvc_deadline_ns(20000000000ull), placed = 0;
+    while (placed < N_PUT * VALUE_BYTES && !kvc_expired(give_up_ns)) {
+        uint64_t before = kvc_metric_get(KVC_M_rdma_placed_bytes);
+        assert_int_equal(fetch_blocks(&r), KVC_OK);
+        placed = kvc_metric_get(KVC_M_rdma_placed_bytes) - before;
+    }
+    flip(IBV_WR_RDMA_WRITE, 2);
+    assert_int_equal(fetch_blocks(&r), KVC_CORRUPT);
+    assert_int_equal(fake_verbs_hits(), 1);
+    assert_int_equal(fetch_blocks(&r), KVC_OK);
     close_rig(&r);
 }
 
@@ -301,10 +396,6 @@ static void close_gpu(gpu *g, rig *r)
     (void)close(g->fd);
 }
 
-typedef kvc_status fetch_rows_fn(kvc_client *client, const kvc_pick_group *groups,
-                                 uint32_t n_groups, const kvc_region *dst, int8_t *status,
-                                 kvc_fetch_info *info_p, uint64_t deadline_ns, kvc_op *op);
-
 /* All rows, in their order, and whether they are right where they came. */
 static kvc_status fetch_gpu(rig *r, gpu *g, fetch_rows_fn *fetch_rows)
 {
@@ -368,7 +459,9 @@ static void test_rows_to_a_gpu(void **state)
     rig r = {0};
     gpu g;
     const char *why = NULL;
+    message_bytes = FEW_BYTES;
     open_rig(&r, NO_SUMS);
+    message_bytes = 0;
     assert_int_equal(put(&r, 1), KVC_OK);
     open_context(&r, 1);
     open_gpu(&g, &r, true);
@@ -376,8 +469,11 @@ static void test_rows_to_a_gpu(void **state)
     assert_true(atomic_load(&g.n_flushes) > 0);
     assert_int_equal(kvc_region_gpu_way(g.region, &why), KVC_REGION_DMABUF);
     assert_string_equal(why, "");
+    uint32_t copies = atomic_load(&g.n_copies), flushes = atomic_load(&g.n_flushes);
     assert_int_equal(fetch_gpu(&r, &g, kvc_fetch_stream), KVC_OK);
     fetch_gpu_blocks(&r, &g);
+    assert_int_equal(atomic_load(&g.n_copies), copies);
+    assert_true(atomic_load(&g.n_flushes) > flushes + 2); /* once a message */
     close_gpu(&g, &r);
     close_rig(&r);
 }
@@ -440,6 +536,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rows_by_writes),
         cmocka_unit_test(test_rows_without_a_copy),
+        cmocka_unit_test(test_streams_without_a_copy),
+        cmocka_unit_test(test_streams_are_summed),
         cmocka_unit_test(test_sums),
         cmocka_unit_test(test_rows_to_a_gpu),
         cmocka_unit_test(test_rows_copied_to_a_gpu),

@@ -153,7 +153,7 @@ static void it_stays_so_as_a_sequence_grows(void **state)
         uint32_t dims = FAKE_DIMS, cap = seq->device->cap_tokens;
         rig_prefill(&r, seq, 0, 256, NULL, NULL);
         assert_ok(kvw_flush(seq, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
-        rig_decode(&r, seq, 256, 560, oracle_check_step, &dims);
+        rig_decode(&r, seq, 256, 420, oracle_check_step, &dims);
         assert_true(seq->device->cap_tokens > cap);
         assert_int_equal(s->refused, refused);
         kvw_seq_destroy(seq);

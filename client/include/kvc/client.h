@@ -206,8 +206,9 @@ kvc_status kvc_fetch(kvc_client *client, const kvc_pick_group *groups, uint32_t 
                      const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,
                      uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
 
-/* The same in one request for up to max_picks rows, which come as the messages of a stream: for
- * many rows at once, where latency counts less than one place in the server's queues. */
+/* The same, also over rdma://, in one request for up to max_picks rows, which come as the messages
+ * of a stream: for many rows at once, where latency counts less than one place in the server's
+ * queues. */
 kvc_status kvc_fetch_stream(kvc_client *client, const kvc_pick_group *groups, uint32_t n_groups,
                             const kvc_region *dst, int8_t *status, kvc_fetch_info *info_p,
                             uint64_t deadline_ns, kvc_op *op) KVC_MUST_CHECK;
@@ -257,7 +258,8 @@ typedef struct kvc_block_part {
  * chunks. Borrows digests and parts; keeps dst_slots, dst, status and tiers until completion.
  * status [n * n_parts], in the order of the digests and then of the parts: OK, NOT_FOUND (its bytes
  * are untouched), AGAIN, IO, CORRUPT; the op is still OK. tiers [n * n_parts] (may be NULL):
- * kvc_tier of each value found, else 0. INVALID: no parts, or a place outside dst.
+ * kvc_tier of each value found, else 0. INVALID: no parts, or a place outside dst. Over rdma:// the
+ * server may write values to dst itself, as rows are by kvc_fetch.
  */
 kvc_status kvc_fetch_blocks(kvc_client *client, const kvc_digest *schema, const kvc_digest *digests,
                             uint32_t n, const kvc_block_part *parts, uint32_t n_parts,

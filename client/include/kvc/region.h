@@ -51,7 +51,7 @@ typedef struct kvc_region_desc {
 /*
  * Declares memory that rows may land in or values leave from. It stays the caller's and outlives
  * the region. UNSUPPORTED: this client cannot move bytes there directly; stage it yourself. Over
- * rdma:// it is registered with the device, and so locked, after the first kvc_fetch into it, as
+ * rdma:// it is registered with the device, and so locked, after the first fetch into it, as
  * far as opts.region_bytes and 64 regions go (then those used least recently make room, but none
  * that was used in the last 5 s), and the server of this client, nobody else, may write there; its
  * rows come without a copy then. A region that is larger than region_bytes is registered in pieces,

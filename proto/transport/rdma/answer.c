@@ -103,12 +103,12 @@ typedef struct payload {
 } payload;
 
 /* The places of the client's that data_bytes go to: its landing, or rooms for rows. Mutex free. */
-static void find_places(const kvtr_rcall *call, const kvc_reply *reply, uint32_t data_bytes,
-                        payload *p)
+static void find_places(kvtr_rcall *call, const kvc_reply *reply, uint32_t data_bytes, payload *p)
 {
     if (call->runs != NULL) {
-        (void)kvtr_runs_cut(call->runs, call->n_runs, reply->u.fetch_rows.missing,
-                            reply->u.fetch_rows.n_missing, data_bytes, &p->places, &p->n_places);
+        (void)kvtr_reply_cut(call->method, reply, call->n_items, data_bytes, call->runs,
+                             call->n_runs, &p->places, &p->n_places);
+        call->n_items += kvtr_reply_items(call->method, reply);
     } else if (data_bytes <= call->landing_bytes) {
         p->places = calloc(1, sizeof(*p->places));
         p->n_places = p->places == NULL ? 0 : 1;

@@ -91,12 +91,13 @@ static bool begin_message(kvtr_link *link, const kvc_frame *frame)
     return true;
 }
 
-/* Rows have places in a request for rows alone, so many at most, and they come with it. */
+/* Rows and values have places in a request for them alone, so many at most, and they come with it.
+ */
 static bool runs_fit(const kvc_frame *frame)
 {
     if ((frame->flags & KVTI_PLACED) == 0)
         return true;
-    return frame->kind == KVC_FRAME_REQUEST && frame->method == KVC_FETCH_ROWS &&
+    return frame->kind == KVC_FRAME_REQUEST && kvtr_has_places(frame->method) &&
            (frame->flags & KVC_FRAME_ELSEWHERE) == 0 && frame->data_bytes % KVTI_RUN_BYTES == 0 &&
            frame->data_bytes <= KVTI_MAX_RUNS * KVTI_RUN_BYTES;
 }

@@ -220,7 +220,7 @@ static kvc_status check_xfer(const kvt_xfer *xfer)
     if (xfer->req == NULL || xfer->done == NULL || xfer->req->n_data > KVT_MAX_SLICES ||
         kvt_streams_reply(xfer->req->method) != (xfer->message != NULL) ||
         kvt_streams_request(xfer->req->method) != (xfer->pushed != NULL) ||
-        (xfer->rooms != NULL && xfer->req->method != KVC_FETCH_ROWS))
+        (xfer->rooms != NULL && !kvtr_has_places(xfer->req->method)))
         return KVC_INVALID;
     return KVC_OK;
 }

@@ -36,6 +36,7 @@ struct kvtr_rop {
     kvtr_buf *staging;    /* what the server reads */
     kvtr_run *runs;       /* [n_runs] where its rows shall be written to; NULL: to a landing */
     uint32_t n_runs;
+    uint64_t n_items;    /* that earlier messages were about; the thread's */
     const void *placing; /* the range that they lie in, while the server may write there */
     uint64_t let_go_ns;  /* it has ended, and the server has until then to say so; 0: no matter */
     bool waiting;        /* at the channel */

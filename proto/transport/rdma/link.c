@@ -17,13 +17,15 @@
 #include "base/metrics.h"
 #include "rdma_internal.h"
 
-#define INTRO_MAGIC     0x3154564bu /* "KVT1" */
-#define INTRO_MIN_BYTES 24u         /* older ends say no more */
-#define INTRO_PLACES    1u          /* of a server: it takes KVTI_PLACED */
-#define MIN_FRAG        1024u
-#define MIN_CREDITS     4u
-#define POLL_AT_ONCE    16
-#define ASK_SGE_FEWER   6u /* for devices that promise more than a queue pair gets */
+#define INTRO_MAGIC         0x3154564bu /* "KVT1" */
+#define INTRO_MIN_BYTES     24u         /* older ends say no more */
+/* Of a server: it takes KVTI_PLACED for FetchRows; for what streams, too. */
+#define INTRO_PLACES        1u
+#define INTRO_STREAM_PLACES 2u
+#define MIN_FRAG            1024u
+#define MIN_CREDITS         4u
+#define POLL_AT_ONCE        16
+#define ASK_SGE_FEWER       6u /* for devices that promise more than a queue pair gets */
 
 kvtr_link *kvtr_link_create(kvtr_loop *loop, struct rdma_cm_id *id)
 {
@@ -164,7 +166,7 @@ void kvtr_intro_write(const kvtr_link *link, uint8_t out_p[KVTI_INTRO_BYTES])
     kvc_le_put(out_p + 12, KVTI_FRAG_BYTES, 4);
     kvc_le_put(out_p + 16, KVC_MAX_VALUE_BYTES, 4);
     kvc_le_put(out_p + 20, link->max_reads, 4);
-    kvc_le_put(out_p + 24, INTRO_PLACES, 4);
+    kvc_le_put(out_p + 24, INTRO_PLACES | INTRO_STREAM_PLACES, 4);
 }
 
 bool kvtr_intro_read(kvtr_link *link, const void *data, size_t len_bytes)
@@ -182,7 +184,9 @@ bool kvtr_intro_read(kvtr_link *link, const void *data, size_t len_bytes)
         link->peer_frag_bytes = KVTI_FRAG_BYTES;
     link->peer_max_message_bytes = (uint32_t)kvc_le_get(in + 16, 4);
     link->peer_reads = (uint32_t)kvc_le_get(in + 20, 4) > 0;
-    link->peer_places = len_bytes >= KVTI_INTRO_BYTES && (kvc_le_get(in + 24, 4) & INTRO_PLACES);
+    uint64_t more = len_bytes >= KVTI_INTRO_BYTES ? kvc_le_get(in + 24, 4) : 0;
+    link->peer_places = (more & INTRO_PLACES) != 0;
+    link->peer_stream_places = (more & INTRO_STREAM_PLACES) != 0;
     return true;
 }
 

@@ -190,11 +190,12 @@ static kvc_status take_placed(const kvtr_rop *op, kvt_xfer *xfer, const kvc_fram
     kvc_status status = decode_placed(op, xfer, frame, body, why_p);
     if (status != KVC_OK)
         return status;
-    status = kvtr_runs_cut(op->runs, op->n_runs, xfer->reply.u.fetch_rows.missing,
-                           xfer->reply.u.fetch_rows.n_missing, frame->data_bytes, &places, &n);
-    *why_p = status == KVC_NO_MEMORY
-                 ? "out of memory"
-                 : "the rows' length does not fit their places (is row_bytes the part's?)";
+    status = kvtr_reply_cut(xfer->req->method, &xfer->reply, op->n_items, frame->data_bytes,
+                            op->runs, op->n_runs, &places, &n);
+    *why_p =
+        status == KVC_NO_MEMORY
+            ? "out of memory"
+            : "the length of rows or values does not fit their places (is row_bytes the part's?)";
     if (status != KVC_OK)
         return status == KVC_NO_MEMORY ? status : KVC_PROTOCOL;
     status = check_places(op, frame, body, places, n, why_p);
@@ -321,9 +322,12 @@ static bool on_message(kvtr_rop *op, const kvc_frame *frame, uint8_t *body)
         return true;
     if (xfer->message == NULL)
         return false;
+    xfer->placed = false;
     kvc_status status = take_message(op, xfer, frame, body, &why);
-    if (status == KVC_OK)
+    if (status == KVC_OK) {
+        op->n_items += kvtr_reply_items(xfer->req->method, &xfer->reply);
         xfer->message(xfer);
+    }
     kvc_arena_reset(&xfer->arena);
     kvc_mutex_lock(&conn->loop.mutex);
     if (status != KVC_OK)

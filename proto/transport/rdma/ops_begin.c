@@ -105,7 +105,8 @@ static bool take_places(kvtr_rop *op, kvtr_link *link, uint8_t *table_p)
         begin = run->addr < begin ? run->addr : begin;
         end = run_end > end ? run_end : end;
     }
-    if (op->n_runs == 0 || !link->peer_places)
+    if (op->n_runs == 0 || !link->peer_places ||
+        (op->frame.method != KVC_FETCH_ROWS && !link->peer_stream_places))
         return false;
     struct ibv_mr *mr = kvtr_range_use(link->domain, (const void *)(uintptr_t)begin,
                                        (size_t)(end - begin), op->conn->sums, &op->placing);

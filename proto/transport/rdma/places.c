@@ -1,8 +1,9 @@
 /*
- * places.c: where the rows of an answer go at the client: runs of neighbouring rows.
+ * places.c: where the rows of an answer go at the client, or its whole values: runs of neighbours.
  *
  * The client cuts its rooms into runs and sends them with the request; both ends cut the runs at
- * the rows that are missing, which have a place and no bytes. Pure, any thread. What a run says is
+ * the rows that are missing, which have a place and no bytes, and, where the answer streams, into
+ * its messages, whose items follow each other. Pure, any thread. What a run says is
  * the client's word: an address that is not its own is refused by its device.
  */
 #include <stdlib.h>
@@ -74,28 +75,25 @@ static void add_place(kvtr_place *places, uint32_t *n_p, const kvtr_run *run, ui
             (kvtr_place){run->addr + begin * run->row_bytes, (end - begin) * run->row_bytes};
 }
 
-kvc_status kvtr_runs_cut(const kvtr_run *runs, uint32_t n_runs, const kvc_missing_row *missing,
-                         uint32_t n_missing, uint64_t data_bytes, kvtr_place **places_p,
-                         uint32_t *n_p)
+/* Items begin .. end - 1 of all that runs have, which is where missing ones leave a hole. */
+static kvc_status cut(const kvtr_run *runs, uint32_t n_runs, uint64_t begin, uint64_t end,
+                      const kvc_missing_row *missing, uint32_t n_missing, uint64_t data_bytes,
+                      kvtr_place **places_p, uint32_t *n_p)
 {
     uint64_t first = 0, bytes = 0;
     uint32_t n = 0, m = 0;
     kvtr_place *places = calloc((size_t)n_runs + n_missing + 1, sizeof(*places));
-    *n_p = 0;
-    *places_p = NULL;
     if (places == NULL)
         return KVC_NO_MEMORY;
-    for (uint32_t r = 0; r < n_runs; r++) {
-        uint64_t begin = 0;
-        for (; m < n_missing && missing[m].index >= first &&
-               missing[m].index - first < runs[r].n_rows;
-             m++) {
-            uint64_t gone = missing[m].index - first;
-            add_place(places, &n, &runs[r], begin, gone);
-            begin = gone + 1;
+    for (uint32_t r = 0; r < n_runs; first += runs[r].n_rows, r++) {
+        uint64_t at = begin > first ? begin : first, run_end = first + runs[r].n_rows;
+        run_end = end < run_end ? end : run_end;
+        for (; m < n_missing && missing[m].index >= at && missing[m].index < run_end; m++) {
+            add_place(places, &n, &runs[r], at - first, missing[m].index - first);
+            at = missing[m].index + UINT64_C(1);
         }
-        add_place(places, &n, &runs[r], begin, runs[r].n_rows);
-        first += runs[r].n_rows;
+        if (at < run_end)
+            add_place(places, &n, &runs[r], at - first, run_end - first);
     }
     for (uint32_t i = 0; i < n; i++)
         bytes += places[i].len_bytes;
@@ -106,4 +104,44 @@ kvc_status kvtr_runs_cut(const kvtr_run *runs, uint32_t n_runs, const kvc_missin
     }
     free(places);
     return KVC_INVALID;
+}
+
+/* Those of a message's values that have no bytes, as rows have them. NULL: no memory. */
+static kvc_missing_row *missing_values(const kvc_reply *reply, uint64_t first, uint32_t *n_p)
+{
+    uint32_t n = reply->u.fetch_blocks.n_values;
+    kvc_missing_row *missing = calloc(n + 1u, sizeof(*missing));
+    *n_p = 0;
+    for (uint32_t i = 0; missing != NULL && i < n; i++) {
+        if (reply->u.fetch_blocks.values[i].status != KVC_OK)
+            missing[(*n_p)++].index = (uint32_t)(first + i);
+    }
+    return missing;
+}
+
+uint64_t kvtr_reply_items(kvc_method method, const kvc_reply *reply)
+{
+    if (method == KVC_FETCH_BLOCKS)
+        return reply->u.fetch_blocks.n_values;
+    return method == KVC_FETCH_ROWS ? UINT32_MAX : reply->u.fetch_rows.n_picks;
+}
+
+kvc_status kvtr_reply_cut(kvc_method method, const kvc_reply *reply, uint64_t first,
+                          uint64_t data_bytes, const kvtr_run *runs, uint32_t n_runs,
+                          kvtr_place **places_p, uint32_t *n_p)
+{
+    uint64_t end = first + kvtr_reply_items(method, reply);
+    uint32_t n_missing = 0;
+    *n_p = 0;
+    *places_p = NULL;
+    if (method != KVC_FETCH_BLOCKS)
+        return cut(runs, n_runs, first, end, reply->u.fetch_rows.missing,
+                   reply->u.fetch_rows.n_missing, data_bytes, places_p, n_p);
+    kvc_missing_row *missing = missing_values(reply, first, &n_missing);
+    if (missing == NULL)
+        return KVC_NO_MEMORY;
+    kvc_status status =
+        cut(runs, n_runs, first, end, missing, n_missing, data_bytes, places_p, n_p);
+    free(missing);
+    return status;
 }

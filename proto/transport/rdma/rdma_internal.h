@@ -59,8 +59,8 @@ extern uint64_t kvtr_region_rest_ns; /* which tests set before the first connect
 
 /* A frame's flag: spare[2] is the sum of it and of what goes with it, wherever that is. */
 #define KVTI_SUMMED    0x0100u
-/* Of a FetchRows REQUEST: its data are runs (places.c), for its rows to be written to by the key
- * spare[1]. Of its END: there they are. */
+/* Of a REQUEST for rows or whole values: its data are runs (places.c), for these to be written to
+ * by the key spare[1]. Of its END, or a MESSAGE: there they are. */
 #define KVTI_PLACED    0x0200u
 #define KVTI_MAX_RUNS  256u
 #define KVTI_RUN_BYTES 16u
@@ -169,11 +169,20 @@ typedef struct kvtr_place {
 uint32_t kvtr_rooms_runs(const kvt_room *rooms, uint32_t n_rooms, kvtr_run *runs_p);
 void kvtr_runs_encode(const kvtr_run *runs, uint32_t n_runs, uint8_t *out_p);
 void kvtr_runs_decode(const uint8_t *in, uint32_t n_runs, kvtr_run *runs_p);
-/* The places of data_bytes of rows: those of the runs, but for missing rows. Given to the caller:
- * free(). INVALID: the bytes are not those of the rows that are there; NO_MEMORY; NULL then. */
-kvc_status kvtr_runs_cut(const kvtr_run *runs, uint32_t n_runs, const kvc_missing_row *missing,
-                         uint32_t n_missing, uint64_t data_bytes, kvtr_place **places_p,
-                         uint32_t *n_p);
+/* Whether what is fetched so may have places: rows, as one answer or a stream, and whole values. */
+static inline bool kvtr_has_places(kvc_method method)
+{
+    return method == KVC_FETCH_ROWS || method == KVC_FETCH_ROWS_STREAM ||
+           method == KVC_FETCH_BLOCKS;
+}
+/* Rows or values that an answer, or a message of it, says something of. */
+uint64_t kvtr_reply_items(kvc_method method, const kvc_reply *reply);
+/* The places of its data_bytes: those of the runs from item `first` on, but for missing ones. Given
+ * to the caller: free(). INVALID: the bytes are not those of the items that are there; NO_MEMORY;
+ * NULL then. */
+kvc_status kvtr_reply_cut(kvc_method method, const kvc_reply *reply, uint64_t first,
+                          uint64_t data_bytes, const kvtr_run *runs, uint32_t n_runs,
+                          kvtr_place **places_p, uint32_t *n_p);
 
 /* ---- link.c, send.c, chain.c, recv.c --------------------------------------------------------- */
 
@@ -255,8 +264,9 @@ struct kvtr_link {
     uint32_t max_sge, max_inline_bytes, sq_depth, sq_used, sq_unsignalled;
     uint32_t max_reads, n_reads;
     uint32_t peer_frag_bytes, peer_max_message_bytes;
-    bool peer_reads;  /* it can READ from us */
-    bool peer_places; /* it writes rows to where they belong */
+    bool peer_reads;         /* it can READ from us */
+    bool peer_places;        /* it writes rows to where they belong */
+    bool peer_stream_places; /* also those of streams, and whole values */
     uint32_t credits, owed;
     uint32_t granted; /* fragments that the peer may still send */
     uint32_t n_outs;  /* queued, and not all of it posted yet */

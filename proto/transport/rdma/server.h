@@ -39,7 +39,8 @@ struct kvtr_rcall {
     uint32_t landing_key, landing_bytes;
     kvtr_run *runs; /* [n_runs] where it wants the rows, by landing_key; NULL: nowhere */
     uint32_t n_runs;
-    uint8_t *bytes; /* [head_bytes and payload that came with it] */
+    uint64_t n_items; /* that earlier messages were about; who sends has it */
+    uint8_t *bytes;   /* [head_bytes and payload that came with it] */
     size_t len_bytes;
     kvtr_buf *data; /* payload that was read */
     uint32_t data_bytes;
