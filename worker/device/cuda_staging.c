@@ -149,7 +149,7 @@ void kvwi_cuda_staging_choose(kvw_seq *seq)
 {
     kvwi_device_seq *d = seq->device;
     const char *why = "";
-    if (!by_gpu(d) ||
+    if (!by_gpu(d) || d->staged_for != NULL || /* rows on their way have positions in this one */
         kvc_region_gpu_way(d->gpu_staging->regions.of[0], &why) != KVC_REGION_COPIED) {
         return;
     }
