@@ -145,7 +145,7 @@ static void write_projection(gpu_bench *b)
     (void)snprintf(p.selector, sizeof(p.selector), "%s", selector_of(b));
     p.a = p.b = malloc(n * sizeof(float));
     for (size_t i = 0; p.a != NULL && i < n; i++)
-        p.a[i] = (float)(int32_t)next(b) * 0x1p-36f;
+        p.a[i] = (float)(int32_t)next(b) * (b->votes ? 0x1p-34f : 0x1p-36f);
     (void)snprintf(b->projection, sizeof(b->projection), "%s/projection", b->folder);
     check(p.a == NULL ? KVC_NO_MEMORY : kvwi_projection_write(b->projection, &p), "projection");
     free(p.a);
@@ -208,6 +208,7 @@ static void open_worker(gpu_bench *b)
                            .client = b->client,
                            .backend = "cuda",
                            .selector = selector_of(b),
+                           .index = KVW_INDEX_COMPRESSED,
                            .reselect_cos = b->theta,
                            .projection_path = b->projection,
                            .way = b->far == NULL               ? NULL
