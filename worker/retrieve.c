@@ -523,6 +523,32 @@ static kvc_status attend_on_host(kvw_retriever *r, const void *q, uint32_t n_q, 
     return st;
 }
 
+/* The CPU attends and fuses, and the engine's memory is the device's. */
+static kvc_status attend_across(kvw_retriever *r, const void *q, uint32_t n_q, void *out)
+{
+    const kvw_worker *w = r->seq->worker;
+    kvwi_buf *buf = &r->seq->host[1];
+    size_t len_bytes = kvwi_retriever_q_bytes(r, n_q); /* a result is as long as its query */
+    kvc_status st = kvwi_buf_need(buf, len_bytes);
+    if (st == KVC_OK) {
+        st = attend_on_host(r, q, n_q, buf->p);
+    }
+    return st == KVC_OK ? w->device_ops->copy(r->seq, out, buf->p, len_bytes) : st;
+}
+
+/* q: of the CPU's memory where some chunks are afar, whose partials the CPU fuses with the rest. */
+static kvc_status attend(kvw_retriever *r, const void *q, uint32_t n_q, void *out)
+{
+    const kvw_worker *w = r->seq->worker;
+    if (w->device == NULL) {
+        return attend_on_host(r, q, n_q, out);
+    }
+    if (kvwi_retriever_near_servers(r) == 0) {
+        return w->device_ops->retriever_attend(r, q, n_q, out);
+    }
+    return w->opts.device_memory ? attend_across(r, q, n_q, out) : attend_on_host(r, q, n_q, out);
+}
+
 /* What is afar has been asked for before this waits for what comes. */
 static kvc_status bring_all(kvw_retriever *r, const void *q, uint32_t n_q)
 {
@@ -544,16 +570,20 @@ kvc_status kvw_retriever_attend(kvw_retriever *r, const void *q, uint32_t n_q, v
     if (!r->ready) {
         return kvwi_fail(KVC_INVALID, "nothing was retrieved, or it did not arrive");
     }
-    const kvw_worker *w = r->seq->worker;
     r->n_calls++;
     r->n_queries += n_q;
+    if (kvwi_retriever_near_servers(r) != 0) {
+        q = kvwi_device_to_host(r->seq, q, kvwi_retriever_q_bytes(r, n_q), &r->seq->host[0]);
+        if (q == NULL) {
+            return KVC_DEVICE;
+        }
+    }
     kvc_status st = bring_all(r, q, n_q);
     if (st != KVC_OK) {
         return st;
     }
     uint64_t t0 = kvc_now_ns();
-    st = w->device != NULL ? w->device_ops->retriever_attend(r, q, n_q, out)
-                           : attend_on_host(r, q, n_q, out);
+    st = attend(r, q, n_q, out);
     if (st != KVC_OK) {
         if (kvwi_retriever_near_servers(r) != 0) { /* their partials may still be on their way */
             stop_fetch(r);

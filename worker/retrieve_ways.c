@@ -45,8 +45,7 @@ static kvc_way choose(const kvw_retriever *r, uint32_t server, kvc_way_why becau
         .reuse = calls * stay_of(r) - 1,
         .because = because,
     };
-    if (because != KVC_WHY_CHEAPEST || w->device != NULL || w->opts.exact ||
-        r->n_heads != w->opts.n_kv_heads) {
+    if (because != KVC_WHY_CHEAPEST || w->opts.exact || r->n_heads != w->opts.n_kv_heads) {
         ask.refused = 1u << KVC_WAY_NEAR;
     }
     if (because == KVC_WHY_CHEAPEST && w->opts.exact) {
