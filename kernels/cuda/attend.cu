@@ -180,6 +180,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct att
     if (first >= n)
         return;
     there = attend_load_tile(a, &l, &rows, tile);
+    const struct attend_places places = attend_ask_places(a, &rows, seq, first);
     for (uint32_t i = threadIdx.x; i < width; i += ATTEND_THREADS)
         q[i] = a->q[(size_t)seq * width + i];
     if (rotation)
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct att
     for (uint32_t head = threadIdx.x / 32u; head < a->n_kv_heads; head += ATTEND_WARPS)
         attend_head<kGroup, kDim>(&p, &l, seq, head, there, tile, q + head * kGroup * kDim,
                                   rotation, weights + head * kGroup * ATTEND_TILE);
-    attend_put_away(&p, &l, &rows, seq, first, tile);
+    attend_put_away(&p, &l, &rows, places, seq, first, tile);
 }
 
 /* The tiles that a sequence has, in order: the list's, then near's. */
@@ -242,9 +243,7 @@ __device__ static inline void tell_host(const kvk_cuda_result *r)
 /* A block more a sequence where the launch resolved: the tables take what it found. */
 __device__ static inline void finish_resolve(const struct attend_params *p, uint32_t seq)
 {
-    resolve_finish(&p->a.resolve, seq);
-    if (threadIdx.x == 0)
-        p->a.resolved[seq] = 0;
+    resolve_finish(&p->a.resolve, seq, p->a.resolved);
     tell_host(&p->a.result);
 }
 

@@ -196,44 +196,67 @@ __device__ static inline bool attend_resolves(const struct attend_params *p, cha
     uint32_t seq = blockIdx.y * gridDim.x + blockIdx.x;
 
     *seq_p = blockIdx.y - p->resolver_rows;
+    if (r->k && threadIdx.x == 0 &&
+        blockIdx.y >= p->resolver_rows) { /* whatever these say by then */
+        kvki_prefetch(p->a.res + *seq_p);
+        kvki_prefetch(p->a.source + *seq_p);
+    }
     if (blockIdx.y >= p->resolver_rows)
         return false;
     if (seq >= p->a.n_seqs)
         return true;
     kvki_let_next_start();
     kvki_wait_for_previous();
-    resolve_sequence<ATTEND_THREADS, false>((struct resolve_state *)shared, r, seq);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        atomicExch(p->a.resolved + seq, 1u);
-    }
+    resolve_sequence<ATTEND_THREADS>((struct resolve_state *)shared, r, seq, p->a.resolved);
     return true;
+}
+
+/* Slots + 1 of the fetched rows of a warp, 0: the resolver has not found them yet. */
+struct attend_places {
+    uint32_t of[ATTEND_TILE / ATTEND_WARPS];
+};
+
+__device__ static inline const volatile uint32_t *attend_place(const kvk_cuda_attend_args *a,
+                                                               uint32_t seq, uint32_t entry)
+{
+    return (const volatile uint32_t *)(a->resolved + (size_t)seq * a->stride + entry);
+}
+
+/* Asks for them while the tile is attended; attend_put_away asks again. */
+__device__ static inline struct attend_places attend_ask_places(const kvk_cuda_attend_args *a,
+                                                                const struct attend_rows *rows,
+                                                                uint32_t seq, uint32_t first)
+{
+    struct attend_places places;
+
+#pragma unroll
+    for (uint32_t i = 0; i < ATTEND_TILE / ATTEND_WARPS; i++) {
+        uint32_t r = threadIdx.x / 32u + i * ATTEND_WARPS;
+        places.of[i] =
+            rows->fetched >> r & 1u && !rows->keep[r] ? *attend_place(a, seq, first + r) : 0;
+    }
+    return places;
 }
 
 /* Puts the fetched rows of a tile into the slots that the resolver found for them. All threads
  * call, with the tile as it was loaded. */
 __device__ static inline void attend_put_away(const struct attend_params *p,
                                               const struct attend_layout *l,
-                                              const struct attend_rows *rows, uint32_t seq,
+                                              const struct attend_rows *rows,
+                                              struct attend_places places, uint32_t seq,
                                               uint32_t first, const char *tile)
 {
     const kvk_cuda_attend_args *a = &p->a;
-    uint32_t lane = threadIdx.x & 31u;
 
-    if (!a->resolve.k || !rows->fetched)
-        return;
-    if (lane == 0) {
-        while (!kvki_load_acquire(a->resolved + seq)) {
-        }
-    }
-    __syncwarp();
-    for (uint32_t r = threadIdx.x / 32u; r < ATTEND_TILE; r += ATTEND_WARPS) {
+#pragma unroll
+    for (uint32_t i = 0; i < ATTEND_TILE / ATTEND_WARPS; i++) {
+        uint32_t r = threadIdx.x / 32u + i * ATTEND_WARPS, place = places.of[i];
         if (!(rows->fetched >> r & 1u) || rows->keep[r])
             continue;
-        int32_t slot = __ldcg(a->list + (size_t)seq * a->stride + first + r);
-        char *to = (char *)a->res[seq].slots + (size_t)slot * a->row_bytes;
-        for (uint32_t at = lane * 16u; at < a->row_bytes; at += 512u)
+        while (!place)
+            place = *attend_place(a, seq, first + r);
+        char *to = (char *)a->res[seq].slots + (size_t)(place - 1u) * a->row_bytes;
+        for (uint32_t at = (threadIdx.x & 31u) * 16u; at < a->row_bytes; at += 512u)
             *(uint4 *)(to + at) = *(const uint4 *)(tile + (size_t)r * l->row_stride + at);
     }
 }

@@ -25,8 +25,9 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2) attend_mma_kernel(const str
     if (first >= attend_find_rows(&p.a, seq, first, &rows))
         return;
     there = attend_load_tile(&p.a, &l, &rows, tile);
+    const struct attend_places places = attend_ask_places(&p.a, &rows, seq, first);
     attend_bf16<kDim>(&p, &l, seq, blockIdx.x, there, tile);
-    attend_put_away(&p, &l, &rows, seq, first, tile);
+    attend_put_away(&p, &l, &rows, places, seq, first, tile);
 }
 
 attend_fn kvki_attend_mma(uint32_t head_dim)

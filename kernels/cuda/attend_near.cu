@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2)
     if (first >= n)
         return;
     there = attend_load_tile(a, &l, &rows, tile);
+    const struct attend_places places = attend_ask_places(a, &rows, seq, first);
     if constexpr (kTurned == TURNED_BOTH)
         attend_find_rotation(a, seq, first, min(n - first, ATTEND_TILE), rotation);
     if constexpr (Row::coded || kTurned == TURNED_BOTH)
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2)
                                                         rotation);
     else
         attend_bf16<kDim>(&p, &l, seq, at, there, tile);
-    attend_put_away(&p, &l, &rows, seq, at * ATTEND_TILE, tile);
+    attend_put_away(&p, &l, &rows, places, seq, first, tile);
 }
 
 template <typename Row, int kDim> static attend_fn kernel_of_turned(bool near, bool list)

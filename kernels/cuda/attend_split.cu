@@ -29,11 +29,12 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2)
     if (first >= n)
         return;
     there = attend_load_tile(a, &l, &rows, tile);
+    const struct attend_places places = attend_ask_places(a, &rows, seq, first);
     if (kRotated)
         attend_find_rotation(a, seq, first, min(n - first, ATTEND_TILE), rotation);
     attend_split<Row, kDim, kRotated>(
         &p, &l, seq, blockIdx.x, a->q + (size_t)seq * a->n_q_heads * kDim, there, tile, rotation);
-    attend_put_away(&p, &l, &rows, seq, first, tile);
+    attend_put_away(&p, &l, &rows, places, seq, first, tile);
 }
 
 template <typename Row> static attend_fn kernel_of(uint32_t head_dim, bool rotated)

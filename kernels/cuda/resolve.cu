@@ -9,7 +9,7 @@ __global__ void __launch_bounds__(THREADS) resolve_kernel(const kvk_cuda_resolve
 
     kvki_let_next_start(); /* what needs no list, attend's near rows, goes on beside this */
     kvki_wait_for_previous();
-    resolve_sequence<THREADS, true>(&sh, &a, blockIdx.x);
+    resolve_sequence<THREADS>(&sh, &a, blockIdx.x, NULL);
 }
 
 extern "C" kvc_status kvk_cuda_resolve(kvk_cuda *cuda, const kvk_cuda_resolve_args *args,

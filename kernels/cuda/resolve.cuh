@@ -186,13 +186,14 @@ __device__ static inline void resolve_take(const kvk_cuda_residency *r, uint32_t
 }
 
 /*
- * Resolves the picks of a sequence: list, fetch and the counts. kTake: the misses take their slots
- * in the tables as well, and the step is counted; else that is left to the caller, and slot_of is
- * only read. A block of kThreads calls.
+ * Resolves the picks of a sequence: list, fetch and the counts. Without `told` the misses take
+ * their slots in the tables as well, and the step is counted; else that is left to resolve_finish,
+ * slot_of is only read, and told [n_seqs, stride] gets each miss's slot + 1. A block of kThreads
+ * calls.
  */
-template <uint32_t kThreads, bool kTake>
+template <uint32_t kThreads>
 __device__ static void resolve_sequence(struct resolve_state *sh, const kvk_cuda_resolve_args *a,
-                                        uint32_t seq)
+                                        uint32_t seq, uint32_t *told)
 {
     constexpr uint32_t kPicks = resolve_share<kThreads>::kPicks;
     const kvk_cuda_residency r = a->res[seq];
@@ -222,8 +223,11 @@ __device__ static void resolve_sequence(struct resolve_state *sh, const kvk_cuda
         bool there = i < each && from + i < n, miss = position[i] < r.n_positions && slot[i] < 0;
         if (miss) {
             slot[i] = (int32_t)sh->victims[missing++];
-            if (kTake)
+            if (!told)
                 resolve_take(&r, (uint32_t)slot[i], position[i], step);
+            else
+                *(volatile uint32_t *)(told + (size_t)seq * a->stride + a->off + from + i) =
+                    (uint32_t)slot[i] + 1u;
         }
         if (there) {
             list[from + i] = slot[i];
@@ -231,15 +235,17 @@ __device__ static void resolve_sequence(struct resolve_state *sh, const kvk_cuda
         }
     }
     if (threadIdx.x == 0) {
-        if (kTake)
+        if (!told)
             *r.step = step;
         a->n_list[seq] = a->off + n;
         a->n_misses[seq] = n_misses;
     }
 }
 
-/* What resolve_sequence left to its caller. A block of any size calls. */
-__device__ static inline void resolve_finish(const kvk_cuda_resolve_args *a, uint32_t seq)
+/* What resolve_sequence left, once nobody looks any more; told is 0 again. A block of any size
+ * calls. */
+__device__ static inline void resolve_finish(const kvk_cuda_resolve_args *a, uint32_t seq,
+                                             uint32_t *told)
 {
     const kvk_cuda_residency r = a->res[seq];
     size_t at = (size_t)seq * a->stride + a->off;
@@ -247,8 +253,10 @@ __device__ static inline void resolve_finish(const kvk_cuda_resolve_args *a, uin
 
     for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
         uint32_t position = a->fetch[at + i];
-        if (position != KVK_CUDA_RESIDENT)
-            resolve_take(&r, (uint32_t)a->list[at + i], position, step);
+        if (position == KVK_CUDA_RESIDENT)
+            continue;
+        resolve_take(&r, (uint32_t)a->list[at + i], position, step);
+        told[at + i] = 0;
     }
     __syncthreads();
     if (threadIdx.x == 0)

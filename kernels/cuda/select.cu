@@ -1,149 +1,14 @@
 /*
  * select.cu: scores of an int8 index and their k best in one pass over it (ESA, 2502.14477 eq. 3
- * and 8): the scan of topk.cuh's scheme.
+ * and 8): the scan of topk.cuh's scheme for any width, many sequences and devices before sm_90;
+ * select_ring.cu has the other one.
  *
- * A warp takes 32 rows at a time. Fast form (rows of 128 or 64 bytes): row_bytes / 16 lanes share a
- * row, 16 bytes each, so that a warp's loads are contiguous, with all of them in flight before the
- * first product; the query is int16 in registers and two dp2a a word give the exact int32 dot. The
- * lanes' sums are transposed while they are added, so each lane ends with one row. General form: a
- * row a lane. Both multiply ((float)dot * k_scale) * q_scale in this order: kvk_score_index's bits.
+ * A warp takes 32 rows at a time (select_form.cuh).
  */
-#include "topk_end.cuh"
+#include "select_form.cuh"
+#include "select_ring.cuh"
 
-#define DIMS_MAX 256u
-#define HELD     2u /* groups whose keys a warp keeps until the bound is known */
-
-struct select_params {
-    struct topk_job job;
-    const float *q;
-    uint32_t dims;
-};
-
-/* Lane's part of the quantised query: eight pairs of int16, and the scale of all. */
-struct fast_query {
-    int pairs[8];
-    float scale;
-};
-
-/* Sums v[i] over the kLanes lanes of a row group; lane l keeps the sum of v[l % kLanes]. */
-template <int kLanes> __device__ static inline int transpose_sum(int (&v)[kLanes])
-{
-    uint32_t lane = threadIdx.x & 31u;
-
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) {
-        bool high = lane & (uint32_t)step;
-#pragma unroll
-        for (int i = 0; i < step; i++) {
-            int send = high ? v[i] : v[i + step], keep = high ? v[i + step] : v[i];
-            v[i] = keep + __shfl_xor_sync(KVKI_FULL_WARP, send, step);
-        }
-    }
-    return v[0];
-}
-
-template <int kRowBytes> struct fast_form {
-    static constexpr int kLanes = kRowBytes / 16;
-    static constexpr bool kShared = false;
-    struct fast_query query;
-
-    __device__ void load_query(const struct select_params *p, uint32_t seq, int16_t *)
-    {
-        uint32_t first = (threadIdx.x % kLanes) * 16u;
-        const float *q = p->q + (size_t)seq * p->dims;
-        float x[16], most = 0;
-
-#pragma unroll
-        for (uint32_t i = 0; i < 16; i++) {
-            x[i] = first + i < p->dims ? q[first + i] : 0.0f;
-            most = fmaxf(most, fabsf(x[i]));
-        }
-        query.scale = __fdiv_rn(kvki_lanes_max(most, kLanes), 32767.0f);
-#pragma unroll
-        for (uint32_t i = 0; i < 8; i++) {
-            int low = query.scale > 0 ? kvki_quantized(x[2 * i], query.scale) : 0;
-            int high = query.scale > 0 ? kvki_quantized(x[2 * i + 1], query.scale) : 0;
-            query.pairs[i] = (low & 0xffff) | (int)((uint32_t)high << 16);
-        }
-    }
-
-    /* Row of the group that this lane ends with. */
-    __device__ static uint32_t row_of_lane()
-    {
-        uint32_t lane = threadIdx.x & 31u;
-        return lane % kLanes * (32u / kLanes) + lane / kLanes;
-    }
-
-    /* Scores of 32 rows, n_rows (>= 1) of them there. */
-    __device__ float score(const uint8_t *rows, uint32_t n_rows, uint32_t, const int16_t *) const
-    {
-        uint32_t lane = threadIdx.x & 31u;
-        int dot[kLanes], scale[kLanes];
-        uint4 d[kLanes];
-
-#pragma unroll
-        for (int i = 0; i < kLanes; i++) {
-            uint32_t row = min(i * (32u / kLanes) + lane / kLanes, n_rows - 1);
-            d[i] = kvki_load_once(rows + row * kRowBytes + lane % kLanes * 16u);
-        }
-#pragma unroll
-        for (int i = 0; i < kLanes; i++) {
-            int sum = 0;
-            sum = __dp2a_lo(query.pairs[0], (int)d[i].x, sum);
-            sum = __dp2a_hi(query.pairs[1], (int)d[i].x, sum);
-            sum = __dp2a_lo(query.pairs[2], (int)d[i].y, sum);
-            sum = __dp2a_hi(query.pairs[3], (int)d[i].y, sum);
-            sum = __dp2a_lo(query.pairs[4], (int)d[i].z, sum);
-            sum = __dp2a_hi(query.pairs[5], (int)d[i].z, sum);
-            sum = __dp2a_lo(query.pairs[6], (int)d[i].w, sum);
-            sum = __dp2a_hi(query.pairs[7], (int)d[i].w, sum);
-            dot[i] = sum;
-            scale[i] = lane % kLanes == kLanes - 1 ? (int)(d[i].w >> 16) : 0;
-        }
-        int sum = transpose_sum<kLanes>(dot);
-        float k_scale = kvki_bf16((uint32_t)transpose_sum<kLanes>(scale));
-        return __fmul_rn(__fmul_rn((float)sum, k_scale), query.scale);
-    }
-};
-
-/* Any width: the query lies in shared memory, one copy a warp. */
-struct general_form {
-    static constexpr bool kShared = true;
-    float scale;
-
-    __device__ void load_query(const struct select_params *p, uint32_t seq, int16_t *shared)
-    {
-        uint32_t lane = threadIdx.x & 31u;
-        const float *q = p->q + (size_t)seq * p->dims;
-        float most = 0;
-
-        for (uint32_t i = lane; i < p->dims; i += 32)
-            most = fmaxf(most, fabsf(q[i]));
-        scale = __fdiv_rn(kvki_lanes_max(most, 32), 32767.0f);
-        __syncwarp();
-        for (uint32_t i = lane; i < p->dims; i += 32)
-            shared[i] = (int16_t)(scale > 0 ? kvki_quantized(q[i], scale) : 0);
-        __syncwarp();
-    }
-
-    __device__ static uint32_t row_of_lane()
-    {
-        return threadIdx.x & 31u;
-    }
-
-    __device__ float score(const uint8_t *rows, uint32_t n_rows, uint32_t dims,
-                           const int16_t *shared) const
-    {
-        uint32_t row = min(threadIdx.x & 31u, n_rows - 1);
-        const uint8_t *at = rows + (size_t)row * (dims + 2);
-        uint32_t bits = (uint32_t)at[dims] | (uint32_t)at[dims + 1] << 8;
-        int dot = 0;
-
-        for (uint32_t i = 0; i < dims; i++)
-            dot += (int)shared[i] * (int)(int8_t)at[i];
-        return __fmul_rn(__fmul_rn((float)dot, kvki_bf16(bits)), scale);
-    }
-};
+#define HELD 2u /* groups whose keys a warp keeps until the bound is known */
 
 /* A warp's view of the scan: the form of query that it holds is that of seq (n_seqs: of none). */
 template <class Form> struct scan {
@@ -263,7 +128,7 @@ template <class Form>
 __global__ void __launch_bounds__(TOPK_THREADS, 2) select_kernel(const struct select_params p)
 {
     __shared__ struct topk_block block;
-    __shared__ int16_t queries[Form::kShared ? TOPK_WARPS : 1][Form::kShared ? DIMS_MAX : 1];
+    __shared__ int16_t queries[Form::kShared ? TOPK_WARPS : 1][Form::kShared ? SELECT_DIMS_MAX : 1];
     struct scan<Form> s;
     uint32_t arrivals = 0;
 
@@ -285,8 +150,8 @@ extern "C" size_t kvk_cuda_select_workspace_bytes(uint32_t n_seqs, uint32_t rows
 
 static bool args_ok(const kvk_cuda_select_args *a)
 {
-    return a->n_seqs <= KVK_CUDA_SEQS_MAX && a->dims > 0 && a->dims <= DIMS_MAX && a->k > 0 &&
-           a->k <= KVK_CUDA_K_MAX && a->rows_max > 0 && a->q && a->cands && a->picks &&
+    return a->n_seqs <= KVK_CUDA_SEQS_MAX && a->dims > 0 && a->dims <= SELECT_DIMS_MAX &&
+           a->k > 0 && a->k <= KVK_CUDA_K_MAX && a->rows_max > 0 && a->q && a->cands && a->picks &&
            a->n_picks && a->workspace && kvki_aligned(a->workspace) &&
            a->workspace_bytes >= kvk_cuda_select_workspace_bytes(a->n_seqs, a->rows_max);
 }
@@ -305,7 +170,8 @@ extern "C" kvc_status kvk_cuda_select(kvk_cuda *cuda, const kvk_cuda_select_args
                                args->keep,
                                {}},
                               args->q,
-                              args->dims};
+                              args->dims,
+                              args->early};
     const void *kernel = args->dims == 126  ? (const void *)select_kernel<fast_form<128>>
                          : args->dims == 62 ? (const void *)select_kernel<fast_form<64>>
                                             : (const void *)select_kernel<general_form>;
@@ -319,6 +185,8 @@ extern "C" kvc_status kvk_cuda_select(kvk_cuda *cuda, const kvk_cuda_select_args
         return KVC_INVALID;
     (void)topk_cut(args->workspace, args->n_seqs, args->rows_max, &p.job.space);
     st = kvki_cuda_use(cuda);
+    if (st == KVC_OK && kvki_select_ring_takes(cuda, &p))
+        return kvki_select_ring(cuda, &p, stream);
     if (st == KVC_OK)
         st = kvki_cuda_resident_grid(cuda, kernel, TOPK_THREADS, 0, 1 << 20, &blocks);
     if (st != KVC_OK)

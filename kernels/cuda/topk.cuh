@@ -36,7 +36,7 @@
 
 /* Counters of one launch. */
 struct topk_counters {
-    uint32_t barrier, done, spare[30];
+    uint32_t barrier, done, ring, parity, spare[28];
     uint32_t tickets[TOPK_TICKETS][32]; /* the first of each line: all warps at one would queue */
     uint32_t digits[TOPK_DIGITS][TOPK_BINS];
 };
@@ -50,6 +50,8 @@ struct topk_space {
     uint32_t *fine;    /* [n_seqs, TOPK_FINE] */
     uint32_t *coarse;  /* [n_seqs, TOPK_COARSE] */
     uint64_t *cands;   /* [n_seqs, TOPK_CANDS] */
+    uint32_t *n_ring;  /* [2, n_seqs] as n_cands, of launches by turns (select_ring.cu) */
+    uint64_t *wide;    /* [n_seqs, TOPK_CANDS] candidates widened by a window (the same) */
     float *scores;     /* [n_seqs, stride] */
     size_t stride;
 };
@@ -97,6 +99,8 @@ static inline size_t topk_cut(void *base, uint32_t n_seqs, uint32_t rows_max,
     TAKE(coarse, uint32_t, n * TOPK_COARSE * sizeof(uint32_t));
     TAKE(fine, uint32_t, n * TOPK_FINE * sizeof(uint32_t));
     TAKE(cands, uint64_t, n * TOPK_CANDS * sizeof(uint64_t));
+    TAKE(n_ring, uint32_t, 2 * n * sizeof(uint32_t));
+    TAKE(wide, uint64_t, n * TOPK_CANDS * sizeof(uint64_t));
     TAKE(scores, float, n * space_p->stride * sizeof(float));
 #undef TAKE
     return used;

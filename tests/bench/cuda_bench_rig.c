@@ -332,8 +332,8 @@ void make_attend(world *w, uint32_t t, numbers *from)
                                           .lse = device_bytes((size_t)w->n_seqs * HEADS * 4),
                                           .workspace = device_bytes(work),
                                           .workspace_bytes = work,
-                                          .resolved = device_bytes(w->n_seqs * 4)};
-    OK(kvk_cuda_fill(gpu(), w->attend[t].resolved, 0, w->n_seqs * 4, gpu_stream()));
+                                          .resolved = device_bytes((size_t)w->n_seqs * K * 4)};
+    OK(kvk_cuda_fill(gpu(), w->attend[t].resolved, 0, (size_t)w->n_seqs * K * 4, gpu_stream()));
     if (w->rows->rotated) {
         kvk_rope_params rope = {.theta = 500000};
         int32_t *ranks = host_bytes((size_t)w->n_seqs * K * 4);

@@ -52,12 +52,12 @@ static void make_side(numbers *from, const shape *s, const context *c, const flo
     kvk_cuda_residency res[SEQS];
     kvk_cuda_source source[SEQS];
     int32_t *list = host_bytes(entries * 4), *ranks = host_bytes(entries * 4);
-    uint32_t *fetch = host_bytes(entries * 4), *resolved = device_bytes(SEQS * 4);
+    uint32_t *fetch = host_bytes(entries * 4), *resolved = device_bytes(entries * 4);
     kvk_rope_params rope = {.theta = 500000};
     double inv_freq[64];
 
     OK(kvk_rope_inv_freq(&rope, s->dim, inv_freq));
-    OK(kvk_cuda_fill(gpu(), resolved, 0, SEQS * 4, gpu_stream()));
+    OK(kvk_cuda_fill(gpu(), resolved, 0, entries * 4, gpu_stream()));
     for (uint32_t i = 0; i < SEQS; i++) {
         to->m[i] = model_of(POSITIONS, s->n_slots, OFF, row);
         upload(to->m[i].res.slots, c->rows, OFF * row);

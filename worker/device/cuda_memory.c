@@ -43,7 +43,7 @@ void kvwi_carve_lane(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs, kvwi_
     lane->n_near = kvwi_carve(c, n * word);
     lane->near_first = kvwi_carve(c, n * word);
     lane->counts = kvwi_carve(c, 2u * word);
-    lane->resolved = kvwi_carve(c, n * word);
+    lane->resolved = kvwi_carve(c, n * kvwi_stride(w) * word);
     lane->q_near = kvwi_carve(c, q);
     lane->q_far = renumbers ? lane->q_near : kvwi_carve(c, q);
     lane->q_index = kvwi_carve(c, n * heads * w->level[0].dims * sizeof(float));
@@ -136,7 +136,8 @@ kvc_status kvwi_cuda_lane_clear(const kvw_worker *w, kvwi_lane *lane, kvk_stream
     }
     kvc_status st = kvk_cuda_fill(cuda, lane->counts, 0, 2u * sizeof(*lane->counts), stream);
     if (st == KVC_OK) {
-        st = kvk_cuda_fill(cuda, lane->resolved, 0, lane->n_seqs * sizeof(*lane->resolved), stream);
+        st = kvk_cuda_fill(cuda, lane->resolved, 0,
+                           (size_t)lane->n_seqs * stride * sizeof(*lane->resolved), stream);
     }
     if (st == KVC_OK) {
         st = kvk_cuda_fill(cuda, lane->fetch, 0xff,

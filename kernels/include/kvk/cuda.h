@@ -178,7 +178,9 @@ typedef struct kvk_cuda_candidates {
  * arbitrary picks, in range. workspace: kvk_cuda_select_workspace_bytes, cleared once with
  * kvk_cuda_fill 0 before its first use; an op leaves it ready for the next of as many sequences,
  * and to be cleared again for another number. Fast at dims 126 and 62 (128 and 64 bytes a row);
- * dims <= 256, k <= KVK_CUDA_K_MAX.
+ * dims <= 256, k <= KVK_CUDA_K_MAX. early: cands was there before the op before this one (the
+ * frame, say) began, but for n_rows and base, which that one may set; rows are then sent for
+ * meanwhile.
  */
 typedef struct kvk_cuda_select_args {
     uint32_t n_seqs, dims, k, eps, rows_max;
@@ -190,6 +192,7 @@ typedef struct kvk_cuda_select_args {
     void *workspace;
     size_t workspace_bytes;
     const uint32_t *keep; /* [n_seqs] or NULL: where not 0, nothing is done for the sequence */
+    uint32_t early;       /* 0 or 1 */
 } kvk_cuda_select_args;
 size_t kvk_cuda_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max);
 kvc_status kvk_cuda_select(kvk_cuda *cuda, const kvk_cuda_select_args *args,
@@ -384,7 +387,7 @@ typedef struct kvk_cuda_attend_args {
     kvk_cuda_near near;
     kvk_cuda_result result;
     kvk_cuda_resolve_args resolve; /* k 0: the list is there */
-    uint32_t *resolved;            /* [n_seqs] for resolve, cleared once; else NULL */
+    uint32_t *resolved;            /* [n_seqs, stride] for resolve, cleared once; else NULL */
 } kvk_cuda_attend_args;
 size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_t n_q_heads,
                                        uint32_t head_dim);

@@ -1,0 +1,82 @@
+/*
+ * bulk.cuh: copies of whole pieces from device to shared memory by the copy engine, which an
+ * mbarrier in shared memory waits for (sm_90 on). Device code; elsewhere these do nothing.
+ *
+ * One thread asks: expect, then the copies. Whoever reads waits for the barrier's phase: the i-th
+ * use of a barrier has parity i % 2. Addresses and sizes are multiples of 16 bytes.
+ */
+#ifndef KVKI_CUDA_BULK_CUH
+#define KVKI_CUDA_BULK_CUH
+
+#include "device.cuh"
+
+__device__ static inline uint32_t bulk_address(const void *shared)
+{
+    return (uint32_t)__cvta_generic_to_shared(shared);
+}
+
+/* One thread a barrier; bulk_begin then makes them known to the copy engine. */
+__device__ static inline void bulk_init(uint64_t *barrier)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bulk_address(barrier)) : "memory");
+#endif
+}
+
+__device__ static inline void bulk_begin(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+/* Starts a phase that ends when these bytes have come. */
+__device__ static inline void bulk_expect(uint64_t *barrier, uint32_t bytes)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bulk_address(barrier)),
+        "r"(bytes)
+        : "memory");
+#endif
+}
+
+/* Bytes that are read once: they do not displace what is used again in L2. */
+__device__ static inline void bulk_copy(void *shared, const void *global, uint32_t bytes,
+                                        uint64_t *barrier)
+{
+#if __CUDA_ARCH__ >= 900
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(bulk_address(shared)),
+                 "l"(global), "r"(bytes), "r"(bulk_address(barrier)), "l"(policy)
+                 : "memory");
+#endif
+}
+
+/* Bytes on their way to L2. */
+__device__ static inline void bulk_prefetch(const void *global, uint32_t bytes)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
+__device__ static inline void bulk_wait(uint64_t *barrier, uint32_t parity)
+{
+#if __CUDA_ARCH__ >= 900
+    uint32_t done = 0;
+
+    while (!done) {
+        asm volatile("{\n\t.reg .pred p;\n\t"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+                     "selp.b32 %0, 1, 0, p;\n\t}"
+                     : "=r"(done)
+                     : "r"(bulk_address(barrier)), "r"(parity)
+                     : "memory");
+    }
+#endif
+}
+
+#endif
