@@ -65,7 +65,8 @@ static const char *why_copied(int error_dmabuf, int error_peer)
 }
 
 struct ibv_mr *kvtr_register_gpu(struct ibv_pd *pd, void *base, size_t len_bytes, int access,
-                                 kvc_lent_gpu *gpu, uint64_t off_bytes)
+                                 const kvc_lent_gpu *gpu, uint64_t off_bytes,
+                                 kvtr_gpu_result *result_p)
 {
     struct ibv_mr *mr = NULL;
     int error_dmabuf = EBADF;
@@ -84,13 +85,13 @@ struct ibv_mr *kvtr_register_gpu(struct ibv_pd *pd, void *base, size_t len_bytes
         KVC_COUNT(rdma_gpu_regions_copied);
         KVC_LOG_WARN(RDMA, "rows to %zu bytes of a GPU are copied: %s (%s; %s)", len_bytes, why,
                      strerror(error_dmabuf), strerror(error_peer));
-        atomic_store(&gpu->why, why);
+        result_p->why = why;
     } else if (way == KVC_LENT_DMABUF) {
         KVC_COUNT(rdma_gpu_regions_dmabuf);
     } else {
         KVC_COUNT(rdma_gpu_regions_peer);
     }
-    atomic_store(&gpu->way, way);
+    result_p->way = way;
     return count_registered(mr, len_bytes);
 }
 

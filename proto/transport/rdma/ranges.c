@@ -189,6 +189,12 @@ static bool holds(const kvtr_range *range, const uint8_t *base, size_t len_bytes
     return off <= range->len_bytes && len_bytes <= range->len_bytes - off;
 }
 
+static void tell_gpu(kvc_lent_gpu *gpu, kvtr_gpu_result result)
+{
+    atomic_store(&gpu->why, result.why);
+    atomic_store(&gpu->way, result.way);
+}
+
 /* With the mutex held: the range that has all of it; NULL: none has. Of two windows, one that is
  * registered. */
 static kvtr_range *find(kvtr_domain *domain, const void *base, size_t len_bytes)
@@ -384,6 +390,7 @@ static void register_one(kvtr_loop *loop, kvtr_domain *domain, kvtr_range *range
     uint8_t *base = range->base;
     size_t len_bytes = range->len_bytes, off_bytes = (size_t)(base - range->whole);
     kvc_lent_gpu *gpu = range->gpu;
+    kvtr_gpu_result result = {KVC_LENT_NOT_YET, ""};
     int access = IBV_ACCESS_LOCAL_WRITE | (loop->is_client ? IBV_ACCESS_REMOTE_WRITE : 0);
     if (!take_room(loop, len_bytes)) {
         range->wanted = false; /* until its next use */
@@ -392,13 +399,15 @@ static void register_one(kvtr_loop *loop, kvtr_domain *domain, kvtr_range *range
     tell_too_large(loop, domain, range);
     range->tried = true;
     begin_work(loop, domain, base);
-    struct ibv_mr *mr =
-        gpu == NULL ? kvtr_register(domain->pd, base, len_bytes, access)
-                    : kvtr_register_gpu(domain->pd, base, len_bytes, access, gpu, off_bytes);
+    struct ibv_mr *mr = gpu == NULL ? kvtr_register(domain->pd, base, len_bytes, access)
+                                    : kvtr_register_gpu(domain->pd, base, len_bytes, access, gpu,
+                                                        off_bytes, &result);
     end_work(loop);
     range = range_at(domain, base); /* others may have come and gone, but not this one */
     range->mr = mr;
     range->used_ns = kvc_now_ns();
+    if (gpu != NULL) /* who hears of it finds it so */
+        tell_gpu(gpu, result);
     if (mr == NULL)
         give_room_back(loop, len_bytes);
 }

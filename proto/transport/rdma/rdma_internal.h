@@ -145,10 +145,16 @@ struct ibv_mr *kvtr_range_use(kvtr_domain *domain, const void *base, size_t len_
                               const void **base_p);
 void kvtr_range_leave(kvtr_domain *domain, const void *base);
 struct ibv_mr *kvtr_register(struct ibv_pd *pd, void *base, size_t len_bytes, int access);
+/* What became of memory of a GPU; why: of COPIED, static. */
+typedef struct kvtr_gpu_result {
+    kvc_lent_way way;
+    const char *why;
+} kvtr_gpu_result;
 /* Memory of a GPU, that begins off_bytes behind the first byte of what was lent: by its dma-buf, or
- * by its address; says which, or why not, in gpu. */
+ * by its address. */
 struct ibv_mr *kvtr_register_gpu(struct ibv_pd *pd, void *base, size_t len_bytes, int access,
-                                 kvc_lent_gpu *gpu, uint64_t off_bytes);
+                                 const kvc_lent_gpu *gpu, uint64_t off_bytes,
+                                 kvtr_gpu_result *result_p);
 void kvtr_deregister(struct ibv_mr *mr);
 
 /* ---- places.c; pure ---------------------------------------------------------------------------
