@@ -41,13 +41,31 @@ static int close_near(void **state)
     return 0;
 }
 
-static kvw_seq *open_by(near_bench *b, const char *way, rig *r)
+static void near_rig(rig *r, kvc_client *client, const char *selector)
+{
+    bool votes = strcmp(selector, "tokenselect") == 0;
+    rig_init(r, selector, FAKE_TOKENS);
+    r->opts.client = client;
+    r->opts.backend = "cuda:0";
+    r->opts.dtype = KVK_BF16;
+    r->opts.head_dim = 64;
+    r->opts.n_q_heads = votes ? 16 : 4;
+    r->opts.n_kv_heads = votes ? 8 : 2;
+    r->opts.index = KVW_INDEX_COMPRESSED;
+    r->opts.residency_slots = 48;
+    r->opts.max_tokens = FAKE_TOKENS;
+    r->opts.reselect_cos = votes ? -0.9 : 0; /* picks are kept as long as they may be */
+    r->k_scale = votes ? 0.5 : 1;
+    rig_project(r, FAKE_DIMS);
+}
+
+static kvw_seq *open_by(near_bench *b, const char *selector, const char *way, rig *r)
 {
     static uint32_t revision;
     static char name[16];
     uint32_t reused = 0;
     kvw_seq *seq = NULL;
-    fake_rig(r, b->client);
+    near_rig(r, b->client, selector);
     (void)snprintf(name, sizeof(name), "%u", revision++);
     r->opts.revision = name;
     r->opts.way = way;
@@ -80,23 +98,28 @@ static void check(rig *r, rig_record *rows, rig_record *near, bool rounds)
 /* Rows of partials are nobody's: the next step asks for them again. */
 static void near_equals_rows(void **state)
 {
+    static const char *const selectors[] = {"esa", "tokenselect"};
     near_bench *b = *state;
-    rig r, s;
-    rig_record rows, near;
-    kvw_stats by_rows = decode(&r, open_by(b, "rows", &r), &rows);
-    assert_int_equal(by_rows.rows_near, 0);
-    uint64_t asked = kvc_metric_get(KVC_M_way_near_asked);
-    uint64_t read = fake_cuda_rows_read();
-    kvw_stats by_near = decode(&s, open_by(b, "near", &s), &near);
-    assert_int_equal(by_near.way_fallbacks, 0);
-    assert_true(by_near.rows_near > by_rows.misses);
-    assert_true(kvc_metric_get(KVC_M_way_near_asked) > asked);
-    assert_true(by_near.bytes_near > 0 && by_near.misses >= by_near.rows_near);
-    /* what the device read from elsewhere is what no server attended over */
-    assert_int_equal(fake_cuda_rows_read() - read, by_near.misses - by_near.rows_near);
-    check(&r, &rows, &near, true);
-    rig_close(&r);
-    rig_close(&s);
+    for (uint32_t i = 0; i < 2; i++) {
+        rig r, s;
+        rig_record rows, near;
+        kvw_stats by_rows = decode(&r, open_by(b, selectors[i], "rows", &r), &rows);
+        assert_int_equal(by_rows.rows_near, 0);
+        uint64_t asked = kvc_metric_get(KVC_M_way_near_asked);
+        uint64_t read = fake_cuda_rows_read();
+        kvw_stats by_near = decode(&s, open_by(b, selectors[i], "near", &s), &near);
+        assert_int_equal(by_near.way_fallbacks, 0);
+        assert_true(by_near.rows_near > by_rows.misses);
+        assert_true(kvc_metric_get(KVC_M_way_near_asked) > asked);
+        assert_true(by_near.bytes_near > 0 && by_near.misses >= by_near.rows_near);
+        /* what the device read from elsewhere is what no server attended over */
+        assert_int_equal(fake_cuda_rows_read() - read, by_near.misses - by_near.rows_near);
+        assert_int_equal(by_near.reselects, by_rows.reselects);
+        assert_true(i == 0 || by_near.reselects < by_near.steps);
+        check(&r, &rows, &near, true);
+        rig_close(&r);
+        rig_close(&s);
+    }
 }
 
 /* The server attends too much already: the step is done again by rows, whose bits it has then. */
@@ -106,8 +129,8 @@ static void a_busy_server_sends_rows(void **state)
     kvs_attender *attender = b->h.server->attender;
     rig r, s;
     rig_record rows, near;
-    (void)decode(&r, open_by(b, "rows", &r), &rows);
-    kvw_seq *seq = open_by(b, "near", &s);
+    (void)decode(&r, open_by(b, "esa", "rows", &r), &rows);
+    kvw_seq *seq = open_by(b, "esa", "near", &s);
     atomic_fetch_add(&attender->n_calls, attender->max_calls);
     kvw_stats stats = decode(&s, seq, &near);
     atomic_fetch_sub(&attender->n_calls, attender->max_calls);

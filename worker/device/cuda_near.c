@@ -26,7 +26,9 @@ struct kvwi_device_near {
     float *o, *lse;  /* pinned: the server's partial */
     uint8_t *answer; /* the same as it comes, o in the model's dtype */
     int8_t *status;  /* of each row that was asked for */
-    float *o_own;    /* device: the device's own */
+    uint32_t *fetch; /* pinned: the device's list, where rows are numbered by their places in it */
+    uint32_t *ranks;
+    float *o_own; /* device: the device's own */
     float *lse_own;
 };
 
@@ -40,8 +42,14 @@ static size_t o_bytes(const kvw_worker *w)
 /* Whether steps of such a worker may go this way at all. */
 static bool is_possible(const kvw_worker *w)
 {
-    return w->servers.n == 1 && !w->opts.exact && w->selector->positions == KVW_FAR_NEAR &&
+    return w->servers.n == 1 && !w->opts.exact &&
            (w->way == KVC_WAY_COUNT || w->way == KVC_WAY_NEAR);
+}
+
+/* Whether keys of the list are rotated by their places in it (TokenSelect). */
+static bool is_ranked(const kvw_worker *w)
+{
+    return w->selector->positions == KVW_RENUMBER && w->inv_freq != NULL;
 }
 
 static size_t carve_pinned(const kvw_worker *w, kvwi_device_near *n, void *base)
@@ -53,6 +61,8 @@ static size_t carve_pinned(const kvw_worker *w, kvwi_device_near *n, void *base)
     n->lse = kvwi_carve(&c, heads * sizeof(*n->lse));
     n->answer = kvwi_carve(&c, o_bytes(w));
     n->status = kvwi_carve(&c, kvwi_stride(w));
+    n->fetch = kvwi_carve(&c, kvwi_stride(w) * sizeof(*n->fetch));
+    n->ranks = kvwi_carve(&c, kvwi_stride(w) * sizeof(*n->ranks));
     return c.at;
 }
 
@@ -115,10 +125,17 @@ kvc_status kvwi_cuda_near_query(kvw_step *step)
     const kvw_worker *w = step->seq->worker;
     kvwi_device_seq *d = step->seq->device;
     const kvwi_device_layer *l = &d->layers[step->layer];
-    if (!may(step, l) || !w->opts.device_memory) {
+    kvc_status st = KVC_OK;
+    if (!may(step, l)) {
         return KVC_OK;
     }
-    kvc_status st = kvk_cuda_copy(d->device->cuda, d->near->q, l->lane.q_in, o_bytes(w), d->stream);
+    if (w->opts.device_memory) {
+        st = kvk_cuda_copy(d->device->cuda, d->near->q, l->lane.q_in, o_bytes(w), d->stream);
+    }
+    if (st == KVC_OK && is_ranked(w)) {
+        st = kvk_cuda_copy(d->device->cuda, d->near->fetch, l->lane.fetch,
+                           kvwi_stride(w) * sizeof(*d->near->fetch), d->stream);
+    }
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "a query");
 }
 
@@ -144,18 +161,38 @@ bool kvwi_cuda_near_is_way(const kvw_step *step)
 
 /* ---- the step ---- */
 
+/* The far rows' places in the list, and that of the query behind it and the near rows: on the
+ * device these are all less by the list's length, and only differences count. */
+static uint32_t find_ranks(const kvw_step *step)
+{
+    const kvw_seq *seq = step->seq;
+    const kvw_worker *w = seq->worker;
+    const kvwi_device_seq *d = seq->device;
+    const kvwi_lane *lane = &d->layers[step->layer].lane;
+    bool kept = lane->last != NULL && lane->kept[0] != 0;
+    uint32_t near_begin =
+        kept ? seq->layers[step->layer].picks.near_begin : kvwi_near_begin(w, step->n_tokens, 1);
+    for (uint32_t i = 0; i < kvwi_stride(w); i++) {
+        if (d->near->fetch[i] >= d->staged && d->near->fetch[i] != KVK_CUDA_RESIDENT) {
+            d->near->ranks[d->near->fetch[i] - d->staged] = i;
+        }
+    }
+    return kvwi_stride(w) + step->n_tokens - near_begin - 1u;
+}
+
 static kvc_status ask_server(kvw_step *step, kvc_op *op)
 {
     const kvw_worker *w = step->seq->worker;
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = &d->layers[step->layer];
-    const uint32_t position = w->opts.far_position;
+    const uint32_t position = is_ranked(w) ? find_ranks(step) : w->opts.far_position;
     const kvc_attend_group group = {
         .context = kvwi_cuda_context(step->seq),
         .part = w->kv_parts[step->layer],
         .n_picks = *l->n_far,
         .picks = l->miss_pos,
-        .q_positions = w->inv_freq != NULL ? &position : NULL, /* keys as they are stored */
+        .ranks = is_ranked(w) ? d->near->ranks : NULL,
+        .q_positions = w->inv_freq != NULL ? &position : NULL,
         .row_bytes = (uint32_t)w->row_bytes,
         .n_q = 1,
         .n_q_heads = w->opts.n_q_heads,
