@@ -9,6 +9,7 @@
 #include <math.h>
 
 #include "base/clock.h"
+#include "internal.h"
 
 #ifndef BACKEND
 #define BACKEND "cpu"
@@ -241,6 +242,111 @@ static void the_last_picks_are_resident(void **state)
     rig_close(&r);
 }
 
+/* ---- index rows of tokens that came one at a time ---- */
+
+/* The passes: some attend everything, and more tokens follow a prefill than recent holds. */
+enum { ALONE = 110, FILLED = 384, END = 384 + 40 + 30 };
+
+/* A token's step in one layer, not by kvw_forward. */
+static void one_in_parts(rig *r, kvw_seq *seq, uint32_t layer, uint32_t pos, rig_check *check)
+{
+    uint32_t dims = DIMS;
+    kvw_step *step = NULL;
+    void *k = rig_bytes(r, r->k, rig_kv_width(r), layer, pos, 1);
+    void *v = rig_bytes(r, r->v, rig_kv_width(r), layer, pos, 1);
+    void *q = rig_bytes(r, r->q, rig_q_width(r), layer, pos, 1);
+    float lse[16];
+    assert_ok(kvw_append(seq, layer, k, v, 1));
+    assert_ok(kvw_step_begin(seq, layer, q, 1, &step));
+    assert_ok(kvw_step_attend(step, q));
+    assert_ok(kvw_step_finish(step, q, q, lse));
+    const rig_step done = {.seq = seq, .layer = layer, .first = pos, .n = 1, .out = q, .lse = lse};
+    if (check != NULL)
+        check(&dims, r, &done);
+    free(k);
+    free(v);
+    free(q);
+}
+
+static void one_by_one(rig *r, kvw_seq *seq, uint32_t first, uint32_t end, bool parts,
+                       rig_check *check)
+{
+    uint32_t dims = DIMS;
+    for (; first < end && !parts; first++)
+        rig_pass(r, seq, first, 1, check, &dims);
+    for (; first < end; first++) {
+        assert_ok(kvw_tokens(seq, r->tokens + first, 1));
+        for (uint32_t layer = 0; layer < r->opts.n_layers; layer++)
+            one_in_parts(r, seq, layer, first, check);
+    }
+}
+
+/* The index as the store gets it, [n_layers, END] rows. */
+static uint8_t *index_of_run(kvc_client *client, const char *backend, bool parts, rig_check *check,
+                             size_t *row_bytes_p)
+{
+    rig r;
+    vote_rig(&r, client, backend);
+    assert_int_equal(r.opts.n_recent, 40);
+    rig_open(&r);
+    kvw_seq *seq = open_seq(&r);
+    one_by_one(&r, seq, 0, ALONE, parts, NULL);
+    rig_prefill(&r, seq, ALONE, FILLED, NULL, NULL);
+    if (client != NULL)
+        assert_ok(kvw_flush(seq, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
+    one_by_one(&r, seq, FILLED, END - 6, parts, NULL);
+    one_by_one(&r, seq, END - 6, END, parts, check);
+    if (r.worker->device != NULL)
+        assert_ok(r.worker->device_ops->settle(seq));
+    size_t bytes = END * seq->layers[0].level[0].row_bytes;
+    uint8_t *rows = malloc(r.opts.n_layers * bytes);
+    assert_non_null(rows);
+    for (uint32_t layer = 0; layer < r.opts.n_layers; layer++) {
+        const kvwi_pages *pages = &seq->layers[layer].level[0];
+        assert_int_equal(pages->n_rows, END);
+        kvwi_pages_read(pages, 0, END, rows + layer * bytes, pages->row_bytes);
+    }
+    *row_bytes_p = bytes / END;
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+    return rows;
+}
+
+/* Each number, coded, as on the CPU but for the order in which a device adds. */
+static void check_row(const uint8_t *want, const uint8_t *got, uint32_t n_heads, uint32_t at)
+{
+    for (uint32_t i = 0; i < n_heads * DIMS; i++) {
+        int apart = (int8_t)want[i] - (int8_t)got[i];
+        if (apart < -1 || apart > 1)
+            fail_msg("row %u, number %u: %d, on the cpu %d", at, i, (int8_t)got[i],
+                     (int8_t)want[i]);
+    }
+    for (uint32_t h = 0; h < n_heads; h++) {
+        uint16_t a, b;
+        memcpy(&a, want + n_heads * DIMS + 2u * h, sizeof(a));
+        memcpy(&b, got + n_heads * DIMS + 2u * h, sizeof(b));
+        if (a > b + 1 || b > a + 1)
+            fail_msg("row %u: the scale of head %u is %#x, on the cpu %#x", at, h, b, a);
+    }
+}
+
+/* However a token came, it is picked, and others get its index row, like the CPU's. */
+static void single_tokens_are_indexed_like_the_cpus(void **state)
+{
+    bench *b = *state;
+    size_t row_bytes = 0, other_bytes = 0;
+    uint8_t *cpu = index_of_run(NULL, "cpu", false, NULL, &row_bytes);
+    for (int i = 0; i < 3; i++) { /* whole steps, in parts, and without maps */
+        uint8_t *rows = index_of_run(i == 2 ? b->client : NULL, BACKEND, i == 1, oracle_check_step,
+                                     &other_bytes);
+        assert_int_equal(row_bytes, other_bytes);
+        for (uint32_t at = 0; at < 2u * END; at++)
+            check_row(cpu + at * row_bytes, rows + at * row_bytes, 8, at);
+        free(rows);
+    }
+    free(cpu);
+}
+
 static void rows_come_from_a_store(void **state)
 {
     bench *b = *state;
@@ -321,6 +427,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(shapes_are_of_any_kind),
         cmocka_unit_test(picks_are_the_cpus),
         cmocka_unit_test(the_last_picks_are_resident),
+        cmocka_unit_test_setup_teardown(single_tokens_are_indexed_like_the_cpus, bench_open,
+                                        bench_close),
         cmocka_unit_test_setup_teardown(picks_are_kept_as_on_the_cpu, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(rows_come_from_a_store, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(lost_rows_keep_their_numbers, bench_open, bench_close),

@@ -130,7 +130,7 @@ static kvc_status digest(kvw_seq *seq, uint32_t layer, const incoming *in)
             .head_dim = w->opts.head_dim,
             .n_heads = level->heads,
             .dims = level->dims,
-            .proj = d->device->key_proj + (size_t)layer * level->heads * level->d_in * level->dims,
+            .proj = kvwi_layer_proj(w, d->device->key_proj, layer),
             .out = l->index + (size_t)pos * level->row_bytes,
             .in_stride_bytes = coded ? w->in_bytes : w->row_bytes,
         };

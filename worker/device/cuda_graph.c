@@ -19,9 +19,8 @@ static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *la
 {
     const kvw_opts *o = &w->opts;
     const kvwi_level *level = &w->level[0];
-    size_t proj = (size_t)layer * level->heads * level->d_in * level->dims;
     bool selects = part == KVWI_SELECT || part == KVWI_WHOLE, attends = part != KVWI_SELECT;
-    bool per_head = w->selector->form == KVWI_PER_HEAD;
+    bool per_head = kvwi_per_head(w);
     const kvk_cuda_frame_args args = {
         .n_seqs = lane->n_seqs,
         .n_q_heads = o->n_q_heads,
@@ -32,7 +31,7 @@ static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *la
         .dtype = o->dtype,
         .score_raw = scores_raw(w),
         .inv_freq = w->device->inv_freq,
-        .proj = w->device->query_proj + proj,
+        .proj = kvwi_layer_proj(w, w->device->query_proj, layer),
         .q_index = selects ? lane->q_index : NULL,
         .q_far = attends && !per_head ? lane->q_far : NULL,
         .q_near = attends ? lane->q_near : NULL,
@@ -47,7 +46,7 @@ static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *la
         .differs = lane->differs,
         .tokens = part == KVWI_WHOLE ? lane->tokens : NULL,
         .row_dtype = w->row_dtype,
-        .key_proj = w->device->key_proj + proj,
+        .key_proj = kvwi_layer_proj(w, w->device->key_proj, layer),
         .workspace = lane->frame_space,
         .workspace_bytes = lane->frame_bytes,
         .per_head = per_head,

@@ -160,7 +160,6 @@ kvc_status kvwi_cuda_flush(kvw_seq *seq, uint32_t layer)
     const kvw_worker *w = seq->worker;
     kvwi_device_seq *d = seq->device;
     kvwi_lane *lane = &d->layers[layer].lane;
-    const kvwi_level *level = &w->level[0];
     if (!d->layers[layer].pending) {
         return KVC_OK;
     }
@@ -169,13 +168,14 @@ kvc_status kvwi_cuda_flush(kvw_seq *seq, uint32_t layer)
         .n_q_heads = w->opts.n_q_heads,
         .n_kv_heads = w->opts.n_kv_heads,
         .head_dim = w->opts.head_dim,
-        .dims = level->dims,
+        .dims = w->level[0].dims,
         .dtype = w->opts.dtype,
         .token = lane->tokens[0],
         .row_dtype = w->row_dtype,
-        .key_proj = d->device->key_proj + (size_t)layer * level->d_in * level->dims,
+        .key_proj = kvwi_layer_proj(w, d->device->key_proj, layer),
         .workspace = lane->frame_space,
         .workspace_bytes = lane->frame_bytes,
+        .per_head = kvwi_per_head(w),
     };
     d->layers[layer].pending = false;
     d->layers[layer].reads_kv = true;
@@ -270,7 +270,8 @@ static kvc_status forget_from(kvw_seq *seq, const kvwi_device_layer *l, uint32_t
 {
     kvwi_device_seq *d = seq->device;
     uint32_t end = kvwi_min_u32(seq->pass.first + seq->pass.n, l->cap_tokens);
-    uint32_t near = seq->worker->opts.n_recent + 1u; /* the last ones are never picked */
+    /* the last ones are never picked: by the new one's query, of which they are recent */
+    uint32_t near = seq->worker->opts.n_recent + (seq->worker->selector->recent_holds_new ? 0 : 1u);
     if (end <= first + near) {
         return KVC_OK;
     }

@@ -61,7 +61,6 @@ static bool scores_raw(const kvw_worker *w)
 static kvc_status index_queries(kvw_step *step, const float *q, uint32_t n, bool per_head)
 {
     const kvw_worker *w = step->seq->worker;
-    const kvwi_level *level = &w->level[0];
     kvwi_device_seq *d = step->seq->device;
     const kvk_cuda_query_args args = {
         .q = q,
@@ -69,9 +68,8 @@ static kvc_status index_queries(kvw_step *step, const float *q, uint32_t n, bool
         .n_q_heads = w->opts.n_q_heads,
         .n_kv_heads = w->opts.n_kv_heads,
         .head_dim = w->opts.head_dim,
-        .dims = level->dims,
-        .proj =
-            d->device->query_proj + (size_t)step->layer * level->heads * level->d_in * level->dims,
+        .dims = w->level[0].dims,
+        .proj = kvwi_layer_proj(w, d->device->query_proj, step->layer),
         .out = d->prefill.q_index,
         .per_head = per_head,
     };

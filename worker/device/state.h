@@ -237,6 +237,19 @@ static inline uint32_t kvwi_slots(const kvw_worker *w)
     return w->opts.n_sink + w->opts.residency_slots;
 }
 
+/* Whether index rows, and what scores them, have a part for each kv head. */
+static inline bool kvwi_per_head(const kvw_worker *w)
+{
+    return w->selector->form == KVWI_PER_HEAD;
+}
+
+/* A layer's matrices, of the index rows and of the queries that meet them. */
+static inline const float *kvwi_layer_proj(const kvw_worker *w, const float *proj, uint32_t layer)
+{
+    const kvwi_level *level = &w->level[0];
+    return proj + (size_t)layer * level->heads * level->d_in * level->dims;
+}
+
 /* cuda_staging.c. open: n_staging is what the pinned one shall have; then it is that of both. */
 kvc_status kvwi_cuda_staging_open(kvw_seq *seq) KVC_MUST_CHECK;
 void kvwi_cuda_staging_close(kvw_seq *seq);
