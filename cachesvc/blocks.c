@@ -105,9 +105,9 @@ uint32_t kvs_block_get(kvs_index *index, uint32_t schema, const kvc_digest *dige
 /* ---- the values of a block ------------------------------------------------------------------- */
 
 /* Gives the table another size; the parts follow the ids. */
-static bool table_resize(kvs_block *block, uint32_t room)
+static bool table_resize(kvs_block *block, uint32_t room_log)
 {
-    uint32_t *values = malloc(room * (sizeof(uint32_t) + sizeof(uint16_t)));
+    uint32_t room = 1u << room_log, *values = malloc(room * (sizeof(uint32_t) + sizeof(uint16_t)));
     if (!values)
         return false;
     if (block->values) {
@@ -116,13 +116,14 @@ static bool table_resize(kvs_block *block, uint32_t room)
         free(block->values);
     }
     block->values = values;
-    block->room = (uint16_t)room;
+    block->room_log = room_log & 31u;
     return true;
 }
 
 bool kvs_block_add_value(kvs_block *block, uint32_t part, uint32_t value)
 {
-    if (block->n_values == block->room && !table_resize(block, block->room ? 2u * block->room : 1))
+    if (block->n_values == kvs_block_room(block) &&
+        !table_resize(block, block->values ? block->room_log + 1u : 0))
         return false;
     uint32_t at = kvs_block_place(block, part), behind = block->n_values - at;
     uint16_t *parts = kvs_block_parts(block);
@@ -145,10 +146,20 @@ void kvs_block_remove_value(kvs_block *block, uint32_t part)
     if (block->n_values == 0) {
         free(block->values);
         block->values = NULL;
-        block->room = 0;
-    } else if (block->n_values <= block->room / 4) {
-        (void)table_resize(block, block->room / 2); /* a table too large serves as well */
+    } else if (block->n_values <= kvs_block_room(block) / 4) {
+        (void)table_resize(block, block->room_log - 1u); /* a table too large serves as well */
     }
+}
+
+void kvs_block_coming(kvs_index *index, uint32_t value, bool begins)
+{
+    kvs_block *block = kvs_block_at(index, kvs_value_at(index, value)->block);
+    if (begins) {
+        block->n_coming++;
+        return;
+    }
+    KVC_ASSERT(block->n_coming > 0);
+    block->n_coming--;
 }
 
 void kvs_block_settle(kvs_index *index, uint32_t id)

@@ -161,10 +161,11 @@ const kvs_schema *kvs_index_schema(kvs_index *index, uint32_t id, uint32_t *part
     return schema;
 }
 
-/* Taken by a put or an eviction, whether or not it was erased meanwhile. */
-static bool is_claimed(const kvs_value *value)
+/* The put that claimed it has ended, whether or not it was erased meanwhile. */
+static void end_claim(kvs_index *index, uint32_t id)
 {
-    return (value->flags & ~KVS_ERASED) == KVS_FILLING;
+    KVC_ASSERT((kvs_value_at(index, id)->flags & ~KVS_ERASED) == KVS_FILLING);
+    kvs_block_coming(index, id, false);
 }
 
 /* A value has been published; erased: an erase met it before. */
@@ -213,6 +214,7 @@ static void claim_one(kvs_index *index, const kvs_schema *schema, kvs_want *want
         want->claim = KVS_CLAIM_ABSENT;
     } else if ((id = kvs_value_create_locked(index, schema, want->part, want->digest)) != KVS_NIL) {
         kvs_value_at(index, id)->flags = KVS_FILLING;
+        kvs_block_coming(index, id, true);
         want->claim = KVS_CLAIM_MINE;
     } else {
         want->claim = KVS_CLAIM_NO_MEMORY;
@@ -239,7 +241,7 @@ uint32_t kvs_index_claim_each(kvs_index *index, const kvs_schema *schema, kvs_wa
 void kvs_index_abandon(kvs_index *index, uint32_t id)
 {
     kvc_mutex_lock(&index->lock);
-    KVC_ASSERT(is_claimed(kvs_value_at(index, id)));
+    end_claim(index, id);
     kvs_value_free_locked(index, id);
     kvc_mutex_unlock(&index->lock);
 }
@@ -283,7 +285,7 @@ static void publish_dram(kvs_index *index, uint32_t id, kvs_slot slot, bool dirt
 {
     kvs_value *value = kvs_value_at(index, id);
     uint16_t erased = value->flags & KVS_ERASED;
-    KVC_ASSERT(is_claimed(value));
+    end_claim(index, id);
     value->dram = slot;
     value->lmdb = (kvs_slot){0, 0};
     value->flags = KVS_DRAM;
@@ -329,7 +331,7 @@ void kvs_index_publish_lmdb(kvs_index *index, uint32_t id, kvs_slot lmdb, bool s
     kvc_mutex_lock(&index->lock);
     kvs_value *value = kvs_value_at(index, id);
     uint16_t erased = value->flags & KVS_ERASED;
-    KVC_ASSERT(is_claimed(value));
+    end_claim(index, id);
     value->lmdb = lmdb;
     value->flags = synced ? KVS_LMDB | KVS_SYNCED : KVS_LMDB;
     kvs_evict_lmdb_add(index, id);

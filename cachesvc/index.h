@@ -18,7 +18,7 @@
 #include "tier/tier.h"
 
 /* States of a value; a value without FILLING, DRAM, LMDB and readers does not exist. */
-#define KVS_FILLING 1u      /* claimed: one put or eviction owns it; invisible; others get AGAIN */
+#define KVS_FILLING 1u      /* claimed: a put, or with LEAVING an eviction, owns it; invisible */
 #define KVS_DRAM    2u      /* rows readable at the dram slot */
 #define KVS_LMDB    4u      /* rows readable at the lmdb slot */
 #define KVS_SYNCED  8u      /* the lmdb copy survives power loss */
@@ -49,11 +49,13 @@ typedef struct kvs_value {
 
 typedef struct kvs_block {
     kvc_digest digest;
-    uint32_t schema;    /* id */
-    uint32_t hash_next; /* block id */
-    uint32_t contexts;  /* times it stands in open contexts and holds */
-    uint32_t holds;     /* of them holds */
-    uint16_t n_values, room;
+    uint32_t schema;        /* id */
+    uint32_t hash_next;     /* block id */
+    uint32_t contexts;      /* times it stands in open contexts and holds */
+    uint32_t holds;         /* of them holds */
+    uint32_t n_values : 13; /* at most KVC_MAX_PARTS, or KVC_MAX_PIECES */
+    uint32_t n_coming : 13; /* of them claimed by puts: FILLING without LEAVING */
+    uint32_t room_log : 6;  /* room is 2^room_log, where there is a table */
     uint32_t set;     /* of an opaque schema: the tag of its pieces, and when the last one came */
     uint32_t *values; /* [room] ids by ascending part, then [room] uint16_t: their parts; or NULL */
 } kvs_block;
@@ -336,8 +338,7 @@ bool kvs_gpu_bad(kvs_index *index, uint32_t id);
 kvs_claim kvs_index_claim_piece(kvs_index *index, const kvs_schema *schema, uint32_t place,
                                 uint32_t tag, const kvc_digest *digest, bool durable, bool only_old,
                                 uint64_t now_s, uint32_t *value_p, kvs_slot *slot_p);
-/* With the index lock held: whether it is a piece of a block of which another is being put. Looks
-   at every piece. */
+/* With the index lock held: whether it is a piece of a block of which another is being put. */
 bool kvs_opaque_coming_locked(const kvs_index *index, const kvs_value *value);
 /* The places of all pieces of a value, at most KVC_MAX_PIECES; 0: not all are there. */
 uint32_t kvs_index_pieces(kvs_index *index, const kvs_schema *schema, const kvc_digest *digest,
@@ -369,9 +370,13 @@ static inline kvs_block *kvs_block_at(const kvs_index *index, uint32_t id)
 {
     return kvs_slab_at(&index->blocks, id);
 }
+static inline uint32_t kvs_block_room(const kvs_block *block)
+{
+    return block->values ? 1u << block->room_log : 0;
+}
 static inline uint16_t *kvs_block_parts(const kvs_block *block)
 {
-    return (uint16_t *)(block->values + block->room);
+    return (uint16_t *)(block->values + kvs_block_room(block));
 }
 /* Where a part's value is or would be inserted. A part is never further back than its number, and
    exactly there where every part before it has a value. */
@@ -437,6 +442,8 @@ void kvs_blocks_fini(kvs_index *index);
 uint32_t kvs_block_find(kvs_index *index, uint32_t schema, const kvc_digest *digest);
 /* Finds or adds; KVS_NIL: no memory. */
 uint32_t kvs_block_get(kvs_index *index, uint32_t schema, const kvc_digest *digest);
+/* A put claims a value that is there, in the block's table, or has ended. */
+void kvs_block_coming(kvs_index *index, uint32_t value, bool begins);
 /* Puts a value that is not there into the block's table. False: no memory. */
 bool kvs_block_add_value(kvs_block *block, uint32_t part, uint32_t value);
 /* Takes one that is there out. */

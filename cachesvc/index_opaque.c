@@ -36,26 +36,25 @@ static uint8_t whole_tier(const kvs_index *index, const kvs_block *block)
     return slowest;
 }
 
-/* Whether a piece is claimed: by a put, if the mask has LEAVING too. */
-static bool any_filling(const kvs_index *index, const kvs_block *block, uint16_t mask)
-{
-    for (uint32_t i = 0; i < block->n_values; i++)
-        if ((kvs_value_at(index, block->values[i])->flags & mask) == KVS_FILLING)
-            return true;
-    return false;
-}
-
 bool kvs_opaque_coming_locked(const kvs_index *index, const kvs_value *value)
 {
     const kvs_block *block = kvs_block_at(index, value->block);
-    return index->schemas[block->schema]->piece_bytes &&
-           any_filling(index, block, KVS_FILLING | KVS_LEAVING);
+    return block->n_coming && index->schemas[block->schema]->piece_bytes;
+}
+
+/* Whether a put or an eviction has hold of a piece. */
+static bool any_filling(const kvs_index *index, const kvs_block *block)
+{
+    for (uint32_t i = 0; i < block->n_values; i++)
+        if (kvs_value_at(index, block->values[i])->flags & KVS_FILLING)
+            return true;
+    return false;
 }
 
 /* Whether somebody may still be putting what the block has. */
 static bool is_young(const kvs_index *index, const kvs_block *block, uint64_t now_s)
 {
-    return any_filling(index, block, KVS_FILLING) ||
+    return any_filling(index, block) ||
            (((uint32_t)now_s - block->set) & WHEN_MASK) < KVS_OPAQUE_REST_S;
 }
 
@@ -100,6 +99,7 @@ static kvs_claim claim_locked(kvs_index *index, const kvs_schema *schema, uint32
     if (*value_p == KVS_NIL)
         return KVS_CLAIM_NO_MEMORY;
     kvs_value_at(index, *value_p)->flags = KVS_FILLING;
+    kvs_block_coming(index, *value_p, true);
     set_tag(kvs_block_at(index, kvs_value_at(index, *value_p)->block), tag, now_s);
     return KVS_CLAIM_MINE;
 }

@@ -146,6 +146,72 @@ static void one_evicted_piece_takes_the_value(void **state)
     assert_int_equal(f->index->blocks.used, 0);
 }
 
+/* What eviction asks, and the walk that it stands for. */
+static void expect_coming(fixture *f, uint32_t n)
+{
+    uint32_t id = kvs_block_find(f->index, f->schema->id, &f->key), walked = 0;
+    const kvs_block *block = kvs_block_at(f->index, id);
+    for (uint32_t i = 0; i < block->n_values; i++)
+        walked += (kvs_value_at(f->index, block->values[i])->flags & (KVS_FILLING | KVS_LEAVING)) ==
+                  KVS_FILLING;
+    assert_int_equal(walked, n);
+    assert_int_equal(block->n_coming, n);
+    assert_int_equal(kvs_opaque_coming_locked(f->index, kvs_value_at(f->index, block->values[0])),
+                     n > 0);
+}
+
+/* No piece gives way while another comes, however its put ends; one that leaves keeps nobody. */
+static void pieces_that_come_keep_the_others(void **state)
+{
+    fixture *f = *state;
+    const kvs_slot slot = {1, 2};
+    kvs_victim victim, second;
+    kvs_erased erased = {0};
+    uint32_t value, other;
+    uint16_t last = kvs_opaque_place(f->schema, LEN, 2);
+    put(f, 7, 0, NOW);
+    expect_coming(f, 0);
+    assert_int_equal(claim(f, 7, 1, NOW, &value), KVS_CLAIM_MINE);
+    assert_int_equal(claim(f, 7, 2, NOW, &other), KVS_CLAIM_MINE);
+    expect_coming(f, 2);
+    assert_false(kvs_evict_dram(f->index, KVS_ANY_CLASS, &victim));
+    kvs_index_abandon(f->index, value);
+    expect_coming(f, 1);
+    kvs_index_erase(f->index, f->schema, &f->key, &last, 1, &erased);
+    expect_coming(f, 1);
+    assert_false(kvs_evict_dram(f->index, KVS_ANY_CLASS, &victim));
+    kvs_index_publish_lmdb(f->index, other, slot, true, NULL);
+    expect_coming(f, 0);
+    put(f, 7, 1, NOW);
+    assert_true(kvs_evict_dram(f->index, KVS_ANY_CLASS, &victim));
+    expect_coming(f, 0);
+    assert_true(kvs_evict_dram(f->index, KVS_ANY_CLASS, &second));
+    kvs_evict_finish(f->index, &victim);
+    kvs_evict_finish(f->index, &second);
+    reap(f);
+    assert_int_equal(f->index->blocks.used, 0);
+}
+
+/* As many at once as a value has. */
+static void all_pieces_come_at_once(void **state)
+{
+    enum { N = KVC_MAX_PIECES };
+    static uint32_t values[N];
+    const uint64_t total = (uint64_t)N * O_PIECE;
+    fixture *f = *state;
+    kvs_slot slot;
+    for (uint32_t i = 0; i < N; i++)
+        assert_int_equal(kvs_index_claim_piece(f->index, f->schema,
+                                               kvs_opaque_place(f->schema, total, i), 5, &f->key,
+                                               false, false, NOW, &values[i], &slot),
+                         KVS_CLAIM_MINE);
+    for (uint32_t i = 0; i < N; i++) {
+        expect_coming(f, N - i);
+        kvs_index_abandon(f->index, values[i]);
+    }
+    assert_int_equal(f->index->blocks.used, 0);
+}
+
 static void recovered_pieces(void **state)
 {
     fixture *f = *state;
@@ -215,6 +281,8 @@ int main(void)
         TEST(pieces_that_rest_make_way),
         TEST(a_piece_that_is_being_filled_is_waited_for),
         TEST(one_evicted_piece_takes_the_value),
+        TEST(pieces_that_come_keep_the_others),
+        TEST(all_pieces_come_at_once),
         TEST(recovered_pieces),
         TEST(rooms_and_names),
     };
