@@ -12,24 +12,48 @@
 
 #define THREADS FRAME_THREADS
 #define DIM_MAX ENCODE_DIM_MAX
+#define HELD    16u    /* weights of a thread */
+#define Q_MAX   16384u /* elements of a query, in shared memory */
 
 static_assert(THREADS == KEEP_THREADS, "a block compares queries");
 
-/* The products of x [head_dim], in shared memory, with proj [head_dim, dims]: thread d has that of
- * dimension d. Rows of threads share out the inputs, and their sums are added in order. All threads
- * call. */
-__device__ static float project_head(const float *x, const float *proj, uint32_t head_dim,
+/* The weights that a thread multiplies first; asked for before the vector has come, over PCIe. */
+struct weights {
+    float w[HELD];
+    uint32_t from, to; /* its inputs */
+};
+
+/* Rows of threads share out the inputs of proj [head_dim, dims]; a thread has one dimension. */
+__device__ static inline struct weights load_weights(const float *proj, uint32_t head_dim,
+                                                     uint32_t dims)
+{
+    uint32_t columns = (dims + 31u) / 32u * 32u, rows = THREADS / columns;
+    uint32_t d = threadIdx.x % columns, row = threadIdx.x / columns;
+    uint32_t each = (head_dim + rows - 1) / rows;
+    struct weights h;
+
+    h.from = row * each;
+    h.to = row < rows && d < dims ? min(h.from + each, head_dim) : 0;
+#pragma unroll
+    for (uint32_t i = 0; i < HELD; i++)
+        h.w[i] = h.from + i < h.to ? proj[(size_t)(h.from + i) * dims + d] : 0.0f;
+    return h;
+}
+
+/* The products of x [head_dim], in shared memory, with proj: thread d has that of dimension d; the
+ * rows' sums are added in order. All threads call. */
+__device__ static float project_head(const float *x, const float *proj, const struct weights *h,
                                      uint32_t dims)
 {
     __shared__ float parts[THREADS];
     uint32_t columns = (dims + 31u) / 32u * 32u, rows = THREADS / columns;
-    uint32_t d = threadIdx.x % columns, row = threadIdx.x / columns;
-    uint32_t each = (head_dim + rows - 1) / rows, from = row * each;
-    uint32_t to = row < rows && d < dims ? min(from + each, head_dim) : 0;
+    uint32_t d = threadIdx.x % columns;
     float sum = 0;
 
-#pragma unroll 16
-    for (uint32_t i = from; i < to; i++)
+#pragma unroll
+    for (uint32_t i = 0; i < HELD; i++)
+        sum = fmaf(h->from + i < h->to ? x[h->from + i] : 0.0f, h->w[i], sum);
+    for (uint32_t i = h->from + HELD; i < h->to; i++)
         sum = fmaf(x[i], proj[(size_t)i * dims + d], sum);
     parts[threadIdx.x] = sum;
     __syncthreads();
@@ -46,6 +70,8 @@ __device__ static void take_query(const kvk_cuda_frame_args *a, uint32_t seq, ui
     uint32_t half = a->head_dim / 2u, d = threadIdx.x,
              kv_head = head * a->n_kv_heads / a->n_q_heads;
     size_t at = (size_t)seq * a->n_q_heads + head;
+    const float *proj = a->proj + (size_t)kv_head * a->head_dim * a->dims;
+    const struct weights h = load_weights(proj, a->head_dim, a->dims);
 
     if (d < half) {
         float2 two = make_float2(load_one(a->q, at * a->head_dim + d, a->dtype),
@@ -56,8 +82,7 @@ __device__ static void take_query(const kvk_cuda_frame_args *a, uint32_t seq, ui
         x[d + half] = two.y;
     }
     __syncthreads();
-    float y =
-        project_head(x, a->proj + (size_t)kv_head * a->head_dim * a->dims, a->head_dim, a->dims);
+    float y = project_head(x, proj, &h, a->dims);
     if (d < a->dims)
         a->q_index[at * a->dims + d] = y;
 }
@@ -70,6 +95,7 @@ __device__ static void take_key(const kvk_cuda_frame_args *a, const kvk_cuda_tok
     uint32_t d = threadIdx.x, half = a->head_dim / 2u, warp = d / 32u;
     size_t inputs = (size_t)a->n_kv_heads * a->head_dim, at = (size_t)head * a->head_dim;
 
+    const struct weights h = load_weights(a->key_proj + at * a->dims, a->head_dim, a->dims);
     if (d < a->head_dim)
         x[d] = kvki_bf16(((const uint16_t *)t->k)[at + d]);
     if (coded && warp < 2) {
@@ -86,22 +112,39 @@ __device__ static void take_key(const kvk_cuda_frame_args *a, const kvk_cuda_tok
             ((uint32_t *)t->copy)[to] = two;
     }
     __syncthreads();
-    float y = project_head(x, a->key_proj + at * a->dims, a->head_dim, a->dims);
+    float y = project_head(x, a->key_proj + at * a->dims, &h, a->dims);
     write_index_row(y, a->dims, head, a->n_kv_heads, (uint8_t *)t->index_row, t->bad);
 }
 
+/* The query [n_q_heads, head_dim] to shared memory, all of it asked for at once, and compared. */
+__device__ static void load_query(const kvk_cuda_frame_args *a, uint32_t seq, uint32_t *to)
+{
+    uint32_t n = a->n_q_heads * a->head_dim / 2u; /* pairs of elements */
+    const uint32_t *q = (const uint32_t *)a->q + (size_t)seq * n;
+    const uint32_t *e = (const uint32_t *)a->expected + (size_t)seq * n;
+    bool differs = false;
+
+#pragma unroll 8
+    for (uint32_t i = threadIdx.x; i < n; i += THREADS) {
+        uint32_t two = q[i];
+        differs = differs || (a->expected && two != e[i]);
+        to[i] = two;
+    }
+    if (differs)
+        a->differs[seq] = 1;
+    __syncthreads();
+}
+
 /* Where the near rows begin, and whether the last picks are kept; the same in all threads. */
-__device__ static uint32_t decide(const kvk_cuda_frame_args *a, uint32_t seq, uint32_t n)
+__device__ static uint32_t decide(const kvk_cuda_frame_args *a, uint32_t seq, uint32_t n,
+                                  uint32_t kept, const uint32_t *q)
 {
     uint32_t width = a->n_q_heads * a->head_dim, first = n - min(n, a->n_recent);
     float *last = a->last + (size_t)seq * width;
-    auto query = [a, seq, width](uint32_t i) {
-        return load_one(a->q, (size_t)seq * width + i, a->dtype);
-    };
+    auto query = [a, q](uint32_t i) { return load_one(q, i, a->dtype); };
 
     if (!a->last)
         return first;
-    uint32_t kept = a->kept_first[seq];
     bool keep = keep_is_near(query, last, width, a->threshold) && kept != UINT32_MAX;
     if (!keep)
         keep_query(query, last, width);
@@ -112,36 +155,34 @@ __device__ static uint32_t decide(const kvk_cuda_frame_args *a, uint32_t seq, ui
     return keep ? kept : first;
 }
 
-/* Pairs of all query heads, turned to the last of the near rows, and compared. */
-__device__ static void turn(const kvk_cuda_frame_args *a, uint32_t seq, uint32_t n_near)
+/* Pairs of all query heads, turned to the last of the near rows. */
+__device__ static void turn(const kvk_cuda_frame_args *a, uint32_t seq, uint32_t n_near,
+                            const uint32_t *q)
 {
     uint32_t half = a->head_dim / 2u;
-    bool differs = false;
+    float *out = a->q_near + (size_t)seq * a->n_q_heads * a->head_dim;
 
+#pragma unroll 4
     for (uint32_t pair = threadIdx.x; pair < a->n_q_heads * half; pair += THREADS) {
-        size_t at = ((size_t)seq * a->n_q_heads + pair / half) * a->head_dim + pair % half;
-        float2 x = make_float2(load_one(a->q, at, a->dtype), load_one(a->q, at + half, a->dtype));
+        uint32_t at = pair / half * a->head_dim + pair % half;
+        float2 x = make_float2(load_one(q, at, a->dtype), load_one(q, at + half, a->dtype));
         if (a->inv_freq) {
             float2 r = attend_turn((int32_t)(n_near - 1u), a->inv_freq[pair % half]);
             x = make_float2(x.x * r.x - x.y * r.y, x.y * r.x + x.x * r.y);
         }
-        a->q_near[at] = x.x;
-        a->q_near[at + half] = x.y;
-        if (a->expected) {
-            const uint16_t *q = (const uint16_t *)a->q, *e = (const uint16_t *)a->expected;
-            differs = differs || q[at] != e[at] || q[at + half] != e[at + half];
-        }
+        out[at] = x.x;
+        out[at + half] = x.y;
     }
-    if (differs)
-        a->differs[seq] = 1;
 }
 
-__device__ static void find_windows(const kvk_cuda_frame_args *a, uint32_t seq)
+__device__ static void find_windows(const kvk_cuda_frame_args *a, uint32_t seq, uint32_t *q)
 {
-    uint32_t n = a->n_tokens[seq], n_near = 0;
+    uint32_t n = a->n_tokens[seq], n_near = a->near_first ? 0 : a->n_near[seq];
+    uint32_t kept = a->last ? a->kept_first[seq] : UINT32_MAX;
 
+    load_query(a, seq, q);
     if (a->near_first) {
-        uint32_t first = decide(a, seq, n);
+        uint32_t first = decide(a, seq, n, kept, q);
         n_near = n - first;
         if (threadIdx.x == 0) {
             a->near_first[seq] = first;
@@ -151,11 +192,9 @@ __device__ static void find_windows(const kvk_cuda_frame_args *a, uint32_t seq)
             a->cands[seq].n_rows = first > a->n_sink ? first - a->n_sink : 0;
             a->cands[seq].base = a->n_sink;
         }
-    } else {
-        n_near = a->n_near[seq];
     }
     if (a->q_near)
-        turn(a, seq, n_near);
+        turn(a, seq, n_near, q);
 }
 
 struct heads_params {
@@ -167,11 +206,12 @@ struct heads_params {
 __global__ void __launch_bounds__(THREADS) frame_heads_kernel(const struct heads_params p)
 {
     const kvk_cuda_frame_args *a = &p.a;
+    extern __shared__ __align__(16) uint32_t query[];
     uint32_t seq = blockIdx.y, block = blockIdx.x;
 
     kvki_let_next_start();
     if (block < p.n_turn) {
-        find_windows(a, seq);
+        find_windows(a, seq, query);
         return;
     }
     block -= p.n_turn;
@@ -186,8 +226,8 @@ __global__ void __launch_bounds__(THREADS) frame_heads_kernel(const struct heads
 
 static bool args_ok(const kvk_cuda_frame_args *a)
 {
-    return a->head_dim <= DIM_MAX && !a->q_far && (!a->q || a->n_near) &&
-           (!a->cands || a->near_first) && (!a->expected || a->q_near) &&
+    return a->head_dim <= DIM_MAX && a->n_q_heads * a->head_dim <= Q_MAX && !a->q_far &&
+           (!a->q || a->n_near) && (!a->cands || a->near_first) && (!a->expected || a->q_near) &&
            (!a->last ||
             (a->near_first && a->kept_first && a->keep && a->kept && a->threshold == a->threshold));
 }
@@ -205,6 +245,8 @@ kvc_status kvki_frame_heads(kvk_cuda *cuda, const kvk_cuda_frame_args *args, kvk
     st = kvki_cuda_use(cuda);
     if (st != KVC_OK || blocks == 0)
         return st;
-    frame_heads_kernel<<<dim3(blocks, args->n_seqs), THREADS, 0, kvki_cuda_stream(stream)>>>(p);
+    frame_heads_kernel<<<dim3(blocks, args->n_seqs), THREADS,
+                         args->q ? args->n_q_heads * args->head_dim * 2u : 0,
+                         kvki_cuda_stream(stream)>>>(p);
     return kvki_cuda_launched();
 }

@@ -15,7 +15,7 @@
 #define BACKEND "cpu"
 #endif
 
-enum { N_TOKENS = 536, PREFILL = 512, DIMS = 30 };
+enum { N_TOKENS = 526, PREFILL = 512, DIMS = 30 };
 
 static bool on_device(void)
 {

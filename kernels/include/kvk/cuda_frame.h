@@ -35,8 +35,8 @@ typedef struct kvk_cuda_token {
  * new; n_kv_heads * head_dim a multiple of 8 then. Projections are sums of chains of 32 inputs. The
  * workspace is cleared as kvk_cuda_select's.
  *
- * per_head 1: a step of TokenSelect, over an index of each kv head; head_dim <= 256, no q_far and
- * no workspace. What is different:
+ * per_head 1: a step of TokenSelect, over an index of each kv head; head_dim <= 256, n_q_heads *
+ * head_dim <= 16384, no q_far and no workspace. What is different:
  *   q_index [n_q_heads, dims]: as kvk_cuda_query's per head, of q rotated by n_recent
  *   n_near = min(n, n_recent); near_first NULL: n_near is what it was
  *   q_near: also for what lies before the near rows, at the positions -1, -2, ...
