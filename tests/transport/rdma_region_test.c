@@ -222,7 +222,7 @@ static void larger_and_used_all_over(void **state)
     rooms_open(&f, NULL, AREA / 2, false);
     uint64_t evicted = kvc_metric_get(KVC_M_rdma_regions_evicted);
     uint64_t give_up_ns = kvc_deadline_ns(PATIENCE_NS);
-    for (int turn = 0; turn < 10 || (n_placed == 0 && !kvc_expired(give_up_ns)); turn++) {
+    for (int turn = 0; turn < 4 || (n_placed == 0 && !kvc_expired(give_up_ns)); turn++) {
         n_placed = 0;
         for (uint32_t first = 0; first < SLOTS; first += half)
             n_placed += run_rooms(&f, 0, half, first, 1);

@@ -161,9 +161,9 @@ static void it_stays_so_as_a_sequence_grows(void **state)
         if (refused == 1)
             fake_verbs_gpu(&(fake_gpu){.base = s->memory, .len_bytes = s->len_bytes});
         uint32_t dims = FAKE_DIMS, cap = seq->device->cap_tokens;
-        rig_prefill(&r, seq, 0, 256, NULL, NULL);
+        rig_prefill(&r, seq, 0, 368, NULL, NULL);
         assert_ok(kvw_flush(seq, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
-        decode(&r, seq, 256, 420, oracle_check_step, &dims);
+        decode(&r, seq, 368, 396, oracle_check_step, &dims);
         assert_true(seq->device->cap_tokens > cap);
         assert_int_equal(s->refused, refused);
         kvw_seq_destroy(seq);
