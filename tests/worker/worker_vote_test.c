@@ -347,6 +347,51 @@ static void single_tokens_are_indexed_like_the_cpus(void **state)
     free(cpu);
 }
 
+/* Tokens [64, 128) in one pass, of which only the last one's query picks from what is before 88. */
+static void pick_from_a_pass(rig *r, kvw_seq *seq)
+{
+    assert_ok(kvw_tokens(seq, r->tokens + 64, 64));
+    for (uint32_t layer = 0; layer < r->opts.n_layers; layer++) {
+        const uint32_t *picks = NULL;
+        uint32_t n = 0;
+        kvw_step *step = NULL;
+        void *k = rig_bytes(r, r->k, rig_kv_width(r), layer, 64, 64);
+        void *v = rig_bytes(r, r->v, rig_kv_width(r), layer, 64, 64);
+        void *q = rig_bytes(r, r->q, rig_q_width(r), layer, 127, 1);
+        assert_ok(kvw_append(seq, layer, k, v, 64));
+        assert_ok(kvw_step_begin(seq, layer, q, 1, &step));
+        assert_ok(kvw_step_finish(step, q, q, NULL));
+        assert_ok(kvw_last_picks(seq, layer, &picks, &n));
+        assert_true(n == r->opts.k && picks[n - 1] == 87);
+        free(k);
+        free(v);
+        free(q);
+    }
+}
+
+/* The last candidate was picked, and another token takes its place. */
+static void rows_that_are_taken_back_are_not_attended(void **state)
+{
+    (void)state;
+    rig r;
+    uint32_t dims = DIMS;
+    vote_rig(&r, NULL, BACKEND);
+    r.opts.k = 79; /* of 80 candidates */
+    rig_open(&r);
+    assert_true(r.opts.n_sink == 8 && r.opts.n_recent == 40);
+    kvw_seq *seq = open_seq(&r);
+    rig_prefill(&r, seq, 0, 64, NULL, NULL);
+    pick_from_a_pass(&r, seq);
+    assert_ok(kvw_truncate(seq, 80));
+    for (uint32_t layer = 0; layer < r.opts.n_layers; layer++)
+        for (size_t i = 80u * rig_kv_width(&r); i < 128u * rig_kv_width(&r); i++)
+            r.v[(size_t)layer * N_TOKENS * rig_kv_width(&r) + i] *= -1.0;
+    rig_pass(&r, seq, 80, 60, oracle_check_step, &dims);
+    rig_decode(&r, seq, 140, 144, oracle_check_step, &dims);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
 static void rows_come_from_a_store(void **state)
 {
     bench *b = *state;
@@ -427,6 +472,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(shapes_are_of_any_kind),
         cmocka_unit_test(picks_are_the_cpus),
         cmocka_unit_test(the_last_picks_are_resident),
+        cmocka_unit_test(rows_that_are_taken_back_are_not_attended),
         cmocka_unit_test_setup_teardown(single_tokens_are_indexed_like_the_cpus, bench_open,
                                         bench_close),
         cmocka_unit_test_setup_teardown(picks_are_kept_as_on_the_cpu, bench_open, bench_close),
