@@ -9,6 +9,7 @@ void fake_rig(rig *r, kvc_client *client)
 {
     rig_init(r, "esa", FAKE_TOKENS);
     r->opts.client = client;
+    r->opts.way = rig_rows_way(client);
     r->opts.backend = "cuda:0";
     r->opts.dtype = KVK_BF16;
     r->opts.head_dim = 64;

@@ -58,6 +58,16 @@ void rig_set(kvk_dtype dtype, void *data, size_t i, double x)
     }
 }
 
+const char *rig_rows_way(kvc_client *client)
+{
+    kvc_way_cost costs[KVC_WAY_COUNT];
+    const kvc_way_ask ask = {.n_rows = 1, .row_bytes = 16};
+    if (client == NULL)
+        return NULL;
+    (void)kvc_way_costs(client, &ask, costs, NULL);
+    return costs[KVC_WAY_SHM].why_not == NULL ? "shm" : "rows";
+}
+
 void rig_init(rig *r, const char *selector, uint32_t n_tokens)
 {
     *r = (rig){.n_tokens = n_tokens, .seed = 1, .k_scale = 1.0, .q_scale = 1.0};

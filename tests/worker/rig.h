@@ -29,6 +29,9 @@ typedef struct rig {
     char projection[256]; /* path of the file that rig_project wrote; "" none */
 } rig;
 
+/* The way by which a client's connection brings rows, so that no server attends over them however
+ * long that takes; NULL without a client. */
+const char *rig_rows_way(kvc_client *client);
 /* Defaults: 2 layers, 4 query heads, 2 kv heads of 16, f32, small windows; no store. */
 void rig_init(rig *r, const char *selector, uint32_t n_tokens);
 /* Makes the data for opts as they are now. */

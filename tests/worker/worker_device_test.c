@@ -21,6 +21,7 @@ static void device_rig(rig *r, kvc_client *client, const char *backend)
 {
     rig_init(r, "esa", N_TOKENS);
     r->opts.client = client;
+    r->opts.way = rig_rows_way(client);
     r->opts.backend = backend;
     r->opts.dtype = KVK_BF16;
     r->opts.head_dim = 64;

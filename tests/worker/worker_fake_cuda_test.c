@@ -244,7 +244,6 @@ static kvw_seq *open_prefilled(rig *r, kvc_client *client)
     uint32_t reused = 0;
     kvw_seq *seq = NULL;
     fake_rig(r, client);
-    r->opts.way = "shm"; /* what is not mapped comes as rows, too */
     rig_open(r);
     assert_ok(kvw_seq_create(r->worker, NULL, 0, &seq, &reused));
     rig_prefill(r, seq, 0, PREFILL, NULL, NULL);

@@ -98,6 +98,7 @@ static void rows_come_from_the_servers_gpu(void **state)
     rig_record cold, warm;
     rig_init(&r, "esa", N_TOKENS);
     r.opts.client = s->client;
+    r.opts.way = rig_rows_way(s->client);
     r.opts.backend = "cuda";
     r.opts.dtype = KVK_BF16;
     r.opts.head_dim = 64;
