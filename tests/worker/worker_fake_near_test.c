@@ -178,17 +178,17 @@ static void holes_are_dropped_alike(void **state)
 }
 
 /* Results that are to have the same bits whatever was resident do not come from afar. */
-static void exact_steps_fetch(void **state)
+static void check_fetches(near_bench *b, uint32_t exact, uint32_t chunk_tokens)
 {
-    near_bench *b = *state;
     rig r;
     rig_record record;
     uint32_t reused = 0;
     kvw_seq *seq = NULL;
     fake_rig(&r, b->client);
-    r.opts.exact = 1;
+    r.opts.exact = exact;
+    r.opts.chunk_tokens = chunk_tokens;
     r.opts.way = "near";
-    r.opts.revision = "exact";
+    r.opts.revision = exact != 0 ? "exact" : "chunks of one";
     rig_open(&r);
     assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
     rig_prefill(&r, seq, 0, PREFILL, NULL, NULL);
@@ -200,6 +200,17 @@ static void exact_steps_fetch(void **state)
     rig_close(&r);
 }
 
+static void exact_steps_fetch(void **state)
+{
+    check_fetches(*state, 1, 64);
+}
+
+/* Each step's pass is a chunk then, whose blocks others may find. */
+static void chunks_of_one_token_fetch(void **state)
+{
+    check_fetches(*state, 0, 1);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -207,6 +218,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_busy_server_sends_rows, open_near, close_near),
         cmocka_unit_test_setup_teardown(holes_are_dropped_alike, open_near, close_near),
         cmocka_unit_test_setup_teardown(exact_steps_fetch, open_near, close_near),
+        cmocka_unit_test_setup_teardown(chunks_of_one_token_fetch, open_near, close_near),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -39,10 +39,11 @@ static size_t o_bytes(const kvw_worker *w)
     return (size_t)w->opts.n_q_heads * w->opts.head_dim * w->elem_bytes;
 }
 
-/* Whether steps of such a worker may go this way at all. */
+/* Whether steps of such a worker may go this way at all. A pass of one token may be a chunk, whose
+ * blocks others reuse: these do not depend on what was resident. */
 static bool is_possible(const kvw_worker *w)
 {
-    return w->servers.n == 1 && !w->opts.exact &&
+    return w->servers.n == 1 && !w->opts.exact && w->opts.chunk_tokens > 1 &&
            (w->way == KVC_WAY_COUNT || w->way == KVC_WAY_NEAR);
 }
 
