@@ -16,13 +16,15 @@ typedef struct setup {
     uint32_t dims;
 } setup;
 
-static void set_up(setup *s, kvc_client *client, uint64_t row_dtype)
+static void set_up(setup *s, kvc_client *client, const char *selector, uint64_t row_dtype)
 {
     uint32_t reused = 0;
     memset(s, 0, sizeof(*s));
     fake_rig(&s->r, client);
     s->dims = FAKE_DIMS;
     s->r.opts.device_memory = 1;
+    s->r.opts.selector = selector;
+    s->r.k_scale = 0.5; /* votes that are not one token's */
     s->r.opts.row_dtype = row_dtype;
     s->r.opts.n_q_heads = row_dtype != 0 ? 16 : s->r.opts.n_q_heads;
     s->r.opts.n_kv_heads = row_dtype != 0 ? 8 : s->r.opts.n_kv_heads;
@@ -107,10 +109,10 @@ static void refuse_and_take(setup *s, uint32_t n, bool parts, bool value)
 static void a_pass_is_refused_and_repeated(void **state)
 {
     (void)state;
-    static const uint64_t dtypes[] = {0, KVK_I8_SCALED};
-    for (size_t i = 0; i < 2; i++) {
+    static const uint64_t dtypes[] = {0, KVK_I8_SCALED, 0, KVK_I8_SCALED};
+    for (size_t i = 0; i < 4; i++) {
         setup s;
-        set_up(&s, NULL, dtypes[i]);
+        set_up(&s, NULL, i < 2 ? "esa" : "tokenselect", dtypes[i]);
         for (int parts = 0; parts < 2; parts++) {
             refuse_and_take(&s, 1, parts != 0, false);
             refuse_and_take(&s, N, parts != 0, false);
@@ -133,7 +135,7 @@ static void a_value_that_is_not_coded_may_be_anything(void **state)
 {
     (void)state;
     setup s;
-    set_up(&s, NULL, 0);
+    set_up(&s, NULL, "esa", 0);
     assert_ok(kvw_tokens(s.seq, s.r.tokens + FIRST, 1));
     given g = given_of(&s.r, 0, FIRST, 1);
     g.v[0] = 0x7f80;
@@ -158,7 +160,7 @@ static void without_a_step_it_is_taken_back(void **state)
 {
     (void)state;
     setup s;
-    set_up(&s, NULL, 0);
+    set_up(&s, NULL, "esa", 0);
     append_bad(&s, FIRST, 4);
     assert_not_finite(kvw_truncate(s.seq, FIRST + 2));
     assert_ok(kvw_truncate(s.seq, FIRST));
@@ -180,7 +182,7 @@ static void it_never_reaches_the_store(void **state)
 {
     bench *b = *state;
     setup s;
-    set_up(&s, b->client, 0);
+    set_up(&s, b->client, "esa", 0);
     uint32_t bt = s.r.opts.block_tokens, first = FIRST / bt * bt + bt - 1u;
     rig_decode(&s.r, s.seq, FIRST, first, NULL, NULL);
     assert_ok(kvw_flush(s.seq, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
@@ -204,7 +206,7 @@ static void of_a_batch_only_one_is_taken_back(void **state)
     kvw_batch *batch = NULL;
     kvw_seq *seqs[2];
     uint32_t reused = 0;
-    set_up(&s, NULL, 0);
+    set_up(&s, NULL, "esa", 0);
     seqs[0] = s.seq;
     assert_ok(kvw_seq_create(s.r.worker, NULL, 0, &seqs[1], &reused));
     rig_prefill(&s.r, seqs[1], 0, FIRST, NULL, NULL);
