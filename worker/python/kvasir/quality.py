@@ -73,7 +73,7 @@ class _Recorder(Observer):
             self.q[layer].append(q[max(0, self.tail_from - cache.n_tokens) :].clone())
 
 
-def run_sparse(model, ids, tail, n_sink, progress, client=None, **options):
+def run_sparse(model, ids, tail, n_sink, progress, client=None, options=None):
     """
     A Context of ids run through Kvasir: TokenSelect over exact keys, or as options of attach say;
     without a client all rows are resident.
@@ -337,13 +337,13 @@ def _context(args):
     if len(ids) < n:
         raise SystemExit(f"the text has {len(ids)} tokens, {n} are needed")
     bar = Bar("reading", n, "tokens")
-    run, options = run_windows if args.source == "windows" else run_sparse, {}
+    run, how = run_windows if args.source == "windows" else run_sparse, ()
     if args.source == "esa-cuda":
-        options = dict(selector="esa", backend="cuda", index="compressed", client=args.server)
+        options = dict(selector="esa", backend="cuda", index="compressed", n_sink=args.sink)
         options |= dict(projection=args.esa, index_dims=args.dims[0], k=KS[-1], eps=1)
-        options |= dict(n_sink=args.sink, n_recent=args.far, max_tokens=n)
+        how = (args.server, dict(options, n_recent=args.far, max_tokens=n))
         model = model.to("cuda")
-    context = run(model, torch.tensor(ids), args.tail, args.sink, bar, **options)
+    context = run(model, torch.tensor(ids), args.tail, args.sink, bar, *how)
     bar.close()
     return context
 
