@@ -18,6 +18,8 @@
 #define KVS_ATTEND_COLD_BYTES (16u << 20)
 /* The least that is worth a GPU: bytes of rows that it reaches, times the queries over them. */
 #define KVS_ATTEND_GPU_BYTES  (512u << 10)
+/* Shapes that a GPU refused, of which so many, the last ones, are remembered. */
+#define KVS_ATTEND_REFUSED    16u
 
 /* Threads of their own and a bound on the calls that have or await one. */
 typedef struct kvs_attender {
@@ -29,6 +31,9 @@ typedef struct kvs_attender {
     kvs_gpu_attender *gpu; /* NULL: there is none */
     atomic_bool gpu_works; /* there is one, and it has not failed */
     kvs_disk *pins;        /* its one thread pins segments of dram; NULL without */
+    /* Shapes of groups that it refused, though it had said that it takes them; 0: none yet. */
+    _Atomic uint64_t refused[KVS_ATTEND_REFUSED];
+    atomic_uint n_refused;
 } kvs_attender;
 
 /* One group as the arithmetic needs it; the part's schema may be gone by then. */
@@ -77,6 +82,8 @@ void kvs_attend_gpu_choose(kvs_attend *attend);
 /* A lane for a call that has such rows; NULL: it has none, or the CPU is as good, since every lane
    is taken. Then nothing is left to a GPU, and what is nowhere else answers AGAIN. */
 kvs_gpu_lane *kvs_attend_gpu_take(kvs_attend *attend);
+/* It refused a group: no call asks it for such a one again. */
+void kvs_attend_gpu_refused(kvs_attender *attender, const kvs_attend_group *group);
 /* The device, or one of its calls, failed: as if it had not been chosen. */
 void kvs_attend_gpu_failed(kvs_attend *attend, kvc_status why);
 /* The result is there: counts the rows. */

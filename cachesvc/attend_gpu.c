@@ -12,6 +12,7 @@
 #include "attend.h"
 #include "base/log.h"
 #include "base/metrics.h"
+#include "base/sum.h"
 #include "base/text.h"
 #include "gpu.h"
 #include "tier/tier_dram.h"
@@ -116,6 +117,48 @@ static kvs_gpu_group shape_of(const kvs_attend_group *group)
                            .row_bytes = group->row_bytes};
 }
 
+/* A name for what a device may refuse; not 0. */
+static uint64_t shape_name(const kvs_attend_group *group)
+{
+    const struct {
+        uint64_t k_off_bytes, v_off_bytes;
+        uint32_t n_q_heads, kv_heads, dim, row_bytes, dtype, several, ranks, rest;
+    } shape = {group->k_off_bytes,
+               group->v_off_bytes,
+               group->query->n_q_heads,
+               group->kv_heads,
+               group->dim,
+               group->row_bytes,
+               group->dtype,
+               group->query->n_q > 1,
+               group->ranks != NULL,
+               0};
+    return kvc_seeded_sum(&shape, sizeof(shape), 0) | 1;
+}
+
+static bool is_refused(const kvs_attender *attender, const kvs_attend_group *group)
+{
+    bool found = false;
+    if (atomic_load(&attender->n_refused) == 0)
+        return false;
+    uint64_t name = shape_name(group);
+    for (uint32_t i = 0; !found && i < KVS_ATTEND_REFUSED; i++)
+        found = atomic_load(&attender->refused[i]) == name;
+    return found;
+}
+
+void kvs_attend_gpu_refused(kvs_attender *attender, const kvs_attend_group *group)
+{
+    if (is_refused(attender, group))
+        return;
+    uint32_t at = atomic_fetch_add(&attender->n_refused, 1) % KVS_ATTEND_REFUSED;
+    atomic_store(&attender->refused[at], shape_name(group));
+    KVC_LOG_WARN(SERVER,
+                 "the GPU does not attend over groups of %u heads over %u of %u%s: the CPU does",
+                 group->query->n_q_heads, group->kv_heads, group->dim,
+                 group->query->n_q > 1 ? ", of several queries" : "");
+}
+
 static bool in_dram(const kvs_server *server, const kvs_read *read)
 {
     /* a tier of tests that wraps another has no segments */
@@ -198,7 +241,8 @@ static uint64_t worth(kvs_attend *attend, uint64_t (*visit)(kvs_attend *attend, 
     for (uint32_t g = 0; g < attend->fetch.n_groups; g++) {
         const kvs_attend_group *group = &attend->groups[g];
         kvs_gpu_group shape = shape_of(group);
-        size_t bytes = attender->gpu_ops->bytes(attender->gpu, &shape);
+        size_t bytes =
+            is_refused(attender, group) ? 0 : attender->gpu_ops->bytes(attender->gpu, &shape);
         *room_p += bytes;
         if (bytes)
             sum += each_read(attend, group, visit) * group->query->n_q;

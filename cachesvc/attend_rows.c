@@ -21,7 +21,7 @@ typedef struct rows {
 } rows;
 
 typedef struct work {
-    const kvs_attender *attender;
+    kvs_attender *attender;
     kvs_buffer *memory; /* of all that follows but q_positions */
     rows here, device;
     int32_t q_positions[KVC_MAX_ATTEND_QUERIES];
@@ -209,6 +209,8 @@ static kvc_status begin_on_gpu(work *w, kvs_attend_group *group)
     group->partial.n = 0;
     if (w->device.n)
         w->gpu = ops->attend(w->lane, &on_gpu, &group->partial);
+    if (w->gpu == KVC_UNSUPPORTED)
+        kvs_attend_gpu_refused(w->attender, group);
     return w->gpu;
 }
 

@@ -119,11 +119,14 @@ static shape shape_of(const kvs_gpu_attender *attender, const kvs_gpu_group *g)
 {
     const kvk_attend_args *a = &g->attend;
     const kvk_cuda_attend_args args = attend_args(g, TILE);
+    const kvk_cuda_prefill_args several = prefill_args(g, TILE);
     size_t heads = (size_t)a->n_q * a->n_q_heads;
     shape s = {.heads = heads, .numbers = heads * a->head_dim};
     if (!takes(g))
         return s;
     s.single = a->n_q == 1 && kvk_cuda_attend_supports(attender->cuda, &args) == KVC_OK;
+    if (!s.single && kvk_cuda_prefill_supports(attender->cuda, &several) != KVC_OK)
+        return s;
     size_t n = SLAB_BYTES / g->row_bytes;
     n = (n < PIECE_ROWS ? n : PIECE_ROWS) / TILE * TILE;
     while (n >= TILE && work_bytes(g, s.single, (uint32_t)n) > WORK_BYTES)

@@ -457,6 +457,17 @@ static bool args_ok(const kvk_cuda_prefill_args *a)
            a->workspace_bytes >= kvk_cuda_prefill_workspace_bytes(a);
 }
 
+extern "C" kvc_status kvk_cuda_prefill_supports(const kvk_cuda *cuda,
+                                                const kvk_cuda_prefill_args *args)
+{
+    size_t smem = 0;
+
+    return kernel_of(args->head_dim, args->fast ? 1 : 2, &smem) &&
+                   smem <= (size_t)cuda->smem_block_max
+               ? KVC_OK
+               : KVC_UNSUPPORTED;
+}
+
 extern "C" kvc_status kvk_cuda_prefill(kvk_cuda *cuda, const kvk_cuda_prefill_args *args,
                                        kvk_stream *stream)
 {
@@ -478,9 +489,9 @@ extern "C" kvc_status kvk_cuda_prefill(kvk_cuda *cuda, const kvk_cuda_prefill_ar
     p.splits = splits_of(args);
     p.part_o = (float *)((char *)args->workspace + packed_bytes_of(args));
     p.part_sums = (float2 *)(p.part_o + p.splits * prefill_part_rows(args) * args->head_dim);
-    kernel = kernel_of(args->head_dim, p.pieces, &smem);
-    if (!kernel || smem > (size_t)cuda->smem_block_max)
+    if (kvk_cuda_prefill_supports(cuda, args) != KVC_OK)
         return KVC_UNSUPPORTED;
+    kernel = kernel_of(args->head_dim, p.pieces, &smem);
     st = kvki_cuda_use(cuda);
     if (st == KVC_OK)
         st = kvki_cuda_status(cudaFuncSetAttribute(

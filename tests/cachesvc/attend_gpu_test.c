@@ -88,6 +88,7 @@ static int setup(void **state)
     fake_cuda_absent(false);
     fake_cuda_copies(UINT32_MAX);
     fake_cuda_ops(UINT32_MAX);
+    fake_cuda_shared(227u << 10);
 #endif
     return a_setup(state);
 }
@@ -366,7 +367,7 @@ static void test_a_gpu_that_fails(void **state)
     }
 }
 
-/* An op that it refuses costs that call, and no more. */
+/* What it refuses though it said that it takes it costs one call, and no more; others it has. */
 static void test_an_op_is_refused(void **state)
 {
     a_server *f = *state;
@@ -378,8 +379,31 @@ static void test_an_op_is_refused(void **state)
     a_check_equal(&large, &got, &want, "refused");
     assert_int_equal(rows_read(), read);
     assert_int_equal(metric(KVC_M_attend_gpu_failures), failed + 1);
-    assert_int_equal(ask(f, &large, "the next one"), large.n_picks);
+    assert_int_equal(ask(f, &large, "the next one"), 0);
+    assert_int_equal(metric(KVC_M_attend_gpu_failures), failed + 1);
+    a_shape s = large;
+    s.n_q = 3;
+    assert_int_equal(ask(f, &s, "another shape"), s.n_picks);
     a_stop(f);
+}
+
+/* A device of 99 KiB for a block has no room for several queries over heads of 128. */
+static void test_a_small_device(void **state)
+{
+    a_server *f = *state;
+    uint64_t failed = metric(KVC_M_attend_gpu_failures);
+    fake_cuda_shared(99u << 10);
+    start_pinned(f, &large);
+    assert_int_equal(ask(f, &large, "one query"), large.n_picks);
+    a_shape s = large;
+    s.n_q = 3;
+    assert_int_equal(ask(f, &s, "three"), 0);
+    a_stop(f);
+    s.dim = 64;
+    start_pinned(f, &s);
+    assert_int_equal(ask(f, &s, "heads of 64"), s.n_picks);
+    a_stop(f);
+    assert_int_equal(metric(KVC_M_attend_gpu_failures), failed);
 }
 
 static void test_no_gpu(void **state)
@@ -468,6 +492,7 @@ int main(int argc, char **argv)
 #ifndef KVS_TEST_DEVICE
         TEST(test_a_gpu_that_fails),
         TEST(test_an_op_is_refused),
+        TEST(test_a_small_device),
         TEST(test_no_gpu),
 #ifdef KVASIR_LMDB
         TEST(test_what_dram_lacks),

@@ -23,6 +23,7 @@ struct kvk_stream {
 
 static atomic_bool absent;
 static atomic_uint ops_left = UINT32_MAX, copies_left = UINT32_MAX, n_graphs;
+static atomic_uint shared_bytes = 227u << 10;
 static atomic_ullong rows_read;
 static void (*before_launch)(void *arg);
 static void *before_arg;
@@ -35,6 +36,16 @@ void fake_cuda_absent(bool is_absent)
 void fake_cuda_ops(uint32_t n)
 {
     atomic_store(&ops_left, n);
+}
+
+void fake_cuda_shared(uint32_t bytes)
+{
+    atomic_store(&shared_bytes, bytes);
+}
+
+uint32_t fake_cuda_shared_bytes(void)
+{
+    return atomic_load(&shared_bytes);
 }
 
 void fake_cuda_copies(uint32_t n)
@@ -427,11 +438,11 @@ size_t kvk_cuda_attend_workspace_bytes(uint32_t n_seqs, uint32_t stride, uint32_
     return (size_t)n_seqs * stride * (sizeof(void *) + sizeof(int32_t));
 }
 
-/* As on sm_90: rows a little apart from each other. */
+/* Rows a little apart from each other. */
 kvc_status kvk_cuda_attend_supports(const kvk_cuda *cuda, const kvk_cuda_attend_args *args)
 {
     (void)cuda;
-    return 16u * (args->row_bytes + 16u) <= 232448u ? KVC_OK : KVC_UNSUPPORTED;
+    return 16u * (args->row_bytes + 16u) <= fake_cuda_shared_bytes() ? KVC_OK : KVC_UNSUPPORTED;
 }
 
 /* The listed rows of a sequence that are there; their number. */

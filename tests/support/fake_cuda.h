@@ -33,6 +33,9 @@ uint64_t fake_cuda_device_bytes(void);
 void fake_cuda_damage(void);
 /* Ops from now on: so many are taken, then UNSUPPORTED; UINT32_MAX: all are taken. */
 void fake_cuda_ops(uint32_t n);
+/* Shared memory that a block may have, 227 KiB (sm_90) at first; ops that need more are
+ * UNSUPPORTED. */
+void fake_cuda_shared(uint32_t bytes);
 /* Memory that was taken and not given back; registrations likewise. */
 uint32_t fake_cuda_held(void);
 /* Graphs that were made and not destroyed. */

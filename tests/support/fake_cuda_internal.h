@@ -17,6 +17,8 @@ struct kvk_cuda {
 
 /* Whether one more op is taken; counts it. */
 bool fake_cuda_take_op(void);
+/* What fake_cuda_shared set. */
+uint32_t fake_cuda_shared_bytes(void);
 /* Takes one of what is left (UINT32_MAX: without end); false: nothing is. */
 bool fake_cuda_take(atomic_uint *counter);
 

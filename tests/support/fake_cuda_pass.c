@@ -227,6 +227,15 @@ size_t kvk_cuda_prefill_workspace_bytes(const kvk_cuda_prefill_args *args)
     return args->stride * (sizeof(void *) + sizeof(int32_t)) + args->n_q * sizeof(uint32_t);
 }
 
+/* Two tiles of 64 keys, K and V, in one piece or two. */
+kvc_status kvk_cuda_prefill_supports(const kvk_cuda *cuda, const kvk_cuda_prefill_args *args)
+{
+    uint32_t tile_bytes = 64u * (args->head_dim * 2u + 16u);
+    (void)cuda;
+    return (args->fast ? 4u : 8u) * tile_bytes <= fake_cuda_shared_bytes() ? KVC_OK
+                                                                           : KVC_UNSUPPORTED;
+}
+
 /* Lists without a chunk of their own. */
 FAKE_CUDA_OP(prefill)
 {
@@ -237,6 +246,8 @@ FAKE_CUDA_OP(prefill)
     if (a->own == KVK_CUDA_OWN_CHUNK || listed > a->stride ||
         a->workspace_bytes < kvk_cuda_prefill_workspace_bytes(a))
         return KVC_INVALID;
+    if (kvk_cuda_prefill_supports(cuda, a) != KVC_OK)
+        return KVC_UNSUPPORTED;
     for (uint32_t i = 0; i < listed; i++) {
         uint32_t after = listed - i - 1u; /* the first query that sees it has so many behind it */
         for (uint32_t q = 0; q < a->n_q && a->own == KVK_CUDA_OWN_LISTED; q++)

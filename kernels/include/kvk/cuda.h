@@ -441,6 +441,9 @@ typedef struct kvk_cuda_prefill_args {
 } kvk_cuda_prefill_args;
 /* For the shape in args (n_seqs, n_q, heads, head_dim, stride, fast); 0: it is out of range. */
 size_t kvk_cuda_prefill_workspace_bytes(const kvk_cuda_prefill_args *args);
+/* As kvk_cuda_attend_supports: looks at head_dim and `fast`. */
+kvc_status kvk_cuda_prefill_supports(const kvk_cuda *cuda,
+                                     const kvk_cuda_prefill_args *args) KVC_MUST_CHECK;
 kvc_status kvk_cuda_prefill(kvk_cuda *cuda, const kvk_cuda_prefill_args *args,
                             kvk_stream *stream) KVC_MUST_CHECK;
 
