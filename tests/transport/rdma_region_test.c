@@ -14,7 +14,7 @@
 #include "base/lent.h"
 #include "base/log.h"
 #include "base/metrics.h"
-#include "transport/rdma/rdma_internal.h"
+#include "transport/rdma/server.h"
 
 #define REST_FOR_EVER_NS ((uint64_t)1 << 60)
 
@@ -461,6 +461,41 @@ static void a_gpu_that_is_copied_to(void **state)
     }
 }
 
+static void summing_handler(fixture *f, kvt_call *call)
+{
+    ((kvtr_rcall *)call)->summed = true;
+    rooms_handler(f, call);
+}
+
+/* A server that sums what nobody asked it to sum makes no CPU read a GPU's memory: its answer is
+ * against the protocol, and so is one for memory of the host. */
+static void sums_unasked(void **state)
+{
+    (void)state;
+    for (int host = 0; host < 2; host++) {
+        fixture f;
+        gpu_memory m;
+        fetch t;
+        const kvc_lent_gpu *gpu = NULL;
+        rooms_open(&f, NULL, ROOMS_ALL, false);
+        gpu_make(&m, false, 0);
+        assert_ok(kvc_lent_add_gpu(m.base, AREA, m.fd, GPU_OFF_BYTES, &gpu));
+        assert_true(settle_gpu(&f, &m, gpu));
+        warm(&f, 1);
+        fixture_handle(&f, summing_handler);
+        rooms_init(&t, &f, 1, 16, 0, 1, PATIENCE_NS);
+        if (host == 0)
+            t.room.base = m.base;
+        (void)job_run(&t.j);
+        assert_status(t.j.status, KVC_PROTOCOL);
+        assert_false(t.j.xfer.placed);
+        job_fini(&t.j);
+        kvc_lent_remove(m.base);
+        gpu_drop(&m);
+        rooms_close(&f);
+    }
+}
+
 /* Pieces of a large one are found in the dma-buf where they are. */
 static void pieces_of_a_gpu(void **state)
 {
@@ -493,7 +528,7 @@ int main(void)
         cmocka_unit_test(evicted_in_vain),          cmocka_unit_test(too_large),
         cmocka_unit_test(larger_than_the_room),     cmocka_unit_test(larger_and_used_all_over),
         cmocka_unit_test(memory_of_a_gpu),          cmocka_unit_test(a_gpu_that_is_copied_to),
-        cmocka_unit_test(pieces_of_a_gpu),
+        cmocka_unit_test(pieces_of_a_gpu),          cmocka_unit_test(sums_unasked),
     };
     kvc_log_set_level(getenv("KVASIR_TEST_LOG") != NULL ? KVC_LOG_LEVEL_TRACE : KVC_LOG_LEVEL_OFF);
     suite_uri = "rdma://127.0.0.1:0";

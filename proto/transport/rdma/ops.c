@@ -146,9 +146,12 @@ static kvc_status find_data(const kvtr_rop *op, const kvc_frame *frame, uint8_t 
 static kvc_status check_places(const kvtr_rop *op, const kvc_frame *frame, const uint8_t *body,
                                const kvtr_place *places, uint32_t n, const char **why_p)
 {
-    *why_p = "a reply without the sum that was asked for";
-    if ((frame->flags & KVTI_SUMMED) == 0)
-        return op->conn->sums ? KVC_CORRUPT : KVC_OK;
+    bool summed = (frame->flags & KVTI_SUMMED) != 0;
+    *why_p = summed ? "a sum that was not asked for" : "a reply without the sum that was asked for";
+    if (!op->conn->sums) /* where the places may be a GPU's, which nobody here can sum */
+        return summed ? KVC_PROTOCOL : KVC_OK;
+    if (!summed)
+        return KVC_CORRUPT;
     *why_p = "out of memory";
     struct iovec *pieces = calloc(n + 1u, sizeof(*pieces));
     if (pieces == NULL)
