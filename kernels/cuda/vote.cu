@@ -383,19 +383,31 @@ extern "C" size_t kvk_cuda_select_vote_workspace_bytes(uint32_t n_seqs, uint32_t
     return cut_workspace(NULL, n_seqs, rows_max, &topk, &space);
 }
 
+static bool shape_ok(const kvk_cuda_select_vote_args *a)
+{
+    return a->dims > 0 && a->dims <= VOTE_DIMS_MAX && a->n_kv_heads > 0 && a->n_q_heads > 0 &&
+           a->n_q_heads % a->n_kv_heads == 0 && a->n_q_heads <= VOTE_SLOTS_MAX &&
+           a->n_q_heads * a->dims <= VOTE_QUERY_MAX;
+}
+
 static bool args_ok(const kvk_cuda_select_vote_args *a)
 {
-    return a->n_seqs <= KVK_CUDA_SEQS_MAX && a->dims > 0 && a->dims <= VOTE_DIMS_MAX &&
-           a->n_kv_heads > 0 && a->n_q_heads > 0 && a->n_q_heads % a->n_kv_heads == 0 &&
-           a->n_q_heads <= VOTE_SLOTS_MAX && a->n_q_heads * a->dims <= VOTE_QUERY_MAX && a->k > 0 &&
-           a->k <= KVK_CUDA_K_MAX && a->rows_max > 0 && a->q && a->cands && a->picks &&
-           a->n_picks && a->workspace && kvki_aligned(a->workspace) &&
+    return a->n_seqs <= KVK_CUDA_SEQS_MAX && shape_ok(a) && a->k > 0 && a->k <= KVK_CUDA_K_MAX &&
+           a->rows_max > 0 && a->q && a->cands && a->picks && a->n_picks && a->workspace &&
+           kvki_aligned(a->workspace) &&
            a->workspace_bytes >= kvk_cuda_select_vote_workspace_bytes(a->n_seqs, a->rows_max);
 }
 
 template <class Form> static bool fits(const kvk_cuda *cuda)
 {
     return shared_bytes<Form>() <= (size_t)cuda->smem_block_max;
+}
+
+/* The general form takes any shape, and no more than the others. */
+extern "C" kvc_status kvk_cuda_select_vote_supports(const kvk_cuda *cuda,
+                                                    const kvk_cuda_select_vote_args *args)
+{
+    return shape_ok(args) && fits<general_form>(cuda) ? KVC_OK : KVC_UNSUPPORTED;
 }
 
 template <class Form>

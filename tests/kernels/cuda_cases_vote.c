@@ -72,6 +72,7 @@ static void answer(const kvk_cuda_select_vote_args *args, sequence *seqs)
     const float *scores;
 
     OK(kvk_cuda_fill(gpu(), args->picks, 0xee, all * 4, gpu_stream()));
+    OK(kvk_cuda_select_vote_supports(gpu(), args));
     OK(kvk_cuda_select_vote(gpu(), args, gpu_stream()));
     n_picks = fetched(args->n_picks, args->n_seqs * 4);
     picks = fetched(args->picks, all * 4);

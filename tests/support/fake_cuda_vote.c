@@ -7,6 +7,17 @@
 
 #include "fake_cuda_internal.h"
 
+/* What a device's takes, more or less. */
+#define VOTE_BLOCK_BYTES 123000u
+
+kvc_status kvk_cuda_select_vote_supports(const kvk_cuda *cuda,
+                                         const kvk_cuda_select_vote_args *args)
+{
+    (void)cuda;
+    bool known = args->n_q_heads <= 128 && args->n_q_heads * args->dims <= 16384u;
+    return known && VOTE_BLOCK_BYTES <= fake_cuda_shared_bytes() ? KVC_OK : KVC_UNSUPPORTED;
+}
+
 size_t kvk_cuda_select_vote_workspace_bytes(uint32_t n_seqs, uint32_t rows_max)
 {
     return (size_t)n_seqs * rows_max * sizeof(float) + FAKE_CUDA_TAG_BYTES;

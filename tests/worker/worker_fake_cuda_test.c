@@ -28,6 +28,25 @@ static void an_absent_device_is_unsupported(void **state)
     rig_close(&r);
 }
 
+/* Its blocks have the shared memory of sm_86: a worker that could never select does not open. */
+static void a_vote_needs_shared_memory(void **state)
+{
+    (void)state;
+    rig r;
+    fake_rig(&r, NULL);
+    fake_cuda_shared(101376);
+    assert_ok(kvw_open(&r.opts, &r.worker));
+    rig_close(&r);
+    fake_rig(&r, NULL);
+    r.opts.selector = "tokenselect";
+    rig_project(&r, DIMS);
+    assert_int_equal(kvw_open(&r.opts, &r.worker), KVC_UNSUPPORTED);
+    assert_non_null(strstr(kvw_last_error(), "selector: must be esa"));
+    fake_cuda_shared(227u << 10);
+    assert_ok(kvw_open(&r.opts, &r.worker));
+    rig_close(&r);
+}
+
 /* Wherever memory ends, all of it is given back, and a sequence that opened works. */
 static void memory_may_end_anywhere(void **state)
 {
@@ -393,6 +412,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(an_absent_device_is_unsupported),
+        cmocka_unit_test(a_vote_needs_shared_memory),
         cmocka_unit_test(memory_may_end_anywhere),
         cmocka_unit_test(growth_may_end_anywhere),
         cmocka_unit_test(ops_may_be_refused),

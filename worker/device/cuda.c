@@ -79,7 +79,7 @@ static kvc_status check_shape(const kvw_worker *w, const kvwi_device *device)
         args.inv_freq = w->inv_freq;
     }
     kvc_status st = kvk_cuda_attend_supports(device->cuda, &args);
-    return st == KVC_OK ? st
+    return st == KVC_OK ? kvwi_cuda_selector_of(w)->supports(w, device->cuda)
                         : no("n_kv_heads", "times head_dim: 16 rows must fit in shared memory");
 }
 

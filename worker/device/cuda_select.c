@@ -17,6 +17,13 @@ static kvc_status check_esa(const kvw_worker *w)
     return KVC_OK;
 }
 
+static kvc_status supports_esa(const kvw_worker *w, const kvk_cuda *cuda)
+{
+    (void)w;
+    (void)cuda;
+    return KVC_OK;
+}
+
 static kvc_status select_esa(const kvw_worker *w, const kvwi_lane *lane, kvk_stream *stream)
 {
     const kvk_cuda_select_args args = {
@@ -112,6 +119,17 @@ static kvc_status check_tokenselect(const kvw_worker *w)
     return KVC_OK;
 }
 
+static kvc_status supports_tokenselect(const kvw_worker *w, const kvk_cuda *cuda)
+{
+    const kvk_cuda_select_vote_args args = {
+        .n_q_heads = w->opts.n_q_heads, .n_kv_heads = w->opts.n_kv_heads, .dims = w->level[0].dims};
+    kvc_status st = kvk_cuda_select_vote_supports(cuda, &args);
+    return st == KVC_OK
+               ? st
+               : kvwi_fail(st, "selector: must be esa where backend is cuda on this GPU, whose "
+                               "blocks have too little shared memory for a vote");
+}
+
 static kvk_cuda_select_vote_args vote_of(const kvw_worker *w, const kvwi_lane *lane)
 {
     return (kvk_cuda_select_vote_args){
@@ -180,12 +198,14 @@ static kvc_status select_pass_tokenselect(kvw_step *step)
 static const kvwi_cuda_selector selectors[] = {
     {.name = "esa",
      .check = check_esa,
+     .supports = supports_esa,
      .workspace_bytes = kvk_cuda_select_workspace_bytes,
      .select = select_esa,
      .select_pass = select_pass_esa,
      .pass_bytes = pass_bytes_esa},
     {.name = "tokenselect",
      .check = check_tokenselect,
+     .supports = supports_tokenselect,
      .workspace_bytes = kvk_cuda_select_vote_workspace_bytes,
      .select = select_tokenselect,
      .select_pass = select_pass_tokenselect},

@@ -22,8 +22,9 @@ typedef struct kvwi_lane kvwi_lane;
 /* What steps do differently by selector; cuda_select.c has them. */
 typedef struct kvwi_cuda_selector {
     const char *name;
-    /* What beside the common limits it cannot do. UNSUPPORTED. */
+    /* What beside the common limits it cannot do, and what the GPU cannot. UNSUPPORTED. */
     kvc_status (*check)(const kvw_worker *w);
+    kvc_status (*supports)(const kvw_worker *w, const kvk_cuda *cuda);
     size_t (*workspace_bytes)(uint32_t n_seqs, uint32_t rows_max);
     /* From the frame's queries to the lane's picks, in the order in which they are attended. */
     kvc_status (*select)(const kvw_worker *w, const kvwi_lane *lane, kvk_stream *stream);

@@ -223,6 +223,10 @@ typedef struct kvk_cuda_select_vote_args {
 size_t kvk_cuda_select_vote_workspace_bytes(uint32_t n_seqs, uint32_t rows_max);
 kvc_status kvk_cuda_select_vote(kvk_cuda *cuda, const kvk_cuda_select_vote_args *args,
                                 kvk_stream *stream) KVC_MUST_CHECK;
+/* Whether the device can do it, before there is any memory: looks at heads and dims, and at the
+ * shared memory that a block may have (sm_86, sm_89 and sm_120 have too little). UNSUPPORTED. */
+kvc_status kvk_cuda_select_vote_supports(const kvk_cuda *cuda,
+                                         const kvk_cuda_select_vote_args *args) KVC_MUST_CHECK;
 
 /*
  * The Selection Cache (2411.02886 Alg. 1), for a batch: keep[s] = 1 where the cosine of q[s] and

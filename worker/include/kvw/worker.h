@@ -141,7 +141,8 @@ typedef struct kvw_opts {
      * head_dim not 64 or 128, more than 8 query heads for a kv head, n_kv_heads no multiple of 8
      * with a row_dtype, k or chunk_tokens above 4096, rows longer than the GPU's shared memory
      * takes (README), tp_size or n_clients above 1, or for "tokenselect" an eps, n_q_heads above
-     * 128 or n_q_heads * dims above 16384. Rows in a server's memory on the same host are read by
+     * 128, n_q_heads * dims above 16384, or a GPU whose blocks have too little shared memory for
+     * its vote (sm_86, sm_89, sm_120). Rows in a server's memory on the same host are read by
      * the GPU where the client is on shm: contexts of the client are then mapped
      * (kvc_client_map_contexts), which it is not to be used for elsewhere. way is not looked at.
      *
