@@ -15,11 +15,13 @@ __device__ static inline uint32_t bulk_address(const void *shared)
     return (uint32_t)__cvta_generic_to_shared(shared);
 }
 
-/* One thread a barrier; bulk_begin then makes them known to the copy engine. */
-__device__ static inline void bulk_init(uint64_t *barrier)
+/* One thread a barrier, whose phase ends with n arrivals; bulk_begin then makes them known to the
+ * copy engine. */
+__device__ static inline void bulk_init(uint64_t *barrier, uint32_t n)
 {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bulk_address(barrier)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bulk_address(barrier)), "r"(n)
+                 : "memory");
 #endif
 }
 
@@ -55,12 +57,29 @@ __device__ static inline void bulk_copy(void *shared, const void *global, uint32
 #endif
 }
 
-/* Bytes on their way to L2. */
-__device__ static inline void bulk_prefetch(const void *global, uint32_t bytes)
+/* An arrival without bytes: what the thread wrote before is seen by who waits. */
+__device__ static inline void bulk_arrive(uint64_t *barrier)
 {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bulk_address(barrier))
+                 : "memory");
 #endif
+}
+
+/* Whether the phase of this parity has ended; does not wait. */
+__device__ static inline bool bulk_ended(uint64_t *barrier, uint32_t parity)
+{
+    uint32_t done = 0;
+
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n\t.reg .pred p;\n\t"
+                 "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+                 "selp.b32 %0, 1, 0, p;\n\t}"
+                 : "=r"(done)
+                 : "r"(bulk_address(barrier)), "r"(parity)
+                 : "memory");
+#endif
+    return done != 0;
 }
 
 __device__ static inline void bulk_wait(uint64_t *barrier, uint32_t parity)

@@ -16,7 +16,6 @@
 #define RING_BYTES 4096u      /* of a group */
 #define RING_HELD  8u         /* groups whose keys a warp can hold */
 #define RING_MANY  12u        /* groups a warp, from which on it samples two */
-#define RING_AHEAD 3u         /* groups a warp sends for while the op before runs */
 #define RING_EPS   7u         /* 4 eps + 1 rows are a warp's lanes */
 #define RING_NONE  UINT32_MAX
 
@@ -33,12 +32,13 @@ struct ring_warp {
     uint32_t slot_group[RING_SLOTS];
     uint32_t held_group[RING_HELD];
     uint32_t held[RING_HELD][RING_PER_MAX][32];
+    __align__(16) int16_t query[128]; /* on its way to the lanes */
 };
 
 struct ring_block {
     struct ring_warp warps[RING_WARPS];
-    uint32_t bound[RING_SEQS]; /* where they are known */
-    uint32_t n_bounds, parity;
+    uint64_t published, known; /* when all warps counted their samples; all bounds are there */
+    uint32_t bound[RING_SEQS], parity;
     struct topk_block topk; /* last: the rings begin behind its bins and end as its stage */
 };
 
@@ -88,14 +88,14 @@ __device__ static inline void ring_count(const struct topk_block *topk, uint32_t
     }
 }
 
-__device__ static inline void ring_place(const struct topk_job *job, uint32_t seq, uint64_t cand,
-                                         uint32_t rank)
+__device__ static inline void ring_place(const struct topk_job *job, uint32_t seq, uint32_t base,
+                                         uint64_t cand, uint32_t rank)
 {
     size_t at = (size_t)seq * job->k + rank;
 
     if (rank >= job->k)
         return;
-    job->picks[at] = job->seqs[seq].base + ~(uint32_t)cand;
+    job->picks[at] = base + ~(uint32_t)cand;
     if (job->out_scores)
         job->out_scores[at] = topk_score((uint32_t)(cand >> 32));
 }
@@ -109,6 +109,7 @@ __device__ static inline bool ring_rank(const struct topk_job *job, struct topk_
                                         uint32_t seq, const uint64_t *cands, const uint32_t *count)
 {
     uint32_t at = topk_warp(), found = __ldcg(count), warps = topk_warps();
+    uint32_t base = job->seqs[seq].base;
     uint64_t mine[2] = {__ldcg(cands + at % TOPK_CANDS), __ldcg(cands + (at + warps) % TOPK_CANDS)};
     struct ring_piece piece = ring_fetch(cands, 0);
 
@@ -126,7 +127,7 @@ __device__ static inline bool ring_rank(const struct topk_job *job, struct topk_
         for (uint32_t j = 0; j < 2; j++) {
             uint32_t rank = __reduce_add_sync(KVKI_FULL_WARP, before[j]);
             if ((threadIdx.x & 31u) == 0 && at + j * warps < found)
-                ring_place(job, seq, mine[j], rank);
+                ring_place(job, seq, base, mine[j], rank);
         }
         at += 2 * warps;
         mine[0] = __ldcg(cands + at % TOPK_CANDS);

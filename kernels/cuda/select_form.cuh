@@ -18,7 +18,7 @@
 struct select_params {
     struct topk_job job;
     const float *q;
-    uint32_t dims, early;
+    uint32_t dims;
 };
 
 /* Lane's part of the quantised query: eight pairs of int16, and the scale of all. */
@@ -68,6 +68,31 @@ template <int kRowBytes> struct fast_form {
             int high = query.scale > 0 ? kvki_quantized(x[2 * i + 1], query.scale) : 0;
             query.pairs[i] = (low & 0xffff) | (int)((uint32_t)high << 16);
         }
+    }
+
+    /* The same with a stage of 16 kLanes numbers in shared memory, to which each lane of the warp
+     * quantises a few. */
+    __device__ void load_query_shared(const struct select_params *p, uint32_t seq, int16_t *stage)
+    {
+        constexpr uint32_t kEach = 16u * kLanes / 32u;
+        uint32_t lane = threadIdx.x & 31u, first = lane * kEach;
+        const float *q = p->q + (size_t)seq * p->dims;
+        float x[kEach], most = 0;
+
+#pragma unroll
+        for (uint32_t i = 0; i < kEach; i++) {
+            x[i] = first + i < p->dims ? q[first + i] : 0.0f;
+            most = fmaxf(most, fabsf(x[i]));
+        }
+        query.scale = __fdiv_rn(kvki_lanes_max(most, 32), 32767.0f);
+        __syncwarp();
+#pragma unroll
+        for (uint32_t i = 0; i < kEach; i++)
+            stage[first + i] = (int16_t)(query.scale > 0 ? kvki_quantized(x[i], query.scale) : 0);
+        __syncwarp();
+#pragma unroll
+        for (uint32_t i = 0; i < 8; i++)
+            query.pairs[i] = ((const int *)stage)[lane % kLanes * 8u + i];
     }
 
     /* Row of the group that this lane ends with. */

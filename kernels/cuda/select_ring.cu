@@ -27,19 +27,17 @@ template <class Form, bool kOne> struct ring_scan {
     uint32_t rounds, magic; /* samples a warp at most; for the division by skip - 1 */
     Form form;
     uint32_t seq; /* whose query the form holds; n_seqs: of none */
-    uint32_t n_sampled, at, ticket, n_held, *n_cands;
+    uint32_t n_sampled, lanes, at, ticket, n_held, *n_cands; /* lanes: ring_sample_lanes */
     uint32_t known, bound; /* whether all bounds are; that of one sequence */
     const uint8_t *index;  /* of one sequence */
 };
 
-/* Two barriers a launch, of which `which` is 0 or 1; arrivals go round, so nothing is set back. */
+/* Two barriers a launch, of which `which` is 0 or 1; arrivals go round, so nothing is set back. One
+ * thread calls, for what its block wrote before. */
 __device__ static inline void ring_arrive(const struct topk_job *job)
 {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        atomicInc(&job->space.counters->ring, 2u * gridDim.x - 1u);
-    }
+    __threadfence();
+    atomicInc(&job->space.counters->ring, 2u * gridDim.x - 1u);
 }
 
 __device__ static inline void ring_await(const struct topk_job *job, uint32_t which)
@@ -75,6 +73,17 @@ __device__ static inline uint32_t ring_rest(const struct ring_scan<Form, kOne> *
     return rest + q + 1; /* q skip + 1 + rest - q (skip - 1) */
 }
 
+/* The next of the rest to hand out, in lane 0, as topk_ticket: a row of tickets is shared by warps
+ * of every number, since those that find bounds come late. */
+__device__ static inline uint32_t ring_ticket(const struct topk_job *job, const struct topk_walk *w)
+{
+    uint32_t row = (blockIdx.x + threadIdx.x / 32u) % TOPK_TICKETS, ticket = 0;
+
+    if ((threadIdx.x & 31u) == 0)
+        ticket = atomicAdd(&job->space.counters->tickets[row][0], 1u);
+    return (w->own + 1) * topk_warps() + ticket * TOPK_TICKETS + row;
+}
+
 /* The warp's next group; RING_NONE: there is none. First its samples, then its own, then what is
  * handed out, for which lane 0 asks one ahead. */
 template <class Form, bool kOne>
@@ -96,7 +105,7 @@ __device__ static inline uint32_t ring_next(struct ring_scan<Form, kOne> *s)
             s->at--; /* there are no more */
             return RING_NONE;
         }
-        s->ticket = topk_ticket(&s->p->job, w);
+        s->ticket = ring_ticket(&s->p->job, w);
     }
     return ring_rest(s, rest);
 }
@@ -155,7 +164,7 @@ ring_score(struct ring_scan<Form, kOne> *s, uint32_t slot, uint32_t parity, uint
              : s->seq == job->n_seqs || group < topk->first_group[s->seq] ||
                    group >= topk->first_group[s->seq + 1]) {
         s->seq = ring_seq_of(s, group);
-        s->form.load_query(s->p, s->seq, NULL);
+        s->form.load_query_shared(s->p, s->seq, s->warp->query);
     }
     bulk_wait(&s->warp->full[slot], parity);
 #pragma unroll
@@ -195,13 +204,10 @@ __device__ static inline void ring_consider(const struct ring_scan<Form, kOne> *
 template <class Form, bool kOne>
 __device__ static inline void ring_let_go(struct ring_scan<Form, kOne> *s)
 {
-    bool known = *(volatile const uint32_t *)&s->block->n_bounds == s->p->job.n_seqs;
-
-    if (!__all_sync(KVKI_FULL_WARP, known))
+    if (!__all_sync(KVKI_FULL_WARP, bulk_ended(&s->block->known, 0)))
         return;
-    __threadfence_block();
     s->known = 1;
-    s->bound = *(volatile const uint32_t *)&s->block->bound[0];
+    s->bound = s->block->bound[0];
     for (uint32_t i = 0; i < s->n_held; i++) {
         struct ring_keys<Form> keys;
 #pragma unroll
@@ -244,53 +250,74 @@ __device__ static inline uint32_t ring_sample_key(const struct ring_scan<Form, k
     return key ? best : 0;
 }
 
-/* Counts 32 sampled keys as topk_publish does. */
+/* As topk_publish: of how many lanes of a sample the best counts; 0: the sequence is not sampled.
+ */
+template <class Form, bool kOne>
+__device__ static inline uint32_t ring_sample_lanes(const struct ring_scan<Form, kOne> *s,
+                                                    uint32_t seq)
+{
+    const struct topk_block *topk = &s->block->topk;
+    uint32_t lanes = 32, need = 0, scores = 0;
+
+    if (!topk_sampled(topk->n_rows[seq]))
+        return 0;
+    need = topk_need(&s->p->job, topk, seq, &s->walk);
+    scores = topk_sampled_groups(topk, seq, &s->walk) * ring_group<Form>::kRows;
+    while (lanes > 1 && scores / lanes < 4 * need)
+        lanes /= 2;
+    return lanes;
+}
+
+/* Counts 32 sampled keys. block_seq: the sequence of the block's own bins. */
 template <class Form, bool kOne>
 __device__ static inline void ring_count_sample(struct ring_scan<Form, kOne> *s, uint32_t seq,
                                                 uint32_t block_seq, uint32_t key)
 {
     const struct topk_job *job = &s->p->job;
-    struct topk_block *topk = &s->block->topk;
-    uint32_t best = key, lanes = 32, need = 0, scores = 0;
+    uint32_t best = key, lanes = kOne ? s->lanes : ring_sample_lanes(s, seq);
 
-    if (!topk_sampled(topk->n_rows[seq]))
+    if (lanes == 0)
         return;
-    need = topk_need(job, topk, seq, &s->walk);
-    scores = topk_sampled_groups(topk, seq, &s->walk) * ring_group<Form>::kRows;
-    while (lanes > 1 && scores / lanes < 4 * need)
-        lanes /= 2;
     for (uint32_t step = 1; step < lanes; step *= 2)
         best = max(best, __shfl_xor_sync(KVKI_FULL_WARP, best, step));
     if (key == 0 || key != best)
         return;
     atomicAdd(job->space.fine + (size_t)seq * TOPK_FINE + (key >> 16), 1u);
     if (seq == block_seq)
-        atomicAdd(&topk->bins[key >> 24], 1u);
+        atomicAdd(&s->block->topk.bins[key >> 24], 1u);
     else
         atomicAdd(job->space.coarse + (size_t)seq * TOPK_COARSE + (key >> 24), 1u);
 }
 
-/* As topk_publish, of the held samples. All threads of the block call; bins are 0. */
+/* Counts the warp's held samples; the first warp, once all warps of the block have, adds the
+ * block's bins to the list's and arrives. Bins are 0 before. */
 template <class Form, bool kOne>
 __device__ static inline void ring_publish(struct ring_scan<Form, kOne> *s)
 {
     const struct topk_job *job = &s->p->job;
-    struct topk_block *topk = &s->block->topk;
-    uint32_t last = s->walk.n_groups ? s->walk.n_groups - 1 : 0;
+    const struct topk_block *topk = &s->block->topk;
+    uint32_t lane = threadIdx.x & 31u, last = s->walk.n_groups ? s->walk.n_groups - 1 : 0;
     uint32_t block_seq =
         ring_seq_of(s, min(blockIdx.x * RING_WARPS * s->rounds * s->walk.skip, last));
 
     for (uint32_t i = 0; i < s->n_held; i++) {
         uint32_t seq = ring_seq_of(s, s->warp->held_group[i]);
         for (uint32_t j = 0; j < ring_group<Form>::kPer; j++)
-            ring_count_sample(s, seq, block_seq,
-                              ring_sample_key(s, s->warp->held[i][j][threadIdx.x & 31u]));
+            ring_count_sample(s, seq, block_seq, ring_sample_key(s, s->warp->held[i][j][lane]));
     }
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < TOPK_COARSE; i += TOPK_THREADS) {
+    __syncwarp();
+    if (lane == 0)
+        bulk_arrive(&s->block->published);
+    if (threadIdx.x >= 32u)
+        return;
+    bulk_wait(&s->block->published, 0);
+    for (uint32_t i = lane; i < TOPK_COARSE; i += 32u) {
         if (topk->bins[i])
             atomicAdd(job->space.coarse + (size_t)block_seq * TOPK_COARSE + i, topk->bins[i]);
     }
+    __syncwarp();
+    if (lane == 0)
+        ring_arrive(job);
 }
 
 /* The bound of the sequence of this warp's number, once all blocks have counted their samples. */
@@ -307,8 +334,7 @@ __device__ static inline void ring_find_bound(const struct ring_scan<Form, kOne>
     bound = topk_bound(&s->p->job, &s->block->topk, seq, &s->walk);
     if ((threadIdx.x & 31u) == 0) {
         s->block->bound[seq] = bound;
-        __threadfence_block();
-        atomicAdd(&s->block->n_bounds, 1u);
+        bulk_arrive(&s->block->known);
     }
     __syncwarp();
 }
@@ -337,12 +363,13 @@ __device__ static inline void ring_scan_all(struct ring_scan<Form, kOne> *s)
     for (uint32_t i = 0; i < RING_SLOTS; i++)
         ring_ask(s, i);
     __syncwarp();
+    if (kOne)
+        s->lanes = ring_sample_lanes(s, 0);
     for (; n < s->n_sampled; n++) {
         uint32_t slot = n % RING_SLOTS, group = s->warp->slot_group[slot];
         ring_hold(s, group, ring_score(s, slot, n / RING_SLOTS & 1u, group));
     }
     ring_publish(s);
-    ring_arrive(&s->p->job);
     ring_find_bound(s);
     for (;; n++) {
         uint32_t slot = n % RING_SLOTS, group = s->warp->slot_group[slot];
@@ -410,9 +437,11 @@ __device__ static inline void ring_conclude(struct ring_scan<Form, kOne> *s)
     uint32_t arrivals = 0;
     bool searched = job->eps != 0;
 
-    ring_arrive(job);
-    if (threadIdx.x == 0)
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        ring_arrive(job);
         ring_await(job, 1);
+    }
     __syncthreads();
     kvki_let_next_start();
     if (job->eps) {
@@ -446,24 +475,6 @@ __device__ static inline void ring_conclude(struct ring_scan<Form, kOne> *s)
     ring_finish(job, searched);
 }
 
-/* The first groups that the warp will ask for on their way to L2, as far as the length is known by
- * now: it is not read again, so that an older one costs time alone. */
-template <class Form, bool kOne>
-__device__ static inline void ring_prefetch(struct ring_scan<Form, kOne> *s)
-{
-    const struct topk_job *job = &s->p->job;
-    uint32_t n = min(*(volatile const uint32_t *)&job->seqs[0].n_rows, job->rows_max);
-    uint32_t lane = threadIdx.x & 31u, kRows = ring_group<Form>::kRows, group = 0;
-
-    ring_plan(s, (n + kRows - 1) / kRows);
-    if (lane >= RING_AHEAD || lane >= s->n_sampled + s->walk.own)
-        return;
-    group = lane < s->n_sampled ? (topk_warp() * s->rounds + lane) * s->walk.skip
-                                : ring_rest(s, topk_warp() * s->walk.own + lane - s->n_sampled);
-    if ((group + 1) * kRows <= n)
-        bulk_prefetch((const uint8_t *)job->seqs[0].index + (size_t)group * RING_BYTES, RING_BYTES);
-}
-
 template <class Form, bool kOne>
 __global__ void __launch_bounds__(TOPK_THREADS, 1) ring_kernel(const struct select_params p)
 {
@@ -473,7 +484,11 @@ __global__ void __launch_bounds__(TOPK_THREADS, 1) ring_kernel(const struct sele
     uint32_t warp = threadIdx.x / 32u;
 
     if ((threadIdx.x & 31u) < RING_SLOTS)
-        bulk_init(&block->warps[warp].full[threadIdx.x & 31u]);
+        bulk_init(&block->warps[warp].full[threadIdx.x & 31u], 1);
+    if (threadIdx.x == 0) {
+        bulk_init(&block->published, RING_WARPS);
+        bulk_init(&block->known, p.job.n_seqs);
+    }
     bulk_begin();
     for (uint32_t i = threadIdx.x; i < TOPK_COARSE; i += TOPK_THREADS)
         block->topk.bins[i] = 0;
@@ -484,13 +499,9 @@ __global__ void __launch_bounds__(TOPK_THREADS, 1) ring_kernel(const struct sele
     if (threadIdx.x * 32u < p.job.n_seqs * p.dims)
         kvki_prefetch(p.q + threadIdx.x * 32u);
     s.p = &p;
-    if (kOne && p.early)
-        ring_prefetch(&s);
     kvki_wait_for_previous();
-    if (threadIdx.x == 0) {
-        block->n_bounds = 0;
+    if (threadIdx.x == 0)
         block->parity = p.job.space.counters->parity;
-    }
     s.index = (const uint8_t *)p.job.seqs[0].index;
     topk_layout(&p.job, &block->topk, ring_group<Form>::kRows);
     s.block = block;

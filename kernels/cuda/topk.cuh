@@ -1,6 +1,6 @@
 /*
  * topk.cuh: the k best of long score lists while the scores are being made. Device code shared by
- * the scans (select.cu, vote.cu), which are single persistent grids:
+ * the scans (select.cu, select_ring.cu, vote.cu), which are single persistent grids:
  *
  *   1. every warp scores the first 32 rows of its share: a sample over the whole list; its better
  *      scores are counted by their upper 16 key bits (publish);

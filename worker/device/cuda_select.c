@@ -38,7 +38,6 @@ static kvc_status select_esa(const kvw_worker *w, const kvwi_lane *lane, kvk_str
         .n_picks = lane->n_picks,
         .workspace = lane->select_space,
         .workspace_bytes = lane->select_bytes,
-        .early = 1, /* the frame sets lengths alone */
     };
     return kvk_cuda_select(w->device->cuda, &args, stream);
 }
