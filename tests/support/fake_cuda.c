@@ -6,23 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_OPS = 32, MAX_ARGS = 512 };
-
-struct kvk_cuda_graph {
-    uint32_t n;
-    struct {
-        fake_op *fn;
-        _Alignas(16) uint8_t args[MAX_ARGS];
-    } op[MAX_OPS];
-};
-
-struct kvk_stream {
-    kvk_cuda_graph *captured; /* NULL: ops run at once */
-    uint64_t n_enqueued;
-};
-
 static atomic_bool absent;
-static atomic_uint ops_left = UINT32_MAX, copies_left = UINT32_MAX, n_graphs;
+static atomic_uint ops_left = UINT32_MAX, copies_left = UINT32_MAX;
 static atomic_uint shared_bytes = 227u << 10;
 static atomic_ullong rows_read;
 static void (*before_launch)(void *arg);
@@ -83,26 +68,6 @@ void fake_cuda_announce(void)
         before_launch(before_arg);
 }
 
-kvk_stream *fake_cuda_stream(void)
-{
-    return calloc(1, sizeof(kvk_stream));
-}
-
-uint64_t fake_cuda_enqueued(const kvk_stream *stream)
-{
-    return stream->n_enqueued;
-}
-
-void fake_cuda_stream_free(kvk_stream *stream)
-{
-    free(stream);
-}
-
-uint32_t fake_cuda_graphs(void)
-{
-    return atomic_load(&n_graphs);
-}
-
 uint64_t fake_cuda_rows_read(void)
 {
     return atomic_load(&rows_read);
@@ -160,115 +125,6 @@ kvc_status kvk_cuda_fill(kvk_cuda *cuda, void *to, uint8_t byte, size_t len_byte
     (void)cuda;
     (void)stream;
     memset(to, byte, len_bytes);
-    return KVC_OK;
-}
-
-kvc_status kvk_cuda_stream_create(kvk_cuda *cuda, kvk_stream **stream_p)
-{
-    (void)cuda;
-    *stream_p = calloc(1, sizeof(**stream_p));
-    return *stream_p == NULL ? KVC_NO_MEMORY : KVC_OK;
-}
-
-void kvk_cuda_stream_destroy(kvk_cuda *cuda, kvk_stream *stream)
-{
-    (void)cuda;
-    free(stream);
-}
-
-kvc_status kvk_cuda_stream_sync(kvk_cuda *cuda, kvk_stream *stream)
-{
-    (void)cuda;
-    (void)stream;
-    return KVC_OK;
-}
-
-/* All is done when it is enqueued, so there is nothing to wait for. */
-struct kvk_cuda_event {
-    char nothing;
-};
-
-kvc_status kvk_cuda_event_create(kvk_cuda *cuda, kvk_cuda_event **event_p)
-{
-    (void)cuda;
-    *event_p = calloc(1, sizeof(**event_p));
-    return *event_p == NULL ? KVC_NO_MEMORY : KVC_OK;
-}
-
-void kvk_cuda_event_destroy(kvk_cuda *cuda, kvk_cuda_event *event)
-{
-    (void)cuda;
-    free(event);
-}
-
-kvc_status kvk_cuda_event_record(kvk_cuda *cuda, kvk_cuda_event *event, kvk_stream *stream)
-{
-    (void)cuda;
-    (void)event;
-    (void)stream;
-    return KVC_OK;
-}
-
-kvc_status kvk_cuda_stream_wait(kvk_cuda *cuda, kvk_stream *stream, const kvk_cuda_event *event)
-{
-    (void)cuda;
-    (void)stream;
-    (void)event;
-    return KVC_OK;
-}
-
-kvc_status kvk_cuda_graph_begin(kvk_cuda *cuda, kvk_stream *stream)
-{
-    (void)cuda;
-    stream->captured = calloc(1, sizeof(*stream->captured));
-    if (stream->captured == NULL)
-        return KVC_NO_MEMORY;
-    atomic_fetch_add(&n_graphs, 1);
-    return KVC_OK;
-}
-
-kvc_status kvk_cuda_graph_end(kvk_cuda *cuda, kvk_stream *stream, kvk_cuda_graph **graph_p)
-{
-    (void)cuda;
-    *graph_p = stream->captured;
-    stream->captured = NULL;
-    return KVC_OK;
-}
-
-kvc_status kvk_cuda_graph_launch(kvk_cuda *cuda, kvk_cuda_graph *graph, kvk_stream *stream)
-{
-    kvc_status st = KVC_OK;
-    fake_cuda_announce();
-    if (stream != NULL)
-        stream->n_enqueued++;
-    for (uint32_t i = 0; st == KVC_OK && i < graph->n; i++)
-        st = graph->op[i].fn(cuda, graph->op[i].args);
-    return st;
-}
-
-void kvk_cuda_graph_destroy(kvk_cuda *cuda, kvk_cuda_graph *graph)
-{
-    (void)cuda;
-    if (graph != NULL)
-        atomic_fetch_sub(&n_graphs, 1);
-    free(graph);
-}
-
-/* Now, or when the graph that the stream is captured into runs. */
-kvc_status fake_cuda_enqueue(kvk_cuda *cuda, kvk_stream *stream, fake_op *fn, const void *args,
-                             size_t len_bytes)
-{
-    kvk_cuda_graph *graph = stream == NULL ? NULL : stream->captured;
-    if (!fake_cuda_take(&ops_left))
-        return KVC_UNSUPPORTED;
-    if (stream != NULL && graph == NULL)
-        stream->n_enqueued++;
-    if (graph == NULL)
-        return fn(cuda, args);
-    if (graph->n == MAX_OPS || len_bytes > MAX_ARGS)
-        return KVC_INVALID;
-    graph->op[graph->n].fn = fn;
-    memcpy(graph->op[graph->n++].args, args, len_bytes);
     return KVC_OK;
 }
 

@@ -1,11 +1,11 @@
 /*
  * fake_cuda.h: kvk/cuda.h without a GPU, for tests of what stands on it.
  *
- * Device memory is host memory, an op runs when it is enqueued, on the compute layer's CPU backend,
- * and a graph keeps what was enqueued and runs it again. So the results are those of a device, the
- * sanitizers see every access, and nothing can be told of timing. Device memory of whole
- * KVK_CUDA_SHARE_UNITs can be opened by other processes, and by the same. Links in place of
- * kvk_cuda.
+ * Device memory is host memory, an op runs when it is enqueued (but see fake_cuda_late), on the
+ * compute layer's CPU backend, and a graph keeps what was enqueued and runs it again. So the
+ * results are those of a device, the sanitizers see every access, and nothing can be told of
+ * timing. Device memory of whole KVK_CUDA_SHARE_UNITs can be opened by other processes, and by the
+ * same. Links in place of kvk_cuda.
  */
 #ifndef KVASIR_TEST_FAKE_CUDA_H
 #define KVASIR_TEST_FAKE_CUDA_H
@@ -42,6 +42,9 @@ uint32_t fake_cuda_held(void);
 uint32_t fake_cuda_graphs(void);
 /* Called before each graph that is launched, and each gather, once it is set; NULL: nothing. */
 void fake_cuda_before_launch(void (*fn)(void *arg), void *arg);
+/* From now on, or no longer: what a stream has to do beside another one is done only when something
+ * waits for it. */
+void fake_cuda_late(bool are_late);
 /* A stream as an engine has one; what was enqueued on it so far, copies apart. */
 kvk_stream *fake_cuda_stream(void);
 uint64_t fake_cuda_enqueued(const kvk_stream *stream);

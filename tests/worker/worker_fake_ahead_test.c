@@ -116,6 +116,27 @@ static void a_prediction_brings_rows(void **state)
     close_rig(&a);
 }
 
+/* Rows on their way are read before the tables that say where they are become others. */
+static void tables_wait_for_rows_on_their_way(void **state)
+{
+    served *s = *state;
+    ahead_rig a;
+    kvw_step *step = NULL;
+    fake_cuda_late(true);
+    open_rig(&a, s->client);
+    uint64_t read = fake_cuda_rows_read();
+    assert_ok(kvw_step_begin(a.seq, 0, a.q[0], 1, &step));
+    assert_int_equal(a.seq->device->layers[0].ahead, KVWI_AHEAD_BROUGHT);
+    assert_int_equal(fake_cuda_rows_read(), read); /* nobody has waited for them */
+    assert_ok(kvwi_cuda_tables(a.seq, false));
+    uint64_t came = fake_cuda_rows_read() - read;
+    assert_true(came > 0);
+    finish(&a, 0, step);
+    assert_int_equal(fake_cuda_rows_read() - read, came);
+    close_rig(&a);
+    fake_cuda_late(false);
+}
+
 /* Requests go out at begin, one fetch at a time; nothing is waited for until finish. */
 static void a_fetch_sets_off_at_once(void **state)
 {
@@ -179,6 +200,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(rows_are_there_before_the_query, open_served, close_served),
         cmocka_unit_test_setup_teardown(a_prediction_brings_rows, open_served, close_served),
+        cmocka_unit_test_setup_teardown(tables_wait_for_rows_on_their_way, open_served,
+                                        close_served),
         cmocka_unit_test_setup_teardown(a_fetch_sets_off_at_once, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(staging_is_yielded, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(abandoned_rows_are_nobodys, bench_open, bench_close),

@@ -87,6 +87,19 @@ kvc_status kvwi_cuda_ahead_join(kvw_step *step)
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "rows that set off");
 }
 
+kvc_status kvwi_cuda_ahead_read(kvw_seq *seq)
+{
+    kvwi_device_seq *d = seq->device;
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
+        const kvwi_device_layer *l = &d->layers[i];
+        if (l->ahead == KVWI_AHEAD_BROUGHT) {
+            st = kvk_cuda_stream_wait(d->device->cuda, d->stream, l->brought);
+        }
+    }
+    return st;
+}
+
 bool kvwi_cuda_ahead_failed(const kvw_step *step)
 {
     const kvwi_device_layer *l = layer_of(step);

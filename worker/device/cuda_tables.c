@@ -68,7 +68,7 @@ static kvc_status refresh_layer(kvw_seq *seq, uint32_t layer, uint32_t first, ui
 
 static kvc_status refresh(kvw_seq *seq, uint32_t first)
 {
-    kvc_status st = KVC_OK;
+    kvc_status st = kvwi_cuda_ahead_read(seq);
     seq->device->mixed = false;
     for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
         st = refresh_layer(seq, i, first, seq->n_blocks);

@@ -423,6 +423,8 @@ void kvwi_cuda_far_send(kvw_step *step);
 kvc_status kvwi_cuda_ahead(kvw_step *step) KVC_MUST_CHECK;
 /* What the stream does from now on finds those rows. */
 kvc_status kvwi_cuda_ahead_join(kvw_step *step) KVC_MUST_CHECK;
+/* The stream waits for what is on its way by addresses of the tables, of all layers. */
+kvc_status kvwi_cuda_ahead_read(kvw_seq *seq) KVC_MUST_CHECK;
 /* Whether what set off is not, and will not be, what was picked. */
 bool kvwi_cuda_ahead_failed(const kvw_step *step);
 /* Staging is for another step now. */
