@@ -28,7 +28,8 @@ void kvs_attend_gpu_open(kvs_server *server)
     if (!s->attend_gpu_bytes)
         return;
     kvc_status status =
-        ops ? ops->open((uint32_t)s->gpu_device, s->attend_gpu_bytes, &attender->gpu)
+        ops ? ops->open((uint32_t)s->gpu_device, s->attend_gpu_bytes,
+                        kvs_dram_segment_bytes(s->dram_bytes, s->max_value_bytes), &attender->gpu)
             : KVC_UNSUPPORTED;
     if (status == KVC_OK && kvs_disk_create("pin", 1, &attender->pins) != KVC_OK)
         KVC_LOG_WARN(SERVER, "no thread to pin dram with: the GPU attends over its tier alone");
@@ -56,6 +57,15 @@ void kvs_attend_gpu_close(kvs_server *server)
 
 /* ---- segments of dram ------------------------------------------------------------------------ */
 
+/* Once is enough to know. */
+static void gpu_lost(kvs_attender *attender)
+{
+    if (!atomic_exchange(&attender->gpu_works, false))
+        return;
+    KVC_GAUGE_SUB(attend_gpu, 1);
+    KVC_LOG_ERROR(SERVER, "the GPU failed: the CPU attends until a restart");
+}
+
 typedef struct pinning {
     kvs_job job; /* first */
     kvs_server *server;
@@ -66,8 +76,11 @@ static void pin_run(kvs_job *job)
 {
     pinning *p = (pinning *)job;
     kvs_attender *attender = p->server->attender;
-    /* a device that does not take it is told of where that is seen */
-    (void)!attender->gpu_ops->settle(attender->gpu, p->number, atomic_load(&attender->gpu_works));
+    if (attender->gpu_ops->settle(attender->gpu, p->number, atomic_load(&attender->gpu_works)) ==
+        KVC_DEVICE) {
+        KVC_COUNT(attend_gpu_failures);
+        gpu_lost(attender);
+    }
     kvs_index_unref(p->server->index, &p->value, 1);
     free(p);
 }
@@ -211,8 +224,10 @@ static uint64_t locate(kvs_attend *attend, uint32_t read)
         extra->device = server->gpu.ops->device_rows(server->gpu.tier, r->gpu_slot);
     extra->hbm = extra->device != NULL;
     if (!extra->device && in_dram(server, r)) {
-        extra->device = attender->gpu_ops->find(attender->gpu, (uint32_t)r->slot.a, extra->base);
-        if (!extra->device)
+        bool may_claim;
+        extra->device =
+            attender->gpu_ops->find(attender->gpu, (uint32_t)r->slot.a, extra->base, &may_claim);
+        if (may_claim)
             pin(server, r);
     }
     return extra->device ? bytes_of(fetch, read) : 0;
@@ -283,10 +298,8 @@ void kvs_attend_gpu_failed(kvs_attend *attend, kvc_status why)
     kvs_attender *attender = attend->fetch.server->attender;
     KVC_COUNT(attend_gpu_failures);
     forget(attend, true);
-    if (why != KVC_DEVICE || !atomic_exchange(&attender->gpu_works, false))
-        return;
-    KVC_GAUGE_SUB(attend_gpu, 1);
-    KVC_LOG_ERROR(SERVER, "the GPU failed: the CPU attends until a restart");
+    if (why == KVC_DEVICE)
+        gpu_lost(attender);
 }
 
 void kvs_attend_gpu_count(const kvs_attend *attend)

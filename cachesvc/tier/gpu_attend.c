@@ -472,7 +472,8 @@ static kvc_status count_up(kvs_gpu_attender *attender)
     return status == KVC_OK ? kvk_cuda_stream_sync(attender->cuda, lane->stream) : status;
 }
 
-static kvc_status op_open(uint32_t device, uint64_t pin_bytes, kvs_gpu_attender **attender_p)
+static kvc_status op_open(uint32_t device, uint64_t pin_bytes, uint64_t segment_bytes,
+                          kvs_gpu_attender **attender_p)
 {
     kvk_cuda *cuda;
     *attender_p = NULL;
@@ -487,7 +488,7 @@ static kvc_status op_open(uint32_t device, uint64_t pin_bytes, kvs_gpu_attender 
     attender->cuda = cuda;
     kvc_mutex_init(&attender->lock, KVC_RANK_LEAF);
     kvc_cond_init(&attender->free);
-    kvsi_gpu_pins_init(&attender->pins, cuda, pin_bytes);
+    kvsi_gpu_pins_init(&attender->pins, cuda, pin_bytes, segment_bytes);
     for (uint32_t i = 0; status == KVC_OK && i < N_LANES; i++)
         status = open_lane(attender, &attender->lanes[i]);
     if (status == KVC_OK)
@@ -511,9 +512,10 @@ static kvc_status op_settle(kvs_gpu_attender *attender, uint32_t number, bool pi
     return kvsi_gpu_pins_settle(&attender->pins, number, pin);
 }
 
-static const void *op_find(kvs_gpu_attender *attender, uint32_t number, const void *row)
+static const void *op_find(kvs_gpu_attender *attender, uint32_t number, const void *row,
+                           bool *may_claim_p)
 {
-    return kvsi_gpu_pins_find(&attender->pins, number, row);
+    return kvsi_gpu_pins_find(&attender->pins, number, row, may_claim_p);
 }
 
 const kvs_gpu_attend_ops kvsi_gpu_attend_ops = {

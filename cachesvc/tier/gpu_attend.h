@@ -33,9 +33,10 @@ typedef struct kvs_gpu_partial {
 } kvs_gpu_partial;
 
 typedef struct kvs_gpu_attend_ops {
-    /* Of dram, pin_bytes at most are pinned. UNSUPPORTED: there is no such device; NO_MEMORY;
-       DEVICE. May block. */
-    kvc_status (*open)(uint32_t device, uint64_t pin_bytes, kvs_gpu_attender **attender_p);
+    /* Of dram, whose segments have segment_bytes, pin_bytes at most are pinned. UNSUPPORTED: there
+       is no such device; NO_MEMORY; DEVICE. May block. */
+    kvc_status (*open)(uint32_t device, uint64_t pin_bytes, uint64_t segment_bytes,
+                       kvs_gpu_attender **attender_p);
     /* Every lane has been given back, and nobody pins. NULL is fine. */
     void (*close)(kvs_gpu_attender *attender);
     /* Bytes that a group takes of a lane's room; 0: the device does not take such a group. Looks
@@ -46,10 +47,13 @@ typedef struct kvs_gpu_attend_ops {
     /* Whether segment `number` of dram, which is at base, is to be pinned now, by the caller. */
     bool (*claim)(kvs_gpu_attender *attender, uint32_t number, const void *base, size_t len_bytes);
     /* After claim, while a slot of the segment is held: pins it (pin), or takes the claim back.
-       Milliseconds. Anything but OK: it stays as it is until it goes. */
+       Milliseconds. NO_MEMORY: for now nothing more is claimed; DEVICE; others: it stays as it is
+       until it goes. */
     kvc_status (*settle)(kvs_gpu_attender *attender, uint32_t number, bool pin);
-    /* Where the device reads a row of that segment, of which a slot is held; NULL: nowhere. */
-    const void *(*find)(kvs_gpu_attender *attender, uint32_t number, const void *row);
+    /* Where the device reads a row of that segment, of which a slot is held; NULL: nowhere.
+     *may_claim_p: it is worth a claim. */
+    const void *(*find)(kvs_gpu_attender *attender, uint32_t number, const void *row,
+                        bool *may_claim_p);
 
     /* NULL: all lanes are taken, and the caller does not wait. */
     kvs_gpu_lane *(*take)(kvs_gpu_attender *attender, bool wait);

@@ -89,6 +89,7 @@ static int setup(void **state)
     fake_cuda_copies(UINT32_MAX);
     fake_cuda_ops(UINT32_MAX);
     fake_cuda_shared(227u << 10);
+    fake_cuda_registers(KVC_OK);
 #endif
     return a_setup(state);
 }
@@ -367,6 +368,39 @@ static void test_a_gpu_that_fails(void **state)
     }
 }
 
+/* Pinning tells, too, that the GPU is lost; memory that cannot be locked now is not asked for by
+ * every call, and costs nothing else. */
+static void test_pinning_fails(void **state)
+{
+    a_server *f = *state;
+    uint64_t failed = metric(KVC_M_attend_gpu_failures);
+    f->h.settings.attend_gpu_bytes = 64u << 20;
+    fake_cuda_registers(KVC_NO_MEMORY);
+    a_start(f, &large, N_BLOCKS);
+    a_choose(&large, picks, ranks);
+    uint32_t asked = fake_cuda_asked_to_register();
+    for (uint32_t i = 0; i < 60000 && fake_cuda_asked_to_register() == asked; i++) {
+        assert_int_equal(ask(f, &large, "no memory to pin"), 0);
+        usleep(1000);
+    }
+    assert_int_equal(fake_cuda_asked_to_register(), asked + 1);
+    assert_int_equal(metric(KVC_M_attend_gpu), 1);
+    a_stop(f);
+    assert_int_equal(metric(KVC_M_attend_gpu_failures), failed);
+    fake_cuda_registers(KVC_DEVICE);
+    a_start(f, &large, N_BLOCKS);
+    a_choose(&large, picks, ranks);
+    assert_int_equal(metric(KVC_M_attend_gpu), 1);
+    assert_int_equal(ask(f, &large, "lost while it is pinned"), 0);
+    wait_metric(KVC_M_attend_gpu, 0);
+    assert_int_equal(metric(KVC_M_attend_gpu_failures), failed + 1);
+    fake_cuda_registers(KVC_OK);
+    asked = fake_cuda_asked_to_register();
+    assert_int_equal(ask(f, &large, "and not asked again"), 0);
+    a_stop(f);
+    assert_int_equal(fake_cuda_asked_to_register(), asked);
+}
+
 /* What it refuses though it said that it takes it costs one call, and no more; others it has. */
 static void test_an_op_is_refused(void **state)
 {
@@ -491,6 +525,7 @@ int main(int argc, char **argv)
         TEST(test_a_segment_goes),
 #ifndef KVS_TEST_DEVICE
         TEST(test_a_gpu_that_fails),
+        TEST(test_pinning_fails),
         TEST(test_an_op_is_refused),
         TEST(test_a_small_device),
         TEST(test_no_gpu),

@@ -36,6 +36,12 @@ void fake_cuda_ops(uint32_t n);
 /* Shared memory that a block may have, 227 KiB (sm_90) at first; ops that need more are
  * UNSUPPORTED. */
 void fake_cuda_shared(uint32_t bytes);
+/* kvk_cuda_register answers this from now on, if it is not OK. */
+void fake_cuda_registers(kvc_status status);
+/* How often it was called. */
+uint32_t fake_cuda_asked_to_register(void);
+/* Called before each kvk_cuda_unregister; NULL: nothing. */
+void fake_cuda_before_unregister(void (*fn)(void *arg), void *arg);
 /* Memory that was taken and not given back; registrations likewise. */
 uint32_t fake_cuda_held(void);
 /* Graphs that were made and not destroyed. */

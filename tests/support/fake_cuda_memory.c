@@ -30,7 +30,10 @@ typedef struct given {
 static pthread_mutex_t memory_lock = PTHREAD_MUTEX_INITIALIZER;
 static given *memories; /* guarded by memory_lock */
 static atomic_bool no_sharing, no_export;
-static atomic_uint flushes;
+static atomic_uint flushes, n_registers;
+static atomic_int registers = KVC_OK;
+static void (*before_unregister)(void *arg);
+static void *before_unregister_arg;
 static atomic_ullong device_bytes;
 static atomic_uint held, left = UINT32_MAX;
 
@@ -263,12 +266,32 @@ void kvk_cuda_share_close(kvk_cuda *cuda, void *memory)
     free(m);
 }
 
+void fake_cuda_registers(kvc_status status)
+{
+    atomic_store(&registers, (int)status);
+}
+
+uint32_t fake_cuda_asked_to_register(void)
+{
+    return atomic_load(&n_registers);
+}
+
+void fake_cuda_before_unregister(void (*fn)(void *arg), void *arg)
+{
+    before_unregister = fn;
+    before_unregister_arg = arg;
+}
+
 kvc_status kvk_cuda_register(kvk_cuda *cuda, void *host, size_t len_bytes, int read_only,
                              void **device_p)
 {
+    kvc_status status = (kvc_status)atomic_load(&registers);
     (void)cuda;
     (void)len_bytes;
     (void)read_only;
+    atomic_fetch_add(&n_registers, 1);
+    if (status != KVC_OK)
+        return status;
     atomic_fetch_add(&held, 1);
     *device_p = host;
     return KVC_OK;
@@ -278,5 +301,7 @@ void kvk_cuda_unregister(kvk_cuda *cuda, void *host)
 {
     (void)cuda;
     (void)host;
+    if (before_unregister != NULL)
+        before_unregister(before_unregister_arg);
     atomic_fetch_sub(&held, 1);
 }
