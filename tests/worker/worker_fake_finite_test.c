@@ -3,6 +3,7 @@
  * engine's device memory, where only the device looks: over a fake of one.
  */
 #include "bench.h"
+#include "fake_cuda.h"
 #include "fake_rig.h"
 #include "oracle.h"
 
@@ -16,7 +17,8 @@ typedef struct setup {
     uint32_t dims;
 } setup;
 
-static void set_up(setup *s, kvc_client *client, const char *selector, uint64_t row_dtype)
+static void set_up_caching(setup *s, kvc_client *client, const char *selector, uint64_t row_dtype,
+                           double reselect_cos)
 {
     uint32_t reused = 0;
     memset(s, 0, sizeof(*s));
@@ -24,6 +26,7 @@ static void set_up(setup *s, kvc_client *client, const char *selector, uint64_t 
     s->dims = FAKE_DIMS;
     s->r.opts.device_memory = 1;
     s->r.opts.selector = selector;
+    s->r.opts.reselect_cos = reselect_cos;
     s->r.k_scale = 0.5; /* votes that are not one token's */
     s->r.opts.row_dtype = row_dtype;
     s->r.opts.n_q_heads = row_dtype != 0 ? 16 : s->r.opts.n_q_heads;
@@ -33,6 +36,11 @@ static void set_up(setup *s, kvc_client *client, const char *selector, uint64_t 
     rig_open(&s->r);
     assert_ok(kvw_seq_create(s->r.worker, NULL, 0, &s->seq, &reused));
     rig_prefill(&s->r, s->seq, 0, FIRST, NULL, NULL);
+}
+
+static void set_up(setup *s, kvc_client *client, const char *selector, uint64_t row_dtype)
+{
+    set_up_caching(s, client, selector, row_dtype, 0);
 }
 
 static void tear_down(setup *s)
@@ -126,6 +134,55 @@ static void a_pass_is_refused_and_repeated(void **state)
             rig_decode(&s.r, s.seq, first, first + 20, oracle_check_step, &s.dims);
         kvw_stats stats = stats_of(s.seq);
         assert_int_equal(stats.steps_device, stats.steps);
+        tear_down(&s);
+    }
+}
+
+/* What a refused step selected is kept by no other one. */
+static void picks_of_a_refused_step_are_not_kept(void **state)
+{
+    (void)state;
+    for (int parts = 0; parts < 2; parts++) {
+        setup s;
+        set_up_caching(&s, NULL, "tokenselect", 0, -1.0); /* whatever the query */
+        assert_ok(kvw_tokens(s.seq, s.r.tokens + FIRST, 1));
+        given bad = given_of(&s.r, 0, FIRST, 1), good = given_of(&s.r, 0, FIRST, 1);
+        bad.k[0] = 0x7f80;
+        uint64_t reselects = stats_of(s.seq).reselects;
+        assert_not_finite(forward(&s, 0, &bad, 1, parts != 0));
+        assert_int_equal(stats_of(s.seq).reselects, reselects);
+        assert_ok(forward(&s, 0, &good, 1, parts != 0));
+        assert_int_equal(stats_of(s.seq).reselects, reselects + 1u);
+        const rig_step done = {
+            .seq = s.seq, .layer = 0, .first = FIRST, .n = 1, .out = good.q, .lse = good.lse};
+        oracle_check_step(&s.dims, &s.r, &done);
+        given_free(&bad);
+        given_free(&good);
+        tear_down(&s);
+    }
+}
+
+/* An append that fails halfway has the device done with it: what it found is not the next one's. */
+static void an_append_that_fails_leaves_nothing_to_find(void **state)
+{
+    (void)state;
+    for (uint32_t n_ops = 1; n_ops < 3; n_ops++) { /* looked at only; one block's rows too */
+        setup s;
+        set_up(&s, NULL, "esa", 0);
+        assert_ok(kvw_tokens(s.seq, s.r.tokens + FIRST, N));
+        given bad = given_of(&s.r, 0, FIRST, N), good = given_of(&s.r, 0, FIRST, N);
+        bad.k[0] = 0x7f80;
+        uint64_t syncs = stats_of(s.seq).host_syncs;
+        fake_cuda_ops(n_ops);
+        assert_int_equal(kvw_append(s.seq, 0, bad.k, bad.v, N), KVC_UNSUPPORTED);
+        fake_cuda_ops(UINT32_MAX);
+        assert_true(stats_of(s.seq).host_syncs > syncs);
+        assert_ok(forward(&s, 0, &good, N, false));
+        const rig_step done = {
+            .seq = s.seq, .layer = 0, .first = FIRST, .n = N, .out = good.q, .lse = good.lse};
+        oracle_check_step(&s.dims, &s.r, &done);
+        given_free(&bad);
+        given_free(&good);
         tear_down(&s);
     }
 }
@@ -241,6 +298,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_pass_is_refused_and_repeated),
+        cmocka_unit_test(picks_of_a_refused_step_are_not_kept),
+        cmocka_unit_test(an_append_that_fails_leaves_nothing_to_find),
         cmocka_unit_test(a_value_that_is_not_coded_may_be_anything),
         cmocka_unit_test(without_a_step_it_is_taken_back),
         cmocka_unit_test_setup_teardown(it_never_reaches_the_store, bench_open, bench_close),

@@ -6,6 +6,7 @@
  * ring from there; all others go to the ring, and from there, or beside it, to the buffers, which
  * are the host's: d->n_writes counts that.
  */
+#include "base/log.h"
 #include "state.h"
 
 /* A pass in one layer that is being appended: its rows as they come. */
@@ -173,7 +174,10 @@ kvc_status kvwi_cuda_append_pass(kvw_seq *seq, uint32_t layer, const void *k, co
     if (st == KVC_OK) {
         st = digest(seq, layer, &in);
     }
-    if (st != KVC_OK) {
+    if (st != KVC_OK) { /* what was enqueued reads the caller's memory, and may set bad */
+        if (kvwi_cuda_sync(seq) != KVC_OK) {
+            KVC_LOG_WARN(WORKER, "an append failed and the device does not answer");
+        }
         return kvwi_cuda_fail(st, "append");
     }
     l->unchecked = l->bad != NULL;

@@ -502,11 +502,15 @@ kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out, float
     if (st == KVC_OK) {
         st = run(step, &(outputs){out, lse}, &n_far);
     }
-    if (st == KVC_OK) {
+    bool was_run = st == KVC_OK;
+    if (was_run) {
         st = kvwi_cuda_finite(seq, step->layer);
     }
     if (st != KVC_OK) {
         kvwi_cuda_step_abandon(step);
+        if (was_run) { /* its token is none of the layer's */
+            kvwi_cuda_cache_lose(step);
+        }
         return st;
     }
     kvwi_cuda_step_done(step, *l->lane.n_misses, n_far);
