@@ -108,6 +108,39 @@ class Closing(unittest.TestCase):
             other.tokens([3])
             batch.close()
 
+    def waits(self, sequence, batch):
+        """Whether closing it in a thread waits for a call on the batch."""
+        closer = threading.Thread(target=sequence.close)
+        with batch._handle:
+            closer.start()
+            closer.join(0.2)
+            waited = closer.is_alive()
+        closer.join(60)
+        self.assertFalse(closer.is_alive())
+        return waited
+
+    def test_a_sequence_that_moved_waits_for_its_batch(self):
+        with opened() as worker, kvasir.Batch(worker, 2) as a, kvasir.Batch(worker, 2) as b:
+            s, t = prefilled(worker, 1), prefilled(worker, 2)
+            self.step(a, [s])
+            self.step(b, [s])
+            self.step(a, [t])
+            self.assertTrue(self.waits(s, b))
+            self.step(b, [t])
+            self.assertTrue(self.waits(t, b))
+
+    def test_a_call_that_is_refused_moves_nobody(self):
+        with opened() as worker, kvasir.Batch(worker, 2) as a, kvasir.Batch(worker, 2) as b:
+            s, t, u = (prefilled(worker, i) for i in (1, 2, 2))
+            q, k, v = (x[:2] for x in tokens_of(0)[0])
+            self.step(a, [s, t])
+            with self.assertRaisesRegex(kvasir.KvasirError, "the same"):
+                a.forward([u, u], 0, q, k, v)
+            with self.assertRaisesRegex(kvasir.KvasirError, "the same"):
+                b.forward([s, s], 0, q, k, v)
+            self.assertTrue(self.waits(s, a))
+            self.assertTrue(self.waits(t, a))
+
     def test_closing_from_another_thread_waits(self):
         """Sequences and batch are closed by threads while one steps them; none gets in between."""
         with opened() as worker:

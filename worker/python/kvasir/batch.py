@@ -3,31 +3,10 @@
 import contextlib
 import ctypes
 import sys
-import threading
 
 from . import _lib, tensors
 from ._handle import Handle
-from .errors import KvasirError
-
-
-class Home:
-    """
-    What a batch and the sequences that it stepped last share: on a GPU these are on its stream, so
-    closing one of them waits for calls on all. The lock is for those that close.
-    """
-
-    def __init__(self):
-        self.lock = threading.RLock()
-        self.handle, self.members = None, ()
-
-    @contextlib.contextmanager
-    def alone(self):
-        """No call on what is open of it runs inside."""
-        with self.lock, contextlib.ExitStack() as held:
-            for handle in (self.handle, *(s.handle for s in self.members)):
-                with contextlib.suppress(KvasirError):
-                    held.enter_context(handle)
-            yield
+from ._home import Home, alone
 
 
 class Batch:
@@ -47,9 +26,9 @@ class Batch:
         self._stream = None if worker.device == "cpu" else tensors.current_stream(worker.device)
 
         def close(pointer):
-            with home.alone():
+            with alone([home]):
                 lib.kvw_batch_close(pointer)
-                home.members = ()
+                home.keep(())
 
         with worker.handle as owner:
             code = lib.kvw_batch_open(owner, n_max, self._stream, ctypes.byref(ptr))
@@ -82,9 +61,10 @@ class Batch:
             held.enter_context(self.worker.causes())
             by_id = {id(s): held.enter_context(s.handle) for s in sorted(sequences, key=id)}
             pointers = (ctypes.c_void_p * n)(*(by_id[id(s)].value for s in sequences))
-            self._move_in(sequences)
+            self._home.admit(sequences)
             code = lib.kvw_batch_forward(ptr, pointers, n, layer, *args)
             _lib.check(code, "kvw_batch_forward")
+            self._home.keep(sequences)
         return out
 
     def _check_stream(self):
@@ -96,15 +76,6 @@ class Batch:
     def _address(self, what, x, shape, writable=False, dtype=None):
         w = self.worker
         return tensors.address(what, x, dtype or w.dtype, shape, writable, w.device)
-
-    def _move_in(self, sequences):
-        if tuple(sequences) == self._home.members:
-            return
-        for sequence in self._home.members:
-            sequence.home[0] = None
-        self._home.members = tuple(sequences)
-        for sequence in sequences:
-            sequence.home[0] = self._home
 
     def close(self):
         """Its sequences are on their own again; twice, and from any thread, is fine. Blocks."""

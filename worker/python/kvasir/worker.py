@@ -15,6 +15,7 @@ import numpy as np
 from . import _abi, _lib, tensors
 from ._group import AllReduce
 from ._handle import Handle
+from ._home import alone
 from .errors import KvasirError, Status
 
 
@@ -246,7 +247,7 @@ class Sequence:
     def __init__(self, worker, tokens, adapter=None, salt=None):
         self._handle = None
         self._dropped = []  # steps that nobody holds any more
-        home = self.home = [None]  # of the batch that it is in (batch.Home)
+        homes = self.homes = []  # of the batches that it may be in
         self.worker = worker
         lib, ids, ptr, reused = _lib.load(), tensors.token_ids(tokens), ctypes.c_void_p(), _u32()
         self._stream = None if worker.device == "cpu" else tensors.current_stream(worker.device)
@@ -266,7 +267,7 @@ class Sequence:
             destroy = lib.kvw_seq_destroy
 
             def leave(pointer):
-                with contextlib.nullcontext() if home[0] is None else home[0].alone():
+                with alone(tuple(homes)):
                     destroy(pointer)
 
             self._handle = Handle(
