@@ -310,7 +310,7 @@ static void compute_run(kvs_job *job)
             status == KVC_NO_MEMORY ? "no memory to attend"
             : status == KVC_AGAIN   ? "the buffers are in use: none is left to attend with"
             : status == KVC_INVALID ? "these queries cannot be attended with"
-                                    : "nobody waited any more between two groups");
+                                    : "nobody waited any more before the last group");
 }
 
 static void hand_over(kvs_fetch *fetch)

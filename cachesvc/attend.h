@@ -67,7 +67,7 @@ void kvs_attend_close(kvs_server *server);
 
 /*
  * Every group's o and lse to out [out_bytes]. On an attender's thread. CANCELLED, TIMED_OUT (asked
- * between groups), AGAIN (no buffer is left), NO_MEMORY, INVALID (numbers that the backend
+ * before each group), AGAIN (no buffer is left), NO_MEMORY, INVALID (numbers that the backend
  * refuses).
  */
 kvc_status kvs_attend_compute(kvs_attend *attend, char *out) KVC_MUST_CHECK;
@@ -80,7 +80,8 @@ void kvs_attend_gpu_close(kvs_server *server);
    has segments of dram pinned that it would have needed. */
 void kvs_attend_gpu_choose(kvs_attend *attend);
 /* A lane for a call that has such rows; NULL: it has none, or the CPU is as good, since every lane
-   is taken. Then nothing is left to a GPU, and what is nowhere else answers AGAIN. */
+   is taken, or is so until the call's deadline. Then nothing is left to a GPU, and what is nowhere
+   else answers AGAIN. */
 kvs_gpu_lane *kvs_attend_gpu_take(kvs_attend *attend);
 /* It refused a group: no call asks it for such a one again. */
 void kvs_attend_gpu_refused(kvs_attender *attender, const kvs_attend_group *group);

@@ -287,7 +287,7 @@ kvs_gpu_lane *kvs_attend_gpu_take(kvs_attend *attend)
     }
     kvs_gpu_lane *lane = NULL;
     if (any && atomic_load(&attender->gpu_works))
-        lane = attender->gpu_ops->take(attender->gpu, must);
+        lane = attender->gpu_ops->take(attender->gpu, must, fetch->call->deadline_ns);
     if (any && !lane)
         forget(attend, true);
     return lane;

@@ -3,10 +3,9 @@
  * the addresses of its rows, and one of a GPU over those that were left to it; the GPU merges.
  *
  * An attender's thread. Nothing is copied but queries and results: rows in dram are read where they
- * lie, those of lmdb from the buffer they were read into. All groups are set off on the GPU, and
- * waited for once. A group's memory is the largest group's,
- * taken once a call from the buffers of answers, whose cap counts it; so is what the compute layer
- * needs for itself.
+ * lie, those of lmdb from the buffer they were read into. All groups are set off on the GPU before
+ * the CPU begins, and waited for once. A group's memory is the largest group's, taken once a call
+ * from the buffers of answers, whose cap counts it; so is what the compute layer needs for itself.
  */
 #include <math.h>
 #include <string.h>
@@ -113,14 +112,13 @@ static void take(work *w, const kvc_request *req, size_t len_bytes)
 }
 
 /* Queries in f32, rotated where that is asked for. */
-static kvc_status take_queries(work *w, const kvs_attend *attend, const kvs_attend_group *group)
+static kvc_status convert_queries(work *w, const kvs_attend_group *group)
 {
     kvk_backend *be = w->attender->backend;
     const kvc_attend_query *query = group->query;
     uint32_t width = query->n_q_heads * group->dim;
     kvk_rows in = {w->raw, width * kvk_dtype_bytes((kvk_dtype)query->q_dtype),
                    (kvk_dtype)query->q_dtype};
-    take(w, &attend->fetch.call->req, group->q_bytes); /* else those before are still there */
     if (!query->q_positions) {
         const kvk_convert_args args = {.in = in, .n = query->n_q, .width = width, .out = w->q};
         return kvk_backend_ops(be)->convert(be, &args, NULL);
@@ -206,9 +204,7 @@ static kvc_status begin_on_gpu(work *w, kvs_attend_group *group)
 {
     const kvs_gpu_attend_ops *ops = w->attender->gpu_ops;
     const kvs_gpu_group on_gpu = {args_of(w, group, &w->device), group->row_bytes};
-    group->partial.n = 0;
-    if (w->device.n)
-        w->gpu = ops->attend(w->lane, &on_gpu, &group->partial);
+    w->gpu = ops->attend(w->lane, &on_gpu, &group->partial);
     if (w->gpu == KVC_UNSUPPORTED)
         kvs_attend_gpu_refused(w->attender, group);
     return w->gpu;
@@ -226,8 +222,6 @@ static kvc_status attend_here(work *w, kvs_attend_group *group)
 {
     kvk_backend *be = w->attender->backend;
     const kvk_attend_args args = args_of(w, group, &w->here);
-    if (group->partial.n && !w->here.n)
-        return KVC_OK;
     kvc_status status = kvk_backend_ops(be)->attend(be, &args, NULL);
     if (status == KVC_NO_MEMORY)
         return KVC_AGAIN; /* other calls have the bytes, for now */
@@ -238,34 +232,50 @@ static kvc_status attend_here(work *w, kvs_attend_group *group)
     return status;
 }
 
-static kvc_status attend_group(work *w, const kvs_attend *attend, kvs_attend_group *group)
+/* What one of the two does of a group, which needs nothing but its place in the payload where it
+ * has no rows. */
+static kvc_status visit_group(work *w, const kvs_attend *attend, kvs_attend_group *group,
+                              bool on_gpu)
 {
+    take(w, &attend->fetch.call->req, group->q_bytes); /* else those before are still there */
+    list_rows(w, &attend->fetch, group);
+    if (on_gpu ? !w->device.n : group->partial.n && !w->here.n)
+        return KVC_OK;
     kvc_status status = frequencies(w, group);
     if (status == KVC_OK)
-        status = take_queries(w, attend, group);
+        status = convert_queries(w, group);
     if (status != KVC_OK)
         return status;
-    list_rows(w, &attend->fetch, group);
-    status = begin_on_gpu(w, group);
-    return status == KVC_OK ? attend_here(w, group) : status;
+    return on_gpu ? begin_on_gpu(w, group) : attend_here(w, group);
 }
 
-static kvc_status attend_groups(work *w, const kvs_attend *attend, char *out)
+static kvc_status visit_groups(work *w, const kvs_attend *attend, bool on_gpu)
 {
+    kvc_status status = KVC_OK;
     w->piece = 0;
     w->piece_off_bytes = 0;
+    for (uint32_t g = 0; status == KVC_OK && g < attend->fetch.n_groups; g++) {
+        status = kvs_given_up(attend->fetch.call);
+        if (status == KVC_OK)
+            status = visit_group(w, attend, &attend->groups[g], on_gpu);
+    }
+    return status;
+}
+
+/* The GPU has all of its groups before the CPU begins with the first of its own. */
+static kvc_status attend_groups(work *w, const kvs_attend *attend, char *out)
+{
+    kvc_status status = KVC_OK;
     w->gpu = KVC_OK;
     for (uint32_t g = 0; g < attend->fetch.n_groups; g++) {
         kvs_attend_group *group = &attend->groups[g];
-        kvc_status status = g ? kvs_given_up(attend->fetch.call) : KVC_OK;
+        group->partial.n = 0;
         group->out = out;
-        if (status == KVC_OK)
-            status = attend_group(w, attend, group);
-        if (status != KVC_OK)
-            return status;
         out += group->o_bytes + group->lse_bytes;
     }
-    return KVC_OK;
+    if (w->lane)
+        status = visit_groups(w, attend, true);
+    return status == KVC_OK ? visit_groups(w, attend, false) : status;
 }
 
 /* What the GPU has been set off on. */

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "gpu_pins.h"
 #include "tier_registry.h"
 
@@ -381,16 +382,19 @@ static kvc_status op_finish(kvs_gpu_lane *lane)
 
 /* ---- lanes ----------------------------------------------------------------------------------- */
 
-static kvs_gpu_lane *op_take(kvs_gpu_attender *attender, bool wait)
+static kvs_gpu_lane *op_take(kvs_gpu_attender *attender, bool wait, uint64_t until_ns)
 {
     kvs_gpu_lane *found = NULL;
     kvc_mutex_lock(&attender->lock);
     for (;;) {
         for (uint32_t i = 0; found == NULL && i < N_LANES; i++)
             found = attender->lanes[i].busy ? NULL : &attender->lanes[i];
-        if (found != NULL || !wait)
+        if (found != NULL || !wait || (until_ns != 0 && kvc_expired(until_ns)))
             break;
-        kvc_cond_wait(&attender->free, &attender->lock);
+        if (until_ns == 0)
+            kvc_cond_wait(&attender->free, &attender->lock);
+        else
+            (void)!kvc_cond_wait_until(&attender->free, &attender->lock, until_ns);
     }
     if (found != NULL)
         found->busy = true;

@@ -55,8 +55,9 @@ typedef struct kvs_gpu_attend_ops {
     const void *(*find)(kvs_gpu_attender *attender, uint32_t number, const void *row,
                         bool *may_claim_p);
 
-    /* NULL: all lanes are taken, and the caller does not wait. */
-    kvs_gpu_lane *(*take)(kvs_gpu_attender *attender, bool wait);
+    /* NULL: all lanes are taken, and the caller does not wait, or has waited until then (0: for
+       ever). */
+    kvs_gpu_lane *(*take)(kvs_gpu_attender *attender, bool wait, uint64_t until_ns);
     /* Enqueues; copies what it needs. UNSUPPORTED: the device does not take it after all; AGAIN:
        the lane's room is used up; DEVICE. */
     kvc_status (*attend)(kvs_gpu_lane *lane, const kvs_gpu_group *group,

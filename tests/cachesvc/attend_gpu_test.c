@@ -1,110 +1,15 @@
 /*
  * attend_gpu_test.c: AttendRows on the server's GPU against attention in double: rows of dram that
- * are pinned and rows of the gpu tier, groups that a GPU and the CPU share, calls that stay on the
- * CPU, and a GPU that fails in the middle.
+ * are pinned and rows of the gpu tier, groups that a GPU and the CPU share, and calls that stay on
+ * the CPU.
  *
  * Over a fake of kvk/cuda.h, which counts the rows that it reads; with KVS_TEST_DEVICE on a GPU,
  * without what only a fake can do. What a thread of the server's does is waited for, 60 s at most.
  */
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <unistd.h>
 
-#include "attend_rig.h"
-#include "base/metrics.h"
-#include "kvk/cuda.h"
-#ifndef KVS_TEST_DEVICE
-#include "fake_cuda.h"
-#endif
-
-static uint32_t picks[MAX_PICKS], ranks[MAX_PICKS];
-static a_partial got, want, other;
-
-/* Llama-3-8B's heads: 300 rows of 4 KiB are worth a GPU. */
-static const a_shape large = {
-    .n_q = 1,
-    .n_q_heads = 32,
-    .kv_heads = 8,
-    .dim = 128,
-    .dtype = KVC_DTYPE_BF16,
-    .q_dtype = KVC_DTYPE_BF16,
-    .o_dtype = KVC_DTYPE_F32,
-    .rope = KVC_ROPE_PLAIN,
-    .n_picks = 300,
-};
-
-static uint64_t metric(kvc_metric m)
-{
-    return kvc_metric_get(m);
-}
-
-static void wait_metric(kvc_metric m, uint64_t want_value)
-{
-    for (uint32_t i = 0; i < 60000 && metric(m) != want_value; i++)
-        usleep(1000);
-    assert_int_equal(metric(m), want_value);
-}
-
-static uint64_t rows_read(void)
-{
-#ifdef KVS_TEST_DEVICE
-    return 0;
-#else
-    return fake_cuda_rows_read();
-#endif
-}
-
-/* Asks once; gives how many rows the GPU attended over. */
-static uint64_t ask(a_server *f, const a_shape *s, const char *what)
-{
-    uint64_t before = metric(KVC_M_rows_attended_gpu), read = rows_read();
-    a_attend(f, s, picks, s->ranks ? ranks : NULL, s->n_picks, &got);
-    assert_int_equal(f->peer->n_missing, 0);
-    a_oracle(s, picks, s->ranks ? ranks : NULL, s->n_picks, NULL, &want);
-    a_check_equal(s, &got, &want, what);
-    uint64_t n = metric(KVC_M_rows_attended_gpu) - before;
-#ifndef KVS_TEST_DEVICE
-    assert_int_equal(rows_read() - read, n); /* it was the device that read them */
-#else
-    (void)read;
-#endif
-    return n;
-}
-
-/* A server whose dram is all pinned, by a call that the CPU attends, or begins to. */
-static void start_pinned(a_server *f, const a_shape *s)
-{
-    f->h.settings.attend_gpu_bytes = 64u << 20;
-    a_start(f, s, N_BLOCKS);
-    a_choose(s, picks, ranks);
-    (void)ask(f, s, "while it is pinned");
-    wait_metric(KVC_M_attend_gpu_pinned_bytes, 4u << 20); /* one segment has all of it */
-}
-
-static int setup(void **state)
-{
-#ifndef KVS_TEST_DEVICE
-    fake_cuda_absent(false);
-    fake_cuda_copies(UINT32_MAX);
-    fake_cuda_ops(UINT32_MAX);
-    fake_cuda_shared(227u << 10);
-    fake_cuda_registers(KVC_OK);
-#endif
-    return a_setup(state);
-}
-
-static int teardown(void **state)
-{
-    int bad = a_teardown(state);
-    bad |= metric(KVC_M_attend_gpu) != 0 || metric(KVC_M_attend_gpu_pinned_bytes) != 0;
-#ifndef KVS_TEST_DEVICE
-    fake_cuda_copies(UINT32_MAX);
-    fake_cuda_ops(UINT32_MAX);
-    bad |= fake_cuda_held() != 0;
-#endif
-    return bad;
-}
+#include "attend_gpu_rig.h"
 
 static void test_shapes_from_dram(void **state)
 {
@@ -238,15 +143,6 @@ static void test_pieces(void **state)
     a_stop(f);
 }
 
-static void prefetch(a_server *f)
-{
-    kvc_request req = {.method = KVC_PREFETCH};
-    req.u.prefetch.context = f->context;
-    req.u.prefetch.tier = KVC_TIER_GPU;
-    assert_int_equal(h_call(f->peer, &req), KVC_OK);
-    assert_int_equal(f->peer->xfer.reply.u.prefetch.left, 0);
-}
-
 /* Copies in the gpu tier are attended over there, and nothing is pinned for it. */
 static void test_rows_of_the_gpu_tier(void **state)
 {
@@ -346,163 +242,7 @@ static void test_a_segment_goes(void **state)
     a_stop(f);
 }
 
-#ifndef KVS_TEST_DEVICE
-
-/* The CPU does the whole call again, whatever the GPU was at, and the GPU is asked no more. */
-static void test_a_gpu_that_fails(void **state)
-{
-    a_server *f = *state;
-    for (uint32_t n = 0; n < 2; n++) { /* what is sent, what comes back */
-        start_pinned(f, &large);
-        uint64_t failed = metric(KVC_M_attend_gpu_failures);
-        fake_cuda_copies(n);
-        a_attend(f, &large, picks, NULL, large.n_picks, &got);
-        a_check_equal(&large, &got, &want, "the GPU fails");
-        assert_int_equal(f->peer->n_missing, 0);
-        assert_int_equal(metric(KVC_M_attend_gpu_failures), failed + 1);
-        assert_int_equal(metric(KVC_M_attend_gpu), 0);
-        fake_cuda_copies(UINT32_MAX);
-        assert_int_equal(ask(f, &large, "it is not asked again"), 0);
-        assert_int_equal(metric(KVC_M_attend_gpu_failures), failed + 1);
-        a_stop(f);
-    }
-}
-
-/* Pinning tells, too, that the GPU is lost; memory that cannot be locked now is not asked for by
- * every call, and costs nothing else. */
-static void test_pinning_fails(void **state)
-{
-    a_server *f = *state;
-    uint64_t failed = metric(KVC_M_attend_gpu_failures);
-    f->h.settings.attend_gpu_bytes = 64u << 20;
-    fake_cuda_registers(KVC_NO_MEMORY);
-    a_start(f, &large, N_BLOCKS);
-    a_choose(&large, picks, ranks);
-    uint32_t asked = fake_cuda_asked_to_register();
-    for (uint32_t i = 0; i < 60000 && fake_cuda_asked_to_register() == asked; i++) {
-        assert_int_equal(ask(f, &large, "no memory to pin"), 0);
-        usleep(1000);
-    }
-    assert_int_equal(fake_cuda_asked_to_register(), asked + 1);
-    assert_int_equal(metric(KVC_M_attend_gpu), 1);
-    a_stop(f);
-    assert_int_equal(metric(KVC_M_attend_gpu_failures), failed);
-    fake_cuda_registers(KVC_DEVICE);
-    a_start(f, &large, N_BLOCKS);
-    a_choose(&large, picks, ranks);
-    assert_int_equal(metric(KVC_M_attend_gpu), 1);
-    assert_int_equal(ask(f, &large, "lost while it is pinned"), 0);
-    wait_metric(KVC_M_attend_gpu, 0);
-    assert_int_equal(metric(KVC_M_attend_gpu_failures), failed + 1);
-    fake_cuda_registers(KVC_OK);
-    asked = fake_cuda_asked_to_register();
-    assert_int_equal(ask(f, &large, "and not asked again"), 0);
-    a_stop(f);
-    assert_int_equal(fake_cuda_asked_to_register(), asked);
-}
-
-/* What it refuses though it said that it takes it costs one call, and no more; others it has. */
-static void test_an_op_is_refused(void **state)
-{
-    a_server *f = *state;
-    start_pinned(f, &large);
-    uint64_t failed = metric(KVC_M_attend_gpu_failures), read = rows_read();
-    fake_cuda_ops(0);
-    a_attend(f, &large, picks, NULL, large.n_picks, &got);
-    fake_cuda_ops(UINT32_MAX);
-    a_check_equal(&large, &got, &want, "refused");
-    assert_int_equal(rows_read(), read);
-    assert_int_equal(metric(KVC_M_attend_gpu_failures), failed + 1);
-    assert_int_equal(ask(f, &large, "the next one"), 0);
-    assert_int_equal(metric(KVC_M_attend_gpu_failures), failed + 1);
-    a_shape s = large;
-    s.n_q = 3;
-    assert_int_equal(ask(f, &s, "another shape"), s.n_picks);
-    a_stop(f);
-}
-
-/* A device of 99 KiB for a block has no room for several queries over heads of 128. */
-static void test_a_small_device(void **state)
-{
-    a_server *f = *state;
-    uint64_t failed = metric(KVC_M_attend_gpu_failures);
-    fake_cuda_shared(99u << 10);
-    start_pinned(f, &large);
-    assert_int_equal(ask(f, &large, "one query"), large.n_picks);
-    a_shape s = large;
-    s.n_q = 3;
-    assert_int_equal(ask(f, &s, "three"), 0);
-    a_stop(f);
-    s.dim = 64;
-    start_pinned(f, &s);
-    assert_int_equal(ask(f, &s, "heads of 64"), s.n_picks);
-    a_stop(f);
-    assert_int_equal(metric(KVC_M_attend_gpu_failures), failed);
-}
-
-static void test_no_gpu(void **state)
-{
-    a_server *f = *state;
-    fake_cuda_absent(true);
-    f->h.settings.attend_gpu_bytes = 64u << 20;
-    a_start(f, &large, N_BLOCKS);
-    a_choose(&large, picks, ranks);
-    assert_int_equal(metric(KVC_M_attend_gpu), 0);
-    for (int i = 0; i < 2; i++)
-        assert_int_equal(ask(f, &large, "no GPU"), 0);
-    a_stop(f);
-}
-
-#ifdef KVASIR_LMDB
-
-/* Rows that only the gpu tier and lmdb have: lmdb is not read while the GPU works; where it fails,
- * they answer AGAIN, and then come from lmdb. */
-static void test_what_dram_lacks(void **state)
-{
-    a_server *f = *state;
-    uint32_t n_gpu = 0;
-    h_temp_dir(f->dir);
-    f->h.settings.lmdb_path = f->dir;
-    f->h.settings.lmdb_bytes = 256u << 20;
-    f->h.settings.promote_percent = 0;
-    f->h.settings.gpu_bytes = 32u << 20;
-    f->h.settings.attend_gpu_bytes = 1;
-    f->h.settings.max_value_bytes = 256u << 10;
-    f->h.settings.dram_bytes = 4u << 20;
-    a_start(f, &large, N_BLOCKS);
-    prefetch(f);
-    h_schema schema;
-    const uint32_t part = 0;
-    h_schema_init(&schema, "other", 1, 4096, false);
-    assert_int_equal(h_register(f->peer, &schema), KVC_OK);
-    for (uint32_t b = 0; b < 40; b++) { /* they push the others out of dram */
-        static const uint32_t row = 3;
-        uint64_t context;
-        assert_int_equal(h_put1(f->peer, &schema, b, part, KVC_PROMISE_DURABLE), KVC_OK);
-        assert_int_equal(h_open(f->peer, &schema, b, 1, 0, &context), KVC_OK);
-        h_fetch_equal(f->peer, &schema, context, b, part, &row, 1);
-    }
-    a_choose(&large, picks, ranks);
-    uint64_t lmdb_rows = atomic_load(&f->h.server->lmdb.rows_read);
-    assert_int_equal(ask(f, &large, "the gpu and lmdb have them"), large.n_picks);
-    assert_int_equal(f->peer->xfer.reply.u.fetch_rows.rows_gpu, large.n_picks);
-    assert_int_equal(atomic_load(&f->h.server->lmdb.rows_read), lmdb_rows);
-    fake_cuda_copies(0);
-    a_attend(f, &large, picks, NULL, large.n_picks, &got);
-    for (uint32_t m = 0; m < f->peer->n_missing; m++)
-        n_gpu += f->peer->missing[m].status == KVC_AGAIN;
-    assert_true(n_gpu > 0 && n_gpu == f->peer->n_missing);
-    a_attend(f, &large, picks, NULL, large.n_picks, &got);
-    assert_int_equal(f->peer->n_missing, 0);
-    assert_int_equal(f->peer->xfer.reply.u.fetch_rows.rows_lmdb, n_gpu);
-    a_check_equal(&large, &got, &want, "from lmdb");
-    a_stop(f);
-}
-
-#endif
-#endif
-
-#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+#define TEST(name) cmocka_unit_test_setup_teardown(name, gpu_setup, gpu_teardown)
 
 int main(int argc, char **argv)
 {
@@ -523,16 +263,6 @@ int main(int argc, char **argv)
         TEST(test_rows_of_the_gpu_tier),
         TEST(test_many_at_once),
         TEST(test_a_segment_goes),
-#ifndef KVS_TEST_DEVICE
-        TEST(test_a_gpu_that_fails),
-        TEST(test_pinning_fails),
-        TEST(test_an_op_is_refused),
-        TEST(test_a_small_device),
-        TEST(test_no_gpu),
-#ifdef KVASIR_LMDB
-        TEST(test_what_dram_lacks),
-#endif
-#endif
     };
     if (argc > 1) /* some of them, for tools that are slow */
         cmocka_set_test_filter(argv[1]);
