@@ -352,11 +352,39 @@ class Refusals(unittest.TestCase):
         with torch.inference_mode():
             self.model(self.ids, past_key_values=self.kv.cache())
 
-    def refuse_runtime(self, cache):
+    def test_a_pass_that_only_some_began_breaks_its_cache(self):
+        """Of the first sequence nothing has happened: the pass may come again."""
+        ids = self.ids.expand(2, -1)
+        for fails, call in ((0, "tokens"), (1, "tokens"), (0, "truncate"), (1, "truncate")):
+            cache = self.kv.cache(ids)
+            sequence = cache.sequences[fails]
+
+            def fail(_):
+                raise KeyError("on purpose")
+
+            def run():
+                if call == "tokens":
+                    self.model(ids, past_key_values=cache)
+                else:
+                    cache.crop(-1)
+
+            with torch.inference_mode():
+                if call == "truncate":
+                    self.model(ids, past_key_values=cache)
+                setattr(sequence, call, fail)
+                with self.assertRaisesRegex(KeyError, "on purpose"):
+                    run()
+                delattr(sequence, call)
+                if fails == 0:
+                    run()
+                else:
+                    self.refuse_runtime(cache, ids)
+
+    def refuse_runtime(self, cache, ids=None):
         with self.assertRaisesRegex(
             RuntimeError, "earlier error.*on purpose"
         ), torch.inference_mode():
-            self.model(self.ids, past_key_values=cache)
+            self.model(self.ids if ids is None else ids, past_key_values=cache)
 
 
 class Models(unittest.TestCase):

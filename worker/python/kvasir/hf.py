@@ -234,8 +234,8 @@ class Attachment:
 
     def _pass(self, stock, cache, ids, kwargs):
         n = ids.shape[1]
-        for sequence, row in zip(cache.sequences, ids.cpu()):
-            sequence.tokens(row)
+        rows = ids.cpu()
+        cache.each(lambda i, sequence: sequence.tokens(rows[i]))
         if self.observer is not None and len(ids) == 1:
             self.observer.on_pass(cache, ids[0])
         hf_cache.set_current(cache)

@@ -62,7 +62,7 @@ class KvasirCache(Cache):
         self.batch = Batch(attachment.worker, len(sequences)) if len(sequences) > 1 else None
         self.n_reused = self.sequence.n_reused
         self.n_tokens = len(self.sequence)
-        self.broken = None  # the error that left layers at different lengths
+        self.broken = None  # the error that left layers or sequences at different lengths
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Keeps nothing; the attention function of the same layer appends."""
@@ -81,6 +81,18 @@ class KvasirCache(Cache):
         for i, sequence in enumerate(self.sequences):
             sequence.forward(layer, *(x[i] for x in rows), out=out[i])
         return out
+
+    def each(self, call):
+        """
+        call(i, sequence) of each. An error of the first leaves all as they were, and the call may
+        be repeated; one of another breaks the cache, whose sequences differ then.
+        """
+        for i, sequence in enumerate(self.sequences):
+            try:
+                call(i, sequence)
+            except BaseException as error:
+                self.broken = error if i else self.broken
+                raise
 
     def check(self):
         """Raises if an earlier pass failed half way."""
@@ -112,8 +124,7 @@ class KvasirCache(Cache):
         """Takes back tokens of the last pass: to max_length, or -max_length fewer."""
         keep = max_length if max_length >= 0 else self.n_tokens + max_length
         if keep < self.n_tokens:
-            for sequence in self.sequences:
-                sequence.truncate(keep)
+            self.each(lambda _, sequence: sequence.truncate(keep))
             self.n_tokens = keep
 
     def reorder_cache(self, beam_idx):
