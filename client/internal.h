@@ -448,10 +448,12 @@ static inline bool kvci_region_on_gpu(const kvc_region *region)
     return region->gpu.copy_in != NULL;
 }
 
-/* What a device has written there can be read from now on. */
+/* What a device has written there can be read from now on. DEVICE, whatever the caller's function
+   says: other statuses are answers of a server, which are judged and perhaps asked for again. */
 static inline kvc_status kvci_region_flush(const kvc_region *region)
 {
-    return region->gpu.flush == NULL ? KVC_OK : region->gpu.flush(region->gpu.arg);
+    return region->gpu.flush == NULL || region->gpu.flush(region->gpu.arg) == KVC_OK ? KVC_OK
+                                                                                     : KVC_DEVICE;
 }
 
 /* UNSUPPORTED, said, where it is a GPU's: for calls that read or sum what is there. */

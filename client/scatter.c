@@ -14,8 +14,9 @@ static void copy(kvci_cursor *cur, uint8_t *dst, const uint8_t *src, size_t len_
 {
     if (cur->dst == NULL || !kvci_region_on_gpu(cur->dst))
         memcpy(dst, src, len_bytes);
-    else if (cur->status == KVC_OK)
-        cur->status = cur->dst->gpu.copy_in(cur->dst->gpu.arg, dst, src, len_bytes);
+    else if (cur->status == KVC_OK &&
+             cur->dst->gpu.copy_in(cur->dst->gpu.arg, dst, src, len_bytes) != KVC_OK)
+        cur->status = KVC_DEVICE; /* as kvci_region_flush */
 }
 
 void kvci_copy_out(kvci_cursor *cur, uint8_t *dst, size_t len_bytes)

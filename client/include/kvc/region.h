@@ -23,7 +23,7 @@ typedef enum kvc_memory_kind { KVC_MEMORY_HOST = 1, KVC_MEMORY_CUDA = 2 } kvc_me
 /*
  * What the library cannot do itself with memory of a GPU, since it links nothing of CUDA. Both
  * functions run on threads of the library with no lock held, must not call back, and have done
- * their work when they return; anything but OK ends the fetch with that status.
+ * their work when they return; anything but OK ends the fetch, once, with DEVICE.
  */
 typedef struct kvc_region_gpu {
     size_t size_bytes; /* sizeof(kvc_region_gpu) */
