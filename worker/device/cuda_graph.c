@@ -8,12 +8,6 @@
  */
 #include "state.h"
 
-/* Whether the index meets the query as it is, or rotated by far_position. */
-static bool scores_raw(const kvw_worker *w)
-{
-    return w->inv_freq == NULL || w->projection->rope == KVWI_PROJECTION_RAW;
-}
-
 static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *lane,
                         kvwi_graph_part part, kvk_stream *stream)
 {
@@ -29,7 +23,7 @@ static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *la
         .dims = level->dims,
         .q = part == KVWI_SELECT ? lane->q_select : lane->q_in,
         .dtype = o->dtype,
-        .score_raw = scores_raw(w),
+        .score_raw = kvwi_scores_raw(w),
         .inv_freq = w->device->inv_freq,
         .proj = kvwi_layer_proj(w, w->device->query_proj, layer),
         .q_index = selects ? lane->q_index : NULL,

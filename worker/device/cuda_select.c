@@ -58,11 +58,6 @@ static size_t pass_bytes_esa(const kvw_seq *seq)
     return kvk_cuda_select_many_workspace_bytes(&args);
 }
 
-static bool scores_raw(const kvw_worker *w)
-{
-    return w->projection->rope == KVWI_PROJECTION_RAW;
-}
-
 /* Queries as the index meets them, from n of them in f32. */
 static kvc_status index_queries(kvw_step *step, const float *q, uint32_t n, bool per_head)
 {
@@ -95,8 +90,8 @@ static kvc_status select_pass_esa(kvw_step *step)
     args.n_picks = lane->n_picks;
     args.workspace = d->prefill.select;
     args.workspace_bytes = d->prefill.select_bytes;
-    kvc_status st =
-        kvwi_cuda_prefill_rotate(step, scores_raw(w), w->opts.far_position, 0, d->prefill.q_near);
+    kvc_status st = kvwi_cuda_prefill_rotate(step, kvwi_scores_raw(w), w->opts.far_position, 0,
+                                             d->prefill.q_near);
     if (st == KVC_OK) {
         st = index_queries(step, d->prefill.q_near, step->n_q, false);
     }
@@ -184,7 +179,8 @@ static kvc_status select_pass_tokenselect(kvw_step *step)
                                      .n = step->n_q,
                                      .width = w->opts.n_q_heads * w->opts.head_dim,
                                      .out = c->q_far};
-    kvc_status st = kvwi_cuda_prefill_rotate(step, scores_raw(w), w->opts.n_recent, 1, c->q_near);
+    kvc_status st =
+        kvwi_cuda_prefill_rotate(step, kvwi_scores_raw(w), w->opts.n_recent, 1, c->q_near);
     if (st == KVC_OK) {
         st = kvk_cuda_mean(d->device->cuda, &mean, d->stream);
     }

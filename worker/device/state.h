@@ -244,6 +244,12 @@ static inline bool kvwi_per_head(const kvw_worker *w)
     return w->selector->form == KVWI_PER_HEAD;
 }
 
+/* Whether the index meets queries as they are, or rotated by far_position. */
+static inline bool kvwi_scores_raw(const kvw_worker *w)
+{
+    return w->inv_freq == NULL || w->projection->rope == KVWI_PROJECTION_RAW;
+}
+
 /* A layer's matrices, of the index rows and of the queries that meet them. */
 static inline const float *kvwi_layer_proj(const kvw_worker *w, const float *proj, uint32_t layer)
 {

@@ -25,10 +25,12 @@ typedef struct kvk_cuda_token {
 
 /*
  * Begins a step (of ESA, unless per_head) of each sequence over n = n_tokens[s] tokens: queries in
- * f32 from q in dtype, and where candidates and the near window are. q_index [dims]: as
- * kvk_cuda_query's, of q rotated by far_position, or with score_raw as it is q_far   rotated by
- * far_position;  q_near  rotated by n_near - 1 n_near = min(n, n_recent + 1);  near_first = n -
- * n_near cands: n_rows = near_first - n_sink, base = n_sink; index is the caller's, and stays
+ * f32 from q in dtype, and where candidates and the near window are:
+ *   q_index [dims]: as kvk_cuda_query's, of q rotated by far_position, or with score_raw as it is
+ *   q_far: rotated by far_position; q_near: rotated by n_near - 1
+ *   n_near = min(n, n_recent + 1); near_first = n - n_near
+ *   cands: n_rows = near_first - n_sink, base = n_sink; index is the caller's, and stays
+ *
  * Rotation: as kvk_rope; without inv_freq none. q_index, q_far, q_near, n_near and cands may be
  * NULL. dims <= 256, n_kv_heads * head_dim <= 8192. expected (may be NULL): differs[s] is set to 1
  * where q is not those bytes. q NULL: only tokens. tokens, or else token for one sequence: what is

@@ -144,7 +144,10 @@ typedef struct kvw_opts {
      * 128, n_q_heads * dims above 16384, or a GPU whose blocks have too little shared memory for
      * its vote (sm_86, sm_89, sm_120). Rows in a server's memory on the same host are read by
      * the GPU where the client is on shm: contexts of the client are then mapped
-     * (kvc_client_map_contexts), which it is not to be used for elsewhere. way is not looked at.
+     * (kvc_client_map_contexts), which it is not to be used for elsewhere. Of way only "near" and
+     * "auto" differ from the others, in single tokens' steps over rows that the GPU cannot reach:
+     * by "near" their server attends, by "auto" where that has cost least and kvw_forward is
+     * called, since in parts their fetch sets off with kvw_step_begin.
      *
      * Selectors "gca" and "hsa": retrievers score, choose and attend on that GPU, which holds the
      * landmarks and each retriever's chunks; head_dim 32, 64 or 128, landmark_dim at most 4096,
