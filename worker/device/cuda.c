@@ -139,8 +139,8 @@ kvc_status kvwi_cuda_device_open(const kvw_worker *worker, uint32_t number, kvwi
     }
     device->number = number;
     kvk_cuda_describe(device->cuda, &info);
-    /* .4: counts the times that the bits of passes or steps became others */
-    (void)snprintf(device->isa, sizeof(device->isa), "sm_%u.4", info.sm);
+    /* .5: counts the times that the bits of passes or steps became others */
+    (void)snprintf(device->isa, sizeof(device->isa), "sm_%u.5", info.sm);
     *device_p = device;
     return KVC_OK;
 }
