@@ -220,7 +220,7 @@ static kvc_status attend_own(kvw_step *step)
     kvwi_device_seq *d = seq->device;
     kvwi_device_layer *l = &d->layers[step->layer];
     memset(l->status, KVC_NOT_FOUND, *l->n_far);
-    kvc_status st = kvwi_cuda_forget(seq, &l->lane, 0, l->status);
+    kvc_status st = kvwi_cuda_forget_later(seq, &l->lane, 0, l->status);
     if (st == KVC_OK) {
         st = kvwi_cuda_flush(seq, step->layer);
     }

@@ -203,7 +203,8 @@ kvc_status kvwi_cuda_step_attend(kvw_step *step, const void *q)
     return st;
 }
 
-kvc_status kvwi_cuda_forget(kvw_seq *seq, const kvwi_lane *lane, uint32_t at, const int8_t *status)
+kvc_status kvwi_cuda_forget_later(kvw_seq *seq, const kvwi_lane *lane, uint32_t at,
+                                  const int8_t *status)
 {
     kvwi_device_seq *d = seq->device;
     uint32_t stride = kvwi_stride(seq->worker);
@@ -217,9 +218,16 @@ kvc_status kvwi_cuda_forget(kvw_seq *seq, const kvwi_lane *lane, uint32_t at, co
         .res = lane->res + at,
     };
     kvc_status st = kvk_cuda_forget(d->device->cuda, &args, d->stream);
-    if (st == KVC_OK) {
-        st = kvwi_cuda_sync(seq); /* the status is the next step's too */
+    return st == KVC_OK ? st : kvwi_cuda_fail(st, "rows that did not arrive");
+}
+
+kvc_status kvwi_cuda_forget(kvw_seq *seq, const kvwi_lane *lane, uint32_t at, const int8_t *status)
+{
+    kvc_status st = kvwi_cuda_forget_later(seq, lane, at, status);
+    if (st != KVC_OK) {
+        return st;
     }
+    st = kvwi_cuda_sync(seq); /* the status is the next step's too */
     return st == KVC_OK ? st : kvwi_cuda_fail(st, "rows that did not arrive");
 }
 

@@ -405,6 +405,9 @@ void kvwi_cuda_step_done(kvw_step *step, uint32_t n_misses, uint32_t n_far);
  * status says so, or without one all. Waits. */
 kvc_status kvwi_cuda_forget(kvw_seq *seq, const kvwi_lane *lane, uint32_t at,
                             const int8_t *status) KVC_MUST_CHECK;
+/* The same, and does not wait: the status stays as it is until somebody has. */
+kvc_status kvwi_cuda_forget_later(kvw_seq *seq, const kvwi_lane *lane, uint32_t at,
+                                  const int8_t *status) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_step_begin(kvw_step *step, const void *q_select, bool whole) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_step_attend(kvw_step *step, const void *q) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_step_finish(kvw_step *step, const void *q, void *out,
