@@ -48,6 +48,7 @@ typedef struct kvs_attend_group {
     float scale, softcap;
     size_t q_bytes; /* in the payload; 0: those of the group before */
     size_t o_bytes, lse_bytes;
+    bool on_gpu;             /* a GPU takes it, and a lane has room for it */
     kvs_gpu_partial partial; /* where a GPU has a part in it: n is not 0 */
     char *out;               /* its place in the answer */
 } kvs_attend_group;

@@ -246,20 +246,32 @@ static void forget(kvs_attend *attend, bool lost)
     }
 }
 
-/* The sum over all groups that the device takes, queries included. */
-static uint64_t worth(kvs_attend *attend, uint64_t (*visit)(kvs_attend *attend, uint32_t read),
-                      size_t *room_p)
+/* Which groups a lane has room for, in their order; no value is of two groups. */
+static void fit(kvs_attend *attend)
 {
-    const kvs_attender *attender = attend->fetch.server->attender;
+    kvs_fetch *fetch = &attend->fetch;
+    const kvs_attender *attender = fetch->server->attender;
+    kvs_gpu_room left = attender->gpu_ops->lane_room, room;
+    for (uint32_t g = 0; g < fetch->n_groups; g++) {
+        kvs_attend_group *group = &attend->groups[g];
+        kvs_gpu_group shape = shape_of(group);
+        group->on_gpu = !is_refused(attender, group) &&
+                        attender->gpu_ops->room(attender->gpu, &shape, &room) &&
+                        room.in_bytes <= left.in_bytes && room.out_bytes <= left.out_bytes;
+        if (group->on_gpu) {
+            left.in_bytes -= room.in_bytes;
+            left.out_bytes -= room.out_bytes;
+        }
+    }
+}
+
+/* The sum over all groups that the GPU may have, queries included. */
+static uint64_t worth(kvs_attend *attend, uint64_t (*visit)(kvs_attend *attend, uint32_t read))
+{
     uint64_t sum = 0;
-    *room_p = 0;
     for (uint32_t g = 0; g < attend->fetch.n_groups; g++) {
         const kvs_attend_group *group = &attend->groups[g];
-        kvs_gpu_group shape = shape_of(group);
-        size_t bytes =
-            is_refused(attender, group) ? 0 : attender->gpu_ops->bytes(attender->gpu, &shape);
-        *room_p += bytes;
-        if (bytes)
+        if (group->on_gpu)
             sum += each_read(attend, group, visit) * group->query->n_q;
     }
     return sum;
@@ -267,12 +279,12 @@ static uint64_t worth(kvs_attend *attend, uint64_t (*visit)(kvs_attend *attend, 
 
 void kvs_attend_gpu_choose(kvs_attend *attend)
 {
-    const kvs_attender *attender = attend->fetch.server->attender;
-    size_t room;
-    if (!atomic_load(&attender->gpu_works) || worth(attend, could, &room) < KVS_ATTEND_GPU_BYTES ||
-        room > attender->gpu_ops->room_bytes)
+    if (!atomic_load(&attend->fetch.server->attender->gpu_works))
         return;
-    if (worth(attend, locate, &room) < KVS_ATTEND_GPU_BYTES)
+    fit(attend);
+    if (worth(attend, could) < KVS_ATTEND_GPU_BYTES)
+        return;
+    if (worth(attend, locate) < KVS_ATTEND_GPU_BYTES)
         forget(attend, false);
 }
 

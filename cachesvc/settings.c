@@ -153,7 +153,7 @@ static const kvc_setting table[] = {
      "Large AttendRows are computed on the GPU gpu_device: over rows of the gpu tier, and over as "
      "many bytes of dram, whose segments (64 MiB each, less where dram is small) are pinned for "
      "the GPU as they are attended over. Less than a segment: of the gpu tier alone. Takes some "
-     "150 MiB of that GPU's memory besides gpu_bytes. 0, or where there is no such GPU: the CPU "
+     "170 MiB of that GPU's memory besides gpu_bytes. 0, or where there is no such GPU: the CPU "
      "attends."},
     {"handshake", KVC_CONFIG_DURATION, FIELD(handshake_ns), "10s", 100 * MS, 1 * HOUR, NULL,
      "A connection that has not begun to speak HTTP/2 by then is closed."},

@@ -4,7 +4,9 @@
  * A lane belongs to whoever took it. Rows are read where they are and kept in a slab of the
  * device's for the length of a kernel, a piece of the group at a time, whose partials are merged
  * there. Everything a group needs (addresses, positions, queries) is laid out in pinned memory and
- * copied at once to the same place of a device buffer; results come back in one copy. Invariants:
+ * copied at once to the same place of a device buffer; results come back in one copy. A lane's
+ * buffer has what goes in, the results, and as much again for partials that are merged into them:
+ * those of pieces, one at a time, in the device's, and the host's in pinned memory. Invariants:
  * a lane that is free has nothing enqueued; n_busy lanes are taken.
  */
 #include "gpu_attend.h"
@@ -17,7 +19,9 @@
 #include "tier_registry.h"
 
 #define N_LANES    4u
-#define ROOM_BYTES ((size_t)4 << 20)  /* half for what goes to the device, half for what comes */
+#define IN_BYTES   ((size_t)4 << 20)    /* queries, and a dozen bytes a row */
+#define OUT_BYTES  ((size_t)2304 << 10) /* results in f32: of half as many bytes of bf16, 1 MiB */
+#define ROOM_BYTES (IN_BYTES + 2 * OUT_BYTES)
 #define SLAB_BYTES ((size_t)16 << 20) /* rows of a piece */
 #define WORK_BYTES ((size_t)16 << 20) /* what the kernels need beside them */
 #define PIECE_ROWS 8192u              /* at most */
@@ -156,24 +160,24 @@ static size_t in_bytes_of(const shape *s, const kvk_attend_args *a)
            pieces_of(s, a->n_kv) * piece;
 }
 
-/* Of one partial; a group has its result, a piece's, and what the host adds. */
+/* Of one partial. */
 static size_t partial_bytes(size_t numbers, size_t heads)
 {
     return lines(numbers * sizeof(float)) + lines(heads * sizeof(float));
 }
 
-static size_t op_bytes(const kvs_gpu_attender *attender, const kvs_gpu_group *g)
+static bool op_room(const kvs_gpu_attender *attender, const kvs_gpu_group *g, kvs_gpu_room *room_p)
 {
     shape s = shape_of(attender, g);
     if (s.piece_rows == 0 || g->attend.n_kv == 0)
-        return 0;
-    size_t in = in_bytes_of(&s, &g->attend), out = 3 * partial_bytes(s.numbers, s.heads);
-    return 2 * (in > out ? in : out); /* of the half that it takes more of */
+        return false;
+    *room_p = (kvs_gpu_room){in_bytes_of(&s, &g->attend), partial_bytes(s.numbers, s.heads)};
+    return true;
 }
 
 /* ---- a group --------------------------------------------------------------------------------- */
 
-/* Places in the lane's first half: the same offset in host and device memory. */
+/* Places in the lane: the same offset in host and device memory. */
 static size_t carve(size_t *at, size_t len_bytes)
 {
     size_t off = *at;
@@ -183,14 +187,14 @@ static size_t carve(size_t *at, size_t len_bytes)
 
 /* Where the group's parts are in a lane. */
 typedef struct layout {
-    size_t rows, positions, inv_freq, q, words; /* of the first half */
-    size_t o, lse, piece_o, piece_lse;          /* of the lane */
+    size_t rows, positions, inv_freq, q, words; /* of what goes in */
+    size_t o, lse;                              /* a piece's are OUT_BYTES behind */
 } layout;
 
 static layout lay_out(kvs_gpu_lane *lane, const shape *s, const kvk_attend_args *a)
 {
     layout l;
-    size_t in = lane->in_bytes, out = ROOM_BYTES / 2 + lane->out_bytes;
+    size_t in = lane->in_bytes, out = IN_BYTES + lane->out_bytes;
     l.rows = carve(&in, a->n_kv * sizeof(void *));
     l.positions = carve(&in, a->n_kv * sizeof(int32_t));
     l.inv_freq = carve(&in, a->head_dim / 2u * sizeof(double));
@@ -198,8 +202,6 @@ static layout lay_out(kvs_gpu_lane *lane, const shape *s, const kvk_attend_args 
     l.words = carve(&in, pieces_of(s, a->n_kv) * lines(sizeof(piece_words)));
     l.o = carve(&out, s->numbers * sizeof(float));
     l.lse = carve(&out, s->heads * sizeof(float));
-    l.piece_o = carve(&out, s->numbers * sizeof(float));
-    l.piece_lse = carve(&out, s->heads * sizeof(float));
     return l;
 }
 
@@ -320,8 +322,8 @@ static kvc_status op_attend(kvs_gpu_lane *lane, const kvs_gpu_group *g, kvs_gpu_
     memset(partial_p, 0, sizeof(*partial_p));
     if (s.piece_rows == 0 || a->n_kv == 0)
         return KVC_UNSUPPORTED;
-    size_t in = in_bytes_of(&s, a), out = 3 * partial_bytes(s.numbers, s.heads);
-    if (in > ROOM_BYTES / 2 - lane->in_bytes || out > ROOM_BYTES / 2 - lane->out_bytes)
+    size_t in = in_bytes_of(&s, a), out = partial_bytes(s.numbers, s.heads);
+    if (in > IN_BYTES - lane->in_bytes || out > OUT_BYTES - lane->out_bytes)
         return KVC_AGAIN;
     layout l = lay_out(lane, &s, a);
     float *o = (float *)(void *)(lane->device + l.o),
@@ -332,8 +334,8 @@ static kvc_status op_attend(kvs_gpu_lane *lane, const kvs_gpu_group *g, kvs_gpu_
         piece p = {first, i, n < s.piece_rows ? (n + TILE - 1) / TILE * TILE : s.piece_rows, o,
                    lse};
         if (i > 0) {
-            p.o = (float *)(void *)(lane->device + l.piece_o);
-            p.lse = (float *)(void *)(lane->device + l.piece_lse);
+            p.o = (float *)(void *)(lane->device + l.o + OUT_BYTES);
+            p.lse = (float *)(void *)(lane->device + l.lse + OUT_BYTES);
         }
         status = s.single ? attend_single(lane, g, &l, &p) : attend_several(lane, g, &l, &p);
         if (status == KVC_OK && i > 0)
@@ -357,7 +359,7 @@ static kvc_status op_add(kvs_gpu_lane *lane, const kvs_gpu_partial *partial, con
     size_t numbers = (size_t)partial->n * partial->dim;
     const shape s = {.numbers = numbers, .heads = partial->n};
     size_t to_lse = partial->off_bytes + lines(numbers * sizeof(float));
-    size_t mine = partial->off_bytes + 2 * partial_bytes(numbers, partial->n);
+    size_t mine = partial->off_bytes + OUT_BYTES;
     float *host_o = (float *)(void *)(lane->host + mine);
     float *host_lse = (float *)(void *)(lane->host + mine + lines(numbers * sizeof(float)));
     memcpy(host_o, o, numbers * sizeof(float));
@@ -369,7 +371,7 @@ static kvc_status op_add(kvs_gpu_lane *lane, const kvs_gpu_partial *partial, con
 static kvc_status op_finish(kvs_gpu_lane *lane)
 {
     kvk_cuda *cuda = lane->attender->cuda;
-    size_t first = ROOM_BYTES / 2;
+    size_t first = IN_BYTES;
     kvc_status status = KVC_OK;
     if (lane->out_bytes > 0)
         status = kvk_cuda_copy(cuda, lane->host + first, lane->device + first, lane->out_bytes,
@@ -525,8 +527,8 @@ static const void *op_find(kvs_gpu_attender *attender, uint32_t number, const vo
 const kvs_gpu_attend_ops kvsi_gpu_attend_ops = {
     .open = op_open,
     .close = op_close,
-    .bytes = op_bytes,
-    .room_bytes = ROOM_BYTES,
+    .room = op_room,
+    .lane_room = {IN_BYTES, OUT_BYTES},
     .claim = op_claim,
     .settle = op_settle,
     .find = op_find,

@@ -32,6 +32,11 @@ typedef struct kvs_gpu_partial {
     size_t off_bytes;
 } kvs_gpu_partial;
 
+/* What a group takes of a lane: for what goes to the device, and for what comes. */
+typedef struct kvs_gpu_room {
+    size_t in_bytes, out_bytes;
+} kvs_gpu_room;
+
 typedef struct kvs_gpu_attend_ops {
     /* Of dram, whose segments have segment_bytes, pin_bytes at most are pinned. UNSUPPORTED: there
        is no such device; NO_MEMORY; DEVICE. May block. */
@@ -39,10 +44,11 @@ typedef struct kvs_gpu_attend_ops {
                        kvs_gpu_attender **attender_p);
     /* Every lane has been given back, and nobody pins. NULL is fine. */
     void (*close)(kvs_gpu_attender *attender);
-    /* Bytes that a group takes of a lane's room; 0: the device does not take such a group. Looks
-       at its shape, inv_freq and k_positions being NULL or not, and n_kv. */
-    size_t (*bytes)(const kvs_gpu_attender *attender, const kvs_gpu_group *group);
-    size_t room_bytes; /* what a lane has for all groups of a call */
+    /* False: the device does not take such a group. Looks at its shape, inv_freq and k_positions
+       being NULL or not, and n_kv. */
+    bool (*room)(const kvs_gpu_attender *attender, const kvs_gpu_group *group,
+                 kvs_gpu_room *room_p);
+    kvs_gpu_room lane_room; /* what a lane has for all groups of a call */
 
     /* Whether segment `number` of dram, which is at base, is to be pinned now, by the caller. */
     bool (*claim)(kvs_gpu_attender *attender, uint32_t number, const void *base, size_t len_bytes);

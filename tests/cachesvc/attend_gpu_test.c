@@ -75,6 +75,7 @@ static void test_what_stays_on_the_cpu(void **state)
 static void test_shared_with_the_cpu(void **state)
 {
     a_server *f = *state;
+    a_ask a;
     uint64_t n = 0;
     f->h.settings.dram_bytes = 16u << 20;
     f->h.settings.attend_gpu_bytes = 1u << 20;
@@ -86,6 +87,20 @@ static void test_shared_with_the_cpu(void **state)
         n += picks[i] / H_TOKENS / 4 == picks[0] / H_TOKENS / 4;
     assert_true(n > 0 && n < large.n_picks);
     assert_int_equal(ask(f, &large, "shared"), n);
+    a_ask_init(&a, f, &large, picks, NULL, 200);
+    a.groups[1] = (kvc_row_group){f->context, 7, 100, picks + 200};
+    a.queries[1] = a.queries[0];
+    a.queries[1].same_q = true;
+    a.req.u.fetch_rows.n_groups = 2;
+    uint64_t before = metric(KVC_M_rows_attended_gpu);
+    assert_int_equal(h_call(f->peer, &a.req), KVC_OK);
+    assert_int_equal(metric(KVC_M_rows_attended_gpu) - before, n);
+    for (uint32_t g = 0; g < 2; g++) {
+        a_result(f, &large, g, &got);
+        a_oracle(&large, a.groups[g].picks, NULL, a.groups[g].n_picks, NULL, &want);
+        a_check_equal(&large, &got, &want, "one of two that are shared");
+    }
+    free(a.q);
     assert_int_equal(metric(KVC_M_attend_gpu_pinned_bytes), 1u << 20);
     a_stop(f);
 }
@@ -116,6 +131,80 @@ static void test_groups(void **state)
     a_oracle(s, picks, NULL, 300, NULL, &want);
     a_check_equal(s, &got, &want, "four groups");
     free(a.q);
+    a_stop(f);
+}
+
+/* As many queries as a call may have, and as many groups as a model has layers. */
+static void test_the_largest_calls(void **state)
+{
+    enum { N_GROUPS = 80, N = 8 };
+    static kvc_row_group groups[N_GROUPS];
+    static kvc_attend_query queries[N_GROUPS];
+    a_server *f = *state;
+    a_shape s = large;
+    a_ask a;
+    s.n_q = KVC_MAX_ATTEND_QUERIES;
+    s.o_dtype = KVC_DTYPE_BF16;
+    s.n_picks = 40;
+    start_pinned(f, &large);
+    a_ask_init(&a, f, &s, picks, NULL, s.n_picks);
+    uint64_t before = metric(KVC_M_rows_attended_gpu);
+    assert_int_equal(h_call(f->peer, &a.req), KVC_OK);
+    assert_int_equal(metric(KVC_M_rows_attended_gpu) - before, s.n_picks);
+    free(a.q);
+    s.n_q = 1;
+    a_ask_init(&a, f, &s, picks, NULL, N);
+    for (uint32_t g = 0; g < N_GROUPS; g++) {
+        groups[g] = (kvc_row_group){f->context, 7, N, picks + g % 30 * N};
+        queries[g] = a.queries[0];
+        queries[g].same_q = g > 0;
+    }
+    a.req.u.fetch_rows.n_groups = N_GROUPS;
+    a.req.u.fetch_rows.groups = groups;
+    a.req.u.fetch_rows.queries = queries;
+    before = metric(KVC_M_rows_attended_gpu);
+    assert_int_equal(h_call(f->peer, &a.req), KVC_OK);
+    assert_int_equal(metric(KVC_M_rows_attended_gpu) - before, N_GROUPS * N);
+    a_result(f, &s, N_GROUPS - 1, &got);
+    a_oracle(&s, picks + (N_GROUPS - 1) % 30 * N, NULL, N, NULL, &want);
+    a_check_equal(&s, &got, &want, "the last of many groups");
+    free(a.q);
+    a_stop(f);
+}
+
+/* What a lane has no room for is the CPU's. */
+static void test_groups_without_room(void **state)
+{
+    enum { N = 100 };
+    static uint32_t of_block[4][N];
+    a_server *f = *state;
+    a_ask a;
+    start_pinned(f, &large);
+    kvs_attender *attender = f->h.server->attender;
+    const kvs_gpu_attend_ops *ops = attender->gpu_ops;
+    kvs_gpu_attend_ops small = *ops;
+    small.lane_room.out_bytes = 40000; /* of two groups */
+    attender->gpu_ops = &small;
+    for (uint32_t g = 0; g < 4; g++)
+        for (uint32_t i = 0; i < N; i++)
+            of_block[g][i] = g * H_TOKENS + i % H_TOKENS;
+    a_ask_init(&a, f, &large, of_block[0], NULL, N);
+    for (uint32_t g = 1; g < 4; g++) {
+        a.groups[g] = (kvc_row_group){f->context, 7, N, of_block[g]};
+        a.queries[g] = a.queries[0];
+        a.queries[g].same_q = true;
+    }
+    a.req.u.fetch_rows.n_groups = 4;
+    uint64_t before = metric(KVC_M_rows_attended_gpu);
+    assert_int_equal(h_call(f->peer, &a.req), KVC_OK);
+    assert_int_equal(metric(KVC_M_rows_attended_gpu) - before, 2 * N);
+    for (uint32_t g = 0; g < 4; g++) {
+        a_result(f, &large, g, &got);
+        a_oracle(&large, of_block[g], NULL, N, NULL, &want);
+        a_check_equal(&large, &got, &want, "a group, with room or without");
+    }
+    free(a.q);
+    attender->gpu_ops = ops;
     a_stop(f);
 }
 
@@ -260,6 +349,8 @@ int main(int argc, char **argv)
         TEST(test_shared_with_the_cpu),
         TEST(test_groups),
         TEST(test_pieces),
+        TEST(test_the_largest_calls),
+        TEST(test_groups_without_room),
         TEST(test_rows_of_the_gpu_tier),
         TEST(test_many_at_once),
         TEST(test_a_segment_goes),
