@@ -21,6 +21,8 @@ void fake_cuda_absent(bool absent);
 void fake_cuda_allocations(uint32_t n);
 /* Copies from now on: so many succeed, then DEVICE; UINT32_MAX: all succeed. */
 void fake_cuda_copies(uint32_t n);
+/* Waits for streams from now on: so many succeed, then DEVICE; UINT32_MAX: all succeed. */
+void fake_cuda_syncs(uint32_t n);
 /* kvk_cuda_share_open answers UNSUPPORTED from now on, or no longer. */
 void fake_cuda_no_sharing(bool none);
 /* kvk_cuda_export answers UNSUPPORTED from now on, or no longer. */

@@ -13,6 +13,7 @@
 #include "fake_rig.h"
 #include "harness.h"
 #include "internal.h"
+#include "oracle.h"
 
 #define PREFILL 576u
 #define LAYERS  2u
@@ -217,6 +218,53 @@ static void chunks_of_one_token_fetch(void **state)
     check_fetches(*state, 0, 1);
 }
 
+/* A step in parts of a token that the layer has. */
+static kvc_status one_step(kvw_seq *seq, const void *q, void *out, float *lse)
+{
+    kvw_step *step = NULL;
+    kvc_status st = kvw_step_begin(seq, 0, q, 1, &step);
+    return st == KVC_OK ? kvw_step_finish(step, q, out, lse) : st;
+}
+
+/* Whichever wait of a step fails, the step does; and leaves nothing in the way of the next one. */
+static void waits_may_fail(void **state)
+{
+    static const char *const ways[] = {"rows", "near"};
+    for (uint32_t i = 0; i < 2; i++) {
+        rig r;
+        uint32_t dims = FAKE_DIMS;
+        kvc_status st = KVC_DEVICE;
+        kvw_seq *seq = open_by(*state, "esa", ways[i], &r);
+        float *out = malloc(rig_q_width(&r) * sizeof(*out)), lse[64];
+        assert_true(out != NULL && r.opts.n_q_heads <= 64);
+        for (uint32_t n = 0; st != KVC_OK; n++) {
+            const rig_step done = {
+                .seq = seq, .first = PREFILL + n, .n = 1, .out = out, .lse = lse};
+            void *q = rig_bytes(&r, r.q, rig_q_width(&r), 0, PREFILL + n, 1);
+            assert_true(n < 4);
+            assert_ok(kvw_tokens(seq, r.tokens + PREFILL + n, 1));
+            for (uint32_t layer = 0; layer < LAYERS; layer++) {
+                void *k = rig_bytes(&r, r.k, rig_kv_width(&r), layer, PREFILL + n, 1);
+                void *v = rig_bytes(&r, r.v, rig_kv_width(&r), layer, PREFILL + n, 1);
+                assert_ok(kvw_append(seq, layer, k, v, 1));
+                free(k);
+                free(v);
+            }
+            fake_cuda_syncs(n);
+            st = one_step(seq, q, out, lse);
+            fake_cuda_syncs(UINT32_MAX);
+            assert_true(st == KVC_DEVICE || (st == KVC_OK && n > i));
+            if (st != KVC_OK)
+                assert_ok(one_step(seq, q, out, lse));
+            oracle_check_step(&dims, &r, &done);
+            free(q);
+        }
+        free(out);
+        kvw_seq_destroy(seq);
+        rig_close(&r);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -224,6 +272,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_busy_server_sends_rows, open_near, close_near),
         cmocka_unit_test_setup_teardown(holes_are_dropped_alike, open_near, close_near),
         cmocka_unit_test_setup_teardown(exact_steps_fetch, open_near, close_near),
+        cmocka_unit_test_setup_teardown(waits_may_fail, open_near, close_near),
         cmocka_unit_test_setup_teardown(chunks_of_one_token_fetch, open_near, close_near),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
