@@ -124,6 +124,8 @@ kvc_status kvk_cuda_fill(kvk_cuda *cuda, void *to, uint8_t byte, size_t len_byte
 {
     (void)cuda;
     (void)stream;
+    if (!fake_cuda_take(&copies_left))
+        return KVC_DEVICE;
     memset(to, byte, len_bytes);
     return KVC_OK;
 }

@@ -19,7 +19,7 @@
 void fake_cuda_absent(bool absent);
 /* Allocations from now on: so many succeed, then NO_MEMORY; UINT32_MAX: all succeed. */
 void fake_cuda_allocations(uint32_t n);
-/* Copies from now on: so many succeed, then DEVICE; UINT32_MAX: all succeed. */
+/* Copies and fills from now on: so many succeed, then DEVICE; UINT32_MAX: all succeed. */
 void fake_cuda_copies(uint32_t n);
 /* Waits for streams from now on: so many succeed, then DEVICE; UINT32_MAX: all succeed. */
 void fake_cuda_syncs(uint32_t n);

@@ -143,6 +143,38 @@ static void ops_may_be_refused(void **state)
     assert_true(n_failed > 8);
 }
 
+/* Tokens are taken back in all layers or in none. */
+static void taking_back_may_fail(void **state)
+{
+    (void)state;
+    rig r;
+    uint32_t reused = 0, dims = DIMS, chunk = 0, n_failed = 0;
+    kvw_seq *seq = NULL;
+    kvc_status st = KVC_DEVICE;
+    fake_rig(&r, NULL);
+    rig_open(&r);
+    chunk = r.opts.chunk_tokens;
+    assert_true(chunk > r.opts.n_recent + 1u); /* some of the pass may have been picked */
+    assert_ok(kvw_seq_create(r.worker, NULL, 0, &seq, &reused));
+    rig_prefill(&r, seq, 0, PREFILL, NULL, NULL);
+    for (uint32_t n = 0; st != KVC_OK; n++) {
+        fake_cuda_copies(n);
+        st = kvw_truncate(seq, PREFILL - chunk);
+        fake_cuda_copies(UINT32_MAX);
+        if (st != KVC_OK) {
+            assert_int_equal(st, KVC_DEVICE);
+            assert_int_equal(kvw_seq_tokens(seq), PREFILL);
+            n_failed++;
+        }
+    }
+    assert_int_equal(n_failed, r.opts.n_layers);
+    assert_int_equal(kvw_seq_tokens(seq), PREFILL - chunk);
+    rig_pass(&r, seq, PREFILL - chunk, chunk, oracle_check_step, &dims);
+    rig_decode(&r, seq, PREFILL, PREFILL + 2, oracle_check_step, &dims);
+    kvw_seq_destroy(seq);
+    rig_close(&r);
+}
+
 /* ---- the engine's memory is the device's ---- */
 
 /* Outputs of passes of every kind, into record. */
@@ -416,6 +448,7 @@ int main(void)
         cmocka_unit_test(memory_may_end_anywhere),
         cmocka_unit_test(growth_may_end_anywhere),
         cmocka_unit_test(ops_may_be_refused),
+        cmocka_unit_test(taking_back_may_fail),
         cmocka_unit_test(memory_may_be_the_devices),
         cmocka_unit_test_setup_teardown(a_query_may_not_come, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(a_chunk_may_be_foretold, bench_open, bench_close),
