@@ -39,7 +39,7 @@ struct kvwi_device {
     uint32_t number;
     const kvwi_cuda_selector *selector; /* NULL: of chunks */
     char isa[16];
-    float *query_proj, *key_proj; /* device: level 0's a and b, [n_layers, d_in, dims] */
+    float *query_proj, *key_proj; /* device: level 0's a and b, [n_layers, heads, d_in, dims] */
     double *inv_freq;             /* device; NULL: no rotary embedding */
     atomic_bool no_gpu_staging;   /* no RDMA device writes to its memory: none is tried again */
 };
