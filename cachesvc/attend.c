@@ -42,6 +42,9 @@ kvc_status kvs_attend_open(kvs_server *server)
 {
     uint64_t n_threads = server->settings.attend_threads;
     long n_cores = sysconf(_SC_NPROCESSORS_ONLN);
+    if (!server->settings.attend_queue && server->settings.attend_gpu_bytes)
+        KVC_LOG_WARN(SERVER, "attend_gpu_bytes is of no use: attend_queue is 0, so AttendRows is "
+                             "not served");
     if (!server->settings.attend_queue)
         return KVC_OK;
     if (!n_threads)

@@ -73,7 +73,8 @@ void kvs_attend_close(kvs_server *server);
  */
 kvc_status kvs_attend_compute(kvs_attend *attend, char *out) KVC_MUST_CHECK;
 
-/* attend_gpu.c: the GPU, if the settings want one and there is one; says so in one line if not. */
+/* attend_gpu.c: the GPU, if the settings want one, there is one and it can reach anything; says so
+   in one line if not. */
 void kvs_attend_gpu_open(kvs_server *server);
 /* Once no call is left. */
 void kvs_attend_gpu_close(kvs_server *server);

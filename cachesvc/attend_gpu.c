@@ -7,6 +7,7 @@
  * is referenced until the call has given its lane back; what only the GPU has is in lmdb too, so it
  * can be asked for again.
  */
+#include <stdio.h>
 #include <stdlib.h>
 
 #include "attend.h"
@@ -19,17 +20,43 @@
 
 /* ---- open and close -------------------------------------------------------------------------- */
 
+/* Of dram, as much as there is of it and as whole segments can have; 0: none. */
+static uint64_t dram_bytes_of(const kvs_settings *s, uint64_t segment_bytes)
+{
+    uint64_t bytes = s->attend_gpu_bytes < s->dram_bytes ? s->attend_gpu_bytes : s->dram_bytes;
+    return bytes / segment_bytes * segment_bytes;
+}
+
+static void tell_of_gpu(const kvs_server *server, uint64_t bytes)
+{
+    char size[KVC_TEXT_BYTES], dram[KVC_TEXT_BYTES + 32] = "";
+    if (bytes)
+        (void)snprintf(dram, sizeof(dram), "%sup to %s of dram", server->gpu.ops ? " and " : "",
+                       kvc_bytes_short(bytes, size));
+    KVC_LOG_INFO(SERVER, "attention on GPU %llu: over %s%s",
+                 (unsigned long long)server->settings.gpu_device,
+                 server->gpu.ops ? "the gpu tier" : "", dram);
+}
+
 void kvs_attend_gpu_open(kvs_server *server)
 {
-    char size[KVC_TEXT_BYTES];
     const kvs_settings *s = &server->settings;
     kvs_attender *attender = server->attender;
     const kvs_gpu_attend_ops *ops = kvs_gpu_attend_find();
+    uint64_t segment_bytes = kvs_dram_segment_bytes(s->dram_bytes, s->max_value_bytes);
+    uint64_t bytes = dram_bytes_of(s, segment_bytes);
     if (!s->attend_gpu_bytes)
         return;
+    if (!bytes && !server->gpu.ops) {
+        KVC_LOG_WARN(
+            SERVER,
+            "no attention on a GPU: there is no gpu tier (gpu_bytes), and attend_gpu_bytes "
+            "is less than a segment of dram, which has %llu",
+            (unsigned long long)segment_bytes);
+        return;
+    }
     kvc_status status =
-        ops ? ops->open((uint32_t)s->gpu_device, s->attend_gpu_bytes,
-                        kvs_dram_segment_bytes(s->dram_bytes, s->max_value_bytes), &attender->gpu)
+        ops ? ops->open((uint32_t)s->gpu_device, s->attend_gpu_bytes, segment_bytes, &attender->gpu)
             : KVC_UNSUPPORTED;
     if (status == KVC_OK && kvs_disk_create("pin", 1, &attender->pins) != KVC_OK)
         KVC_LOG_WARN(SERVER, "no thread to pin dram with: the GPU attends over its tier alone");
@@ -41,8 +68,7 @@ void kvs_attend_gpu_open(kvs_server *server)
     attender->gpu_ops = ops;
     atomic_store(&attender->gpu_works, true);
     KVC_GAUGE_ADD(attend_gpu, 1);
-    KVC_LOG_INFO(SERVER, "attention on GPU %llu: over the gpu tier and up to %s of dram",
-                 (unsigned long long)s->gpu_device, kvc_bytes_short(s->attend_gpu_bytes, size));
+    tell_of_gpu(server, attender->pins ? bytes : 0);
 }
 
 void kvs_attend_gpu_close(kvs_server *server)

@@ -4,7 +4,10 @@
  *
  * Over a fake of kvk/cuda.h. What a thread of the server's does is waited for, 60 s at most.
  */
+#include <string.h>
+
 #include "attend_gpu_rig.h"
+#include "base/log.h"
 
 /* The CPU does the whole call again, whatever the GPU was at, and the GPU is asked no more. */
 static void test_a_gpu_that_fails(void **state)
@@ -121,6 +124,64 @@ static void test_a_small_device(void **state)
     assert_int_equal(ask(f, &s, "heads of 64"), s.n_picks);
     a_stop(f);
     assert_int_equal(metric(KVC_M_attend_gpu_failures), failed);
+}
+
+/* What the server's log has said. */
+typedef struct log_text {
+    kvc_mutex lock;
+    char text[1 << 16];
+    size_t len_bytes;
+} log_text;
+
+static void log_sink(void *arg, const char *line, size_t len_bytes)
+{
+    log_text *l = arg;
+    kvc_mutex_lock(&l->lock);
+    if (len_bytes < sizeof(l->text) - l->len_bytes) {
+        memcpy(l->text + l->len_bytes, line, len_bytes);
+        l->len_bytes += len_bytes;
+    }
+    l->text[l->len_bytes] = 0;
+    kvc_mutex_unlock(&l->lock);
+}
+
+/* A server with that many bytes of either, and calls that may wait: whether a GPU attends, and what
+ * is said of it. */
+static void check_setting(a_server *f, uint64_t gpu_bytes, uint64_t attend_bytes, uint64_t queue,
+                          bool attends, const char *says)
+{
+    static log_text log;
+    log.len_bytes = 0;
+    kvc_mutex_init(&log.lock, KVC_RANK_LEAF);
+    f->h.settings.gpu_bytes = gpu_bytes;
+    f->h.settings.attend_gpu_bytes = attend_bytes;
+    f->h.settings.attend_queue = queue;
+    assert_int_equal(setenv("KVASIR_TEST_LOG", "1", 1), 0); /* h_server_start sets the level */
+    kvc_log_set_sink(log_sink, &log);
+    h_server_start(&f->h);
+    uint32_t held = fake_cuda_held();
+    uint64_t works = metric(KVC_M_attend_gpu);
+    h_server_stop(&f->h, true);
+    kvc_log_set_sink(NULL, NULL);
+    assert_int_equal(unsetenv("KVASIR_TEST_LOG"), 0);
+    kvc_log_set_level(KVC_LOG_LEVEL_ERROR);
+    kvc_mutex_fini(&log.lock);
+    assert_int_equal(works, attends);
+    assert_true(attends || gpu_bytes || held == 0);
+    if (strstr(log.text, says) == NULL)
+        fail_msg("it does not say: %s", says);
+}
+
+/* A setting that cannot do what it is for takes nothing of the GPU, and says so. */
+static void test_settings_without_effect(void **state)
+{
+    a_server *f = *state;
+    f->h.settings.dram_bytes = 16u << 20; /* segments of 1 MiB */
+    check_setting(f, 0, 1, 64, false, "attend_gpu_bytes is less than a segment of dram");
+    check_setting(f, 0, 1u << 20, 0, false, "attend_queue is 0");
+    check_setting(f, 0, 3u << 20, 64, true, "over up to 3.00 MiB of dram");
+    check_setting(f, 32u << 20, 1, 64, true, "over the gpu tier\"");
+    check_setting(f, 32u << 20, 1u << 30, 64, true, "over the gpu tier and up to 16.0 MiB of dram");
 }
 
 static void test_no_gpu(void **state)
@@ -305,10 +366,12 @@ static void test_waiting_for_a_lane(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_a_gpu_that_fails), TEST(test_pinning_fails),      TEST(test_the_gpu_begins_first),
-        TEST(test_an_op_is_refused), TEST(test_a_small_device),     TEST(test_no_gpu),
+        TEST(test_a_gpu_that_fails),        TEST(test_pinning_fails),
+        TEST(test_the_gpu_begins_first),    TEST(test_an_op_is_refused),
+        TEST(test_a_small_device),          TEST(test_no_gpu),
+        TEST(test_settings_without_effect),
 #ifdef KVASIR_LMDB
-        TEST(test_what_dram_lacks),  TEST(test_waiting_for_a_lane),
+        TEST(test_what_dram_lacks),         TEST(test_waiting_for_a_lane),
 #endif
     };
     return cmocka_run_group_tests_name("attend_gpu_fail", tests, NULL, NULL);
