@@ -461,6 +461,56 @@ static void a_gpu_that_is_copied_to(void **state)
     }
 }
 
+static uint64_t ways_counted(void)
+{
+    return kvc_metric_get(KVC_M_rdma_gpu_regions_dmabuf) +
+           kvc_metric_get(KVC_M_rdma_gpu_regions_peer) +
+           kvc_metric_get(KVC_M_rdma_gpu_regions_copied);
+}
+
+/* Of a region, not of its pieces, it is told and counted what became of it; one piece that is
+ * refused does not make it one that is copied to. */
+static void pieces_are_one_region(void **state)
+{
+    (void)state;
+    const uint32_t half = SLOTS / 4 / KVTI_WINDOWS;
+    for (int refused = 0; refused < 2; refused++) {
+        fixture f;
+        gpu_memory m;
+        const kvc_lent_gpu *gpu = NULL;
+        fake_faults fault = fake_no_faults;
+        kvtr_region_rest_ns = 0;
+        rooms_open(&f, NULL, AREA / 2, false);
+        (void)run_rooms(&f, 1, 2, 0, 1);
+        rig_wait_registered();
+        gpu_make(&m, false, refused == 1 ? EINVAL : 0);
+        uint64_t counted = ways_counted();
+        assert_ok(kvc_lent_add_gpu(m.base, AREA, m.fd, GPU_OFF_BYTES, &gpu));
+        (void)settle_gpu(&f, &m, gpu);
+        if (refused == 0)
+            fault.reg_fails_after = 0;
+        fake_verbs_fault(&fault);
+        uint64_t failed = kvc_metric_get(KVC_M_rdma_registrations_failed) + 3;
+        for (uint32_t first = 3 * half; first + half <= SLOTS; first += half) {
+            uint64_t tried = kvc_metric_get(KVC_M_rdma_registrations_failed);
+            uint64_t give_up_ns = kvc_deadline_ns(PATIENCE_NS);
+            while (tried < failed && kvc_metric_get(KVC_M_rdma_registrations_failed) == tried &&
+                   !kvc_expired(give_up_ns)) {
+                if (run_gpu(&f, &m, half, first))
+                    break;
+                usleep(1000);
+            }
+        }
+        assert_true(kvc_metric_get(KVC_M_rdma_registrations_failed) >= failed);
+        assert_int_equal(ways_counted(), counted + 1);
+        assert_int_equal(atomic_load(&gpu->way), refused == 1 ? KVC_LENT_COPIED : KVC_LENT_DMABUF);
+        fake_verbs_fault(&fake_no_faults);
+        kvc_lent_remove(m.base);
+        gpu_drop(&m);
+        rooms_close(&f);
+    }
+}
+
 static void summing_handler(fixture *f, kvt_call *call)
 {
     ((kvtr_rcall *)call)->summed = true;
@@ -529,6 +579,7 @@ int main(void)
         cmocka_unit_test(larger_than_the_room),     cmocka_unit_test(larger_and_used_all_over),
         cmocka_unit_test(memory_of_a_gpu),          cmocka_unit_test(a_gpu_that_is_copied_to),
         cmocka_unit_test(pieces_of_a_gpu),          cmocka_unit_test(sums_unasked),
+        cmocka_unit_test(pieces_are_one_region),
     };
     kvc_log_set_level(getenv("KVASIR_TEST_LOG") != NULL ? KVC_LOG_LEVEL_TRACE : KVC_LOG_LEVEL_OFF);
     suite_uri = "rdma://127.0.0.1:0";

@@ -82,16 +82,10 @@ struct ibv_mr *kvtr_register_gpu(struct ibv_pd *pd, void *base, size_t len_bytes
         int error_peer = errno;
         const char *why = why_copied(error_dmabuf, error_peer);
         way = KVC_LENT_COPIED;
-        KVC_COUNT(rdma_gpu_regions_copied);
-        KVC_LOG_WARN(RDMA, "rows to %zu bytes of a GPU are copied: %s (%s; %s)", len_bytes, why,
-                     strerror(error_dmabuf), strerror(error_peer));
-        result_p->why = why;
-    } else if (way == KVC_LENT_DMABUF) {
-        KVC_COUNT(rdma_gpu_regions_dmabuf);
-    } else {
-        KVC_COUNT(rdma_gpu_regions_peer);
+        *result_p = (kvtr_gpu_result){.why = why, .error_peer = error_peer};
     }
     result_p->way = way;
+    result_p->error_dmabuf = error_dmabuf;
     return count_registered(mr, len_bytes);
 }
 

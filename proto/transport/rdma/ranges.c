@@ -189,12 +189,6 @@ static bool holds(const kvtr_range *range, const uint8_t *base, size_t len_bytes
     return off <= range->len_bytes && len_bytes <= range->len_bytes - off;
 }
 
-static void tell_gpu(kvc_lent_gpu *gpu, kvtr_gpu_result result)
-{
-    atomic_store(&gpu->why, result.why);
-    atomic_store(&gpu->way, result.way);
-}
-
 /* With the mutex held: the range that has all of it; NULL: none has. Of two windows, one that is
  * registered. */
 static kvtr_range *find(kvtr_domain *domain, const void *base, size_t len_bytes)
@@ -368,6 +362,33 @@ static void tell_too_large(kvtr_loop *loop, kvtr_domain *domain, const kvtr_rang
     loop->told_too_large = true;
 }
 
+/* With the mutex held: what became of a window of a GPU's region, or of all of it. The region is
+ * copied to only where no window of it is registered; what is new of it is counted and said. */
+static void tell_gpu(const kvtr_domain *domain, const kvtr_range *range,
+                     const kvtr_gpu_result *result)
+{
+    kvc_lent_gpu *gpu = range->gpu;
+    kvc_lent_way before = atomic_load(&gpu->way);
+    bool any = false;
+    for (uint32_t i = 0; i < domain->n_ranges && !any; i++)
+        any = domain->ranges[i].whole == range->whole && domain->ranges[i].mr != NULL;
+    if (result->way == KVC_LENT_COPIED && any)
+        return;
+    atomic_store(&gpu->why, result->why);
+    atomic_store(&gpu->way, result->way);
+    if (before == result->way)
+        return;
+    if (result->way == KVC_LENT_DMABUF)
+        KVC_COUNT(rdma_gpu_regions_dmabuf);
+    if (result->way == KVC_LENT_PEER)
+        KVC_COUNT(rdma_gpu_regions_peer);
+    if (result->way != KVC_LENT_COPIED)
+        return;
+    KVC_COUNT(rdma_gpu_regions_copied);
+    KVC_LOG_WARN(RDMA, "rows to %zu bytes of a GPU are copied: %s (%s; %s)", range->whole_bytes,
+                 result->why, strerror(result->error_dmabuf), strerror(result->error_peer));
+}
+
 /* With the mutex held: counts a client's region; false: other connections have taken its room. */
 static bool take_room(kvtr_loop *loop, size_t len_bytes)
 {
@@ -390,7 +411,7 @@ static void register_one(kvtr_loop *loop, kvtr_domain *domain, kvtr_range *range
     uint8_t *base = range->base;
     size_t len_bytes = range->len_bytes, off_bytes = (size_t)(base - range->whole);
     kvc_lent_gpu *gpu = range->gpu;
-    kvtr_gpu_result result = {KVC_LENT_NOT_YET, ""};
+    kvtr_gpu_result result = {.way = KVC_LENT_NOT_YET, .why = ""};
     int access = IBV_ACCESS_LOCAL_WRITE | (loop->is_client ? IBV_ACCESS_REMOTE_WRITE : 0);
     if (!take_room(loop, len_bytes)) {
         range->wanted = false; /* until its next use */
@@ -407,7 +428,7 @@ static void register_one(kvtr_loop *loop, kvtr_domain *domain, kvtr_range *range
     range->mr = mr;
     range->used_ns = kvc_now_ns();
     if (gpu != NULL) /* who hears of it finds it so */
-        tell_gpu(gpu, result);
+        tell_gpu(domain, range, &result);
     if (mr == NULL)
         give_room_back(loop, len_bytes);
 }

@@ -145,10 +145,11 @@ struct ibv_mr *kvtr_range_use(kvtr_domain *domain, const void *base, size_t len_
                               const void **base_p);
 void kvtr_range_leave(kvtr_domain *domain, const void *base);
 struct ibv_mr *kvtr_register(struct ibv_pd *pd, void *base, size_t len_bytes, int access);
-/* What became of memory of a GPU; why: of COPIED, static. */
+/* What became of memory of a GPU; why: of COPIED, static, and what the device's calls said. */
 typedef struct kvtr_gpu_result {
     kvc_lent_way way;
     const char *why;
+    int error_dmabuf, error_peer;
 } kvtr_gpu_result;
 /* Memory of a GPU, that begins off_bytes behind the first byte of what was lent: by its dma-buf, or
  * by its address. */
