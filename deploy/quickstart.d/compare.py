@@ -98,7 +98,7 @@ def beyond(model, base, attachment, cache, shadow, tokens):
     """(b) difference over the decoded tokens, and the share of exact picks that the run made."""
     attachment.observer = None
     logits, out, picks = _teach(model, base, cache, tokens)
-    exact = KvasirCache(attachment, shadow.sequence)
+    exact = KvasirCache(attachment, [shadow.sequence])
     want_logits, want_out, want_picks = _teach(model, base, exact, tokens)
     result = difference(logits, want_logits, out, want_out)
     shares = [len(a & b) / len(b) for x, y in zip(picks, want_picks) for a, b in zip(x, y) if b]
