@@ -39,6 +39,15 @@ uint64_t rows_read(void)
 #endif
 }
 
+uint32_t asked_to_pin(void)
+{
+#ifdef KVS_TEST_DEVICE
+    return 0;
+#else
+    return fake_cuda_asked_to_register();
+#endif
+}
+
 uint64_t ask(a_server *f, const a_shape *s, const char *what)
 {
     uint64_t before = metric(KVC_M_rows_attended_gpu), read = rows_read();

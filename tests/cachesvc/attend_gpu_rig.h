@@ -27,6 +27,8 @@ uint64_t metric(kvc_metric m);
 /* Until it has that value, 60 s at most. */
 void wait_metric(kvc_metric m, uint64_t want_value);
 uint64_t rows_read(void);
+/* How often memory was to be pinned. 0 on a GPU. */
+uint32_t asked_to_pin(void);
 /* Asks once; gives how many rows the GPU attended over. */
 uint64_t ask(a_server *f, const a_shape *s, const char *what);
 /* A server whose dram is all pinned, by a call that the CPU attends, or begins to. */

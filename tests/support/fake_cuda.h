@@ -40,6 +40,9 @@ void fake_cuda_ops(uint32_t n);
 void fake_cuda_shared(uint32_t bytes);
 /* kvk_cuda_register answers this from now on, if it is not OK. */
 void fake_cuda_registers(kvc_status status);
+/* So far behind the memory it is for the device; 0: at its address. Only for who does not read it.
+ */
+void fake_cuda_registers_at(uint32_t off_bytes);
 /* How often it was called. */
 uint32_t fake_cuda_asked_to_register(void);
 /* Called before each kvk_cuda_unregister; NULL: nothing. */

@@ -30,7 +30,7 @@ typedef struct given {
 static pthread_mutex_t memory_lock = PTHREAD_MUTEX_INITIALIZER;
 static given *memories; /* guarded by memory_lock */
 static atomic_bool no_sharing, no_export;
-static atomic_uint flushes, n_registers;
+static atomic_uint flushes, n_registers, registers_at;
 static atomic_int registers = KVC_OK;
 static void (*before_unregister)(void *arg);
 static void *before_unregister_arg;
@@ -271,6 +271,11 @@ void fake_cuda_registers(kvc_status status)
     atomic_store(&registers, (int)status);
 }
 
+void fake_cuda_registers_at(uint32_t off_bytes)
+{
+    atomic_store(&registers_at, off_bytes);
+}
+
 uint32_t fake_cuda_asked_to_register(void)
 {
     return atomic_load(&n_registers);
@@ -293,7 +298,7 @@ kvc_status kvk_cuda_register(kvk_cuda *cuda, void *host, size_t len_bytes, int r
     if (status != KVC_OK)
         return status;
     atomic_fetch_add(&held, 1);
-    *device_p = host;
+    *device_p = (uint8_t *)host + atomic_load(&registers_at);
     return KVC_OK;
 }
 

@@ -84,7 +84,12 @@ static void pin(fixture *f, uint32_t number)
 static void within_the_limit(void **state)
 {
     fixture *f = *state;
+    bool may;
+    fake_cuda_registers_at(2 * SEGMENT); /* rows are where the device has them */
     pin(f, 0);
+    assert_ptr_equal(find(f, 0, &may), memory[2] + 100);
+    assert_null(kvsi_gpu_pins_find(&f->pins, 0, memory[1], &may));
+    fake_cuda_registers_at(0);
     pin(f, 1);
     assert_false(may_claim(f, 2));
     assert_false(claim(f, 2));
