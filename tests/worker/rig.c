@@ -370,3 +370,13 @@ kvc_status rig_one_step(const rig *r, kvw_seq *seq, uint32_t pos, float *out, fl
     }
     return st;
 }
+
+int rig_find_device(rig *r)
+{
+    kvc_status st = kvw_open(&r->opts, &r->worker);
+    bool absent = st == KVC_UNSUPPORTED && strncmp(kvw_last_error(), "backend", 7) == 0;
+    if (st != KVC_OK)
+        printf("%s: %s\n", absent ? "SKIPPED" : "FAILED", kvw_last_error());
+    rig_close(r);
+    return st == KVC_OK ? 0 : absent ? 77 : 1;
+}

@@ -44,6 +44,9 @@ void rig_project(rig *r, uint32_t dims);
 void rig_name_servers(rig *r);
 void rig_open(rig *r);
 void rig_close(rig *r); /* worker, data, projection file */
+/* Opens and closes it: 0, or what ctest takes for SKIPPED, 77, where there is no device, and 1
+   where it fails otherwise; prints which. */
+int rig_find_device(rig *r);
 
 /* Elements [first, first + n) of one of the arrays, in the worker's dtype; the caller frees. */
 void *rig_bytes(const rig *r, const double *array, uint32_t width, uint32_t layer, uint32_t first,

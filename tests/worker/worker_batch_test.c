@@ -285,7 +285,6 @@ static void what_is_wrong_is_refused(void **state)
     group_close(&g);
 }
 
-/* 0, or what ctest takes for SKIPPED: there is no device. */
 static int find_device(void)
 {
     rig r;
@@ -295,12 +294,7 @@ static int find_device(void)
     r.opts.head_dim = 64;
     r.opts.index = KVW_INDEX_COMPRESSED;
     rig_project(&r, DIMS);
-    kvc_status st = kvw_open(&r.opts, &r.worker);
-    bool absent = st == KVC_UNSUPPORTED && strncmp(kvw_last_error(), "backend", 7) == 0;
-    if (st != KVC_OK)
-        printf("%s: %s\n", absent ? "SKIPPED" : "FAILED", kvw_last_error());
-    rig_close(&r);
-    return st == KVC_OK ? 0 : absent ? 77 : 1;
+    return rig_find_device(&r);
 }
 
 int main(void)

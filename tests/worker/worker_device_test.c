@@ -521,17 +521,11 @@ static void what_it_cannot_do_is_refused(void **state)
     }
 }
 
-/* 0, or what ctest takes for SKIPPED: only that there is no device, not that it refuses the rig. */
 static int find_device(void)
 {
     rig r;
     device_rig(&r, NULL, "cuda");
-    kvc_status st = kvw_open(&r.opts, &r.worker);
-    bool absent = st == KVC_UNSUPPORTED && strncmp(kvw_last_error(), "backend", 7) == 0;
-    if (st != KVC_OK)
-        printf("%s: %s\n", absent ? "SKIPPED" : "FAILED", kvw_last_error());
-    rig_close(&r);
-    return st == KVC_OK ? 0 : absent ? 77 : 1;
+    return rig_find_device(&r);
 }
 
 /* An argument is a pattern of tests ("steps*"). */

@@ -451,17 +451,11 @@ static void what_it_cannot_do_is_refused(void **state)
     }
 }
 
-/* 0, or what ctest takes for SKIPPED: there is no device. */
 static int find_device(void)
 {
     rig r;
     vote_rig(&r, NULL, BACKEND);
-    kvc_status st = kvw_open(&r.opts, &r.worker);
-    bool absent = st == KVC_UNSUPPORTED && strncmp(kvw_last_error(), "backend", 7) == 0;
-    if (st != KVC_OK)
-        printf("%s: %s\n", absent ? "SKIPPED" : "FAILED", kvw_last_error());
-    rig_close(&r);
-    return st == KVC_OK ? 0 : absent ? 77 : 1;
+    return rig_find_device(&r);
 }
 
 int main(int argc, char **argv)
