@@ -11,6 +11,7 @@ another handle, inside any of these lines.
 
 import atexit
 import os
+import sys
 import threading
 
 from .errors import KvasirError, Status
@@ -120,6 +121,28 @@ class Handle:
         except BaseException:
             self._children[child] = None
             raise
+
+
+class Owner:
+    """What owns one handle, None until it is opened: close() is that handle's, also at the end of
+    `with` and when nobody holds it any more."""
+
+    _handle = None
+
+    def close(self):
+        """Its children first; twice, and from any thread, is fine. Blocks."""
+        if self._handle is not None:
+            self._handle.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __del__(self):
+        if not sys.is_finalizing():
+            self.close()
 
 
 @atexit.register

@@ -2,14 +2,13 @@
 
 import contextlib
 import ctypes
-import sys
 
 from . import _lib, tensors
-from ._handle import Handle
+from ._handle import Handle, Owner
 from ._home import Home, alone
 
 
-class Batch:
+class Batch(Owner):
     """
     Batch(worker, n_max): decode steps of up to n_max sequences of one worker at a time, of any
     lengths; on a GPU one launch and one wait a layer. Results are those of Sequence.forward. With
@@ -19,7 +18,6 @@ class Batch:
     """
 
     def __init__(self, worker, n_max):
-        self._handle = None
         self.worker, self.n_max = worker, n_max
         home = self._home = Home()
         lib, ptr = _lib.load(), ctypes.c_void_p()
@@ -76,18 +74,3 @@ class Batch:
     def _address(self, what, x, shape, writable=False, dtype=None):
         w = self.worker
         return tensors.address(what, x, dtype or w.dtype, shape, writable, w.device)
-
-    def close(self):
-        """Its sequences are on their own again; twice, and from any thread, is fine. Blocks."""
-        if self._handle is not None:
-            self._handle.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def __del__(self):
-        if not sys.is_finalizing():
-            self.close()

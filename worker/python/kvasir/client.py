@@ -1,11 +1,10 @@
 """Client: a connection to a store (kvc/client.h). Any thread."""
 
 import ctypes
-import sys
 from dataclasses import dataclass
 
 from . import _abi, _lib
-from ._handle import Handle
+from ._handle import Handle, Owner
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def _tier(t):
     return Tier(**values)
 
 
-class Client:
+class Client(Owner):
     """
     Client(uris): connects to the first of "grpc://host:port,grpc+unix:///path" that answers and
     exchanges limits; blocks up to connect_timeout_s. sums: sum and verify what crosses RDMA.
@@ -65,7 +64,6 @@ class Client:
         sums=False,
         region_bytes=0,
     ):
-        self._handle = None
         opts = _abi.ClientOpts(
             size_bytes=ctypes.sizeof(_abi.ClientOpts),
             uris=uris.encode(),
@@ -121,18 +119,3 @@ class Client:
         counts = (_abi.NamedCount * n)()
         lib.kvc_process_counts(counts, n)
         return {count.name.decode(): count.value for count in counts}
-
-    def close(self):
-        """Closes its workers and then itself; twice, and from any thread, is fine. Blocks."""
-        if self._handle is not None:
-            self._handle.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def __del__(self):
-        if not sys.is_finalizing():
-            self.close()

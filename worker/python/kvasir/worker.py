@@ -7,14 +7,13 @@ time; different ones may run in parallel.
 
 import contextlib
 import ctypes
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 
 from . import _abi, _lib, tensors
 from ._group import AllReduce
-from ._handle import Handle
+from ._handle import Handle, Owner
 from ._home import alone
 from .errors import KvasirError, Status
 
@@ -97,7 +96,7 @@ _COUNTS = (
 ).split()
 
 
-class Worker:
+class Worker(Owner):
     """
     Worker(geometry, model="name", selector="tokenselect", client=None, ...): one model on one
     store. client None: every row stays resident; a list of Clients: blocks are spread over their
@@ -140,7 +139,6 @@ class Worker:
         row_dtype=None,
         **counts,
     ):
-        self._handle = None
         self._group = None if all_reduce is None else AllReduce(all_reduce)
         unknown = set(counts) - set(_COUNTS)
         if unknown:
@@ -222,30 +220,15 @@ class Worker:
         """
         return Sequence(self, tokens, adapter, salt)
 
-    def close(self):
-        """Closes its sequences and then itself; twice, and from any thread, is fine. Blocks."""
-        if self._handle is not None:
-            self._handle.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def __del__(self):
-        if not sys.is_finalizing():
-            self.close()
-
-
-class Sequence:
+class Sequence(Owner):
     """
     One context being read and written; made by Worker.sequence. Calls of other threads wait for
     each other; after close() (also the worker's or client's) they raise KvasirError CLOSED.
+    close() puts what is full and forgets the rest.
     """
 
     def __init__(self, worker, tokens, adapter=None, salt=None):
-        self._handle = None
         self._dropped = []  # steps that nobody holds any more
         homes = self.homes = []  # of the batches that it may be in
         self.worker = worker
@@ -396,21 +379,6 @@ class Sequence:
                 own = {name: getattr(s, name) for name, _ in s._fields_ if name != "size_bytes"}
                 out.append(own | {"name": own["name"].decode()})
         return out
-
-    def close(self):
-        """Puts what is full and forgets the rest; twice, and from any thread, is fine. Blocks."""
-        if self._handle is not None:
-            self._handle.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def __del__(self):
-        if not sys.is_finalizing():
-            self.close()
 
 
 class Step:
