@@ -122,19 +122,69 @@ static void note_done(kvs_tier_write *write)
     pthread_mutex_unlock(m->lock);
 }
 
-/* A group over three environments: one fdatasync more than its commits take, for each. */
+/* A write whose end holds the writer, so that what is queued meanwhile is one group. */
+typedef struct plug {
+    kvs_tier_write write;
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
+    bool holds, open;
+} plug;
+
+static void hold_writer(kvs_tier_write *write)
+{
+    plug *p = write->arg;
+
+    pthread_mutex_lock(&p->lock);
+    p->holds = true;
+    pthread_cond_broadcast(&p->cond);
+    while (!p->open)
+        pthread_cond_wait(&p->cond, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void plug_in(plug *p, tier_under_test *t, uint32_t i, const uint8_t *row,
+                    const uint32_t *sum)
+{
+    *p = (plug){.lock = PTHREAD_MUTEX_INITIALIZER, .cond = PTHREAD_COND_INITIALIZER};
+    p->write = (kvs_tier_write){.key = key_of(2, i, 1),
+                                .row_bytes = 4096,
+                                .n_rows = 1,
+                                .rows = row,
+                                .row_sums = sum,
+                                .durable = true,
+                                .done = hold_writer,
+                                .arg = p};
+    assert_int_equal(t->ops->write(t->tier, &p->write), KVC_OK);
+    pthread_mutex_lock(&p->lock);
+    while (!p->holds)
+        pthread_cond_wait(&p->cond, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void plug_out(plug *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->open = true;
+    pthread_cond_broadcast(&p->cond);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* Groups of ten over three environments, each with a durable write and a lazy one or more. */
 static void test_done_means_synced(void **state)
 {
     tier_under_test *t = *state;
-    enum { N = 60 };
+    enum { N = 60, GROUP = 10 };
     pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     pthread_cond_t cond = PTHREAD_COND_INITIALIZER;
     static member members[N];
+    static plug plugs[N / GROUP];
     static uint8_t rows[4096 * 3];
     uint32_t sums[3], n_done = 0, lazy_dirty = 0;
 
     kvc_row_sums(rows, 4096, 3, sums);
     for (uint32_t i = 0; i < N; i++) {
+        if (i % GROUP == 0)
+            plug_in(&plugs[i / GROUP], t, i, rows, sums);
         members[i] = (member){.lock = &lock, .cond = &cond, .n_done = &n_done};
         members[i].write = (kvs_tier_write){.key = key_of(1, i, 1),
                                             .row_bytes = 4096,
@@ -145,7 +195,8 @@ static void test_done_means_synced(void **state)
                                             .done = note_done,
                                             .arg = &members[i]};
         assert_int_equal(t->ops->write(t->tier, &members[i].write), KVC_OK);
-        if (i % 10 == 9) { /* settle, so that no later group dirties a file meanwhile */
+        if (i % GROUP == GROUP - 1) {
+            plug_out(&plugs[i / GROUP]);
             pthread_mutex_lock(&lock);
             while (n_done < i + 1)
                 pthread_cond_wait(&cond, &lock);
