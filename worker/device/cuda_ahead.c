@@ -23,22 +23,12 @@ static kvc_status bring(kvw_step *step)
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = layer_of(step);
     kvk_cuda *cuda = d->device->cuda;
-    const kvk_cuda_gather_args args = {
-        .n_seqs = 1,
-        .stride = kvwi_stride(step->seq->worker),
-        .list = l->lane.list,
-        .fetch = l->lane.fetch,
-        .n_list = l->lane.n_list,
-        .res = l->lane.res,
-        .source = l->lane.source,
-        .row_bytes = (uint32_t)step->seq->worker->row_bytes,
-    };
     kvc_status st = kvk_cuda_event_record(cuda, d->chosen, d->stream);
     if (st == KVC_OK) {
         st = kvk_cuda_stream_wait(cuda, d->side, d->chosen);
     }
     if (st == KVC_OK) {
-        st = kvk_cuda_gather(cuda, &args, d->side);
+        st = kvwi_cuda_gather(step, d->side);
     }
     if (st == KVC_OK) {
         st = kvk_cuda_event_record(cuda, l->brought, d->side);

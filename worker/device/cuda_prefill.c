@@ -206,7 +206,7 @@ kvc_status kvwi_cuda_prefill_select(kvw_step *step)
 
 /* ---- attend ---- */
 
-static kvc_status bring_rows(kvw_step *step)
+kvc_status kvwi_cuda_gather(kvw_step *step, kvk_stream *stream)
 {
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = &d->layers[step->layer];
@@ -220,7 +220,7 @@ static kvc_status bring_rows(kvw_step *step)
         .source = l->lane.source,
         .row_bytes = (uint32_t)step->seq->worker->row_bytes,
     };
-    return kvk_cuda_gather(d->device->cuda, &args, d->stream);
+    return kvk_cuda_gather(d->device->cuda, &args, stream);
 }
 
 static kvc_status attend_far(kvw_step *step)
@@ -292,7 +292,7 @@ kvc_status kvwi_cuda_prefill_attend(kvw_step *step, void *out, float *lse)
         .out = theirs ? out : c->out,
         .lse = theirs ? lse : c->lse,
     };
-    kvc_status st = bring_rows(step);
+    kvc_status st = kvwi_cuda_gather(step, d->stream);
     if (st == KVC_OK) {
         st = attend_near(step);
     }

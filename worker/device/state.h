@@ -442,6 +442,8 @@ void kvwi_cuda_ahead_yield(kvw_seq *seq);
 void kvwi_cuda_ahead_end(kvw_step *step);
 
 /* cuda_prefill.c: passes of several tokens. Their working memory, by the sequence's capacity. */
+/* What a step's layer lacks, from where its table says into its slots, on a stream. */
+kvc_status kvwi_cuda_gather(kvw_step *step, kvk_stream *stream) KVC_MUST_CHECK;
 kvc_status kvwi_cuda_prefill_open(kvw_seq *seq) KVC_MUST_CHECK;
 void kvwi_cuda_prefill_close(kvw_seq *seq);
 /* The parts of such a step, in this order: its windows; its queries (until the next call of it);
