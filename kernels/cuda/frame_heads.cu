@@ -63,15 +63,22 @@ __device__ static float project_head(const float *x, const float *proj, const st
     return sum;
 }
 
-/* A query head as its index meets it. */
+/* Columns of the matrices: what a finer index has, or the index. */
+__device__ static inline uint32_t width_of(const kvk_cuda_frame_args *a)
+{
+    return a->fine_dims ? a->fine_dims : a->dims;
+}
+
+/* A query head as its index meets it, and a finer one. */
 __device__ static void take_query(const kvk_cuda_frame_args *a, uint32_t seq, uint32_t head)
 {
     __shared__ float x[DIM_MAX];
     uint32_t half = a->head_dim / 2u, d = threadIdx.x,
              kv_head = head * a->n_kv_heads / a->n_q_heads;
     size_t at = (size_t)seq * a->n_q_heads + head;
-    const float *proj = a->proj + (size_t)kv_head * a->head_dim * a->dims;
-    const struct weights h = load_weights(proj, a->head_dim, a->dims);
+    uint32_t width = width_of(a);
+    const float *proj = a->proj + (size_t)kv_head * a->head_dim * width;
+    const struct weights h = load_weights(proj, a->head_dim, width);
 
     if (d < half) {
         float2 two = make_float2(load_one(a->q, at * a->head_dim + d, a->dtype),
@@ -82,9 +89,11 @@ __device__ static void take_query(const kvk_cuda_frame_args *a, uint32_t seq, ui
         x[d + half] = two.y;
     }
     __syncthreads();
-    float y = project_head(x, proj, &h, a->dims);
+    float y = project_head(x, proj, &h, width);
     if (d < a->dims)
         a->q_index[at * a->dims + d] = y;
+    if (d < a->fine_dims)
+        a->q_fine[at * a->fine_dims + d] = y;
 }
 
 /* A kv head of a new token: its part of the row, of the copy and of the index row. */
@@ -92,10 +101,10 @@ __device__ static void take_key(const kvk_cuda_frame_args *a, const kvk_cuda_tok
                                 uint32_t head, bool coded)
 {
     __shared__ float x[DIM_MAX];
-    uint32_t d = threadIdx.x, half = a->head_dim / 2u, warp = d / 32u;
+    uint32_t d = threadIdx.x, half = a->head_dim / 2u, warp = d / 32u, width = width_of(a);
     size_t inputs = (size_t)a->n_kv_heads * a->head_dim, at = (size_t)head * a->head_dim;
 
-    const struct weights h = load_weights(a->key_proj + at * a->dims, a->head_dim, a->dims);
+    const struct weights h = load_weights(a->key_proj + at * width, a->head_dim, width);
     if (d < a->head_dim)
         x[d] = kvki_bf16(((const uint16_t *)t->k)[at + d]);
     if (coded && warp < 2) {
@@ -112,8 +121,12 @@ __device__ static void take_key(const kvk_cuda_frame_args *a, const kvk_cuda_tok
             ((uint32_t *)t->copy)[to] = two;
     }
     __syncthreads();
-    float y = project_head(x, a->key_proj + at * a->dims, &h, a->dims);
+    float y = project_head(x, a->key_proj + at * width, &h, width);
     write_index_row(y, a->dims, head, a->n_kv_heads, (uint8_t *)t->index_row, t->bad);
+    if (a->fine_dims) {
+        __syncthreads(); /* both use the same shared memory */
+        write_index_row(y, a->fine_dims, head, a->n_kv_heads, (uint8_t *)t->fine_row, t->bad);
+    }
 }
 
 /* The query [n_q_heads, head_dim] to shared memory, all of it asked for at once, and compared. */
@@ -228,6 +241,8 @@ static bool args_ok(const kvk_cuda_frame_args *a)
 {
     return a->head_dim <= DIM_MAX && a->n_q_heads * a->head_dim <= Q_MAX && !a->q_far &&
            (!a->q || a->n_near) && (!a->cands || a->near_first) && (!a->expected || a->q_near) &&
+           (!a->fine_dims ||
+            (a->fine_dims >= a->dims && a->fine_dims <= THREADS && (!a->q_index || a->q_fine))) &&
            (!a->last ||
             (a->near_first && a->kept_first && a->keep && a->kept && a->threshold == a->threshold));
 }

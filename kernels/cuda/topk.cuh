@@ -24,7 +24,9 @@
 
 #define TOPK_THREADS 512u
 #define TOPK_WARPS   (TOPK_THREADS / 32u)
-#define TOPK_CANDS   8192u /* candidates of a sequence; at least 2 KVK_CUDA_K_MAX */
+#ifndef TOPK_CANDS
+#define TOPK_CANDS 8192u /* candidates of a sequence; at least 2 KVK_CUDA_K_MAX */
+#endif
 #define TOPK_FINE    65536u
 #define TOPK_COARSE  256u
 #define TOPK_DIGIT   11u /* bits of a radix digit */
@@ -408,6 +410,12 @@ __device__ static inline void topk_bounds(const struct topk_job *job, struct top
     __syncthreads();
 }
 
+/* Candidates beyond which the exact search is less work than ranking them all. */
+__device__ static inline uint32_t topk_cands_max(const struct topk_job *job)
+{
+    return min(TOPK_CANDS, max(8192u, 2u * job->k));
+}
+
 /* How many candidates the scan left, the same answer in every block; UINT32_MAX where they need not
  * hold the k best. */
 __device__ static inline uint32_t topk_scanned(const struct topk_job *job,
@@ -415,7 +423,8 @@ __device__ static inline uint32_t topk_scanned(const struct topk_job *job,
 {
     uint32_t n = block->n_rows[seq], found = __ldcg(job->space.n_cands + seq);
 
-    return job->eps == 0 && found <= TOPK_CANDS && found >= min(job->k, n) ? found : UINT32_MAX;
+    return job->eps == 0 && found <= topk_cands_max(job) && found >= min(job->k, n) ? found
+                                                                                    : UINT32_MAX;
 }
 
 #endif

@@ -60,8 +60,8 @@ __device__ static inline void topk_count_digit(const struct topk_job *job, struc
 }
 
 /*
- * Finds the candidates of seq by the digits of their keys: at least the k best, at most TOPK_CANDS.
- * The whole grid calls.
+ * Finds the candidates of seq by the digits of their keys: at least the k best, at most
+ * topk_cands_max. The whole grid calls.
  */
 __device__ static inline void topk_select_exactly(const struct topk_job *job,
                                                   struct topk_block *block, uint32_t seq,
@@ -70,9 +70,10 @@ __device__ static inline void topk_select_exactly(const struct topk_job *job,
     const float *scores = job->space.scores + seq * job->space.stride;
     struct topk_counters *counters = job->space.counters;
     uint32_t n = block->n_rows[seq], need = job->k < n ? job->k : n, above = 0;
+    uint32_t most = topk_cands_max(job);
     uint64_t prefix = 0, least = 0;
 
-    for (uint32_t d = 0; d < TOPK_DIGITS && n > TOPK_CANDS; d++) {
+    for (uint32_t d = 0; d < TOPK_DIGITS && n > most; d++) {
         uint32_t *digits = counters->digits[d];
         struct topk_place_of at;
         topk_count_digit(job, block, seq, prefix, d, digits);
@@ -81,7 +82,7 @@ __device__ static inline void topk_select_exactly(const struct topk_job *job,
         above += at.above;
         prefix = prefix << topk_digit_bits(d) | at.bin;
         least = prefix << topk_digit_shift(d);
-        if (above + __ldcg(digits + at.bin) <= TOPK_CANDS)
+        if (above + __ldcg(digits + at.bin) <= most)
             break;
     }
     for (uint32_t from = blockIdx.x * TOPK_THREADS; from < n; from += gridDim.x * TOPK_THREADS) {

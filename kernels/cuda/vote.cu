@@ -392,7 +392,7 @@ static bool shape_ok(const kvk_cuda_select_vote_args *a)
 
 static bool args_ok(const kvk_cuda_select_vote_args *a)
 {
-    return a->n_seqs <= KVK_CUDA_SEQS_MAX && shape_ok(a) && a->k > 0 && a->k <= KVK_CUDA_K_MAX &&
+    return a->n_seqs <= KVK_CUDA_SEQS_MAX && shape_ok(a) && a->k > 0 && a->k <= KVK_CUDA_WIDE_MAX &&
            a->rows_max > 0 && a->q && a->cands && a->picks && a->n_picks && a->workspace &&
            kvki_aligned(a->workspace) &&
            a->workspace_bytes >= kvk_cuda_select_vote_workspace_bytes(a->n_seqs, a->rows_max);
@@ -443,8 +443,8 @@ extern "C" kvc_status kvk_cuda_select_vote(kvk_cuda *cuda, const kvk_cuda_select
         return KVC_OK;
     if (!args_ok(args))
         return KVC_INVALID;
-    p.job = {args->n_seqs,  args->k,    0, args->rows_max, args->cands, args->picks, args->scores,
-             args->n_picks, args->keep, {}};
+    p.job = {args->n_seqs, args->k,      args->eps,     args->rows_max, args->cands,
+             args->picks,  args->scores, args->n_picks, args->keep,     {}};
     (void)cut_workspace(args->workspace, args->n_seqs, args->rows_max, &p.job.space, &p.space);
     p.shape = {args->n_q_heads, args->n_kv_heads, args->dims,
                (uint32_t)kvk_index_row_bytes(args->n_kv_heads, args->dims)};

@@ -13,6 +13,7 @@
 #ifndef KVKI_CUDA_VOTE_FORM_CUH
 #define KVKI_CUDA_VOTE_FORM_CUH
 
+#define TOPK_CANDS 32768u /* two KVK_CUDA_WIDE_MAX */
 #include "topk_end.cuh"
 
 #define VOTE_TILE       16u

@@ -9,14 +9,14 @@
 enum { SEQS = 3, SINKS = 4, RECENT = 100 };
 
 typedef struct setting {
-    uint32_t heads, kv_heads, dim, dims, width, inputs;
+    uint32_t heads, kv_heads, dim, dims, fine, width, inputs; /* fine 0: there is no finer index */
     bool raw;
     kvk_dtype row_dtype; /* 0: as they are */
     uint16_t *q, *k;     /* [SEQS, width]; [SEQS, K and V] */
     float *proj, *key_proj;
     double inv_freq[64];
     uint32_t n_tokens[SEQS], kept_first[SEQS], first[SEQS]; /* first: where near is to begin */
-    uint8_t *rows, *copies, *index_rows;                    /* device, pinned, device */
+    uint8_t *rows, *copies, *index_rows, *fine_rows;        /* device, pinned, device, device */
     kvk_cuda_frame_args a;
 } setting;
 
@@ -34,27 +34,36 @@ static size_t slice_of(const setting *s)
     return kvk_is_coded(s->row_dtype) ? s->kv_heads * ((size_t)s->dim + 2u) : s->inputs * 2ul;
 }
 
+/* Of the matrices. */
+static uint32_t columns_of(const setting *s)
+{
+    return s->fine ? s->fine : s->dims;
+}
+
 static const kvk_cuda_token *tokens_of(setting *s)
 {
     kvk_cuda_token *tokens = pinned_bytes(SEQS * sizeof(*tokens));
     const uint16_t *k = device_copy(s->k, (size_t)SEQS * s->inputs * 4);
     size_t row = s->inputs * 4ul, index_row = s->kv_heads * (s->dims + 2ul);
+    size_t fine_row = s->kv_heads * (s->fine + 2ul);
 
     s->rows = device_bytes(SEQS * row);
     s->copies = pinned_bytes(SEQS * row);
     s->index_rows = device_bytes(SEQS * index_row);
+    s->fine_rows = device_bytes(SEQS * fine_row);
     for (uint32_t i = 0; i < SEQS; i++)
         tokens[i] = (kvk_cuda_token){.k = k + (size_t)i * s->inputs * 2,
                                      .v = k + (size_t)i * s->inputs * 2 + s->inputs,
                                      .row = i == 1 ? NULL : s->rows + i * row,
                                      .copy = i == 2 ? s->copies + i * row : NULL,
-                                     .index_row = s->index_rows + i * index_row};
+                                     .index_row = s->index_rows + i * index_row,
+                                     .fine_row = s->fine_rows + i * fine_row};
     return tokens;
 }
 
 static void set_up(numbers *from, setting *s)
 {
-    size_t q = (size_t)SEQS * s->width, proj = (size_t)s->inputs * s->dims;
+    size_t q = (size_t)SEQS * s->width, proj = (size_t)s->inputs * columns_of(s);
     kvk_rope_params rope = {.theta = 500000};
 
     s->q = halves(from, q);
@@ -88,6 +97,8 @@ static void set_up(numbers *from, setting *s)
                                  .row_dtype = s->row_dtype,
                                  .key_proj = device_copy(s->key_proj, proj * 4),
                                  .per_head = 1,
+                                 .fine_dims = s->fine,
+                                 .q_fine = device_bytes((size_t)SEQS * s->heads * s->fine * 4 + 4),
                                  .threshold = 0.9,
                                  .last = device_bytes(q * 4),
                                  .kept_first = pinned_bytes(SEQS * 4),
@@ -105,16 +116,18 @@ static const float *turned(const setting *s, uint32_t seq, uint32_t position)
     return out;
 }
 
-/* x [dim] through proj [dim, dims]; *bound_p: what sums of f32 in any order may be off, with x a
+/* x [dim] through proj [dim, columns]; *bound_p: what sums of f32 in any order may be off, with x a
  * little off too. */
 static void project(const setting *s, const float *x, const float *proj, float *out, double *bound)
 {
-    CPU(false, project, {x, s->dim * 4ul, KVK_F32}, 1, 1, s->dim, s->dims, proj, out);
-    for (uint32_t d = 0; d < s->dims; d++) {
+    uint32_t columns = columns_of(s);
+
+    CPU(false, project, {x, s->dim * 4ul, KVK_F32}, 1, 1, s->dim, columns, proj, out);
+    for (uint32_t d = 0; d < columns; d++) {
         bound[d] = 0;
         for (uint32_t i = 0; i < s->dim; i++)
             bound[d] +=
-                (fabs((double)x[i]) + 1) * fabs((double)proj[(size_t)i * s->dims + d]) * 2e-6;
+                (fabs((double)x[i]) + 1) * fabs((double)proj[(size_t)i * columns + d]) * 2e-6;
     }
 }
 
@@ -132,9 +145,10 @@ static void check_queries(const setting *s, uint32_t seq)
     uint32_t n_near = s->n_tokens[seq] - s->first[seq], group = s->heads / s->kv_heads;
     const float *near = fetched(s->a.q_near, (size_t)SEQS * s->width * 4);
     const float *index = fetched(s->a.q_index, (size_t)SEQS * s->heads * s->dims * 4);
+    const float *fine = fetched(s->a.q_fine, (size_t)SEQS * s->heads * s->fine * 4 + 4);
     const float *want_near = turned(s, seq, n_near - 1), *q = turned(s, seq, s->raw ? 0 : RECENT);
-    float *want = host_bytes(s->dims * 4ul);
-    double *bound = host_bytes(s->dims * sizeof(double));
+    float *want = host_bytes(columns_of(s) * 4ul);
+    double *bound = host_bytes(columns_of(s) * sizeof(double));
 
     for (size_t i = 0; i < s->width; i++)
         REQUIRE(fabs((double)near[seq * s->width + i] - (double)want_near[i]) <=
@@ -143,8 +157,12 @@ static void check_queries(const setting *s, uint32_t seq)
                 (double)near[seq * s->width + i], (double)want_near[i]);
     for (uint32_t h = 0; h < s->heads; h++) {
         const float *got = index + ((size_t)seq * s->heads + h) * s->dims;
-        project(s, q + (size_t)h * s->dim, s->proj + (size_t)(h / group) * s->dim * s->dims, want,
-                bound);
+        project(s, q + (size_t)h * s->dim, s->proj + (size_t)(h / group) * s->dim * columns_of(s),
+                want, bound);
+        for (uint32_t d = 0; d < s->fine; d++)
+            REQUIRE(fabs((double)fine[((size_t)seq * s->heads + h) * s->fine + d] -
+                         (double)want[d]) <= bound[d],
+                    "finer query of %u, head %u, at %u", seq, h, d);
         for (uint32_t d = 0; d < s->dims; d++)
             REQUIRE(fabs((double)got[d] - (double)want[d]) <= bound[d],
                     "index query of %u, head %u: [%u] is %.9g, wanted %.9g", seq, h, d,
@@ -182,23 +200,24 @@ static void check_rows(const setting *s, uint32_t seq)
     REQUIRE(seq != 2 || memcmp(s->copies + seq * row, want, 2 * slice) == 0, "copy of %u", seq);
 }
 
-static void check_index_row(const setting *s, uint32_t seq)
+/* Of rows of dims, the first columns. */
+static void check_index_row(const setting *s, uint32_t seq, const uint8_t *rows, uint32_t dims)
 {
-    size_t row = s->kv_heads * (s->dims + 2ul);
-    const uint8_t *index = (uint8_t *)fetched(s->index_rows, SEQS * row) + seq * row;
-    float *x = host_bytes(s->dim * 4ul), *want = host_bytes(s->dims * 4ul);
-    double *bound = host_bytes(s->dims * sizeof(double));
+    size_t row = s->kv_heads * (dims + 2ul);
+    const uint8_t *index = (uint8_t *)fetched(rows, SEQS * row) + seq * row;
+    float *x = host_bytes(s->dim * 4ul), *want = host_bytes(columns_of(s) * 4ul);
+    double *bound = host_bytes(columns_of(s) * sizeof(double));
 
     for (uint32_t h = 0; h < s->kv_heads; h++) {
         uint16_t bits;
         float most = 0;
         for (uint32_t i = 0; i < s->dim; i++)
             x[i] = of_bf16(s->k[(size_t)seq * s->inputs * 2 + h * s->dim + i]);
-        project(s, x, s->key_proj + (size_t)h * s->dim * s->dims, want, bound);
-        memcpy(&bits, index + s->kv_heads * s->dims + 2ul * h, 2);
+        project(s, x, s->key_proj + (size_t)h * s->dim * columns_of(s), want, bound);
+        memcpy(&bits, index + s->kv_heads * dims + 2ul * h, 2);
         double scale = (double)of_bf16(bits);
-        for (uint32_t d = 0; d < s->dims; d++) {
-            double off = fabs(scale * (int8_t)index[h * s->dims + d] - (double)want[d]);
+        for (uint32_t d = 0; d < dims; d++) {
+            double off = fabs(scale * (int8_t)index[h * dims + d] - (double)want[d]);
             most = fmaxf(most, fabsf(want[d]));
             REQUIRE(off <= scale * 0.50001 + bound[d], "index row of %u, head %u: off %g", seq, h,
                     off);
@@ -237,7 +256,9 @@ static void run(numbers *from, setting *s)
     launch(s, (uint32_t[]){0, 0, 0}); /* whatever was there before */
     for (uint32_t i = 0; i < SEQS; i += 2) {
         check_rows(s, i);
-        check_index_row(s, i);
+        check_index_row(s, i, s->index_rows, s->dims);
+        if (s->fine)
+            check_index_row(s, i, s->fine_rows, s->fine);
     }
     REQUIRE(((uint8_t *)fetched(s->rows, SEQS * row))[row] == 0xee, "a token that is not there");
     for (uint32_t i = 0; i < SEQS; i++) {
@@ -274,12 +295,16 @@ static void run_late(setting *s)
         check_queries(s, i);
     a.q_far = a.q_near;
     REQUIRE(kvk_cuda_frame(gpu(), &a, gpu_stream()) == KVC_INVALID, "there is no far query");
+    a = s->a;
+    a.fine_dims = s->dims - 1;
+    REQUIRE(s->dims == 1 || kvk_cuda_frame(gpu(), &a, gpu_stream()) == KVC_INVALID, "finer");
 }
 
 void cuda_case_frame_heads(numbers *from)
 {
-    static const uint32_t shapes[][4] = {
-        {32, 8, 128, 32}, {8, 4, 64, 30}, {16, 2, 64, 256}, {9, 9, 24, 5}, {28, 4, 128, 62}};
+    static const uint32_t shapes[][5] = {
+        {32, 8, 128, 32, 0}, {8, 4, 64, 30, 0},     {16, 2, 64, 256, 0}, {9, 9, 24, 5, 0},
+        {28, 4, 128, 62, 0}, {32, 8, 128, 32, 100}, {9, 3, 64, 16, 48},  {8, 8, 24, 5, 6}};
     static const kvk_dtype rows[] = {(kvk_dtype)0, KVK_I8_SCALED, KVK_E4M3_SCALED};
 
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
@@ -288,6 +313,7 @@ void cuda_case_frame_heads(numbers *from)
                          .kv_heads = shapes[i][1],
                          .dim = shapes[i][2],
                          .dims = shapes[i][3],
+                         .fine = shapes[i][4],
                          .width = shapes[i][0] * shapes[i][2],
                          .inputs = shapes[i][1] * shapes[i][2],
                          .raw = kind == 1,

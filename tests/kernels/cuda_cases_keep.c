@@ -135,9 +135,9 @@ void cuda_case_kept(numbers *from)
                                   .workspace = device_bytes(work[vote]),
                                   .workspace_bytes = work[vote],
                                   .keep = device_copy(keep, sizeof(keep))};
-        kvk_cuda_select_vote_args b = {SEQS,      32,          8,       32,      PICKS,
-                                       N,         a.q,         a.cands, a.picks, a.scores,
-                                       a.n_picks, a.workspace, work[1], a.keep};
+        kvk_cuda_select_vote_args b = {SEQS,     32,        8,           32,      PICKS,
+                                       0,        N,         a.q,         a.cands, a.picks,
+                                       a.scores, a.n_picks, a.workspace, work[1], a.keep};
         OK(kvk_cuda_fill(gpu(), a.workspace, 0, work[vote], gpu_stream()));
         OK(vote ? kvk_cuda_select_vote(gpu(), &b, gpu_stream())
                 : kvk_cuda_select(gpu(), &a, gpu_stream()));

@@ -11,30 +11,18 @@
 #include <string.h>
 
 #include "cuda_cases.h"
+#include "cuda_votes.h"
 
-typedef struct shape {
-    uint32_t n_q_heads, n_kv_heads, dims;
-} shape;
-
-/* One sequence of a batch, and what the device answered. */
-typedef struct sequence {
-    uint32_t n, base;
-    uint8_t *rows;
-    float *q;
-    uint32_t n_picks;
-    const uint32_t *picks;
-    const float *scores;
-} sequence;
-
-static sequence sequence_of(numbers *from, uint32_t n, shape s)
+votes_sequence votes_sequence_of(numbers *from, uint32_t n, votes_shape s)
 {
-    return (sequence){.n = n,
-                      .base = number_below(from, 1000),
-                      .rows = index_rows(from, n, s.n_kv_heads, s.dims),
-                      .q = normals(from, (size_t)s.n_q_heads * s.dims)};
+    return (votes_sequence){.n = n,
+                            .base = number_below(from, 1000),
+                            .rows = index_rows(from, n, s.n_kv_heads, s.dims),
+                            .q = normals(from, (size_t)s.n_q_heads * s.dims)};
 }
 
-static kvk_cuda_select_vote_args prepare(shape s, sequence *seqs, uint32_t n_seqs, uint32_t k)
+static kvk_cuda_select_vote_args prepare(votes_shape s, votes_sequence *seqs, uint32_t n_seqs,
+                                         uint32_t k, uint32_t eps)
 {
     kvk_cuda_candidates *cands = host_bytes(n_seqs * sizeof(*cands));
     size_t width = (size_t)s.n_q_heads * s.dims, row = kvk_index_row_bytes(s.n_kv_heads, s.dims);
@@ -44,7 +32,8 @@ static kvk_cuda_select_vote_args prepare(shape s, sequence *seqs, uint32_t n_seq
                                       .n_q_heads = s.n_q_heads,
                                       .n_kv_heads = s.n_kv_heads,
                                       .dims = s.dims,
-                                      .k = k};
+                                      .k = k,
+                                      .eps = eps};
 
     for (uint32_t i = 0; i < n_seqs; i++) {
         void *index = seqs[i].n ? device_copy(seqs[i].rows, seqs[i].n * row) : NULL;
@@ -65,7 +54,7 @@ static kvk_cuda_select_vote_args prepare(shape s, sequence *seqs, uint32_t n_seq
 }
 
 /* Runs it; the answers go to the sequences. */
-static void answer(const kvk_cuda_select_vote_args *args, sequence *seqs)
+static void answer(const kvk_cuda_select_vote_args *args, votes_sequence *seqs)
 {
     size_t all = (size_t)args->n_seqs * args->k;
     const uint32_t *n_picks, *picks;
@@ -85,7 +74,7 @@ static void answer(const kvk_cuda_select_vote_args *args, sequence *seqs)
 }
 
 /* The oracle's votes, and the bound relative to a vote. */
-static float *votes_of(shape s, const sequence *seq, double *bound_p)
+static float *votes_of(votes_shape s, const votes_sequence *seq, double *bound_p)
 {
     bool large = seq->n > 20000;
     float *logits = host_bytes((size_t)s.n_q_heads * seq->n * 4);
@@ -105,13 +94,30 @@ static float *votes_of(shape s, const sequence *seq, double *bound_p)
     return out;
 }
 
+/* The best vote within eps, in place. */
+static void widen(const votes_sequence *seq, uint32_t eps, float *votes)
+{
+    float *in = host_bytes(seq->n * 4 + 4);
+    uint32_t first = 0;
+
+    memcpy(in, votes, seq->n * 4);
+    for (uint32_t i = 0; i < seq->n; i++) {
+        uint32_t here = seq->at ? seq->at[i] : i;
+        while (here - (seq->at ? seq->at[first] : first) > eps)
+            first++;
+        for (uint32_t j = first; j < seq->n && (seq->at ? seq->at[j] : j) <= here + eps; j++)
+            votes[i] = in[j] > votes[i] ? in[j] : votes[i];
+    }
+}
+
 static int by_score(const void *a, const void *b)
 {
     float x = *(const float *)a, y = *(const float *)b;
     return (x < y) - (x > y);
 }
 
-static void compare(shape s, const sequence *seq, uint32_t k, const char *what)
+void votes_compare(votes_shape s, const votes_sequence *seq, uint32_t k, uint32_t eps,
+                   const char *what)
 {
     uint32_t room = k < seq->n ? k : seq->n, above = 0;
     double bound = 0, tiny = s.n_q_heads * 0x1p-120, kth = 0, slack = 0;
@@ -121,6 +127,7 @@ static void compare(shape s, const sequence *seq, uint32_t k, const char *what)
     REQUIRE(seq->n_picks == room, "%s: %u picks, wanted %u", what, seq->n_picks, room);
     if (room == 0)
         return;
+    widen(seq, eps, votes);
     memcpy(sorted, votes, seq->n * 4);
     qsort(sorted, seq->n, 4, by_score);
     kth = (double)sorted[room - 1];
@@ -146,30 +153,31 @@ static void compare(shape s, const sequence *seq, uint32_t k, const char *what)
             s.n_q_heads, s.n_kv_heads, s.dims, k, above);
 }
 
-static void run(shape s, sequence *seqs, uint32_t n_seqs, uint32_t k, const char *what)
+static void run(votes_shape s, votes_sequence *seqs, uint32_t n_seqs, uint32_t k, uint32_t eps,
+                const char *what)
 {
-    kvk_cuda_select_vote_args args = prepare(s, seqs, n_seqs, k);
+    kvk_cuda_select_vote_args args = prepare(s, seqs, n_seqs, k, eps);
 
     for (int pass = 0; pass < 2; pass++) { /* the second finds the workspace as the first left it */
         answer(&args, seqs);
         for (uint32_t i = 0; i < n_seqs; i++)
-            compare(s, &seqs[i], k, what);
+            votes_compare(s, &seqs[i], k, eps, what);
     }
     release_all();
 }
 
 void cuda_case_vote_edges(numbers *from)
 {
-    shape s = {32, 8, 32};
-    sequence seq = sequence_of(from, 100, s);
-    kvk_cuda_select_vote_args good = prepare(s, &seq, 1, 8), args;
+    votes_shape s = {32, 8, 32};
+    votes_sequence seq = votes_sequence_of(from, 100, s);
+    kvk_cuda_select_vote_args good = prepare(s, &seq, 1, 8, 0), args;
 
 #define REFUSED(field, value)                                                                      \
     args = good;                                                                                   \
     args.field = value;                                                                            \
     REQUIRE(kvk_cuda_select_vote(gpu(), &args, gpu_stream()) == KVC_INVALID, #field)
     REFUSED(k, 0);
-    REFUSED(k, KVK_CUDA_K_MAX + 1);
+    REFUSED(k, KVK_CUDA_WIDE_MAX + 1);
     REFUSED(dims, 0);
     REFUSED(dims, 257);
     REFUSED(n_kv_heads, 0);
@@ -188,24 +196,22 @@ void cuda_case_vote_edges(numbers *from)
 
 void cuda_case_vote(numbers *from)
 {
-    static const shape shapes[] = {{32, 8, 32}, {28, 4, 32}, {8, 8, 32},   {16, 4, 32},
-                                   {9, 3, 24},  {14, 2, 32}, {32, 8, 126}, {1, 1, 1}};
+    static const votes_shape shapes[] = {{32, 8, 32}, {28, 4, 32}, {8, 8, 32},   {16, 4, 32},
+                                         {9, 3, 24},  {14, 2, 32}, {32, 8, 126}, {1, 1, 1}};
     static const uint32_t sizes[] = {0, 1, 15, 17, 128, 129, 2500, 8193, 30011};
     static const uint32_t ks[] = {1, 300, 2048};
 
     for (size_t h = 0; h < sizeof(shapes) / sizeof(shapes[0]); h++) {
         for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
             for (size_t k = 0; k < 3; k++) {
-                sequence seq = sequence_of(from, sizes[i], shapes[h]);
-                run(shapes[h], &seq, 1, ks[k], "vote");
+                votes_sequence seq = votes_sequence_of(from, sizes[i], shapes[h]);
+                run(shapes[h], &seq, 1, ks[k], 0, "vote");
             }
         }
     }
 }
 
-/* What fools a sample or a bound: equal rows, few kinds of rows, growing ones, a hot region far
- * above the rest (whose sums overflow), peaked heads, a query of zeros, nearly flat votes. */
-static void spoil(numbers *from, sequence *seq, shape s, int kind)
+void votes_spoil(numbers *from, votes_sequence *seq, votes_shape s, int kind)
 {
     size_t row = kvk_index_row_bytes(s.n_kv_heads, s.dims), keys = (size_t)s.n_kv_heads * s.dims;
 
@@ -227,14 +233,14 @@ static void spoil(numbers *from, sequence *seq, shape s, int kind)
 
 void cuda_case_vote_ties(numbers *from)
 {
-    static const shape shapes[] = {{32, 8, 32}, {9, 3, 24}};
+    static const votes_shape shapes[] = {{32, 8, 32}, {9, 3, 24}};
 
-    for (int kind = 0; kind < 7; kind++) {
+    for (int kind = 0; kind < VOTES_SPOILED; kind++) {
         for (size_t h = 0; h < 2; h++) {
             for (uint32_t n = 9000; n <= 150001; n += 141001) {
-                sequence seq = sequence_of(from, h ? n / 10 : n, shapes[h]);
-                spoil(from, &seq, shapes[h], kind);
-                run(shapes[h], &seq, 1, 2048, "votes of a kind");
+                votes_sequence seq = votes_sequence_of(from, h ? n / 10 : n, shapes[h]);
+                votes_spoil(from, &seq, shapes[h], kind);
+                run(shapes[h], &seq, 1, 2048, 0, "votes of a kind");
             }
         }
     }
@@ -244,22 +250,22 @@ void cuda_case_vote_ties(numbers *from)
 void cuda_case_vote_batch(numbers *from)
 {
     enum { SEQS = 7, K = 500 };
-    shape s = {32, 8, 32};
-    sequence seqs[SEQS], alone[SEQS];
+    votes_shape s = {32, 8, 32};
+    votes_sequence seqs[SEQS], alone[SEQS];
     kvk_cuda_select_vote_args args;
 
     for (uint32_t i = 0; i < SEQS; i++) {
-        seqs[i] = sequence_of(from, i == 2 ? 0 : number_below(from, 60000), s);
+        seqs[i] = votes_sequence_of(from, i == 2 ? 0 : number_below(from, 60000), s);
         if (i == 4)
-            spoil(from, &seqs[i], s, 3);
+            votes_spoil(from, &seqs[i], s, 3);
         alone[i] = seqs[i];
     }
-    args = prepare(s, seqs, SEQS, K);
+    args = prepare(s, seqs, SEQS, K, 0);
     answer(&args, seqs);
     for (uint32_t i = 0; i < SEQS; i++) {
-        args = prepare(s, &alone[i], 1, K);
+        args = prepare(s, &alone[i], 1, K, 0);
         answer(&args, &alone[i]);
-        compare(s, &seqs[i], K, "batch");
+        votes_compare(s, &seqs[i], K, 0, "batch");
         REQUIRE(memcmp(seqs[i].picks, alone[i].picks, seqs[i].n_picks * 4) == 0 &&
                     memcmp(seqs[i].scores, alone[i].scores, seqs[i].n_picks * 4) == 0,
                 "sequence %u: other bits alone than in a batch", i);
@@ -269,7 +275,7 @@ void cuda_case_vote_batch(numbers *from)
         memcpy(seqs[0].rows + j * 272 + 256, &special[number_below(from, 4)], 2);
     }
     for (int pass = 0; pass < 2; pass++) {
-        args = prepare(s, seqs, 1, K);
+        args = prepare(s, seqs, 1, K, 0);
         answer(&args, seqs);
         REQUIRE(seqs[0].n_picks == (seqs[0].n < K ? seqs[0].n : K), "picks of what is not finite");
         for (uint32_t i = 0; i < seqs[0].n_picks; i++)
@@ -279,10 +285,47 @@ void cuda_case_vote_batch(numbers *from)
 
 void cuda_case_vote_large(numbers *from)
 {
-    static const shape shapes[] = {{32, 8, 32}, {28, 4, 32}};
+    static const votes_shape shapes[] = {{32, 8, 32}, {28, 4, 32}};
 
     for (size_t h = 0; h < 2; h++) {
-        sequence seq = sequence_of(from, 1000003, shapes[h]);
-        run(shapes[h], &seq, 1, 2048, "large");
+        votes_sequence seq = votes_sequence_of(from, 1000003, shapes[h]);
+        run(shapes[h], &seq, 1, 2048, 0, "large");
+    }
+}
+
+/* The best within a window: of plain votes, and of those that fool a bound. */
+void cuda_case_vote_window(numbers *from)
+{
+    static const votes_shape shapes[] = {{32, 8, 32}, {9, 3, 24}};
+    static const uint32_t sizes[] = {0, 1, 17, 700, 8193, 30011}, reach[] = {1, 5, 40};
+
+    for (size_t h = 0; h < 2; h++) {
+        for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+            for (size_t e = 0; e < 3; e++) {
+                votes_sequence seq = votes_sequence_of(from, sizes[i], shapes[h]);
+                run(shapes[h], &seq, 1, 600, reach[e], "vote within a window");
+            }
+        }
+        for (int kind = 0; kind < VOTES_SPOILED; kind++) {
+            votes_sequence seq = votes_sequence_of(from, 9000, shapes[h]);
+            votes_spoil(from, &seq, shapes[h], kind);
+            run(shapes[h], &seq, 1, 2048, 3, "votes of a kind within a window");
+        }
+    }
+}
+
+/* More picks than attention takes, as re-ranking wants them. */
+void cuda_case_vote_wide(numbers *from)
+{
+    static const votes_shape shapes[] = {{32, 8, 32}, {9, 3, 24}};
+
+    for (size_t h = 0; h < 2; h++) {
+        for (uint32_t n = 5000; n <= 95000; n += 45000) {
+            votes_sequence seq = votes_sequence_of(from, n, shapes[h]);
+            run(shapes[h], &seq, 1, 8192, 0, "many votes");
+            run(shapes[h], &seq, 1, KVK_CUDA_WIDE_MAX, 0, "very many votes");
+            votes_spoil(from, &seq, shapes[h], h ? 0 : 6);
+            run(shapes[h], &seq, 1, 8192, 0, "many votes of a kind");
+        }
     }
 }

@@ -8,11 +8,38 @@
 #include "fake_cuda_internal.h"
 #include "kvk/cuda_frame.h"
 
+/* The first dims of each of heads' width numbers. */
+static void take_columns(const float *in, uint32_t heads, uint32_t width, uint32_t dims, float *out)
+{
+    for (uint32_t h = 0; h < heads; h++)
+        memmove(out + (size_t)h * dims, in + (size_t)h * width, dims * sizeof(*out));
+}
+
+/* A new token's index row, and its finer one. */
+static kvc_status index_token(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const kvk_cuda_token *t)
+{
+    uint32_t inputs = a->n_kv_heads * a->head_dim, heads = a->per_head ? a->n_kv_heads : 1u;
+    uint32_t width = a->fine_dims != 0 ? a->fine_dims : a->dims;
+    float x[16 * 256];
+    kvk_quantize_args quantize = {.in = x, .n = 1, .n_heads = heads};
+    if (heads * width > sizeof(x) / sizeof(*x))
+        return KVC_INVALID;
+    kvc_status st =
+        fake_cuda_project(cuda, t->k, KVK_BF16, heads, inputs / heads, a->key_proj, width, x);
+    for (uint32_t i = a->fine_dims != 0 ? 0 : 1; st == KVC_OK && i < 2; i++) {
+        quantize.dims = i == 0 ? width : a->dims;
+        quantize.out = i == 0 ? t->fine_row : t->index_row;
+        quantize.out_stride_bytes = kvk_index_row_bytes(heads, quantize.dims);
+        take_columns(x, heads, width, quantize.dims, x);
+        st = cuda->ops->quantize(cuda->be, &quantize, NULL);
+    }
+    return st;
+}
+
 /* The row of a new token, its copy and its index row. */
 static kvc_status take_token(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const kvk_cuda_token *t)
 {
     uint32_t inputs = a->n_kv_heads * a->head_dim, heads = a->per_head ? a->n_kv_heads : 1u;
-    float x[16 * 256];
     size_t slice = kvk_slice_bytes(a->row_dtype, a->n_kv_heads, a->head_dim);
     bool coded = kvk_is_coded(a->row_dtype), finite = fake_cuda_all_finite(t->k, inputs, t->bad);
     if (coded)
@@ -20,6 +47,8 @@ static kvc_status take_token(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const
     if (!finite) { /* no bytes of it are right */
         memset(t->row, 0xff, coded ? 2u * slice : inputs * 4u);
         memset(t->index_row, 0, kvk_index_row_bytes(heads, a->dims));
+        if (a->fine_dims != 0)
+            memset(t->fine_row, 0, kvk_index_row_bytes(heads, a->fine_dims));
         return KVC_OK;
     }
     if (coded) {
@@ -42,17 +71,7 @@ static kvc_status take_token(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const
     }
     if (t->copy != NULL)
         memcpy(t->copy, t->row, 2u * slice);
-    const kvk_quantize_args quantize = {.in = x,
-                                        .n = 1,
-                                        .n_heads = heads,
-                                        .dims = a->dims,
-                                        .out = t->index_row,
-                                        .out_stride_bytes = kvk_index_row_bytes(heads, a->dims)};
-    kvc_status st = heads * a->dims > sizeof(x) / sizeof(*x)
-                        ? KVC_INVALID
-                        : fake_cuda_project(cuda, t->k, KVK_BF16, heads, inputs / heads,
-                                            a->key_proj, a->dims, x);
-    return st == KVC_OK ? cuda->ops->quantize(cuda->be, &quantize, NULL) : st;
+    return index_token(cuda, a, t);
 }
 
 static kvc_status rotate(kvk_cuda *cuda, const kvk_cuda_frame_args *a, const void *q,
@@ -145,28 +164,45 @@ static kvc_status decide(kvk_cuda *cuda, const kvk_cuda_frame_args *a, uint32_t 
     return KVC_OK;
 }
 
+/* The query as the index meets it, and a finer one. */
+static kvc_status query_heads(kvk_cuda *cuda, const kvk_cuda_frame_args *a, uint32_t seq,
+                              const float *turned)
+{
+    uint32_t width = a->fine_dims != 0 ? a->fine_dims : a->dims;
+    float *out = malloc((size_t)a->n_q_heads * width * sizeof(*out));
+    const kvk_cuda_query_args query = {.q = turned,
+                                       .n_seqs = 1,
+                                       .n_q_heads = a->n_q_heads,
+                                       .n_kv_heads = a->n_kv_heads,
+                                       .head_dim = a->head_dim,
+                                       .dims = width,
+                                       .proj = a->proj,
+                                       .out = out,
+                                       .per_head = 1};
+    kvc_status st = out == NULL ? KVC_NO_MEMORY : fake_cuda_query_heads(cuda, &query, 0);
+    if (st == KVC_OK) {
+        take_columns(out, a->n_q_heads, width, a->dims,
+                     a->q_index + (size_t)seq * a->n_q_heads * a->dims);
+        if (a->fine_dims != 0)
+            memcpy(a->q_fine + (size_t)seq * a->n_q_heads * width, out,
+                   (size_t)a->n_q_heads * width * sizeof(*out));
+    }
+    free(out);
+    return st;
+}
+
 static kvc_status frame_heads(kvk_cuda *cuda, const kvk_cuda_frame_args *a, uint32_t seq)
 {
     size_t width = (size_t)a->n_q_heads * a->head_dim;
     const uint8_t *q = (const uint8_t *)a->q + seq * width * 2u;
     float *turned = malloc(width * sizeof(*turned));
-    const kvk_cuda_query_args query = {
-        .q = turned,
-        .n_seqs = 1,
-        .n_q_heads = a->n_q_heads,
-        .n_kv_heads = a->n_kv_heads,
-        .head_dim = a->head_dim,
-        .dims = a->dims,
-        .proj = a->proj,
-        .out = a->q_index == NULL ? NULL : a->q_index + (size_t)seq * a->n_q_heads * a->dims,
-        .per_head = 1};
     kvc_status st = turned == NULL ? KVC_NO_MEMORY : rotate(cuda, a, q, UINT32_MAX, turned);
     if (st == KVC_OK && a->near_first != NULL)
         st = decide(cuda, a, seq, turned);
     if (st == KVC_OK && a->q_index != NULL && !a->score_raw)
         st = rotate(cuda, a, q, a->n_recent, turned);
     if (st == KVC_OK && a->q_index != NULL)
-        st = fake_cuda_query_heads(cuda, &query, 0);
+        st = query_heads(cuda, a, seq, turned);
     if (st == KVC_OK && a->q_near != NULL)
         st = rotate(cuda, a, q, a->n_near[seq] - 1u, a->q_near + seq * width);
     if (a->expected != NULL &&

@@ -26,9 +26,10 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define KVK_CUDA_K_MAX     4096u /* picks per sequence */
-#define KVK_CUDA_SEQS_MAX  512u  /* sequences per batch */
-#define KVK_CUDA_CHUNK_MAX 4096u /* queries of a chunk */
+#define KVK_CUDA_K_MAX     4096u  /* picks per sequence */
+#define KVK_CUDA_WIDE_MAX  16384u /* picks of select_vote, for kvk_cuda_rerank */
+#define KVK_CUDA_SEQS_MAX  512u   /* sequences per batch */
+#define KVK_CUDA_CHUNK_MAX 4096u  /* queries of a chunk */
 #define KVK_CUDA_RESIDENT  UINT32_MAX
 
 typedef struct kvk_cuda kvk_cuda;
@@ -204,10 +205,11 @@ kvc_status kvk_cuda_select(kvk_cuda *cuda, const kvk_cuda_select_args *args,
  * bits of a sequence depend on its own q and index alone. A logit that is not finite gives
  * arbitrary picks, in range. Fast at dims 32 (34 bytes a head and row) with 8 kv heads of up to 4
  * query heads or 4 of up to 8. n_q_heads <= 128 a multiple of n_kv_heads, dims <= 256, n_q_heads *
- * dims <= 16384. Else as kvk_cuda_select, whose rules for the workspace hold.
+ * dims <= 16384, k <= KVK_CUDA_WIDE_MAX. Else as kvk_cuda_select, also with eps > 0, and its rules
+ * for the workspace hold.
  */
 typedef struct kvk_cuda_select_vote_args {
-    uint32_t n_seqs, n_q_heads, n_kv_heads, dims, k, rows_max;
+    uint32_t n_seqs, n_q_heads, n_kv_heads, dims, k, eps, rows_max;
     const float *q;                   /* [n_seqs, n_q_heads, dims] */
     const kvk_cuda_candidates *cands; /* [n_seqs] */
     uint32_t *picks;                  /* [n_seqs, k] positions */

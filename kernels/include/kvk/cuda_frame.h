@@ -15,11 +15,12 @@ extern "C" {
 
 /* A new token: k and v [n_kv_heads, head_dim] bf16 go one after the other to row and to copy (NULL:
  * not), as they are or coded as kvk_cuda_encode does, and its index row is written, as
- * kvk_cuda_digest makes it. row NULL: there is none. bad (pinned or device; NULL: not) is set to 1
- * where the index row, or a coded head, had an element that is not finite. */
+ * kvk_cuda_digest makes it; fine_row: that of a finer index. row NULL: there is none. bad (pinned
+ * or device; NULL: not) is set to 1 where the index row, or a coded head, had an element that is
+ * not finite. */
 typedef struct kvk_cuda_token {
     const void *k, *v;
-    void *row, *copy, *index_row;
+    void *row, *copy, *index_row, *fine_row;
     uint32_t *bad;
 } kvk_cuda_token;
 
@@ -42,6 +43,9 @@ typedef struct kvk_cuda_token {
  *   q_index [n_q_heads, dims]: as kvk_cuda_query's per head, of q rotated by n_recent
  *   n_near = min(n, n_recent); near_first NULL: n_near is what it was
  *   q_near: also for what lies before the near rows, at the positions -1, -2, ...
+ * fine_dims, at least dims and at most 256 (0: there is none): a finer index beside it. Both
+ * matrices have fine_dims columns then, of which the index has the first dims; q_fine [n_q_heads,
+ * fine_dims] goes with q_index, and a token's fine_row with its index_row.
  * Its Selection Cache (last not NULL): where kept_first[s] is not UINT32_MAX and the cosine of q
  * and last[s], as kvk_cuda_keep's, is at least threshold, the picks are kept, and with them what
  * was near: keep[s] = kept[s] = 1 and near_first[s] = kept_first[s]. Else both are 0 and q becomes
@@ -68,6 +72,8 @@ typedef struct kvk_cuda_frame_args {
     void *workspace;
     size_t workspace_bytes;
     uint32_t per_head; /* 0 or 1; then proj and key_proj are [n_kv_heads, head_dim, dims] */
+    uint32_t fine_dims;
+    float *q_fine;
     double threshold;
     float *last;                /* [n_seqs, n_q_heads, head_dim] */
     const uint32_t *kept_first; /* [n_seqs]; may be pinned */
