@@ -64,7 +64,8 @@ static void repeat_queries(rig *r)
     }
 }
 
-static void group_open(group *g, const char *selector, kvc_client *client)
+/* factor: of an index of two levels; 0: it has one. */
+static void group_open(group *g, const char *selector, uint32_t factor, kvc_client *client)
 {
     memset(g, 0, sizeof(*g));
     rig_init(&g->r, selector, N_TOKENS);
@@ -75,7 +76,8 @@ static void group_open(group *g, const char *selector, kvc_client *client)
     g->r.opts.head_dim = 64;
     g->r.opts.n_q_heads = 8;
     g->r.opts.n_kv_heads = 4;
-    g->r.opts.index = KVW_INDEX_COMPRESSED;
+    g->r.opts.index = factor == 0 ? KVW_INDEX_COMPRESSED : KVW_INDEX_RERANKED;
+    g->r.opts.rerank_factor = factor;
     g->r.opts.residency_slots = 96;
     g->r.opts.max_tokens = 512; /* one outgrows them before, one on the way */
     rig_project(&g->r, DIMS);
@@ -181,10 +183,10 @@ static void step(group *g, const uint32_t *members, uint32_t n)
         g->at[members[i]]++;
 }
 
-static void check_results(const char *selector)
+static void check_results(const char *selector, uint32_t factor)
 {
     group g;
-    group_open(&g, selector, NULL);
+    group_open(&g, selector, factor, NULL);
     for (int i = 0; i < 4; i++)
         step(&g, (uint32_t[]){0, 1, 2}, 3);
     for (uint32_t i = 0; i < 3; i++)
@@ -211,21 +213,22 @@ static void check_results(const char *selector)
 static void results_are_those_of_one(void **state)
 {
     (void)state;
-    check_results("esa");
+    check_results("esa", 0);
 }
 
 /* The Selection Cache too: what was selected in the batch is kept outside, and the other way. */
 static void kept_picks_come_along(void **state)
 {
     (void)state;
-    check_results("tokenselect");
+    check_results("tokenselect", 0);
+    check_results("tokenselect", 3);
 }
 
 static void sequences_end_in_it(void **state)
 {
     (void)state;
     group g;
-    group_open(&g, "esa", NULL);
+    group_open(&g, "esa", 0, NULL);
     step(&g, (uint32_t[]){0, 1, 2}, 3);
     kvw_seq_destroy(g.seq[1]);
     g.seq[1] = open_seq(&g, 1);
@@ -243,7 +246,7 @@ static void rows_come_from_a_store(void **state)
 {
     bench *b = *state;
     group g;
-    group_open(&g, "esa", b->client);
+    group_open(&g, "esa", 0, b->client);
     for (uint32_t i = 0; i < SEQS; i++)
         assert_ok(kvw_flush(g.seq[i], 0));
     for (int i = 0; i < 6; i++)
@@ -258,7 +261,7 @@ static void what_is_wrong_is_refused(void **state)
     (void)state;
     group g;
     uint16_t out[SEQS * 512];
-    group_open(&g, "esa", NULL);
+    group_open(&g, "esa", 0, NULL);
     kvw_batch *other = NULL;
     assert_int_equal(kvw_batch_open(g.r.worker, 0, NULL, &other), KVC_INVALID);
     assert_int_equal(kvw_batch_open(g.r.worker, KVW_MAX_BATCH + 1u, NULL, &other), KVC_INVALID);

@@ -18,7 +18,7 @@ typedef struct setup {
 } setup;
 
 static void set_up_caching(setup *s, kvc_client *client, const char *selector, uint64_t row_dtype,
-                           double reselect_cos)
+                           double reselect_cos, uint32_t factor)
 {
     uint32_t reused = 0;
     memset(s, 0, sizeof(*s));
@@ -27,6 +27,8 @@ static void set_up_caching(setup *s, kvc_client *client, const char *selector, u
     s->r.opts.device_memory = 1;
     s->r.opts.selector = selector;
     s->r.opts.reselect_cos = reselect_cos;
+    s->r.opts.index = factor == 0 ? s->r.opts.index : KVW_INDEX_RERANKED;
+    s->r.opts.rerank_factor = factor;
     s->r.k_scale = 0.5; /* votes that are not one token's */
     s->r.opts.row_dtype = row_dtype;
     s->r.opts.n_q_heads = row_dtype != 0 ? 16 : s->r.opts.n_q_heads;
@@ -40,7 +42,7 @@ static void set_up_caching(setup *s, kvc_client *client, const char *selector, u
 
 static void set_up(setup *s, kvc_client *client, const char *selector, uint64_t row_dtype)
 {
-    set_up_caching(s, client, selector, row_dtype, 0);
+    set_up_caching(s, client, selector, row_dtype, 0, 0);
 }
 
 static void tear_down(setup *s)
@@ -117,10 +119,10 @@ static void refuse_and_take(setup *s, uint32_t n, bool parts, bool value)
 static void a_pass_is_refused_and_repeated(void **state)
 {
     (void)state;
-    static const uint64_t dtypes[] = {0, KVK_I8_SCALED, 0, KVK_I8_SCALED};
-    for (size_t i = 0; i < 4; i++) {
+    static const uint64_t dtypes[] = {0, KVK_I8_SCALED, 0, KVK_I8_SCALED, 0};
+    for (size_t i = 0; i < 5; i++) { /* the last one over two levels, of which the second decides */
         setup s;
-        set_up(&s, NULL, i < 2 ? "esa" : "tokenselect", dtypes[i]);
+        set_up_caching(&s, NULL, i < 2 ? "esa" : "tokenselect", dtypes[i], 0, i < 4 ? 0 : 100);
         for (int parts = 0; parts < 2; parts++) {
             refuse_and_take(&s, 1, parts != 0, false);
             refuse_and_take(&s, N, parts != 0, false);
@@ -144,7 +146,7 @@ static void picks_of_a_refused_step_are_not_kept(void **state)
     (void)state;
     for (int parts = 0; parts < 2; parts++) {
         setup s;
-        set_up_caching(&s, NULL, "tokenselect", 0, -1.0); /* whatever the query */
+        set_up_caching(&s, NULL, "tokenselect", 0, -1.0, 0); /* whatever the query */
         assert_ok(kvw_tokens(s.seq, s.r.tokens + FIRST, 1));
         given bad = given_of(&s.r, 0, FIRST, 1), good = given_of(&s.r, 0, FIRST, 1);
         bad.k[0] = 0x7f80;

@@ -1,7 +1,7 @@
 /*
- * worker_vote_test.c: TokenSelect over a compressed index, decode steps and passes, against the
- * brute-force oracle. BACKEND: on the CPU, on a device, or on a fake of one, where it is held to
- * the CPU worker too.
+ * worker_vote_test.c: TokenSelect over a compressed or re-ranked index, decode steps and passes,
+ * against the brute-force oracle. BACKEND: on the CPU, on a device, or on a fake of one, where it
+ * is held to the CPU worker too.
  */
 #include "bench.h"
 #include "oracle.h"
@@ -10,12 +10,13 @@
 
 #include "base/clock.h"
 #include "internal.h"
+#include "kvk/cuda.h"
 
 #ifndef BACKEND
 #define BACKEND "cpu"
 #endif
 
-enum { N_TOKENS = 526, PREFILL = 512, DIMS = 30 };
+enum { N_TOKENS = 526, PREFILL = 512, DIMS = 30, COARSE = 14 };
 
 static bool on_device(void)
 {
@@ -36,6 +37,14 @@ static void vote_rig(rig *r, kvc_client *client, const char *backend)
     r->opts.max_tokens = strcmp(backend, "cpu") == 0 ? 0 : 500; /* it outgrows them */
     r->k_scale = 0.5;                                           /* votes that are not one token's */
     rig_project(r, DIMS);
+}
+
+/* Over two levels, of which the second ranks factor times as many as are picked. */
+static void rerank_rig(rig *r, uint32_t factor)
+{
+    r->opts.index = KVW_INDEX_RERANKED;
+    r->opts.index_dims = COARSE;
+    r->opts.rerank_factor = factor;
 }
 
 static kvw_seq *open_seq(rig *r)
@@ -75,6 +84,24 @@ static void steps_are_the_oracles(void **state)
     rig_close(&r);
 }
 
+/* All candidates pass the scan, so the finer index alone decides; with and without a window. */
+static void a_finer_index_decides(void **state)
+{
+    (void)state;
+    for (uint32_t i = 0; i < 3; i++) {
+        rig r;
+        vote_rig(&r, NULL, BACKEND);
+        if (i != 1)
+            rerank_rig(&r, 100);
+        r.opts.eps = i == 0 ? 0 : 2;
+        rig_open(&r);
+        kvw_stats stats = run_checked(&r);
+        assert_true(stats.full_steps > 0 && stats.reselects == stats.steps - stats.full_steps);
+        assert_int_equal(stats.steps_device, on_device() ? stats.steps : 0);
+        rig_close(&r);
+    }
+}
+
 /* Without a rotation, over coded rows, and other shapes and windows. */
 static void shapes_are_of_any_kind(void **state)
 {
@@ -83,10 +110,13 @@ static void shapes_are_of_any_kind(void **state)
         uint32_t heads, kv_heads, head_dim, dims, n_sink, n_recent, k, chunk;
         double theta;
         kvk_dtype rows;
-    } shapes[] = {{32, 8, 128, 32, 8, 40, 48, 64, 10000, (kvk_dtype)0},
-                  {8, 8, 64, 30, 16, 8, 33, 64, 0, (kvk_dtype)0},
-                  {6, 2, 64, 6, 8, 100, 16, 128, 10000, (kvk_dtype)0},
-                  {16, 8, 64, 30, 8, 40, 48, 64, 10000, KVK_I8_SCALED}};
+        uint32_t factor; /* 0: one level */
+    } shapes[] = {{32, 8, 128, 32, 8, 40, 48, 64, 10000, (kvk_dtype)0, 0},
+                  {8, 8, 64, 30, 16, 8, 33, 64, 0, (kvk_dtype)0, 0},
+                  {6, 2, 64, 6, 8, 100, 16, 128, 10000, (kvk_dtype)0, 0},
+                  {16, 8, 64, 30, 8, 40, 48, 64, 10000, KVK_I8_SCALED, 0},
+                  {16, 8, 64, 30, 8, 40, 48, 64, 10000, KVK_I8_SCALED, 3},
+                  {9, 3, 64, 48, 16, 40, 48, 64, 10000, (kvk_dtype)0, 100}};
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
         rig r;
         uint32_t dims = shapes[i].dims;
@@ -101,6 +131,8 @@ static void shapes_are_of_any_kind(void **state)
         r.opts.residency_slots = shapes[i].k + 5u;
         r.opts.rope.theta = shapes[i].theta;
         r.opts.row_dtype = (uint64_t)shapes[i].rows;
+        if (shapes[i].factor != 0)
+            rerank_rig(&r, shapes[i].factor);
         rig_project(&r, dims);
         rig_open(&r);
         kvw_seq *seq = open_seq(&r);
@@ -133,11 +165,21 @@ static void take(void *arg, const rig *r, const rig_step *step)
            n * sizeof(*picks));
 }
 
-static kvw_stats take_run(taken *t, kvc_client *client, const char *backend, double theta)
+/* How a run selects. */
+typedef struct manner {
+    double theta;
+    uint32_t eps, factor; /* factor 0: one level */
+} manner;
+
+static kvw_stats take_run(taken *t, kvc_client *client, const char *backend, manner how)
 {
     rig r;
+    double theta = how.theta;
     vote_rig(&r, client, backend);
     r.opts.reselect_cos = theta;
+    r.opts.eps = how.eps;
+    if (how.factor != 0)
+        rerank_rig(&r, how.factor);
     rig_open(&r);
     for (size_t i = 0; theta != 0 && i < (size_t)2 * N_TOKENS * rig_q_width(&r); i++) {
         size_t width = rig_q_width(&r), token = i / width % 4u; /* three follow one, more or less */
@@ -166,17 +208,20 @@ static uint32_t count_others(const taken *a, const taken *b, const rig *r)
     return n;
 }
 
-static void check_like_the_cpu(kvc_client *client, double theta)
+/* others: steps that may pick otherwise. */
+static void check_like_the_cpu(kvc_client *client, manner how, uint32_t others)
 {
     rig r;
     taken cpu, device;
-    kvw_stats a = take_run(&cpu, NULL, "cpu", theta);
-    kvw_stats b = take_run(&device, client, BACKEND, theta);
+    kvw_stats a = take_run(&cpu, NULL, "cpu", how);
+    kvw_stats b = take_run(&device, client, BACKEND, how);
     assert_int_equal(a.reselects, b.reselects);
     assert_int_equal(a.picks, b.picks);
-    assert_true(theta == 0 || a.reselects < a.steps - a.full_steps);
+    assert_true(how.theta == 0 || a.reselects < a.steps - a.full_steps);
     vote_rig(&r, NULL, "cpu");
-    assert_true(count_others(&cpu, &device, &r) <= 4);
+    uint32_t n = count_others(&cpu, &device, &r);
+    if (n > others)
+        fail_msg("eps %u, factor %u: %u steps pick otherwise", how.eps, how.factor, n);
     rig_close(&r);
     rig_record_fini(&cpu.record);
     rig_record_fini(&device.record);
@@ -187,13 +232,23 @@ static void check_like_the_cpu(kvc_client *client, double theta)
 static void picks_are_the_cpus(void **state)
 {
     (void)state;
-    check_like_the_cpu(NULL, 0);
+    check_like_the_cpu(NULL, (manner){0}, 4);
+}
+
+static void reranked_picks_are_the_cpus(void **state)
+{
+    (void)state;
+    for (uint32_t eps = 0; eps <= 2; eps += 2) {
+        check_like_the_cpu(NULL, (manner){.eps = eps, .factor = 2}, 8);
+    }
+    check_like_the_cpu(NULL, (manner){.eps = 2}, 4);
 }
 
 static void picks_are_kept_as_on_the_cpu(void **state)
 {
     bench *b = *state;
-    check_like_the_cpu(b->client, 0.9);
+    check_like_the_cpu(b->client, (manner){.theta = 0.9}, 4);
+    check_like_the_cpu(b->client, (manner){.theta = 0.9, .factor = 2}, 8);
 }
 
 typedef struct before {
@@ -280,12 +335,14 @@ static void one_by_one(rig *r, kvw_seq *seq, uint32_t first, uint32_t end, bool 
     }
 }
 
-/* The index as the store gets it, [n_layers, END] rows. */
-static uint8_t *index_of_run(kvc_client *client, const char *backend, bool parts, rig_check *check,
-                             size_t *row_bytes_p)
+/* The index as the store gets it, [n_layers, END] rows: its first level, or of two the second. */
+static uint8_t *index_of_run(kvc_client *client, const char *backend, bool parts, bool finer,
+                             rig_check *check, size_t *row_bytes_p)
 {
     rig r;
     vote_rig(&r, client, backend);
+    if (finer)
+        rerank_rig(&r, 100);
     assert_int_equal(r.opts.n_recent, 40);
     rig_open(&r);
     kvw_seq *seq = open_seq(&r);
@@ -297,12 +354,13 @@ static uint8_t *index_of_run(kvc_client *client, const char *backend, bool parts
     one_by_one(&r, seq, END - 6, END, parts, check);
     if (r.worker->device != NULL)
         assert_ok(r.worker->device_ops->settle(seq));
-    size_t bytes = END * seq->layers[0].level[0].row_bytes;
+    size_t bytes = END * seq->layers[0].level[finer].row_bytes;
     uint8_t *rows = malloc(r.opts.n_layers * bytes);
     assert_non_null(rows);
     for (uint32_t layer = 0; layer < r.opts.n_layers; layer++) {
-        const kvwi_pages *pages = &seq->layers[layer].level[0];
+        const kvwi_pages *pages = &seq->layers[layer].level[finer];
         assert_int_equal(pages->n_rows, END);
+        assert_int_equal(seq->layers[layer].level[0].n_rows, END);
         kvwi_pages_read(pages, 0, END, rows + layer * bytes, pages->row_bytes);
     }
     *row_bytes_p = bytes / END;
@@ -334,10 +392,10 @@ static void single_tokens_are_indexed_like_the_cpus(void **state)
 {
     bench *b = *state;
     size_t row_bytes = 0, other_bytes = 0;
-    uint8_t *cpu = index_of_run(NULL, "cpu", false, NULL, &row_bytes);
-    for (int i = 0; i < 3; i++) { /* whole steps, in parts, and without maps */
-        uint8_t *rows = index_of_run(i == 2 ? b->client : NULL, BACKEND, i == 1, oracle_check_step,
-                                     &other_bytes);
+    uint8_t *cpu = index_of_run(NULL, "cpu", false, false, NULL, &row_bytes);
+    for (int i = 0; i < 4; i++) { /* whole steps, in parts, without maps, and of two levels */
+        uint8_t *rows = index_of_run(i == 2 ? b->client : NULL, BACKEND, i == 1, i == 3,
+                                     oracle_check_step, &other_bytes);
         assert_int_equal(row_bytes, other_bytes);
         for (uint32_t at = 0; at < 2u * END; at++)
             check_row(cpu + at * row_bytes, rows + at * row_bytes, 4, at);
@@ -402,6 +460,31 @@ static void rows_come_from_a_store(void **state)
     rig_close(&r);
 }
 
+/* Both levels of a prefix come back from the store, and go to where they are scored. */
+static void a_prefix_comes_back_with_its_index(void **state)
+{
+    bench *b = *state;
+    for (uint32_t factor = 0; factor <= 100; factor += 100) {
+        rig r;
+        uint32_t dims = DIMS, reused = 0;
+        kvw_seq *seq = NULL;
+        vote_rig(&r, b->client, BACKEND);
+        if (factor != 0)
+            rerank_rig(&r, factor);
+        rig_open(&r);
+        seq = open_seq(&r);
+        rig_prefill(&r, seq, 0, 384, NULL, NULL);
+        assert_ok(kvw_flush(seq, kvc_deadline_ns(SUPPORT_PATIENCE_NS)));
+        kvw_seq_destroy(seq);
+        assert_ok(kvw_seq_create(r.worker, r.tokens, 384, &seq, &reused));
+        assert_true(reused >= 256);
+        rig_prefill(&r, seq, reused, 384 + 60, NULL, NULL);
+        rig_decode(&r, seq, 384 + 60, 384 + 66, oracle_check_step, &dims);
+        kvw_seq_destroy(seq);
+        rig_close(&r);
+    }
+}
+
 /* Rows that were lost keep their numbers; their slots are nobody's afterwards. */
 static void lost_rows_keep_their_numbers(void **state)
 {
@@ -432,17 +515,18 @@ static void lost_rows_keep_their_numbers(void **state)
 static void what_it_cannot_do_is_refused(void **state)
 {
     (void)state;
-    static const char *const want[] = {"index: must be COMPRESSED", "index: must be COMPRESSED",
-                                       "eps", "n_q_heads: must be at most 128"};
-    for (int i = 0; i < 4 && on_device(); i++) {
+    static const char *const want[] = {"index: must be COMPRESSED", "rerank_factor: times k",
+                                       "n_q_heads: must be at most 128"};
+    for (int i = 0; i < 3 && on_device(); i++) {
         rig r;
         vote_rig(&r, NULL, BACKEND);
-        r.opts.index = i == 0 ? KVW_INDEX_EXACT : i == 1 ? KVW_INDEX_RERANKED : r.opts.index;
+        if (i == 1)
+            rerank_rig(&r, 1u + KVK_CUDA_WIDE_MAX / r.opts.k);
+        r.opts.index = i == 0 ? KVW_INDEX_EXACT : r.opts.index;
         r.opts.projection_path = i == 0 ? NULL : r.opts.projection_path;
-        r.opts.eps = i == 2;
-        r.opts.n_q_heads = i == 3 ? 136 : r.opts.n_q_heads;
-        r.opts.n_kv_heads = i == 3 ? 17 : r.opts.n_kv_heads;
-        if (i == 3)
+        r.opts.n_q_heads = i == 2 ? 136 : r.opts.n_q_heads;
+        r.opts.n_kv_heads = i == 2 ? 17 : r.opts.n_kv_heads;
+        if (i == 2)
             rig_project(&r, DIMS);
         assert_int_equal(kvw_open(&r.opts, &r.worker), KVC_UNSUPPORTED);
         if (strncmp(kvw_last_error(), want[i], strlen(want[i])) != 0)
@@ -462,14 +546,18 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(steps_are_the_oracles),
+        cmocka_unit_test(a_finer_index_decides),
         cmocka_unit_test(shapes_are_of_any_kind),
         cmocka_unit_test(picks_are_the_cpus),
+        cmocka_unit_test(reranked_picks_are_the_cpus),
         cmocka_unit_test(the_last_picks_are_resident),
         cmocka_unit_test(rows_that_are_taken_back_are_not_attended),
         cmocka_unit_test_setup_teardown(single_tokens_are_indexed_like_the_cpus, bench_open,
                                         bench_close),
         cmocka_unit_test_setup_teardown(picks_are_kept_as_on_the_cpu, bench_open, bench_close),
         cmocka_unit_test_setup_teardown(rows_come_from_a_store, bench_open, bench_close),
+        cmocka_unit_test_setup_teardown(a_prefix_comes_back_with_its_index, bench_open,
+                                        bench_close),
         cmocka_unit_test_setup_teardown(lost_rows_keep_their_numbers, bench_open, bench_close),
         cmocka_unit_test(what_it_cannot_do_is_refused),
     };

@@ -25,8 +25,9 @@ static kvc_status check(const kvw_worker *w)
     if (selector == NULL) {
         return no("selector", "must be esa or tokenselect");
     }
-    if (w->n_levels != 1 || w->level[0].exact || w->level[0].dims > 256) {
-        return no("index", "must be COMPRESSED, of at most 256 dims");
+    if (w->level[0].exact || w->n_levels > selector->levels ||
+        w->level[kvwi_finest(w)].dims > 256) {
+        return no("index", "must be COMPRESSED, or RERANKED with tokenselect, of at most 256 dims");
     }
     if (o->dtype != KVK_BF16) {
         return no("dtype", "must be bf16");
@@ -96,12 +97,15 @@ static kvc_status upload(kvwi_device *device, const void *from, size_t len_bytes
 
 static kvc_status upload_all(const kvw_worker *w, kvwi_device *device)
 {
-    const kvwi_level *level = &w->level[0];
-    size_t bytes =
-        (size_t)w->opts.n_layers * level->heads * level->d_in * level->dims * sizeof(float);
-    kvc_status st = upload(device, level->a, bytes, &device->query_proj);
-    if (st == KVC_OK) {
-        st = upload(device, level->b, bytes, &device->key_proj);
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < w->n_levels; i++) {
+        const kvwi_level *level = &w->level[i];
+        size_t bytes =
+            (size_t)w->opts.n_layers * level->heads * level->d_in * level->dims * sizeof(float);
+        st = upload(device, level->a, bytes, &device->query_proj[i]);
+        if (st == KVC_OK) {
+            st = upload(device, level->b, bytes, &device->key_proj[i]);
+        }
     }
     if (st == KVC_OK && w->inv_freq != NULL) {
         st = upload(device, w->inv_freq, w->opts.head_dim / 2u * sizeof(double), &device->inv_freq);
@@ -114,8 +118,10 @@ void kvwi_cuda_device_close(kvwi_device *device)
     if (device == NULL) {
         return;
     }
-    kvk_cuda_free(device->cuda, KVK_CUDA_DEVICE, device->query_proj);
-    kvk_cuda_free(device->cuda, KVK_CUDA_DEVICE, device->key_proj);
+    for (uint32_t i = 0; i < KVWI_MAX_LEVELS; i++) {
+        kvk_cuda_free(device->cuda, KVK_CUDA_DEVICE, device->query_proj[i]);
+        kvk_cuda_free(device->cuda, KVK_CUDA_DEVICE, device->key_proj[i]);
+    }
     kvk_cuda_free(device->cuda, KVK_CUDA_DEVICE, device->inv_freq);
     kvk_cuda_close(device->cuda);
     free(device);

@@ -111,11 +111,12 @@ static kvc_status write_rows(kvw_seq *seq, uint32_t layer, incoming *in)
     return st == KVC_OK ? kvwi_cuda_push_ring(seq, layer, in->first, in->first + in->n) : st;
 }
 
-/* Index rows of the pass, of its keys as they came: those in the ring, unless these are coded. */
-static kvc_status digest(kvw_seq *seq, uint32_t layer, const incoming *in)
+/* Index rows of the pass in one level, of its keys as they came: those in the ring, unless these
+ * are coded. */
+static kvc_status digest(kvw_seq *seq, uint32_t layer, uint32_t i, const incoming *in)
 {
     const kvw_worker *w = seq->worker;
-    const kvwi_level *level = &w->level[0];
+    const kvwi_level *level = &w->level[i];
     kvwi_device_seq *d = seq->device;
     kvwi_device_layer *l = &d->layers[layer];
     bool coded = kvk_is_coded(w->row_dtype);
@@ -131,8 +132,8 @@ static kvc_status digest(kvw_seq *seq, uint32_t layer, const incoming *in)
             .head_dim = w->opts.head_dim,
             .n_heads = level->heads,
             .dims = level->dims,
-            .proj = kvwi_layer_proj(w, d->device->key_proj, layer),
-            .out = l->index + (size_t)pos * level->row_bytes,
+            .proj = kvwi_layer_proj(w, d->device->key_proj, i, layer),
+            .out = l->index[i] + (size_t)pos * level->row_bytes,
             .in_stride_bytes = coded ? w->in_bytes : w->row_bytes,
         };
         st = kvk_cuda_digest(d->device->cuda, &args, d->stream);
@@ -171,8 +172,8 @@ kvc_status kvwi_cuda_append_pass(kvw_seq *seq, uint32_t layer, const void *k, co
         st = write_rows(seq, layer, &in);
     }
     d->n_writes++; /* also where it failed halfway */
-    if (st == KVC_OK) {
-        st = digest(seq, layer, &in);
+    for (uint32_t i = 0; st == KVC_OK && i < seq->worker->n_levels; i++) {
+        st = digest(seq, layer, i, &in);
     }
     if (st != KVC_OK) { /* what was enqueued reads the caller's memory, and may set bad */
         if (kvwi_cuda_sync(seq) != KVC_OK) {

@@ -195,7 +195,7 @@ void kvwi_cuda_batch_close(kvwi_device_batch *b)
 static kvc_status grow_select(kvwi_device_batch *b, uint32_t rows_max)
 {
     void *space = NULL;
-    size_t bytes = b->worker->device->selector->workspace_bytes(b->n_max, rows_max);
+    size_t bytes = b->worker->device->selector->workspace_bytes(b->worker, b->n_max, rows_max);
     if (rows_max <= b->rows_max) {
         return KVC_OK;
     }
@@ -292,7 +292,11 @@ static kvc_status list_layer(kvwi_device_batch *b, uint32_t layer)
     for (uint32_t i = 0; i < b->n_members; i++) {
         cands[i] = kvwi_candidates_of(b->worker, &b->members[i]->device->layers[layer]);
     }
-    return st == KVC_OK ? put_list(b, lane->cands, sizeof(*cands)) : st;
+    st = st == KVC_OK ? put_list(b, lane->cands, sizeof(*cands)) : st;
+    for (uint32_t i = 0; i < b->n_members; i++) {
+        cands[i] = kvwi_finer_of(&b->members[i]->device->layers[layer]);
+    }
+    return st == KVC_OK && lane->finer != NULL ? put_list(b, lane->finer, sizeof(*cands)) : st;
 }
 
 static bool are_members(const kvwi_device_batch *b, kvw_seq *const *seqs, uint32_t n)

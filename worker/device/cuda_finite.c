@@ -26,7 +26,9 @@ static kvc_status take_back(kvw_seq *seq, uint32_t layer)
     }
     l->n_tokens = seq->pass.first;
     l->picks.cached = false;
-    l->level[0].n_rows = kvwi_min_u32(l->level[0].n_rows, seq->pass.first);
+    for (uint32_t i = 0; i < seq->worker->n_levels; i++) {
+        l->level[i].n_rows = kvwi_min_u32(l->level[i].n_rows, seq->pass.first);
+    }
     return not_finite(seq, layer);
 }
 

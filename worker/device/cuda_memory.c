@@ -47,6 +47,12 @@ void kvwi_carve_lane(kvwi_carver *c, const kvw_worker *w, uint32_t n_seqs, kvwi_
     lane->q_near = kvwi_carve(c, q);
     lane->q_far = renumbers ? lane->q_near : kvwi_carve(c, q);
     lane->q_index = kvwi_carve(c, n * heads * w->level[0].dims * sizeof(float));
+    if (w->n_levels > 1) {
+        lane->finer = kvwi_carve(c, n * sizeof(*lane->finer));
+        lane->wide = kvwi_carve(c, n * kvwi_wide(w) * word);
+        lane->n_wide = kvwi_carve(c, n * word);
+        lane->q_fine = kvwi_carve(c, n * heads * w->level[1].dims * sizeof(float));
+    }
     if (w->opts.reselect_cos != 0) {
         lane->last = kvwi_carve(c, q);
         lane->keep = kvwi_carve(c, n * word);
@@ -100,7 +106,9 @@ static void carve_pinned(kvwi_carver *c, const kvw_worker *w, kvwi_device_layer 
 static void carve_grown(kvwi_carver *c, const kvw_worker *w, const kvwi_device_seq *d,
                         kvwi_device_layer *l)
 {
-    l->index = kvwi_carve(c, (size_t)d->cap_tokens * w->level[0].row_bytes);
+    for (uint32_t i = 0; i < w->n_levels; i++) {
+        l->index[i] = kvwi_carve(c, (size_t)d->cap_tokens * w->level[i].row_bytes);
+    }
     l->slot_of = kvwi_carve(c, (size_t)d->cap_tokens * sizeof(int32_t));
     l->blocks = kvwi_carve(c, ((size_t)d->cap_blocks + d->n_staging) * sizeof(void *));
 }
@@ -247,35 +255,54 @@ kvk_cuda_source kvwi_source_of(const kvw_seq *seq, const kvwi_device_layer *l)
 
 kvk_cuda_candidates kvwi_candidates_of(const kvw_worker *w, const kvwi_device_layer *l)
 {
-    return (kvk_cuda_candidates){.index = l->index + w->opts.n_sink * w->level[0].row_bytes};
+    return (kvk_cuda_candidates){.index = l->index[0] + w->opts.n_sink * w->level[0].row_bytes};
+}
+
+kvk_cuda_candidates kvwi_finer_of(const kvwi_device_layer *l)
+{
+    return (kvk_cuda_candidates){.index = l->index[1], .n_rows = l->cap_tokens};
+}
+
+/* Index rows into new memory, and where each level's are. */
+static kvc_status fill_index(kvw_seq *seq, kvwi_device_layer *l, const kvwi_device_layer *old)
+{
+    const kvw_worker *w = seq->worker;
+    const kvwi_device_seq *d = seq->device;
+    const kvk_cuda_candidates lists[KVWI_MAX_LEVELS] = {kvwi_candidates_of(w, l), kvwi_finer_of(l)};
+    kvk_cuda_candidates *const to[KVWI_MAX_LEVELS] = {l->lane.cands, l->lane.finer};
+    kvc_status st = KVC_OK;
+    for (uint32_t i = 0; st == KVC_OK && i < w->n_levels; i++) {
+        if (l->n_index != 0) {
+            st = kvk_cuda_copy(d->device->cuda, l->index[i], old->index[i],
+                               l->n_index * w->level[i].row_bytes, d->stream);
+        }
+        if (st == KVC_OK) {
+            st = kvk_cuda_copy(d->device->cuda, to[i], &lists[i], sizeof(lists[i]), d->stream);
+        }
+    }
+    return st == KVC_OK ? kvk_cuda_stream_sync(d->device->cuda, d->stream) : st; /* of lists */
 }
 
 static kvc_status fill_grown(kvw_seq *seq, kvwi_device_layer *l, const kvwi_device_layer *old)
 {
-    const kvw_worker *w = seq->worker;
     const kvwi_device_seq *d = seq->device;
     kvk_cuda *cuda = d->device->cuda;
     const kvk_cuda_residency res = kvwi_residency_of(l);
     const kvk_cuda_source source = kvwi_source_of(seq, l);
-    const kvk_cuda_candidates cands = kvwi_candidates_of(w, l);
     kvc_status st =
         kvk_cuda_fill(cuda, l->slot_of, 0xff, d->cap_tokens * sizeof(int32_t), d->stream);
     if (st == KVC_OK && old->cap_tokens != 0) {
         st = kvk_cuda_copy(cuda, l->slot_of, old->slot_of, old->cap_tokens * sizeof(int32_t),
                            d->stream);
     }
-    if (st == KVC_OK && l->n_index != 0) {
-        st = kvk_cuda_copy(cuda, l->index, old->index, l->n_index * w->level[0].row_bytes,
-                           d->stream);
+    if (st == KVC_OK) {
+        st = fill_index(seq, l, old);
     }
     if (st == KVC_OK) {
         st = kvk_cuda_copy(cuda, l->lane.res, &res, sizeof(res), d->stream);
     }
     if (st == KVC_OK) {
         st = kvk_cuda_copy(cuda, l->lane.source, &source, sizeof(source), d->stream);
-    }
-    if (st == KVC_OK) {
-        st = kvk_cuda_copy(cuda, l->lane.cands, &cands, sizeof(cands), d->stream);
     }
     if (st == KVC_OK) {
         st = fill_blocks(seq, l, old->cap_blocks);

@@ -18,32 +18,33 @@ static kvc_status push_index(kvw_seq *seq, uint32_t layer)
 {
     kvwi_device_seq *d = seq->device;
     kvwi_device_layer *l = &d->layers[layer];
-    const kvwi_pages *pages = &seq->layers[layer].level[0];
+    uint32_t n = seq->layers[layer].level[0].n_rows, run = 0;
     kvc_status st = KVC_OK;
-    while (st == KVC_OK && l->n_index < pages->n_rows) {
-        uint32_t run = 0;
-        const uint8_t *rows = kvwi_pages_row(pages, l->n_index, &run);
-        run = kvwi_min_u32(run, pages->n_rows - l->n_index);
-        st = kvk_cuda_copy(d->device->cuda, l->index + l->n_index * pages->row_bytes, rows,
-                           run * pages->row_bytes, d->stream);
-        l->n_index += st == KVC_OK ? run : 0;
+    for (; st == KVC_OK && l->n_index < n; l->n_index += st == KVC_OK ? run : 0) {
+        for (uint32_t i = 0; st == KVC_OK && i < seq->worker->n_levels; i++) {
+            const kvwi_pages *pages = &seq->layers[layer].level[i];
+            const uint8_t *rows = kvwi_pages_row(pages, l->n_index, &run);
+            run = kvwi_min_u32(run, n - l->n_index);
+            st = kvk_cuda_copy(d->device->cuda, l->index[i] + l->n_index * pages->row_bytes, rows,
+                               run * pages->row_bytes, d->stream);
+        }
     }
     return st;
 }
 
-/* Index rows that only the device has. */
-static kvc_status pull_index(kvw_seq *seq, uint32_t layer)
+/* Index rows of a level that only the device has. */
+static kvc_status pull_index(kvw_seq *seq, uint32_t layer, uint32_t i)
 {
     kvwi_device_seq *d = seq->device;
     const kvwi_device_layer *l = &d->layers[layer];
-    kvwi_pages *pages = &seq->layers[layer].level[0];
+    kvwi_pages *pages = &seq->layers[layer].level[i];
     kvc_status st = kvwi_pages_reserve(pages, l->n_index);
     seq->device->n_writes += pages->n_rows < l->n_index;
     while (st == KVC_OK && pages->n_rows < l->n_index) {
         uint32_t run = 0;
         uint8_t *rows = kvwi_pages_row(pages, pages->n_rows, &run);
         run = kvwi_min_u32(run, l->n_index - pages->n_rows);
-        st = kvk_cuda_copy(d->device->cuda, rows, l->index + pages->n_rows * pages->row_bytes,
+        st = kvk_cuda_copy(d->device->cuda, rows, l->index[i] + pages->n_rows * pages->row_bytes,
                            run * pages->row_bytes, d->stream);
         pages->n_rows += st == KVC_OK ? run : 0;
     }
@@ -172,10 +173,11 @@ kvc_status kvwi_cuda_flush(kvw_seq *seq, uint32_t layer)
         .dtype = w->opts.dtype,
         .token = lane->tokens[0],
         .row_dtype = w->row_dtype,
-        .key_proj = kvwi_layer_proj(w, d->device->key_proj, layer),
+        .key_proj = kvwi_layer_proj(w, d->device->key_proj, kvwi_finest(w), layer),
         .workspace = lane->frame_space,
         .workspace_bytes = lane->frame_bytes,
         .per_head = kvwi_per_head(w),
+        .fine_dims = kvwi_fine_dims(w),
     };
     d->layers[layer].pending = false;
     d->layers[layer].reads_kv = true;
@@ -214,7 +216,8 @@ static kvc_status append_token(kvw_seq *seq, uint32_t layer, const void *k, cons
         .v = v,
         .row = l->ring + (pos % kvwi_ring_rows(w)) * w->row_bytes,
         .copy = host,
-        .index_row = l->index + (size_t)pos * w->level[0].row_bytes,
+        .index_row = l->index[0] + (size_t)pos * w->level[0].row_bytes,
+        .fine_row = w->n_levels == 1 ? NULL : l->index[1] + (size_t)pos * w->level[1].row_bytes,
         .bad = l->bad,
     };
     kvc_status st = kvwi_cuda_finite_next(seq, layer);
@@ -255,8 +258,8 @@ kvc_status kvwi_cuda_settle(kvw_seq *seq)
     kvc_status st = KVC_OK;
     for (uint32_t i = 0; st == KVC_OK && i < seq->worker->opts.n_layers; i++) {
         st = kvwi_cuda_flush(seq, i);
-        if (st == KVC_OK) {
-            st = pull_index(seq, i);
+        for (uint32_t level = 0; st == KVC_OK && level < seq->worker->n_levels; level++) {
+            st = pull_index(seq, i, level);
         }
     }
     if (st == KVC_OK && seq->device->n_settled != seq->device->n_writes) {

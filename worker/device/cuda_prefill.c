@@ -101,6 +101,7 @@ static kvc_status open_memory(kvw_seq *seq)
         c->q_far = kvwi_carve(&size, width * f32);
         c->q_near = kvwi_carve(&size, width * f32);
         c->q_index = kvwi_carve(&size, index_rows * w->level[0].dims * f32);
+        c->q_fine = kvwi_carve(&size, w->opts.n_q_heads * kvwi_fine_dims(w) * f32);
         c->o_far = kvwi_carve(&size, width * f32);
         c->lse_far = kvwi_carve(&size, rows * f32);
         c->o_near = kvwi_carve(&size, width * f32);
@@ -160,7 +161,7 @@ static kvc_status select_picks(kvw_step *step)
     kvwi_device_seq *d = step->seq->device;
     kvwi_device_layer *l = &d->layers[step->layer];
     *l->chunk_cands = (kvk_cuda_candidates){
-        .index = l->index + w->opts.n_sink * w->level[0].row_bytes,
+        .index = l->index[0] + w->opts.n_sink * w->level[0].row_bytes,
         .n_rows = step->near_begin - w->opts.n_sink,
         .base = w->opts.n_sink,
     };

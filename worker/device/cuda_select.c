@@ -24,6 +24,12 @@ static kvc_status supports_esa(const kvw_worker *w, const kvk_cuda *cuda)
     return KVC_OK;
 }
 
+static size_t workspace_esa(const kvw_worker *w, uint32_t n_seqs, uint32_t rows_max)
+{
+    (void)w;
+    return kvk_cuda_select_workspace_bytes(n_seqs, rows_max);
+}
+
 static kvc_status select_esa(const kvw_worker *w, const kvwi_lane *lane, kvk_stream *stream)
 {
     const kvk_cuda_select_args args = {
@@ -58,8 +64,9 @@ static size_t pass_bytes_esa(const kvw_seq *seq)
     return kvk_cuda_select_many_workspace_bytes(&args);
 }
 
-/* Queries as the index meets them, from n of them in f32. */
-static kvc_status index_queries(kvw_step *step, const float *q, uint32_t n, bool per_head)
+/* Queries as a level of the index meets them, from n of them in f32. */
+static kvc_status index_queries(kvw_step *step, const float *q, uint32_t n, bool per_head,
+                                uint32_t level, float *out)
 {
     const kvw_worker *w = step->seq->worker;
     kvwi_device_seq *d = step->seq->device;
@@ -69,9 +76,9 @@ static kvc_status index_queries(kvw_step *step, const float *q, uint32_t n, bool
         .n_q_heads = w->opts.n_q_heads,
         .n_kv_heads = w->opts.n_kv_heads,
         .head_dim = w->opts.head_dim,
-        .dims = w->level[0].dims,
-        .proj = kvwi_layer_proj(w, d->device->query_proj, step->layer),
-        .out = d->prefill.q_index,
+        .dims = w->level[level].dims,
+        .proj = kvwi_layer_proj(w, d->device->query_proj, level, step->layer),
+        .out = out,
         .per_head = per_head,
     };
     return kvk_cuda_query(d->device->cuda, &args, d->stream);
@@ -93,7 +100,7 @@ static kvc_status select_pass_esa(kvw_step *step)
     kvc_status st = kvwi_cuda_prefill_rotate(step, kvwi_scores_raw(w), w->opts.far_position, 0,
                                              d->prefill.q_near);
     if (st == KVC_OK) {
-        st = index_queries(step, d->prefill.q_near, step->n_q, false);
+        st = index_queries(step, d->prefill.q_near, step->n_q, false, 0, d->prefill.q_index);
     }
     return st == KVC_OK ? kvk_cuda_select_many(d->device->cuda, &args, d->stream) : st;
 }
@@ -103,12 +110,16 @@ static kvc_status select_pass_esa(kvw_step *step)
 static kvc_status check_tokenselect(const kvw_worker *w)
 {
     const kvw_opts *o = &w->opts;
-    if (o->eps != 0) {
-        return kvwi_fail(KVC_UNSUPPORTED, "eps: must be 0 for tokenselect where backend is cuda");
+    if (o->n_q_heads > 128 || o->n_q_heads * w->level[kvwi_finest(w)].dims > 16384u) {
+        return kvwi_fail(KVC_UNSUPPORTED,
+                         "n_q_heads: must be at most 128, and times index_dims or rerank_dims at "
+                         "most 16384, for tokenselect where backend is cuda");
     }
-    if (o->n_q_heads > 128 || o->n_q_heads * w->level[0].dims > 16384u) {
-        return kvwi_fail(KVC_UNSUPPORTED, "n_q_heads: must be at most 128, and times index_dims at "
-                                          "most 16384, for tokenselect where backend is cuda");
+    if (w->n_levels > 1 && (uint64_t)o->k * o->rerank_factor > KVK_CUDA_WIDE_MAX) {
+        return kvwi_fail(KVC_UNSUPPORTED,
+                         "rerank_factor: times k must be at most %u where backend "
+                         "is cuda",
+                         KVK_CUDA_WIDE_MAX);
     }
     return KVC_OK;
 }
@@ -124,41 +135,85 @@ static kvc_status supports_tokenselect(const kvw_worker *w, const kvk_cuda *cuda
                                "blocks have too little shared memory for a vote");
 }
 
-static kvk_cuda_select_vote_args vote_of(const kvw_worker *w, const kvwi_lane *lane)
+/* Of the vote, and where what the re-ranking needs begins behind it. */
+static size_t vote_bytes(uint32_t n_seqs, uint32_t rows_max)
 {
-    return (kvk_cuda_select_vote_args){
+    return (kvk_cuda_select_vote_workspace_bytes(n_seqs, rows_max) + 255u) / 256u * 256u;
+}
+
+static size_t workspace_tokenselect(const kvw_worker *w, uint32_t n_seqs, uint32_t rows_max)
+{
+    return vote_bytes(n_seqs, rows_max) +
+           kvk_cuda_rerank_workspace_bytes(n_seqs, kvwi_wide(w), w->opts.n_q_heads);
+}
+
+static kvc_status vote(const kvw_worker *w, const kvwi_lane *lane, const uint32_t *keep,
+                       kvk_stream *stream)
+{
+    bool last = w->n_levels == 1; /* else these are candidates, and windows come again */
+    const kvk_cuda_select_vote_args args = {
         .n_seqs = lane->n_seqs,
         .n_q_heads = w->opts.n_q_heads,
         .n_kv_heads = w->opts.n_kv_heads,
         .dims = w->level[0].dims,
-        .k = w->opts.k,
+        .k = last ? w->opts.k : kvwi_wide(w),
+        .eps = w->opts.eps,
         .rows_max = lane->rows_max,
         .q = lane->q_index,
         .cands = lane->cands,
-        .picks = lane->picks,
-        .n_picks = lane->n_picks,
+        .picks = last ? lane->picks : lane->wide,
+        .n_picks = last ? lane->n_picks : lane->n_wide,
         .workspace = lane->select_space,
         .workspace_bytes = lane->select_bytes,
+        .keep = keep,
     };
+    return kvk_cuda_select_vote(w->device->cuda, &args, stream);
 }
 
-static kvc_status vote(const kvw_worker *w, const kvwi_lane *lane,
-                       const kvk_cuda_select_vote_args *args, kvk_stream *stream)
+static kvc_status rerank(const kvw_worker *w, const kvwi_lane *lane, const uint32_t *keep,
+                         kvk_stream *stream)
+{
+    size_t off_bytes = vote_bytes(lane->n_seqs, lane->rows_max);
+    const kvk_cuda_rerank_args args = {
+        .n_seqs = lane->n_seqs,
+        .n_q_heads = w->opts.n_q_heads,
+        .n_kv_heads = w->opts.n_kv_heads,
+        .dims = w->level[1].dims,
+        .k = w->opts.k,
+        .eps = w->opts.eps,
+        .n_max = kvwi_wide(w),
+        .q = lane->q_fine,
+        .finer = lane->finer,
+        .list = lane->wide,
+        .n_list = lane->n_wide,
+        .picks = lane->picks,
+        .n_picks = lane->n_picks,
+        .workspace = (char *)lane->select_space + off_bytes,
+        .workspace_bytes = lane->select_bytes - off_bytes,
+        .keep = keep,
+    };
+    return kvk_cuda_rerank(w->device->cuda, &args, stream);
+}
+
+/* Where keep is not 0 (NULL: nowhere), the picks stay. */
+static kvc_status pick(const kvw_worker *w, const kvwi_lane *lane, const uint32_t *keep,
+                       kvk_stream *stream)
 {
     const kvk_cuda_order_args order = {.n_seqs = lane->n_seqs,
                                        .k = w->opts.k,
                                        .picks = lane->picks,
                                        .n_picks = lane->n_picks,
                                        .ordered = lane->ordered};
-    kvc_status st = kvk_cuda_select_vote(w->device->cuda, args, stream);
+    kvc_status st = vote(w, lane, keep, stream);
+    if (st == KVC_OK && w->n_levels > 1) {
+        st = rerank(w, lane, keep, stream);
+    }
     return st == KVC_OK ? kvk_cuda_order(w->device->cuda, &order, stream) : st;
 }
 
 static kvc_status select_tokenselect(const kvw_worker *w, const kvwi_lane *lane, kvk_stream *stream)
 {
-    kvk_cuda_select_vote_args args = vote_of(w, lane);
-    args.keep = lane->keep;
-    return vote(w, lane, &args, stream);
+    return pick(w, lane, lane->keep, stream);
 }
 
 /* One query votes, the mean of the rotated ones; q_far is free until the attention too. */
@@ -172,7 +227,7 @@ static kvc_status select_pass_tokenselect(kvw_step *step)
     lane.select_space = d->select_space;
     lane.select_bytes = d->select_bytes;
     lane.q_index = c->q_index;
-    const kvk_cuda_select_vote_args args = vote_of(w, &lane);
+    lane.q_fine = c->q_fine;
     const kvk_cuda_mean_args mean = {.in = c->q_near,
                                      .dtype = KVK_F32,
                                      .n_seqs = 1,
@@ -184,24 +239,26 @@ static kvc_status select_pass_tokenselect(kvw_step *step)
     if (st == KVC_OK) {
         st = kvk_cuda_mean(d->device->cuda, &mean, d->stream);
     }
-    if (st == KVC_OK) {
-        st = index_queries(step, c->q_far, 1, true);
+    for (uint32_t i = 0; st == KVC_OK && i < w->n_levels; i++) {
+        st = index_queries(step, c->q_far, 1, true, i, i == 0 ? c->q_index : c->q_fine);
     }
-    return st == KVC_OK ? vote(w, &lane, &args, d->stream) : st;
+    return st == KVC_OK ? pick(w, &lane, NULL, d->stream) : st;
 }
 
 static const kvwi_cuda_selector selectors[] = {
     {.name = "esa",
+     .levels = 1,
      .check = check_esa,
      .supports = supports_esa,
-     .workspace_bytes = kvk_cuda_select_workspace_bytes,
+     .workspace_bytes = workspace_esa,
      .select = select_esa,
      .select_pass = select_pass_esa,
      .pass_bytes = pass_bytes_esa},
     {.name = "tokenselect",
+     .levels = 2,
      .check = check_tokenselect,
      .supports = supports_tokenselect,
-     .workspace_bytes = kvk_cuda_select_vote_workspace_bytes,
+     .workspace_bytes = workspace_tokenselect,
      .select = select_tokenselect,
      .select_pass = select_pass_tokenselect},
 };

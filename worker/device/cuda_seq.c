@@ -111,7 +111,7 @@ static kvc_status open_select(kvw_seq *seq)
 {
     kvwi_device_seq *d = seq->device;
     void *space = NULL;
-    size_t bytes = d->device->selector->workspace_bytes(1, d->cap_tokens);
+    size_t bytes = d->device->selector->workspace_bytes(seq->worker, 1, d->cap_tokens);
     if (bytes <= d->select_bytes) { /* an earlier try to grow came so far */
         return KVC_OK;
     }

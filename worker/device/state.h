@@ -14,6 +14,7 @@
 #include "internal.h"
 #include "kvk/cuda_frame.h"
 #include "kvk/cuda_pass.h"
+#include "kvk/cuda_rerank.h"
 
 #define KVWI_DEVICE_TOKENS 131072u /* max_tokens, where the options have none */
 
@@ -22,10 +23,11 @@ typedef struct kvwi_lane kvwi_lane;
 /* What steps do differently by selector; cuda_select.c has them. */
 typedef struct kvwi_cuda_selector {
     const char *name;
+    uint32_t levels; /* of an index, at most */
     /* What beside the common limits it cannot do, and what the GPU cannot. UNSUPPORTED. */
     kvc_status (*check)(const kvw_worker *w);
     kvc_status (*supports)(const kvw_worker *w, const kvk_cuda *cuda);
-    size_t (*workspace_bytes)(uint32_t n_seqs, uint32_t rows_max);
+    size_t (*workspace_bytes)(const kvw_worker *w, uint32_t n_seqs, uint32_t rows_max);
     /* From the frame's queries to the lane's picks, in the order in which they are attended. */
     kvc_status (*select)(const kvw_worker *w, const kvwi_lane *lane, kvk_stream *stream);
     /* The same for the queries of a pass, at prefill.q; candidates are there. pass_bytes: of a
@@ -39,9 +41,10 @@ struct kvwi_device {
     uint32_t number;
     const kvwi_cuda_selector *selector; /* NULL: of chunks */
     char isa[16];
-    float *query_proj, *key_proj; /* device: level 0's a and b, [n_layers, heads, d_in, dims] */
-    double *inv_freq;             /* device; NULL: no rotary embedding */
-    atomic_bool no_gpu_staging;   /* no RDMA device writes to its memory: none is tried again */
+    /* device: the levels' a and b, [n_layers, heads, d_in, dims] */
+    float *query_proj[KVWI_MAX_LEVELS], *key_proj[KVWI_MAX_LEVELS];
+    double *inv_freq;           /* device; NULL: no rotary embedding */
+    atomic_bool no_gpu_staging; /* no RDMA device writes to its memory: none is tried again */
 };
 
 /*
@@ -61,6 +64,9 @@ struct kvwi_lane {
     int32_t *list;
     int32_t *k_positions; /* of what is listed; NULL: keys are not rotated */
     float *q_far, *q_near, *q_index;
+    kvk_cuda_candidates *finer; /* of an index of two levels, as what follows: its second one */
+    uint32_t *wide, *n_wide;    /* what is ranked again */
+    float *q_fine;
     float *last; /* of the Selection Cache: what selected last; NULL: there is none */
     uint32_t *keep;
     void *frame_space, *attend_space,
@@ -92,7 +98,7 @@ typedef struct kvwi_device_layer {
     uint8_t *slots, *ring; /* [n_sink + residency_slots] and [ring_rows] rows */
     uint32_t *pos_of, *used, *step;
     /* device, by capacity */
-    uint8_t *index;
+    uint8_t *index[KVWI_MAX_LEVELS];
     int32_t *slot_of;
     const void **blocks;
     /* pinned */
@@ -109,7 +115,7 @@ typedef struct kvwi_device_layer {
     const kvwi_lane *picks_in;       /* of the last selection: its own lane, or a batch's */
     uint32_t picks_at;               /* the sequence's place there */
     uint32_t n_blank;                /* released blocks without an address */
-    uint32_t n_index;                /* index rows that the device has */
+    uint32_t n_index;                /* index rows that the device has, of each level */
     size_t grown_bytes;
     uint32_t near_from, near_to; /* positions whose rows are in the ring */
     uint32_t n_sinks;            /* sinks in their slots */
@@ -147,7 +153,7 @@ typedef struct kvwi_device_prefill {
                   */
     void *q;   /* of the step that is being enqueued; out may be the same memory as the engine's */
     void *out; /* where the engine's memory is the host's; lse likewise */
-    float *lse, *q_far, *q_near, *q_index, *o_far, *lse_far, *o_near, *lse_near;
+    float *lse, *q_far, *q_near, *q_index, *q_fine, *o_far, *lse_far, *o_near, *lse_near;
 } kvwi_device_prefill;
 
 typedef struct kvwi_device_near kvwi_device_near; /* cuda_near.c */
@@ -250,11 +256,30 @@ static inline bool kvwi_scores_raw(const kvw_worker *w)
     return w->inv_freq == NULL || w->projection->rope == KVWI_PROJECTION_RAW;
 }
 
-/* A layer's matrices, of the index rows and of the queries that meet them. */
-static inline const float *kvwi_layer_proj(const kvw_worker *w, const float *proj, uint32_t layer)
+/* A layer's matrices of a level, of the index rows or of the queries that meet them. */
+static inline const float *kvwi_layer_proj(const kvw_worker *w, float *const *proj, uint32_t level,
+                                           uint32_t layer)
 {
-    const kvwi_level *level = &w->level[0];
-    return proj + (size_t)layer * level->heads * level->d_in * level->dims;
+    const kvwi_level *l = &w->level[level];
+    return proj[level] + (size_t)layer * l->heads * l->d_in * l->dims;
+}
+
+/* The level whose columns begin with those of all others. */
+static inline uint32_t kvwi_finest(const kvw_worker *w)
+{
+    return w->n_levels - 1u;
+}
+
+/* Its dims, where it is not the only one; else 0. */
+static inline uint32_t kvwi_fine_dims(const kvw_worker *w)
+{
+    return w->n_levels == 1 ? 0 : w->level[1].dims;
+}
+
+/* How many picks of the first level the second one ranks; 0: there is none. */
+static inline uint32_t kvwi_wide(const kvw_worker *w)
+{
+    return w->n_levels == 1 ? 0 : w->opts.k * w->opts.rerank_factor;
 }
 
 /* cuda_staging.c. open: n_staging is what the pinned one shall have; then it is that of both. */
@@ -307,6 +332,7 @@ void kvwi_cuda_streams_close(kvwi_device_seq *d);
 kvk_cuda_residency kvwi_residency_of(const kvwi_device_layer *l);
 kvk_cuda_source kvwi_source_of(const kvw_seq *seq, const kvwi_device_layer *l);
 kvk_cuda_candidates kvwi_candidates_of(const kvw_worker *w, const kvwi_device_layer *l);
+kvk_cuda_candidates kvwi_finer_of(const kvwi_device_layer *l); /* at their positions */
 
 /* cuda_memory.c.
  * The parts of a lane of n_seqs sequences that are device memory, and those that are pinned. */

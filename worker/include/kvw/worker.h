@@ -137,12 +137,13 @@ typedef struct kvw_opts {
     uint64_t n_clients;              /* at most KVW_MAX_SERVERS */
     /*
      * backend "cuda" or "cuda:N" (a GPU's number): passes and steps run on that GPU. UNSUPPORTED
-     * where the build or the machine has none, or where index is not COMPRESSED, dtype not bf16,
-     * head_dim not 64 or 128, more than 8 query heads for a kv head, n_kv_heads no multiple of 8
-     * with a row_dtype, k or chunk_tokens above 4096, rows longer than the GPU's shared memory
-     * takes (README), tp_size or n_clients above 1, or for "tokenselect" an eps, n_q_heads above
-     * 128, n_q_heads * dims above 16384, or a GPU whose blocks have too little shared memory for
-     * its vote (sm_86, sm_89, sm_120). Rows in a server's memory on the same host are read by
+     * where the build or the machine has none, or where index is neither COMPRESSED nor, for
+     * "tokenselect", RERANKED, dtype not bf16, head_dim not 64 or 128, more than 8 query heads for
+     * a kv head, n_kv_heads no multiple of 8 with a row_dtype, k or chunk_tokens above 4096, rows
+     * longer than the GPU's shared memory takes (README), tp_size or n_clients above 1, or for
+     * "tokenselect" n_q_heads above 128, n_q_heads * dims above 16384, k * rerank_factor above
+     * 16384, or a GPU whose blocks have too little shared memory for its vote (sm_86, sm_89,
+     * sm_120). Rows in a server's memory on the same host are read by
      * the GPU where the client is on shm: contexts of the client are then mapped
      * (kvc_client_map_contexts), which it is not to be used for elsewhere. Of way only "near" and
      * "auto" differ from the others, in single tokens' steps over rows that the GPU cannot reach:
