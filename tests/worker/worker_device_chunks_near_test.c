@@ -73,9 +73,9 @@ static kvw_stats attend_by(served *s, kvk_dtype dtype, const char *way, uint32_t
             memcpy(p, q, len_bytes);
             free(q);
             assert_ok(kvw_retriever_attend(x, p, N_Q, p)); /* in place */
+            /* with device_memory it is only enqueued, and the next query goes to the same place */
+            assert_ok(kvk_cuda_stream_sync(s->cuda, NULL));
         }
-        /* with device_memory the result is only enqueued */
-        assert_ok(kvk_cuda_stream_sync(s->cuda, NULL));
         for (size_t j = 0; j < N_Q * WIDTH; j++)
             *to++ = (float)rig_get(dtype, p, j);
     }
