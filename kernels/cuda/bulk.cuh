@@ -57,6 +57,18 @@ __device__ static inline void bulk_copy(void *shared, const void *global, uint32
 #endif
 }
 
+/* Bytes that other blocks read too. */
+__device__ static inline void bulk_copy_shared(void *shared, const void *global, uint32_t bytes,
+                                               uint64_t *barrier)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(bulk_address(shared)),
+                 "l"(global), "r"(bytes), "r"(bulk_address(barrier))
+                 : "memory");
+#endif
+}
+
 /* An arrival without bytes: what the thread wrote before is seen by who waits. */
 __device__ static inline void bulk_arrive(uint64_t *barrier)
 {

@@ -1,28 +1,44 @@
 /*
- * prefill.cuh: what packing the keys of a chunk's attention (prefill_pack.cu) and the attention
- * (prefill.cu) share. Device code, and the launch of the one by the other.
+ * prefill.cuh: what packing the keys of a chunk's attention (prefill_pack.cu) and its two forms,
+ * that of every device (prefill.cu) and that of sm_90 (prefill_90a.cu), share. Device code, and
+ * the launches of one file by another.
  */
 #ifndef KVKI_CUDA_PREFILL_CUH
 #define KVKI_CUDA_PREFILL_CUH
 
 #include "mma.cuh"
+#include "wgmma.cuh"
 
-#define PREFILL_KEYS 64u /* of a tile; packed keys are a multiple of it */
+#define PREFILL_ROWS     128u /* query rows of a block, 16 a warp */
+#define PREFILL_KEYS     64u  /* of a tile; in the form of sm_90, twice as many with `fast` */
+#define PREFILL_KEYS_MAX 128u
 
+/*
+ * Packed keys: for each sequence and kv head its tiles, each of them its keys' pieces of K, then
+ * those of V, one or two [tile_keys, head_dim] bf16 tiles as wgmma.cuh lays them out.
+ */
 struct prefill_params {
     kvk_cuda_prefill_args a;
-    __nv_bfloat16 *packed; /* [n_seqs, n_kv_heads, pieces of K then of V, keys_max, head_dim] */
-    uint32_t keys_max;     /* a multiple of PREFILL_KEYS */
-    uint32_t pieces;       /* 1 or 2 */
-    uint32_t splits;       /* of the keys of a block of rows, if that alone would be few blocks */
-    float *part_o;         /* [splits, n_seqs, n_q, n_q_heads, head_dim], if splits > 1 */
-    float2 *part_sums;     /* [splits, n_seqs, n_q, n_q_heads]: maximum, total */
-    bool coded;
+    char *packed;
+    uint32_t keys_max;  /* a multiple of PREFILL_KEYS_MAX */
+    uint32_t tile_keys; /* of a tile */
+    uint32_t pieces;    /* 1 or 2 */
+    uint32_t splits;    /* of the keys of a block of rows, if that alone would be few blocks */
+    float *part_o;      /* [splits, n_seqs, n_q, n_q_heads, head_dim], if splits > 1 */
+    float2 *part_sums;  /* [splits, n_seqs, n_q, n_q_heads]: maximum, total */
 };
 
-__host__ __device__ static inline size_t prefill_piece_elems(const struct prefill_params *p)
+/* Bytes of a key's pieces of K and V. */
+__host__ __device__ static inline uint32_t prefill_key_bytes(const struct prefill_params *p)
 {
-    return (size_t)p->keys_max * p->a.head_dim;
+    return p->a.head_dim * p->pieces * 4u;
+}
+
+__host__ __device__ static inline char *prefill_packed(const struct prefill_params *p, uint32_t seq,
+                                                       uint32_t kv_head)
+{
+    return p->packed +
+           ((size_t)seq * p->a.n_kv_heads + kv_head) * p->keys_max * prefill_key_bytes(p);
 }
 
 __host__ __device__ static inline size_t prefill_part_rows(const kvk_cuda_prefill_args *a)
@@ -52,6 +68,12 @@ __device__ static inline int32_t prefill_seen(const kvk_cuda_prefill_args *a, ui
 }
 
 /* Fills p.packed. */
-kvc_status kvki_prefill_pack(const struct prefill_params &p, kvk_stream *stream);
+kvc_status kvki_prefill_pack(const kvk_cuda *cuda, const struct prefill_params &p,
+                             kvk_stream *stream);
+
+/* Whether the device has the form of sm_90, and that form over p.packed, grid as in prefill.cu. */
+bool kvki_prefill_90a_runs(const kvk_cuda *cuda);
+kvc_status kvki_prefill_90a(const kvk_cuda *cuda, const struct prefill_params &p, dim3 grid,
+                            kvk_stream *stream);
 
 #endif

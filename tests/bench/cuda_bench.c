@@ -7,14 +7,15 @@
  * flushed and the slot tables are put back before each replay. Median and spread of REPEATS
  * replays. Llama-3-8B: 32 query heads, 8 kv heads, 128 dimensions, bf16: rows of 4,096 bytes.
  * Arguments: --quick (small sizes, a smoke test), --rows (attention over each kind of row alone),
- * --prefill (attention of chunks), --votes or --window (those parts alone), or numbers of tokens
- * (one sequence of each). Single-threaded.
+ * --prefill (attention of chunks, in both its forms), --votes or --window (those parts alone), or
+ * numbers of tokens (one sequence of each). Single-threaded.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "cuda_bench_rig.h"
+#include "kvk/cuda_pass.h"
 
 static void bench(uint32_t n, uint32_t n_seqs, uint32_t dims, const char *arena, size_t arena_bytes)
 {
@@ -121,6 +122,11 @@ static void do_prefill(world *w, uint32_t t)
     OK(kvk_cuda_prefill(gpu(), &w->prefill[t], gpu_stream()));
 }
 
+static void do_prefill_portable(world *w, uint32_t t)
+{
+    OK(kvk_cuda_prefill_portable(gpu(), &w->prefill[t], gpu_stream()));
+}
+
 static void make_prefill(world *w, uint32_t t, numbers *from, uint32_t n_q)
 {
     uint32_t n_list = w->n, row = w->rows->row_bytes;
@@ -158,8 +164,9 @@ static void make_prefill(world *w, uint32_t t, numbers *from, uint32_t n_q)
     w->prefill[t].workspace = device_bytes(w->prefill[t].workspace_bytes);
 }
 
-/* Attention of a chunk over picks, and over itself; the floor is its products at 800 TFLOP/s. */
-static void bench_prefill(uint32_t n_list, uint32_t n_q)
+/* Attention of a chunk over picks, and over itself; the floor is its products at 800 TFLOP/s.
+ * portable: the form of all devices. */
+static void bench_prefill(uint32_t n_list, uint32_t n_q, bool portable)
 {
     static const row_kind e4m3 = {"e4m3", KVK_E4M3_SCALED, true, 2080};
     double tera = (double)HEADS * DIM * 4 * n_q * (n_list + (n_q + 1) / 2.0) * 1e-12;
@@ -173,9 +180,9 @@ static void bench_prefill(uint32_t n_list, uint32_t n_q)
             make_prefill(&w, t, &from, n_q);
             w.prefill[t].fast = kind % 2 == 0;
         }
-        (void)snprintf(what, sizeof(what), "prefill %u queries, %s", n_q,
-                       kind % 2 ? "exact" : "fast");
-        report(&w, what, do_prefill, tera / 800 * 1e6);
+        (void)snprintf(what, sizeof(what), "prefill %u, %s%s", n_q, kind % 2 ? "exact" : "fast",
+                       portable ? ", portable" : "");
+        report(&w, what, portable ? do_prefill_portable : do_prefill, tera / 800 * 1e6);
         release_all();
     }
 }
@@ -243,14 +250,16 @@ int main(int argc, char **argv)
     if (quick) {
         bench(20000, 1, 126, arena, arena_bytes);
         bench_rows(20000, 1, arena, arena_bytes);
-        bench_prefill(200, 64);
+        bench_prefill(200, 64, false);
         bench_vote(20000, 1, arena, arena_bytes);
     } else if (argc > 1 && strcmp(argv[1], "--rows") == 0) {
         for (uint32_t n_seqs = 1; n_seqs <= 32; n_seqs = n_seqs == 1 ? 8 : n_seqs * 4)
             bench_rows(1 << 17, n_seqs, arena, arena_bytes);
     } else if (argc > 1 && strcmp(argv[1], "--prefill") == 0) {
-        bench_prefill(2700, 512);
-        bench_prefill(3500, 128);
+        for (int portable = 0; portable < 2; portable++) {
+            bench_prefill(2700, 512, portable);
+            bench_prefill(3500, 128, portable);
+        }
     } else if (argc > 1 && strcmp(argv[1], "--votes") == 0) {
         bench_votes(arena, arena_bytes);
     } else if (argc > 1 && strcmp(argv[1], "--window") == 0) {
@@ -270,8 +279,8 @@ int main(int argc, char **argv)
         bench_window(1 << 20);
         for (uint32_t n_seqs = 1; n_seqs <= 32; n_seqs = n_seqs == 1 ? 8 : n_seqs * 4)
             bench_rows(1 << 17, n_seqs, arena, arena_bytes);
-        bench_prefill(2700, 512);
-        bench_prefill(3500, 128);
+        bench_prefill(2700, 512, false);
+        bench_prefill(3500, 128, false);
         bench_votes(arena, arena_bytes);
     }
     kvk_cuda_free(gpu(), KVK_CUDA_PINNED, arena);

@@ -1,6 +1,7 @@
 /*
  * cuda_cases_prefill.c: attention of chunks against the table's attend: lists with and without
- * holes, chunks of any length, every dtype, rotated and not, exact and fast.
+ * holes, chunks of any length, every dtype, rotated and not, exact and fast, in the device's form
+ * and that of all devices.
  */
 #include <math.h>
 #include <stdio.h>
@@ -8,6 +9,7 @@
 
 #include "cuda_cases.h"
 #include "cuda_rig.h"
+#include "kvk/cuda_pass.h"
 
 #define SEQS      3u
 #define POSITIONS 3000u
@@ -29,6 +31,8 @@ typedef struct chunk_batch {
     float *q;
     double inv_freq[64];
     kvk_cuda_prefill_args a;
+    float *want[SEQS], *want_lse[SEQS]; /* the table's results */
+    uint32_t n_kv[SEQS];                /* rows at hand */
 } chunk_batch;
 
 /* Lengths: all, none (or, where they are listed, the queries alone) and some of the list; all, one
@@ -123,9 +127,8 @@ static uint32_t rows_seen(const chunk_batch *b, uint32_t s, uint32_t n, uint32_t
     return n - hidden;
 }
 
-/* The table's result for sequence s into o and lse; gives how many rows there are before the chunk.
- */
-static uint32_t table_result(const chunk_batch *b, uint32_t s, float *o, float *lse)
+/* The table's result for sequence s. */
+static void make_want(chunk_batch *b, uint32_t s)
 {
     const chunk_case *is = b->is;
     uint32_t n = 0, n_q = b->n_queries[s], *visible = host_bytes(n_q * 4);
@@ -146,11 +149,13 @@ static uint32_t table_result(const chunk_batch *b, uint32_t s, float *o, float *
         positions[n + i] = b->chunk_positions[at];
         rows[n + i] = b->chunk.rows + at * b->chunk.row_bytes;
     }
+    b->want[s] = host_bytes((size_t)n_q * is->heads * is->dim * 4);
+    b->want_lse[s] = host_bytes((size_t)n_q * is->heads * 4);
     CPU(true, attend, b->q + (size_t)s * is->n_q * is->heads * is->dim, n_q, is->heads,
         is->kv_heads, is->dim, rows, n + own_rows(b, s), 0, b->rows.v_off_bytes, is->dtype,
         is->rotated ? positions : NULL, is->rotated ? b->inv_freq : NULL, visible, b->a.scale,
-        is->softcap, o, lse);
-    return n;
+        is->softcap, b->want[s], b->want_lse[s]);
+    b->n_kv[s] = n + own_rows(b, s);
 }
 
 /* The bound of cuda.h, where sums of |products| stay below 1.2 dim and |v| below 4; and what is far
@@ -165,8 +170,8 @@ static void compare(const chunk_batch *b, const char *what)
 
     for (uint32_t s = 0; s < SEQS; s++) {
         size_t n = (size_t)b->n_queries[s] * width, at = (size_t)s * is->n_q * width;
-        float *want = host_bytes(n * 4), *want_lse = host_bytes(n / is->dim * 4);
-        uint32_t n_kv = table_result(b, s, want, want_lse) + own_rows(b, s);
+        const float *want = b->want[s], *want_lse = b->want_lse[s];
+        uint32_t n_kv = b->n_kv[s];
         double e = is->fast ? 0x1p-7 * s_max + 0x1p-8 : 0x1p-16 * s_max + 0x1p-16 + n_kv * 0x1p-25;
         double squares = 0;
         for (size_t i = 0; i < n; i++) {
@@ -185,22 +190,42 @@ static void compare(const chunk_batch *b, const char *what)
     }
 }
 
+typedef kvc_status (*prefill_fn)(kvk_cuda *cuda, const kvk_cuda_prefill_args *args,
+                                 kvk_stream *stream);
+
+/* One form of the op, twice: the same bits. */
+static void run_form(chunk_batch *b, prefill_fn prefill, const char *what)
+{
+    const chunk_case *is = b->is;
+    size_t o_bytes = (size_t)SEQS * is->n_q * is->heads * is->dim * 4;
+    const uint8_t *o[2] = {NULL, NULL};
+
+    for (int i = 0; i < 2; i++) {
+        OK(kvk_cuda_fill(gpu(), b->a.o, 0xee, o_bytes, gpu_stream()));
+        OK(kvk_cuda_fill(gpu(), b->a.workspace, 0xff, b->a.workspace_bytes, gpu_stream()));
+        OK(prefill(gpu(), &b->a, gpu_stream()));
+        o[i] = fetched(b->a.o, o_bytes);
+    }
+    compare(b, what);
+    REQUIRE(memcmp(o[0], o[1], o_bytes) == 0, "%s: not the same again", what);
+    if (is->n_q > 1) /* sequence 1 has one query; the next was not touched */
+        REQUIRE(o[0][((size_t)is->n_q + 1) * is->heads * is->dim * 4] == 0xee, "%s: beyond", what);
+}
+
 static void run_case(numbers *from, const chunk_case *is)
 {
     chunk_batch b = {.is = is};
-    char what[96];
-    size_t o_bytes = (size_t)SEQS * is->n_q * is->heads * is->dim * 4;
 
-    (void)snprintf(what, sizeof(what), "%u/%u heads of %u, %u listed, %u queries, dtype %d%s%s",
-                   is->heads, is->kv_heads, is->dim, is->stride, is->n_q, (int)is->dtype,
-                   is->rotated ? ", rotated" : "", is->fast ? ", fast" : "");
     make_batch(from, &b);
-    OK(kvk_cuda_fill(gpu(), b.a.o, 0xee, o_bytes, gpu_stream()));
-    OK(kvk_cuda_prefill(gpu(), &b.a, gpu_stream()));
-    compare(&b, what);
-    if (is->n_q > 1) { /* sequence 1 has one query; the next was not touched */
-        const uint8_t *o = fetched(b.a.o, o_bytes);
-        REQUIRE(o[((size_t)is->n_q + 1) * is->heads * is->dim * 4] == 0xee, "%s: beyond", what);
+    for (uint32_t s = 0; s < SEQS; s++)
+        make_want(&b, s);
+    for (int portable = 0; portable < 2; portable++) {
+        char what[112];
+        (void)snprintf(
+            what, sizeof(what), "%u/%u heads of %u, %u listed, %u queries, dtype %d%s%s%s",
+            is->heads, is->kv_heads, is->dim, is->stride, is->n_q, (int)is->dtype,
+            is->rotated ? ", rotated" : "", is->fast ? ", fast" : "", portable ? ", portable" : "");
+        run_form(&b, portable ? kvk_cuda_prefill_portable : kvk_cuda_prefill, what);
     }
     release_all();
 }
@@ -209,10 +234,10 @@ static void refuse_bad(numbers *from)
 {
     static const chunk_case is = {4, 2, 64, 10, 5, KVK_BF16, false, false, 0, KVK_CUDA_OWN_CHUNK};
     chunk_batch b = {.is = &is};
-    kvk_cuda_prefill_args bad[9];
+    kvk_cuda_prefill_args bad[10];
 
     make_batch(from, &b);
-    for (int i = 0; i < 9; i++)
+    for (int i = 0; i < 10; i++)
         bad[i] = b.a;
     bad[0].n_q = KVK_CUDA_CHUNK_MAX + 1;
     bad[1].n_q_heads = 5;
@@ -223,7 +248,8 @@ static void refuse_bad(numbers *from)
     bad[6].stride = 0;
     bad[7].scale = NAN;
     bad[8].own = KVK_CUDA_OWN_NONE; /* with a chunk */
-    for (int i = 0; i < 9; i++)
+    bad[9].chunk = (const char *)b.a.chunk + 8;
+    for (int i = 0; i < 10; i++)
         REQUIRE(kvk_cuda_prefill(gpu(), &bad[i], gpu_stream()) == KVC_INVALID, "argument %d", i);
     b.a.head_dim = 32; /* narrower: it fits, and is not built */
     REQUIRE(kvk_cuda_prefill(gpu(), &b.a, gpu_stream()) == KVC_UNSUPPORTED, "dimension 32");
@@ -251,6 +277,10 @@ void cuda_case_prefill(numbers *from)
         {9, 3, 64, 130, 130, KVK_BF16, true, false, 0, KVK_CUDA_OWN_LISTED},
         {8, 4, 64, 112, 1, KVK_BF16, true, false, 0, KVK_CUDA_OWN_LISTED},
         {8, 4, 64, 56, 1, KVK_BF16, true, false, 0, KVK_CUDA_OWN_NONE},
+        {32, 8, 128, 3500, 128, KVK_BF16, true, true, 0, KVK_CUDA_OWN_CHUNK},
+        {64, 8, 128, 1000, 64, KVK_BF16, true, false, 0, KVK_CUDA_OWN_CHUNK},
+        {8, 8, 64, 128, 128, KVK_F16, false, true, 0, KVK_CUDA_OWN_LISTED},
+        {8, 1, 128, 129, 127, KVK_BF16, true, true, 25, KVK_CUDA_OWN_CHUNK},
     };
 
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
