@@ -77,6 +77,28 @@ static inline kvc_status kvki_cuda_launch_next(const kvk_cuda *cuda, void (*kern
     return kvki_cuda_status(cudaLaunchKernelEx(&config, kernel, params));
 }
 
+/* The same for a grid that is resident as a whole, since its blocks wait for each other. */
+template <typename Params>
+static inline kvc_status kvki_cuda_launch_whole(const kvk_cuda *cuda, void (*kernel)(const Params),
+                                                dim3 grid, unsigned threads, size_t smem_bytes,
+                                                kvk_stream *stream, const Params &params)
+{
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attrs[2] = {};
+
+    attrs[0].id = cudaLaunchAttributeCooperative;
+    attrs[0].val.cooperative = 1;
+    attrs[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attrs[1].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = kvki_cuda_stream(stream);
+    config.attrs = attrs;
+    config.numAttrs = cuda->info.sm >= 90 ? 2 : 1;
+    return kvki_cuda_status(cudaLaunchKernelEx(&config, kernel, params));
+}
+
 #define KVKI_FULL_WARP 0xffffffffu
 
 /* bf16 bits as a float. */

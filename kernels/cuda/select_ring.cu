@@ -536,8 +536,6 @@ kvc_status kvki_select_ring(const kvk_cuda *cuda, const struct select_params *p,
             ? one ? ring_kernel<fast_form<128>, true> : ring_kernel<fast_form<128>, false>
         : one ? ring_kernel<fast_form<64>, true>
               : ring_kernel<fast_form<64>, false>;
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attrs[2] = {};
     int blocks = 0;
     kvc_status st = kvki_cuda_status(cudaFuncSetAttribute(
         (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)ring_smem()));
@@ -547,15 +545,6 @@ kvc_status kvki_select_ring(const kvk_cuda *cuda, const struct select_params *p,
                                      &blocks);
     if (st != KVC_OK)
         return st;
-    attrs[0].id = cudaLaunchAttributeCooperative;
-    attrs[0].val.cooperative = 1;
-    attrs[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attrs[1].val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = dim3((unsigned)blocks);
-    config.blockDim = dim3(TOPK_THREADS);
-    config.dynamicSmemBytes = ring_smem();
-    config.stream = kvki_cuda_stream(stream);
-    config.attrs = attrs;
-    config.numAttrs = 2;
-    return kvki_cuda_status(cudaLaunchKernelEx(&config, kernel, *p));
+    return kvki_cuda_launch_whole(cuda, kernel, dim3((unsigned)blocks), TOPK_THREADS, ring_smem(),
+                                  stream, *p);
 }

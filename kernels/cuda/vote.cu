@@ -17,6 +17,8 @@
  */
 #include "vote.cuh"
 
+#define COUNT_FOURS (VOTE_COUNTS / 4 / TOPK_THREADS) /* of the counts, a thread's, by four */
+
 template <class Form> static constexpr size_t shared_bytes()
 {
     size_t head = offsetof(struct vote_block<Form>, topk) + offsetof(struct topk_block, staged);
@@ -50,22 +52,16 @@ __device__ static inline uint32_t find_bin(const uint32_t *bins, uint32_t need)
 /*
  * The least vote that a row among the k best can have, to sh->least: a row that was counted has at
  * least the least e of its bin times the weight of its slot; those products are counted, and k rows
- * reach the bin that is found.
+ * reach the bin that is found. four: the thread's share of the counts; bins are 0.
  */
-template <class Form> __device__ static void load_least(const struct vote_params *p, uint32_t seq)
+template <class Form>
+__device__ static inline void find_least(const struct vote_params *p, uint32_t seq,
+                                         const uint4 (&four)[COUNT_FOURS])
 {
     struct vote_block<Form> *sh = vote_shared<Form>();
-    const uint4 *counts = (const uint4 *)(p->space.counts + (size_t)seq * VOTE_COUNTS);
-    uint4 four[VOTE_COUNTS / 4 / TOPK_THREADS];
 
 #pragma unroll
-    for (uint32_t i = 0; i < VOTE_COUNTS / 4 / TOPK_THREADS; i++)
-        four[i] = __ldcg(counts + i * TOPK_THREADS + threadIdx.x);
-    for (uint32_t i = threadIdx.x; i < BINS; i += TOPK_THREADS)
-        sh->counts[i] = 0;
-    __syncthreads();
-#pragma unroll
-    for (uint32_t i = 0; i < VOTE_COUNTS / 4 / TOPK_THREADS; i++) {
+    for (uint32_t i = 0; i < COUNT_FOURS; i++) {
         const uint32_t each[4] = {four[i].x, four[i].y, four[i].z, four[i].w};
         for (uint32_t j = 0; j < 4; j++) {
             uint32_t at = (i * TOPK_THREADS + threadIdx.x) * 4 + j;
@@ -91,9 +87,16 @@ template <class Form>
 __device__ static __noinline__ void load_weights(const struct vote_params *p, uint32_t seq)
 {
     struct vote_block<Form> *sh = vote_shared<Form>();
+    const uint4 *counts = (const uint4 *)(p->space.counts + (size_t)seq * VOTE_COUNTS);
     uint32_t slot = threadIdx.x;
+    uint4 four[COUNT_FOURS];
     float most = 0;
 
+#pragma unroll
+    for (uint32_t i = 0; i < COUNT_FOURS; i++)
+        four[i] = __ldcg(counts + i * TOPK_THREADS + threadIdx.x);
+    for (uint32_t i = threadIdx.x; i < BINS; i += TOPK_THREADS)
+        sh->counts[i] = 0;
     if (slot < n_slots<Form>(p)) {
         double total = total_of(p->space.sums + ((size_t)seq * VOTE_SLOTS_MAX + slot) * BUCKETS);
         sh->weight[slot] = total > 0 ? (float)(1.0 / total) : 0.0f;
@@ -106,7 +109,7 @@ __device__ static __noinline__ void load_weights(const struct vote_params *p, ui
         if (threadIdx.x == 0)
             sh->most_weight = most;
     }
-    load_least<Form>(p, seq);
+    find_least<Form>(p, seq, four);
 }
 
 /* Whether a row may be among the k best: its vote is at most its greatest e times that head's
@@ -165,13 +168,15 @@ __device__ static __noinline__ void score_list(const struct vote_params *p, uint
         const uint8_t *high = index + (size_t)list[from + min(row + 8, left - 1)] * stride;
         bool there = at < min(left, VOTE_TILE);
         float a = 0, b = 0, vote = 0;
+        typename Form::two_rows rows;
         __syncwarp();
         if constexpr (Form::kStaged) {
             gather_rows<Form>(p, index, list + from, left);
-            low = tile_room<Form>(0) + row * Form::kRow;
-            high = low + 8 * Form::kRow;
+            Form::take(tile_room<Form>(0), VOTE_TILE, &rows);
+        } else {
+            rows = {low, high};
         }
-        query.form.score(p->shape, sh->query, low, high, [&](uint32_t i, float x, float y) {
+        query.form.score(p->shape, sh->query, rows, [&](uint32_t i, float x, float y) {
             float weight = sh->weight[i * 4 + threadIdx.x % 4];
             a = fmaf(exp2_of(fmaf(x, query.scale[i], -query.shift[i])), weight, a);
             b = fmaf(exp2_of(fmaf(y, query.scale[i], -query.shift[i])), weight, b);
@@ -208,19 +213,27 @@ __device__ static __noinline__ void rescore_run(const struct vote_params *p,
             uint32_t row = from + i * TOPK_THREADS + threadIdx.x;
             first[i] = row < end ? __ldcg(firsts + row) : make_float2(-1.0f, 0);
         }
+        uint32_t wanted = 0, n_wanted = 0, at = 0;
 #pragma unroll
         for (uint32_t i = 0; i < CHUNK / TOPK_THREADS; i++) {
             uint32_t row = from + i * TOPK_THREADS + threadIdx.x;
             bool want = row < end && may_be_picked<Form>(first[i]);
-            uint32_t lanes = __ballot_sync(KVKI_FULL_WARP, want), at = 0;
-            if ((threadIdx.x & 31u) == 0 && lanes)
-                at = atomicAdd(&sh->n_listed, (uint32_t)__popc(lanes));
-            at = __shfl_sync(KVKI_FULL_WARP, at, 0) +
-                 (uint32_t)__popc(lanes & ((1u << (threadIdx.x & 31u)) - 1u));
-            if (want)
-                list[at] = row;
-            else if (row < end)
+            wanted |= (uint32_t)want << i;
+            n_wanted += (uint32_t)__popc(__ballot_sync(KVKI_FULL_WARP, want));
+            if (row < end && !want)
                 scores[row] = -1.0f;
+        }
+        if ((threadIdx.x & 31u) == 0 && n_wanted)
+            at = atomicAdd(&sh->n_listed, n_wanted);
+        at = __shfl_sync(KVKI_FULL_WARP, at, 0);
+#pragma unroll
+        for (uint32_t i = 0; i < CHUNK / TOPK_THREADS && n_wanted; i++) {
+            bool want = wanted >> i & 1u;
+            uint32_t lanes = __ballot_sync(KVKI_FULL_WARP, want);
+            if (want)
+                list[at + (uint32_t)__popc(lanes & ((1u << (threadIdx.x & 31u)) - 1u))] =
+                    from + i * TOPK_THREADS + threadIdx.x;
+            at += (uint32_t)__popc(lanes);
         }
         __syncthreads();
         score_list<Form>(p, run.seq, list, sh->n_listed);
@@ -341,6 +354,8 @@ __global__ void __launch_bounds__(TOPK_THREADS, 1)
 
     if (threadIdx.x == 0)
         sh->query_seq = sh->shift_seq = VOTE_NONE;
+    begin_fetches<Form>();
+    kvki_wait_for_previous();
     topk_layout(&p.job, &sh->topk, UNIT * VOTE_TILE);
     scan_all<Form>(&p, &arrivals);
     each_run<Form>(&p, all_units<Form>(&p), [&](const struct vote_run &run) {
@@ -415,7 +430,6 @@ static kvc_status launch(kvk_cuda *cuda, struct vote_params *p, kvk_stream *stre
 {
     const void *kernel = (const void *)vote_kernel<Form>;
     size_t smem = shared_bytes<Form>();
-    void *params[] = {p};
     int blocks = 0;
     kvc_status st = KVC_OK;
 
@@ -427,9 +441,8 @@ static kvc_status launch(kvk_cuda *cuda, struct vote_params *p, kvk_stream *stre
         st = kvki_cuda_resident_grid(cuda, kernel, TOPK_THREADS, smem, 1 << 20, &blocks);
     if (st != KVC_OK)
         return st;
-    return kvki_cuda_status(cudaLaunchCooperativeKernel(kernel, dim3((unsigned)blocks),
-                                                        dim3(TOPK_THREADS), params, smem,
-                                                        kvki_cuda_stream(stream)));
+    return kvki_cuda_launch_whole(cuda, vote_kernel<Form>, dim3((unsigned)blocks), TOPK_THREADS,
+                                  smem, stream, *p);
 }
 
 extern "C" kvc_status kvk_cuda_select_vote(kvk_cuda *cuda, const kvk_cuda_select_vote_args *args,

@@ -33,23 +33,32 @@ struct vote_shape {
 #define VOTE_MAGIC      12582912.0f /* the float of those bits; +- 2^22 around it are exact */
 
 /* c = magic + rows [16, 32] x columns [32, 8] of signed bytes; c += the same of unsigned ones. */
-__device__ static inline void vote_mma_signed(uint32_t (&c)[4], const uint2 &low, const uint2 &high,
+__device__ static inline void vote_mma_signed(uint32_t (&c)[4], const uint32_t (&a)[4],
                                               const uint32_t (&b)[2])
 {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%10, %10, %10, %10};"
         : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
-        : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(b[0]), "r"(b[1]),
-          "r"(VOTE_MAGIC_BITS));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(VOTE_MAGIC_BITS));
 }
 
-__device__ static inline void vote_mma_unsigned(uint32_t (&c)[4], const uint2 &low,
-                                                const uint2 &high, const uint32_t (&b)[2])
+__device__ static inline void vote_mma_unsigned(uint32_t (&c)[4], const uint32_t (&a)[4],
+                                                const uint32_t (&b)[2])
 {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(low.x), "r"(high.x), "r"(low.y), "r"(high.y), "r"(b[0]), "r"(b[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* The left operand of a product from rows [16, 32] of bytes in shared memory: lane i brings the
+ * address of half i / 16 of row i % 16. */
+__device__ static inline void vote_load_pieces(uint32_t (&a)[4], const uint8_t *shared)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(shared))
+                 : "memory");
 }
 
 /* The dot of a head from the float bits of its halves; one rounding, as of (float)int. */
@@ -66,7 +75,7 @@ template <uint32_t kHeads, uint32_t kParts> struct mma_form {
     static constexpr uint32_t kWords = kQuads * 2, kBinBit = 22;
     static constexpr uint32_t kStageBytes = TOPK_WARPS * VOTE_TILE * kRow;
     static constexpr uint32_t kBins = VOTE_COUNTS / kSlots, kLeastBits = VOTE_LEAST_BITS;
-    uint32_t upper[kQuads][2], lower[kQuads][2];
+    uint32_t column[kQuads][2], is_upper; /* its bytes; all ones where they are upper ones */
 
     __device__ static uint32_t n_quads(const struct vote_shape &)
     {
@@ -80,15 +89,15 @@ template <uint32_t kHeads, uint32_t kParts> struct mma_form {
         return place < group ? quad / kParts * group + place : VOTE_NONE;
     }
 
-    /* Words of the columns, for each lane: 4 n + t has dims 8 t to 8 t + 7 of column n, which is
-     * half n % 2 of slot n / 2. The block calls; a word a thread. */
+    /* Words of the columns, for each lane: 4 n + t has dims 4 t to 4 t + 3, and those 16 further,
+     * of column n, which is half n % 2 of slot n / 2. The block calls; a word a thread. */
     __device__ static void cut(const int16_t *query, uint32_t (*words)[32])
     {
         for (uint32_t i = threadIdx.x; i < kWords * 32; i += TOPK_THREADS) {
             uint32_t lane = i % 32, word = i / 32, column = lane / 4, bytes = 0;
-            const int16_t *q = query + (word / 2 * 4 + column / 2) * kDims + lane % 4 * 8;
+            const int16_t *q = query + (word / 2 * 4 + column / 2) * kDims + lane % 4 * 4;
             for (uint32_t b = 0; b < 4; b++) {
-                uint32_t x = (uint16_t)q[word % 2 * 4 + b];
+                uint32_t x = (uint16_t)q[word % 2 * 16 + b];
                 bytes |= (column % 2 ? x & 0xffu : x >> 8) << (8 * b);
             }
             words[word][lane] = bytes;
@@ -100,38 +109,69 @@ template <uint32_t kHeads, uint32_t kParts> struct mma_form {
         uint32_t lane = threadIdx.x & 31u;
 
 #pragma unroll
-        for (uint32_t i = 0; i < kWords; i++) {
-            uint32_t bytes = words[i][lane];
-            upper[i / 2][i % 2] = lane / 4 % 2 ? 0 : bytes;
-            lower[i / 2][i % 2] = lane / 4 % 2 ? bytes : 0;
+        for (uint32_t i = 0; i < kWords; i++)
+            column[i / 2][i % 2] = words[i][lane];
+        is_upper = lane / 4 % 2 ? 0 : UINT32_MAX;
+    }
+
+    /* What a lane needs of a tile: of each head the pieces that a product takes, and the scales of
+     * its two rows. */
+    struct two_rows {
+        uint32_t piece[kHeads][4];
+        uint2 low_scale[kHeads / 4], high_scale[kHeads / 4];
+    };
+
+    /* Out of shared memory; a row past the `left` that are there is the last of them. */
+    __device__ static void take(const uint8_t *tile, uint32_t left, struct two_rows *rows)
+    {
+        uint32_t lane = threadIdx.x & 31u, row = lane / 4;
+        const uint8_t *low = tile + min(row, left - 1) * kRow;
+        const uint8_t *high = tile + min(row + 8, left - 1) * kRow;
+        const uint8_t *mine = tile + min(lane % 16, left - 1) * kRow + lane / 16 * 16;
+
+#pragma unroll
+        for (uint32_t head = 0; head < kHeads; head++) {
+            if constexpr (kRow % 16 == 0) {
+                vote_load_pieces(rows->piece[head], mine + head * kDims);
+            } else {
+                uint32_t at = head * kDims + lane % 4 * 4;
+                rows->piece[head][0] = *(const uint32_t *)(low + at);
+                rows->piece[head][1] = *(const uint32_t *)(high + at);
+                rows->piece[head][2] = *(const uint32_t *)(low + at + 16);
+                rows->piece[head][3] = *(const uint32_t *)(high + at + 16);
+            }
         }
+#pragma unroll
+        for (uint32_t w = 0; w < kHeads / 4; w++) {
+            rows->low_scale[w] = *(const uint2 *)(low + kHeads * kDims + 8 * w);
+            rows->high_scale[w] = *(const uint2 *)(high + kHeads * kDims + 8 * w);
+        }
+    }
+
+    __device__ static float scale_of(const uint2 (&scales)[kHeads / 4], uint32_t head)
+    {
+        uint32_t two = head % 4 < 2 ? scales[head / 4].x : scales[head / 4].y;
+        return __uint_as_float(two << (head % 2 ? 0 : 16) & 0xffff0000u);
     }
 
     /* Calls each(i, x, y) per quad: the logits of the lane's head and two rows, without q's scale.
      */
     template <class Each>
-    __device__ void score(const struct vote_shape &, const int16_t *, const uint8_t *low,
-                          const uint8_t *high, Each each) const
+    __device__ void score(const struct vote_shape &, const int16_t *, const struct two_rows &rows,
+                          Each each) const
     {
-        uint32_t at = threadIdx.x % 4 * 8, low_scale[kHeads / 2], high_scale[kHeads / 2];
+        uint32_t mask = is_upper;
 
-#pragma unroll
-        for (uint32_t w = 0; w < kHeads / 4; w++) {
-            *(uint2 *)&low_scale[2 * w] = *(const uint2 *)(low + kHeads * kDims + 8 * w);
-            *(uint2 *)&high_scale[2 * w] = *(const uint2 *)(high + kHeads * kDims + 8 * w);
-        }
+        asm volatile("" : "+r"(mask)); /* cut here: registers are what there is too few of */
 #pragma unroll
         for (uint32_t i = 0; i < kQuads; i++) {
-            uint32_t head = i / kParts, shift = head % 2 ? 0 : 16;
-            uint32_t c[4];
-            uint2 a = *(const uint2 *)(low + head * kDims + at);
-            uint2 b = *(const uint2 *)(high + head * kDims + at);
-            vote_mma_signed(c, a, b, upper[i]);
-            vote_mma_unsigned(c, a, b, lower[i]);
-            each(i,
-                 vote_dot(c[0], c[1]) * __uint_as_float(low_scale[head / 2] << shift & 0xffff0000u),
-                 vote_dot(c[2], c[3]) *
-                     __uint_as_float(high_scale[head / 2] << shift & 0xffff0000u));
+            uint32_t head = i / kParts, c[4];
+            const uint32_t upper[2] = {column[i][0] & mask, column[i][1] & mask};
+            const uint32_t lower[2] = {column[i][0] & ~mask, column[i][1] & ~mask};
+            vote_mma_signed(c, rows.piece[head], upper);
+            vote_mma_unsigned(c, rows.piece[head], lower);
+            each(i, vote_dot(c[0], c[1]) * scale_of(rows.low_scale, head),
+                 vote_dot(c[2], c[3]) * scale_of(rows.high_scale, head));
         }
     }
 };
@@ -161,6 +201,10 @@ struct general_form {
     {
     }
 
+    struct two_rows {
+        const uint8_t *low, *high;
+    };
+
     /* Head kv's key of a row with the query, times the key's scale. */
     __device__ static float dot(const struct vote_shape &shape, const int16_t *query,
                                 const uint8_t *row, uint32_t kv)
@@ -175,8 +219,8 @@ struct general_form {
     }
 
     template <class Each>
-    __device__ void score(const struct vote_shape &shape, const int16_t *query, const uint8_t *low,
-                          const uint8_t *high, Each each) const
+    __device__ void score(const struct vote_shape &shape, const int16_t *query,
+                          const struct two_rows &rows, Each each) const
     {
         uint32_t group = shape.n_q_heads / shape.n_kv_heads;
 
@@ -184,8 +228,8 @@ struct general_form {
         for (uint32_t i = 0; i < n_quads(shape); i++) {
             uint32_t head = i * 4 + threadIdx.x % 4, kv = head / group;
             bool there = head < shape.n_q_heads;
-            float x = there ? dot(shape, query + head * shape.dims, low, kv) : 0.0f;
-            float y = there ? dot(shape, query + head * shape.dims, high, kv) : 0.0f;
+            float x = there ? dot(shape, query + head * shape.dims, rows.low, kv) : 0.0f;
+            float y = there ? dot(shape, query + head * shape.dims, rows.high, kv) : 0.0f;
             each(i, x, y);
         }
     }
