@@ -4,7 +4,9 @@
  *
  * A projection of a thousand inputs is half a megabyte of weights, more than one block can read in
  * time: a block takes 32 inputs, whose weights it asks for before the query has come over PCIe, and
- * the last block of a projection to finish adds up the sums of all, in order. Lengths are read in
+ * the last block of a projection to finish adds up the sums of all, in order. A round trip to the
+ * host takes 2 us: nothing is asked for there after something else has come, if it can be told
+ * before where it lies. Blocks are small, so that the next kernel's fit beside them. Lengths are in
  * memory, so that a graph stays good while the sequences grow. Angles in double, as in the table's
  * rope. Counters are 0 between launches.
  */
@@ -44,9 +46,17 @@ __device__ static float2 query_pair(const kvk_cuda_frame_args *a, uint32_t seq, 
         sum.x += load_one(a->q, at, a->dtype);
         sum.y += load_one(a->q, at + half, a->dtype);
     }
-    if (a->inv_freq && !a->score_raw)
-        sum = rotated(sum, (double)a->far_position * a->inv_freq[pair % half]);
     return sum;
+}
+
+/* How a pair of the query is rotated before its projection. */
+__device__ static float2 query_turn(const kvk_cuda_frame_args *a, uint32_t pair)
+{
+    double s = 0, c = 1;
+
+    if (a->inv_freq && !a->score_raw)
+        sincos((double)a->far_position * a->inv_freq[pair % (a->head_dim / 2u)], &s, &c);
+    return make_float2((float)c, (float)s);
 }
 
 __device__ static float2 key_pair(const kvk_cuda_frame_args *a, const void *k, uint32_t pair)
@@ -55,32 +65,37 @@ __device__ static float2 key_pair(const kvk_cuda_frame_args *a, const void *k, u
     return make_float2(load_one(k, at, KVK_BF16), load_one(k, at + a->head_dim / 2u, KVK_BF16));
 }
 
+/* The thread's weights of a slice: asked for before the vector has come, over PCIe. */
+__device__ static inline void load_weights(const kvk_cuda_frame_args *a, const float *proj,
+                                           uint32_t s, float (&w)[SLICE])
+{
+    uint32_t d = threadIdx.x, n_pairs = a->n_kv_heads * a->head_dim / 2u;
+
+#pragma unroll
+    for (uint32_t j = 0; j < SLICE; j++) {
+        uint32_t pair = s * PAIRS + j / 2u;
+        size_t in = input_of(a, min(pair, n_pairs - 1)) + j % 2u * (a->head_dim / 2u);
+        w[j] = d < a->dims && pair < n_pairs ? proj[in * a->dims + d] : 0.0f;
+    }
+}
+
 /*
- * Slice s of projection `which` (0: the query, 1: the token's key) of a sequence. True in the block
- * that comes last; *sum_p is then the thread's dimension of the whole product.
+ * Slice s of projection `which` (0: the query, 1: the token's key) of a sequence; the first threads
+ * bring a pair each. True in the block that comes last; *sum_p is then the thread's dimension of
+ * the whole product.
  */
 __device__ static bool project(const struct frame_params *p, uint32_t seq, uint32_t which,
-                               uint32_t s, const void *k, float *sum_p)
+                               uint32_t s, const float (&w)[SLICE], float2 two, float *sum_p)
 {
     const kvk_cuda_frame_args *a = &p->a;
-    const float *proj = which ? a->key_proj : a->proj;
-    uint32_t d = threadIdx.x, n_pairs = a->n_kv_heads * a->head_dim / 2u, first = s * PAIRS;
+    uint32_t d = threadIdx.x;
     float *parts = p->parts + ((size_t)seq * 2u + which) * p->n_slices * a->dims;
     uint32_t *count = p->counts + seq * 2u + which;
     __shared__ float x[SLICE];
     __shared__ bool last;
-    float w[SLICE], sum = 0;
+    float sum = 0;
 
-#pragma unroll
-    for (uint32_t j = 0; j < SLICE; j++) {
-        uint32_t pair = first + j / 2u;
-        size_t in = input_of(a, min(pair, n_pairs - 1)) + j % 2u * (a->head_dim / 2u);
-        w[j] = d < a->dims && pair < n_pairs ? proj[in * a->dims + d] : 0.0f;
-    }
     if (d < PAIRS) {
-        float2 two = make_float2(0, 0);
-        if (first + d < n_pairs)
-            two = which ? key_pair(a, k, first + d) : query_pair(a, seq, first + d);
         x[2 * d] = two.x;
         x[2 * d + 1] = two.y;
     }
@@ -102,47 +117,93 @@ __device__ static bool project(const struct frame_params *p, uint32_t seq, uint3
     if (!last)
         return false;
     sum = 0;
-#pragma unroll 16
+#pragma unroll 32
     for (uint32_t i = 0; i < p->n_slices; i++)
         sum += __ldcg(parts + (size_t)i * a->dims + min(d, a->dims - 1));
     *sum_p = sum;
     return true;
 }
 
-/* The slice's part of a row that is not coded, and of its copy; and the index row, by whoever is
- * last. */
-__device__ static void take_token(const struct frame_params *p, uint32_t seq, uint32_t s,
-                                  const kvk_cuda_token *t)
+/* The index query, by whoever is last; angles by another warp, while the query is on its way. */
+__device__ static void take_query(const struct frame_params *p, uint32_t seq, uint32_t s)
 {
+    __shared__ float2 turns[PAIRS];
     const kvk_cuda_frame_args *a = &p->a;
-    uint32_t chunks = a->n_kv_heads * a->head_dim / CHUNK, d = threadIdx.x;
-    float y = 0;
+    uint32_t d = threadIdx.x, first = s * PAIRS, n_pairs = a->n_kv_heads * a->head_dim / 2u;
+    float2 two = make_float2(0, 0);
+    float w[SLICE], y = 0;
 
-    if (d < 2 * (SLICE / CHUNK) && !p->n_code) {
-        uint32_t c = s * (SLICE / CHUNK) + d % (SLICE / CHUNK), v = d / (SLICE / CHUNK);
-        if (c < chunks) {
-            uint4 x = ((const uint4 *)(v ? t->v : t->k))[c];
-            ((uint4 *)t->row)[v * chunks + c] = x;
-            if (t->copy)
-                ((uint4 *)t->copy)[v * chunks + c] = x;
-        }
-    }
-    if (!project(p, seq, 1, s, t->k, &y))
-        return;
-    write_index_row(y, a->dims, 0, 1, (uint8_t *)t->index_row, t->bad);
+    load_weights(a, a->proj, s, w);
+    if (d < PAIRS && first + d < n_pairs)
+        two = query_pair(a, seq, first + d);
+    if (d >= 32u && d < 32u + PAIRS && first + d - 32u < n_pairs)
+        turns[d - 32u] = query_turn(a, first + d - 32u);
+    __syncthreads();
+    if (d < PAIRS && first + d < n_pairs)
+        two = make_float2(two.x * turns[d].x - two.y * turns[d].y,
+                          two.y * turns[d].x + two.x * turns[d].y);
+    if (project(p, seq, 0, s, w, two, &y) && d < a->dims)
+        a->q_index[(size_t)seq * a->dims + d] = y;
 }
 
-/* Coded rows: a head of K or V a warp. */
-__device__ static void code_token(const kvk_cuda_frame_args *a, const kvk_cuda_token *t,
-                                  uint32_t warp)
+/* The slice's part of a row that is not coded, and of its copy; and the index row, by whoever is
+ * last. */
+__device__ static void take_token(const struct frame_params *p, uint32_t seq, uint32_t s)
 {
-    uint32_t head = warp % a->n_kv_heads, is_v = warp / a->n_kv_heads;
-    size_t at = (size_t)is_v * a->n_kv_heads * (a->head_dim + 2u);
+    __shared__ kvk_cuda_token t;
+    const kvk_cuda_frame_args *a = &p->a;
+    uint32_t chunks = a->n_kv_heads * a->head_dim / CHUNK, d = threadIdx.x;
+    uint32_t c = s * (SLICE / CHUNK) + d % (SLICE / CHUNK), is_v = d / (SLICE / CHUNK);
+    bool copies = is_v < 2 && c < chunks && !p->n_code;
+    const void *k = NULL, *v = NULL;
+    uint4 piece = {};
+    float2 two = make_float2(0, 0);
+    float w[SLICE], y = 0;
 
-    if (is_v < 2)
-        encode_head((const __nv_bfloat16 *)(is_v ? t->v : t->k) + (size_t)head * a->head_dim,
-                    a->n_kv_heads, a->head_dim, head, a->row_dtype, (uint8_t *)t->row + at,
-                    t->copy ? (uint8_t *)t->copy + at : NULL, t->bad);
+    load_weights(a, a->key_proj, s, w);
+    if (!find_token(a, seq, &t, &k, &v))
+        return;
+    if (copies)
+        piece = ((const uint4 *)(is_v ? v : k))[c];
+    if (d < PAIRS && s * PAIRS + d < a->n_kv_heads * a->head_dim / 2u)
+        two = key_pair(a, k, s * PAIRS + d);
+    if (a->kv)
+        read_token(a, seq, &t);
+    if (!t.row)
+        return;
+    if (copies)
+        ((uint4 *)t.row)[is_v * chunks + c] = piece;
+    if (copies && t.copy)
+        ((uint4 *)t.copy)[is_v * chunks + c] = piece;
+    if (project(p, seq, 1, s, w, two, &y))
+        write_index_row(y, a->dims, 0, 1, (uint8_t *)t.index_row, t.bad);
+}
+
+/* Coded rows: a head of K or V a warp, out of shared memory. */
+__device__ static void code_token(const struct frame_params *p, uint32_t seq, uint32_t block)
+{
+    __shared__ kvk_cuda_token t;
+    __shared__ __nv_bfloat16 x[THREADS / 32u][ENCODE_DIM_MAX];
+    const kvk_cuda_frame_args *a = &p->a;
+    uint32_t warp = threadIdx.x / 32u, number = block * (blockDim.x / 32u) + warp;
+    uint32_t head = number % a->n_kv_heads, is_v = number / a->n_kv_heads;
+    size_t at = (size_t)is_v * a->n_kv_heads * (a->head_dim + 2u);
+    const void *k = NULL, *v = NULL;
+
+    if (!find_token(a, seq, &t, &k, &v))
+        return;
+    const __nv_bfloat16 *in = (const __nv_bfloat16 *)(is_v ? v : k) + (size_t)head * a->head_dim;
+#pragma unroll
+    for (uint32_t i = threadIdx.x & 31u; i < ENCODE_DIM_MAX; i += 32u) {
+        if (i < a->head_dim && is_v < 2)
+            x[warp][i] = in[i];
+    }
+    if (a->kv)
+        read_token(a, seq, &t);
+    __syncwarp();
+    if (t.row && is_v < 2)
+        encode_head(x[warp], a->n_kv_heads, a->head_dim, head, a->row_dtype, (uint8_t *)t.row + at,
+                    t.copy ? (uint8_t *)t.copy + at : NULL, t.bad);
 }
 
 /* A pair of one query head: rotated for the far and the near rows, and compared. */
@@ -184,30 +245,23 @@ __device__ static void find_windows(const kvk_cuda_frame_args *a, uint32_t seq, 
     }
 }
 
-__global__ void __launch_bounds__(THREADS) frame_kernel(const struct frame_params p)
+__global__ void __launch_bounds__(THREADS, 4) frame_kernel(const struct frame_params p)
 {
     const kvk_cuda_frame_args *a = &p.a;
     uint32_t seq = blockIdx.y, block = blockIdx.x;
-    float y = 0;
 
     kvki_let_next_start();
-    if (block < p.n_query) {
-        if (project(&p, seq, 0, block, NULL, &y) && threadIdx.x < a->dims)
-            a->q_index[(size_t)seq * a->dims + threadIdx.x] = y;
-        return;
-    }
+    if (block < p.n_query)
+        return take_query(&p, seq, block);
     block -= p.n_query;
-    if (block < p.n_key + p.n_code) {
-        const kvk_cuda_token t = a->tokens ? a->tokens[seq] : a->token;
-        if (t.row && block < p.n_key)
-            take_token(&p, seq, block, &t);
-        else if (t.row)
-            code_token(a, &t, (block - p.n_key) * (THREADS / 32u) + threadIdx.x / 32u);
-        return;
-    }
-    block -= p.n_key + p.n_code;
+    if (block < p.n_key)
+        return take_token(&p, seq, block);
+    block -= p.n_key;
+    if (block < p.n_code)
+        return code_token(&p, seq, block);
+    block -= p.n_code;
     uint32_t n = a->n_tokens[seq], n_near = min(n, a->n_recent + 1u);
-    turn(a, seq, block * THREADS + threadIdx.x, n_near);
+    turn(a, seq, block * blockDim.x + threadIdx.x, n_near);
     if (block == 0 && threadIdx.x == 0)
         find_windows(a, seq, n, n_near);
 }
@@ -246,7 +300,8 @@ static bool args_ok(const kvk_cuda_frame_args *a)
            (!tokens || (a->key_proj && inputs % CHUNK == 0)) &&
            (!kvk_is_coded(a->row_dtype) || a->head_dim <= ENCODE_DIM_MAX) &&
            (a->tokens || !a->token.row || (a->n_seqs == 1 && token_ok(&a->token))) &&
-           (!a->expected || a->differs) && a->per_head <= 1;
+           (!a->kv || (a->n_seqs == 1 && kvki_aligned(a->kv))) && (!a->expected || a->differs) &&
+           a->per_head <= 1;
 }
 
 extern "C" kvc_status kvk_cuda_frame(kvk_cuda *cuda, const kvk_cuda_frame_args *args,
@@ -254,6 +309,7 @@ extern "C" kvc_status kvk_cuda_frame(kvk_cuda *cuda, const kvk_cuda_frame_args *
 {
     struct frame_params p = {};
     size_t inputs = (size_t)args->n_kv_heads * args->head_dim;
+    uint32_t threads = args->dims <= THREADS / 2u ? THREADS / 2u : THREADS;
     kvc_status st = KVC_OK;
 
     if (args->n_seqs == 0)
@@ -267,14 +323,20 @@ extern "C" kvc_status kvk_cuda_frame(kvk_cuda *cuda, const kvk_cuda_frame_args *
     p.n_query = args->q_index ? p.n_slices : 0;
     p.n_key = args->tokens || args->token.row ? p.n_slices : 0;
     if (p.n_key && kvk_is_coded(args->row_dtype))
-        p.n_code = (2u * args->n_kv_heads + THREADS / 32u - 1) / (THREADS / 32u);
-    p.n_turn = args->q ? (args->n_q_heads * (args->head_dim / 2u) + THREADS - 1) / THREADS : 0;
+        p.n_code = (2u * args->n_kv_heads + threads / 32u - 1) / (threads / 32u);
+    p.n_turn = args->q ? (args->n_q_heads * (args->head_dim / 2u) + threads - 1) / threads : 0;
     p.counts = (uint32_t *)args->workspace;
     p.parts = (float *)(p.counts + 2u * args->n_seqs);
     st = kvki_cuda_use(cuda);
     if (st != KVC_OK || p.n_query + p.n_key + p.n_turn == 0)
         return st;
-    frame_kernel<<<dim3(p.n_query + p.n_key + p.n_code + p.n_turn, args->n_seqs), THREADS, 0,
+    /* beside blocks of the next kernel, whose shared memory a multiprocessor must be set up for */
+    st = kvki_cuda_status(cudaFuncSetAttribute((const void *)frame_kernel,
+                                               cudaFuncAttributePreferredSharedMemoryCarveout,
+                                               cudaSharedmemCarveoutMaxShared));
+    if (st != KVC_OK)
+        return st;
+    frame_kernel<<<dim3(p.n_query + p.n_key + p.n_code + p.n_turn, args->n_seqs), threads, 0,
                    kvki_cuda_stream(stream)>>>(p);
     return kvki_cuda_launched();
 }

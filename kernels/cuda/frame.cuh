@@ -1,6 +1,6 @@
 /*
  * frame.cuh: what the beginnings of ESA's and TokenSelect's steps share: elements of a query, its
- * rotation, and index rows. Device code, for blocks of FRAME_THREADS.
+ * rotation, and index rows. Device code, for blocks of FRAME_THREADS or half as many.
  */
 #ifndef KVKI_CUDA_FRAME_CUH
 #define KVKI_CUDA_FRAME_CUH
@@ -8,7 +8,7 @@
 #include "encode.cuh"
 #include "kvk/cuda_frame.h"
 
-#define FRAME_THREADS 256u /* a dimension each */
+#define FRAME_THREADS 256u /* at most; a dimension each */
 
 __device__ static inline float load_one(const void *in, size_t i, kvk_dtype dtype)
 {
@@ -25,17 +25,48 @@ __device__ static inline float2 rotated(float2 x, double angle)
     return make_float2(x.x * (float)c - x.y * (float)s, x.y * (float)c + x.x * (float)s);
 }
 
+/* A sequence's new token to shared memory, by one load of a warp, since it may be the host's. All
+ * threads call. */
+__device__ static inline void read_token(const kvk_cuda_frame_args *a, uint32_t seq,
+                                         kvk_cuda_token *shared)
+{
+    static_assert(sizeof(kvk_cuda_token) % 8 == 0 && sizeof(kvk_cuda_token) <= 32 * 8, "");
+    if (a->tokens && threadIdx.x < sizeof(*shared) / 8)
+        ((unsigned long long *)shared)[threadIdx.x] =
+            ((const unsigned long long *)(a->tokens + seq))[threadIdx.x];
+    if (!a->tokens && threadIdx.x == 0)
+        *shared = a->token;
+    __syncthreads();
+}
+
+/* Where K and V of a sequence's new token lie, which is asked of the token only where the arguments
+ * do not say it. False, in all threads: it was asked, and there is none. All threads call. */
+__device__ static inline bool find_token(const kvk_cuda_frame_args *a, uint32_t seq,
+                                         kvk_cuda_token *shared, const void **k_p, const void **v_p)
+{
+    if (a->kv) {
+        *k_p = a->kv;
+        *v_p = (const uint16_t *)a->kv + (size_t)a->n_kv_heads * a->head_dim;
+        return true;
+    }
+    read_token(a, seq, shared);
+    *k_p = shared->k;
+    *v_p = shared->v;
+    return shared->row != NULL;
+}
+
 /* The greatest |y| over the block's threads; +Inf where one is not finite. All threads call. */
 __device__ static inline float widest(float y)
 {
     __shared__ float most[FRAME_THREADS / 32u];
     float own = isfinite(y) ? fabsf(y) : INFINITY;
+    uint32_t warps = blockDim.x / 32u; /* a power of two */
 
     own = kvki_lanes_max(own, 32);
     if ((threadIdx.x & 31u) == 0)
         most[threadIdx.x / 32u] = own;
     __syncthreads();
-    return kvki_lanes_max(most[threadIdx.x % (FRAME_THREADS / 32u)], FRAME_THREADS / 32u);
+    return kvki_lanes_max(most[threadIdx.x % warps], warps);
 }
 
 /* Head `head` of an index row; y: of the thread's dimension. *bad (NULL: not) becomes 1 where one

@@ -13,6 +13,7 @@
 #define THREADS FRAME_THREADS
 #define DIM_MAX ENCODE_DIM_MAX
 #define HELD    16u    /* weights of a thread */
+#define AT_ONCE 8u     /* pairs of a query that a thread asks for */
 #define Q_MAX   16384u /* elements of a query, in shared memory */
 
 static_assert(THREADS == KEEP_THREADS, "a block compares queries");
@@ -96,36 +97,56 @@ __device__ static void take_query(const kvk_cuda_frame_args *a, uint32_t seq, ui
         a->q_fine[at * a->fine_dims + d] = y;
 }
 
-/* A kv head of a new token: its part of the row, of the copy and of the index row. */
-__device__ static void take_key(const kvk_cuda_frame_args *a, const kvk_cuda_token *t,
-                                uint32_t head, bool coded)
+/* A kv head of K and V of a new token to shared memory, asked for with the token where it is said
+ * before where they lie. False, in all threads: there is no token. All call. */
+__device__ static bool bring_key(const kvk_cuda_frame_args *a, uint32_t seq, uint32_t head,
+                                 kvk_cuda_token *t, uint32_t (*kv)[DIM_MAX / 2u])
 {
+    uint32_t i = threadIdx.x, half = a->head_dim / 2u;
+    const void *k = NULL, *v = NULL;
+
+    if (!find_token(a, seq, t, &k, &v))
+        return false;
+    if (i < a->head_dim)
+        kv[i / half][i % half] = ((const uint32_t *)(i < half ? k : v))[head * half + i % half];
+    if (a->kv)
+        read_token(a, seq, t);
+    __syncthreads();
+    return t->row != NULL;
+}
+
+/* A kv head of a new token: its part of the row, of the copy and of the index row. */
+__device__ static void take_key(const kvk_cuda_frame_args *a, uint32_t seq, uint32_t head,
+                                bool coded)
+{
+    __shared__ kvk_cuda_token t;
+    __shared__ uint32_t kv[2][DIM_MAX / 2u]; /* pairs of elements */
     __shared__ float x[DIM_MAX];
     uint32_t d = threadIdx.x, half = a->head_dim / 2u, warp = d / 32u, width = width_of(a);
     size_t inputs = (size_t)a->n_kv_heads * a->head_dim, at = (size_t)head * a->head_dim;
 
     const struct weights h = load_weights(a->key_proj + at * width, a->head_dim, width);
+    if (!bring_key(a, seq, head, &t, kv))
+        return;
     if (d < a->head_dim)
-        x[d] = kvki_bf16(((const uint16_t *)t->k)[at + d]);
+        x[d] = kvki_bf16(((const uint16_t *)kv[0])[d]);
     if (coded && warp < 2) {
         size_t slice = warp * a->n_kv_heads * (a->head_dim + 2u);
-        encode_head((const __nv_bfloat16 *)(warp ? t->v : t->k) + at, a->n_kv_heads, a->head_dim,
-                    head, a->row_dtype, (uint8_t *)t->row + slice,
-                    t->copy ? (uint8_t *)t->copy + slice : NULL, t->bad);
+        encode_head((const __nv_bfloat16 *)kv[warp], a->n_kv_heads, a->head_dim, head, a->row_dtype,
+                    (uint8_t *)t.row + slice, t.copy ? (uint8_t *)t.copy + slice : NULL, t.bad);
     }
-    for (uint32_t i = d; i < a->head_dim && !coded; i += THREADS) {
-        size_t to = (i < half ? 0 : inputs / 2u) + at / 2u + i % half; /* pairs of elements */
-        uint32_t two = ((const uint32_t *)(i < half ? t->k : t->v))[at / 2u + i % half];
-        ((uint32_t *)t->row)[to] = two;
-        if (t->copy)
-            ((uint32_t *)t->copy)[to] = two;
+    if (d < a->head_dim && !coded) {
+        size_t to = (d < half ? 0 : inputs / 2u) + at / 2u + d % half;
+        ((uint32_t *)t.row)[to] = kv[d / half][d % half];
+        if (t.copy)
+            ((uint32_t *)t.copy)[to] = kv[d / half][d % half];
     }
     __syncthreads();
     float y = project_head(x, a->key_proj + at * width, &h, width);
-    write_index_row(y, a->dims, head, a->n_kv_heads, (uint8_t *)t->index_row, t->bad);
+    write_index_row(y, a->dims, head, a->n_kv_heads, (uint8_t *)t.index_row, t.bad);
     if (a->fine_dims) {
         __syncthreads(); /* both use the same shared memory */
-        write_index_row(y, a->fine_dims, head, a->n_kv_heads, (uint8_t *)t->fine_row, t->bad);
+        write_index_row(y, a->fine_dims, head, a->n_kv_heads, (uint8_t *)t.fine_row, t.bad);
     }
 }
 
@@ -137,11 +158,20 @@ __device__ static void load_query(const kvk_cuda_frame_args *a, uint32_t seq, ui
     const uint32_t *e = (const uint32_t *)a->expected + (size_t)seq * n;
     bool differs = false;
 
-#pragma unroll 8
-    for (uint32_t i = threadIdx.x; i < n; i += THREADS) {
-        uint32_t two = q[i];
-        differs = differs || (a->expected && two != e[i]);
-        to[i] = two;
+    for (uint32_t from = threadIdx.x; from < n; from += AT_ONCE * THREADS) {
+        uint32_t two[AT_ONCE], other[AT_ONCE];
+#pragma unroll
+        for (uint32_t i = 0; i < AT_ONCE; i++) {
+            uint32_t at = min(from + i * THREADS, n - 1);
+            two[i] = q[at];
+            other[i] = a->expected ? e[at] : 0;
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < AT_ONCE; i++) {
+            differs = differs || (a->expected && two[i] != other[i]);
+            if (from + i * THREADS < n)
+                to[from + i * THREADS] = two[i];
+        }
     }
     if (differs)
         a->differs[seq] = 1;
@@ -168,19 +198,23 @@ __device__ static uint32_t decide(const kvk_cuda_frame_args *a, uint32_t seq, ui
     return keep ? kept : first;
 }
 
-/* Pairs of all query heads, turned to the last of the near rows. */
+/* Pairs of all query heads, turned to the last of the near rows: all heads alike. */
 __device__ static void turn(const kvk_cuda_frame_args *a, uint32_t seq, uint32_t n_near,
                             const uint32_t *q)
 {
+    __shared__ float2 turns[DIM_MAX / 2u];
     uint32_t half = a->head_dim / 2u;
     float *out = a->q_near + (size_t)seq * a->n_q_heads * a->head_dim;
 
+    if (a->inv_freq && threadIdx.x < half)
+        turns[threadIdx.x] = attend_turn((int32_t)(n_near - 1u), a->inv_freq[threadIdx.x]);
+    __syncthreads();
 #pragma unroll 4
     for (uint32_t pair = threadIdx.x; pair < a->n_q_heads * half; pair += THREADS) {
         uint32_t at = pair / half * a->head_dim + pair % half;
         float2 x = make_float2(load_one(q, at, a->dtype), load_one(q, at + half, a->dtype));
         if (a->inv_freq) {
-            float2 r = attend_turn((int32_t)(n_near - 1u), a->inv_freq[pair % half]);
+            float2 r = turns[pair % half];
             x = make_float2(x.x * r.x - x.y * r.y, x.y * r.x + x.x * r.y);
         }
         out[at] = x.x;
@@ -232,9 +266,7 @@ __global__ void __launch_bounds__(THREADS) frame_heads_kernel(const struct heads
         take_query(a, seq, block);
         return;
     }
-    const kvk_cuda_token t = a->tokens ? a->tokens[seq] : a->token;
-    if (t.row)
-        take_key(a, &t, block - p.n_query, p.coded);
+    take_key(a, seq, block - p.n_query, p.coded);
 }
 
 static bool args_ok(const kvk_cuda_frame_args *a)

@@ -200,6 +200,33 @@ static void check_token(const setting *s, uint32_t seq)
     REQUIRE(scale * 127 >= most * 0.99999f && scale * 127 <= most * 1.01f, "scale of %u", seq);
 }
 
+/* The first token, whose K and V lie where the arguments say and not where it says. */
+static void run_told(const setting *s, kvk_cuda_frame_args a)
+{
+    kvk_cuda_token *token = pinned_bytes(sizeof(*token));
+    size_t row = (size_t)s->inputs * 4, index_row = s->dims + 2;
+
+    *token = s->a.tokens[0];
+    token->k = token->v = device_bytes(row);
+    a.token = (kvk_cuda_token){.row = NULL};
+    a.tokens = token;
+    a.kv = s->a.tokens[0].k;
+    for (uint32_t there = 0; there < 2; there++) {
+        token->row = there ? s->a.tokens[0].row : NULL;
+        OK(kvk_cuda_fill(gpu(), s->rows, 0xee, row, gpu_stream()));
+        OK(kvk_cuda_fill(gpu(), s->index_rows, 0xee, index_row, gpu_stream()));
+        OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
+        if (there)
+            check_token(s, 0);
+        else
+            REQUIRE(*(uint8_t *)fetched(s->rows, 1) == 0xee &&
+                        *(uint8_t *)fetched(s->index_rows, 1) == 0xee,
+                    "a token that is not there");
+    }
+    a.n_seqs = 2;
+    REQUIRE(kvk_cuda_frame(gpu(), &a, gpu_stream()) == KVC_INVALID, "of one sequence");
+}
+
 /* Twice, since a launch must leave the workspace ready; then a token by value. */
 static void run(numbers *from, setting *s)
 {
@@ -231,6 +258,7 @@ static void run(numbers *from, setting *s)
     OK(kvk_cuda_fill(gpu(), s->index_rows, 0xee, index_row, gpu_stream()));
     OK(kvk_cuda_frame(gpu(), &one, gpu_stream()));
     REQUIRE(memcmp(index, fetched(s->index_rows, index_row), index_row) == 0, "by value");
+    run_told(s, one);
 }
 
 /* A query that is not the one expected is found out, in its sequence alone. */

@@ -300,6 +300,31 @@ static void run_late(setting *s)
     REQUIRE(s->dims == 1 || kvk_cuda_frame(gpu(), &a, gpu_stream()) == KVC_INVALID, "finer");
 }
 
+/* The first token, whose K and V lie where the arguments say and not where it says. */
+static void run_told(setting *s)
+{
+    kvk_cuda_frame_args a = s->a;
+    kvk_cuda_token *token = pinned_bytes(sizeof(*token));
+    size_t row = s->inputs * 4ul;
+
+    *token = s->a.tokens[0];
+    token->k = token->v = device_bytes(row);
+    a.n_seqs = 1;
+    a.q = NULL;
+    a.q_index = NULL;
+    a.tokens = token;
+    a.kv = s->a.tokens[0].k;
+    OK(kvk_cuda_fill(gpu(), s->rows, 0xee, row, gpu_stream()));
+    OK(kvk_cuda_fill(gpu(), s->index_rows, 0xee, s->kv_heads * (s->dims + 2ul), gpu_stream()));
+    OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
+    check_rows(s, 0);
+    check_index_row(s, 0, s->index_rows, s->dims);
+    token->row = NULL;
+    OK(kvk_cuda_fill(gpu(), s->rows, 0xee, row, gpu_stream()));
+    OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
+    REQUIRE(*(uint8_t *)fetched(s->rows, 1) == 0xee, "a token that is not there");
+}
+
 void cuda_case_frame_heads(numbers *from)
 {
     static const uint32_t shapes[][5] = {
@@ -319,6 +344,7 @@ void cuda_case_frame_heads(numbers *from)
                          .raw = kind == 1,
                          .row_dtype = rows[kind]};
             run(from, &s);
+            run_told(&s);
             run_late(&s);
             release_all();
         }

@@ -223,8 +223,12 @@ FAKE_CUDA_OP(frame)
     bool clean = a->per_head || fake_cuda_is_clean(a->workspace, a->n_seqs);
     kvc_status st = clean ? KVC_OK : KVC_INVALID;
     for (uint32_t s = 0; st == KVC_OK && s < a->n_seqs; s++) {
-        const kvk_cuda_token *token = a->tokens != NULL ? a->tokens + s : &a->token;
-        st = token->row == NULL ? KVC_OK : take_token(cuda, a, token);
+        kvk_cuda_token token = a->tokens != NULL ? a->tokens[s] : a->token;
+        if (a->kv != NULL) {
+            token.k = a->kv;
+            token.v = (const uint16_t *)a->kv + (size_t)a->n_kv_heads * a->head_dim;
+        }
+        st = token.row == NULL ? KVC_OK : take_token(cuda, a, &token);
         if (st == KVC_OK && a->q != NULL)
             st = a->per_head ? frame_heads(cuda, a, s) : frame_one(cuda, a, s);
     }

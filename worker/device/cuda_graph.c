@@ -39,6 +39,7 @@ static kvc_status frame(const kvw_worker *w, uint32_t layer, const kvwi_lane *la
         .expected = selects ? NULL : lane->q_select,
         .differs = lane->differs,
         .tokens = part == KVWI_WHOLE ? lane->tokens : NULL,
+        .kv = part == KVWI_WHOLE ? lane->kv : NULL,
         .row_dtype = w->row_dtype,
         .key_proj = kvwi_layer_proj(w, w->device->key_proj, kvwi_finest(w), layer),
         .workspace = lane->frame_space,

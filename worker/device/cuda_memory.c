@@ -94,8 +94,9 @@ static void carve_pinned(kvwi_carver *c, const kvw_worker *w, kvwi_device_layer 
     l->chunk_cands = kvwi_carve(c, sizeof(*l->chunk_cands));
     l->miss_pos = kvwi_carve(c, kvwi_stride(w) * sizeof(uint32_t));
     l->status = kvwi_carve(c, kvwi_stride(w));
-    if (kvk_is_coded(w->row_dtype) && !w->opts.device_memory) {
+    if (!w->opts.device_memory) {
         l->kv_in = kvwi_carve(c, 2u * w->in_bytes);
+        l->lane.kv = l->kv_in;
     }
     if (w->opts.device_memory) {
         l->bad = kvwi_carve(c, sizeof(*l->bad));

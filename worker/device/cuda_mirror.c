@@ -229,6 +229,10 @@ static kvc_status append_token(kvw_seq *seq, uint32_t layer, const void *k, cons
         token.k = host;
         token.v = host + w->k_bytes;
         token.copy = NULL;
+        if (whole) { /* whose graph knows this place, and is done when the next token comes */
+            memcpy(l->kv_in, k, w->k_bytes);
+            memcpy(l->kv_in + w->k_bytes, v, w->k_bytes);
+        }
     }
     if (st == KVC_OK) {
         l->lane.tokens[0] = token;

@@ -77,6 +77,7 @@ struct kvwi_lane {
     uint32_t *kept_first, *kept; /* where near began with picks that may be kept; they were */
     uint32_t *done;              /* one */
     kvk_cuda_token *tokens;
+    const void *kv; /* where the token of a whole step of one sequence is; NULL: by tokens */
     /* pinned; device memory where the engine's is */
     void *q_in, *q_select, *out;
     float *lse;
@@ -106,8 +107,8 @@ typedef struct kvwi_device_layer {
     kvk_cuda_candidates *chunk_cands; /* of a chunk's step; host writes */
     uint32_t *miss_pos;
     int8_t *status;
-    uint8_t *kv_in; /* K and V of a new token, where rows are coded and the engine's memory is the
-                       host's */
+    uint8_t *kv_in; /* K and V of a new token that waits for a whole step or is coded, where the
+                       engine's memory is the host's */
     uint32_t *bad;  /* set to 1 where what was appended is not finite; NULL: the host has looked */
     /* host */
     uint32_t cap_tokens, cap_blocks; /* what it has memory for; the sequence's, unless growing */

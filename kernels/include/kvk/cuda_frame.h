@@ -35,8 +35,9 @@ typedef struct kvk_cuda_token {
  * Rotation: as kvk_rope; without inv_freq none. q_index, q_far, q_near, n_near and cands may be
  * NULL. dims <= 256, n_kv_heads * head_dim <= 8192. expected (may be NULL): differs[s] is set to 1
  * where q is not those bytes. q NULL: only tokens. tokens, or else token for one sequence: what is
- * new; n_kv_heads * head_dim a multiple of 8 then. Projections are sums of chains of 32 inputs. The
- * workspace is cleared as kvk_cuda_select's.
+ * new; n_kv_heads * head_dim a multiple of 8 then. kv (NULL: not), for one sequence: where k and v
+ * of its token lie, one behind the other, whatever that says, so that all are asked for at once.
+ * Projections are sums of chains of 32 inputs. The workspace is cleared as kvk_cuda_select's.
  *
  * per_head 1: a step of TokenSelect, over an index of each kv head; head_dim <= 256, n_q_heads *
  * head_dim <= 16384, no q_far and no workspace. What is different:
@@ -67,6 +68,7 @@ typedef struct kvk_cuda_frame_args {
     uint32_t *differs;             /* [n_seqs] */
     const kvk_cuda_token *tokens;  /* [n_seqs], device or pinned; or NULL */
     kvk_cuda_token token;
+    const void *kv;        /* [2, n_kv_heads, head_dim] */
     kvk_dtype row_dtype;   /* of the tokens' rows: 0 or BF16, or coded (head_dim <= 256) */
     const float *key_proj; /* [n_kv_heads * head_dim, dims] */
     void *workspace;
