@@ -466,6 +466,8 @@ extern "C" kvc_status kvk_cuda_select_vote(kvk_cuda *cuda, const kvk_cuda_select
     st = kvki_cuda_use(cuda);
     if (st != KVC_OK)
         return st;
+    if (args->dims == 16 && args->n_kv_heads == 8 && group <= 4 && fits<mma_form<8, 1, 16>>(cuda))
+        return launch<mma_form<8, 1, 16>>(cuda, &p, stream);
     if (args->dims == 32 && args->n_kv_heads == 8 && group <= 4 && fits<mma_form<8, 1>>(cuda))
         return launch<mma_form<8, 1>>(cuda, &p, stream);
     if (args->dims == 32 && args->n_kv_heads == 4 && group <= 8 && fits<mma_form<4, 2>>(cuda))

@@ -5,10 +5,11 @@
  * In both, lane = 4 g + t holds rows g and g + 8 of the tile. Query heads lie in slots: slot 4 i +
  * t is the head that lane t of each four meets in quad i. A slot may be empty.
  *
- * mma_form (dims 32): the int16 query is its upper byte, signed, and its lower one, unsigned; they
- * are two neighbouring columns of a tensor core's product with the keys, so that one lane gets both
- * halves of its head's dot, exact in int32. The sums start at 1.5 2^23 as float bits, so they are
- * floats at once. general_form: any shape, one product at a time.
+ * mma_form (dims 32, or 16 with two heads a product): the int16 query is its upper byte, signed,
+ * and its lower one, unsigned; they are two neighbouring columns of a tensor core's product with
+ * the keys, so that one lane gets both halves of its head's dot, exact in int32. The sums start
+ * at 1.5 2^23 as float bits, so they are floats at once. general_form: any shape, one product at a
+ * time.
  */
 #ifndef KVKI_CUDA_VOTE_FORM_CUH
 #define KVKI_CUDA_VOTE_FORM_CUH
@@ -67,12 +68,13 @@ __device__ static inline float vote_dot(uint32_t upper, uint32_t lower)
     return fmaf(__uint_as_float(upper) - VOTE_MAGIC, 256.0f, __uint_as_float(lower) - VOTE_MAGIC);
 }
 
-/* kHeads kv heads (a multiple of 4) of up to 4 kParts query heads each, of 32 dims. */
-template <uint32_t kHeads, uint32_t kParts> struct mma_form {
+/* kHeads kv heads (a multiple of 4) of up to 4 kParts query heads each, of 32 dims; or of 16, and
+ * the columns of one head are zeros where the product's 32 bytes are the other's. */
+template <uint32_t kHeads, uint32_t kParts, uint32_t kWidth = 32> struct mma_form {
     static constexpr bool kStaged = true;
-    static constexpr uint32_t kQuads = kHeads * kParts, kSlots = kQuads * 4, kDims = 32;
+    static constexpr uint32_t kQuads = kHeads * kParts, kSlots = kQuads * 4, kDims = kWidth;
     static constexpr uint32_t kRow = kHeads * (kDims + 2u), kQuery = kSlots * kDims;
-    static constexpr uint32_t kWords = kQuads * 2, kBinBit = 22;
+    static constexpr uint32_t kWords = kQuads * 2, kBinBit = 22, kPieces = kHeads * kDims / 32u;
     static constexpr uint32_t kStageBytes = TOPK_WARPS * VOTE_TILE * kRow;
     static constexpr uint32_t kBins = VOTE_COUNTS / kSlots, kLeastBits = VOTE_LEAST_BITS;
     uint32_t column[kQuads][2], is_upper; /* its bytes; all ones where they are upper ones */
@@ -89,15 +91,23 @@ template <uint32_t kHeads, uint32_t kParts> struct mma_form {
         return place < group ? quad / kParts * group + place : VOTE_NONE;
     }
 
-    /* Words of the columns, for each lane: 4 n + t has dims 4 t to 4 t + 3, and those 16 further,
+    /* The query's number that meets byte `at` of the 32 of a quad's product. */
+    __device__ static uint32_t number_at(const int16_t *query, uint32_t quad, uint32_t slot,
+                                         uint32_t at)
+    {
+        bool own = at / kDims == quad / kParts % (32u / kDims);
+        return own ? (uint16_t)query[slot * kDims + at % kDims] : 0;
+    }
+
+    /* Words of the columns, for each lane: 4 n + t has bytes 4 t to 4 t + 3, and those 16 further,
      * of column n, which is half n % 2 of slot n / 2. The block calls; a word a thread. */
     __device__ static void cut(const int16_t *query, uint32_t (*words)[32])
     {
         for (uint32_t i = threadIdx.x; i < kWords * 32; i += TOPK_THREADS) {
             uint32_t lane = i % 32, word = i / 32, column = lane / 4, bytes = 0;
-            const int16_t *q = query + (word / 2 * 4 + column / 2) * kDims + lane % 4 * 4;
+            uint32_t quad = word / 2, first = word % 2 * 16 + lane % 4 * 4;
             for (uint32_t b = 0; b < 4; b++) {
-                uint32_t x = (uint16_t)q[word % 2 * 16 + b];
+                uint32_t x = number_at(query, quad, quad * 4 + column / 2, first + b);
                 bytes |= (column % 2 ? x & 0xffu : x >> 8) << (8 * b);
             }
             words[word][lane] = bytes;
@@ -114,10 +124,10 @@ template <uint32_t kHeads, uint32_t kParts> struct mma_form {
         is_upper = lane / 4 % 2 ? 0 : UINT32_MAX;
     }
 
-    /* What a lane needs of a tile: of each head the pieces that a product takes, and the scales of
-     * its two rows. */
+    /* What a lane needs of a tile: the pieces that products take, each of one head or two, and the
+     * scales of its two rows. */
     struct two_rows {
-        uint32_t piece[kHeads][4];
+        uint32_t piece[kPieces][4];
         uint2 low_scale[kHeads / 4], high_scale[kHeads / 4];
     };
 
@@ -130,15 +140,15 @@ template <uint32_t kHeads, uint32_t kParts> struct mma_form {
         const uint8_t *mine = tile + min(lane % 16, left - 1) * kRow + lane / 16 * 16;
 
 #pragma unroll
-        for (uint32_t head = 0; head < kHeads; head++) {
+        for (uint32_t i = 0; i < kPieces; i++) {
             if constexpr (kRow % 16 == 0) {
-                vote_load_pieces(rows->piece[head], mine + head * kDims);
+                vote_load_pieces(rows->piece[i], mine + i * 32u);
             } else {
-                uint32_t at = head * kDims + lane % 4 * 4;
-                rows->piece[head][0] = *(const uint32_t *)(low + at);
-                rows->piece[head][1] = *(const uint32_t *)(high + at);
-                rows->piece[head][2] = *(const uint32_t *)(low + at + 16);
-                rows->piece[head][3] = *(const uint32_t *)(high + at + 16);
+                uint32_t at = i * 32u + lane % 4 * 4;
+                rows->piece[i][0] = *(const uint32_t *)(low + at);
+                rows->piece[i][1] = *(const uint32_t *)(high + at);
+                rows->piece[i][2] = *(const uint32_t *)(low + at + 16);
+                rows->piece[i][3] = *(const uint32_t *)(high + at + 16);
             }
         }
 #pragma unroll
@@ -168,8 +178,8 @@ template <uint32_t kHeads, uint32_t kParts> struct mma_form {
             uint32_t head = i / kParts, c[4];
             const uint32_t upper[2] = {column[i][0] & mask, column[i][1] & mask};
             const uint32_t lower[2] = {column[i][0] & ~mask, column[i][1] & ~mask};
-            vote_mma_signed(c, rows.piece[head], upper);
-            vote_mma_unsigned(c, rows.piece[head], lower);
+            vote_mma_signed(c, rows.piece[head * kDims / 32u], upper);
+            vote_mma_unsigned(c, rows.piece[head * kDims / 32u], lower);
             each(i, vote_dot(c[0], c[1]) * scale_of(rows.low_scale, head),
                  vote_dot(c[2], c[3]) * scale_of(rows.high_scale, head));
         }

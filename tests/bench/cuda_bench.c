@@ -7,8 +7,8 @@
  * flushed and the slot tables are put back before each replay. Median and spread of REPEATS
  * replays. Llama-3-8B: 32 query heads, 8 kv heads, 128 dimensions, bf16: rows of 4,096 bytes.
  * Arguments: --quick (small sizes, a smoke test), --rows (attention over each kind of row alone),
- * --prefill (attention of chunks, in both its forms), --votes or --window (those parts alone), or
- * numbers of tokens (one sequence of each). Single-threaded.
+ * --prefill (attention of chunks, in both its forms), --votes, --rerank or --window (those parts
+ * alone), or numbers of tokens (one sequence of each). Single-threaded.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -236,6 +236,51 @@ static void bench_votes(const char *arena, size_t arena_bytes)
     bench_vote(1 << 17, 8, arena, arena_bytes);
 }
 
+/* Finer index rows of the device: few different ones, since only their places matter. */
+static void *finer_rows(numbers *from, uint32_t n, uint32_t dims)
+{
+    size_t row = kvk_index_row_bytes(KV_HEADS, dims), some = n < 4096 ? n : 4096;
+    const uint8_t *rows = index_rows(from, (uint32_t)some, KV_HEADS, dims);
+    uint8_t *all = device_bytes(n * row);
+
+    for (size_t at = 0; at < n; at += some)
+        upload(all + at * row, rows, (n - at < some ? n - at : some) * row);
+    return all;
+}
+
+/* A vote over a small index, whose candidates a finer one ranks. */
+static void bench_rerank(uint32_t n, uint32_t n_seqs, uint32_t dims, uint32_t finer,
+                         uint32_t factor)
+{
+    numbers from = {n};
+    world w = {.rows = &plain, .n = n, .n_seqs = n_seqs, .dims = dims};
+    const void *rows = index_rows(&from, n, KV_HEADS, dims), *fine = finer_rows(&from, n, finer);
+    double index_us = 0, fine_us = 0;
+    char what[64];
+
+    w.index_bytes = (uint32_t)kvk_index_row_bytes(KV_HEADS, dims);
+    index_us = floor_us((double)n * n_seqs * w.index_bytes);
+    fine_us = floor_us((double)n_seqs * factor * K * (double)kvk_index_row_bytes(KV_HEADS, finer));
+    make_flush(&w);
+    for (uint32_t t = 0; t < STEPS; t++)
+        make_rerank(&w, t, &from, rows, fine, finer, factor);
+    gpu_sync();
+    (void)snprintf(what, sizeof(what), "vote of %u x %u", factor, K);
+    report(&w, what, do_vote, index_us);
+    (void)snprintf(what, sizeof(what), "rerank by %u dims", finer);
+    report(&w, what, do_rerank, fine_us);
+    report(&w, "vote, rerank", do_vote_rerank, index_us + fine_us);
+    release_all();
+}
+
+static void bench_reranks(void)
+{
+    for (uint32_t factor = 2; factor <= 4; factor += 2) {
+        bench_rerank(1 << 17, 1, 16, 48, factor);
+        bench_rerank(1 << 20, 1, 16, 48, factor);
+    }
+}
+
 int main(int argc, char **argv)
 {
     bool quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
@@ -252,6 +297,7 @@ int main(int argc, char **argv)
         bench_rows(20000, 1, arena, arena_bytes);
         bench_prefill(200, 64, false);
         bench_vote(20000, 1, arena, arena_bytes);
+        bench_rerank(20000, 1, 16, 48, 2);
     } else if (argc > 1 && strcmp(argv[1], "--rows") == 0) {
         for (uint32_t n_seqs = 1; n_seqs <= 32; n_seqs = n_seqs == 1 ? 8 : n_seqs * 4)
             bench_rows(1 << 17, n_seqs, arena, arena_bytes);
@@ -262,6 +308,8 @@ int main(int argc, char **argv)
         }
     } else if (argc > 1 && strcmp(argv[1], "--votes") == 0) {
         bench_votes(arena, arena_bytes);
+    } else if (argc > 1 && strcmp(argv[1], "--rerank") == 0) {
+        bench_reranks();
     } else if (argc > 1 && strcmp(argv[1], "--window") == 0) {
         bench_window(1 << 20);
     } else if (argc > 1) {
@@ -282,6 +330,7 @@ int main(int argc, char **argv)
         bench_prefill(2700, 512, false);
         bench_prefill(3500, 128, false);
         bench_votes(arena, arena_bytes);
+        bench_reranks();
     }
     kvk_cuda_free(gpu(), KVK_CUDA_PINNED, arena);
     return 0;

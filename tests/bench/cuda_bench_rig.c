@@ -137,6 +137,17 @@ void do_vote_step(world *w, uint32_t t)
     do_picked(w, t);
 }
 
+void do_rerank(world *w, uint32_t t)
+{
+    OK(kvk_cuda_rerank(gpu(), &w->rerank[t], gpu_stream()));
+}
+
+void do_vote_rerank(world *w, uint32_t t)
+{
+    do_vote(w, t);
+    do_rerank(w, t);
+}
+
 void measure_copy(size_t bytes)
 {
     void *from = device_bytes(bytes), *to = device_bytes(bytes);
@@ -231,6 +242,37 @@ void make_vote(world *w, uint32_t t, numbers *from, const void *rows)
     w->select[t].picks = w->vote[t].picks;
     w->select[t].n_picks = w->vote[t].n_picks;
     do_vote(w, t);
+}
+
+void make_rerank(world *w, uint32_t t, numbers *from, const void *rows, const void *finer,
+                 uint32_t dims, uint32_t factor)
+{
+    size_t width = (size_t)w->n_seqs * HEADS * dims;
+    kvk_cuda_candidates *lists = host_bytes(w->n_seqs * sizeof(*lists));
+    kvk_cuda_select_vote_args *vote = &w->vote[t];
+
+    make_vote(w, t, from, rows);
+    vote->k = factor * K;
+    vote->picks = device_bytes((size_t)w->n_seqs * factor * K * 4);
+    for (uint32_t s = 0; s < w->n_seqs; s++)
+        lists[s] = (kvk_cuda_candidates){finer, w->n, 0};
+    w->rerank[t] = (kvk_cuda_rerank_args){
+        .n_seqs = w->n_seqs,
+        .n_q_heads = HEADS,
+        .n_kv_heads = KV_HEADS,
+        .dims = dims,
+        .k = K,
+        .n_max = factor * K,
+        .q = device_copy(normals(from, width), width * 4),
+        .finer = device_copy(lists, w->n_seqs * sizeof(*lists)),
+        .list = vote->picks,
+        .n_list = vote->n_picks,
+        .picks = device_bytes((size_t)w->n_seqs * K * 4),
+        .n_picks = device_bytes(w->n_seqs * 4),
+        .workspace_bytes = kvk_cuda_rerank_workspace_bytes(w->n_seqs, factor * K, HEADS),
+    };
+    w->rerank[t].workspace = device_bytes(w->rerank[t].workspace_bytes);
+    do_vote_rerank(w, t);
 }
 
 void make_flush(world *w)

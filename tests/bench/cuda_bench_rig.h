@@ -9,6 +9,7 @@
 #define CUDA_BENCH_RIG_H
 
 #include "cuda_support.h"
+#include "kvk/cuda_rerank.h"
 
 #define STEPS        8u
 #define REPEATS      15u
@@ -34,6 +35,7 @@ typedef struct world {
     uint32_t index_bytes; /* a token's */
     kvk_cuda_select_args select[STEPS];
     kvk_cuda_select_vote_args vote[STEPS]; /* a world of votes: select has its picks alone */
+    kvk_cuda_rerank_args rerank[STEPS];    /* of a world of votes that leave candidates */
     kvk_cuda_resolve_args resolve[STEPS];
     kvk_cuda_attend_args attend[STEPS];
     kvk_cuda_gather_args gather[STEPS];
@@ -65,11 +67,16 @@ void do_step_apart(world *w, uint32_t t);
 void do_read(world *w, uint32_t t);
 void do_launch(world *w, uint32_t t);
 void do_vote_step(world *w, uint32_t t);
+void do_rerank(world *w, uint32_t t);
+void do_vote_rerank(world *w, uint32_t t);
 void measure_copy(size_t bytes);
 double floor_us(double bytes);
 kvk_cuda_source source_of(uint32_t n, uint32_t row_bytes, const char *arena, size_t arena_bytes);
 void make_select(world *w, uint32_t t, numbers *from, const void *rows);
 void make_vote(world *w, uint32_t t, numbers *from, const void *rows);
+/* factor times as many votes, and their re-ranking by the finer rows [n] on the device. */
+void make_rerank(world *w, uint32_t t, numbers *from, const void *rows, const void *finer,
+                 uint32_t dims, uint32_t factor);
 void make_flush(world *w);
 size_t tables_of(uint32_t n);
 void make_residency(world *w, uint32_t t, const kvk_cuda_source *source);

@@ -20,7 +20,8 @@
  * are timed then.
  *
  * Arguments: --quick (a smoke test), --selector esa or tokenselect, --theta X (of its
- * Selection Cache), --layers N, --recent N, --batch N, --steps N, --rows bf16, i8
+ * Selection Cache), --rerank N (TokenSelect over 16 dims a head of which N * k are ranked again by
+ * 48: 544 B/token), --layers N, --recent N, --batch N, --steps N, --rows bf16, i8
  * or e4m3, --far shm, near or near-gpu, numbers of tokens. Without arguments: 128K and 1M tokens,
  * one layer, 4,096 and 128 recent. Exits with 77 where there is no GPU. Single-threaded.
  */
@@ -38,7 +39,8 @@
 #include "projection.h"
 
 enum { HEADS = 32, KV_HEADS = 8, DIM = 128, K = 2048, CHUNK = 512 };
-enum { ESA_DIMS = 126, VOTE_DIMS = 32 }; /* of an index row, of one head */
+enum { ESA_DIMS = 126, VOTE_DIMS = 32 };    /* of an index row, of one head */
+enum { COARSE_DIMS = 16, FINER_DIMS = 48 }; /* of two levels */
 enum { STEPS_MAX = 1000, BATCH_MAX = 64 };
 enum { ROW = 2 * KV_HEADS * DIM, Q = HEADS * DIM }; /* elements */
 enum { POOL_MAX = 1 << 27 };                        /* likewise; a row may begin at every eighth */
@@ -48,6 +50,7 @@ typedef struct gpu_shape {
     kvk_dtype rows;  /* 0: bf16 */
     const char *far; /* NULL: rows are mapped */
     bool votes;      /* TokenSelect */
+    uint32_t factor; /* of re-ranking; 0: an index of one level */
     double theta;
     bool quick;
 } gpu_shape;
@@ -58,6 +61,7 @@ typedef struct gpu_bench {
     kvk_dtype row_dtype;
     const char *far;
     bool votes;
+    uint32_t factor;
     double theta;
     support_daemon daemon;
     kvc_client *client;
@@ -127,12 +131,13 @@ static const char *selector_of(const gpu_bench *b)
 
 static uint32_t index_bytes(const gpu_bench *b)
 {
-    return b->votes ? KV_HEADS * (VOTE_DIMS + 2u) : ESA_DIMS + 2u;
+    uint32_t votes = b->factor ? COARSE_DIMS + FINER_DIMS + 4u : VOTE_DIMS + 2u;
+    return b->votes ? KV_HEADS * votes : ESA_DIMS + 2u;
 }
 
 static void write_projection(gpu_bench *b)
 {
-    uint32_t dims = b->votes ? VOTE_DIMS : ESA_DIMS;
+    uint32_t dims = b->factor ? FINER_DIMS : b->votes ? VOTE_DIMS : ESA_DIMS;
     size_t n = (size_t)b->n_layers * KV_HEADS * DIM * dims;
     kvwi_projection p = {.model = "gpu-bench",
                          .n_layers = b->n_layers,
@@ -208,7 +213,9 @@ static void open_worker(gpu_bench *b)
                            .client = b->client,
                            .backend = "cuda",
                            .selector = selector_of(b),
-                           .index = KVW_INDEX_COMPRESSED,
+                           .index = b->factor ? KVW_INDEX_RERANKED : KVW_INDEX_COMPRESSED,
+                           .index_dims = b->factor ? COARSE_DIMS : 0,
+                           .rerank_factor = b->factor,
                            .reselect_cos = b->theta,
                            .projection_path = b->projection,
                            .way = b->far == NULL               ? NULL
@@ -397,6 +404,7 @@ static void run(const gpu_shape *shape)
                    .row_dtype = shape->rows,
                    .far = shape->far,
                    .votes = shape->votes,
+                   .factor = shape->factor,
                    .theta = shape->theta,
                    .row_bytes = shape->rows == 0 ? ROW * 2u : 2u * KV_HEADS * (DIM + 2u),
                    .random = 88172645463325252ull};
@@ -476,6 +484,8 @@ int main(int argc, char **argv)
         shape.votes = true;
         shape.n_seqs = 3;
         run(&shape);
+        shape.factor = 2;
+        run(&shape);
         return 0;
     }
     for (int i = 1; i < argc; i++) {
@@ -491,6 +501,9 @@ int main(int argc, char **argv)
             shape.far = argv[++i];
         } else if (strcmp(argv[i], "--selector") == 0 && i + 1 < argc) {
             shape.votes = strcmp(argv[++i], "tokenselect") == 0;
+        } else if (strcmp(argv[i], "--rerank") == 0 && i + 1 < argc) {
+            shape.votes = true;
+            shape.factor = clamp(argv[++i], 1, 8);
         } else if (strcmp(argv[i], "--theta") == 0 && i + 1 < argc) {
             shape.theta = strtod(argv[++i], NULL);
         } else if (strcmp(argv[i], "--rows") == 0 && i + 1 < argc) {

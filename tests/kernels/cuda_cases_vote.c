@@ -196,8 +196,9 @@ void cuda_case_vote_edges(numbers *from)
 
 void cuda_case_vote(numbers *from)
 {
-    static const votes_shape shapes[] = {{32, 8, 32}, {28, 4, 32}, {8, 8, 32},   {16, 4, 32},
-                                         {9, 3, 24},  {14, 2, 32}, {32, 8, 126}, {1, 1, 1}};
+    static const votes_shape shapes[] = {{32, 8, 32},  {28, 4, 32}, {8, 8, 32}, {16, 4, 32},
+                                         {32, 8, 16},  {24, 8, 16}, {9, 3, 24}, {14, 2, 32},
+                                         {32, 8, 126}, {1, 1, 1}};
     static const uint32_t sizes[] = {0, 1, 15, 17, 128, 129, 2500, 8193, 30011};
     static const uint32_t ks[] = {1, 300, 2048};
 
@@ -233,12 +234,12 @@ void votes_spoil(numbers *from, votes_sequence *seq, votes_shape s, int kind)
 
 void cuda_case_vote_ties(numbers *from)
 {
-    static const votes_shape shapes[] = {{32, 8, 32}, {9, 3, 24}};
+    static const votes_shape shapes[] = {{32, 8, 32}, {9, 3, 24}, {32, 8, 16}};
 
     for (int kind = 0; kind < VOTES_SPOILED; kind++) {
-        for (size_t h = 0; h < 2; h++) {
+        for (size_t h = 0; h < 3; h++) {
             for (uint32_t n = 9000; n <= 150001; n += 141001) {
-                votes_sequence seq = votes_sequence_of(from, h ? n / 10 : n, shapes[h]);
+                votes_sequence seq = votes_sequence_of(from, h == 1 ? n / 10 : n, shapes[h]);
                 votes_spoil(from, &seq, shapes[h], kind);
                 run(shapes[h], &seq, 1, 2048, 0, "votes of a kind");
             }
@@ -285,9 +286,9 @@ void cuda_case_vote_batch(numbers *from)
 
 void cuda_case_vote_large(numbers *from)
 {
-    static const votes_shape shapes[] = {{32, 8, 32}, {28, 4, 32}};
+    static const votes_shape shapes[] = {{32, 8, 32}, {28, 4, 32}, {32, 8, 16}};
 
-    for (size_t h = 0; h < 2; h++) {
+    for (size_t h = 0; h < 3; h++) {
         votes_sequence seq = votes_sequence_of(from, 1000003, shapes[h]);
         run(shapes[h], &seq, 1, 2048, 0, "large");
     }
@@ -317,7 +318,7 @@ void cuda_case_vote_window(numbers *from)
 /* More picks than attention takes, as re-ranking wants them. */
 void cuda_case_vote_wide(numbers *from)
 {
-    static const votes_shape shapes[] = {{32, 8, 32}, {9, 3, 24}};
+    static const votes_shape shapes[] = {{32, 8, 16}, {9, 3, 24}};
 
     for (size_t h = 0; h < 2; h++) {
         for (uint32_t n = 5000; n <= 95000; n += 45000) {

@@ -204,9 +204,9 @@ kvc_status kvk_cuda_select(kvk_cuda *cuda, const kvk_cuda_select_args *args,
  * against kvk_vote: (4 m + 64) 2^-24 of the vote + n_q_heads 2^-120, m the largest |logit|. The
  * bits of a sequence depend on its own q and index alone. A logit that is not finite gives
  * arbitrary picks, in range. Fast at dims 32 (34 bytes a head and row) with 8 kv heads of up to 4
- * query heads or 4 of up to 8. n_q_heads <= 128 a multiple of n_kv_heads, dims <= 256, n_q_heads *
- * dims <= 16384, k <= KVK_CUDA_WIDE_MAX. Else as kvk_cuda_select, also with eps > 0, and its rules
- * for the workspace hold.
+ * query heads or 4 of up to 8, and at dims 16 with the former. n_q_heads <= 128 a multiple of
+ * n_kv_heads, dims <= 256, n_q_heads * dims <= 16384, k <= KVK_CUDA_WIDE_MAX. Else as
+ * kvk_cuda_select, also with eps > 0, and its rules for the workspace hold.
  */
 typedef struct kvk_cuda_select_vote_args {
     uint32_t n_seqs, n_q_heads, n_kv_heads, dims, k, eps, rows_max;
