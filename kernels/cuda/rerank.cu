@@ -6,7 +6,8 @@
  *   2. vote: every block joins the shares of all tiles, in order, which gives the heads' weights;
  *      a candidate's vote and position become its key, all of which are different;
  *   3. widen, with a window: the best key of those that are near;
- *   4. rank: a candidate's place is the number of those before it.
+ *   4. rank: a candidate's place is the number of those before it. Keys are counted by bins on the
+ *      way; what lies below the bin of the k-th is left out.
  *
  * All sums follow the list, so its bits depend on it alone; nothing of the workspace outlives a
  * call. Each kernel may begin while the one before it ends.
@@ -14,13 +15,18 @@
 #include "kvk/cuda_rerank.h"
 #include "vote.cuh"
 
-#define THREADS     256u
-#define WARPS       (THREADS / 32u)
-#define TILE        64u    /* candidates of a block */
-#define STAGE_BYTES 32768u /* of rows in shared memory, about */
-#define LANES       8u     /* of a candidate that is ranked */
-#define RANKED      (THREADS / LANES)
-#define STAGED      2048u /* keys in shared memory at a time */
+#define THREADS      256u
+#define WARPS        (THREADS / 32u)
+#define TILE         64u    /* candidates of a block */
+#define STAGE_BYTES  32768u /* of rows in shared memory, about */
+#define LANES        8u     /* of a candidate that is widened */
+#define WIDENED      (THREADS / LANES)
+#define STAGED       2048u /* keys in shared memory at a time */
+#define RANK_THREADS 1024u
+#define RANK_LANES   16u /* of a candidate that is ranked */
+#define RANKED       (RANK_THREADS / RANK_LANES)
+#define KEPT         4096u /* keys that a block looks at before it ranks against what is left */
+#define BINS_MAX     4096u /* of keys, a few for each thread that ranks */
 
 struct rerank_params {
     kvk_cuda_rerank_args a;
@@ -31,6 +37,7 @@ struct rerank_params {
     float2 *shares;       /* [n_seqs, n_q_heads, n_tiles] maximum, sum relative to it, base 2 */
     float *scales;        /* [n_seqs, n_q_heads] of the queries, for base 2 */
     uint64_t *keys, *all; /* [n_seqs, n_max] of votes; of what is ranked, keys or widened ones */
+    uint32_t *bins;       /* [n_seqs, BINS_MAX] how many of all are in each */
 };
 
 /* How many candidates a sequence has; 0 where its picks are kept. */
@@ -208,7 +215,15 @@ __global__ void __launch_bounds__(THREADS)
             logits[i / heads * (heads | 1u) + i % heads];
     for (uint32_t i = threadIdx.x; blockIdx.x == 0 && i < heads; i += THREADS)
         p.scales[(size_t)seq * heads + i] = scales[i];
+    for (uint32_t i = threadIdx.x; blockIdx.x == 0 && i < BINS_MAX; i += THREADS)
+        p.bins[(size_t)seq * BINS_MAX + i] = 0;
     share(&p, seq, blockIdx.x, left, logits, scales);
+}
+
+/* Counts a key that will be ranked. */
+__device__ static inline void count(const struct rerank_params *p, uint32_t seq, uint32_t key)
+{
+    atomicAdd(p->bins + (size_t)seq * BINS_MAX + topk_bin(key, BINS_MAX), 1u);
 }
 
 /* A head's shift and weight, from the shares of n tiles. A whole warp calls. */
@@ -264,6 +279,8 @@ __global__ void __launch_bounds__(THREADS)
         if (!row_of(&p, seq, position))
             vote = -1.0f;
         p.keys[(size_t)seq * p.a.n_max + at] = (uint64_t)topk_key(vote) << 32 | (uint32_t)~position;
+        if (p.a.eps == 0)
+            count(&p, seq, topk_key(vote));
     }
 }
 
@@ -287,13 +304,13 @@ __global__ void __launch_bounds__(THREADS)
     widen_kernel(const __grid_constant__ struct rerank_params p)
 {
     __shared__ uint64_t some[STAGED];
-    uint32_t seq = blockIdx.y, at = blockIdx.x * RANKED + threadIdx.x / LANES, best = 0;
+    uint32_t seq = blockIdx.y, at = blockIdx.x * WIDENED + threadIdx.x / LANES, best = 0;
 
     kvki_wait_for_previous();
     kvki_let_next_start();
     uint32_t n = listed(&p, seq);
     const uint64_t *keys = p.keys + (size_t)seq * p.a.n_max;
-    if (blockIdx.x * RANKED >= n)
+    if (blockIdx.x * WIDENED >= n)
         return;
     uint64_t mine = __ldcg(keys + min(at, n - 1));
     uint32_t position = ~(uint32_t)mine, reach = p.a.eps;
@@ -309,15 +326,54 @@ __global__ void __launch_bounds__(THREADS)
     }
     for (uint32_t step = 1; step < LANES; step *= 2)
         best = max(best, __shfl_xor_sync(KVKI_FULL_WARP, best, step));
-    if (threadIdx.x % LANES == 0 && at < n)
+    if (threadIdx.x % LANES == 0 && at < n) {
         p.all[(size_t)seq * p.a.n_max + at] = (uint64_t)best << 32 | (uint32_t)mine;
+        count(&p, seq, best);
+    }
 }
 
-__global__ void __launch_bounds__(THREADS)
+/* The least bin of a candidate among the k best of n. The block calls. */
+__device__ static uint32_t least_bin(const uint32_t *bins, uint32_t n, uint32_t k)
+{
+    constexpr uint32_t kEach = BINS_MAX / RANK_THREADS;
+    __shared__ uint32_t sums[RANK_THREADS / 32u], least;
+    uint32_t top = BINS_MAX - threadIdx.x * kEach, lane = threadIdx.x & 31u, own = 0, upto = 0;
+    uint32_t counts[kEach];
+
+#pragma unroll
+    for (uint32_t i = 0; i < kEach; i++) {
+        counts[i] = __ldcg(bins + top - 1 - i);
+        own += counts[i];
+    }
+    upto = own;
+    for (uint32_t step = 1; step < 32; step *= 2) {
+        uint32_t other = __shfl_up_sync(KVKI_FULL_WARP, upto, step);
+        upto += lane >= step ? other : 0;
+    }
+    if (lane == 31)
+        sums[threadIdx.x / 32u] = upto;
+    if (threadIdx.x == 0)
+        least = 0;
+    __syncthreads();
+    upto -= own; /* what lies above the thread's bins */
+    for (uint32_t warp = 0; warp < threadIdx.x / 32u; warp++)
+        upto += sums[warp];
+#pragma unroll
+    for (uint32_t i = 0; i < kEach; i++) {
+        if (upto < k && upto + counts[i] >= k && n > k)
+            least = top - 1 - i;
+        upto += counts[i];
+    }
+    __syncthreads();
+    return least;
+}
+
+__global__ void __launch_bounds__(RANK_THREADS)
     rank_list_kernel(const __grid_constant__ struct rerank_params p)
 {
-    __shared__ __align__(16) uint64_t some[STAGED];
-    uint32_t seq = blockIdx.y, at = blockIdx.x * RANKED + threadIdx.x / LANES, before = 0;
+    __shared__ uint64_t kept[KEPT];
+    __shared__ uint32_t n_kept;
+    uint32_t seq = blockIdx.y, at = blockIdx.x * RANKED + threadIdx.x / RANK_LANES, before = 0;
 
     kvki_wait_for_previous();
     kvki_let_next_start();
@@ -327,21 +383,30 @@ __global__ void __launch_bounds__(THREADS)
         p.a.n_picks[seq] = min(n, k);
     if (blockIdx.x * RANKED >= n)
         return;
+    uint32_t least = least_bin(p.bins + (size_t)seq * BINS_MAX, n, k);
     uint64_t mine = at < n ? __ldcg(keys + at) : 0;
-    for (uint32_t from = 0; from < n; from += STAGED) {
-        uint32_t end = stage(keys, from, n, some), sum = 0;
-#pragma unroll 4
-        for (uint32_t i = threadIdx.x % LANES; i < end; i += LANES)
-            before += some[i] > mine;
-        sum = before;
-        for (uint32_t step = 1; step < LANES; step *= 2)
-            sum += __shfl_xor_sync(KVKI_FULL_WARP, sum, step);
-        if (!__syncthreads_or(sum < k)) /* so many are before each that none is picked */
-            return;
+    bool in = at < n && topk_bin((uint32_t)(mine >> 32), BINS_MAX) >= least;
+    if (!__syncthreads_or(in))
+        return;
+    for (uint32_t from = 0; from < n; from += KEPT) {
+        if (threadIdx.x == 0)
+            n_kept = 0;
+        __syncthreads();
+#pragma unroll
+        for (uint32_t i = 0; i < KEPT / RANK_THREADS; i++) {
+            uint32_t j = from + i * RANK_THREADS + threadIdx.x;
+            uint64_t key = j < n ? __ldcg(keys + j) : 0;
+            if (j < n && topk_bin((uint32_t)(key >> 32), BINS_MAX) >= least)
+                kept[atomicAdd(&n_kept, 1u)] = key;
+        }
+        __syncthreads();
+        for (uint32_t i = threadIdx.x % RANK_LANES; i < n_kept; i += RANK_LANES)
+            before += kept[i] > mine;
+        __syncthreads();
     }
-    for (uint32_t step = 1; step < LANES; step *= 2)
+    for (uint32_t step = 1; step < RANK_LANES; step *= 2)
         before += __shfl_xor_sync(KVKI_FULL_WARP, before, step);
-    if (threadIdx.x % LANES == 0 && at < n && before < k) {
+    if (threadIdx.x % RANK_LANES == 0 && in && before < k) {
         p.a.picks[(size_t)seq * k + before] = ~(uint32_t)mine;
         if (p.a.scores)
             p.a.scores[(size_t)seq * k + before] = topk_score((uint32_t)(mine >> 32));
@@ -364,6 +429,7 @@ static size_t cut(void *base, uint32_t n_seqs, uint32_t n_max, uint32_t n_q_head
     TAKE(scales, float, heads);
     TAKE(keys, uint64_t, n);
     TAKE(all, uint64_t, n);
+    TAKE(bins, uint32_t, (size_t)n_seqs * BINS_MAX);
 #undef TAKE
     return used;
 }
@@ -395,6 +461,7 @@ static kvc_status launch(kvk_cuda *cuda, const struct rerank_params *p, kvk_stre
 {
     uint32_t smem = room_of(p).all, ranks = (p->a.n_max + RANKED - 1) / RANKED;
     dim3 tiles(p->n_tiles, p->a.n_seqs), ranked(ranks, p->a.n_seqs);
+    dim3 widened((p->a.n_max + WIDENED - 1) / WIDENED, p->a.n_seqs);
     kvc_status st = kvki_cuda_use(cuda);
 
     if (st == KVC_OK)
@@ -405,9 +472,9 @@ static kvc_status launch(kvk_cuda *cuda, const struct rerank_params *p, kvk_stre
     if (st == KVC_OK)
         st = kvki_cuda_launch_next(cuda, vote_list_kernel, tiles, THREADS, 0, stream, *p);
     if (st == KVC_OK && p->a.eps != 0)
-        st = kvki_cuda_launch_next(cuda, widen_kernel, ranked, THREADS, 0, stream, *p);
+        st = kvki_cuda_launch_next(cuda, widen_kernel, widened, THREADS, 0, stream, *p);
     return st == KVC_OK
-               ? kvki_cuda_launch_next(cuda, rank_list_kernel, ranked, THREADS, 0, stream, *p)
+               ? kvki_cuda_launch_next(cuda, rank_list_kernel, ranked, RANK_THREADS, 0, stream, *p)
                : st;
 }
 

@@ -35,6 +35,12 @@
 #define TOPK_SHARED  4u /* rounds handed out, at least */
 #define TOPK_TICKETS 32u
 #define TOPK_STAGED  4096u /* candidates in shared memory at a time */
+#define TOPK_COUNTED                                                                               \
+    5000u /* candidates that are ranked against all others; more: against a bin                    \
+           */
+#define TOPK_RANKS      8192u /* bins of those, in counters->digits; their places in staged */
+/* Whether a scan leaves so many; the others rank none against bins. */
+#define TOPK_RANKS_MANY (TOPK_CANDS > 8192u)
 
 /* Counters of one launch. */
 struct topk_counters {
@@ -117,6 +123,13 @@ __device__ static inline uint32_t topk_key(float score)
     if (score == 0.0f)
         return 0x80000000u;
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/* Which of n_bins bins, a power of two, a key is in: those of greater keys are greater. Scores
+ * below 0 are all in the first one. */
+__device__ static inline uint32_t topk_bin(uint32_t key, uint32_t n_bins)
+{
+    return key & 0x80000000u ? (key & 0x7fffffffu) / (0x80000000u / n_bins) : 0;
 }
 
 /* The score of a key that is not 0. */

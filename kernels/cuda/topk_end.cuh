@@ -149,6 +149,87 @@ __device__ static inline void topk_rank(const struct topk_job *job, struct topk_
         topk_place(job, seq, mine, before);
 }
 
+/* Whether candidates are ranked by bins: there are many, and a thread for each. */
+__device__ static inline bool topk_many(uint32_t n_cands)
+{
+    return TOPK_RANKS_MANY && n_cands > TOPK_COUNTED && n_cands <= gridDim.x * TOPK_THREADS;
+}
+
+/* Turns counts of bins into how many candidates the bins above hold, in shared memory. The block
+ * calls. */
+__device__ static inline void topk_bin_starts(const uint32_t *counts, uint32_t *starts)
+{
+    constexpr uint32_t kEach = TOPK_RANKS / TOPK_THREADS;
+    __shared__ uint32_t sums[TOPK_WARPS];
+    uint32_t top = TOPK_RANKS - threadIdx.x * kEach, lane = threadIdx.x & 31u, own = 0, upto = 0;
+    uint32_t count[kEach];
+
+#pragma unroll
+    for (uint32_t i = 0; i < kEach; i++) {
+        count[i] = __ldcg(counts + top - 1 - i);
+        own += count[i];
+    }
+    upto = own;
+    for (uint32_t step = 1; step < 32; step *= 2) {
+        uint32_t other = __shfl_up_sync(KVKI_FULL_WARP, upto, step);
+        upto += lane >= step ? other : 0;
+    }
+    if (lane == 31)
+        sums[threadIdx.x / 32u] = upto;
+    __syncthreads();
+    upto -= own;
+    for (uint32_t warp = 0; warp < threadIdx.x / 32u; warp++)
+        upto += sums[warp];
+#pragma unroll
+    for (uint32_t i = 0; i < kEach; i++) {
+        starts[top - 1 - i] = upto;
+        upto += count[i];
+    }
+    __syncthreads();
+}
+
+/*
+ * The same for many candidates of seq: put together by bins of their keys, of which each knows how
+ * many lie above; within its bin a candidate is ranked by counting, by eight lanes. A thread of the
+ * grid has at most one to put. The whole grid calls.
+ */
+__device__ static __noinline__ void topk_rank_bins(const struct topk_job *job,
+                                                   struct topk_block *block, uint32_t seq,
+                                                   uint32_t n_cands, uint32_t *arrivals)
+{
+    struct topk_counters *counters = job->space.counters;
+    uint32_t *digits = counters->digits[0], *starts = (uint32_t *)block->staged;
+    const uint64_t *cands = job->space.cands + (size_t)seq * TOPK_CANDS;
+    uint64_t *binned = job->space.wide + (size_t)seq * TOPK_CANDS;
+    uint32_t thread = blockIdx.x * TOPK_THREADS + threadIdx.x, step = gridDim.x * TOPK_THREADS;
+    uint64_t mine = thread < n_cands ? __ldcg(cands + thread) : 0;
+    uint32_t bin = topk_bin((uint32_t)(mine >> 32), TOPK_RANKS), at = 0;
+
+    if (thread < n_cands)
+        at = atomicAdd(digits + bin, 1u);
+    kvki_grid_barrier(&counters->barrier, arrivals);
+    topk_bin_starts(digits, starts);
+    if (thread < n_cands)
+        binned[starts[bin] + at] = mine;
+    kvki_grid_barrier(&counters->barrier, arrivals);
+    for (uint32_t i = thread; i < TOPK_RANKS; i += step)
+        digits[i] = 0;
+    for (uint32_t first = thread / 32u * 4u; first < n_cands; first += step / 8u) {
+        uint32_t slot = first + (threadIdx.x & 31u) / 8u, before = 0, end = 0;
+        mine = slot < n_cands ? __ldcg(binned + slot) : 0;
+        bin = topk_bin((uint32_t)(mine >> 32), TOPK_RANKS);
+        end = slot >= n_cands || starts[bin] >= job->k ? 0 : bin ? starts[bin - 1] : n_cands;
+#pragma unroll 4
+        for (uint32_t i = starts[bin] + threadIdx.x % 8u; i < end; i += 8)
+            before += __ldcg(binned + i) > mine;
+        for (uint32_t lanes = 1; lanes < 8; lanes *= 2)
+            before += __shfl_xor_sync(KVKI_FULL_WARP, before, lanes);
+        if (threadIdx.x % 8u == 0 && end)
+            topk_place(job, seq, mine, starts[bin] + before);
+    }
+    kvki_grid_barrier(&counters->barrier, arrivals); /* the counts are 0 for the next sequence */
+}
+
 /* Ranks the candidates of all sequences; the blocks take turns at TOPK_WARPS of them. */
 __device__ static inline void topk_rank_all(const struct topk_job *job, struct topk_block *block)
 {
@@ -159,6 +240,8 @@ __device__ static inline void topk_rank_all(const struct topk_job *job, struct t
         if (blockIdx.x == 0 && threadIdx.x == 0 && !topk_kept(job, seq))
             job->n_picks[seq] = job->k < n ? job->k : n;
         turns = (n_cands + TOPK_WARPS - 1) / TOPK_WARPS;
+        if (topk_many(n_cands))
+            continue; /* it has been done */
         for (; turn < turns; turn += gridDim.x)
             topk_rank(job, block, seq, n_cands, turn * TOPK_WARPS);
         turn -= turns;
@@ -215,6 +298,8 @@ __device__ static inline void topk_conclude(const struct topk_job *job, struct t
     for (uint32_t seq = 0; seq < job->n_seqs; seq++) {
         if (block->n_cands[seq] == UINT32_MAX)
             topk_select_exactly(job, block, seq, arrivals);
+        if (topk_many(block->n_cands[seq]))
+            topk_rank_bins(job, block, seq, block->n_cands[seq], arrivals);
     }
     topk_rank_all(job, block);
     topk_finish(job);
