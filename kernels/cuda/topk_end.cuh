@@ -3,6 +3,9 @@
  * candidates of the scan will not do, their ranking, and the counters set back. Device code; the
  * scheme is described in topk.cuh.
  *
+ * Many candidates (of votes that are ranked again) are put together by bins of their keys first, so
+ * that each is counted against few.
+ *
  * topk_conclude is the way in; the whole grid calls it once, last.
  */
 #ifndef KVKI_CUDA_TOPK_END_CUH
