@@ -17,12 +17,15 @@
 
 #define THREADS      256u
 #define WARPS        (THREADS / 32u)
-#define TILE         64u    /* candidates of a block */
-#define STAGE_BYTES  32768u /* of rows in shared memory, about */
-#define LANES        8u     /* of a candidate that is widened */
+#define TILE         32u                   /* candidates of a block that scores: a lane each */
+#define VOTED        64u                   /* of one that adds up votes */
+#define HEADS        4u                    /* that a warp works on at a time */
+#define DIMS         (VOTE_DIMS_MAX / 32u) /* of a head, a lane's */
+#define STAGE_BYTES  32768u                /* of rows in shared memory, about */
+#define LANES        8u                    /* of a candidate that is widened */
 #define WIDENED      (THREADS / LANES)
 #define STAGED       2048u /* keys in shared memory at a time */
-#define RANK_THREADS 1024u
+#define RANK_THREADS 512u
 #define RANK_LANES   16u /* of a candidate that is ranked */
 #define RANKED       (RANK_THREADS / RANK_LANES)
 #define KEPT         4096u /* keys that a block looks at before it ranks against what is left */
@@ -59,32 +62,53 @@ __device__ static inline const uint8_t *row_of(const struct rerank_params *p, ui
 __device__ static void quantize(const struct rerank_params *p, uint32_t seq, int16_t *query,
                                 float *scales)
 {
-    uint32_t lane = threadIdx.x & 31u, dims = p->a.dims;
+    uint32_t lane = threadIdx.x & 31u, dims = p->a.dims, heads = p->a.n_q_heads;
+    const float *q = p->a.q + (size_t)seq * heads * dims;
 
-    for (uint32_t head = threadIdx.x / 32u; head < p->a.n_q_heads; head += WARPS) {
-        const float *q = p->a.q + ((size_t)seq * p->a.n_q_heads + head) * dims;
-        float most = 0, scale = 0;
-        for (uint32_t d = lane; d < dims; d += 32)
-            most = fmaxf(most, fabsf(q[d]));
-        scale = __fdiv_rn(kvki_lanes_max(most, 32), 32767.0f);
-        for (uint32_t d = lane; d < dims; d += 32)
-            query[head * p->q_stride + d] = (int16_t)(scale > 0 ? kvki_quantized(q[d], scale) : 0);
-        if (lane == 0)
-            scales[head] = scale * LOG2_E;
+    for (uint32_t first = threadIdx.x / 32u * HEADS; first < heads; first += WARPS * HEADS) {
+        float x[HEADS][DIMS], most[HEADS] = {};
+#pragma unroll
+        for (uint32_t h = 0; h < HEADS; h++) {
+#pragma unroll
+            for (uint32_t i = 0; i < DIMS; i++) {
+                uint32_t d = i * 32u + lane;
+                x[h][i] = d < dims && first + h < heads ? q[(first + h) * dims + d] : 0.0f;
+            }
+        }
+#pragma unroll
+        for (uint32_t h = 0; h < HEADS; h++) {
+#pragma unroll
+            for (uint32_t i = 0; i < DIMS; i++)
+                most[h] = fmaxf(most[h], fabsf(x[h][i]));
+            most[h] = __fdiv_rn(kvki_lanes_max(most[h], 32), 32767.0f);
+        }
+#pragma unroll
+        for (uint32_t h = 0; h < HEADS; h++) {
+            if (lane == 0 && first + h < heads)
+                scales[first + h] = most[h] * LOG2_E;
+#pragma unroll
+            for (uint32_t i = 0; i < DIMS; i++) {
+                uint32_t d = i * 32u + lane;
+                if (d < dims && first + h < heads)
+                    query[(first + h) * p->q_stride + d] =
+                        (int16_t)(most[h] > 0 ? kvki_quantized(x[h][i], most[h]) : 0);
+            }
+        }
     }
 }
 
-/* n rows into shared memory, in pieces that divide them; of one that is not there, nothing. */
+/* n rows on their way into shared memory, in pieces that divide them; of one that is not there
+ * (NULL), nothing. */
 template <uint32_t kPiece>
-__device__ static inline void gather(const struct rerank_params *p, uint32_t seq,
-                                     const uint32_t *list, uint32_t n, uint8_t *to)
+__device__ static inline void gather(const struct rerank_params *p, const uint8_t *const *rows,
+                                     uint32_t n, uint8_t *to)
 {
     uint32_t pieces = p->row_bytes / kPiece;
 
 #pragma unroll 4
     for (uint32_t i = threadIdx.x; i < n * pieces; i += THREADS) {
         uint32_t row = i / pieces, off = i % pieces * kPiece;
-        const uint8_t *from = row_of(p, seq, list[row]);
+        const uint8_t *from = rows[row];
         uint8_t *at = to + row * p->row_stride + off;
         if (!from)
             continue;
@@ -99,23 +123,22 @@ __device__ static inline void gather(const struct rerank_params *p, uint32_t seq
         else
             *at = from[off];
     }
-    kvki_async_wait();
 }
 
-__device__ static void gather_rows(const struct rerank_params *p, uint32_t seq,
-                                   const uint32_t *list, uint32_t n, uint8_t *to)
+__device__ static void gather_rows(const struct rerank_params *p, const uint8_t *const *rows,
+                                   uint32_t n, uint8_t *to)
 {
     switch (p->row_bytes & (0u - p->row_bytes)) {
     case 1:
-        return gather<1>(p, seq, list, n, to);
+        return gather<1>(p, rows, n, to);
     case 2:
-        return gather<2>(p, seq, list, n, to);
+        return gather<2>(p, rows, n, to);
     case 4:
-        return gather<4>(p, seq, list, n, to);
+        return gather<4>(p, rows, n, to);
     case 8:
-        return gather<8>(p, seq, list, n, to);
+        return gather<8>(p, rows, n, to);
     default:
-        return gather<16>(p, seq, list, n, to);
+        return gather<16>(p, rows, n, to);
     }
 }
 
@@ -143,24 +166,21 @@ __device__ static inline float logit(const struct rerank_params *p, const int16_
     return (float)sum * kvki_bf16((uint32_t)scale[0] | (uint32_t)scale[1] << 8);
 }
 
-/* The tile's shares: a head a warp, two candidates a lane. */
+/* The tile's shares: a head a warp, a candidate a lane. */
 __device__ static void share(const struct rerank_params *p, uint32_t seq, uint32_t tile, uint32_t n,
                              const float *logits, const float *scales)
 {
-    uint32_t lane = threadIdx.x & 31u, stride = p->a.n_q_heads | 1u;
+    uint32_t lane = threadIdx.x & 31u, heads = p->a.n_q_heads, stride = heads | 1u;
+    float2 *to = p->shares + (size_t)seq * heads * p->n_tiles + tile;
 
-    for (uint32_t head = threadIdx.x / 32u; head < p->a.n_q_heads; head += WARPS) {
-        float scale = scales[head];
-        float x = lane < n ? logits[lane * stride + head] * scale : -INFINITY;
-        float y = lane + 32 < n ? logits[(lane + 32) * stride + head] * scale : -INFINITY;
-        float most = kvki_lanes_max(fmaxf(x, y), 32), sum = 0;
-        if (most > -INFINITY)
-            sum = exp2_of(x - most) + exp2_of(y - most);
+#pragma unroll 4
+    for (uint32_t head = threadIdx.x / 32u; head < heads; head += WARPS) {
+        float x = lane < n ? logits[lane * stride + head] * scales[head] : -INFINITY;
+        float most = kvki_lanes_max(x, 32), sum = most > -INFINITY ? exp2_of(x - most) : 0.0f;
         for (uint32_t step = 1; step < 32; step *= 2)
             sum += __shfl_xor_sync(KVKI_FULL_WARP, sum, step);
         if (lane == 0)
-            p->shares[((size_t)seq * p->a.n_q_heads + head) * p->n_tiles + tile] =
-                make_float2(most, sum);
+            to[(size_t)head * p->n_tiles] = make_float2(most, sum);
     }
 }
 
@@ -183,6 +203,7 @@ __global__ void __launch_bounds__(THREADS)
     score_kernel(const __grid_constant__ struct rerank_params p)
 {
     extern __shared__ __align__(16) uint8_t score_memory[];
+    __shared__ const uint8_t *rows[TILE];
     struct score_room room = room_of(&p);
     int16_t *query = (int16_t *)score_memory;
     float *scales = (float *)(score_memory + room.scales);
@@ -192,24 +213,29 @@ __global__ void __launch_bounds__(THREADS)
     kvki_wait_for_previous();
     kvki_let_next_start();
     uint32_t n = listed(&p, seq), left = min(n - min(first, n), TILE);
-    const uint32_t *list = p.a.list + (size_t)seq * p.a.n_max + first;
     if (left == 0)
         return;
+    if (threadIdx.x < left)
+        rows[threadIdx.x] =
+            row_of(&p, seq, p.a.list[(size_t)seq * p.a.n_max + first + threadIdx.x]);
+    __syncthreads();
     for (uint32_t from = 0; from < left; from += p.stage_rows) {
         uint32_t some = min(left - from, p.stage_rows);
-        gather_rows(&p, seq, list + from, some, score_memory + room.rows);
+        gather_rows(&p, rows + from, some, score_memory + room.rows);
         if (from == 0)
             quantize(&p, seq, query, scales);
+        kvki_async_wait();
         __syncthreads();
         for (uint32_t i = threadIdx.x; i < some * heads; i += THREADS) {
             uint32_t row = i / heads, head = i % heads;
-            bool there = row_of(&p, seq, list[from + row]) != NULL;
             logits[(from + row) * (heads | 1u) + head] =
-                there ? logit(&p, query, score_memory + room.rows + row * p.row_stride, head)
-                      : -INFINITY;
+                rows[from + row]
+                    ? logit(&p, query, score_memory + room.rows + row * p.row_stride, head)
+                    : -INFINITY;
         }
         __syncthreads();
     }
+    share(&p, seq, blockIdx.x, left, logits, scales);
     for (uint32_t i = threadIdx.x; i < left * heads; i += THREADS)
         p.logits[((size_t)seq * p.a.n_max + first) * heads + i] =
             logits[i / heads * (heads | 1u) + i % heads];
@@ -217,7 +243,6 @@ __global__ void __launch_bounds__(THREADS)
         p.scales[(size_t)seq * heads + i] = scales[i];
     for (uint32_t i = threadIdx.x; blockIdx.x == 0 && i < BINS_MAX; i += THREADS)
         p.bins[(size_t)seq * BINS_MAX + i] = 0;
-    share(&p, seq, blockIdx.x, left, logits, scales);
 }
 
 /* Counts a key that will be ranked. */
@@ -226,25 +251,45 @@ __device__ static inline void count(const struct rerank_params *p, uint32_t seq,
     atomicAdd(p->bins + (size_t)seq * BINS_MAX + topk_bin(key, BINS_MAX), 1u);
 }
 
-/* A head's shift and weight, from the shares of n tiles. A whole warp calls. */
-__device__ static void weigh(const float2 *shares, uint32_t n, float *shift_p, float *weight_p)
+/* Shifts and weights of HEADS heads, the last one again where there are fewer, from the shares of n
+ * tiles each. A whole warp calls. */
+__device__ static void weigh(const struct rerank_params *p, uint32_t seq, uint32_t first,
+                             uint32_t n, float *shift, float *weight)
 {
-    uint32_t lane = threadIdx.x & 31u;
-    float most = -INFINITY;
-    double sum = 0;
+    uint32_t lane = threadIdx.x & 31u, heads = p->a.n_q_heads;
+    const float2 *shares[HEADS];
+    float most[HEADS];
+    double sum[HEADS];
 
-    for (uint32_t i = lane; i < n; i += 32)
-        most = fmaxf(most, __ldcg(&shares[i].x));
-    most = kvki_lanes_max(most, 32);
-    for (uint32_t i = lane; i < n; i += 32) {
-        float2 one = __ldcg(shares + i);
-        sum += (double)one.y * (double)exp2_of(one.x - most);
+#pragma unroll
+    for (uint32_t h = 0; h < HEADS; h++) {
+        shares[h] = p->shares + ((size_t)seq * heads + min(first + h, heads - 1)) * p->n_tiles;
+        most[h] = -INFINITY;
+        sum[h] = 0;
     }
-    for (uint32_t step = 1; step < 32; step *= 2)
-        sum += __shfl_xor_sync(KVKI_FULL_WARP, sum, step);
-    if (lane == 0) {
-        *shift_p = most;
-        *weight_p = sum > 0 ? (float)(1.0 / sum) : 0.0f;
+#pragma unroll 2
+    for (uint32_t i = lane; i < n; i += 32) {
+#pragma unroll
+        for (uint32_t h = 0; h < HEADS; h++)
+            most[h] = fmaxf(most[h], shares[h][i].x);
+    }
+#pragma unroll
+    for (uint32_t h = 0; h < HEADS; h++)
+        most[h] = kvki_lanes_max(most[h], 32);
+#pragma unroll 2
+    for (uint32_t i = lane; i < n; i += 32) {
+#pragma unroll
+        for (uint32_t h = 0; h < HEADS; h++)
+            sum[h] += (double)shares[h][i].y * (double)exp2_of(shares[h][i].x - most[h]);
+    }
+#pragma unroll
+    for (uint32_t h = 0; h < HEADS; h++) {
+        for (uint32_t step = 1; step < 32; step *= 2)
+            sum[h] += __shfl_xor_sync(KVKI_FULL_WARP, sum[h], step);
+        if (lane == 0 && first + h < heads) {
+            shift[first + h] = most[h];
+            weight[first + h] = sum[h] > 0 ? (float)(1.0 / sum[h]) : 0.0f;
+        }
     }
 }
 
@@ -253,17 +298,16 @@ __global__ void __launch_bounds__(THREADS)
 {
     __shared__ float shift[VOTE_SLOTS_MAX], weight[VOTE_SLOTS_MAX], scale[VOTE_SLOTS_MAX];
     uint32_t seq = blockIdx.y, heads = p.a.n_q_heads, part = threadIdx.x % 4u;
-    uint32_t at = blockIdx.x * TILE + threadIdx.x / 4u;
+    uint32_t at = blockIdx.x * VOTED + threadIdx.x / 4u;
     float vote = 0;
 
     kvki_wait_for_previous();
     kvki_let_next_start();
     uint32_t n = listed(&p, seq);
-    if (blockIdx.x * TILE >= n)
+    if (blockIdx.x * VOTED >= n)
         return;
-    for (uint32_t head = threadIdx.x / 32u; head < heads; head += WARPS)
-        weigh(p.shares + ((size_t)seq * heads + head) * p.n_tiles, (n + TILE - 1) / TILE,
-              shift + head, weight + head);
+    for (uint32_t first = threadIdx.x / 32u * HEADS; first < heads; first += WARPS * HEADS)
+        weigh(&p, seq, first, (n + TILE - 1) / TILE, shift, weight);
     for (uint32_t head = threadIdx.x; head < heads; head += THREADS)
         scale[head] = __ldcg(p.scales + (size_t)seq * heads + head);
     __syncthreads();
@@ -368,6 +412,18 @@ __device__ static uint32_t least_bin(const uint32_t *bins, uint32_t n, uint32_t 
     return least;
 }
 
+/* Adds the keys of the lanes that want. A whole warp calls. */
+__device__ static inline void keep(uint64_t *kept, uint32_t *n_kept, uint64_t key, bool want)
+{
+    uint32_t lanes = __ballot_sync(KVKI_FULL_WARP, want), lane = threadIdx.x & 31u, at = 0;
+
+    if (lane == 0 && lanes)
+        at = atomicAdd(n_kept, (uint32_t)__popc(lanes));
+    at = __shfl_sync(KVKI_FULL_WARP, at, 0) + (uint32_t)__popc(lanes & ((1u << lane) - 1u));
+    if (want)
+        kept[at] = key;
+}
+
 __global__ void __launch_bounds__(RANK_THREADS)
     rank_list_kernel(const __grid_constant__ struct rerank_params p)
 {
@@ -396,8 +452,7 @@ __global__ void __launch_bounds__(RANK_THREADS)
         for (uint32_t i = 0; i < KEPT / RANK_THREADS; i++) {
             uint32_t j = from + i * RANK_THREADS + threadIdx.x;
             uint64_t key = j < n ? __ldcg(keys + j) : 0;
-            if (j < n && topk_bin((uint32_t)(key >> 32), BINS_MAX) >= least)
-                kept[atomicAdd(&n_kept, 1u)] = key;
+            keep(kept, &n_kept, key, j < n && topk_bin((uint32_t)(key >> 32), BINS_MAX) >= least);
         }
         __syncthreads();
         for (uint32_t i = threadIdx.x % RANK_LANES; i < n_kept; i += RANK_LANES)
@@ -460,7 +515,8 @@ static bool args_ok(const kvk_cuda_rerank_args *a)
 static kvc_status launch(kvk_cuda *cuda, const struct rerank_params *p, kvk_stream *stream)
 {
     uint32_t smem = room_of(p).all, ranks = (p->a.n_max + RANKED - 1) / RANKED;
-    dim3 tiles(p->n_tiles, p->a.n_seqs), ranked(ranks, p->a.n_seqs);
+    dim3 tiles(p->n_tiles, p->a.n_seqs), voted((p->a.n_max + VOTED - 1) / VOTED, p->a.n_seqs);
+    dim3 ranked(ranks, p->a.n_seqs);
     dim3 widened((p->a.n_max + WIDENED - 1) / WIDENED, p->a.n_seqs);
     kvc_status st = kvki_cuda_use(cuda);
 
@@ -470,7 +526,7 @@ static kvc_status launch(kvk_cuda *cuda, const struct rerank_params *p, kvk_stre
     if (st == KVC_OK)
         st = kvki_cuda_launch_next(cuda, score_kernel, tiles, THREADS, smem, stream, *p);
     if (st == KVC_OK)
-        st = kvki_cuda_launch_next(cuda, vote_list_kernel, tiles, THREADS, 0, stream, *p);
+        st = kvki_cuda_launch_next(cuda, vote_list_kernel, voted, THREADS, 0, stream, *p);
     if (st == KVC_OK && p->a.eps != 0)
         st = kvki_cuda_launch_next(cuda, widen_kernel, widened, THREADS, 0, stream, *p);
     return st == KVC_OK
