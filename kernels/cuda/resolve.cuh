@@ -19,6 +19,7 @@
 #define RESOLVE_SLOTS_MAX (1u << 20)
 #define RESOLVE_AGAIN_MAX 2u /* times that a row was picked again, which count, */
 #define RESOLVE_YOUNGER   4u /* and by how many steps each makes it younger */
+#define RESOLVE_AT_ONCE   8u /* entries of which a thread of resolve_finish asks at once */
 
 struct resolve_state {
     uint32_t sums[32];
@@ -172,17 +173,30 @@ __device__ static void resolve_find_victims(struct resolve_state *sh, const kvk_
     __syncthreads();
 }
 
-/* Puts position into slot, and out what was there. */
+/* The slot of a position that a slot may still name; -1: of none. */
+__device__ static inline int32_t resolve_slot_of(const kvk_cuda_residency *r, uint32_t position)
+{
+    return position < r->n_positions ? r->slot_of[position] : -1;
+}
+
+/* Puts position into slot, and out what was there: old, which is in the slot old_slot by now. */
+__device__ static inline void resolve_put(const kvk_cuda_residency *r, uint32_t slot,
+                                          uint32_t position, uint32_t old, int32_t old_slot,
+                                          uint32_t step)
+{
+    if (old_slot == (int32_t)slot)
+        r->slot_of[old] = -1;
+    r->pos_of[slot] = position;
+    r->slot_of[position] = (int32_t)slot;
+    r->used[slot] = resolve_stamp(step, 0);
+}
+
 __device__ static inline void resolve_take(const kvk_cuda_residency *r, uint32_t slot,
                                            uint32_t position, uint32_t step)
 {
     uint32_t old = r->pos_of[slot];
 
-    if (old < r->n_positions && r->slot_of[old] == (int32_t)slot)
-        r->slot_of[old] = -1;
-    r->pos_of[slot] = position;
-    r->slot_of[position] = (int32_t)slot;
-    r->used[slot] = resolve_stamp(step, 0);
+    resolve_put(r, slot, position, old, resolve_slot_of(r, old), step);
 }
 
 /*
@@ -243,7 +257,8 @@ __device__ static void resolve_sequence(struct resolve_state *sh, const kvk_cuda
 }
 
 /* What resolve_sequence left, once nobody looks any more; told is 0 again. A block of any size
- * calls. */
+ * calls. Everything is read before anything changes: the slots are different ones, and a position
+ * that comes has no slot. */
 __device__ static inline void resolve_finish(const kvk_cuda_resolve_args *a, uint32_t seq,
                                              uint32_t *told)
 {
@@ -251,12 +266,28 @@ __device__ static inline void resolve_finish(const kvk_cuda_resolve_args *a, uin
     size_t at = (size_t)seq * a->stride + a->off;
     uint32_t n = min(a->n_picks[seq], a->k), step = *r.step + 1;
 
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-        uint32_t position = a->fetch[at + i];
-        if (position == KVK_CUDA_RESIDENT)
-            continue;
-        resolve_take(&r, (uint32_t)a->list[at + i], position, step);
-        told[at + i] = 0;
+    for (uint32_t first = threadIdx.x; first < n; first += RESOLVE_AT_ONCE * blockDim.x) {
+        uint32_t position[RESOLVE_AT_ONCE], slot[RESOLVE_AT_ONCE], old[RESOLVE_AT_ONCE];
+        int32_t old_slot[RESOLVE_AT_ONCE];
+#pragma unroll
+        for (uint32_t j = 0; j < RESOLVE_AT_ONCE; j++) {
+            uint32_t i = first + j * blockDim.x;
+            position[j] = i < n ? a->fetch[at + i] : KVK_CUDA_RESIDENT;
+            slot[j] = i < n ? (uint32_t)a->list[at + i] : 0;
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < RESOLVE_AT_ONCE; j++)
+            old[j] = position[j] != KVK_CUDA_RESIDENT ? r.pos_of[slot[j]] : UINT32_MAX;
+#pragma unroll
+        for (uint32_t j = 0; j < RESOLVE_AT_ONCE; j++)
+            old_slot[j] = resolve_slot_of(&r, old[j]);
+#pragma unroll
+        for (uint32_t j = 0; j < RESOLVE_AT_ONCE; j++) {
+            if (position[j] == KVK_CUDA_RESIDENT)
+                continue;
+            resolve_put(&r, slot[j], position[j], old[j], old_slot[j], step);
+            told[at + first + j * blockDim.x] = 0;
+        }
     }
     __syncthreads();
     if (threadIdx.x == 0)
