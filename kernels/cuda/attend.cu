@@ -7,13 +7,18 @@
  * other blocks attend resident rows meanwhile. A row that comes from its source goes to its slot as
  * well. A warp then takes a kv head with its whole group of query heads: two lanes a row for the
  * logits, a few dimensions a lane for the values, all in f32. The tile's partial (sum, maximum,
- * total) goes to the workspace; combine_kernel adds the tiles of a head in list order. A tile and
- * its arithmetic depend on the list alone: what was resident does not show in the bits.
+ * total) goes to the workspace; combine_kernel adds the tiles of a head in an order that their
+ * number gives. All arithmetic depends on the list alone: what was resident does not show in the
+ * bits.
  */
 #include "attend.cuh"
 
-#define COMBINE_WARPS 8u
-#define AT_ONCE       16u /* tiles whose sums a warp has in flight */
+#define COMBINE_WARPS  8u
+#define COMBINE_PIECE  32u                  /* dimensions of a block, a line of each tile's sum: */
+#define COMBINE_LANES  (COMBINE_PIECE / 4u) /* so many lanes have 16 bytes each */
+#define COMBINE_ROWS   (COMBINE_WARPS * 32u / COMBINE_LANES)
+#define COMBINE_ROUNDS 8u
+#define COMBINE_TILES  (COMBINE_ROWS * COMBINE_ROUNDS) /* in flight; as many as threads */
 
 __device__ static inline float2 pair_of(uint32_t bits)
 {
@@ -170,25 +175,25 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct att
     float *q = (float *)(tile + l.q), *weights = (float *)(tile + l.weights);
     float2 *rotation = a->inv_freq && a->k_positions ? (float2 *)(tile + l.rotation) : NULL;
     uint32_t seq = 0, first = blockIdx.x * ATTEND_TILE, n = 0;
-    uint32_t width = a->n_q_heads * kDim, there = 0;
+    uint32_t width = a->n_q_heads * kDim;
 
     if (attend_resolves(&p, tile, &seq))
         return;
+    attend_begin(&rows);
     kvki_wait_for_previous();
     kvki_let_next_start();
     n = attend_find_rows(a, seq, first, &rows);
     if (first >= n)
         return;
-    there = attend_load_tile(a, &l, &rows, tile);
+    attend_load_tile(a, &l, &rows, tile);
     const struct attend_places places = attend_ask_places(a, &rows, seq, first);
     for (uint32_t i = threadIdx.x; i < width; i += ATTEND_THREADS)
         q[i] = a->q[(size_t)seq * width + i];
     if (rotation)
         attend_find_rotation(a, seq, first, min(n - first, ATTEND_TILE), rotation);
-    kvki_async_wait();
-    __syncthreads();
+    attend_await_tile(&rows);
     for (uint32_t head = threadIdx.x / 32u; head < a->n_kv_heads; head += ATTEND_WARPS)
-        attend_head<kGroup, kDim>(&p, &l, seq, head, there, tile, q + head * kGroup * kDim,
+        attend_head<kGroup, kDim>(&p, &l, seq, head, rows.there, tile, q + head * kGroup * kDim,
                                   rotation, weights + head * kGroup * ATTEND_TILE);
     attend_put_away(&p, &l, &rows, places, seq, first, tile);
 }
@@ -200,7 +205,7 @@ struct tile_order {
 
 __device__ static inline struct tile_order order_of(const struct attend_params *p, uint32_t seq)
 {
-    uint32_t rows = min(p->a.n_list[seq], p->a.stride), near = 0;
+    uint32_t rows = attend_list_rows(&p->a, seq), near = 0;
     struct tile_order t = {(rows + ATTEND_TILE - 1) / ATTEND_TILE, 0, 0};
 
     if (p->a.near.n_max)
@@ -240,83 +245,128 @@ __device__ static inline void tell_host(const kvk_cuda_result *r)
     *(volatile uint32_t *)r->done = ++r->counts[1];
 }
 
-/* A block more a sequence where the launch resolved: the tables take what it found. */
+/* The first block of a sequence, where the launch resolved: the tables take what it found. */
 __device__ static inline void finish_resolve(const struct attend_params *p, uint32_t seq)
 {
     resolve_finish(&p->a.resolve, seq, p->a.resolved);
     tell_host(&p->a.result);
 }
 
-/* The tiles of one query head, in order, by eight warps whose sums are added in order. */
-template <int kDim>
-__global__ void __launch_bounds__(COMBINE_WARPS * 32) combine_kernel(const struct attend_params p)
-{
-    __shared__ float sums[COMBINE_WARPS][kDim], totals[COMBINE_WARPS];
-    uint32_t seq = blockIdx.y, head = blockIdx.x, lane = threadIdx.x & 31u,
-             warp = threadIdx.x / 32u;
-    size_t row = (size_t)seq * p.a.n_q_heads + head;
-    const float *mosts = p.most + row * p.n_tiles, *all = p.total + row * p.n_tiles;
-    const float *parts =
-        p.o + ((size_t)seq * p.n_tiles * p.a.n_q_heads + head) * kDim + lane * (kDim / 32);
-    float most = -INFINITY, total = 0, o[kDim / 32] = {0};
-    uint32_t each = 0, end = 0;
+/* What the threads of a block of the combination share. */
+struct combine_state {
+    float weights[COMBINE_TILES], totals[COMBINE_TILES]; /* of the tiles at hand */
+    float most[COMBINE_WARPS];
+    float sums[COMBINE_WARPS][COMBINE_PIECE], total[COMBINE_WARPS];
+};
 
-    kvki_wait_for_previous();
-    if (head == p.a.n_q_heads)
-        return finish_resolve(&p, seq);
-    const struct tile_order t = order_of(&p, seq);
-    each = (t.n + COMBINE_WARPS - 1) / COMBINE_WARPS;
-    end = min((warp + 1) * each, t.n);
-    for (uint32_t i = lane; i < t.n; i += 32)
-        most = fmaxf(most, mosts[tile_at(&t, i)]);
-    for (uint32_t from = warp * each; from < end; from += AT_ONCE) {
-        uint32_t mine = from + lane, mine_at = tile_at(&t, mine);
-        float peak = mine < end ? mosts[mine_at] : -INFINITY, share = 0;
-        float part = mine < end ? all[mine_at] : 0.0f, x[AT_ONCE][kDim / 32];
-#pragma unroll
-        for (uint32_t i = 0; i < AT_ONCE; i++) {
-            const float *at = parts + (size_t)tile_at(&t, from + i) * p.a.n_q_heads * kDim;
-#pragma unroll
-            for (int j = 0; j < kDim / 32; j += 2) {
-                float2 two = from + i < end ? *(const float2 *)(at + j) : make_float2(0, 0);
-                x[i][j] = two.x;
-                x[i][j + 1] = two.y;
-            }
-        }
-        if (from == warp * each) { /* the maximum of all tiles, while the first ones arrive */
-            for (int step = 1; step < 32; step *= 2)
-                most = fmaxf(most, __shfl_xor_sync(KVKI_FULL_WARP, most, step));
-        }
-        share = peak == most ? 1.0f : expf(peak - most);
-#pragma unroll
-        for (uint32_t i = 0; i < AT_ONCE; i++) {
-            float weight = __shfl_sync(KVKI_FULL_WARP, share, (int)i);
-            float more = __shfl_sync(KVKI_FULL_WARP, part, (int)i);
-            if (from + i >= end)
-                break;
-            total = fmaf(more, weight, total);
-#pragma unroll
-            for (int j = 0; j < kDim / 32; j++)
-                o[j] = fmaf(x[i][j], weight, o[j]);
-        }
+/* The greatest of a value of each thread. All threads call, once. */
+__device__ static inline float combine_most(struct combine_state *sh, float x)
+{
+    for (int step = 1; step < 32; step *= 2)
+        x = fmaxf(x, __shfl_xor_sync(KVKI_FULL_WARP, x, step));
+    if (threadIdx.x % 32u == 0)
+        sh->most[threadIdx.x / 32u] = x;
+    __syncthreads();
+    for (uint32_t w = 0; w < COMBINE_WARPS; w++)
+        x = fmaxf(x, sh->most[w]);
+    return x;
+}
+
+/* Adds up the shares of a warp, then those of the warps, in order: element threadIdx.x, and the
+ * total, are the first warp's. All threads call. */
+__device__ static inline float combine_add_up(struct combine_state *sh, float4 o, float *total_p)
+{
+    uint32_t lane = threadIdx.x & 31u, warp = threadIdx.x / 32u;
+    float sum = 0, total = *total_p;
+
+    for (int step = COMBINE_LANES; step < 32; step *= 2) {
+        o.x += __shfl_xor_sync(KVKI_FULL_WARP, o.x, step);
+        o.y += __shfl_xor_sync(KVKI_FULL_WARP, o.y, step);
+        o.z += __shfl_xor_sync(KVKI_FULL_WARP, o.z, step);
+        o.w += __shfl_xor_sync(KVKI_FULL_WARP, o.w, step);
+        total += __shfl_xor_sync(KVKI_FULL_WARP, total, step);
     }
-#pragma unroll
-    for (int i = 0; i < kDim / 32; i++)
-        sums[warp][lane * (kDim / 32) + i] = o[i];
+    if (lane < COMBINE_LANES)
+        *(float4 *)(sh->sums[warp] + lane * 4u) = o;
     if (lane == 0)
-        totals[warp] = total;
+        sh->total[warp] = total;
     __syncthreads();
     total = 0;
-    for (uint32_t w = 0; w < COMBINE_WARPS; w++)
-        total += totals[w];
-    for (uint32_t d = threadIdx.x; d < kDim; d += COMBINE_WARPS * 32) {
-        float sum = 0;
-        for (uint32_t w = 0; w < COMBINE_WARPS; w++)
-            sum += sums[w][d];
-        store_result(&p.a, row * kDim + d, total == 0.0f ? 0.0f : sum / total);
+    for (uint32_t w = 0; w < COMBINE_WARPS; w++) {
+        sum += sh->sums[w][lane];
+        total += sh->total[w];
     }
+    *total_p = total;
+    return sum;
+}
+
+/*
+ * A piece of one query head's dimensions over all tiles. Eight lanes take a line of a tile's sum,
+ * so a block has COMBINE_TILES lines in flight; a thread adds every 32nd tile, in order, then the
+ * threads' shares are added up. How many tiles there are is known before the tiles are.
+ */
+template <int kDim>
+__global__ void __launch_bounds__(COMBINE_WARPS * 32, 4)
+    combine_kernel(const struct attend_params p)
+{
+    __shared__ struct combine_state sh;
+    const uint32_t pieces = kDim / COMBINE_PIECE;
+    uint32_t seq = blockIdx.y, resolves = p.a.resolve.k != 0;
+    uint32_t block = blockIdx.x - resolves, head = block / pieces;
+    uint32_t d = block % pieces * COMBINE_PIECE, own = threadIdx.x / COMBINE_LANES;
+    size_t row = (size_t)seq * p.a.n_q_heads + head, tile_floats = (size_t)p.a.n_q_heads * kDim;
+    const float *mosts = p.most + row * p.n_tiles, *totals = p.total + row * p.n_tiles;
+    const float *parts = p.o + (size_t)seq * p.n_tiles * tile_floats + (size_t)head * kDim + d +
+                         threadIdx.x % COMBINE_LANES * 4u;
+    const struct tile_order t = order_of(&p, seq);
+    float most = -INFINITY, total = 0;
+    float4 o = make_float4(0, 0, 0, 0);
+
+    kvki_wait_for_previous();
+    if (!p.a.near.n_max) /* else the next op may be early in the same workspace */
+        kvki_let_next_start();
+    if (blockIdx.x < resolves)
+        return finish_resolve(&p, seq);
+    for (uint32_t from = 0; from < t.n; from += COMBINE_TILES) {
+        uint32_t mine = from + threadIdx.x, mine_at = tile_at(&t, mine);
+        float peak = mine < t.n ? mosts[mine_at] : -INFINITY;
+        float part = mine < t.n ? totals[mine_at] : 0.0f;
+        float4 x[COMBINE_ROUNDS];
+#pragma unroll
+        for (uint32_t i = 0; i < COMBINE_ROUNDS; i++) {
+            uint32_t tile = from + i * COMBINE_ROWS + own;
+            if (tile < t.n)
+                x[i] = *(const float4 *)(parts + tile_at(&t, tile) * tile_floats);
+        }
+        if (from == 0) {
+            most = peak;
+            for (uint32_t i = mine + COMBINE_TILES; i < t.n; i += COMBINE_TILES)
+                most = fmaxf(most, mosts[tile_at(&t, i)]);
+            most = combine_most(&sh, most);
+        }
+        sh.weights[threadIdx.x] = peak == most ? 1.0f : expf(peak - most);
+        sh.totals[threadIdx.x] = part;
+        __syncthreads();
+#pragma unroll
+        for (uint32_t i = 0; i < COMBINE_ROUNDS; i++) {
+            uint32_t tile = i * COMBINE_ROWS + own;
+            float weight = sh.weights[tile];
+            if (from + tile >= t.n)
+                break;
+            total = fmaf(sh.totals[tile], weight, total);
+            o.x = fmaf(x[i].x, weight, o.x);
+            o.y = fmaf(x[i].y, weight, o.y);
+            o.z = fmaf(x[i].z, weight, o.z);
+            o.w = fmaf(x[i].w, weight, o.w);
+        }
+        __syncthreads();
+    }
+    kvki_let_next_start(); /* the workspace may be the next op's from here on */
+    float sum = combine_add_up(&sh, o, &total);
+    if (threadIdx.x < COMBINE_PIECE)
+        store_result(&p.a, row * kDim + d + threadIdx.x, total == 0.0f ? 0.0f : sum / total);
     float *lse = p.a.result.out ? p.a.result.lse : p.a.lse;
-    if (threadIdx.x == 0 && lse) /* the first warp has a tile, if there is one: the maximum */
+    if (threadIdx.x == 0 && d == 0 && lse)
         lse[row] = total == 0.0f ? -INFINITY : most + logf(total);
     tell_host(&p.a.result);
 }
@@ -350,7 +400,7 @@ template <int kDim> static attend_fn kernel_of_group(uint32_t group)
 static attend_fn kernel_of(const kvk_cuda_attend_args *a)
 {
     uint32_t group = a->n_q_heads / a->n_kv_heads;
-    bool rotated = attend_is_rotated(a);
+    bool rotated = attend_is_rotated(a), few = group <= ATTEND_GROUP_FEW;
 
     if (group > ATTEND_GROUP_MAX)
         return NULL;
@@ -359,9 +409,10 @@ static attend_fn kernel_of(const kvk_cuda_attend_args *a)
                : a->head_dim == 128 ? kernel_of_group<128>(group)
                                     : NULL;
     if (a->near.n_max)
-        return kvki_attend_near(a->dtype, a->head_dim, a->near.inv_freq != NULL, rotated);
-    return a->dtype == KVK_BF16 && !rotated ? kvki_attend_mma(a->head_dim)
-                                            : kvki_attend_split(a->dtype, a->head_dim, rotated);
+        return kvki_attend_near(a->dtype, a->head_dim, a->near.inv_freq != NULL, rotated, few);
+    return a->dtype == KVK_BF16 && !rotated
+               ? kvki_attend_mma(a->head_dim, few)
+               : kvki_attend_split(a->dtype, a->head_dim, rotated, few);
 }
 
 static bool args_ok(const kvk_cuda_attend_args *a)
@@ -437,8 +488,9 @@ extern "C" kvc_status kvk_cuda_attend(kvk_cuda *cuda, const kvk_cuda_attend_args
                                ATTEND_THREADS, smem, stream, p);
     if (st != KVC_OK)
         return st;
-    return kvki_cuda_launch_next(cuda,
-                                 args->head_dim == 64 ? combine_kernel<64> : combine_kernel<128>,
-                                 dim3(args->n_q_heads + (args->resolve.k ? 1u : 0u), args->n_seqs),
-                                 COMBINE_WARPS * 32, 0, stream, p);
+    return kvki_cuda_launch_next(
+        cuda, args->head_dim == 64 ? combine_kernel<64> : combine_kernel<128>,
+        dim3(args->n_q_heads * (args->head_dim / COMBINE_PIECE) + (args->resolve.k ? 1u : 0u),
+             args->n_seqs),
+        COMBINE_WARPS * 32, 0, stream, p);
 }

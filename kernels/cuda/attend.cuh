@@ -7,14 +7,17 @@
 #ifndef KVKI_CUDA_ATTEND_CUH
 #define KVKI_CUDA_ATTEND_CUH
 
+#include "bulk.cuh"
 #include "resolve.cuh"
 #include "rows.cuh"
 
 #define ATTEND_TILE      16u /* rows; two lanes each */
+#define ATTEND_ALL       ((1u << ATTEND_TILE) - 1u)
 #define ATTEND_THREADS   256u
 #define ATTEND_WARPS     (ATTEND_THREADS / 32u)
 #define ATTEND_PAD       16u /* bytes between rows in shared memory: no two lanes meet in a bank */
 #define ATTEND_GROUP_MAX 8u
+#define ATTEND_GROUP_FEW 4u
 
 struct attend_params {
     kvk_cuda_attend_args a;
@@ -57,24 +60,49 @@ attend_layout_of(const kvk_cuda_attend_args *a)
     return l;
 }
 
-/* Where the rows of a tile come from, NULL: nowhere; which of them are fetched, and where those go,
- * NULL: that is not known yet. */
+/* Where the rows of a tile come from, NULL: nowhere; bit sets of those that exist and those that
+ * are fetched; where these go, NULL: that is not known yet; and what says that the resident
+ * ones have come. */
 struct attend_rows {
     const char *from[ATTEND_TILE];
     char *keep[ATTEND_TILE];
-    uint32_t fetched;
+    uint32_t there, fetched;
+    uint64_t come;
 };
 
-/* The list's length. */
+/* One thread, before attend_find_rows or its like. */
+__device__ static inline void attend_begin(struct attend_rows *rows)
+{
+    if (threadIdx.x != 0)
+        return;
+    bulk_init(&rows->come, 1);
+    bulk_begin();
+}
+
+/* The list's length, which the kernel after may ask for as well, before this one ends. */
 __device__ static inline uint32_t attend_list_rows(const kvk_cuda_attend_args *a, uint32_t seq)
 {
     const kvk_cuda_resolve_args *r = &a->resolve;
-    return r->k ? r->off + min(r->n_picks[seq], r->k) : min(a->n_list[seq], a->stride);
+    return r->k ? r->off + min(__ldcg(r->n_picks + seq), r->k)
+                : min(__ldcg(a->n_list + seq), a->stride);
+}
+
+/* Where rows and their slots are, asked for here: not only once a slot is known, which is where a
+ * compiler puts it. */
+__device__ static inline kvk_cuda_residency attend_residency(const kvk_cuda_residency *res)
+{
+    kvk_cuda_residency r = {};
+
+    r.slots = *(void *const volatile *)&res->slots;
+    r.slot_of = *(int32_t *const volatile *)&res->slot_of;
+    r.n_positions = *(const volatile uint32_t *)&res->n_positions;
+    return r;
 }
 
 /* Slot and fetch of an entry: as listed, or of a pick that is being resolved; a missing one has no
  * slot yet. */
-__device__ static inline int32_t attend_entry(const kvk_cuda_attend_args *a, uint32_t seq,
+__device__ static inline int32_t attend_entry(const kvk_cuda_attend_args *a,
+                                              const kvk_cuda_residency *res, uint32_t seq,
                                               uint32_t entry, uint32_t *fetch_p)
 {
     const kvk_cuda_resolve_args *r = &a->resolve;
@@ -90,8 +118,8 @@ __device__ static inline int32_t attend_entry(const kvk_cuda_attend_args *a, uin
     if (entry - r->off >= r->k)
         return -1;
     position = r->picks[(size_t)seq * r->k + entry - r->off];
-    if (position < a->res[seq].n_positions) {
-        slot = a->res[seq].slot_of[position];
+    if (position < res->n_positions) {
+        slot = res->slot_of[position];
         *fetch_p = slot < 0 ? position : KVK_CUDA_RESIDENT;
     }
     return slot;
@@ -99,32 +127,37 @@ __device__ static inline int32_t attend_entry(const kvk_cuda_attend_args *a, uin
 
 /*
  * Fills rows for the entries of a list from `first` on; one thread an entry. The list is read at
- * once with its length, not after it. Gives the length, to all threads; all call.
+ * once with its length and with where slots lie, not after them. Gives the length, to all threads;
+ * all call.
  */
 __device__ static inline uint32_t attend_find_rows(const kvk_cuda_attend_args *a, uint32_t seq,
                                                    uint32_t first, struct attend_rows *rows)
 {
     uint32_t r = threadIdx.x, n = attend_list_rows(a, seq), position = KVK_CUDA_RESIDENT;
+    const kvk_cuda_residency res = attend_residency(a->res + seq);
     const char *from = NULL;
     char *slot_at = NULL;
     bool fetched = false;
 
     if (r < ATTEND_TILE && first + r < a->stride) {
-        int32_t slot = attend_entry(a, seq, first + r, &position);
+        int32_t slot = attend_entry(a, &res, seq, first + r, &position);
         fetched = first + r < n && position != KVK_CUDA_RESIDENT && (slot >= 0 || a->resolve.k);
         if (slot >= 0)
-            slot_at = (char *)a->res[seq].slots + (size_t)slot * a->row_bytes;
+            slot_at = (char *)res.slots + (size_t)slot * a->row_bytes;
         if (first + r < n)
             from = fetched ? kvki_source_row(a->source + seq, position, a->row_bytes) : slot_at;
     }
     if (r < 32u) {
-        uint32_t lanes = __ballot_sync(KVKI_FULL_WARP, r < ATTEND_TILE && fetched && from);
+        uint32_t there = __ballot_sync(KVKI_FULL_WARP, from != NULL);
+        uint32_t lanes = __ballot_sync(KVKI_FULL_WARP, fetched && from);
         if (r < ATTEND_TILE) {
             rows->from[r] = from;
             rows->keep[r] = slot_at;
         }
-        if (r == 0)
+        if (r == 0) {
+            rows->there = there;
             rows->fetched = lanes;
+        }
     }
     __syncthreads();
     return n;
@@ -153,27 +186,43 @@ __device__ static inline void attend_fetch_row(const char *from, char *tile_row,
     }
 }
 
-/*
- * Brings the tile: resident rows are asked for without waiting (kvki_async_wait), then each warp
- * fetches its share of the missing ones. Gives a bit set of the rows that exist.
- */
-__device__ static inline uint32_t attend_load_tile(const kvk_cuda_attend_args *a,
-                                                   const struct attend_layout *l,
-                                                   const struct attend_rows *rows, char *tile)
+/* Asks for the resident rows of a tile: each warp the copy engine for its share, which keeps more
+ * bytes on their way than copies of the threads' own; older devices have only those. */
+__device__ static inline void attend_ask_rows(const kvk_cuda_attend_args *a,
+                                              const struct attend_layout *l,
+                                              struct attend_rows *rows, char *tile)
 {
-    uint32_t chunks = a->row_bytes / 16u, there = 0;
+    uint32_t resident = rows->there & ~rows->fetched;
 
+#if __CUDA_ARCH__ >= 900
+    const uint32_t each = ATTEND_TILE / ATTEND_WARPS, lane = threadIdx.x & 31u;
+    uint32_t r = threadIdx.x / 32u * each + lane;
+    if (threadIdx.x == 0)
+        bulk_expect(&rows->come, (uint32_t)__popc(resident) * a->row_bytes);
+    if (lane < each && resident >> r & 1u)
+        bulk_copy_shared(tile + (size_t)r * l->row_stride, rows->from[r], a->row_bytes,
+                         &rows->come);
+#else
     for (uint32_t r = 0; r < ATTEND_TILE; r++) {
-        const char *row = rows->from[r];
-        char *to = tile + (size_t)r * l->row_stride;
-        there |= row ? 1u << r : 0u;
-        if (rows->fetched >> r & 1u)
-            continue;
-        for (uint32_t c = threadIdx.x; c < chunks; c += ATTEND_THREADS) {
-            if (row)
-                kvki_async_copy(to + c * 16u, row + c * 16u);
-            else
-                *(uint4 *)(to + c * 16u) = make_uint4(0, 0, 0, 0);
+        for (uint32_t c = threadIdx.x * 16u; c < a->row_bytes; c += ATTEND_THREADS * 16u) {
+            if (resident >> r & 1u)
+                kvki_async_copy(tile + (size_t)r * l->row_stride + c, rows->from[r] + c);
+        }
+    }
+#endif
+}
+
+/* Brings the tile: resident rows are asked for without waiting (attend_await_tile), then the
+ * missing ones are fetched. Rows that do not exist become 0. All threads call. */
+__device__ static inline void attend_load_tile(const kvk_cuda_attend_args *a,
+                                               const struct attend_layout *l,
+                                               struct attend_rows *rows, char *tile)
+{
+    attend_ask_rows(a, l, rows, tile);
+    for (uint32_t r = 0; rows->there != ATTEND_ALL && r < ATTEND_TILE; r++) {
+        for (uint32_t c = threadIdx.x * 16u; c < a->row_bytes; c += ATTEND_THREADS * 16u) {
+            if (!(rows->there >> r & 1u))
+                *(uint4 *)(tile + (size_t)r * l->row_stride + c) = make_uint4(0, 0, 0, 0);
         }
     }
     for (uint32_t r = threadIdx.x / 32u; r < ATTEND_TILE; r += ATTEND_WARPS) {
@@ -181,7 +230,16 @@ __device__ static inline uint32_t attend_load_tile(const kvk_cuda_attend_args *a
             attend_fetch_row(rows->from[r], tile + (size_t)r * l->row_stride, rows->keep[r],
                              a->row_bytes);
     }
-    return there;
+}
+
+/* Returns when the tile is there, and what the block's threads wrote before. All threads call. */
+__device__ static inline void attend_await_tile(struct attend_rows *rows)
+{
+#if __CUDA_ARCH__ < 900
+    kvki_async_wait();
+#endif
+    __syncthreads();
+    bulk_wait(&rows->come, 0);
 }
 
 /*
@@ -289,11 +347,12 @@ __device__ static inline float attend_weight(float x, float most)
     return most == -INFINITY ? (x != x ? x : 0.0f) : expf(x - most);
 }
 
-/* The kernels on the tensor cores: bf16 rows as they lie; rotated or coded ones. NULL for other
- * widths. */
+/* The kernels on the tensor cores: bf16 rows as they lie; rotated or coded ones; both lists. NULL
+ * for other widths. few: a group has at most ATTEND_GROUP_FEW heads. */
 typedef void (*attend_fn)(const struct attend_params p);
-attend_fn kvki_attend_mma(uint32_t head_dim);
-attend_fn kvki_attend_split(kvk_dtype dtype, uint32_t head_dim, bool rotated);
-attend_fn kvki_attend_near(kvk_dtype dtype, uint32_t head_dim, bool near_rotated, bool rotated);
+attend_fn kvki_attend_mma(uint32_t head_dim, bool few);
+attend_fn kvki_attend_split(kvk_dtype dtype, uint32_t head_dim, bool rotated, bool few);
+attend_fn kvki_attend_near(kvk_dtype dtype, uint32_t head_dim, bool near_rotated, bool rotated,
+                           bool few);
 
 #endif

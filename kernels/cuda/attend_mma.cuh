@@ -9,12 +9,12 @@
 
 #include "mma.cuh"
 
-/* The group's queries, head lane / 4 a lane, in pieces. */
-template <int kDim>
+/* The group's queries, a lane's head each, in pieces. */
+template <int kDim, bool kFew>
 __device__ static inline void load_queries_bf16(const float *q, uint32_t group,
-                                                struct pieces (&p)[kDim / 16])
+                                                struct pieces<kFew> (&p)[kDim / 16])
 {
-    uint32_t lane = threadIdx.x & 31u, head = lane / 4u;
+    uint32_t lane = threadIdx.x & 31u, head = piece_head<kFew>();
 
 #pragma unroll
     for (int step = 0; step < kDim / 16; step++) {
@@ -28,9 +28,9 @@ __device__ static inline void load_queries_bf16(const float *q, uint32_t group,
     }
 }
 
-/* x[t][i]: logit of head lane / 4 and row t * 8 + lane % 4 * 2 + i, unscaled. */
-template <int kDim>
-__device__ static inline void find_logits_bf16(const struct pieces (&q)[kDim / 16],
+/* x[t][i]: logit of the lane's head and row t * 8 + lane % 4 * 2 + i, unscaled. */
+template <int kDim, bool kFew>
+__device__ static inline void find_logits_bf16(const struct pieces<kFew> (&q)[kDim / 16],
                                                const char *keys, uint32_t row_stride,
                                                float (&x)[2][2])
 {
@@ -48,47 +48,45 @@ __device__ static inline void find_logits_bf16(const struct pieces (&q)[kDim / 1
     }
 #pragma unroll
     for (int t = 0; t < 2; t++) {
-        x[t][0] = c[t][0] + c[t][2];
-        x[t][1] = c[t][1] + c[t][3];
+        float2 sums = head_sums<kFew>(c[t]);
+        x[t][0] = sums.x;
+        x[t][1] = sums.y;
     }
 }
 
 /*
- * Kv heads of a tile that has been asked for, dealt to the warps: the first round waits for the
- * tile, with its queries at hand. at: the tile's number in the workspace. All threads call.
+ * Kv heads of a tile that has been asked for, dealt to the warps, which have their queries at hand
+ * when the rows come. at: the tile's number in the workspace. All threads call.
  */
-template <int kDim>
+template <int kDim, bool kFew>
 __device__ static inline void attend_bf16(const struct attend_params *p,
                                           const struct attend_layout *l, uint32_t seq, uint32_t at,
-                                          uint32_t there, const char *tile)
+                                          struct attend_rows *rows, const char *tile)
 {
     const kvk_cuda_attend_args *a = &p->a;
-    uint32_t lane = threadIdx.x & 31u, group = a->n_q_heads / a->n_kv_heads;
+    uint32_t group = a->n_q_heads / a->n_kv_heads, own = piece_head<kFew>();
+    uint32_t warp = threadIdx.x / 32u;
     const float *q = a->q + (size_t)seq * a->n_q_heads * kDim;
-    struct pieces queries[kDim / 16];
+    struct pieces<kFew> queries[kDim / 16];
 
-    for (uint32_t kv_head = threadIdx.x / 32u; kv_head < a->n_kv_heads; kv_head += ATTEND_WARPS) {
-        uint32_t head = kv_head * group + lane / 4u;
+    if (warp < a->n_kv_heads)
+        load_queries_bf16<kDim, kFew>(q + (size_t)warp * group * kDim, group, queries);
+    attend_await_tile(rows);
+    for (uint32_t kv_head = warp; kv_head < a->n_kv_heads; kv_head += ATTEND_WARPS) {
+        uint32_t head = kv_head * group + own;
         const char *keys = tile + a->k_off_bytes + (size_t)kv_head * kDim * 2u;
         size_t row = ((size_t)seq * a->n_q_heads + head) * p->n_tiles + at;
         float x[2][2], most = 0, total = 0;
-        load_queries_bf16<kDim>(q + (size_t)kv_head * group * kDim, group, queries);
-        if (kv_head < ATTEND_WARPS) {
-            kvki_async_wait();
-            __syncthreads();
-        }
-        find_logits_bf16<kDim>(queries, keys, l->row_stride, x);
-        find_weights(a, there, x, &most, &total);
-        if (lane % 4u == 0 && lane / 4u < group) {
+        if (kv_head != warp)
+            load_queries_bf16<kDim, kFew>(q + (size_t)kv_head * group * kDim, group, queries);
+        find_logits_bf16<kDim, kFew>(queries, keys, l->row_stride, x);
+        find_weights(a, rows->there, x, &most, &total);
+        if (threadIdx.x % 4u == 0 && piece_first<kFew>() && own < group) {
             p->most[row] = most;
             p->total[row] = total;
         }
-        sum_bf16<kDim>(x, keys - a->k_off_bytes + a->v_off_bytes, l->row_stride, lane / 4u < group,
-                       p->o + (((size_t)seq * p->n_tiles + at) * a->n_q_heads + head) * kDim);
-    }
-    if (threadIdx.x / 32u >= a->n_kv_heads) { /* warps without a head must meet the others too */
-        kvki_async_wait();
-        __syncthreads();
+        sum_bf16<kDim, kFew>(x, keys - a->k_off_bytes + a->v_off_bytes, l->row_stride, own < group,
+                             p->o + (((size_t)seq * p->n_tiles + at) * a->n_q_heads + head) * kDim);
     }
 }
 

@@ -10,7 +10,7 @@
  */
 #include "attend_split.cuh"
 
-template <typename Row, int kDim, bool kRotated>
+template <typename Row, int kDim, bool kRotated, bool kFew>
 __global__ void __launch_bounds__(ATTEND_THREADS, 2)
     attend_split_kernel(const struct attend_params p)
 {
@@ -18,43 +18,51 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2)
     __shared__ struct attend_rows rows;
     const kvk_cuda_attend_args *a = &p.a;
     const struct attend_layout l = attend_layout_of(a);
-    uint32_t seq = 0, first = blockIdx.x * ATTEND_TILE, n = 0, there = 0;
+    uint32_t seq = 0, first = blockIdx.x * ATTEND_TILE, n = 0;
     float2 *rotation = (float2 *)(tile + l.rotation);
 
     if (attend_resolves(&p, tile, &seq))
         return;
+    attend_begin(&rows);
     kvki_wait_for_previous();
     kvki_let_next_start();
     n = attend_find_rows(a, seq, first, &rows);
     if (first >= n)
         return;
-    there = attend_load_tile(a, &l, &rows, tile);
+    attend_load_tile(a, &l, &rows, tile);
     const struct attend_places places = attend_ask_places(a, &rows, seq, first);
     if (kRotated)
         attend_find_rotation(a, seq, first, min(n - first, ATTEND_TILE), rotation);
-    attend_split<Row, kDim, kRotated>(
-        &p, &l, seq, blockIdx.x, a->q + (size_t)seq * a->n_q_heads * kDim, there, tile, rotation);
+    attend_split<Row, kDim, kRotated, kFew>(
+        &p, &l, seq, blockIdx.x, a->q + (size_t)seq * a->n_q_heads * kDim, &rows, tile, rotation);
     attend_put_away(&p, &l, &rows, places, seq, first, tile);
 }
 
-template <typename Row> static attend_fn kernel_of(uint32_t head_dim, bool rotated)
+template <typename Row, int kDim> static attend_fn kernel_of_dim(bool rotated, bool few)
 {
-    if (head_dim == 128)
-        return rotated ? attend_split_kernel<Row, 128, true> : attend_split_kernel<Row, 128, false>;
-    if (head_dim == 64)
-        return rotated ? attend_split_kernel<Row, 64, true> : attend_split_kernel<Row, 64, false>;
-    return NULL;
+    if (rotated)
+        return few ? attend_split_kernel<Row, kDim, true, true>
+                   : attend_split_kernel<Row, kDim, true, false>;
+    return few ? attend_split_kernel<Row, kDim, false, true>
+               : attend_split_kernel<Row, kDim, false, false>;
 }
 
-attend_fn kvki_attend_split(kvk_dtype dtype, uint32_t head_dim, bool rotated)
+template <typename Row> static attend_fn kernel_of(uint32_t head_dim, bool rotated, bool few)
+{
+    return head_dim == 128  ? kernel_of_dim<Row, 128>(rotated, few)
+           : head_dim == 64 ? kernel_of_dim<Row, 64>(rotated, few)
+                            : NULL;
+}
+
+attend_fn kvki_attend_split(kvk_dtype dtype, uint32_t head_dim, bool rotated, bool few)
 {
     switch (dtype) {
     case KVK_BF16:
-        return kernel_of<bf16_row>(head_dim, rotated);
+        return kernel_of<bf16_row>(head_dim, rotated, few);
     case KVK_E4M3_SCALED:
-        return kernel_of<e4m3_row>(head_dim, rotated);
+        return kernel_of<e4m3_row>(head_dim, rotated, few);
     case KVK_I8_SCALED:
-        return kernel_of<i8_row>(head_dim, rotated);
+        return kernel_of<i8_row>(head_dim, rotated, few);
     default:
         return NULL;
     }

@@ -81,11 +81,11 @@ __device__ static inline void load_run(const char *at, uint2 (&x)[kDim / 32])
 }
 
 /* q[half * kDim / 32 + i]: the group's queries at the elements of step i of a lane's run. */
-template <int kDim>
+template <int kDim, bool kFew>
 __device__ static inline void load_queries(const float *q, uint32_t group,
-                                           struct pieces (&p)[kDim / 16])
+                                           struct pieces<kFew> (&p)[kDim / 16])
 {
-    uint32_t lane = threadIdx.x & 31u, head = lane / 4u;
+    uint32_t lane = threadIdx.x & 31u, head = piece_head<kFew>();
 
 #pragma unroll
     for (int step = 0; step < kDim / 16; step++) {
@@ -110,20 +110,22 @@ __device__ static inline void split_pair(float x, float y, uint32_t *high_p, uin
 }
 
 /* c += query pieces times four f32 of a key. */
-__device__ static inline void multiply_floats(float (&c)[4], const struct pieces *q, float4 k)
+template <bool kFew>
+__device__ static inline void multiply_floats(float (&c)[4], const struct pieces<kFew> *q, float4 k)
 {
     uint2 high, rest;
 
     split_pair(k.x, k.y, &high.x, &rest.x);
     split_pair(k.z, k.w, &high.y, &rest.y);
     multiply_pieces(c, q, high.x, high.y);
-    multiply(c, q->high[0], q->middle[0], q->high[1], q->middle[1], rest.x, rest.y);
+    multiply_upper(c, q, rest.x, rest.y);
 }
 
 /* c += the queries times four pairs (low, high half) of a key, rotated by r [4] (cos, sin). */
-__device__ static inline void multiply_rotated(float (&c)[4], const struct pieces *q_low,
-                                               const struct pieces *q_high, uint2 low, uint2 high,
-                                               const float2 *r)
+template <bool kFew>
+__device__ static inline void multiply_rotated(float (&c)[4], const struct pieces<kFew> *q_low,
+                                               const struct pieces<kFew> *q_high, uint2 low,
+                                               uint2 high, const float2 *r)
 {
     float2 a = floats_of(low.x), b = floats_of(low.y), x = floats_of(high.x), y = floats_of(high.y);
     float4 r0 = *(const float4 *)r, r1 = *(const float4 *)(r + 2);
@@ -136,35 +138,41 @@ __device__ static inline void multiply_rotated(float (&c)[4], const struct piece
                                 y.x * r1.x + b.x * r1.y, y.y * r1.z + b.y * r1.w));
 }
 
-/* x[t][i]: logit of head lane / 4 and row t * 8 + lane % 4 * 2 + i, unscaled. rotation: of the
+/* x[t][i]: logit of the lane's head and row t * 8 + lane % 4 * 2 + i, unscaled. rotation: of the
  * tile, [ATTEND_TILE, kDim / 2]. */
-template <typename Row, int kDim, bool kRotated>
-__device__ static inline void find_logits(const struct pieces (&q)[kDim / 16], const char *keys,
-                                          uint32_t row_stride, const float2 *rotation,
-                                          float (&x)[2][2])
+template <typename Row, int kDim, bool kRotated, bool kFew>
+__device__ static inline void find_logits(const struct pieces<kFew> (&q)[kDim / 16],
+                                          const char *keys, uint32_t row_stride,
+                                          const float2 *rotation, float (&x)[2][2])
 {
     uint32_t lane = threadIdx.x & 31u, first = lane % 4u * (kDim / 8);
+    uint2 low[2][kDim / 32], high[2][kDim / 32];
+    float c[2][4] = {};
 
 #pragma unroll
     for (uint32_t t = 0; t < 2; t++) {
-        uint32_t row = t * 8u + lane / 4u;
-        const char *at = keys + (size_t)row * row_stride + first * Row::bytes;
-        const float2 *r = rotation + row * (kDim / 2) + first;
-        uint2 low[kDim / 32], high[kDim / 32];
-        float c[4] = {0, 0, 0, 0};
-        load_run<Row, kDim>(at, low);
-        load_run<Row, kDim>(at + kDim / 2 * Row::bytes, high);
+        const char *at = keys + (size_t)(t * 8u + lane / 4u) * row_stride + first * Row::bytes;
+        load_run<Row, kDim>(at, low[t]);
+        load_run<Row, kDim>(at + kDim / 2 * Row::bytes, high[t]);
+    }
 #pragma unroll
-        for (int i = 0; i < kDim / 32; i++) {
+    for (int i = 0; i < kDim / 32; i++) { /* both rows by turns: neither waits for its own sums */
+#pragma unroll
+        for (uint32_t t = 0; t < 2; t++) {
+            const float2 *r = rotation + (t * 8u + lane / 4u) * (kDim / 2) + first;
             if (kRotated) {
-                multiply_rotated(c, &q[i], &q[kDim / 32 + i], low[i], high[i], r + i * 4);
+                multiply_rotated(c[t], &q[i], &q[kDim / 32 + i], low[t][i], high[t][i], r + i * 4);
             } else {
-                multiply_pieces(c, &q[i], low[i].x, low[i].y);
-                multiply_pieces(c, &q[kDim / 32 + i], high[i].x, high[i].y);
+                multiply_pieces(c[t], &q[i], low[t][i].x, low[t][i].y);
+                multiply_pieces(c[t], &q[kDim / 32 + i], high[t][i].x, high[t][i].y);
             }
         }
-        x[t][0] = c[0] + c[2];
-        x[t][1] = c[1] + c[3];
+    }
+#pragma unroll
+    for (uint32_t t = 0; t < 2; t++) {
+        float2 sums = head_sums<kFew>(c[t]);
+        x[t][0] = sums.x;
+        x[t][1] = sums.y;
     }
 }
 
@@ -189,9 +197,10 @@ __device__ static inline void interleave(uint32_t even, uint32_t odd, uint32_t (
     x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y;
 }
 
-/* The weighted sums of coded values of head lane / 4 to out [kDim]. A lane reads a run of kDim / 8
- * elements of four rows, and so writes two such runs. */
-template <typename Row, int kDim>
+/* The weighted sums of coded values of the lane's head to out [kDim]. A lane reads a run of kDim /
+ * 8 elements of four rows, and so sums two such runs, of
+ * which with kFew it writes one. */
+template <typename Row, int kDim, bool kFew>
 __device__ static inline void sum_coded(const float (&weights)[2][2], const char *values,
                                         uint32_t row_stride, bool real_head, float *out)
 {
@@ -199,14 +208,14 @@ __device__ static inline void sum_coded(const float (&weights)[2][2], const char
     uint32_t lane = threadIdx.x & 31u;
     const char *at = values + (size_t)(lane % 4u * 2u) * row_stride + lane / 4u * (kDim / 8);
     __align__(16) uint32_t v[4][words];
-    struct pieces p;
+    struct pieces<kFew> p;
 
     split(weights[0][0], weights[0][1], 0, &p);
     split(weights[1][0], weights[1][1], 1, &p);
 #pragma unroll
     for (int r = 0; r < 4; r++)
         load_words<words>(at + (size_t)(r / 2 * 8 + r % 2) * row_stride, v[r]);
-    out += lane % 4u * 2u * (kDim / 8);
+    out += (lane % 4u * 2u + (piece_first<kFew>() ? 0 : 1u)) * (kDim / 8);
 #pragma unroll
     for (int w = 0; w < words; w++) {
         uint32_t low[4], high[4];
@@ -216,68 +225,76 @@ __device__ static inline void sum_coded(const float (&weights)[2][2], const char
 #pragma unroll
         for (int e = 0; e < 4; e++)
             multiply_pieces(c[e], &p, low[e], high[e]);
-        if (!real_head)
-            continue;
-        *(float4 *)(out + w * 4) =
-            make_float4(c[0][0] + c[0][2], c[1][0] + c[1][2], c[2][0] + c[2][2], c[3][0] + c[3][2]);
-        *(float4 *)(out + kDim / 8 + w * 4) =
-            make_float4(c[0][1] + c[0][3], c[1][1] + c[1][3], c[2][1] + c[2][3], c[3][1] + c[3][3]);
+        if constexpr (kFew) {
+            float sum[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                sum[e] = exchanged(c[e][0] + c[e][2], c[e][1] + c[e][3]);
+            if (real_head)
+                *(float4 *)(out + w * 4) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        } else if (real_head) {
+            *(float4 *)(out + w * 4) = make_float4(c[0][0] + c[0][2], c[1][0] + c[1][2],
+                                                   c[2][0] + c[2][2], c[3][0] + c[3][2]);
+            *(float4 *)(out + kDim / 8 + w * 4) = make_float4(c[0][1] + c[0][3], c[1][1] + c[1][3],
+                                                              c[2][1] + c[2][3], c[3][1] + c[3][3]);
+        }
     }
 }
 
 /* One kv head of a tile, by one warp. tile_at: the tile's number in the workspace. */
-template <typename Row, int kDim, bool kRotated>
+template <typename Row, int kDim, bool kRotated, bool kFew>
 __device__ static inline void
 attend_head(const struct attend_params *p, const struct attend_layout *l, uint32_t seq,
-            uint32_t tile_at, uint32_t kv_head, uint32_t there, const char *tile,
-            const float2 *rotation, const struct pieces (&queries)[kDim / 16])
+            uint32_t tile_at, uint32_t kv_head, struct attend_rows *rows, const char *tile,
+            const float2 *rotation, const struct pieces<kFew> (&queries)[kDim / 16])
 {
     const kvk_cuda_attend_args *a = &p->a;
-    uint32_t lane = threadIdx.x & 31u, group = a->n_q_heads / a->n_kv_heads;
-    uint32_t head = kv_head * group + lane / 4u, at_head = kv_head * kDim * Row::bytes;
+    uint32_t group = a->n_q_heads / a->n_kv_heads, own = piece_head<kFew>();
+    uint32_t head = kv_head * group + own, at_head = kv_head * kDim * Row::bytes;
     uint32_t scale = a->n_kv_heads * kDim + 2u * kv_head;
-    bool real_head = lane / 4u < group;
+    bool real_head = own < group;
     size_t at = ((size_t)seq * a->n_q_heads + head) * p->n_tiles + tile_at;
     float *out = p->o + (((size_t)seq * p->n_tiles + tile_at) * a->n_q_heads + head) * kDim;
     float x[2][2], most = 0, total = 0;
 
-    find_logits<Row, kDim, kRotated>(queries, tile + a->k_off_bytes + at_head, l->row_stride,
-                                     rotation, x);
+    find_logits<Row, kDim, kRotated, kFew>(queries, tile + a->k_off_bytes + at_head, l->row_stride,
+                                           rotation, x);
     if (Row::coded)
         apply_scales(tile + a->k_off_bytes + scale, l->row_stride, x);
-    find_weights(a, there, x, &most, &total);
-    if (lane % 4u == 0 && real_head) {
+    find_weights(a, rows->there, x, &most, &total);
+    if (threadIdx.x % 4u == 0 && piece_first<kFew>() && real_head) {
         p->most[at] = most;
         p->total[at] = total;
     }
     if constexpr (Row::coded) {
         apply_scales(tile + a->v_off_bytes + scale, l->row_stride, x);
-        sum_coded<Row, kDim>(x, tile + a->v_off_bytes + at_head, l->row_stride, real_head, out);
+        sum_coded<Row, kDim, kFew>(x, tile + a->v_off_bytes + at_head, l->row_stride, real_head,
+                                   out);
     } else {
-        sum_bf16<kDim>(x, tile + a->v_off_bytes + at_head, l->row_stride, real_head, out);
+        sum_bf16<kDim, kFew>(x, tile + a->v_off_bytes + at_head, l->row_stride, real_head, out);
     }
 }
 
 /* Kv heads of a tile that has been asked for, dealt to the warps. q: of the sequence. rotation: as
  * in find_logits. All threads call. */
-template <typename Row, int kDim, bool kRotated>
-__device__ static inline void attend_split(const struct attend_params *p,
-                                           const struct attend_layout *l, uint32_t seq,
-                                           uint32_t tile_at, const float *q, uint32_t there,
-                                           const char *tile, const float2 *rotation)
+template <typename Row, int kDim, bool kRotated, bool kFew>
+__device__ static inline void
+attend_split(const struct attend_params *p, const struct attend_layout *l, uint32_t seq,
+             uint32_t tile_at, const float *q, struct attend_rows *rows, const char *tile,
+             const float2 *rotation)
 {
     const kvk_cuda_attend_args *a = &p->a;
     uint32_t group = a->n_q_heads / a->n_kv_heads, warp = threadIdx.x / 32u;
-    struct pieces queries[kDim / 16];
+    struct pieces<kFew> queries[kDim / 16];
 
     if (warp < a->n_kv_heads)
-        load_queries<kDim>(q + (size_t)warp * group * kDim, group, queries);
-    kvki_async_wait();
-    __syncthreads();
+        load_queries<kDim, kFew>(q + (size_t)warp * group * kDim, group, queries);
+    attend_await_tile(rows);
     for (uint32_t head = warp; head < a->n_kv_heads; head += ATTEND_WARPS) {
         if (head != warp)
-            load_queries<kDim>(q + (size_t)head * group * kDim, group, queries);
-        attend_head<Row, kDim, kRotated>(p, l, seq, tile_at, head, there, tile, rotation, queries);
+            load_queries<kDim, kFew>(q + (size_t)head * group * kDim, group, queries);
+        attend_head<Row, kDim, kRotated, kFew>(p, l, seq, tile_at, head, rows, tile, rotation,
+                                               queries);
     }
 }
 

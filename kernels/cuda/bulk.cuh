@@ -57,7 +57,7 @@ __device__ static inline void bulk_copy(void *shared, const void *global, uint32
 #endif
 }
 
-/* Bytes that other blocks read too. */
+/* Bytes that are read again: by other blocks, or by a later step. */
 __device__ static inline void bulk_copy_shared(void *shared, const void *global, uint32_t bytes,
                                                uint64_t *barrier)
 {

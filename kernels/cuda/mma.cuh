@@ -8,11 +8,31 @@
 
 #include "attend.cuh"
 
-/* Two bf16 in a register, and the left operand of one 16 x 16 step: a[0], a[2] rows 0-7, a[1], a[3]
- * rows 8-15; columns 0-7 and 8-15. */
-struct pieces {
+/*
+ * Numbers of up to eight heads in pieces, two bf16 in a register, as the left operand of a 16 x 16
+ * step, columns 0-7 and 8-15. Up to four heads (kFew) need one product: rows 0-3 high, 4-7 middle,
+ * 8-11 low pieces. More need two: rows 0-7 high, 8-15 middle, and then rows 0-7 low.
+ */
+template <bool kFew> struct pieces;
+template <> struct pieces<true> {
+    uint32_t upper[2], low[2]; /* high or middle; low in the lanes of high, else 0 */
+};
+template <> struct pieces<false> {
     uint32_t high[2], middle[2], low[2];
 };
+
+/* The head whose numbers a lane has; with kFew two lanes have the same. */
+template <bool kFew> __device__ static inline uint32_t piece_head(void)
+{
+    uint32_t row = (threadIdx.x & 31u) / 4u;
+    return kFew ? row % 4u : row;
+}
+
+/* Whether the lane is the first of those. */
+template <bool kFew> __device__ static inline bool piece_first(void)
+{
+    return !kFew || (threadIdx.x & 31u) < 16u;
+}
 
 /* Two floats rounded to bf16, x in the low half; and back. */
 __device__ static inline uint32_t bf16_pair(float x, float y)
@@ -34,16 +54,23 @@ __device__ static inline float2 rest_of(float x, float y, uint32_t pair)
 }
 
 /* Splits two floats; part says which columns they are. */
-__device__ static inline void split(float x, float y, int part, struct pieces *p)
+template <bool kFew>
+__device__ static inline void split(float x, float y, int part, struct pieces<kFew> *p)
 {
     uint32_t high = bf16_pair(x, y);
     float2 rest = rest_of(x, y, high);
     uint32_t middle = bf16_pair(rest.x, rest.y);
     float2 least = rest_of(rest.x, rest.y, middle);
+    uint32_t low = bf16_pair(least.x, least.y);
 
-    p->high[part] = high;
-    p->middle[part] = middle;
-    p->low[part] = bf16_pair(least.x, least.y);
+    if constexpr (kFew) {
+        p->upper[part] = piece_first<kFew>() ? high : middle;
+        p->low[part] = piece_first<kFew>() ? low : 0;
+    } else {
+        p->high[part] = high;
+        p->middle[part] = middle;
+        p->low[part] = low;
+    }
 }
 
 __device__ static inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
@@ -55,12 +82,48 @@ __device__ static inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, 
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/* c += all pieces times (b0, b1); c[0..1] and c[2..3] together are the sum. */
-__device__ static inline void multiply_pieces(float (&c)[4], const struct pieces *p, uint32_t b0,
-                                              uint32_t b1)
+/* c += all pieces times (b0, b1); head_sums then has the sums. */
+template <bool kFew>
+__device__ static inline void multiply_pieces(float (&c)[4], const struct pieces<kFew> *p,
+                                              uint32_t b0, uint32_t b1)
 {
-    multiply(c, p->low[0], 0, p->low[1], 0, b0, b1);
-    multiply(c, p->high[0], p->middle[0], p->high[1], p->middle[1], b0, b1);
+    if constexpr (kFew) {
+        multiply(c, p->upper[0], p->low[0], p->upper[1], p->low[1], b0, b1);
+    } else {
+        multiply(c, p->low[0], 0, p->low[1], 0, b0, b1);
+        multiply(c, p->high[0], p->middle[0], p->high[1], p->middle[1], b0, b1);
+    }
+}
+
+/* The same without the low pieces. */
+template <bool kFew>
+__device__ static inline void multiply_upper(float (&c)[4], const struct pieces<kFew> *p,
+                                             uint32_t b0, uint32_t b1)
+{
+    if constexpr (kFew)
+        multiply(c, p->upper[0], 0, p->upper[1], 0, b0, b1);
+    else
+        multiply(c, p->high[0], p->middle[0], p->high[1], p->middle[1], b0, b1);
+}
+
+/* The sums over all pieces of the lane's head in columns 0 and 1 of its two. */
+template <bool kFew> __device__ static inline float2 head_sums(const float (&c)[4])
+{
+    float2 x = make_float2(c[0] + c[2], c[1] + c[3]);
+
+    if constexpr (kFew) {
+        x.x += __shfl_xor_sync(KVKI_FULL_WARP, x.x, 16);
+        x.y += __shfl_xor_sync(KVKI_FULL_WARP, x.y, 16);
+    }
+    return x;
+}
+
+/* With kFew, of two numbers that are each a share of a sum, the first lane of a head gets the sum
+ * of the shares of x, the second that of y. */
+__device__ static inline float exchanged(float x, float y)
+{
+    float own = piece_first<true>() ? x : y, other = piece_first<true>() ? y : x;
+    return own + __shfl_xor_sync(KVKI_FULL_WARP, other, 16);
 }
 
 /* Logits to weights; the four lanes of a head share maximum and total. */
@@ -108,18 +171,19 @@ __device__ static inline void load_matrices(uint32_t (&m)[4], const char *shared
                      : "memory");
 }
 
-/* Writes the weighted sums of the values of head lane / 4 to out [kDim]. */
-template <int kDim>
+/* Writes the weighted sums of the values of the lane's head to out [kDim]. */
+template <int kDim, bool kFew>
 __device__ static inline void sum_bf16(const float (&weights)[2][2], const char *values,
                                        uint32_t row_stride, bool real_head, float *out)
 {
     uint32_t lane = threadIdx.x & 31u;
     const char *at =
         values + (size_t)(lane / 8u % 2u * 8u + lane % 8u) * row_stride + lane / 16u * 16u;
-    struct pieces p;
+    struct pieces<kFew> p;
 
     split(weights[0][0], weights[0][1], 0, &p);
     split(weights[1][0], weights[1][1], 1, &p);
+    out += lane % 4u * 2u + (piece_first<kFew>() ? 0 : 8u);
 #pragma unroll
     for (int step = 0; step < kDim / 16; step++) {
         float c[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
@@ -127,11 +191,14 @@ __device__ static inline void sum_bf16(const float (&weights)[2][2], const char 
         load_matrices<true>(v, at + step * 32);
         multiply_pieces(c[0], &p, v[0], v[1]);
         multiply_pieces(c[1], &p, v[2], v[3]);
-#pragma unroll
-        for (int t = 0; t < 2; t++) {
+        if constexpr (kFew) {
+            float2 sum = make_float2(exchanged(c[0][0] + c[0][2], c[1][0] + c[1][2]),
+                                     exchanged(c[0][1] + c[0][3], c[1][1] + c[1][3]));
             if (real_head)
-                *(float2 *)(out + step * 16 + t * 8 + lane % 4u * 2u) =
-                    make_float2(c[t][0] + c[t][2], c[t][1] + c[t][3]);
+                *(float2 *)(out + step * 16) = sum;
+        } else if (real_head) {
+            *(float2 *)(out + step * 16) = head_sums<kFew>(c[0]);
+            *(float2 *)(out + step * 16 + 8) = head_sums<kFew>(c[1]);
         }
     }
 }

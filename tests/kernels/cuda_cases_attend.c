@@ -11,7 +11,7 @@
 typedef struct setting {
     uint32_t n_seqs, heads, kv_heads, dim, stride;
     kvk_dtype dtype;
-    bool rotated;
+    bool rotated, swapped; /* swapped: V lies ahead of K */
     float softcap;
     context c;
     model m;
@@ -50,7 +50,8 @@ static void set_up(numbers *from, setting *s)
         .n_list = device_copy(s->n_list, s->n_seqs * 4),
         .stride = s->stride,
         .row_bytes = s->c.row_bytes,
-        .v_off_bytes = s->c.v_off_bytes,
+        .k_off_bytes = s->swapped ? s->c.v_off_bytes : 0,
+        .v_off_bytes = s->swapped ? 0 : s->c.v_off_bytes,
         .dtype = s->dtype,
         .k_positions = s->rotated ? device_copy(s->k_positions, entries * 4) : NULL,
         .inv_freq = s->rotated ? device_copy(s->inv_freq, s->dim / 2 * sizeof(double)) : NULL,
@@ -106,8 +107,9 @@ static void compare(const setting *s, const char *what)
                    0x1p-20 * (1 + log2(n + 1.0));
         for (uint32_t j = 0; j < n; j++)
             rows[j] = s->c.rows + (size_t)s->positions[(size_t)i * s->stride + j] * s->c.row_bytes;
-        CPU(false, attend, s->q + i * width, 1, s->heads, s->kv_heads, s->dim, rows, n, 0,
-            s->a.v_off_bytes, s->dtype, s->rotated ? s->k_positions + (size_t)i * s->stride : NULL,
+        CPU(false, attend, s->q + i * width, 1, s->heads, s->kv_heads, s->dim, rows, n,
+            s->a.k_off_bytes, s->a.v_off_bytes, s->dtype,
+            s->rotated ? s->k_positions + (size_t)i * s->stride : NULL,
             s->rotated ? s->inv_freq : NULL, NULL, s->a.scale, s->softcap, want, want_lse);
         for (size_t d = 0; d < width; d++) {
             double off = fabs((double)o[i * width + d] - (double)want[d]);
@@ -124,10 +126,10 @@ static void compare(const setting *s, const char *what)
 
 void cuda_case_attend(numbers *from)
 {
-    static const uint32_t shapes[][4] = {/* heads, kv heads, dim, stride */
-                                         {32, 8, 128, 2048}, {32, 8, 128, 1},  {9, 3, 64, 333},
-                                         {8, 8, 128, 17},    {16, 2, 64, 100}, {28, 4, 128, 65},
-                                         {5, 1, 64, 31},     {12, 2, 128, 15}, {4, 2, 64, 16}};
+    static const uint32_t shapes[][4] = {
+        /* heads, kv heads, dim, stride */
+        {32, 8, 128, 2048}, {32, 8, 128, 1}, {9, 3, 64, 333},  {8, 8, 128, 17}, {16, 2, 64, 100},
+        {28, 4, 128, 65},   {5, 1, 64, 31},  {12, 2, 128, 15}, {4, 2, 64, 16},  {16, 4, 64, 4113}};
 
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
         for (int kind = 0; kind < 8; kind++) {
@@ -139,6 +141,7 @@ void cuda_case_attend(numbers *from)
                          .stride = shapes[i][3],
                          .dtype = dtypes[kind % 4],
                          .rotated = kind >= 4,
+                         .swapped = i % 2 == 1,
                          .softcap = kind == 3 || kind == 4 ? 20.0f : 0};
             set_up(from, &s);
             place(from, &s, kind == 1 ? 0 : 3);

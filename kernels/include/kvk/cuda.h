@@ -332,7 +332,7 @@ kvc_status kvk_cuda_gather(kvk_cuda *cuda, const kvk_cuda_gather_args *args,
  * What a sequence attends besides its list, with a query of its own: n[s] tokens from first[s] on,
  * whose rows are in a ring, token p in slot p % ring_rows of ring[s]; their keys are rotated by 0,
  * 1, ... (without inv_freq not at all). early: all of this was there before the op before this one
- * (kvk_cuda_resolve, say) began, and may be read while that one runs.
+ * (kvk_cuda_resolve, say) began, and may be read while that one runs, in another workspace.
  */
 typedef struct kvk_cuda_near {
     const float *q;                 /* [n_seqs, n_q_heads, head_dim] */
