@@ -142,7 +142,7 @@ static double pair_of(const setting *s, uint32_t seq, uint32_t i)
 
 static void check_queries(const setting *s, uint32_t seq)
 {
-    uint32_t n_near = s->n_tokens[seq] - s->first[seq], group = s->heads / s->kv_heads;
+    uint32_t n_near = s->n_tokens[seq] - s->first[seq];
     const float *near = fetched(s->a.q_near, (size_t)SEQS * s->width * 4);
     const float *index = fetched(s->a.q_index, (size_t)SEQS * s->heads * s->dims * 4);
     const float *fine = fetched(s->a.q_fine, (size_t)SEQS * s->heads * s->fine * 4 + 4);
@@ -157,8 +157,9 @@ static void check_queries(const setting *s, uint32_t seq)
                 (double)near[seq * s->width + i], (double)want_near[i]);
     for (uint32_t h = 0; h < s->heads; h++) {
         const float *got = index + ((size_t)seq * s->heads + h) * s->dims;
-        project(s, q + (size_t)h * s->dim, s->proj + (size_t)(h / group) * s->dim * columns_of(s),
-                want, bound);
+        project(s, q + (size_t)h * s->dim,
+                s->proj + (size_t)(h * s->kv_heads / s->heads) * s->dim * columns_of(s), want,
+                bound);
         for (uint32_t d = 0; d < s->fine; d++)
             REQUIRE(fabs((double)fine[((size_t)seq * s->heads + h) * s->fine + d] -
                          (double)want[d]) <= bound[d],

@@ -142,7 +142,7 @@ static kvc_status rerank_list(kvk_cuda *cuda, const kvk_cuda_rerank_args *a, uin
     size_t row = kvk_index_row_bytes(a->n_kv_heads, a->dims);
     const kvk_cuda_candidates *f = a->finer + seq;
     uint8_t *rows = malloc(n * row + 1u);
-    float *votes = malloc((2u * (size_t)n + 1u) * sizeof(*votes)), *wide = votes + n;
+    float *votes = calloc(2u * (size_t)n + 1u, sizeof(*votes)), *wide = votes + n;
     uint32_t *picks = a->picks + (size_t)seq * a->k;
     kvk_topk_args top = {.scores = wide,
                          .n = n,
