@@ -106,38 +106,43 @@ __device__ static inline void add_values(const float (&x)[PREFILL_KEYS / 8][4], 
     }
 }
 
-/* The splits of one query head, one warp, in order. */
+/* The splits of one query head, one warp, in order; all that they found is asked for at once. */
 __global__ void __launch_bounds__(THREADS) combine_kernel(const struct prefill_params p)
 {
     const kvk_cuda_prefill_args *a = &p.a;
     size_t at = (size_t)blockIdx.x * WARPS + threadIdx.x / 32u, rows = prefill_part_rows(a);
-    uint32_t lane = threadIdx.x & 31u, query = (uint32_t)(at / a->n_q_heads);
+    uint32_t d = (threadIdx.x & 31u) * 4u, query = (uint32_t)(at / a->n_q_heads);
+    float4 part_o[SPLITS_MAX], o = make_float4(0, 0, 0, 0);
+    float2 sums[SPLITS_MAX];
     float most = -INFINITY, total = 0;
 
     kvki_wait_for_previous();
     if (at >= rows || query % a->n_q >= prefill_queries_of(a, query / a->n_q))
         return;
-    for (uint32_t part = 0; part < p.splits; part++)
-        most = fmaxf(most, p.part_sums[part * rows + at].x);
-    most = most == -INFINITY ? 0.0f : most;
-    for (uint32_t part = 0; part < p.splits; part++) {
-        float2 sums = p.part_sums[part * rows + at];
-        total += sums.y * exp2_of(sums.x - most);
+#pragma unroll
+    for (uint32_t part = 0; part < SPLITS_MAX; part++) {
+        bool there = part < p.splits;
+        sums[part] = there ? p.part_sums[part * rows + at] : make_float2(-INFINITY, 0);
+        part_o[part] = there && d < a->head_dim
+                           ? *(const float4 *)(p.part_o + (part * rows + at) * a->head_dim + d)
+                           : make_float4(0, 0, 0, 0);
     }
-    for (uint32_t d = lane * 4u; d < a->head_dim; d += 128u) {
-        float4 o = make_float4(0, 0, 0, 0);
-        float by = total == 0.0f ? 0.0f : 1.0f / total;
-#pragma unroll 4
-        for (uint32_t part = 0; part < p.splits; part++) {
-            float4 v = *(const float4 *)(p.part_o + (part * rows + at) * a->head_dim + d);
-            float share = exp2_of(p.part_sums[part * rows + at].x - most);
-            o = make_float4(o.x + v.x * share, o.y + v.y * share, o.z + v.z * share,
-                            o.w + v.w * share);
-        }
+#pragma unroll
+    for (uint32_t part = 0; part < SPLITS_MAX; part++)
+        most = fmaxf(most, sums[part].x);
+    most = most == -INFINITY ? 0.0f : most;
+#pragma unroll
+    for (uint32_t part = 0; part < SPLITS_MAX; part++) {
+        float share = exp2_of(sums[part].x - most);
+        float4 v = part_o[part];
+        total += sums[part].y * share;
+        o = make_float4(o.x + v.x * share, o.y + v.y * share, o.z + v.z * share, o.w + v.w * share);
+    }
+    float by = total == 0.0f ? 0.0f : 1.0f / total;
+    if (d < a->head_dim)
         *(float4 *)(a->o + at * a->head_dim + d) =
             make_float4(o.x * by, o.y * by, o.z * by, o.w * by);
-    }
-    if (lane == 0)
+    if (d == 0)
         a->lse[at] = total == 0.0f ? -INFINITY : most / LOG2_E + logf(total);
 }
 
@@ -173,7 +178,8 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(const struct prefil
         if (holes[0] || (tile + 1) * PREFILL_KEYS > b.all_see)
             mask_scores<PREFILL_KEYS>(a, b, first, tile, holes, x);
         weigh_scores<kDim, kPieces, PREFILL_KEYS>(x, &s, keep);
-        scale_sums<kDim, kPieces>(keep, &s);
+        if (sums_change(keep))
+            scale_sums<kDim, kPieces>(keep, &s);
         add_values<kDim, kPieces>(x, here + F::tile / 2, &s);
     }
     store_rows<kDim, kPieces>(&p, b, first, s);

@@ -180,10 +180,16 @@ attend_tiles(const kvk_cuda_prefill_args *a, const struct prefill_block &b, uint
         wgmma_pin(x);
         see_scores<kDim, kPieces>(a, b, first, i, r, x);
         weigh_scores<kDim, kPieces, F::keys>(x, s, keep);
-        wgmma_wait_but<0>();
-        wgmma_pin(s->o);
+        /* A wait for either case: one before the branch would be moved before the softmax. */
+        if (sums_change(keep)) {
+            wgmma_wait_but<0>();
+            wgmma_pin(s->o);
+            scale_sums<kDim, kPieces>(keep, s);
+        } else {
+            wgmma_wait_all();
+            wgmma_pin(s->o);
+        }
         give_back(&r->v_read[before]);
-        scale_sums<kDim, kPieces>(keep, s);
         split_weights<kPieces, F::keys>(x, w);
     }
     bulk_wait(&r->v_there[stage], (n - 1u) / STAGES % 2u);
@@ -217,13 +223,17 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_90a_kernel(const struct pr
     uint32_t warp = threadIdx.x / 32u;
     struct prefill_block b;
 
+    /* Packing writes the tiles alone, and began when all before it had ended: what else is read may
+     * be read before it ends. */
     begin_rings(&rings);
-    kvki_wait_for_previous();
-    kvki_let_next_start();
-    if (!prefill_find_block<F::keys>(&p, &b))
+    if (!prefill_find_block<F::keys>(&p, &b)) {
+        kvki_wait_for_previous();
         return;
+    }
     if (warp >= WARPS) {
         wgmma_registers<BRING_REGISTERS, false>();
+        kvki_wait_for_previous();
+        kvki_let_next_start();
         if (warp == WARPS)
             bring_tiles<kDim, kPieces>(&p.a, b, &rings, k, v);
     } else {
@@ -231,6 +241,8 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_90a_kernel(const struct pr
         struct rows_state<kDim, kPieces> s;
         uint32_t first = b.first + warp * 16u;
         load_rows<kDim, kPieces>(&p.a, b, first, &s);
+        kvki_wait_for_previous();
+        kvki_let_next_start();
         if (b.tile < b.end)
             attend_tiles<kDim, kPieces>(&p.a, b, first, &rings, wgmma_tile(k, F::panel),
                                         wgmma_tile(v, F::panel), &s);

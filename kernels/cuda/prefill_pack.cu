@@ -4,17 +4,25 @@
  *
  * Every row is read once, decoded and rotated, and laid out as bf16, or as two bf16 pieces whose
  * sum is the f32 number to 2^-18. Places of the list that hold no row, and what fills up the last
- * tile, are zeros. A thread takes 16 bytes of each half of a slice, since rotation pairs them.
+ * tile, are zeros.
  */
 #include "prefill.cuh"
 
 #define THREADS 256u
-#define LANES   128u /* of a key */
-#define KEYS    (THREADS / LANES)
+#define KEYS    8u /* of a block */
+#define BATCH   2u /* units of a thread on their way at once */
 
-/* Where a thread's numbers are in their slice, and whether that is V's. */
+/* Where a key's row is, NULL: nowhere; and whether it is rotated, to which position. */
+struct key {
+    const char *row;
+    int32_t position;
+    bool rotated;
+};
+
+/* A unit is a piece of 8 elements of the first half of a slice, and that of the second which is
+ * rotated with it: of K of every head, then of V. Where one of a block's is. */
 struct place {
-    uint32_t head, piece; /* of 8 elements, in the first half */
+    uint32_t key, head, piece;
     bool of_v;
 };
 
@@ -23,54 +31,57 @@ struct halves {
     float scale;
 };
 
-__device__ static inline struct place place_of(uint32_t unit, uint32_t pieces)
+template <int kDim>
+__device__ static inline struct place place_of(uint32_t unit, uint32_t n_kv_heads)
 {
+    const uint32_t pieces = kDim / 16;
+    uint32_t slice = unit / pieces;
     struct place at;
 
     at.piece = unit % pieces;
-    at.of_v = unit / pieces % 2u;
-    at.head = unit / (2u * pieces);
+    at.key = slice / (2u * n_kv_heads);
+    at.head = slice % (2u * n_kv_heads);
+    at.of_v = at.head >= n_kv_heads;
+    at.head -= at.of_v ? n_kv_heads : 0;
     return at;
 }
 
-/* The row of key j, NULL where there is none, and its position. */
-__device__ static inline const char *key_row(const kvk_cuda_prefill_args *a, uint32_t seq,
-                                             uint32_t j, uint32_t n_list, uint32_t n_own,
-                                             int32_t *position_p)
+/* Key j of a sequence's n_list listed ones and n_own of its own. */
+__device__ static inline struct key find_key(const kvk_cuda_prefill_args *a, uint32_t seq,
+                                             uint32_t j, uint32_t n_list, uint32_t n_own)
 {
-    uint32_t i = j - n_list;
+    bool listed = j < n_list;
+    const int32_t *positions = listed ? a->k_positions : a->chunk_positions;
+    size_t at = listed ? (size_t)seq * a->stride + j : (size_t)seq * a->n_q + j - n_list;
+    int32_t slot = listed ? a->list[at] : 0;
+    struct key key = {};
 
-    if (j < n_list) {
-        size_t at = (size_t)seq * a->stride + j;
-        int32_t slot = a->list[at];
-        *position_p = a->inv_freq && a->k_positions ? a->k_positions[at] : 0;
-        return slot < 0 ? NULL : (const char *)a->res[seq].slots + (size_t)slot * a->row_bytes;
-    }
-    if (i >= n_own)
-        return NULL;
-    *position_p =
-        a->inv_freq && a->chunk_positions ? a->chunk_positions[(size_t)seq * a->n_q + i] : 0;
-    return (const char *)a->chunk + ((size_t)seq * a->n_q + i) * a->row_bytes;
+    if (slot < 0 || j >= n_list + n_own)
+        return key;
+    key.row = listed ? (const char *)a->res[seq].slots + (size_t)slot * a->row_bytes
+                     : (const char *)a->chunk + at * a->row_bytes;
+    key.rotated = a->inv_freq && positions;
+    key.position = key.rotated ? positions[at] : 0;
+    return key;
 }
 
 /* Bytes of the row as they are; zeros of no row. */
-template <kvk_dtype kDtype>
+template <kvk_dtype kDtype, int kDim>
 __device__ static inline struct halves load_halves(const struct prefill_params *p, const char *row,
                                                    struct place at)
 {
     const kvk_cuda_prefill_args *a = &p->a;
     const char *slice = row + (at.of_v ? a->v_off_bytes : a->k_off_bytes);
+    uint32_t low = at.head * kDim + at.piece * 8u, high = low + kDim / 2;
     struct halves h = {};
 
-    h.scale = 1;
     if (!row)
         return h;
-    uint32_t low = at.head * a->head_dim + at.piece * 8u, high = low + a->head_dim / 2;
     if (kDtype == KVK_I8_SCALED || kDtype == KVK_E4M3_SCALED) {
         uint2 x = *(const uint2 *)(slice + low), y = *(const uint2 *)(slice + high);
         h.low = make_uint4(x.x, x.y, 0, 0);
         h.high = make_uint4(y.x, y.y, 0, 0);
-        h.scale = kvki_bf16(((const uint16_t *)(slice + a->n_kv_heads * a->head_dim))[at.head]);
+        h.scale = kvki_bf16(((const uint16_t *)(slice + a->n_kv_heads * kDim))[at.head]);
     } else {
         h.low = *(const uint4 *)(slice + low * 2u);
         h.high = *(const uint4 *)(slice + high * 2u);
@@ -95,104 +106,139 @@ __device__ static inline void decode(uint4 from, float scale, float (&x)[8])
     }
 }
 
-/* x to the pieces at `to`. */
-__device__ static inline void store_pieces(const struct prefill_params *p, const float (&x)[8],
+/* The first pieces to `to`, and what they leave to the second ones. */
+template <int kDim>
+__device__ static inline void store_pieces(const struct prefill_params *p, uint4 high, uint4 rest,
                                            char *to)
 {
-    uint32_t high[4];
-
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        high[i] = bf16_pair(x[i * 2], x[i * 2 + 1]);
-    *(uint4 *)to = make_uint4(high[0], high[1], high[2], high[3]);
-    if (p->pieces == 1)
-        return;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 rest = rest_of(x[i * 2], x[i * 2 + 1], high[i]);
-        high[i] = bf16_pair(rest.x, rest.y);
-    }
-    *(uint4 *)(to + p->tile_keys * p->a.head_dim * 2u) =
-        make_uint4(high[0], high[1], high[2], high[3]);
+    *(uint4 *)to = high;
+    if (p->pieces == 2)
+        *(uint4 *)(to + p->tile_keys * kDim * 2u) = rest;
 }
 
-/* Key j's numbers to its tile; turn [head_dim / 2], NULL: they stay as they are. */
-template <kvk_dtype kDtype>
+template <int kDim>
+__device__ static inline void store_floats(const struct prefill_params *p, const float (&x)[8],
+                                           char *to)
+{
+    uint32_t high[4], rest[4];
+
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        high[i] = bf16_pair(x[i * 2], x[i * 2 + 1]);
+        float2 left = rest_of(x[i * 2], x[i * 2 + 1], high[i]);
+        rest[i] = bf16_pair(left.x, left.y);
+    }
+    store_pieces<kDim>(p, make_uint4(high[0], high[1], high[2], high[3]),
+                       make_uint4(rest[0], rest[1], rest[2], rest[3]), to);
+}
+
+/* A unit of key j to its tile; turn [kDim / 2], NULL: it stays as it is. */
+template <kvk_dtype kDtype, int kDim>
 __device__ static inline void store_halves(const struct prefill_params *p, uint32_t seq, uint32_t j,
                                            struct place at, const struct halves &h,
                                            const float2 *turn)
 {
-    uint32_t d = p->a.head_dim, row = j % p->tile_keys, first = j - row;
-    char *tile = prefill_packed(p, seq, at.head) + (size_t)first * prefill_key_bytes(p) +
-                 (at.of_v ? p->tile_keys * d * 2u * p->pieces : 0);
+    uint32_t row = j % p->tile_keys;
+    char *tile = prefill_packed(p, seq, at.head) + (size_t)(j - row) * prefill_key_bytes(p) +
+                 (at.of_v ? p->tile_keys * kDim * 2u * p->pieces : 0);
+    char *low = tile + tile_piece(p->tile_keys, row, at.piece);
+    char *high = tile + tile_piece(p->tile_keys, row, at.piece + kDim / 16u);
     float x[8], y[8];
 
+    if (kDtype == KVK_BF16 && (at.of_v || !turn)) {
+        store_pieces<kDim>(p, h.low, make_uint4(0, 0, 0, 0), low);
+        store_pieces<kDim>(p, h.high, make_uint4(0, 0, 0, 0), high);
+        return;
+    }
     decode<kDtype>(h.low, h.scale, x);
     decode<kDtype>(h.high, h.scale, y);
     if (turn && !at.of_v) {
 #pragma unroll
         for (uint32_t i = 0; i < 8; i++) {
             float2 r = turn[at.piece * 8u + i];
-            float low = x[i] * r.x - y[i] * r.y, high = y[i] * r.x + x[i] * r.y;
-            x[i] = low;
-            y[i] = high;
+            float first = x[i] * r.x - y[i] * r.y, second = y[i] * r.x + x[i] * r.y;
+            x[i] = first;
+            y[i] = second;
         }
     }
-    store_pieces(p, x, tile + tile_piece(p->tile_keys, row, at.piece));
-    store_pieces(p, y, tile + tile_piece(p->tile_keys, row, at.piece + d / 16u));
+    store_floats<kDim>(p, x, low);
+    store_floats<kDim>(p, y, high);
 }
 
-/* A block takes KEYS keys: a key's angles once, which its first numbers' way hides. */
-template <kvk_dtype kDtype>
-__global__ void __launch_bounds__(THREADS) pack_kernel(const struct prefill_params p)
+/* (cos, sin) of the block's keys, where they are rotated. */
+template <int kDim>
+__device__ static inline void find_turns(const kvk_cuda_prefill_args *a, const struct key *keys,
+                                         float2 (*turns)[kDim / 2])
 {
-    __shared__ float2 turns[KEYS][64];
+    for (uint32_t i = threadIdx.x; i < KEYS * (kDim / 2); i += THREADS) {
+        const struct key *key = &keys[i / (kDim / 2)];
+        if (key->rotated)
+            turns[i / (kDim / 2)][i % (kDim / 2)] =
+                attend_turn(key->position, a->inv_freq[i % (kDim / 2)]);
+    }
+}
+
+/* A block takes KEYS keys; their angles are found while its first units are on their way. */
+template <kvk_dtype kDtype, int kDim>
+__global__ void __launch_bounds__(THREADS, 4) pack_kernel(const struct prefill_params p)
+{
+    __shared__ struct key keys[KEYS];
+    __shared__ float2 turns[KEYS][kDim / 2];
     const kvk_cuda_prefill_args *a = &p.a;
-    uint32_t key = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    uint32_t seq = blockIdx.y, j = blockIdx.x * KEYS + key, pieces = a->head_dim / 16u;
-    uint32_t units = a->n_kv_heads * 2u * pieces;
-    int32_t position = 0;
+    uint32_t seq = blockIdx.y, first = blockIdx.x * KEYS;
+    uint32_t units = KEYS * a->n_kv_heads * 2u * (kDim / 16);
 
     kvki_wait_for_previous();
     kvki_let_next_start();
     uint32_t n_list = min(a->n_list[seq], a->stride), n_own = prefill_own_of(a, seq);
-    const char *row = key_row(a, seq, j, n_list, n_own, &position);
-    bool rotated = row && a->inv_freq && (j < n_list ? a->k_positions : a->chunk_positions);
-    struct halves h = {};
-    if (lane < units)
-        h = load_halves<kDtype>(&p, row, place_of(lane, pieces));
-    if (rotated && lane < a->head_dim / 2)
-        turns[key][lane] = attend_turn(position, a->inv_freq[lane]);
-    __syncthreads();
-    if (j >= (n_list + n_own + p.tile_keys - 1) / p.tile_keys * p.tile_keys)
+    if (first >= (n_list + n_own + p.tile_keys - 1) / p.tile_keys * p.tile_keys)
         return;
-    for (uint32_t unit = lane; unit < units; unit += LANES) {
-        struct place at = place_of(unit, pieces);
-        if (unit != lane)
-            h = load_halves<kDtype>(&p, row, at);
-        store_halves<kDtype>(&p, seq, j, at, h, rotated ? turns[key] : NULL);
+    if (threadIdx.x < KEYS)
+        keys[threadIdx.x] = find_key(a, seq, first + threadIdx.x, n_list, n_own);
+    __syncthreads();
+    for (uint32_t from = 0; from < units; from += THREADS * BATCH) {
+        struct halves h[BATCH];
+#pragma unroll
+        for (uint32_t i = 0; i < BATCH; i++) {
+            struct place at = place_of<kDim>(from + i * THREADS + threadIdx.x, a->n_kv_heads);
+            if (at.key < KEYS)
+                h[i] = load_halves<kDtype, kDim>(&p, keys[at.key].row, at);
+        }
+        if (from == 0) {
+            find_turns<kDim>(a, keys, turns);
+            __syncthreads();
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < BATCH; i++) {
+            struct place at = place_of<kDim>(from + i * THREADS + threadIdx.x, a->n_kv_heads);
+            if (at.key < KEYS)
+                store_halves<kDtype, kDim>(&p, seq, first + at.key, at, h[i],
+                                           keys[at.key].rotated ? turns[at.key] : NULL);
+        }
     }
 }
 
 typedef void (*pack_fn)(const struct prefill_params p);
 
-static pack_fn kernel_of(kvk_dtype dtype)
+template <int kDim> static pack_fn kernel_of(kvk_dtype dtype)
 {
     switch (dtype) {
     case KVK_BF16:
-        return pack_kernel<KVK_BF16>;
+        return pack_kernel<KVK_BF16, kDim>;
     case KVK_F16:
-        return pack_kernel<KVK_F16>;
+        return pack_kernel<KVK_F16, kDim>;
     case KVK_I8_SCALED:
-        return pack_kernel<KVK_I8_SCALED>;
+        return pack_kernel<KVK_I8_SCALED, kDim>;
     default:
-        return pack_kernel<KVK_E4M3_SCALED>;
+        return pack_kernel<KVK_E4M3_SCALED, kDim>;
     }
 }
 
 kvc_status kvki_prefill_pack(const kvk_cuda *cuda, const struct prefill_params &p,
                              kvk_stream *stream)
 {
-    return kvki_cuda_launch_next(cuda, kernel_of(p.a.dtype), dim3(p.keys_max / KEYS, p.a.n_seqs),
-                                 THREADS, 0, stream, p);
+    pack_fn kernel = p.a.head_dim == 128 ? kernel_of<128>(p.a.dtype) : kernel_of<64>(p.a.dtype);
+
+    return kvki_cuda_launch_next(cuda, kernel, dim3(p.keys_max / KEYS, p.a.n_seqs), THREADS, 0,
+                                 stream, p);
 }

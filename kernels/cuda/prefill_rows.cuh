@@ -110,7 +110,7 @@ __device__ static inline float exp2_of(float x)
 template <int kKeys>
 __device__ static inline void cap_scores(const kvk_cuda_prefill_args *a, float (&x)[kKeys / 8][4])
 {
-    float most = a->softcap * LOG2_E;
+    float most = a->softcap * LOG2_E, by = 1.0f / most;
 
     if (!(a->softcap > 0))
         return;
@@ -118,7 +118,7 @@ __device__ static inline void cap_scores(const kvk_cuda_prefill_args *a, float (
     for (int t = 0; t < kKeys / 8; t++) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            x[t][i] = most * tanhf(x[t][i] / most);
+            x[t][i] = most * tanhf(x[t][i] * by);
     }
 }
 
@@ -173,12 +173,16 @@ __device__ static inline void weigh_scores(float (&x)[kKeys / 8][4],
     }
 }
 
+/* Whether that is not 1 for a row of the warp. */
+__device__ static inline bool sums_change(const float (&keep)[2])
+{
+    return __any_sync(KVKI_FULL_WARP, keep[0] != 1.0f || keep[1] != 1.0f);
+}
+
 template <int kDim, int kPieces>
 __device__ static inline void scale_sums(const float (&keep)[2],
                                          struct rows_state<kDim, kPieces> *s)
 {
-    if (!__any_sync(KVKI_FULL_WARP, keep[0] != 1.0f || keep[1] != 1.0f))
-        return;
 #pragma unroll
     for (int t = 0; t < kDim / 8; t++) {
 #pragma unroll

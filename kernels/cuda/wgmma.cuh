@@ -79,6 +79,14 @@ template <int kPending> __device__ static inline void wgmma_wait_but(void)
 #endif
 }
 
+/* wgmma_wait_but<0>, which the compiler takes for another. */
+__device__ static inline void wgmma_wait_all(void)
+{
+#if WGMMA_HERE
+    asm volatile("wgmma.wait_group.sync.aligned 0; // all" ::: "memory");
+#endif
+}
+
 /* The compiler moves no use of these across here. */
 template <int kN> __device__ static inline void wgmma_pin(float (&c)[kN][4])
 {
