@@ -32,6 +32,14 @@ __device__ static inline void bulk_begin(void)
 #endif
 }
 
+/* The barrier's memory may be used otherwise, or bulk_init be called again. */
+__device__ static inline void bulk_drop(uint64_t *barrier)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(bulk_address(barrier)) : "memory");
+#endif
+}
+
 /* Starts a phase that ends when these bytes have come. */
 __device__ static inline void bulk_expect(uint64_t *barrier, uint32_t bytes)
 {

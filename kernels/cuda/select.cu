@@ -170,7 +170,8 @@ extern "C" kvc_status kvk_cuda_select(kvk_cuda *cuda, const kvk_cuda_select_args
                                args->keep,
                                {}},
                               args->q,
-                              args->dims};
+                              args->dims,
+                              args->early};
     const void *kernel = args->dims == 126  ? (const void *)select_kernel<fast_form<128>>
                          : args->dims == 62 ? (const void *)select_kernel<fast_form<64>>
                                             : (const void *)select_kernel<general_form>;

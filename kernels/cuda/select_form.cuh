@@ -18,7 +18,7 @@
 struct select_params {
     struct topk_job job;
     const float *q;
-    uint32_t dims;
+    uint32_t dims, early;
 };
 
 /* Lane's part of the quantised query: eight pairs of int16, and the scale of all. */

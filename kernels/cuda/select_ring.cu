@@ -84,29 +84,33 @@ __device__ static inline uint32_t ring_ticket(const struct topk_job *job, const 
     return (w->own + 1) * topk_warps() + ticket * TOPK_TICKETS + row;
 }
 
+/* The warp's group of number `at`, where that is a sample or one of its own. */
+template <class Form, bool kOne>
+__device__ static inline uint32_t ring_own(const struct ring_scan<Form, kOne> *s, uint32_t at)
+{
+    return at < s->n_sampled ? (topk_warp() * s->rounds + at) * s->walk.skip
+                             : ring_rest(s, topk_warp() * s->walk.own + at - s->n_sampled);
+}
+
 /* The warp's next group; RING_NONE: there is none. First its samples, then its own, then what is
  * handed out, for which lane 0 asks one ahead. */
 template <class Form, bool kOne>
 __device__ static inline uint32_t ring_next(struct ring_scan<Form, kOne> *s)
 {
     const struct topk_walk *w = &s->walk;
-    uint32_t at = s->at, rest = 0;
+    uint32_t at = s->at, static_ones = s->n_sampled + w->own, rest = 0;
 
     s->at++;
-    if (at < s->n_sampled)
-        return (topk_warp() * s->rounds + at) * w->skip;
-    at -= s->n_sampled;
-    rest = topk_warp() * w->own + at;
-    if (at >= w->own) {
-        rest = w->own * topk_warps() + topk_warp();
-        if (at > w->own)
-            rest = __shfl_sync(KVKI_FULL_WARP, s->ticket, 0);
-        if (rest >= w->n_rest) {
-            s->at--; /* there are no more */
-            return RING_NONE;
-        }
-        s->ticket = ring_ticket(&s->p->job, w);
+    if (at < static_ones)
+        return ring_own(s, at);
+    rest = w->own * topk_warps() + topk_warp();
+    if (at > static_ones)
+        rest = __shfl_sync(KVKI_FULL_WARP, s->ticket, 0);
+    if (rest >= w->n_rest) {
+        s->at--; /* there are no more */
+        return RING_NONE;
     }
+    s->ticket = ring_ticket(&s->p->job, w);
     return ring_rest(s, rest);
 }
 
@@ -142,6 +146,47 @@ __device__ static inline void ring_ask(struct ring_scan<Form, kOne> *s, uint32_t
     bulk_expect(&s->warp->full[slot], rows * Form::kBytes);
     bulk_copy(s->slots + slot * RING_BYTES, index + (size_t)first * Form::kBytes,
               rows * Form::kBytes, &s->warp->full[slot]);
+}
+
+/* Fills the ring while the op before still runs: with groups that are full by the number of rows of
+ * this moment, and need no ticket. Gives how many groups it counted on. */
+template <class Form, bool kOne>
+__device__ static inline uint32_t ring_begin_early(struct ring_scan<Form, kOne> *s)
+{
+    const kvk_cuda_candidates *seq = s->p->job.seqs;
+    uint32_t n_rows = min(__ldcg(&seq->n_rows), s->p->job.rows_max); /* past L1: it may change */
+    uint32_t n_groups = (n_rows + ring_group<Form>::kRows - 1) / ring_group<Form>::kRows;
+    const uint8_t *index = (const uint8_t *)__ldcg((const unsigned long long *)&seq->index);
+
+    ring_plan(s, n_groups);
+    for (; s->at < min(RING_SLOTS, s->n_sampled + s->walk.own); s->at++) {
+        uint32_t group = ring_own(s, s->at);
+        if (group + 1 >= n_groups)
+            break;
+        if ((threadIdx.x & 31u) != 0)
+            continue;
+        s->warp->slot_group[s->at] = group;
+        bulk_expect(&s->warp->full[s->at], RING_BYTES);
+        bulk_copy(s->slots + s->at * RING_BYTES, index + (size_t)group * RING_BYTES, RING_BYTES,
+                  &s->warp->full[s->at]);
+    }
+    return n_groups;
+}
+
+/* What was asked for early is not what the warp begins with: the ring is empty again. */
+template <class Form, bool kOne>
+__device__ static inline void ring_drop_early(struct ring_scan<Form, kOne> *s)
+{
+    uint32_t lane = threadIdx.x & 31u;
+
+    if (lane < s->at) {
+        bulk_wait(&s->warp->full[lane], 0);
+        bulk_drop(&s->warp->full[lane]);
+        bulk_init(&s->warp->full[lane], 1);
+    }
+    bulk_begin();
+    __syncwarp();
+    s->at = 0;
 }
 
 /* Keys of a lane's rows of a group. */
@@ -360,7 +405,7 @@ __device__ static inline void ring_scan_all(struct ring_scan<Form, kOne> *s)
 {
     uint32_t n = 0; /* groups scored: slot and parity follow */
 
-    for (uint32_t i = 0; i < RING_SLOTS; i++)
+    for (uint32_t i = s->at; i < RING_SLOTS; i++) /* the others were asked for early */
         ring_ask(s, i);
     __syncwarp();
     if (kOne)
@@ -481,7 +526,7 @@ __global__ void __launch_bounds__(TOPK_THREADS, 1) ring_kernel(const struct sele
     extern __shared__ __align__(128) uint8_t shared[];
     struct ring_block *block = (struct ring_block *)shared;
     struct ring_scan<Form, kOne> s;
-    uint32_t warp = threadIdx.x / 32u;
+    uint32_t warp = threadIdx.x / 32u, early = 0; /* groups counted on */
 
     if ((threadIdx.x & 31u) < RING_SLOTS)
         bulk_init(&block->warps[warp].full[threadIdx.x & 31u], 1);
@@ -490,6 +535,15 @@ __global__ void __launch_bounds__(TOPK_THREADS, 1) ring_kernel(const struct sele
         bulk_init(&block->known, p.job.n_seqs);
     }
     bulk_begin();
+    __syncwarp();
+    s.p = &p;
+    s.block = block;
+    s.warp = &block->warps[warp];
+    s.slots = shared + RING_AT + (size_t)warp * RING_SLOTS * RING_BYTES;
+    s.seq = p.job.n_seqs;
+    s.at = s.n_held = s.ticket = s.known = s.bound = 0;
+    if (kOne && p.early)
+        early = ring_begin_early(&s);
     for (uint32_t i = threadIdx.x; i < TOPK_COARSE; i += TOPK_THREADS)
         block->topk.bins[i] = 0;
     if (threadIdx.x == 0)
@@ -498,18 +552,14 @@ __global__ void __launch_bounds__(TOPK_THREADS, 1) ring_kernel(const struct sele
         kvki_prefetch(p.job.seqs + threadIdx.x);
     if (threadIdx.x * 32u < p.job.n_seqs * p.dims)
         kvki_prefetch(p.q + threadIdx.x * 32u);
-    s.p = &p;
     kvki_wait_for_previous();
     if (threadIdx.x == 0)
         block->parity = p.job.space.counters->parity;
     s.index = (const uint8_t *)p.job.seqs[0].index;
     topk_layout(&p.job, &block->topk, ring_group<Form>::kRows);
-    s.block = block;
-    s.warp = &block->warps[warp];
-    s.slots = shared + RING_AT + (size_t)warp * RING_SLOTS * RING_BYTES;
+    if (kOne && s.at && early != block->topk.first_group[p.job.n_seqs])
+        ring_drop_early(&s);
     ring_plan(&s, block->topk.first_group[p.job.n_seqs]);
-    s.seq = p.job.n_seqs;
-    s.at = s.n_held = s.ticket = s.known = s.bound = 0;
     s.n_cands = p.job.space.n_ring + block->parity * p.job.n_seqs;
     ring_scan_all(&s);
     ring_conclude(&s);

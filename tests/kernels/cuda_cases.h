@@ -7,7 +7,7 @@
 /* clang-format off */
 #define CUDA_CASES(X) \
     X(digest) X(query) X(edges) X(select) X(select_ties) X(select_batch) \
-    X(select_window) X(select_large) \
+    X(select_window) X(select_early) X(select_large) \
     X(resolve) X(gather) X(encode) X(frame) X(frame_heads) X(order) X(attend) X(attend_exact) \
     X(attend_near) X(attend_resolve) X(prefill) X(merge) X(graph) X(export) \
     X(vote_edges) X(vote) X(vote_ties) X(vote_batch) X(vote_large) X(vote_window) X(vote_wide) \

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "cuda_cases.h"
+#include "kvk/cuda_frame.h"
 
 /* One sequence of a batch, with its own length. */
 typedef struct sequence {
@@ -227,6 +228,83 @@ void cuda_case_select_window(numbers *from)
         for (size_t e = 0; e < 3; e++)
             run_one(from, sizes[i], 126, 2048, windows[e]);
     }
+}
+
+/* Rows that are not all different: what they are does not matter here. */
+static sequence many_rows(numbers *from, uint32_t n, uint32_t dims)
+{
+    size_t row = kvk_index_row_bytes(1, dims);
+    sequence seq = {n, 0, host_bytes(n * row), normals(from, dims)};
+    const uint8_t *some = index_rows(from, 1000, 1, dims);
+
+    for (uint32_t i = 0; i < n; i++) {
+        memcpy(seq.rows + i * row, some + i % 1000 * row, row);
+        seq.rows[i * row + i % dims] ^= (uint8_t)(i / 1000);
+    }
+    return seq;
+}
+
+/* Behind a frame that finds how many rows there are, which were fewer or more before: the same as
+ * from a launch that begins after it. */
+static void run_early(numbers *from, uint32_t dims, uint32_t most, const uint32_t *n, size_t n_n)
+{
+    sequence seq = many_rows(from, most, dims);
+    batch b = {.n_seqs = 1, .dims = dims, .k = 2048, .rows_max = most, .seqs = &seq};
+    uint32_t *n_tokens = pinned_bytes(4);
+    const uint32_t *picks = NULL, *n_picks = NULL;
+    const kvk_cuda_frame_args frame = {.n_seqs = 1,
+                                       .n_q_heads = 1,
+                                       .n_kv_heads = 1,
+                                       .head_dim = 8,
+                                       .dims = dims,
+                                       .q = device_bytes(16),
+                                       .dtype = KVK_BF16,
+                                       .n_tokens = n_tokens,
+                                       .n_recent = 1,
+                                       .n_near = device_bytes(4),
+                                       .near_first = device_bytes(4)};
+    kvk_cuda_frame_args a = frame;
+
+    kvk_cuda_graph *graph = NULL;
+
+    prepare(&b);
+    a.cands = (kvk_cuda_candidates *)(uintptr_t)b.args.cands;
+    b.args.early = 1;
+    gpu_sync();
+    OK(kvk_cuda_graph_begin(gpu(), gpu_stream())); /* one by one the frame would be done before */
+    OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
+    OK(kvk_cuda_select(gpu(), &b.args, gpu_stream()));
+    OK(kvk_cuda_graph_end(gpu(), gpu_stream(), &graph));
+    for (size_t i = 0; i < n_n; i++) {
+        *n_tokens = n[i] + 2; /* of which two are near */
+        OK(kvk_cuda_graph_launch(gpu(), graph, gpu_stream()));
+        picks = fetched(b.args.picks, b.k * 4);
+        n_picks = fetched(b.args.n_picks, 4);
+        b.args.early = 0; /* the graph has its own */
+        OK(kvk_cuda_fill(gpu(), b.args.picks, 0xee, b.k * 4, gpu_stream()));
+        OK(kvk_cuda_select(gpu(), &b.args, gpu_stream()));
+        const uint32_t *want = fetched(b.args.picks, b.k * 4);
+        uint32_t room = n[i] < b.k ? n[i] : b.k;
+        REQUIRE(*n_picks == room && *(const uint32_t *)fetched(b.args.n_picks, 4) == room &&
+                    memcmp(picks, want, room * 4) == 0,
+                "early: %u rows of %u dims, %u picks", n[i], dims, *n_picks);
+    }
+    kvk_cuda_graph_destroy(gpu(), graph);
+    release_all();
+}
+
+void cuda_case_select_early(numbers *from)
+{
+    /* from each to the next, warps begin with other groups, or with the same */
+    static const uint32_t some[] = {20000, 70000,  20000,  20001, 20033, 140000, 70000,
+                                    9000,  140000, 139000, 30,    0,     140000, 20000};
+    static const uint32_t many[] = {860000, 860000, 860001, 860031, 860063,
+                                    600000, 860000, 899900, 500,    860000};
+
+    run_early(from, 126, 150000, some, sizeof(some) / sizeof(some[0]));
+    run_early(from, 62, 150000, some, sizeof(some) / sizeof(some[0]));
+    run_early(from, 24, 150000, some, sizeof(some) / sizeof(some[0]));
+    run_early(from, 126, 900000, many, sizeof(many) / sizeof(many[0]));
 }
 
 void cuda_case_select_large(numbers *from)

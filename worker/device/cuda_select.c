@@ -44,6 +44,7 @@ static kvc_status select_esa(const kvw_worker *w, const kvwi_lane *lane, kvk_str
         .n_picks = lane->n_picks,
         .workspace = lane->select_space,
         .workspace_bytes = lane->select_bytes,
+        .early = 1, /* behind the frame, which writes but the row that is none of them yet */
     };
     return kvk_cuda_select(w->device->cuda, &args, stream);
 }

@@ -179,7 +179,8 @@ typedef struct kvk_cuda_candidates {
  * arbitrary picks, in range. workspace: kvk_cuda_select_workspace_bytes, cleared once with
  * kvk_cuda_fill 0 before its first use; an op leaves it ready for the next of as many sequences,
  * and to be cleared again for another number. Fast at dims 126 and 62 (128 and 64 bytes a row);
- * dims <= 256, k <= KVK_CUDA_K_MAX.
+ * dims <= 256, k <= KVK_CUDA_K_MAX. early: index, and the rows that the op before this one found
+ * n_rows at or leaves it at, were there before that op began: the scan sets off beside it.
  */
 typedef struct kvk_cuda_select_args {
     uint32_t n_seqs, dims, k, eps, rows_max;
@@ -191,6 +192,7 @@ typedef struct kvk_cuda_select_args {
     void *workspace;
     size_t workspace_bytes;
     const uint32_t *keep; /* [n_seqs] or NULL: where not 0, nothing is done for the sequence */
+    uint32_t early;       /* 0 or 1 */
 } kvk_cuda_select_args;
 size_t kvk_cuda_select_workspace_bytes(uint32_t n_seqs, uint32_t rows_max);
 kvc_status kvk_cuda_select(kvk_cuda *cuda, const kvk_cuda_select_args *args,
