@@ -216,6 +216,7 @@ __device__ static void resolve_sequence(struct resolve_state *sh, const kvk_cuda
     uint32_t *fetch = a->fetch + (size_t)seq * a->stride + a->off;
     uint32_t step = *r.step + 1, n = min(a->n_picks[seq], a->k), n_misses = 0, missing = 0;
     uint32_t each = (n + kThreads - 1) / kThreads, from = threadIdx.x * each, position[kPicks];
+    uint32_t used[kPicks];
     int32_t slot[kPicks];
 
 #pragma unroll
@@ -224,9 +225,12 @@ __device__ static void resolve_sequence(struct resolve_state *sh, const kvk_cuda
         slot[i] = position[i] < r.n_positions ? r.slot_of[position[i]] : -1;
     }
 #pragma unroll
+    for (uint32_t i = 0; i < kPicks; i++) /* all are asked for before any changes */
+        used[i] = slot[i] >= 0 ? r.used[slot[i]] : 0;
+#pragma unroll
     for (uint32_t i = 0; i < kPicks; i++) {
         if (slot[i] >= 0)
-            r.used[slot[i]] = resolve_stamp(step, (r.used[slot[i]] & 3u) + 1u);
+            r.used[slot[i]] = resolve_stamp(step, (used[i] & 3u) + 1u);
         missing += slot[i] < 0 && position[i] < r.n_positions;
     }
     missing = resolve_prefix<kThreads>(sh, missing, &n_misses); /* orders stamps before ages, too */
