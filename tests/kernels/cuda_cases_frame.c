@@ -200,31 +200,50 @@ static void check_token(const setting *s, uint32_t seq)
     REQUIRE(scale * 127 >= most * 0.99999f && scale * 127 <= most * 1.01f, "scale of %u", seq);
 }
 
-/* The first token, whose K and V lie where the arguments say and not where it says. */
+static bool untouched(const uint8_t *bytes, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (bytes[i] != 0xee)
+            return false;
+    }
+    return true;
+}
+
+/* The first token, with a copy, whose K and V lie where the arguments say and not where it says: by
+ * value, in memory, and not there. */
 static void run_told(const setting *s, kvk_cuda_frame_args a)
 {
+    enum { BY_VALUE, IN_MEMORY, NOT_THERE, WAYS };
     kvk_cuda_token *token = pinned_bytes(sizeof(*token));
-    size_t row = (size_t)s->inputs * 4, index_row = s->dims + 2;
+    size_t row = (size_t)s->inputs * 4, index_row = s->dims + 2, bytes = 0;
+    const void *whole = want_row(s, s->k, &bytes);
 
     *token = s->a.tokens[0];
     token->k = token->v = device_bytes(row);
-    a.token = (kvk_cuda_token){.row = NULL};
-    a.tokens = token;
+    token->copy = s->copies;
+    a.token = *token;
     a.kv = s->a.tokens[0].k;
-    for (uint32_t there = 0; there < 2; there++) {
-        token->row = there ? s->a.tokens[0].row : NULL;
+    for (int way = BY_VALUE; way < WAYS; way++) {
+        a.tokens = way == BY_VALUE ? NULL : token;
+        token->row = way == NOT_THERE ? NULL : s->rows;
         OK(kvk_cuda_fill(gpu(), s->rows, 0xee, row, gpu_stream()));
         OK(kvk_cuda_fill(gpu(), s->index_rows, 0xee, index_row, gpu_stream()));
+        memset(s->copies, 0xee, row);
         OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
-        if (there)
+        gpu_sync();
+        if (way != NOT_THERE)
             check_token(s, 0);
-        else
-            REQUIRE(*(uint8_t *)fetched(s->rows, 1) == 0xee &&
-                        *(uint8_t *)fetched(s->index_rows, 1) == 0xee,
-                    "a token that is not there");
+        REQUIRE(way == NOT_THERE || memcmp(s->copies, whole, bytes) == 0, "copy, way %d", way);
+        REQUIRE(way != NOT_THERE || (untouched(fetched(s->rows, row), row) &&
+                                     untouched(fetched(s->index_rows, index_row), index_row) &&
+                                     untouched(s->copies, row)),
+                "a token that is not there");
     }
     a.n_seqs = 2;
     REQUIRE(kvk_cuda_frame(gpu(), &a, gpu_stream()) == KVC_INVALID, "of one sequence");
+    a.n_seqs = 1;
+    a.kv = (const uint8_t *)a.kv + 8;
+    REQUIRE(kvk_cuda_frame(gpu(), &a, gpu_stream()) == KVC_INVALID, "pieces of 16 bytes");
 }
 
 /* Twice, since a launch must leave the workspace ready; then a token by value. */

@@ -301,29 +301,63 @@ static void run_late(setting *s)
     REQUIRE(s->dims == 1 || kvk_cuda_frame(gpu(), &a, gpu_stream()) == KVC_INVALID, "finer");
 }
 
-/* The first token, whose K and V lie where the arguments say and not where it says. */
+static bool untouched(const uint8_t *bytes, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (bytes[i] != 0xee)
+            return false;
+    }
+    return true;
+}
+
+/* The first token's row, index rows and copy, where a launch left them. */
+static void check_told(const setting *s, int way, bool there)
+{
+    size_t row = s->inputs * 4ul, slice = slice_of(s), index = s->kv_heads * (s->dims + 2ul);
+    size_t fine = s->fine ? s->kv_heads * (s->fine + 2ul) : 0;
+
+    if (!there) {
+        REQUIRE(untouched(fetched(s->rows, row), row) &&
+                    untouched(fetched(s->index_rows, index), index) &&
+                    untouched(fetched(s->fine_rows, fine + 1), fine) && untouched(s->copies, row),
+                "a token that is not there");
+        return;
+    }
+    check_rows(s, 0);
+    REQUIRE(memcmp(s->copies, fetched(s->rows, row), 2 * slice) == 0, "copy, way %d", way);
+    check_index_row(s, 0, s->index_rows, s->dims);
+    if (s->fine)
+        check_index_row(s, 0, s->fine_rows, s->fine);
+}
+
+/* The first token, with a copy, whose K and V lie where the arguments say and not where it says: by
+ * value, in memory, and not there. */
 static void run_told(setting *s)
 {
+    enum { BY_VALUE, IN_MEMORY, NOT_THERE, WAYS };
     kvk_cuda_frame_args a = s->a;
     kvk_cuda_token *token = pinned_bytes(sizeof(*token));
-    size_t row = s->inputs * 4ul;
+    size_t row = s->inputs * 4ul, index = s->kv_heads * (s->dims + 2ul);
 
     *token = s->a.tokens[0];
     token->k = token->v = device_bytes(row);
+    token->copy = s->copies;
     a.n_seqs = 1;
     a.q = NULL;
     a.q_index = NULL;
-    a.tokens = token;
+    a.token = *token;
     a.kv = s->a.tokens[0].k;
-    OK(kvk_cuda_fill(gpu(), s->rows, 0xee, row, gpu_stream()));
-    OK(kvk_cuda_fill(gpu(), s->index_rows, 0xee, s->kv_heads * (s->dims + 2ul), gpu_stream()));
-    OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
-    check_rows(s, 0);
-    check_index_row(s, 0, s->index_rows, s->dims);
-    token->row = NULL;
-    OK(kvk_cuda_fill(gpu(), s->rows, 0xee, row, gpu_stream()));
-    OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
-    REQUIRE(*(uint8_t *)fetched(s->rows, 1) == 0xee, "a token that is not there");
+    for (int way = BY_VALUE; way < WAYS; way++) {
+        a.tokens = way == BY_VALUE ? NULL : token;
+        token->row = way == NOT_THERE ? NULL : s->rows;
+        OK(kvk_cuda_fill(gpu(), s->rows, 0xee, row, gpu_stream()));
+        OK(kvk_cuda_fill(gpu(), s->index_rows, 0xee, index, gpu_stream()));
+        OK(kvk_cuda_fill(gpu(), s->fine_rows, 0xee, s->kv_heads * (s->fine + 2ul), gpu_stream()));
+        memset(s->copies, 0xee, row);
+        OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
+        gpu_sync();
+        check_told(s, way, way != NOT_THERE);
+    }
 }
 
 void cuda_case_frame_heads(numbers *from)
