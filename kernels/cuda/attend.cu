@@ -231,13 +231,19 @@ __device__ static inline void store_result(const kvk_cuda_attend_args *a, size_t
         ((__half *)a->result.out)[at] = __float2half_rn(x);
 }
 
-/* The last block of the grid tells the host, behind the results of all. All threads call. */
+/*
+ * The last block of the grid tells the host, behind the results of all. Each block's results come
+ * before its fence, that before its count, which the last block reads before its own fence: so they
+ * come before the word, by a causality that adds up over scopes. Blocks need to be ordered among
+ * themselves only, and so by the device's scope; the host by the last fence, which is the system's.
+ * All threads call.
+ */
 __device__ static inline void tell_host(const kvk_cuda_result *r)
 {
     __syncthreads();
     if (!r->counts || threadIdx.x != 0)
         return;
-    __threadfence_system();
+    __threadfence();
     if (atomicAdd(r->counts, 1u) != gridDim.x * gridDim.y - 1)
         return;
     __threadfence_system();
