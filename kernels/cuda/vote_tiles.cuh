@@ -294,7 +294,8 @@ __device__ static inline struct vote_feed begin_walk(const struct vote_params *p
     if (threadIdx.x == 0)
         sh->next_unit = run.from;
     __syncthreads();
-    feed.phases = sh->phases[threadIdx.x / 32u];
+    if (comes_whole<Form>())
+        feed.phases = sh->phases[threadIdx.x / 32u];
     feed.now = next_tile<Form>(p, run, n, VOTE_NONE);
     feed.then = feed.now == VOTE_NONE ? VOTE_NONE : next_tile<Form>(p, run, n, feed.now);
     if (Form::kStaged) {
