@@ -77,7 +77,7 @@ static inline kvc_status kvki_cuda_launch_next(const kvk_cuda *cuda, void (*kern
     return kvki_cuda_status(cudaLaunchKernelEx(&config, kernel, params));
 }
 
-/* The same for a grid that is resident as a whole, since its blocks wait for each other. */
+/* The same, that wait too, for a grid resident as a whole: its blocks wait for each other. */
 template <typename Params>
 static inline kvc_status kvki_cuda_launch_whole(const kvk_cuda *cuda, void (*kernel)(const Params),
                                                 dim3 grid, unsigned threads, size_t smem_bytes,
@@ -204,9 +204,9 @@ __device__ static inline void kvki_async_wait(void)
 }
 
 /*
- * A kernel launched by kvki_cuda_launch_next may start while the one before it ends; it must call
- * wait_for_previous before it reads what that one wrote, or writes what it reads. let_next_start
- * says that the next kernel may be brought in now.
+ * A kernel launched by kvki_cuda_launch_next or _whole may start while the one before it ends; it
+ * must call wait_for_previous before it reads what that one wrote, or writes what it reads.
+ * let_next_start says that the next kernel may be brought in now.
  */
 __device__ static inline void kvki_wait_for_previous(void)
 {

@@ -6,9 +6,9 @@
  * time: a block takes 32 inputs, whose weights it asks for before the query has come over PCIe, and
  * the last block of a projection to finish adds up the sums of all, in order. A round trip to the
  * host takes 2 us: nothing is asked for there after something else has come, if it can be told
- * before where it lies. Blocks are small, so that the next kernel's fit beside them. Lengths are in
- * memory, so that a graph stays good while the sequences grow. Angles in double, as in the table's
- * rope. Counters are 0 between launches.
+ * before where it lies. Blocks are small, and leave room for the next kernel's where those do not
+ * want all registers. Lengths are in memory, so that a graph stays good while the sequences grow.
+ * Angles in double, as in the table's rope. Counters are 0 between launches.
  */
 #include "frame.cuh"
 

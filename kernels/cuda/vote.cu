@@ -345,6 +345,8 @@ __device__ static void scan_all(const struct vote_params *p, uint32_t *arrivals)
         scan_again<Form>(p, arrivals);
 }
 
+/* A block wants all registers of a multiprocessor, or nearly: begun before the op before it ends,
+ * it only takes those that are idle. */
 template <class Form>
 __global__ void __launch_bounds__(TOPK_THREADS, 1)
     vote_kernel(const __grid_constant__ struct vote_params p)
