@@ -147,6 +147,19 @@ void cuda_case_edges(numbers *from)
     REQUIRE(kvk_cuda_open(1000, &none) == KVC_UNSUPPORTED && !none, "a device that is not there");
 }
 
+/* Small enough for the slow tools, and more rows than an H200's rings take at once. */
+void cuda_case_select_small(numbers *from)
+{
+    static const uint32_t widths[] = {126, 62};
+
+    for (size_t w = 0; w < 2; w++) {
+        sequence seqs[] = {sequence_of(from, 17, widths[w]), sequence_of(from, 150001, widths[w])};
+        batch both = {.n_seqs = 2, .dims = widths[w], .k = 8, .seqs = seqs};
+        run(&both, "small");
+        run_one(from, 700, widths[w], 8, 0);
+    }
+}
+
 void cuda_case_select(numbers *from)
 {
     static const uint32_t sizes[] = {0, 1, 2, 31, 32, 33, 100, 4095, 8192, 8193, 20011, 70001};

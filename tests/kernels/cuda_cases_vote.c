@@ -12,6 +12,7 @@
 
 #include "cuda_cases.h"
 #include "cuda_votes.h"
+#include "kvk/cuda_frame.h"
 
 votes_sequence votes_sequence_of(numbers *from, uint32_t n, votes_shape s)
 {
@@ -192,6 +193,87 @@ void cuda_case_vote_edges(numbers *from)
     args = good;
     args.n_seqs = 0;
     OK(kvk_cuda_select_vote(gpu(), &args, gpu_stream()));
+}
+
+/* Small enough for the slow tools: runs of several tiles a warp, of two sequences, the last cut. */
+void cuda_case_vote_small(numbers *from)
+{
+    static const votes_shape shapes[] = {{32, 8, 32}, {28, 4, 32}, {32, 8, 16}};
+
+    for (size_t h = 0; h < 3; h++) {
+        votes_sequence seqs[] = {votes_sequence_of(from, 17, shapes[h]),
+                                 votes_sequence_of(from, 700, shapes[h])};
+        run(shapes[h], seqs, 2, 8, 0, "small votes");
+    }
+}
+
+enum { BEHIND_K = 50, BEHIND_TIMES = 20 };
+
+/* One of two frames that make the vote's query and how many rows it has. */
+static kvk_cuda_frame_args frame_before(numbers *from, votes_shape s,
+                                        const kvk_cuda_select_vote_args *vote, uint32_t n)
+{
+    enum { DIM = 128 };
+    size_t width = (size_t)s.n_q_heads * DIM, proj = (size_t)s.n_kv_heads * DIM * s.dims;
+    uint16_t *q = pinned_bytes(width * 2); /* over PCIe: the vote has time to begin too early */
+    uint32_t *n_tokens = pinned_bytes(4);
+
+    for (size_t i = 0; i < width; i++)
+        q[i] = bf16_of(normal(from));
+    *n_tokens = n + 1; /* of which one is near */
+    return (kvk_cuda_frame_args){.n_seqs = 1,
+                                 .n_q_heads = s.n_q_heads,
+                                 .n_kv_heads = s.n_kv_heads,
+                                 .head_dim = DIM,
+                                 .dims = s.dims,
+                                 .q = q,
+                                 .dtype = KVK_BF16,
+                                 .proj = device_copy(normals(from, proj), proj * 4),
+                                 .q_index = (float *)(uintptr_t)vote->q,
+                                 .n_tokens = n_tokens,
+                                 .n_recent = 1,
+                                 .n_near = device_bytes(4),
+                                 .near_first = device_bytes(4),
+                                 .cands = (kvk_cuda_candidates *)(uintptr_t)vote->cands,
+                                 .per_head = 1};
+}
+
+/* A vote waits for the frame before it, which lets it begin: by turns behind one of two frames, it
+ * finds what it finds when that is long done. */
+void cuda_case_vote_behind(numbers *from)
+{
+    votes_shape s = {32, 8, 32};
+    votes_sequence seq = votes_sequence_of(from, 3000, s);
+    kvk_cuda_select_vote_args vote = prepare(s, &seq, 1, BEHIND_K, 0), args = vote;
+    kvk_cuda_frame_args frames[] = {frame_before(from, s, &vote, 3000),
+                                    frame_before(from, s, &vote, 500)};
+    size_t bytes = BEHIND_K * 4;
+    uint8_t *picks = device_bytes(BEHIND_TIMES * bytes), *scores = device_bytes(bytes);
+    const uint8_t *want[2] = {NULL}, *got = NULL;
+    kvk_cuda_graph *graph = NULL;
+
+    for (uint32_t i = 0; i < 2; i++) {
+        OK(kvk_cuda_frame(gpu(), &frames[i], gpu_stream()));
+        gpu_sync();
+        OK(kvk_cuda_select_vote(gpu(), &vote, gpu_stream()));
+        want[i] = fetched(vote.picks, bytes);
+    }
+    REQUIRE(memcmp(want[0], want[1], bytes) != 0, "two frames of equal picks");
+    args.scores = (float *)scores;
+    OK(kvk_cuda_graph_begin(gpu(), gpu_stream())); /* one by one the frame would be done before */
+    for (uint32_t i = 0; i < BEHIND_TIMES; i++) {
+        args.picks = (uint32_t *)(picks + i * bytes);
+        OK(kvk_cuda_frame(gpu(), &frames[i % 2], gpu_stream()));
+        OK(kvk_cuda_select_vote(gpu(), &args, gpu_stream()));
+    }
+    OK(kvk_cuda_graph_end(gpu(), gpu_stream(), &graph));
+    OK(kvk_cuda_graph_launch(gpu(), graph, gpu_stream()));
+    got = fetched(picks, BEHIND_TIMES * bytes);
+    for (uint32_t i = 0; i < BEHIND_TIMES; i++)
+        REQUIRE(memcmp(got + i * bytes, want[i % 2], bytes) == 0,
+                "vote %u has the picks of another frame", i);
+    kvk_cuda_graph_destroy(gpu(), graph);
+    release_all();
 }
 
 void cuda_case_vote(numbers *from)
