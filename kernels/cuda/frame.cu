@@ -276,10 +276,10 @@ extern "C" size_t kvk_cuda_frame_workspace_bytes(uint32_t n_seqs, uint32_t input
     return (size_t)n_seqs * 2u * (sizeof(uint32_t) + slices_of(inputs) * dims * sizeof(float));
 }
 
-static bool token_ok(const kvk_cuda_token *t)
+static bool token_ok(const kvk_cuda_token *t, uint32_t fine_dims)
 {
-    return t->k && t->v && t->index_row && kvki_aligned(t->k) && kvki_aligned(t->v) &&
-           kvki_aligned(t->row) && kvki_aligned(t->copy);
+    return t->k && t->v && t->index_row && (!fine_dims || t->fine_row) && kvki_aligned(t->k) &&
+           kvki_aligned(t->v) && kvki_aligned(t->row) && kvki_aligned(t->copy);
 }
 
 static bool args_ok(const kvk_cuda_frame_args *a)
@@ -299,9 +299,9 @@ static bool args_ok(const kvk_cuda_frame_args *a)
            (!a->q_index || (a->q && a->proj)) &&
            (!tokens || (a->key_proj && inputs % CHUNK == 0)) &&
            (!kvk_is_coded(a->row_dtype) || a->head_dim <= ENCODE_DIM_MAX) &&
-           (a->tokens || !a->token.row || (a->n_seqs == 1 && token_ok(&a->token))) &&
+           (a->tokens || !a->token.row || (a->n_seqs == 1 && token_ok(&a->token, a->fine_dims))) &&
            (!a->kv || (a->n_seqs == 1 && kvki_aligned(a->kv))) && (!a->expected || a->differs) &&
-           a->per_head <= 1;
+           (!a->fine_dims || a->per_head) && a->per_head <= 1;
 }
 
 extern "C" kvc_status kvk_cuda_frame(kvk_cuda *cuda, const kvk_cuda_frame_args *args,

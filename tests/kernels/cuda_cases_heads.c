@@ -301,6 +301,29 @@ static void run_late(setting *s)
     REQUIRE(s->dims == 1 || kvk_cuda_frame(gpu(), &a, gpu_stream()) == KVC_INVALID, "finer");
 }
 
+/* A finer index without its row, and one beside the index of all heads. */
+static void refuse_finer(const setting *s)
+{
+    kvk_cuda_frame_args a = s->a;
+
+    a.n_seqs = 1;
+    a.token = s->a.tokens[0];
+    a.tokens = NULL;
+    a.q = NULL;
+    a.q_index = NULL;
+    OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
+    a.token.fine_row = NULL;
+    if (s->fine)
+        REQUIRE(kvk_cuda_frame(gpu(), &a, gpu_stream()) == KVC_INVALID, "no finer row");
+    a.token.row = NULL;
+    a.per_head = 0;
+    a.fine_dims = 0;
+    OK(kvk_cuda_frame(gpu(), &a, gpu_stream()));
+    a.fine_dims = s->dims;
+    REQUIRE(kvk_cuda_frame(gpu(), &a, gpu_stream()) == KVC_INVALID, "a finer index of all heads");
+    gpu_sync();
+}
+
 static bool untouched(const uint8_t *bytes, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -381,6 +404,7 @@ void cuda_case_frame_heads(numbers *from)
             run(from, &s);
             run_told(&s);
             run_late(&s);
+            refuse_finer(&s);
             release_all();
         }
     }

@@ -222,7 +222,8 @@ FAKE_CUDA_OP(frame)
     const kvk_cuda_frame_args *a = args;
     bool clean = a->per_head || fake_cuda_is_clean(a->workspace, a->n_seqs);
     bool told = a->kv == NULL || (a->n_seqs == 1 && (uintptr_t)a->kv % 16u == 0);
-    kvc_status st = clean && told ? KVC_OK : KVC_INVALID;
+    bool fine = a->per_head || a->fine_dims == 0;
+    kvc_status st = clean && told && fine ? KVC_OK : KVC_INVALID;
     for (uint32_t s = 0; st == KVC_OK && s < a->n_seqs; s++) {
         kvk_cuda_token token = a->tokens != NULL ? a->tokens[s] : a->token;
         if (a->kv != NULL) {
