@@ -166,16 +166,18 @@ __device__ static inline float logit(const struct rerank_params *p, const int16_
     return (float)sum * kvki_bf16((uint32_t)scale[0] | (uint32_t)scale[1] << 8);
 }
 
-/* The tile's shares: a head a warp, a candidate a lane. */
+/* The tile's shares: a head a warp, a candidate a lane. One whose row (NULL) is not there has none:
+ * its logit by a scale of 0 would be NaN. */
 __device__ static void share(const struct rerank_params *p, uint32_t seq, uint32_t tile, uint32_t n,
-                             const float *logits, const float *scales)
+                             const uint8_t *const *rows, const float *logits, const float *scales)
 {
     uint32_t lane = threadIdx.x & 31u, heads = p->a.n_q_heads, stride = heads | 1u;
     float2 *to = p->shares + (size_t)seq * heads * p->n_tiles + tile;
+    bool there = lane < n && rows[lane];
 
 #pragma unroll 4
     for (uint32_t head = threadIdx.x / 32u; head < heads; head += WARPS) {
-        float x = lane < n ? logits[lane * stride + head] * scales[head] : -INFINITY;
+        float x = there ? logits[lane * stride + head] * scales[head] : -INFINITY;
         float most = kvki_lanes_max(x, 32), sum = most > -INFINITY ? exp2_of(x - most) : 0.0f;
         for (uint32_t step = 1; step < 32; step *= 2)
             sum += __shfl_xor_sync(KVKI_FULL_WARP, sum, step);
@@ -235,7 +237,7 @@ __global__ void __launch_bounds__(THREADS)
         }
         __syncthreads();
     }
-    share(&p, seq, blockIdx.x, left, logits, scales);
+    share(&p, seq, blockIdx.x, left, rows, logits, scales);
     for (uint32_t i = threadIdx.x; i < left * heads; i += THREADS)
         p.logits[((size_t)seq * p.a.n_max + first) * heads + i] =
             logits[i / heads * (heads | 1u) + i % heads];
@@ -359,12 +361,13 @@ __global__ void __launch_bounds__(THREADS)
     uint64_t mine = __ldcg(keys + min(at, n - 1));
     uint32_t position = ~(uint32_t)mine, reach = p.a.eps;
     best = (uint32_t)(mine >> 32);
+    bool absent = best == topk_key(-1.0f);
     for (uint32_t from = 0; from < n; from += STAGED) {
         uint32_t end = stage(keys, from, n, some);
         for (uint32_t i = threadIdx.x % LANES; i < end; i += LANES) {
             uint32_t other = ~(uint32_t)some[i];
             uint32_t apart = other > position ? other - position : position - other;
-            if (apart <= reach)
+            if (apart <= reach && !absent)
                 best = max(best, (uint32_t)(some[i] >> 32));
         }
     }

@@ -167,6 +167,13 @@ void cuda_case_rerank_edges(numbers *from)
     args.eps = 3;
     OK(kvk_cuda_rerank(gpu(), &args, gpu_stream()));
     gpu_sync();
+    f = finer_of(from, 200, 130, (votes_shape){128, 128, 128}, VOTES_SPOILED);
+    run((votes_shape){128, 128, 128}, &f, 60, 2, "tiles of rows that come one at a time");
+    s = (votes_shape){2, 1, 8};
+    f = finer_of(from, 3000, 2100, s, VOTES_SPOILED);
+    run(s, &f, 40, 1, "more keys than a block widens by at a time");
+    f = finer_of(from, 5000, 4200, s, VOTES_SPOILED);
+    run(s, &f, 40, 0, "more keys than a block ranks against at a time");
 }
 
 void cuda_case_rerank(numbers *from)
@@ -207,14 +214,16 @@ void cuda_case_rerank_ties(numbers *from)
     }
 }
 
-/* Scales that are not finite, and positions that the index does not have. */
-static void rerank_odd(numbers *from, votes_shape s)
+/* Scales that are not finite, and positions that the index does not have, which differ from those
+ * that no head tells apart: one of the query's is all zeros. */
+static void rerank_odd(numbers *from, votes_shape s, uint32_t eps)
 {
     static const uint16_t special[] = {0x7f80, 0x7fc0, 0xff80, 0x3c00};
     enum { LISTED = 900, THERE = 300, K = 500 };
     finer f = finer_of(from, 1000, LISTED, s, VOTES_SPOILED), there;
-    kvk_cuda_rerank_args args = prepare(s, &f, 1, LISTED, K, 0);
     size_t row = kvk_index_row_bytes(s.n_kv_heads, s.dims);
+    memset(f.dense.q + s.dims, 0, s.dims * 4);
+    kvk_cuda_rerank_args args = prepare(s, &f, 1, LISTED, K, eps);
 
     there = f;
     there.dense.n = there.n_list = 0;
@@ -245,7 +254,7 @@ static void rerank_odd(numbers *from, votes_shape s)
     }
     there.dense.picks = picks;
     there.dense.scores = f.dense.scores;
-    votes_compare(s, &there.dense, K, 0, "what is there");
+    votes_compare(s, &there.dense, K, eps, "what is there");
     for (uint32_t j = 0; j < f.n_rows; j++)
         memcpy(f.rows + j * row + (size_t)s.n_kv_heads * s.dims, &special[number_below(from, 4)],
                2);
@@ -288,5 +297,6 @@ void cuda_case_rerank_batch(numbers *from)
     REQUIRE(n_picks[3] == 0x77777777u && n_picks[4] != 0x77777777u, "what is kept");
     for (uint32_t i = 0; i < K; i++)
         REQUIRE(picks[3 * K + i] == 0x77777777u, "pick %u of what is kept", i);
-    rerank_odd(from, s);
+    rerank_odd(from, s, 0);
+    rerank_odd(from, s, 2);
 }

@@ -17,9 +17,10 @@ extern "C" {
  * index of each kv head: as kvk_cuda_select_vote does, but the candidates, of which every query
  * head takes its softmax, are those of the list alone. With eps > 0 a candidate's score is the best
  * vote of those on the list that are at most eps positions away. Row p - base of finer is that of
- * position p; one that finer does not have weighs nothing and comes last. Bound of a vote, heads
- * and dims: as there; sums are taken in list order, so equal lists give equal bits. k <=
- * KVK_CUDA_K_MAX, n_max <= KVK_CUDA_WIDE_MAX. The workspace needs no clearing.
+ * position p; one that finer does not have weighs nothing, has the score -1, also within a window,
+ * and comes after all but votes that are NaN. Bound of a vote, heads and dims: as there; sums are
+ * taken in list order, so equal lists give equal bits. k <= KVK_CUDA_K_MAX, n_max <=
+ * KVK_CUDA_WIDE_MAX. The workspace needs no clearing.
  */
 typedef struct kvk_cuda_rerank_args {
     uint32_t n_seqs, n_q_heads, n_kv_heads, dims, k, eps, n_max;
