@@ -6,7 +6,7 @@
  *      scores are counted by their upper 16 key bits (publish);
  *   2. after a grid barrier each block reads off the counts a bound that at least k of all scores
  *      should reach, with a margin (topk_bound);
- *   3. the scan goes on; what reaches the bound becomes a candidate (append), some 1.5 k of them;
+ *   3. the scan goes on; what reaches the bound becomes a candidate (append), 1.2 to 3 k of them;
  *   4. after a barrier each candidate's rank is the number of candidates before it (rank_all): it
  * is picked where that is below k, and its place is its rank. No sort.
  *
@@ -25,7 +25,7 @@
 #define TOPK_THREADS 512u
 #define TOPK_WARPS   (TOPK_THREADS / 32u)
 #ifndef TOPK_CANDS
-#define TOPK_CANDS 8192u /* candidates of a sequence; at least 2 KVK_CUDA_K_MAX */
+#define TOPK_CANDS 8192u /* candidates of a sequence, twice the largest k; votes have more */
 #endif
 #define TOPK_FINE    65536u
 #define TOPK_COARSE  256u

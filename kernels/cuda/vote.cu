@@ -373,6 +373,8 @@ __global__ void __launch_bounds__(TOPK_THREADS, 1)
     });
 }
 
+static_assert(TOPK_CANDS >= 2 * KVK_CUDA_WIDE_MAX, "topk.cuh was included before vote_form.cuh");
+
 /* Cuts a workspace; gives the bytes needed. base may be NULL. */
 static size_t cut_workspace(void *base, uint32_t n_seqs, uint32_t rows_max,
                             struct topk_space *topk_p, struct vote_space *space_p)
