@@ -135,6 +135,16 @@ static void widen(const uint32_t *list, const float *votes, uint32_t n, uint32_t
     }
 }
 
+/* Whether finer has all of list [n]; a device takes others as absent, a worker lists none. */
+static bool all_there(const kvk_cuda_candidates *finer, const uint32_t *list, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        if (list[i] - finer->base >= finer->n_rows)
+            return false;
+    }
+    return true;
+}
+
 /* Of a list in ascending order, so that the order of its rows is that of positions. */
 static kvc_status rerank_list(kvk_cuda *cuda, const kvk_cuda_rerank_args *a, uint32_t seq,
                               const uint32_t *list, uint32_t n)
@@ -152,13 +162,17 @@ static kvc_status rerank_list(kvk_cuda *cuda, const kvk_cuda_rerank_args *a, uin
                          .n_out_p = a->n_picks + seq};
     const voters v = {
         a->q + (size_t)seq * a->n_q_heads * a->dims, a->n_q_heads, a->n_kv_heads, a->dims, n, rows};
-    for (uint32_t i = 0; i < n; i++)
-        memcpy(rows + i * row, (const uint8_t *)f->index + (list[i] - f->base) * row, row);
-    kvc_status st = vote(cuda, &v, votes);
-    widen(list, votes, n, a->eps, wide);
     top.workspace = malloc(top.workspace_bytes + 1u);
+    bool room = rows != NULL && votes != NULL && top.workspace != NULL;
+    kvc_status st = !room ? KVC_NO_MEMORY : all_there(f, list, n) ? KVC_OK : KVC_INVALID;
+    for (uint32_t i = 0; st == KVC_OK && i < n; i++)
+        memcpy(rows + i * row, (const uint8_t *)f->index + (list[i] - f->base) * row, row);
     if (st == KVC_OK)
+        st = vote(cuda, &v, votes);
+    if (st == KVC_OK) {
+        widen(list, votes, n, a->eps, wide);
         st = cuda->ops->topk(cuda->be, &top, NULL);
+    }
     for (uint32_t i = 0; st == KVC_OK && i < a->n_picks[seq]; i++)
         picks[i] = list[picks[i]];
     free(top.workspace);
@@ -175,8 +189,10 @@ FAKE_CUDA_OP(rerank)
     for (uint32_t s = 0; st == KVC_OK && s < a->n_seqs; s++) {
         if (a->keep != NULL && a->keep[s] != 0)
             continue;
-        uint32_t n = a->n_list[s];
+        uint32_t n = a->n_list[s] < a->n_max ? a->n_list[s] : a->n_max;
         uint32_t *list = malloc((n + 1u) * sizeof(*list));
+        if (list == NULL)
+            return KVC_NO_MEMORY;
         memcpy(list, a->list + (size_t)s * a->n_max, n * sizeof(*list));
         qsort(list, n, sizeof(*list), by_position);
         memset(a->workspace, 0xa5, bytes); /* it is nobody else's */
