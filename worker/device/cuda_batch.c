@@ -223,7 +223,8 @@ static kvc_status clear_spaces(kvwi_device_batch *b, uint32_t n)
     }
     kvc_status st = kvk_cuda_fill(cuda_of(b), b->frame_space, 0, b->frame_bytes, b->stream);
     if (st == KVC_OK) {
-        st = kvk_cuda_fill(cuda_of(b), b->select_space, 0, b->select_bytes, b->stream);
+        size_t bytes = b->worker->device->selector->cleared_bytes(n, b->rows_max);
+        st = kvk_cuda_fill(cuda_of(b), b->select_space, 0, bytes, b->stream);
     }
     b->n_cut = st == KVC_OK ? n : 0;
     return st;

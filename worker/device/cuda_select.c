@@ -252,6 +252,7 @@ static const kvwi_cuda_selector selectors[] = {
      .check = check_esa,
      .supports = supports_esa,
      .workspace_bytes = workspace_esa,
+     .cleared_bytes = kvk_cuda_select_workspace_bytes,
      .select = select_esa,
      .select_pass = select_pass_esa,
      .pass_bytes = pass_bytes_esa},
@@ -260,6 +261,7 @@ static const kvwi_cuda_selector selectors[] = {
      .check = check_tokenselect,
      .supports = supports_tokenselect,
      .workspace_bytes = workspace_tokenselect,
+     .cleared_bytes = vote_bytes,
      .select = select_tokenselect,
      .select_pass = select_pass_tokenselect},
 };

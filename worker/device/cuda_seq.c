@@ -117,7 +117,8 @@ static kvc_status open_select(kvw_seq *seq)
     }
     kvc_status st = kvk_cuda_alloc(d->device->cuda, KVK_CUDA_DEVICE, bytes, &space);
     if (st == KVC_OK) {
-        st = kvk_cuda_fill(d->device->cuda, space, 0, bytes, d->stream);
+        size_t cleared = d->device->selector->cleared_bytes(1, d->cap_tokens);
+        st = kvk_cuda_fill(d->device->cuda, space, 0, cleared, d->stream);
     }
     if (st != KVC_OK) {
         kvk_cuda_free(d->device->cuda, KVK_CUDA_DEVICE, space);

@@ -28,6 +28,8 @@ typedef struct kvwi_cuda_selector {
     kvc_status (*check)(const kvw_worker *w);
     kvc_status (*supports)(const kvw_worker *w, const kvk_cuda *cuda);
     size_t (*workspace_bytes)(const kvw_worker *w, uint32_t n_seqs, uint32_t rows_max);
+    /* The first bytes of those, that are cleared where n_seqs or rows_max is another. */
+    size_t (*cleared_bytes)(uint32_t n_seqs, uint32_t rows_max);
     /* From the frame's queries to the lane's picks, in the order in which they are attended. */
     kvc_status (*select)(const kvw_worker *w, const kvwi_lane *lane, kvk_stream *stream);
     /* The same for the queries of a pass, at prefill.q; candidates are there. pass_bytes: of a
