@@ -7,6 +7,7 @@
 
 #include "base/digest.h"
 #include "base/place.h"
+#include "internal.h"
 
 #ifdef __clang__
 typedef __fp16 half; /* clang before 15 lacks _Float16 on x86 */
@@ -227,6 +228,53 @@ void rig_open(rig *r)
     if (st != KVC_OK)
         print_error("kvw_open: %s\n", kvw_last_error());
     assert_ok(st);
+}
+
+/* The number at row [dims] of codes and its scale. */
+static double coded(const uint8_t *row, uint32_t n_heads, uint32_t dims, uint32_t head, uint32_t d,
+                    double *scale_p)
+{
+    const uint8_t *at = row + n_heads * dims + 2u * head;
+    uint32_t bits = (uint32_t)at[0] << 16 | (uint32_t)at[1] << 24;
+    float scale = 0;
+    memcpy(&scale, &bits, sizeof(scale));
+    *scale_p = (double)scale;
+    return *scale_p * (int8_t)row[head * dims + d];
+}
+
+static void check_level_row(const uint8_t *coarse, const uint8_t *fine, const kvw_worker *w,
+                            uint32_t at)
+{
+    uint32_t dims = w->level[0].dims, heads = w->opts.n_kv_heads;
+    for (uint32_t i = 0; i < heads * dims; i++) {
+        double s = 0, t = 0;
+        double x = coded(coarse, heads, dims, i / dims, i % dims, &s);
+        double y = coded(fine, heads, w->level[1].dims, i / dims, i % dims, &t);
+        if (fabs(x - y) > 0.51 * (s + t))
+            fail_msg("row %u, head %u, number %u: %g, and %g in the finer level", at, i / dims,
+                     i % dims, x, y);
+    }
+}
+
+void rig_check_levels(kvw_seq *seq)
+{
+    const kvw_worker *w = seq->worker;
+    size_t coarse_bytes = w->level[0].row_bytes, fine_bytes = w->level[1].row_bytes;
+    uint8_t *coarse = malloc(coarse_bytes), *fine = malloc(fine_bytes);
+    assert_true(coarse != NULL && fine != NULL && w->n_levels == 2);
+    if (w->device != NULL)
+        assert_ok(w->device_ops->settle(seq));
+    for (uint32_t layer = 0; layer < w->opts.n_layers; layer++) {
+        const kvwi_pages *levels = seq->layers[layer].level;
+        assert_true(levels[0].n_rows > 0 && levels[0].n_rows == levels[1].n_rows);
+        for (uint32_t at = 0; at < levels[0].n_rows; at++) {
+            kvwi_pages_read(&levels[0], at, 1, coarse, coarse_bytes);
+            kvwi_pages_read(&levels[1], at, 1, fine, fine_bytes);
+            check_level_row(coarse, fine, w, at);
+        }
+    }
+    free(coarse);
+    free(fine);
 }
 
 void rig_close(rig *r)

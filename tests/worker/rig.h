@@ -43,6 +43,8 @@ void rig_project(rig *r, uint32_t dims);
  * After it opts may not change in anything that the schema names. */
 void rig_name_servers(rig *r);
 void rig_open(rig *r);
+/* Fails unless the rows of a two-level index begin, but for coding, as those of the finer level. */
+void rig_check_levels(kvw_seq *seq);
 void rig_close(rig *r); /* worker, data, projection file */
 /* Opens and closes it: 0, or what ctest takes for SKIPPED, 77, where there is no device, and 1
    where it fails otherwise; prints which. */

@@ -47,6 +47,46 @@ static void a_vote_needs_shared_memory(void **state)
     rig_close(&r);
 }
 
+/* What a worker with this index refuses, and how its message begins. */
+typedef struct refused {
+    const char *want, *selector;
+    kvw_index_kind index;
+    uint32_t heads, kv_heads, head_dim, dims, factor; /* dims: of the projection */
+} refused;
+
+static void what_a_vote_cannot_do_is_refused(void **state)
+{
+    (void)state;
+    static const refused all[] = {
+        {"index: must be COMPRESSED", "tokenselect", KVW_INDEX_EXACT, 8, 4, 64, DIMS, 0},
+        {"rerank_factor: times k", "tokenselect", KVW_INDEX_RERANKED, 8, 4, 64, DIMS, 342},
+        {"n_q_heads: must be at most 128", "tokenselect", KVW_INDEX_COMPRESSED, 136, 17, 64, DIMS,
+         0},
+        {"index: must be COMPRESSED", "tokenselect", KVW_INDEX_RERANKED, 8, 4, 512, 257, 2},
+        {"index: must be COMPRESSED", "esa", KVW_INDEX_RERANKED, 8, 4, 64, DIMS, 2}};
+    for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) {
+        rig r;
+        fake_rig(&r, NULL);
+        (void)remove(r.projection);
+        r.opts.selector = all[i].selector;
+        r.opts.n_q_heads = all[i].heads;
+        r.opts.n_kv_heads = all[i].kv_heads;
+        r.opts.head_dim = all[i].head_dim;
+        r.opts.index = all[i].index;
+        r.opts.k = 48;
+        rig_project(&r, all[i].dims);
+        r.opts.rerank_factor = all[i].factor;
+        r.opts.index_dims = all[i].index == KVW_INDEX_RERANKED ? all[i].dims / 2u : 0;
+        if (all[i].index == KVW_INDEX_EXACT)
+            r.opts.projection_path = NULL;
+        assert_true(all[i].factor < 300 || all[i].factor * r.opts.k > KVK_CUDA_WIDE_MAX);
+        assert_int_equal(kvw_open(&r.opts, &r.worker), KVC_UNSUPPORTED);
+        if (strncmp(kvw_last_error(), all[i].want, strlen(all[i].want)) != 0)
+            fail_msg("case %zu: %s", i, kvw_last_error());
+        rig_close(&r);
+    }
+}
+
 /* Wherever memory ends, all of it is given back, and a sequence that opened works. */
 static void memory_may_end_anywhere(void **state)
 {
@@ -445,6 +485,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(an_absent_device_is_unsupported),
         cmocka_unit_test(a_vote_needs_shared_memory),
+        cmocka_unit_test(what_a_vote_cannot_do_is_refused),
         cmocka_unit_test(memory_may_end_anywhere),
         cmocka_unit_test(growth_may_end_anywhere),
         cmocka_unit_test(ops_may_be_refused),

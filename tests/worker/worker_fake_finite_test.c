@@ -134,6 +134,8 @@ static void a_pass_is_refused_and_repeated(void **state)
         uint32_t first = (uint32_t)kvw_seq_tokens(s.seq);
         if (dtypes[i] == 0)
             rig_decode(&s.r, s.seq, first, first + 20, oracle_check_step, &s.dims);
+        if (i == 4)
+            rig_check_levels(s.seq);
         kvw_stats stats = stats_of(s.seq);
         assert_int_equal(stats.steps_device, stats.steps);
         tear_down(&s);
