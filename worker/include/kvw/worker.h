@@ -93,7 +93,8 @@ typedef struct kvw_opts {
     uint32_t n_sink;             /* 0: 128 */
     uint32_t n_recent;           /* 0: selector's (ESA 4096, TokenSelect 512) */
     uint32_t k;                  /* 0: 2048; chunks: 0: 8 */
-    uint32_t eps;                /* proximity window, tokens each side */
+    /* proximity window, tokens each side; for tokenselect on a GPU a few: time grows with eps */
+    uint32_t eps;
     uint32_t chunk_tokens; /* prefill chunk; 0: 512; block_tokens must divide it or be a multiple */
     uint32_t far_position; /* ESA: w, the constant distance of far keys; 0: n_recent */
     /* TokenSelect: theta of the Selection Cache; 0: off (always reselect); the paper uses 0.9 */
@@ -141,10 +142,10 @@ typedef struct kvw_opts {
      * "tokenselect", RERANKED, dtype not bf16, head_dim not 64 or 128, more than 8 query heads for
      * a kv head, n_kv_heads no multiple of 8 with a row_dtype, k or chunk_tokens above 4096, rows
      * longer than the GPU's shared memory takes (README), tp_size or n_clients above 1, or for
-     * "tokenselect" n_q_heads above 128, n_q_heads * dims above 16384, k * rerank_factor above
-     * 16384, or a GPU whose blocks have too little shared memory for its vote (sm_86, sm_89,
-     * sm_120). Rows in a server's memory on the same host are read by
-     * the GPU where the client is on shm: contexts of the client are then mapped
+     * "tokenselect" n_q_heads above 128, n_q_heads times index_dims or rerank_dims above 16384,
+     * k * rerank_factor above 16384, or a GPU whose blocks have too little shared memory for its
+     * vote (sm_86, sm_89, sm_120). Rows in a server's memory on the same host are read by the GPU
+     * where the client is on shm: contexts of the client are then mapped
      * (kvc_client_map_contexts), which it is not to be used for elsewhere. Of way only "near" and
      * "auto" differ from the others, in single tokens' steps over rows that the GPU cannot reach:
      * by "near" their server attends, by "auto" where that has cost least and kvw_forward is
