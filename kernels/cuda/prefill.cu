@@ -12,7 +12,7 @@
  * Keys are in list order, then the chunk in order, so a query sees a prefix of them, also where the
  * chunk is the end of the list. Places that hold no row are zeros and masked.
  */
-#include "kvk/cuda_pass.h"
+#include "prefill_forms.h"
 #include "prefill_rows.cuh"
 
 #define THREADS 256u
@@ -207,7 +207,7 @@ static uint32_t row_blocks_of(const kvk_cuda_prefill_args *a)
     return (a->n_q * (a->n_q_heads / a->n_kv_heads) + PREFILL_ROWS - 1) / PREFILL_ROWS;
 }
 
-/* By shape alone, so that the bits are. */
+/* By shape alone, so that the bits are; of keys enough for the longest tile each, in every form. */
 static uint32_t splits_of(const kvk_cuda_prefill_args *a)
 {
     uint32_t blocks = row_blocks_of(a) * a->n_kv_heads * a->n_seqs;
@@ -231,9 +231,14 @@ static size_t packed_bytes_of(const kvk_cuda_prefill_args *a)
            (a->fast ? 2u : 4u) * sizeof(__nv_bfloat16);
 }
 
+extern "C" uint32_t kvki_cuda_prefill_splits(const kvk_cuda_prefill_args *args)
+{
+    return shape_ok(args) ? splits_of(args) : 0;
+}
+
 extern "C" size_t kvk_cuda_prefill_workspace_bytes(const kvk_cuda_prefill_args *args)
 {
-    uint32_t splits = shape_ok(args) ? splits_of(args) : 0;
+    uint32_t splits = kvki_cuda_prefill_splits(args);
 
     if (splits == 0)
         return 0;
@@ -319,8 +324,8 @@ extern "C" kvc_status kvk_cuda_prefill(kvk_cuda *cuda, const kvk_cuda_prefill_ar
     return prefill(cuda, args, kvki_prefill_90a_runs(cuda), stream);
 }
 
-extern "C" kvc_status kvk_cuda_prefill_portable(kvk_cuda *cuda, const kvk_cuda_prefill_args *args,
-                                                kvk_stream *stream)
+extern "C" kvc_status kvki_cuda_prefill_portable(kvk_cuda *cuda, const kvk_cuda_prefill_args *args,
+                                                 kvk_stream *stream)
 {
     return prefill(cuda, args, false, stream);
 }

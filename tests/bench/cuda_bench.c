@@ -14,8 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cuda/prefill_forms.h"
 #include "cuda_bench_rig.h"
-#include "kvk/cuda_pass.h"
 
 static void bench(uint32_t n, uint32_t n_seqs, uint32_t dims, const char *arena, size_t arena_bytes)
 {
@@ -124,7 +124,7 @@ static void do_prefill(world *w, uint32_t t)
 
 static void do_prefill_portable(world *w, uint32_t t)
 {
-    OK(kvk_cuda_prefill_portable(gpu(), &w->prefill[t], gpu_stream()));
+    OK(kvki_cuda_prefill_portable(gpu(), &w->prefill[t], gpu_stream()));
 }
 
 static void make_prefill(world *w, uint32_t t, numbers *from, uint32_t n_q)

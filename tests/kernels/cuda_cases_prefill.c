@@ -7,9 +7,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "cuda/prefill_forms.h"
 #include "cuda_cases.h"
 #include "cuda_rig.h"
-#include "kvk/cuda_pass.h"
 
 #define SEQS      3u
 #define POSITIONS 3000u
@@ -225,7 +225,7 @@ static void run_case(numbers *from, const chunk_case *is)
             what, sizeof(what), "%u/%u heads of %u, %u listed, %u queries, dtype %d%s%s%s",
             is->heads, is->kv_heads, is->dim, is->stride, is->n_q, (int)is->dtype,
             is->rotated ? ", rotated" : "", is->fast ? ", fast" : "", portable ? ", portable" : "");
-        run_form(&b, portable ? kvk_cuda_prefill_portable : kvk_cuda_prefill, what);
+        run_form(&b, portable ? kvki_cuda_prefill_portable : kvk_cuda_prefill, what);
     }
     release_all();
 }

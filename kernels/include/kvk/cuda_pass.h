@@ -72,11 +72,6 @@ size_t kvk_cuda_select_many_workspace_bytes(const kvk_cuda_select_many_args *arg
 kvc_status kvk_cuda_select_many(kvk_cuda *cuda, const kvk_cuda_select_many_args *args,
                                 kvk_stream *stream) KVC_MUST_CHECK;
 
-/* kvk_cuda_prefill in the form of all devices, also where one has a form of its own (sm_90): for
- * tests, and for times beside it. */
-kvc_status kvk_cuda_prefill_portable(kvk_cuda *cuda, const kvk_cuda_prefill_args *args,
-                                     kvk_stream *stream) KVC_MUST_CHECK;
-
 #pragma GCC visibility pop
 #ifdef __cplusplus
 }
