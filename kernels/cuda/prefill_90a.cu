@@ -145,6 +145,16 @@ see_scores(const kvk_cuda_prefill_args *a, const struct prefill_block &b, uint32
         mask_scores<F::keys>(a, b, first, tile, holes, x);
 }
 
+/* An operand from registers: written before the products that read it, and no sooner again than
+ * they have ended. */
+template <int kPieces, int kSteps>
+__device__ static inline void pin_operand(uint32_t (&a)[kPieces][kSteps][4])
+{
+#pragma unroll
+    for (int piece = 0; piece < kPieces; piece++)
+        wgmma_pin(a[piece]);
+}
+
 /* A warpgroup's rows over the block's tiles, of which there is one at least. */
 template <int kDim, int kPieces>
 __device__ static inline void
@@ -159,6 +169,7 @@ attend_tiles(const kvk_cuda_prefill_args *a, const struct prefill_block &b, uint
     if (group == 1)
         pass_turn(group); /* the other begins */
     bulk_wait(&r->k_there[0], 0);
+    pin_operand(s->q);
     wgmma_begin();
     ask_scores<kDim, kPieces>(s->q, k, x);
     wgmma_wait_but<0>();
@@ -172,6 +183,8 @@ attend_tiles(const kvk_cuda_prefill_args *a, const struct prefill_block &b, uint
         bulk_wait(&r->k_there[stage], i / STAGES % 2u);
         bulk_wait(&r->v_there[before], (i - 1u) / STAGES % 2u);
         wait_for_turn(group);
+        pin_operand(w);
+        wgmma_pin(s->o);
         wgmma_begin();
         ask_scores<kDim, kPieces>(s->q, wgmma_from(k, stage * F::part), x);
         ask_values<kDim, kPieces>(w, wgmma_from(v, before * F::part), s->o);
@@ -189,13 +202,17 @@ attend_tiles(const kvk_cuda_prefill_args *a, const struct prefill_block &b, uint
             wgmma_wait_all();
             wgmma_pin(s->o);
         }
+        pin_operand(w);
         give_back(&r->v_read[before]);
         split_weights<kPieces, F::keys>(x, w);
     }
     bulk_wait(&r->v_there[stage], (n - 1u) / STAGES % 2u);
+    pin_operand(w);
+    wgmma_pin(s->o);
     wgmma_begin();
     ask_values<kDim, kPieces>(w, wgmma_from(v, stage * F::part), s->o);
     wgmma_wait_but<0>();
+    pin_operand(w);
     wgmma_pin(s->o);
     if (group == 0)
         wait_for_turn(group); /* the last one passed on */

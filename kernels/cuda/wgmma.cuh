@@ -87,7 +87,8 @@ __device__ static inline void wgmma_wait_all(void)
 #endif
 }
 
-/* The compiler moves no use of these across here. */
+/* The compiler moves no use of these across here: what products read or add to, before they begin
+ * and when they have ended. */
 template <int kN> __device__ static inline void wgmma_pin(float (&c)[kN][4])
 {
 #pragma unroll
