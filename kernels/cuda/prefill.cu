@@ -207,14 +207,15 @@ static uint32_t row_blocks_of(const kvk_cuda_prefill_args *a)
     return (a->n_q * (a->n_q_heads / a->n_kv_heads) + PREFILL_ROWS - 1) / PREFILL_ROWS;
 }
 
-/* By shape alone, so that the bits are; of keys enough for the longest tile each, in every form. */
+/* By shape alone, so that the bits are, which is why tiles are those of the form of sm_90. */
 static uint32_t splits_of(const kvk_cuda_prefill_args *a)
 {
     uint32_t blocks = row_blocks_of(a) * a->n_kv_heads * a->n_seqs;
-    uint32_t tiles = keys_max_of(a->stride, a->n_q) / PREFILL_KEYS_MAX,
-             splits = BLOCKS_WANTED / blocks;
+    uint32_t tile_keys = a->fast ? PREFILL_KEYS_MAX : PREFILL_KEYS;
+    uint32_t tiles = keys_max_of(a->stride, a->n_q) / tile_keys, splits = BLOCKS_WANTED / blocks;
 
-    splits = splits > SPLITS_MAX ? SPLITS_MAX : splits > tiles ? tiles : splits;
+    splits = splits > SPLITS_MAX ? SPLITS_MAX : splits;
+    splits = splits > tiles ? tiles : splits;
     return splits ? splits : 1;
 }
 
