@@ -11,7 +11,7 @@
 #include "cuda_cases.h"
 #include "cuda_rig.h"
 
-#define SEQS      3u
+#define SEQS      3u /* at most */
 #define POSITIONS 3000u
 
 typedef struct chunk_case {
@@ -20,6 +20,7 @@ typedef struct chunk_case {
     bool rotated, fast;
     float softcap;
     kvk_cuda_own own;
+    uint32_t n_seqs, splits; /* splits: blocks that share the keys, which the case is there for */
 } chunk_case;
 
 /* A batch of chunks over one context; slot i holds row i of it. */
@@ -41,31 +42,31 @@ static void fill_lists(numbers *from, chunk_batch *b)
 {
     const chunk_case *is = b->is;
 
-    for (uint32_t s = 0; s < SEQS; s++) {
+    for (uint32_t s = 0; s < is->n_seqs; s++) {
         b->n_queries[s] = s == 0 ? is->n_q : s == 1 ? 1 : 1 + number_below(from, is->n_q);
         uint32_t least = is->own == KVK_CUDA_OWN_LISTED ? b->n_queries[s] : 0;
         b->n_list[s] = s == 0   ? is->stride
                        : s == 1 ? least
                                 : least + number_below(from, is->stride + 1 - least);
     }
-    for (size_t i = 0; i < (size_t)SEQS * is->stride; i++) {
+    for (size_t i = 0; i < (size_t)is->n_seqs * is->stride; i++) {
         b->list[i] = number_below(from, 20) == 0 ? -1 : (int32_t)number_below(from, POSITIONS);
         b->k_positions[i] = (int32_t)number_below(from, 100000);
     }
-    for (size_t i = 0; i < (size_t)SEQS * is->n_q; i++)
+    for (size_t i = 0; i < (size_t)is->n_seqs * is->n_q; i++)
         b->chunk_positions[i] = (int32_t)(100000 + i);
 }
 
 static void make_args(chunk_batch *b)
 {
     const chunk_case *is = b->is;
-    size_t lists = (size_t)SEQS * is->stride, queries = (size_t)SEQS * is->n_q;
+    size_t lists = (size_t)is->n_seqs * is->stride, queries = (size_t)is->n_seqs * is->n_q;
     size_t width = (size_t)is->heads * is->dim, row = b->rows.row_bytes;
     kvk_cuda_residency res[SEQS] = {{.slots = device_copy(b->rows.rows, POSITIONS * row)}};
 
     res[1] = res[2] = res[0];
     b->a = (kvk_cuda_prefill_args){
-        .n_seqs = SEQS,
+        .n_seqs = is->n_seqs,
         .n_q = is->n_q,
         .n_q_heads = is->heads,
         .n_kv_heads = is->kv_heads,
@@ -99,11 +100,11 @@ static void make_batch(numbers *from, chunk_batch *b)
     kvk_rope_params rope = {.theta = 500000};
 
     b->rows = kv_context_of(from, POSITIONS, is->kv_heads, is->dim, is->dtype);
-    b->chunk = kv_context_of(from, SEQS * is->n_q, is->kv_heads, is->dim, is->dtype);
-    b->list = host_bytes((size_t)SEQS * is->stride * 4);
-    b->k_positions = host_bytes((size_t)SEQS * is->stride * 4);
-    b->chunk_positions = host_bytes((size_t)SEQS * is->n_q * 4);
-    b->q = normals(from, (size_t)SEQS * is->n_q * is->heads * is->dim);
+    b->chunk = kv_context_of(from, is->n_seqs * is->n_q, is->kv_heads, is->dim, is->dtype);
+    b->list = host_bytes((size_t)is->n_seqs * is->stride * 4);
+    b->k_positions = host_bytes((size_t)is->n_seqs * is->stride * 4);
+    b->chunk_positions = host_bytes((size_t)is->n_seqs * is->n_q * 4);
+    b->q = normals(from, (size_t)is->n_seqs * is->n_q * is->heads * is->dim);
     OK(kvk_rope_inv_freq(&rope, is->dim, b->inv_freq));
     fill_lists(from, b);
     make_args(b);
@@ -163,12 +164,12 @@ static void make_want(chunk_batch *b, uint32_t s)
 static void compare(const chunk_batch *b, const char *what)
 {
     const chunk_case *is = b->is;
-    size_t width = (size_t)is->heads * is->dim, all = (size_t)SEQS * is->n_q;
+    size_t width = (size_t)is->heads * is->dim, all = (size_t)is->n_seqs * is->n_q;
     const float *o = fetched(b->a.o, all * width * 4);
     const float *lse = fetched(b->a.lse, all * is->heads * 4);
     double s_max = (double)b->a.scale * 1.2 * is->dim;
 
-    for (uint32_t s = 0; s < SEQS; s++) {
+    for (uint32_t s = 0; s < is->n_seqs; s++) {
         size_t n = (size_t)b->n_queries[s] * width, at = (size_t)s * is->n_q * width;
         const float *want = b->want[s], *want_lse = b->want_lse[s];
         uint32_t n_kv = b->n_kv[s];
@@ -193,23 +194,48 @@ static void compare(const chunk_batch *b, const char *what)
 typedef kvc_status (*prefill_fn)(kvk_cuda *cuda, const kvk_cuda_prefill_args *args,
                                  kvk_stream *stream);
 
-/* One form of the op, twice: the same bits. */
+/* Results that are fetched twice, and what they were filled with before. */
+typedef struct filled {
+    void *on_device;
+    size_t len_bytes, query_bytes;
+    const uint8_t *was[2];
+} filled;
+
+static void fill(const filled *f)
+{
+    OK(kvk_cuda_fill(gpu(), f->on_device, 0xee, f->len_bytes, gpu_stream()));
+}
+
+/* The same bits both times; and sequence 1 has one query, so that the next was not touched. */
+static void require_same(const chunk_batch *b, const filled *f, const char *what)
+{
+    const chunk_case *is = b->is;
+
+    REQUIRE(memcmp(f->was[0], f->was[1], f->len_bytes) == 0, "%s: not the same again", what);
+    for (size_t i = 0; is->n_seqs > 1 && is->n_q > 1 && i < f->query_bytes; i++)
+        REQUIRE(f->was[0][(is->n_q + 1) * f->query_bytes + i] == 0xee, "%s: beyond, byte %zu", what,
+                i);
+}
+
+/* One form of the op, twice. */
 static void run_form(chunk_batch *b, prefill_fn prefill, const char *what)
 {
     const chunk_case *is = b->is;
-    size_t o_bytes = (size_t)SEQS * is->n_q * is->heads * is->dim * 4;
-    const uint8_t *o[2] = {NULL, NULL};
+    size_t queries = (size_t)is->n_seqs * is->n_q, lse_bytes = (size_t)is->heads * 4;
+    filled o = {b->a.o, queries * lse_bytes * is->dim, lse_bytes * is->dim, {NULL, NULL}};
+    filled lse = {b->a.lse, queries * lse_bytes, lse_bytes, {NULL, NULL}};
 
     for (int i = 0; i < 2; i++) {
-        OK(kvk_cuda_fill(gpu(), b->a.o, 0xee, o_bytes, gpu_stream()));
+        fill(&o);
+        fill(&lse);
         OK(kvk_cuda_fill(gpu(), b->a.workspace, 0xff, b->a.workspace_bytes, gpu_stream()));
         OK(prefill(gpu(), &b->a, gpu_stream()));
-        o[i] = fetched(b->a.o, o_bytes);
+        o.was[i] = fetched(o.on_device, o.len_bytes);
+        lse.was[i] = fetched(lse.on_device, lse.len_bytes);
     }
     compare(b, what);
-    REQUIRE(memcmp(o[0], o[1], o_bytes) == 0, "%s: not the same again", what);
-    if (is->n_q > 1) /* sequence 1 has one query; the next was not touched */
-        REQUIRE(o[0][((size_t)is->n_q + 1) * is->heads * is->dim * 4] == 0xee, "%s: beyond", what);
+    require_same(b, &o, what);
+    require_same(b, &lse, what);
 }
 
 static void run_case(numbers *from, const chunk_case *is)
@@ -217,7 +243,9 @@ static void run_case(numbers *from, const chunk_case *is)
     chunk_batch b = {.is = is};
 
     make_batch(from, &b);
-    for (uint32_t s = 0; s < SEQS; s++)
+    REQUIRE(kvki_cuda_prefill_splits(&b.a) == is->splits, "%u queries over %u: %u splits, not %u",
+            is->n_q, is->stride, kvki_cuda_prefill_splits(&b.a), is->splits);
+    for (uint32_t s = 0; s < is->n_seqs; s++)
         make_want(&b, s);
     for (int portable = 0; portable < 2; portable++) {
         char what[112];
@@ -232,7 +260,8 @@ static void run_case(numbers *from, const chunk_case *is)
 
 static void refuse_bad(numbers *from)
 {
-    static const chunk_case is = {4, 2, 64, 10, 5, KVK_BF16, false, false, 0, KVK_CUDA_OWN_CHUNK};
+    static const chunk_case is = {4, 2, 64, 10, 5, KVK_BF16, false, false, 0, KVK_CUDA_OWN_CHUNK,
+                                  3, 1};
     chunk_batch b = {.is = &is};
     kvk_cuda_prefill_args bad[10];
 
@@ -256,34 +285,52 @@ static void refuse_bad(numbers *from)
     release_all();
 }
 
-void cuda_case_prefill(numbers *from)
+/* Small enough for every tool of compute-sanitizer: rings that wrap, with the keys in parts and
+ * not, both forms, exact and fast. */
+void cuda_case_prefill_edges(numbers *from)
 {
     static const chunk_case cases[] = {
-        {32, 8, 128, 2700, 512, KVK_BF16, true, false, 0, KVK_CUDA_OWN_CHUNK},
-        {32, 8, 128, 2700, 512, KVK_BF16, true, true, 0, KVK_CUDA_OWN_CHUNK},
-        {9, 3, 64, 333, 130, KVK_BF16, true, false, 0, KVK_CUDA_OWN_CHUNK},
-        {9, 3, 64, 333, 130, KVK_BF16, false, true, 0, KVK_CUDA_OWN_CHUNK},
-        {8, 8, 128, 17, 1, KVK_BF16, false, false, 0, KVK_CUDA_OWN_CHUNK},
-        {16, 2, 64, 64, 64, KVK_F16, true, false, 20, KVK_CUDA_OWN_CHUNK},
-        {28, 4, 128, 65, 33, KVK_E4M3_SCALED, true, false, 0, KVK_CUDA_OWN_CHUNK},
-        {32, 8, 128, 300, 200, KVK_E4M3_SCALED, true, true, 0, KVK_CUDA_OWN_CHUNK},
-        {5, 1, 64, 31, 129, KVK_I8_SCALED, true, false, 0, KVK_CUDA_OWN_CHUNK},
-        {12, 2, 128, 1, 257, KVK_I8_SCALED, false, true, 30, KVK_CUDA_OWN_CHUNK},
-        {4, 2, 64, 128, 2, KVK_F16, false, true, 0, KVK_CUDA_OWN_CHUNK},
-        {32, 8, 128, 4608, 512, KVK_BF16, true, false, 0, KVK_CUDA_OWN_LISTED},
-        {32, 8, 128, 2176, 512, KVK_BF16, false, false, 0, KVK_CUDA_OWN_NONE},
-        {9, 3, 64, 333, 130, KVK_BF16, true, true, 0, KVK_CUDA_OWN_LISTED},
-        {9, 3, 64, 333, 130, KVK_E4M3_SCALED, true, false, 0, KVK_CUDA_OWN_NONE},
-        {9, 3, 64, 130, 130, KVK_BF16, true, false, 0, KVK_CUDA_OWN_LISTED},
-        {8, 4, 64, 112, 1, KVK_BF16, true, false, 0, KVK_CUDA_OWN_LISTED},
-        {8, 4, 64, 56, 1, KVK_BF16, true, false, 0, KVK_CUDA_OWN_NONE},
-        {32, 8, 128, 3500, 128, KVK_BF16, true, true, 0, KVK_CUDA_OWN_CHUNK},
-        {64, 8, 128, 1000, 64, KVK_BF16, true, false, 0, KVK_CUDA_OWN_CHUNK},
-        {8, 8, 64, 128, 128, KVK_F16, false, true, 0, KVK_CUDA_OWN_LISTED},
-        {8, 1, 128, 129, 127, KVK_BF16, true, true, 25, KVK_CUDA_OWN_CHUNK},
+        {8, 8, 128, 1100, 70, KVK_BF16, true, false, 0, KVK_CUDA_OWN_CHUNK, 3, 5},
+        {32, 32, 64, 500, 70, KVK_BF16, false, true, 0, KVK_CUDA_OWN_LISTED, 3, 1},
+        {4, 2, 64, 200, 5, KVK_E4M3_SCALED, true, false, 0, KVK_CUDA_OWN_NONE, 1, 4},
     };
 
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
         run_case(from, &cases[i]);
     refuse_bad(from);
+}
+
+void cuda_case_prefill(numbers *from)
+{
+    static const chunk_case cases[] = {
+        {32, 8, 128, 2700, 512, KVK_BF16, true, false, 0, KVK_CUDA_OWN_CHUNK, 3, 1},
+        {32, 8, 128, 2700, 512, KVK_BF16, true, true, 0, KVK_CUDA_OWN_CHUNK, 3, 1},
+        {9, 3, 64, 333, 130, KVK_BF16, true, false, 0, KVK_CUDA_OWN_CHUNK, 3, 3},
+        {9, 3, 64, 333, 130, KVK_BF16, false, true, 0, KVK_CUDA_OWN_CHUNK, 3, 3},
+        {8, 8, 128, 17, 1, KVK_BF16, false, false, 0, KVK_CUDA_OWN_CHUNK, 3, 2},
+        {16, 2, 64, 64, 64, KVK_F16, true, false, 20, KVK_CUDA_OWN_CHUNK, 3, 2},
+        {28, 4, 128, 65, 33, KVK_E4M3_SCALED, true, false, 0, KVK_CUDA_OWN_CHUNK, 3, 2},
+        {32, 8, 128, 300, 200, KVK_E4M3_SCALED, true, true, 0, KVK_CUDA_OWN_CHUNK, 3, 1},
+        {5, 1, 64, 31, 129, KVK_I8_SCALED, true, false, 0, KVK_CUDA_OWN_CHUNK, 3, 4},
+        {12, 2, 128, 1, 257, KVK_I8_SCALED, false, true, 30, KVK_CUDA_OWN_CHUNK, 3, 1},
+        {4, 2, 64, 128, 2, KVK_F16, false, true, 0, KVK_CUDA_OWN_CHUNK, 3, 2},
+        {32, 8, 128, 4608, 512, KVK_BF16, true, false, 0, KVK_CUDA_OWN_LISTED, 3, 1},
+        {32, 8, 128, 2176, 512, KVK_BF16, false, false, 0, KVK_CUDA_OWN_NONE, 3, 1},
+        {9, 3, 64, 333, 130, KVK_BF16, true, true, 0, KVK_CUDA_OWN_LISTED, 3, 3},
+        {9, 3, 64, 333, 130, KVK_E4M3_SCALED, true, false, 0, KVK_CUDA_OWN_NONE, 3, 3},
+        {9, 3, 64, 130, 130, KVK_BF16, true, false, 0, KVK_CUDA_OWN_LISTED, 3, 3},
+        {8, 4, 64, 112, 1, KVK_BF16, true, false, 0, KVK_CUDA_OWN_LISTED, 3, 2},
+        {8, 4, 64, 56, 1, KVK_BF16, true, false, 0, KVK_CUDA_OWN_NONE, 3, 2},
+        {32, 8, 128, 3500, 128, KVK_BF16, true, true, 0, KVK_CUDA_OWN_CHUNK, 3, 1},
+        {64, 8, 128, 1000, 64, KVK_BF16, true, false, 0, KVK_CUDA_OWN_CHUNK, 3, 1},
+        {8, 8, 64, 128, 128, KVK_F16, false, true, 0, KVK_CUDA_OWN_LISTED, 3, 2},
+        {8, 1, 128, 129, 127, KVK_BF16, true, true, 25, KVK_CUDA_OWN_CHUNK, 3, 2},
+        /* As a worker has them: one sequence, and several tiles a ring in each part of the keys. */
+        {32, 8, 128, 3500, 128, KVK_BF16, true, false, 0, KVK_CUDA_OWN_NONE, 1, 4},
+        {32, 8, 128, 3500, 128, KVK_BF16, true, true, 0, KVK_CUDA_OWN_CHUNK, 1, 4},
+        {32, 8, 128, 2176, 128, KVK_E4M3_SCALED, true, false, 0, KVK_CUDA_OWN_LISTED, 1, 4},
+    };
+
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+        run_case(from, &cases[i]);
 }
