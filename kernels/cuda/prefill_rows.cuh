@@ -10,9 +10,8 @@
 #ifndef KVKI_CUDA_PREFILL_ROWS_CUH
 #define KVKI_CUDA_PREFILL_ROWS_CUH
 
+#include "exp2.cuh"
 #include "prefill.cuh"
-
-#define LOG2_E 1.4426950408889634f
 
 /* What a block takes: rows [first, first + PREFILL_ROWS) of those of a kv head, tiles [tile, end).
  */
@@ -97,14 +96,6 @@ __device__ static inline void load_rows(const kvk_cuda_prefill_args *a,
 #pragma unroll
     for (int t = 0; t < kDim / 8; t++)
         s->o[t][0] = s->o[t][1] = s->o[t][2] = s->o[t][3] = 0;
-}
-
-/* 2^x, within 2^-22 of it. */
-__device__ static inline float exp2_of(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 template <int kKeys>

@@ -11,6 +11,7 @@
 #define KVKI_CUDA_VOTE_TILES_CUH
 
 #include "bulk.cuh"
+#include "exp2.cuh"
 #include "vote_form.cuh"
 
 #define GROUPS  128u  /* of TOPK_WARPS sampled tiles, at most */
@@ -19,7 +20,6 @@
 #define BIN_BIT 20
 #define BUCKETS 16u /* of a sum, by the upper bits of the exponent */
 #define CHUNK   (16u * TOPK_THREADS)
-#define LOG2_E  1.44269504088896340736f
 
 /* The workspace past topk's. All but sample is 0 between launches. */
 struct vote_space {
@@ -72,16 +72,9 @@ template <class Form> __device__ static inline struct vote_block<Form> *vote_sha
     return (struct vote_block<Form> *)vote_memory;
 }
 
-__device__ static inline float
-exp2_of(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* Sums over 2^x: (maximum, sum relative to it) of two lists as one. */
-__device__ static inline float2 join(float2 a, float2 b)
+__device__ static inline float2
+join(float2 a, float2 b)
 {
     float most = fmaxf(a.x, b.x);
 
