@@ -140,7 +140,7 @@ __device__ static void attend_head(const struct attend_params *p, const struct a
         const char *value = tile + (size_t)r * l->row_stride + a->v_off_bytes +
                             (kv_head * kDim + lane * (kDim / 32)) * 2u;
         float v[kDim / 32];
-        if (!(there >> r & 1u)) /* uninitialised memory, weight 0 */
+        if (!(there >> r & 1u)) /* nothing is there, weight 0 */
             continue;
 #pragma unroll
         for (int i = 0; i < kDim / 32; i += 2) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct att
         return;
     attend_begin(&rows);
     kvki_wait_for_previous();
-    kvki_let_next_start();
+    kvki_let_next_start(); /* behind the wait: order_of in attend.cu */
     n = attend_find_rows(a, seq, first, &rows);
     if (first >= n)
         return;
@@ -198,7 +198,12 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend_kernel(const struct att
     attend_put_away(&p, &l, &rows, places, seq, first, tile);
 }
 
-/* The tiles that a sequence has, in order: the list's, then near's. */
+/*
+ * The tiles that a sequence has, in order: the list's, then near's. The combination asks for these
+ * lengths before it waits for the tiles: every launch has a tile of the list, which lets the
+ * combination start only once it has waited for what wrote them. They come from L2: an op before
+ * may have left a multiprocessor's L1 with older ones.
+ */
 struct tile_order {
     uint32_t n_list, n, skip; /* skip: tiles between the two */
 };
@@ -209,7 +214,7 @@ __device__ static inline struct tile_order order_of(const struct attend_params *
     struct tile_order t = {(rows + ATTEND_TILE - 1) / ATTEND_TILE, 0, 0};
 
     if (p->a.near.n_max)
-        near = (min(p->a.near.n[seq], p->a.near.n_max) + ATTEND_TILE - 1) / ATTEND_TILE;
+        near = (min(__ldcg(p->a.near.n + seq), p->a.near.n_max) + ATTEND_TILE - 1) / ATTEND_TILE;
     t.n = t.n_list + near;
     t.skip = p->n_far - t.n_list;
     return t;
@@ -329,7 +334,7 @@ __global__ void __launch_bounds__(COMBINE_WARPS * 32, 4)
     float4 o = make_float4(0, 0, 0, 0);
 
     kvki_wait_for_previous();
-    if (!p.a.near.n_max) /* else the next op may be early in the same workspace */
+    if (!p.a.near.n_max) /* one that is early behind this has another workspace (cuda.h) */
         kvki_let_next_start();
     if (blockIdx.x < resolves)
         return finish_resolve(&p, seq);

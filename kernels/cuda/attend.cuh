@@ -187,7 +187,8 @@ __device__ static inline void attend_fetch_row(const char *from, char *tile_row,
 }
 
 /* Asks for the resident rows of a tile: each warp the copy engine for its share, which keeps more
- * bytes on their way than copies of the threads' own; older devices have only those. */
+ * bytes on their way than copies of the threads' own; older devices have only those. Warps may copy
+ * before thread 0 expects (bulk.cuh): its arrival is the only one, and there is one phase. */
 __device__ static inline void attend_ask_rows(const kvk_cuda_attend_args *a,
                                               const struct attend_layout *l,
                                               struct attend_rows *rows, char *tile)

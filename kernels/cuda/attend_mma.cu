@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2) attend_mma_kernel(const str
         return;
     attend_begin(&rows);
     kvki_wait_for_previous();
-    kvki_let_next_start();
+    kvki_let_next_start(); /* behind the wait: order_of in attend.cu */
     if (first >= attend_find_rows(&p.a, seq, first, &rows))
         return;
     attend_load_tile(&p.a, &l, &rows, tile);

@@ -14,7 +14,7 @@
 __device__ static uint32_t find_near(const kvk_cuda_attend_args *a, uint32_t seq, uint32_t first,
                                      struct attend_rows *rows)
 {
-    uint32_t r = threadIdx.x, n = min(a->near.n[seq], a->near.n_max);
+    uint32_t r = threadIdx.x, n = min(__ldcg(a->near.n + seq), a->near.n_max);
 
     n = first < n ? min(n - first, ATTEND_TILE) : 0;
     if (r < ATTEND_TILE) {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2)
     }
     at -= n_near;
     kvki_wait_for_previous();
-    kvki_let_next_start(); /* what made the list is done: the next kernel may read its length */
+    kvki_let_next_start(); /* behind the wait: order_of in attend.cu */
     uint32_t first = at * ATTEND_TILE, n = attend_find_rows(a, seq, first, &rows);
     if (first >= n)
         return;

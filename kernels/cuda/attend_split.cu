@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, 2)
         return;
     attend_begin(&rows);
     kvki_wait_for_previous();
-    kvki_let_next_start();
+    kvki_let_next_start(); /* behind the wait: order_of in attend.cu */
     n = attend_find_rows(a, seq, first, &rows);
     if (first >= n)
         return;

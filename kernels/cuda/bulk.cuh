@@ -2,8 +2,11 @@
  * bulk.cuh: copies of whole pieces from device to shared memory by the copy engine, which an
  * mbarrier in shared memory waits for (sm_90 on). Device code; elsewhere these do nothing.
  *
- * One thread asks: expect, then the copies. Whoever reads waits for the barrier's phase: the i-th
- * use of a barrier has parity i % 2. Addresses and sizes are multiples of 16 bytes.
+ * One thread asks: expect, then the copies. Others may copy too, even before it expects, while its
+ * arrival is the only one that the phase still waits for: bytes that come sooner count below zero
+ * (down to 2^20 - 1), so the phase ends with the last byte. Before the next phase the threads must
+ * meet. Whoever reads waits for the barrier's phase: the i-th use of a barrier has parity i % 2.
+ * Addresses and sizes are multiples of 16 bytes.
  */
 #ifndef KVKI_CUDA_BULK_CUH
 #define KVKI_CUDA_BULK_CUH

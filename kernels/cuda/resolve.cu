@@ -7,8 +7,10 @@ __global__ void __launch_bounds__(THREADS) resolve_kernel(const kvk_cuda_resolve
 {
     __shared__ struct resolve_state sh;
 
-    kvki_let_next_start(); /* what needs no list, attend's near rows, goes on beside this */
     kvki_wait_for_previous();
+    /* What needs no list, attend's near rows, goes on beside this; not sooner, or it would go on
+     * beside the op before too, which may write what it reads. */
+    kvki_let_next_start();
     resolve_sequence<THREADS>(&sh, &a, blockIdx.x, NULL);
 }
 

@@ -179,8 +179,10 @@ typedef struct kvk_cuda_candidates {
  * arbitrary picks, in range. workspace: kvk_cuda_select_workspace_bytes, cleared once with
  * kvk_cuda_fill 0 before its first use; an op leaves it ready for the next of as many sequences,
  * and to be cleared again for another number. Fast at dims 126 and 62 (128 and 64 bytes a row);
- * dims <= 256, k <= KVK_CUDA_K_MAX. early: index, and the rows that the op before this one found
- * n_rows at or leaves it at, were there before that op began: the scan sets off beside it.
+ * dims <= 256, k <= KVK_CUDA_K_MAX. early: the scan sets off beside the op before this one, which
+ * may write n_rows but not index: the rows below what it leaves n_rows at were there before it
+ * began, and those below the n_rows it found, rows_max at most, are memory that may be read.
+ * Without effect for several sequences, other dims or devices before sm_90.
  */
 typedef struct kvk_cuda_select_args {
     uint32_t n_seqs, dims, k, eps, rows_max;
@@ -334,7 +336,8 @@ kvc_status kvk_cuda_gather(kvk_cuda *cuda, const kvk_cuda_gather_args *args,
  * What a sequence attends besides its list, with a query of its own: n[s] tokens from first[s] on,
  * whose rows are in a ring, token p in slot p % ring_rows of ring[s]; their keys are rotated by 0,
  * 1, ... (without inv_freq not at all). early: all of this was there before the op before this one
- * (kvk_cuda_resolve, say) began, and may be read while that one runs, in another workspace.
+ * (kvk_cuda_resolve, say) began, and may be read while that one runs; that one, if it is an
+ * attention, has another workspace.
  */
 typedef struct kvk_cuda_near {
     const float *q;                 /* [n_seqs, n_q_heads, head_dim] */
@@ -358,13 +361,14 @@ typedef struct kvk_cuda_result {
  * Attention of one query per sequence over its list, a partial as in kvk_attend: o normalised over
  * the listed rows, lse natural log; nothing listed gives o = 0, lse = -INFINITY. With fetch and
  * source, a row that fetch names is read from its source, written into its slot and attended in the
- * same pass. The sums are taken per 16 rows in list order and merged in order, so the bits do not
- * depend on what was resident. A row: K [n_kv_heads, head_dim] at k_off_bytes, V at v_off_bytes, in
- * dtype (BF16, F16 or a coded one), both offsets and row_bytes multiples of 16. With inv_freq, K of
- * entry j is rotated by k_positions[s * stride + j] (angles in double). Bound: as kvk_attend's.
- * head_dim 64 or 128, n_q_heads / n_kv_heads 1 to 8, a tile of 16 rows must fit in shared memory;
- * else UNSUPPORTED, as is near with F16, or where keys of the list are rotated and its are not.
- * near is added behind the list, and the workspace is then that of a stride of stride + near.n_max
+ * same pass. The sums are taken per 16 rows in list order and merged in an order that the number of
+ * such sums gives, near's among them, so the bits do not depend on what was resident. A row: K
+ * [n_kv_heads, head_dim] at k_off_bytes, V at v_off_bytes, in dtype (BF16, F16 or a coded one),
+ * both offsets and row_bytes multiples of 16. With inv_freq, K of entry j is rotated by
+ * k_positions[s * stride + j] (angles in double). Bound: as kvk_attend's. head_dim 64 or 128,
+ * n_q_heads / n_kv_heads 1 to 8, a tile of 16 rows must fit in shared memory; else UNSUPPORTED, as
+ * is near with F16, or where keys of the list are rotated and its are not. near is added behind the
+ * list, and the workspace is then that of a stride of stride + near.n_max
  * + 16. With result.out o and lse are not written and may be NULL.
  * With resolve.k not 0 the list is made in the same launch, as kvk_cuda_resolve would before it,
  * and nothing waits for it: list, fetch, n_list and the tables are the same afterwards, and so are
