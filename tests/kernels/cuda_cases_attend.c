@@ -284,36 +284,49 @@ static void compare_near(const setting *s, near_side *n)
     }
 }
 
+static void near_shape(numbers *from, const uint32_t shape[4])
+{
+    static const kvk_dtype dtypes[] = {KVK_BF16, KVK_E4M3_SCALED, KVK_I8_SCALED};
+
+    for (int kind = 0; kind < 9; kind++) { /* keys of none rotated, of near, of both */
+        setting s = {.n_seqs = 4,
+                     .heads = shape[0],
+                     .kv_heads = shape[1],
+                     .dim = shape[2],
+                     .stride = shape[3],
+                     .dtype = dtypes[kind % 3],
+                     .rotated = kind >= 6,
+                     .softcap = kind == 1 ? 20.0f : 0};
+        near_side n;
+        set_up(from, &s);
+        place(from, &s, 3);
+        add_near(from, &s, &n, kind >= 3);
+        for (uint32_t pass = 1; pass <= 3; pass++) {
+            s.a.near.early = pass != 2;
+            OK(kvk_cuda_attend(gpu(), &s.a, gpu_stream()));
+            compare_near(&s, &n);
+            REQUIRE(*n.done == pass, "done is %u after %u", *n.done, pass);
+        }
+        release_all();
+    }
+}
+
 /* A list and the newest rows in one launch, of every kind of row, told to the host. */
 void cuda_case_attend_near(numbers *from)
 {
     static const uint32_t shapes[][4] = {
         {32, 8, 128, 300}, {9, 3, 64, 333}, {28, 4, 128, 65}, {16, 16, 64, 1}};
-    static const kvk_dtype dtypes[] = {KVK_BF16, KVK_E4M3_SCALED, KVK_I8_SCALED};
 
-    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
-        for (int kind = 0; kind < 9; kind++) { /* keys of none rotated, of near, of both */
-            setting s = {.n_seqs = 4,
-                         .heads = shapes[i][0],
-                         .kv_heads = shapes[i][1],
-                         .dim = shapes[i][2],
-                         .stride = shapes[i][3],
-                         .dtype = dtypes[kind % 3],
-                         .rotated = kind >= 6,
-                         .softcap = kind == 1 ? 20.0f : 0};
-            near_side n;
-            set_up(from, &s);
-            place(from, &s, 3);
-            add_near(from, &s, &n, kind >= 3);
-            for (uint32_t pass = 1; pass <= 3; pass++) {
-                s.a.near.early = pass != 2;
-                OK(kvk_cuda_attend(gpu(), &s.a, gpu_stream()));
-                compare_near(&s, &n);
-                REQUIRE(*n.done == pass, "done is %u after %u", *n.done, pass);
-            }
-            release_all();
-        }
-    }
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++)
+        near_shape(from, shapes[i]);
+}
+
+void cuda_case_near_small(numbers *from)
+{
+    static const uint32_t shapes[][4] = {{14, 2, 128, 33}, {4, 4, 64, 1}};
+
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++)
+        near_shape(from, shapes[i]);
 }
 
 void cuda_case_merge(numbers *from)

@@ -1,7 +1,8 @@
 /*
  * cuda_cases_picked.c: attention that resolves on the way, against resolve and attend one after the
  * other, which other cases hold to the oracles: results, lists, tables and slots, bit for bit, over
- * steps that miss all, some and none.
+ * steps that miss all, some and none; near's rows early, as a worker has them; and two steps in one
+ * workspace, one right behind the other.
  */
 #include <math.h>
 #include <string.h>
@@ -22,7 +23,14 @@ typedef struct side {
     model m[SEQS];
     kvk_cuda_resolve_args resolve;
     kvk_cuda_attend_args attend;
+    float *o[2]; /* of steps in turn */
 } side;
+
+/* What each step picks. */
+typedef struct plan {
+    uint32_t n_picks[STEPS][SEQS];
+    const uint32_t *d_picks[STEPS], *d_n_picks[STEPS]; /* device */
+} plan;
 
 static void add_near(numbers *from, const shape *s, const context *c, kvk_cuda_attend_args *a)
 {
@@ -103,6 +111,8 @@ static void make_side(numbers *from, const shape *s, const context *c, const flo
         .workspace = device_bytes(work),
         .workspace_bytes = work,
         .resolved = resolved};
+    to->o[0] = to->attend.o;
+    to->o[1] = device_bytes(width * 4);
     if (s->near)
         add_near(from, s, c, &to->attend);
 }
@@ -136,31 +146,69 @@ static void compare(const shape *s, const context *c, const side *a, const side 
     same(a->attend.lse, b->attend.lse, (size_t)SEQS * s->heads * 4, step, "sums");
 }
 
-static void run_shape(numbers *from, const shape *s)
+static plan plan_of(numbers *from, uint32_t k)
+{
+    uint32_t *picks = host_bytes((size_t)SEQS * k * 4);
+    plan p;
+
+    for (uint32_t t = 0; t < STEPS; t++) {
+        for (uint32_t i = 0; i < SEQS; i++) { /* some of the step before; t 5: the same again */
+            p.n_picks[t][i] = t == 3 ? i : k - number_below(from, k / 2 + 1);
+            if (t != 5 || i == 0)
+                distinct_positions(from, picks + i * k, k, t % 2 ? POSITIONS : k * 2);
+            if (t == 4)
+                picks[i * k] = POSITIONS + i; /* not a position */
+        }
+        p.d_picks[t] = device_copy(picks, (size_t)SEQS * k * 4);
+        p.d_n_picks[t] = device_copy(p.n_picks[t], sizeof(p.n_picks[t]));
+    }
+    return p;
+}
+
+static void run_apart(side *to, const plan *p, uint32_t t)
+{
+    to->resolve.picks = p->d_picks[t];
+    to->resolve.n_picks = p->d_n_picks[t];
+    to->attend.o = to->o[t % 2];
+    OK(kvk_cuda_resolve(gpu(), &to->resolve, gpu_stream()));
+    OK(kvk_cuda_attend(gpu(), &to->attend, gpu_stream()));
+}
+
+/* early: the op before this one has another workspace. */
+static void run_one(side *to, const plan *p, uint32_t t, bool early)
+{
+    to->resolve.picks = p->d_picks[t];
+    to->resolve.n_picks = p->d_n_picks[t];
+    to->attend.o = to->o[t % 2];
+    to->attend.resolve = to->resolve;
+    to->attend.near.early = early;
+    OK(kvk_cuda_attend(gpu(), &to->attend, gpu_stream()));
+}
+
+/* Step by step, or in pairs of steps that follow each other at once, in one workspace. */
+static void run_shape(numbers *from, const shape *s, bool pairs)
 {
     context c = kv_context_of(from, POSITIONS, s->kv_heads, s->dim, s->dtype);
+    size_t o_bytes = (size_t)SEQS * s->heads * s->dim * 4;
     const float *q = normals(from, (size_t)SEQS * s->heads * s->dim);
     numbers again = *from;
-    uint32_t n_picks[SEQS], *picks = host_bytes((size_t)SEQS * s->k * 4);
     side apart, one;
+    plan p;
 
     make_side(from, s, &c, q, &apart);
     make_side(&again, s, &c, q, &one);
+    p = plan_of(from, s->k);
     for (uint32_t t = 0; t < STEPS; t++) {
-        for (uint32_t i = 0; i < SEQS; i++) { /* some of the step before; t 5: the same again */
-            n_picks[i] = t == 3 ? i : s->k - number_below(from, s->k / 2 + 1);
-            if (t != 5 || i == 0)
-                distinct_positions(from, picks + i * s->k, s->k, t % 2 ? POSITIONS : s->k * 2);
-            if (t == 4)
-                picks[i * s->k] = POSITIONS + i; /* not a position */
-        }
-        one.resolve.picks = apart.resolve.picks = device_copy(picks, (size_t)SEQS * s->k * 4);
-        one.resolve.n_picks = apart.resolve.n_picks = device_copy(n_picks, sizeof(n_picks));
-        OK(kvk_cuda_resolve(gpu(), &apart.resolve, gpu_stream()));
-        OK(kvk_cuda_attend(gpu(), &apart.attend, gpu_stream()));
-        one.attend.resolve = one.resolve;
-        OK(kvk_cuda_attend(gpu(), &one.attend, gpu_stream()));
-        compare(s, &c, &apart, &one, n_picks, t);
+        bool second = pairs && t % 2 == 1;
+        run_apart(&apart, &p, t);
+        if (pairs && t % 2 == 0 && t + 1 < STEPS)
+            continue;
+        if (second)
+            run_one(&one, &p, t - 1, true);
+        run_one(&one, &p, t, !second);
+        compare(s, &c, &apart, &one, p.n_picks[t], t);
+        if (second)
+            same(apart.o[0], one.o[0], o_bytes, t - 1, "results");
     }
     one.attend.resolve.stride++;
     REQUIRE(kvk_cuda_attend(gpu(), &one.attend, gpu_stream()) == KVC_INVALID, "another stride");
@@ -183,5 +231,6 @@ void cuda_case_attend_resolve(numbers *from)
     };
 
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++)
-        run_shape(from, &shapes[i]);
+        for (int pairs = 0; pairs < 2; pairs++)
+            run_shape(from, &shapes[i], pairs);
 }

@@ -320,6 +320,14 @@ void cuda_case_select_early(numbers *from)
     run_early(from, 126, 900000, many, sizeof(many) / sizeof(many[0]));
 }
 
+void cuda_case_early_small(numbers *from)
+{
+    static const uint32_t some[] = {20000, 9000, 20001, 30, 20000, 20000};
+
+    run_early(from, 126, 20100, some, sizeof(some) / sizeof(some[0]));
+    run_early(from, 62, 20100, some, sizeof(some) / sizeof(some[0]));
+}
+
 void cuda_case_select_large(numbers *from)
 {
     run_one(from, 1000003, 126, 2048, 0);
