@@ -17,7 +17,7 @@
 #define RESOLVE_AGES      1024u
 #define RESOLVE_AGE_MAX   (RESOLVE_AGES - 1u)
 #define RESOLVE_SLOTS_MAX (1u << 20)
-#define RESOLVE_AGAIN_MAX 2u /* times that a row was picked again, which count, */
+#define RESOLVE_AGAIN_MAX 3u /* times that a row was picked again, which count, */
 #define RESOLVE_YOUNGER   4u /* and by how many steps each makes it younger */
 #define RESOLVE_AT_ONCE   8u /* entries of which a thread of resolve_finish asks at once */
 

@@ -1,6 +1,6 @@
 /*
  * residency_bench.c: how many rows a part's slots miss by what kvk_cuda_resolve does (the oldest
- * goes first, and each time that a row was picked again, up to two, makes it four steps younger)
+ * goes first, and each time that a row was picked again, up to three, makes it four steps younger)
  * and under least recently used, beside the bound that knows the future (Belady): over made-up
  * picks, or over those of a real model's layers (residency_bench --trace FILE ...).
  *
@@ -15,7 +15,7 @@
 #include "residency_trace.h"
 
 enum { K = 2048, POSITIONS = 1 << 17, STEPS = 400, QUICK_STEPS = 60, WARM = 40 };
-enum { AGAIN_MAX = 2, YOUNGER = 4 }; /* as in kernels/cuda/resolve.cuh */
+enum { AGAIN_MAX = 3, YOUNGER = 4 }; /* as in kernels/cuda/resolve.cuh */
 
 typedef enum policy { LRU, RESOLVE, BELADY, N_POLICIES } policy;
 

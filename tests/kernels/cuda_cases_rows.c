@@ -8,11 +8,11 @@
 #include "cuda_cases.h"
 #include "cuda_rig.h"
 
-/* The step by which a slot's row counts as used: each time that it was picked again, up to two, is
- * four steps. */
+/* The step by which a slot's row counts as used: each time that it was picked again, up to three,
+ * is four steps. */
 static uint32_t counts_as(const model *m, uint32_t slot)
 {
-    return m->used[slot] == 0 ? 0 : m->used[slot] + 4 * (m->again[slot] < 2 ? m->again[slot] : 2);
+    return m->used[slot] == 0 ? 0 : m->used[slot] + 4 * (m->again[slot] < 3 ? m->again[slot] : 3);
 }
 
 /* Marks the n slots that count as used first, and not in this step. */

@@ -212,10 +212,18 @@ FAKE_CUDA_OP(select)
     return st;
 }
 
+#define AGAIN_MAX 3u /* as kvk_cuda_resolve says */
+
+/* How often the row of a slot was picked again, once it is. */
+static uint32_t again_of(uint32_t used)
+{
+    return used % 4u < AGAIN_MAX ? used % 4u + 1u : AGAIN_MAX;
+}
+
 /* 0: used in this step. */
 static uint32_t age_of(uint32_t used, uint32_t step)
 {
-    uint32_t since = step - used / 4u, age = since + 4u * (2u - used % 4u);
+    uint32_t since = step - used / 4u, age = since + 4u * (AGAIN_MAX - used % 4u);
     return used == 0 || age > 1023 ? 1023 : since == 0 ? 0 : age;
 }
 
@@ -252,7 +260,7 @@ static void resolve_one(const kvk_cuda_resolve_args *a, uint32_t seq)
     for (uint32_t i = 0; i < n; i++) {
         int32_t slot = r->slot_of[picks[i]];
         if (slot >= 0)
-            r->used[slot] = 4u * step + (r->used[slot] % 4u == 0 ? 1u : 2u);
+            r->used[slot] = 4u * step + again_of(r->used[slot]);
     }
     for (uint32_t i = 0; i < n; i++) {
         uint32_t pos = picks[i], slot = (uint32_t)r->slot_of[pos];

@@ -273,7 +273,7 @@ kvc_status kvk_cuda_mean(kvk_cuda *cuda, const kvk_cuda_mean_args *args,
  * The rows of one sequence and part that are in device memory. slots [n_slots, row_bytes]; slot_of
  * [n_positions], -1 = not resident; pos_of [n_slots], UINT32_MAX = empty; used [n_slots], 4
  * times the step that last used a slot and how often its row was picked again since it came (at
- * most 2), 0 = never; step starts at 0 and is counted by resolve. The caller may
+ * most 3), 0 = never; step starts at 0 and is counted by resolve. The caller may
  * place rows itself (sink, recent) in the first n_pinned slots, which are never evicted, and may
  * set slot_of back to -1 where a position has another row now, without a look at pos_of.
  */
@@ -287,7 +287,7 @@ typedef struct kvk_cuda_residency {
 /*
  * Gives each pick a slot. A pick that is resident keeps its slot; the others are named in fetch and
  * take the oldest slots, first missing pick the lowest of them. A slot's age is the steps since its
- * row was picked and four for each time, of two, that it has not been picked again (from 1,023 on
+ * row was picked and four for each time, of three, that it has not been picked again (from 1,023 on
  * equal; ties: the lower number). For pick i of sequence s:
  *   list[s * stride + off + i]  = its slot
  *   fetch[s * stride + off + i] = KVK_CUDA_RESIDENT, or the position to bring into that slot
