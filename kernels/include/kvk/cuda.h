@@ -181,8 +181,7 @@ typedef struct kvk_cuda_candidates {
  * and to be cleared again for another number. Fast at dims 126 and 62 (128 and 64 bytes a row);
  * dims <= 256, k <= KVK_CUDA_K_MAX. early: the scan sets off beside the op before this one, which
  * may write n_rows but not index: the rows below what it leaves n_rows at were there before it
- * began, and those below the n_rows it found, rows_max at most, are memory that may be read.
- * Without effect for several sequences, other dims or devices before sm_90.
+ * began, and those below the n_rows it found, rows_max at most, may be read.
  */
 typedef struct kvk_cuda_select_args {
     uint32_t n_seqs, dims, k, eps, rows_max;
@@ -271,11 +270,11 @@ kvc_status kvk_cuda_mean(kvk_cuda *cuda, const kvk_cuda_mean_args *args,
 
 /*
  * The rows of one sequence and part that are in device memory. slots [n_slots, row_bytes]; slot_of
- * [n_positions], -1 = not resident; pos_of [n_slots], UINT32_MAX = empty; used [n_slots], 4
- * times the step that last used a slot and how often its row was picked again since it came (at
- * most 3), 0 = never; step starts at 0 and is counted by resolve. The caller may
- * place rows itself (sink, recent) in the first n_pinned slots, which are never evicted, and may
- * set slot_of back to -1 where a position has another row now, without a look at pos_of.
+ * [n_positions], -1 = not resident; pos_of [n_slots], UINT32_MAX = empty; used [n_slots], 4 times
+ * the step that last used a slot and how often its row was picked again since it came (at most 3),
+ * 0 = never; step starts at 0 and is counted by resolve. The caller may place rows itself (sink,
+ * recent) in the first n_pinned slots, which are never evicted, and may set slot_of back to -1
+ * where a position has another row now, without a look at pos_of.
  */
 typedef struct kvk_cuda_residency {
     void *slots;
@@ -336,8 +335,7 @@ kvc_status kvk_cuda_gather(kvk_cuda *cuda, const kvk_cuda_gather_args *args,
  * What a sequence attends besides its list, with a query of its own: n[s] tokens from first[s] on,
  * whose rows are in a ring, token p in slot p % ring_rows of ring[s]; their keys are rotated by 0,
  * 1, ... (without inv_freq not at all). early: all of this was there before the op before this one
- * (kvk_cuda_resolve, say) began, and may be read while that one runs; that one, if it is an
- * attention, has another workspace.
+ * (kvk_cuda_resolve, say) began, and is read while that one runs, whose workspace is another.
  */
 typedef struct kvk_cuda_near {
     const float *q;                 /* [n_seqs, n_q_heads, head_dim] */
@@ -361,19 +359,17 @@ typedef struct kvk_cuda_result {
  * Attention of one query per sequence over its list, a partial as in kvk_attend: o normalised over
  * the listed rows, lse natural log; nothing listed gives o = 0, lse = -INFINITY. With fetch and
  * source, a row that fetch names is read from its source, written into its slot and attended in the
- * same pass. The sums are taken per 16 rows in list order and merged in an order that the number of
- * such sums gives, near's among them, so the bits do not depend on what was resident. A row: K
- * [n_kv_heads, head_dim] at k_off_bytes, V at v_off_bytes, in dtype (BF16, F16 or a coded one),
- * both offsets and row_bytes multiples of 16. With inv_freq, K of entry j is rotated by
- * k_positions[s * stride + j] (angles in double). Bound: as kvk_attend's. head_dim 64 or 128,
- * n_q_heads / n_kv_heads 1 to 8, a tile of 16 rows must fit in shared memory; else UNSUPPORTED, as
- * is near with F16, or where keys of the list are rotated and its are not. near is added behind the
- * list, and the workspace is then that of a stride of stride + near.n_max
- * + 16. With result.out o and lse are not written and may be NULL.
- * With resolve.k not 0 the list is made in the same launch, as kvk_cuda_resolve would before it,
- * and nothing waits for it: list, fetch, n_list and the tables are the same afterwards, and so are
- * o and lse. resolve's n_seqs, list, fetch, n_list, stride and res are then the attention's, and
- * source is not NULL.
+ * same pass. The sums are taken per 16 rows in list order and merged in an order that their number
+ * gives, near's too, so the bits do not depend on what was resident. A row: K [n_kv_heads,
+ * head_dim] at k_off_bytes, V at v_off_bytes, in dtype (BF16, F16 or a coded one), both offsets and
+ * row_bytes multiples of 16. With inv_freq, K of entry j is rotated by k_positions[s * stride + j]
+ * (angles in double). Bound: as kvk_attend's. head_dim 64 or 128, n_q_heads / n_kv_heads 1 to 8, a
+ * tile of 16 rows must fit in shared memory; else UNSUPPORTED, as is near with F16, or where keys
+ * of the list are rotated and its are not. near is added behind the list, the workspace is then
+ * that of a stride of stride + near.n_max + 16. With result.out o and lse are not written and may
+ * be NULL. With resolve.k not 0 the list is made in the same launch, as by kvk_cuda_resolve before
+ * it, which nothing waits for: list, fetch, n_list, the tables, o and lse are the same afterwards.
+ * resolve's n_seqs, list, fetch, n_list, stride and res are the attention's, source not NULL.
  */
 typedef struct kvk_cuda_attend_args {
     uint32_t n_seqs, n_q_heads, n_kv_heads, head_dim;
