@@ -126,6 +126,19 @@ __device__ static inline void pass_turn(uint32_t group)
     asm volatile("bar.arrive %0, 256;" ::"r"(2u - group) : "memory");
 }
 
+/* Whether `x` holds in any thread of the warpgroup, told to all of them: what decides about a wait
+ * for products has to be the same for its four warps. */
+__device__ static inline bool any_of_group(uint32_t group, bool x)
+{
+    uint32_t any;
+    asm volatile("{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %1, 0;\n\t"
+                 "barrier.cta.red.or.pred q, %2, 128, p;\n\tselp.u32 %0, 1, 0, q;\n\t}"
+                 : "=r"(any)
+                 : "r"((uint32_t)x), "r"(group + 3u)
+                 : "memory");
+    return any != 0;
+}
+
 /* Scores of the block's i-th tile that have come: capped and masked; its keys are done with. */
 template <int kDim, int kPieces>
 __device__ static inline void
@@ -136,9 +149,12 @@ see_scores(const kvk_cuda_prefill_args *a, const struct prefill_block &b, uint32
     uint32_t stage = i % STAGES, tile = b.tile + i;
     uint64_t holes[F::keys / 64], any = 0;
 
+    /* The lane reads that arrives. */
 #pragma unroll
-    for (int h = 0; h < F::keys / 64; h++)
-        any |= holes[h] = r->holes[stage][h];
+    for (int h = 0; h < F::keys / 64; h++) {
+        uint64_t own = (threadIdx.x & 31u) == 0 ? r->holes[stage][h] : 0;
+        any |= holes[h] = __shfl_sync(KVKI_FULL_WARP, own, 0);
+    }
     give_back(&r->k_read[stage]);
     cap_scores<F::keys>(a, x);
     if (any || (tile + 1) * F::keys > b.all_see)
@@ -194,7 +210,7 @@ attend_tiles(const kvk_cuda_prefill_args *a, const struct prefill_block &b, uint
         see_scores<kDim, kPieces>(a, b, first, i, r, x);
         weigh_scores<kDim, kPieces, F::keys>(x, s, keep);
         /* A wait for either case: one before the branch would be moved before the softmax. */
-        if (sums_change(keep)) {
+        if (any_of_group(group, keep[0] != 1.0f || keep[1] != 1.0f)) {
             wgmma_wait_but<0>();
             wgmma_pin(s->o);
             scale_sums<kDim, kPieces>(keep, s);
