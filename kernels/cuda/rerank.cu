@@ -383,28 +383,12 @@ __global__ void __launch_bounds__(THREADS)
 __device__ static uint32_t least_bin(const uint32_t *bins, uint32_t n, uint32_t k)
 {
     constexpr uint32_t kEach = BINS_MAX / RANK_THREADS;
-    __shared__ uint32_t sums[RANK_THREADS / 32u], least;
-    uint32_t top = BINS_MAX - threadIdx.x * kEach, lane = threadIdx.x & 31u, own = 0, upto = 0;
-    uint32_t counts[kEach];
+    __shared__ uint32_t least;
+    uint32_t top = BINS_MAX - threadIdx.x * kEach, counts[kEach];
 
-#pragma unroll
-    for (uint32_t i = 0; i < kEach; i++) {
-        counts[i] = __ldcg(bins + top - 1 - i);
-        own += counts[i];
-    }
-    upto = own;
-    for (uint32_t step = 1; step < 32; step *= 2) {
-        uint32_t other = __shfl_up_sync(KVKI_FULL_WARP, upto, step);
-        upto += lane >= step ? other : 0;
-    }
-    if (lane == 31)
-        sums[threadIdx.x / 32u] = upto;
     if (threadIdx.x == 0)
         least = 0;
-    __syncthreads();
-    upto -= own; /* what lies above the thread's bins */
-    for (uint32_t warp = 0; warp < threadIdx.x / 32u; warp++)
-        upto += sums[warp];
+    uint32_t upto = kvki_above_bins<RANK_THREADS>(bins, BINS_MAX, counts);
 #pragma unroll
     for (uint32_t i = 0; i < kEach; i++) {
         if (upto < k && upto + counts[i] >= k && n > k)

@@ -11,6 +11,7 @@
 #ifndef KVKI_CUDA_TOPK_END_CUH
 #define KVKI_CUDA_TOPK_END_CUH
 
+#include "bins.cuh"
 #include "topk.cuh"
 
 /* Key of a row: its score's, or the best within eps rows (ESA eq. 8). */
@@ -163,26 +164,9 @@ __device__ static inline bool topk_many(uint32_t n_cands)
 __device__ static inline void topk_bin_starts(const uint32_t *counts, uint32_t *starts)
 {
     constexpr uint32_t kEach = TOPK_RANKS / TOPK_THREADS;
-    __shared__ uint32_t sums[TOPK_WARPS];
-    uint32_t top = TOPK_RANKS - threadIdx.x * kEach, lane = threadIdx.x & 31u, own = 0, upto = 0;
-    uint32_t count[kEach];
+    uint32_t top = TOPK_RANKS - threadIdx.x * kEach, count[kEach];
+    uint32_t upto = kvki_above_bins<TOPK_THREADS>(counts, TOPK_RANKS, count);
 
-#pragma unroll
-    for (uint32_t i = 0; i < kEach; i++) {
-        count[i] = __ldcg(counts + top - 1 - i);
-        own += count[i];
-    }
-    upto = own;
-    for (uint32_t step = 1; step < 32; step *= 2) {
-        uint32_t other = __shfl_up_sync(KVKI_FULL_WARP, upto, step);
-        upto += lane >= step ? other : 0;
-    }
-    if (lane == 31)
-        sums[threadIdx.x / 32u] = upto;
-    __syncthreads();
-    upto -= own;
-    for (uint32_t warp = 0; warp < threadIdx.x / 32u; warp++)
-        upto += sums[warp];
 #pragma unroll
     for (uint32_t i = 0; i < kEach; i++) {
         starts[top - 1 - i] = upto;
