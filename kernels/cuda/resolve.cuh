@@ -225,7 +225,7 @@ __device__ static void resolve_sequence(struct resolve_state *sh, const kvk_cuda
         slot[i] = position[i] < r.n_positions ? r.slot_of[position[i]] : -1;
     }
 #pragma unroll
-    for (uint32_t i = 0; i < kPicks; i++) /* all are asked for before any changes */
+    for (uint32_t i = 0; i < kPicks; i++) /* before any changes: picks are distinct, so slots too */
         used[i] = slot[i] >= 0 ? r.used[slot[i]] : 0;
 #pragma unroll
     for (uint32_t i = 0; i < kPicks; i++) {
@@ -261,7 +261,7 @@ __device__ static void resolve_sequence(struct resolve_state *sh, const kvk_cuda
 }
 
 /* What resolve_sequence left, once nobody looks any more; told is 0 again. A block of any size
- * calls. Everything is read before anything changes: the slots are different ones, and a position
+ * calls. Everything is read before anything changes: picks are distinct, so slots are, and one
  * that comes has no slot. */
 __device__ static inline void resolve_finish(const kvk_cuda_resolve_args *a, uint32_t seq,
                                              uint32_t *told)
