@@ -185,8 +185,6 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(const struct prefil
     store_rows<kDim, kPieces>(&p, b, first, s);
 }
 
-typedef void (*prefill_fn)(const struct prefill_params p);
-
 static prefill_fn kernel_of(uint32_t head_dim, uint32_t pieces, size_t *smem_p)
 {
     *smem_p = (size_t)STAGES * 2 * pieces * PREFILL_KEYS * head_dim * 2;
@@ -278,10 +276,8 @@ static kvc_status attend(const kvk_cuda *cuda, const struct prefill_params &p, d
 {
     size_t smem = 0;
     prefill_fn kernel = kernel_of(p.a.head_dim, p.pieces, &smem);
-    kvc_status st = kvki_cuda_status(cudaFuncSetAttribute(
-        (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
 
-    return st == KVC_OK ? kvki_cuda_launch_next(cuda, kernel, grid, THREADS, smem, stream, p) : st;
+    return prefill_launch(cuda, kernel, grid, THREADS, smem, stream, p);
 }
 
 /* own_form: the device's, if it has one. */

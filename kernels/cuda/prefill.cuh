@@ -67,6 +67,19 @@ __device__ static inline int32_t prefill_seen(const kvk_cuda_prefill_args *a, ui
     return max((int32_t)n_list + own, 0);
 }
 
+typedef void (*prefill_fn)(const struct prefill_params p);
+
+/* Lets a form's kernel have its shared memory, and launches it behind the packing. */
+static inline kvc_status prefill_launch(const kvk_cuda *cuda, prefill_fn kernel, dim3 grid,
+                                        unsigned threads, size_t smem, kvk_stream *stream,
+                                        const struct prefill_params &p)
+{
+    kvc_status st = kvki_cuda_status(cudaFuncSetAttribute(
+        (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
+
+    return st == KVC_OK ? kvki_cuda_launch_next(cuda, kernel, grid, threads, smem, stream, p) : st;
+}
+
 /* Fills p.packed. */
 kvc_status kvki_prefill_pack(const kvk_cuda *cuda, const struct prefill_params &p,
                              kvk_stream *stream);

@@ -283,8 +283,6 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_90a_kernel(const struct pr
     }
 }
 
-typedef void (*prefill_fn)(const struct prefill_params p);
-
 template <int kDim, int kPieces> static prefill_fn kernel_and_smem(size_t *smem_p)
 {
     *smem_p = PANEL_GROUP_BYTES + STAGES * 2u * form<kDim, kPieces>::part;
@@ -308,8 +306,6 @@ kvc_status kvki_prefill_90a(const kvk_cuda *cuda, const struct prefill_params &p
 {
     size_t smem = 0;
     prefill_fn kernel = kernel_of(p.a.head_dim, p.pieces, &smem);
-    kvc_status st = kvki_cuda_status(cudaFuncSetAttribute(
-        (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
 
-    return st == KVC_OK ? kvki_cuda_launch_next(cuda, kernel, grid, THREADS, smem, stream, p) : st;
+    return prefill_launch(cuda, kernel, grid, THREADS, smem, stream, p);
 }
