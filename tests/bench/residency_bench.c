@@ -225,6 +225,10 @@ int main(int argc, char **argv)
     int status = 0;
 
     if (argc > 1 && strcmp(argv[1], "--trace") == 0) {
+        if (argc == 2) {
+            fputs("residency_bench: --trace without a file\n", stderr);
+            status = 2;
+        }
         for (int i = 2; i < argc && status == 0; i++)
             status = recorded(argv[i]);
     } else {
